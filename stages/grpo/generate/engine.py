@@ -1,0 +1,92 @@
+"""engine: what the generate stage asks of a sampler.
+
+An engine is opened once per run and kept between iterations. It gets its weights from a checkpoint on
+disk, and yields a group as soon as its K samples are done, in any order: the stage decides when a shard
+is complete. Nothing here imports torch or vllm.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+MAX_SAMPLES = 2**20  # samples of one group; their seeds are consecutive, so the group's leaves this room
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature` 0 is greedy (evaluation only: a greedy token has no useful ratio)."""
+
+    temperature: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One group: a prompt and the seeds of its K samples (63-bit, one per sample)."""
+
+    group_id: int
+    prompt_token_ids: Sequence[int]
+    seeds: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response. The end-of-sequence token is included when it was sampled.
+
+    token_ids: int32 [T]; logprobs: float32 [T], log pi_old of each token after temperature, so <= 0;
+    finish_reason: `stop` (an end-of-sequence token), `length` (max_new_tokens reached) or `abort`.
+    Example: token_ids [55, 256], logprobs [-0.7, -0.1], finish_reason "stop".
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """The K samples of one request, in the order of its seeds."""
+
+    group_id: int
+    samples: Sequence[Sample]
+
+
+class Engine(Protocol):
+    """A sampler. Calls come from one thread, in the order load, sample, load, sample, ..., close."""
+
+    def load(self, checkpoint: Path) -> None:
+        """Take the weights of `checkpoint` (a Hugging Face directory); everything cached before is dropped."""
+
+    def sample(
+        self,
+        shards: Sequence[Sequence[Request]],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+    ) -> Iterator[Group]:
+        """Yield every group of every shard exactly once.
+
+        An engine that promises the same bytes on a resumed run samples each shard as a whole, so that a
+        shard's bytes do not depend on which other shards are asked for. `on_tokens` is told how many
+        response tokens were sampled since its last call.
+        """
+
+    def close(self) -> None:
+        """Give back memory and processes."""
+
+
+def group_seed(seed: int, iteration: int, group_id: int) -> int:
+    """Seed of sample 0 of a group; sample s has this plus s.
+
+    A hash, not a sum: with seed, seed + 1, ... neighbouring groups would share most of their samples.
+    """
+    digest = blake2b(f"{seed}/{iteration}/{group_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) % (2**63 - MAX_SAMPLES)
+
+
+def uniforms(seed: int, count: int) -> np.ndarray:
+    """The `count` numbers in [0, 1) that decide a sample's tokens, float64 [count]: token t uses number t."""
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)

@@ -1,0 +1,1 @@
+"""STAGE 2: rollouts + prompts -> rewards."""

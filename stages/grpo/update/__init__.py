@@ -1,0 +1,1 @@
+"""STAGE 4: policy + rollouts + advantages -> next policy, updates, logprobs."""
