@@ -59,7 +59,7 @@ class Engine(Protocol):
     """A sampler. Calls come from one thread, in the order load, sample, load, sample, ..., close."""
 
     def load(self, checkpoint: Path) -> None:
-        """Take the weights of `checkpoint` (a Hugging Face directory); everything cached before is dropped."""
+        """Take the weights of `checkpoint`, a Hugging Face directory; drop everything cached before."""
 
     def sample(
         self,
