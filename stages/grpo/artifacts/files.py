@@ -1,0 +1,110 @@
+"""artifacts.files: the only place that writes, moves and removes files of a run.
+
+A file appears under its name complete and on disk, or not at all: temporary file, fsync, rename. A folder
+entry is on disk once its folder was synced, which the caller does at the points of the commit scheme.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from grpo.errors import ResourceError
+
+_CHUNK_BYTES = 2**22
+_RESOURCE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EMFILE,
+}
+
+
+@contextmanager
+def resource_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, a failing disk or missing rights into a ResourceError (exit 7) naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _RESOURCE_ERRORS:
+            raise
+        raise ResourceError(f"{path}: {error.strerror}; {_free_space(path)}") from error
+
+
+def _free_space(path: Path) -> str:
+    existing = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if existing is None:
+        return "free space unknown"
+    return f"{shutil.disk_usage(existing).free / 2**20:.0f} MiB free on its disk"
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` under `path`, complete and synced, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with resource_errors(path):
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give the file `source` a second name; an existing target is replaced."""
+    temporary = target.with_name(target.name + ".tmp")
+    with resource_errors(target):
+        temporary.unlink(missing_ok=True)
+        os.link(source, temporary)
+        temporary.replace(target)
+
+
+def make_folder(path: Path) -> None:
+    """Make `path` and what is missing above it, each entry on disk."""
+    with resource_errors(path):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the entries of the folder `path` durable."""
+    with resource_errors(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename `source` to `target`, which must not exist."""
+    with resource_errors(target):
+        source.rename(target)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file if it is there."""
+    with resource_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and what is in it, if it is there."""
+    with resource_errors(path):
+        shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""artifacts.manifest: what an output holds, what it read, and the fingerprint it was planned under.
+
+`Plan` is what a stage is about to do; `Manifest` is what it did. An output is stale when something it read
+has another id now, and differs when only configuration, the user's code or STAGE_VERSION changed.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from grpo.config import differing_keys
+from grpo.errors import CorruptError, InputError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+FileName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+]  # bare: no path can leave its folder
+
+
+class FileRecord(BaseModel):
+    """One file of an output. Example: part-00003-1f2e3d4c.parquet, 2048 rows of table rollouts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: FileName
+    part: Literal["", "policy", "optimizer"] = ""
+    """Folder within the output."""
+    bytes: int
+    sha256: str
+    rows: int | None = None
+    """Rows of a Parquet file; null for any other file."""
+    table: str | None = None
+    """Table whose rows the file holds; null for any other file."""
+    unit: str | None = None
+    """Digest of all this shard alone depends on, for stages that keep unchanged shards."""
+    labels: dict[str, Any] = {}
+    """What a stage notes of its shard, such as the reward's name."""
+
+
+class Manifest(BaseModel):
+    """The commit record of an output: what a reader trusts, and nothing else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int
+    stage: str
+    stage_version: int
+    iteration: int | None
+    attempt: int
+    fingerprint: str
+    ids: dict[str, str]
+    """Name of each thing the output holds -> id (a digest of its content)."""
+    reads: dict[str, str]
+    """Reference of each thing the stage read, such as rollouts@3 -> its id then."""
+    config: dict[str, Any]
+    """The part of the configuration the stage depends on."""
+    sources: dict[str, str]
+    """The user's own files and models by name -> sha256."""
+    files: list[FileRecord]
+    rows: int
+    summary: dict[str, Any]
+    """Numbers worth showing; they follow from the rows."""
+    versions: dict[str, str]
+    """Of this package, its git revision and the libraries; recorded, never compared."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage is about to do: all that its output depends on."""
+
+    stage: str
+    stage_version: int
+    output: str
+    iteration: int | None
+    config: dict[str, Any]
+    reads: dict[str, str]
+    sources: dict[str, str] = field(default_factory=dict)
+    shards: Any = None
+    """The shard plan: how the work is cut."""
+
+    def fingerprint(self, attempt: int) -> str:
+        """sha256 over everything above and the attempt."""
+        return digest({**self.__dict__, "attempt": attempt})
+
+    def differences(self, manifest: Manifest) -> list[str]:
+        """What changed since `manifest` besides what was read: one text `key: old -> new` each."""
+        texts = differing_keys(manifest.config, self.config)
+        names = sorted({*self.sources, *manifest.sources})
+        texts += [f"{name}: its content changed" for name in names if self._source_changed(name, manifest)]
+        if manifest.stage_version != self.stage_version:
+            texts.append(f"{self.stage} version: {manifest.stage_version} -> {self.stage_version}")
+        return texts
+
+    def _source_changed(self, name: str, manifest: Manifest) -> bool:
+        return self.sources.get(name) != manifest.sources.get(name)
+
+    def same_as(self, manifest: Manifest) -> bool:
+        """Whether `manifest` committed exactly this plan."""
+        return self.fingerprint(manifest.attempt) == manifest.fingerprint
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def id_of(files: list[FileRecord]) -> str:
+    """Id of what `files` hold together: a digest of their content, in order, whatever they are called."""
+    return digest([file.sha256 for file in files])
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json."""
+    return (json.dumps(manifest.model_dump(), indent=1, allow_nan=False) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of the output in `folder`, or None when nothing is committed there.
+
+    Raises CorruptError (exit 6) when it cannot be parsed, InputError when a newer version wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise CorruptError(f"{path}: is not JSON: {error}") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: written by a newer grpo (schema {version}, this one reads up to {SCHEMA_VERSION})"
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CorruptError(f"{path}: {place}: {first['msg'].lower()}") from None

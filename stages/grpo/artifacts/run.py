@@ -1,0 +1,179 @@
+"""artifacts.run: one run on disk. Where everything is, and how it is read.
+
+Readers take no lock and trust only manifests: file lists come from them, sizes are checked when a file is
+opened and its sha256 when a stage reads it.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo.artifacts import files
+from grpo.artifacts.manifest import FileRecord, Manifest, read_manifest
+from grpo.config import Config
+from grpo.console import Console
+from grpo.errors import CorruptError, InputError, LockedError, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ARTIFACTS = Path("artifacts")
+STAGE_OUTPUTS = ("rollouts", "rewards", "advantages", "update")
+
+
+class Run:
+    """A run: its folder, the configuration in force, and who is told about progress.
+
+    `imports` is the configuration's folder: relative paths and the user's modules are found there.
+    """
+
+    def __init__(self, root: Path, config: Config, imports: Path, console: Console) -> None:
+        self.root = root
+        self.name = config.run
+        self.path = root / config.run
+        self.config = config
+        self.imports = imports
+        self.console = console
+        self._verified: set[tuple[Path, str]] = set()
+
+    def folder(self, output: str, iteration: int | None) -> Path:
+        """Where an output is committed; `iteration` None for `prompts` and `policy`."""
+        return self.path / output if iteration is None else self.path / iteration_folder(iteration) / output
+
+    def staging_root(self, iteration: int | None) -> Path:
+        """Where unfinished outputs of an iteration are."""
+        base = self.path / ".staging"
+        return base if iteration is None else base / iteration_folder(iteration)
+
+    @property
+    def trash(self) -> Path:
+        """Where replaced outputs go."""
+        return self.path / ".trash"
+
+    def manifest(self, output: str, iteration: int | None) -> Manifest | None:
+        """The manifest of a committed output, or None."""
+        return read_manifest(self.folder(output, iteration))
+
+    def require(self, output: str, iteration: int | None, command: str) -> Manifest:
+        """The manifest of a committed output; InputError (exit 4) naming `command` when it is missing."""
+        manifest = self.manifest(output, iteration)
+        if manifest is None:
+            raise InputError(f"{self.folder(output, iteration)}: missing; run `{command}` first")
+        return manifest
+
+    def iterations(self) -> list[int]:
+        """Iterations that hold anything, in order."""
+        numbers = [path.name.removeprefix("iteration=") for path in self.path.glob("iteration=*")]
+        return sorted(int(number) for number in numbers if number.isdigit())
+
+    def id_of(self, reference: str) -> str | None:
+        """Present id of `name@iteration` or `name`, or None when it is not there. Example: policy@3."""
+        name, _, at = reference.partition("@")
+        output, iteration = _holder(name, int(at) if at else None)
+        manifest = self.manifest(output, iteration)
+        return (
+            manifest.ids.get("policy" if output == "policy" and name == "policy" else name)
+            if manifest
+            else None
+        )
+
+    def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
+        """Where a file of an output is."""
+        return self.folder(output, iteration) / file.part / file.name
+
+    def verify(self, file: FileRecord, path: Path) -> None:
+        """Raise CorruptError (exit 6) unless `path` has the recorded size and sha256.
+
+        A file that this process has written or verified is not hashed again.
+        """
+        check_size(file, path)
+        if (path, file.sha256) in self._verified:
+            return
+        if files.sha256_of(path) != file.sha256:
+            raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
+        self.trust(file, path)
+
+    def trust(self, file: FileRecord, path: Path) -> None:
+        """Note that this process has just written `path` or checked it."""
+        self._verified.add((path, file.sha256))
+
+    def read(self, table: str, iteration: int | None, columns: list[str] | None = None) -> "pa.Table":
+        """All rows of a committed table in key order, verified. Raises InputError when it is missing."""
+        from grpo import tables
+
+        output = "update" if table in ("updates", "logprobs") else table
+        manifest = self.manifest(output, iteration)
+        if manifest is None:
+            raise InputError(f"{self.folder(output, iteration)}: missing")
+        return tables.decode(table, self._contents(manifest, output, table), columns)
+
+    def _contents(self, manifest: Manifest, output: str, table: str) -> Iterator[tuple[Path, bytes]]:
+        for file in manifest.files:
+            if file.table == table:
+                path = self.path_of(file, output, manifest.iteration)
+                self.verify(file, path)
+                yield path, path.read_bytes()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing; LockedError (exit 5) at once when another process does."""
+        from filelock import FileLock, Timeout
+
+        files.make_folder(self.path)
+        path = self.path / ".lock"
+        with files.resource_errors(path):
+            lock = FileLock(path, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                holder = path.read_text(errors="replace").strip() or "another process"
+                raise LockedError(f"{self.path}: in use by {holder}; wait for it, or stop it") from None
+        try:
+            path.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            yield
+        finally:
+            lock.release()
+
+
+def iteration_folder(iteration: int) -> str:
+    """`iteration=000003`: sorts as text, and reads as a Hive partition."""
+    return f"iteration={iteration:06d}"
+
+
+def _holder(name: str, iteration: int | None) -> tuple[str, int | None]:
+    """The output that holds a named thing. The policy and optimiser of iteration i come from update i-1."""
+    if name in ("prompts", "reference"):
+        return ("prompts" if name == "prompts" else "policy"), None
+    if iteration is None:
+        raise AssertionError(f"{name} belongs to an iteration")
+    if name in ("policy", "optimizer"):
+        return ("policy", None) if iteration == 0 else ("update", iteration - 1)
+    return ("rewards" if name.startswith("reward/") else name), iteration
+
+
+def check_size(file: FileRecord, path: Path) -> None:
+    """Raise CorruptError unless `path` is there with the recorded size."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise CorruptError(f"{path}: missing, though its manifest lists it") from None
+    if found != file.bytes:
+        raise CorruptError(f"{path}: {found} bytes, but its manifest says {file.bytes}")
+
+
+def open_run(name: str, root: Path = ARTIFACTS) -> dict[str, Any]:
+    """The `run.json` of an existing run. Raises UsageError (exit 2) naming the runs that are there."""
+    path = root / name / "run.json"
+    try:
+        data: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        known = sorted(found.parent.name for found in root.glob("*/run.json"))
+        there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
+        raise UsageError(f"{root / name}: no such run; {there}") from None
+    except ValueError as error:
+        raise CorruptError(f"{path}: is not JSON: {error}") from None
+    return data

@@ -1,0 +1,207 @@
+"""artifacts.staging: an output while it is written, and the moment it is committed.
+
+A shard is committed by the sidecar beside it, the whole output by its manifest and two renames. A crash
+anywhere leaves either the old output or the new one; what was half done is found again by its fingerprint.
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from grpo import __version__
+from grpo.artifacts import files
+from grpo.artifacts.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    FileRecord,
+    Manifest,
+    Plan,
+    encode,
+    read_manifest,
+)
+from grpo.artifacts.run import Run, check_size
+from grpo.errors import CorruptError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_PLAN = "plan.json"
+_SIDECAR = ".sidecar.json"
+_LIBRARIES = ("torch", "transformers", "pyarrow", "duckdb")
+
+
+class Staging:
+    """The folder in which one attempt at a plan grows until it is committed."""
+
+    def __init__(self, run: Run, plan: Plan, attempt: int) -> None:
+        self.run = run
+        self.plan = plan
+        self.attempt = attempt
+        self.fingerprint = plan.fingerprint(attempt)
+        self.folder = run.staging_root(plan.iteration) / f"{plan.output}-{self.fingerprint[:16]}"
+        self.seconds: dict[str, float] = {}
+        files.make_folder(self.folder)
+        for leftover in self.folder.rglob("*.tmp"):
+            files.remove_file(leftover)
+        if not (self.folder / _PLAN).exists():
+            note = {"fingerprint": self.fingerprint, "attempt": attempt}
+            files.write_file(self.folder / _PLAN, json.dumps(note).encode())
+        self._records = {record.name: record for record in _sidecars(self.folder)}
+        for record in self._records.values():
+            run.verify(record, self.folder / record.name)
+
+    def file_name(self, prefix: str, index: int) -> str:
+        """`part-00003-<fp8>.parquet`: names of different attempts never clash."""
+        return f"{prefix}-{index:05d}-{self.fingerprint[:8]}.parquet"
+
+    def committed(self, name: str) -> FileRecord | None:
+        """The record of a shard that was committed before, now or by an earlier try."""
+        return self._records.get(name)
+
+    def write_table(
+        self, table: str, name: str, data: "pa.Table", unit: str | None = None, **labels: Any
+    ) -> FileRecord:
+        """Commit a shard: `data` in the exact schema of `table`, then its sidecar."""
+        from grpo import tables
+
+        record = self._write("", name, tables.encode(data))
+        update = {"rows": len(data), "table": table, "unit": unit, "labels": labels}
+        return self._commit_shard(record.model_copy(update=update))
+
+    def link_table(self, record: FileRecord, source: Path, name: str) -> FileRecord:
+        """Commit a shard that is already on disk, by a hard link."""
+        self.run.verify(record, source)
+        files.link_file(source, self.folder / name)
+        return self._commit_shard(record.model_copy(update={"name": name}))
+
+    def write_bytes(self, part: str, name: str, content: bytes) -> FileRecord:
+        """Write a file that is no shard; it is committed with the whole output."""
+        files.make_folder(self.folder / part)
+        record = self._write(part, name, content)
+        self._records[f"{part}/{name}"] = record
+        return record
+
+    def _write(self, part: str, name: str, content: bytes) -> FileRecord:
+        files.write_file(self.folder / part / name, content)
+        digest = hashlib.sha256(content).hexdigest()
+        return FileRecord.model_validate(
+            {"name": name, "part": part, "bytes": len(content), "sha256": digest}
+        )
+
+    def _commit_shard(self, record: FileRecord) -> FileRecord:
+        files.sync_folder(self.folder)  # the shard's name must be on disk before the sidecar vouches for it
+        files.write_file(self.folder / (record.name + _SIDECAR), record.model_dump_json().encode())
+        files.sync_folder(self.folder)
+        self._records[record.name] = record
+        return record
+
+    def commit(self, ids: dict[str, str], files_held: list[FileRecord], summary: dict[str, Any]) -> Manifest:
+        """Commit the output: `files_held` in order, what they are called by id, numbers worth showing."""
+        plan = self.plan
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            stage=plan.stage,
+            stage_version=plan.stage_version,
+            iteration=plan.iteration,
+            attempt=self.attempt,
+            fingerprint=self.fingerprint,
+            ids=ids,
+            reads=plan.reads,
+            config=plan.config,
+            sources=plan.sources,
+            files=files_held,
+            rows=sum(record.rows or 0 for record in files_held),
+            summary=summary,
+            versions=_versions(),
+        )
+        seconds = {part: round(value, 6) for part, value in self.seconds.items()}
+        files.write_file(self.folder / "timings.json", json.dumps({"seconds": seconds}).encode())
+        files.write_file(self.folder / MANIFEST, encode(manifest))
+        target = _finish(self.run, self.folder, manifest, plan.output)
+        for record in files_held:
+            self.run.trust(record, target / record.part / record.name)
+        return manifest
+
+
+def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
+    """Put a complete staging folder in place; doing it again after a crash is harmless."""
+    held = {Path(record.part) / record.name for record in manifest.files}
+    keep = {Path(MANIFEST), Path("timings.json"), *held}
+    for path in sorted(staged.rglob("*")):
+        if path.is_file() and path.relative_to(staged) not in keep:
+            files.remove_file(path)
+    for folder in {staged, *(staged / record.part for record in manifest.files)}:
+        files.sync_folder(folder)
+    target = run.folder(output, manifest.iteration)
+    files.make_folder(target.parent)
+    discard(run, target)
+    files.move(staged, target)
+    files.sync_folder(target.parent)
+    files.sync_folder(staged.parent)
+    for sibling in staged.parent.glob(f"{output}-*"):
+        discard(run, sibling)  # another attempt, now superseded
+    return target
+
+
+def discard(run: Run, path: Path) -> None:
+    """Move an output or a staging folder to .trash, if it is there."""
+    if not path.exists():
+        return
+    files.make_folder(run.trash)
+    name = "-".join(path.relative_to(run.path).parts).lstrip(".")
+    taken = {found.name for found in run.trash.iterdir()}
+    target = next(run.trash / f"{name}.{n}" for n in range(len(taken) + 1) if f"{name}.{n}" not in taken)
+    files.move(path, target)
+    files.sync_folder(path.parent)
+    files.sync_folder(run.trash)
+
+
+def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
+    """Attempts at an output that were begun and not committed: attempt -> fingerprint."""
+    notes = {}
+    for path in run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}"):
+        note = json.loads(path.read_bytes())
+        notes[int(note["attempt"])] = str(note["fingerprint"])
+    return notes
+
+
+def roll_forward(run: Run) -> None:
+    """Finish every commit that a crash cut off after its manifest was written. Needs the lock."""
+    for path in sorted((run.path / ".staging").rglob(MANIFEST)):
+        manifest = read_manifest(path.parent)
+        if manifest is None:
+            continue
+        for record in manifest.files:
+            check_size(record, path.parent / record.part / record.name)
+        _finish(run, path.parent, manifest, path.parent.name.rpartition("-")[0])
+
+
+def _sidecars(folder: Path) -> list[FileRecord]:
+    records = []
+    for path in sorted(folder.glob("*" + _SIDECAR)):
+        try:
+            records.append(FileRecord.model_validate_json(path.read_bytes()))
+        except ValidationError:
+            raise CorruptError(f"{path}: not a sidecar; delete {folder} and run again") from None
+    return records
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: version(name) for name in _LIBRARIES}
+    return {"grpo": __version__, **git_revision(), "python": platform.python_version(), **libraries}
+
+
+def git_revision() -> dict[str, str]:
+    """The revision of this package's own checkout, when it is one."""
+    where = Path(__file__).resolve().parents[3]
+    if not (where / ".git").exists():
+        return {}
+    command = ["git", "-C", str(where), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {"git": found.stdout.strip()} if found.returncode == 0 else {}

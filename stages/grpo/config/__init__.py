@@ -1,0 +1,26 @@
+"""config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
+
+from grpo.config.loading import differing_keys, flatten, load, overridden_keys
+from grpo.config.model import (
+    AdvantageConfig,
+    Config,
+    GenerateConfig,
+    PromptsConfig,
+    RewardConfig,
+    ScoreConfig,
+    UpdateConfig,
+)
+
+__all__ = [
+    "AdvantageConfig",
+    "Config",
+    "GenerateConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "ScoreConfig",
+    "UpdateConfig",
+    "differing_keys",
+    "flatten",
+    "load",
+    "overridden_keys",
+]

@@ -1,0 +1,152 @@
+"""config.loading: text -> Config, with errors that name the place and the way out."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from grpo.config.model import OBJECTIVES, Config
+from grpo.errors import UsageError
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read pipeline.yaml and apply `--set key=value` overrides in order.
+
+    Raises UsageError (exit 2), one line: file, place, what was found, what would be right.
+    """
+    data = _read(path)
+    for override in overrides or []:
+        data = _override(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_explain(error)}") from None
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys; lists of mappings count as `rewards[0]`."""
+    if isinstance(value, dict) and value:
+        items = [(f"{prefix}.{key}" if prefix else str(key), child) for key, child in value.items()]
+    elif isinstance(value, list) and value and all(isinstance(child, dict) for child in value):
+        items = [(f"{prefix}[{index}]", child) for index, child in enumerate(value)]
+    else:
+        return {prefix: value}
+    return {key: leaf for path, child in items for key, leaf in flatten(child, path).items()}
+
+
+def differing_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """One text `key: old -> new` for each dotted key whose value differs."""
+    old, new = flatten(before), flatten(after)
+    keys = [*new, *(key for key in old if key not in new)]
+    return [
+        f"{key}: {_show(old, key)} -> {_show(new, key)}"
+        for key in keys
+        if old.get(key, ...) != new.get(key, ...)
+    ]
+
+
+def overridden_keys(config: Config) -> list[str]:
+    """One text for each key whose value is not what the objective sets."""
+    objective = config.update.objective
+    values, usual = flatten(config.model_dump()), flatten(OBJECTIVES[objective])
+    return [
+        f"{key}: {json.dumps(values[key])} (objective {objective}: {json.dumps(usual[key])})"
+        for key in usual
+        if values[key] != usual[key]
+    ]
+
+
+def _show(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "(none)"
+
+
+def _read(path: Path) -> Any:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+    from yaml.error import MarkedYAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; give a configuration with -c FILE") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        column = error.start - (error.object.rfind(b"\n", 0, error.start) + 1) + 1
+        raise UsageError(f"{path}:{line}:{column}: not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line_text in enumerate(text.splitlines(), start=1):
+        if "${" in line_text:
+            place = f"{path}:{number}:{line_text.index('${') + 1}"
+            raise UsageError(f"{place}: ${{...}} is not supported; write the value itself")
+    try:
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        hint = "; use spaces, not tabs" if "\\t" in str(error.problem) else ""
+        raise UsageError(f"{path}{place}: {error.problem}{hint}") from None
+    except YAMLError as error:  # a reader error has no mark: a control character, say
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _override(data: Any, override: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip() or not text.strip():
+        raise UsageError(f"--set {override}: expected key=value, such as --set update.learning_rate=1e-6")
+    if "${" in text:
+        raise UsageError(f"--set {override}: ${{...}} is not supported; write the value itself")
+    try:
+        value = OmegaConf.create(f"value: {text}").value
+        config = OmegaConf.create(data)
+        OmegaConf.update(config, key.strip(), value, merge=False)
+        return OmegaConf.to_container(config, resolve=False)
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+        raise UsageError(f"--set {override}: {str(error).splitlines()[0]}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as `section.key: what is wrong`, and how many more there are."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    location = list(first["loc"])
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        text = f"unknown key; {hint}"
+    elif first["type"] == "missing":
+        text = "is required and missing"
+    else:
+        text = first["msg"].removeprefix("Value error, ")
+        text = text[0].lower() + text[1:]
+        if not isinstance(first["input"], dict | list):
+            text += f", found {json.dumps(first['input'], default=str)}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{key}: {text}{more}" if key else f"{text}{more}"
+
+
+def _fields_at(location: list[int | str]) -> list[str]:
+    """Names of the keys known at a place of the configuration."""
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation: Any = model.model_fields[part].annotation
+        model = _model_of(TypeAdapter(annotation).core_schema)
+    return list(model.model_fields)
+
+
+def _model_of(schema: Any) -> type[BaseModel]:
+    """The pydantic model inside a core schema: of the field itself, or of a list's items."""
+    while schema["type"] != "model":
+        schema = schema.get("items_schema") or schema["schema"]
+    found: type[BaseModel] = schema["cls"]
+    return found

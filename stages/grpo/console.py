@@ -1,0 +1,96 @@
+"""console: what a person sees while something works. Everything goes to stderr; data goes to stdout."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from grpo.errors import Interrupted
+
+_PLAIN_INTERVAL_S = 15.0  # without a terminal: a line now and then, so that a log stays readable
+
+
+class Console:
+    """Lines and progress bars. Bars only where stderr is a terminal; else a plain line now and then."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty() and not quiet
+        self._signal: int | None = None
+
+    def say(self, line: str) -> None:
+        """Print one line; control characters in it are made visible."""
+        if not self.quiet:
+            print(printable(line), file=sys.stderr, flush=True)
+
+    @contextmanager
+    def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """A bar with rate and ETA over `total` units; yields advance(n). Gone when it ends."""
+        if self.terminal:
+            from rich.console import Console as RichConsole
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit + "  {task.fields[rate]}", markup=False),
+                TimeRemainingColumn(),
+            )
+            started = time.perf_counter()
+            with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+                task = bar.add_task(title, total=total, rate="")
+
+                def advance(count: int) -> None:
+                    done = bar.tasks[0].completed + count
+                    rate = done / max(time.perf_counter() - started, 1e-9)
+                    bar.update(task, advance=count, rate=f"{rate:,.0f}/s")
+
+                yield advance
+        else:
+            yield self._plain_progress(title, total, unit)
+
+    def _plain_progress(self, title: str, total: int, unit: str) -> Callable[[int], None]:
+        done, started = 0, time.perf_counter()
+        last = started
+
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            now = time.perf_counter()
+            if now - last >= _PLAIN_INTERVAL_S:
+                last = now
+                rate = done / (now - started)
+                left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+                self.say(f"{title}: {done:,}/{total:,} {unit}, {rate:,.0f}/s{left}")
+
+        return advance
+
+    def stop_requested(self) -> None:
+        """Raise Interrupted when SIGINT or SIGTERM came; stages call it between shards."""
+        if self._signal is not None:
+            raise Interrupted(self._signal)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the work after the current shard, the second at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self._signal is not None:
+                raise Interrupted(number)
+            self._signal = number
+            self.say("stopping after the current shard; once more to stop now")
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters (ESC, BEL, ...) made visible; newline and tab stay."""
+    return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,197 @@
+"""model: a Hugging Face checkpoint directory -> a causal language model, its tokenizer, what ends a response.
+
+Weights always end in freshly allocated tensors: transformers leaves float32 weights mapped to the file,
+at addresses that are not aligned, where CPU kernels may round differently, and where a file that changes
+changes the model. Code that came with a checkpoint never runs, and pickled weights are never read.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from grpo.errors import CorruptError, InputError
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def load_model(checkpoint: Path, device: str) -> PreTrainedModel:
+    """The causal language model of `checkpoint` in float32, sdpa attention and eval mode, on `device`.
+
+    Raises InputError where something is missing or unsupported, CorruptError where weights are missing,
+    have the wrong shape, or are not finite.
+    """
+    model = _read_model(checkpoint)
+    for tensor in _tensors(model).values():
+        tensor.data = tensor.data.to(device, copy=True, memory_format=torch.contiguous_format)
+    # The tensors are there already; this tells modules that keep a device of their own.
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Overwrite the weights of `model` with those of `checkpoint`, whose architecture must be the same.
+
+    Afterwards the model computes, bit for bit, what load_model(checkpoint) would. Nothing is copied when
+    the checkpoint is refused, for the reasons of load_model or because its tensors are others.
+    """
+    source, target = _tensors(_read_model(checkpoint)), _tensors(model)
+    if differing := sorted(_shapes(source).items() ^ _shapes(target).items()):
+        message = f"weight {differing[0][0]} differs in shape or tying from the model in memory"
+        raise InputError(f"{checkpoint}: {message}; both must have the same architecture")
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of `checkpoint`, chat template included. Raises InputError."""
+    _require_file(checkpoint, TOKENIZER_FILES, "a tokenizer")
+    with _quiet_transformers():
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(checkpoint), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise InputError(f"{checkpoint}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+    return tokenizer
+
+
+def eos_token_ids(checkpoint: Path) -> frozenset[int]:
+    """Ids that end a response: those of generation_config.json, else the configuration's and the tokenizer's.
+
+    A chat model often has several, and the tokenizer knows only one of them. Empty: nothing ends a response.
+    """
+    if ids := _eos_of(checkpoint / "generation_config.json"):
+        return ids
+    ids = _eos_of(checkpoint / "config.json")
+    if any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
+        ids |= _as_ids(load_tokenizer(checkpoint).eos_token_id)
+    return ids
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The largest number of positions the model was made for, prompt and response together; None: not said."""
+    length: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length
+
+
+def _read_model(checkpoint: Path) -> PreTrainedModel:
+    _require_file(checkpoint, ("config.json",), "a model")
+    _read_json(checkpoint / "config.json")  # transformers' own message does not say what is wrong in it
+    _require_file(checkpoint, WEIGHT_FILES, "weights")
+    with _quiet_transformers():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(checkpoint),
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                output_loading_info=True,
+            )
+        except (SafetensorError, RuntimeError) as error:
+            raise CorruptError(f"{checkpoint}: its weights cannot be read: {_one_line(error)}") from error
+        except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+            message = f"{checkpoint}: cannot be loaded as a causal language model: {_one_line(error)}"
+            raise InputError(message) from error
+    _check_report(checkpoint, report)
+    _check_weights(checkpoint, model)
+    return model
+
+
+def _check_report(checkpoint: Path, report: dict[str, Any]) -> None:
+    for name, found, right in sorted(report["mismatched_keys"]):
+        message = f"weight {name} has shape {list(found)}; config.json asks for {list(right)}"
+        raise CorruptError(f"{checkpoint}: {message}")
+    for problem in ("missing", "unexpected"):
+        if names := sorted(report[f"{problem}_keys"]):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            message = f"{problem} weight {names[0]}{more}; the weights must be exactly those of config.json"
+            raise CorruptError(f"{checkpoint}: {message}")
+
+
+def _check_weights(checkpoint: Path, model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            message = f"weight {name} is {parameter.dtype}; only checkpoints that are not quantised can be used"
+            raise InputError(f"{checkpoint}: {message}")
+        # aminmax lets NaN through to both and makes no copy.
+        if parameter.numel() and not all(bool(end.isfinite()) for end in parameter.detach().aminmax()):
+            raise CorruptError(f"{checkpoint}: weight {name} holds NaN or infinity; every weight must be finite")
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    # Tied weights are one parameter and come once. Buffers too: some rotary embeddings change theirs.
+    return dict(chain(model.named_parameters(), model.named_buffers()))
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _eos_of(path: Path) -> frozenset[int]:
+    config = _read_json(path) if path.is_file() else {}
+    ids = config.get("eos_token_id")
+    if ids is None:  # a model of several parts keeps the language model's in a part
+        ids = config.get("text_config", {}).get("eos_token_id")
+    return _as_ids(ids)
+
+
+def _as_ids(ids: int | list[int] | None) -> frozenset[int]:
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _require_file(checkpoint: Path, names: tuple[str, ...], what: str) -> None:
+    if not checkpoint.is_dir():
+        raise InputError(f"{checkpoint}: no such directory; a Hugging Face checkpoint directory is needed")
+    if not any((checkpoint / name).is_file() for name in names):
+        raise InputError(f"{checkpoint}: has no {' or '.join(names)}; {what} cannot be loaded without")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptError(f"{path}: not valid JSON: {_one_line(error)}") from error
+    if not isinstance(document, dict):
+        raise CorruptError(f"{path}: found a {type(document).__name__}; a JSON object is needed")
+    return document
+
+
+def _one_line(error: Exception) -> str:
+    return shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars or load reports on stderr: what matters in them is raised."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,32 @@
+"""outcome: what scoring one rollout gave. Imports nothing heavy: workers and the reward model both use it."""
+
+import unicodedata
+from dataclasses import dataclass
+
+MAX_ERROR_CHARACTERS = 500  # an error is a table cell and a terminal line, not a log
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The reward of one rollout, or why there is none.
+
+    value: finite when status is `ok`, else None. status: `ok`; `error` (raised, crashed, or gave something
+    that is no number); `timeout`; `nonfinite` (NaN or infinite); `not_applicable` (the function gave None).
+    error: one line of at most 500 characters; None for `ok` and `not_applicable`.
+    Example: Outcome(None, "error", "ZeroDivisionError: division by zero (reward.py, line 7)").
+    """
+
+    value: float | None
+    status: str
+    error: str | None = None
+
+
+def one_line(text: str) -> str:
+    """The text without control, format and line-break characters, cut to 500 characters.
+
+    Error texts quote what a model wrote; an escape sequence in them must not reach a terminal.
+    """
+    # Category C: control, format (bidirectional overrides too), surrogates. Z: every kind of space and break.
+    spaced = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
+    line = " ".join(spaced.split())
+    return line if len(line) <= MAX_ERROR_CHARACTERS else line[: MAX_ERROR_CHARACTERS - 3] + "..."

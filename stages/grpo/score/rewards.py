@@ -1,0 +1,170 @@
+"""rewards: prompts + completions + columns -> one value per rollout
+
+The built-in reward functions, with TRL's signature: `f(prompts, completions, **columns)`, lists of equal
+length (one group), a list of `float | None` back. A completion is a str, or for chat prompts a list of
+messages `[{"role": "assistant", "content": ...}]`. Every column of the data set and `completion_ids` arrive by
+name; the `arguments` of the configuration arrive as keywords too. None means that the reward does not apply.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+Text = str | Sequence[Mapping[str, Any]]  # a prompt or completion: text, or chat messages
+Rewards = list[float | None]
+
+# A sign counts only where no word or closing bracket is before it: "5-3" is 5 and 3, "= -3" is -3, "-$3" is -3.
+# Commas group thousands ("1,234" is one number, "3,4" two). A full stop is a decimal point only before a digit.
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]}%.])[-\u2212])?(?:[$€£¥] ?(?P<inner_sign>[-\u2212])?)?"
+    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+)
+# `####` counts only with a number right behind it: "#### Step by step" is a Markdown heading. Lengths are
+# bounded, so that no response makes the search slow.
+MARKER = re.compile(
+    r"####(?=[ *$€£¥\-\u2212]{0,8}\.?[0-9](?P<line>))"
+    r"|\\(?:boxed|fbox) ?\{(?=(?P<boxed>[^}]{0,200}))"
+    r"|\banswer(?:\s{1,4}is\b|\W{0,4}[:=])(?P<sentence>)",
+    re.IGNORECASE,
+)
+SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
+MAX_SENTENCE = 500  # characters read behind "answer is"
+LATEX_IN_NUMBERS = (("{,}", ","), ("\\,", ""), ("\\$", "$"), ("\\%", "%"))  # 1{,}234  1\,234  \$18  18\%
+
+
+def exact_answer(
+    prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[str | None], **_: Any
+) -> Rewards:
+    """1.0 where the response equals the answer, both stripped of surrounding whitespace, else 0.0."""
+    return [
+        None if right is None else float(_text(completion).strip() == right.strip())
+        for completion, right in zip(completions, answer, strict=True)
+    ]
+
+
+def gsm8k(
+    prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[str | None], **_: Any
+) -> Rewards:
+    """1.0 where the final number of the response equals that of the answer (18.00 equals 18), else 0.0.
+
+    The answer's number is the first one after its last `####`, or without `####` the first one in it. Which
+    number of the response counts: see final_number. Raises ValueError for an answer without a number.
+    """
+    rewards: Rewards = []
+    for completion, right in zip(completions, answer, strict=True):
+        if right is None:
+            rewards.append(None)
+            continue
+        right_number = _first_number(_plain(right).rpartition("####")[2])
+        if right_number is None:
+            raise ValueError(f"the answer has no number: {right[:80]!r}")
+        rewards.append(float(final_number(_text(completion)) == right_number))
+    return rewards
+
+
+def final_number(response: str) -> Decimal | None:
+    """The number that a response gives as its answer; None if it has none.
+
+    It is read behind the last of these markers that has a number: `#### 18` (the number directly behind it),
+    `\\boxed{18}` (inside the braces), `answer is 18`, `answer: 18`, `answer = 18` (in that sentence, or else
+    the next number at all). Of several numbers there, the first counts, or with `=` signs the first behind the
+    last of them ("the answer is 3 * 6 = 18"). Without a marker, the last number of the response counts.
+    Currency signs, thousands commas, units, percent signs and what follows are ignored.
+    """
+    text = _plain(response)
+    numbers = list(NUMBER.finditer(text))
+    if not numbers:
+        return None
+    last = numbers[-1]
+    for marker in reversed(list(MARKER.finditer(text, 0, last.end()))):
+        number = _number_behind(marker, text)
+        if number is not None:
+            return number
+    return _value(last)
+
+
+def regex_format(
+    prompts: Sequence[Text], completions: Sequence[Text], *, pattern: str, **_: Any
+) -> Rewards:
+    r"""1.0 where `pattern` matches the whole response as it is (re.fullmatch, `.` matches newlines), else 0.0.
+
+    Example: `<think>.*</think>\s*<answer>.*</answer>\s*`. To look for it anywhere, put `.*` at both ends.
+    Raises ValueError for a pattern that is no regular expression.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"pattern is no regular expression: {error}: {pattern!r}") from error
+    return [float(compiled.fullmatch(_text(completion)) is not None) for completion in completions]
+
+
+def length_penalty(
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    buffer_tokens: int,
+    **_: Any,
+) -> Rewards:
+    """0 up to `max_tokens - buffer_tokens` response tokens, falling linearly to -1 at `max_tokens` and beyond.
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13). An end-of-sequence token counts.
+    Raises ValueError unless 0 < buffer_tokens <= max_tokens.
+    """
+    if not 0 < buffer_tokens <= max_tokens:
+        raise ValueError(
+            f"needs 0 < buffer_tokens <= max_tokens, found buffer_tokens {buffer_tokens}, max_tokens {max_tokens}"
+        )
+    free = max_tokens - buffer_tokens
+    return [-min(max(len(ids) - free, 0), buffer_tokens) / buffer_tokens + 0.0 for ids in completion_ids]
+
+
+BUILT_IN: dict[str, Callable[..., Rewards]] = {
+    "exact_answer": exact_answer,
+    "gsm8k": gsm8k,
+    "regex_format": regex_format,
+    "length_penalty": length_penalty,
+}
+
+
+def _text(completion: Text) -> str:
+    if isinstance(completion, str):
+        return completion
+    return "".join(message["content"] or "" for message in completion)
+
+
+def _plain(text: str) -> str:
+    for latex, plain in LATEX_IN_NUMBERS:
+        text = text.replace(latex, plain)
+    return text
+
+
+def _number_behind(marker: re.Match[str], text: str) -> Decimal | None:
+    start = marker.end()
+    if marker["line"] is not None:
+        return _first_number(text[start : start + MAX_SENTENCE])
+    if marker["boxed"] is not None:
+        return _stated_number(marker["boxed"])
+    sentence = SENTENCE_END.split(text[start : start + MAX_SENTENCE], maxsplit=1)[0]
+    number = _stated_number(sentence)
+    if number is not None:
+        return number
+    following = NUMBER.search(text, start)
+    return _value(following) if following else None
+
+
+def _stated_number(text: str) -> Decimal | None:
+    number = _first_number(text.rpartition("=")[2])
+    return _first_number(text) if number is None else number
+
+
+def _first_number(text: str) -> Decimal | None:
+    match = NUMBER.search(text)
+    return _value(match) if match else None
+
+
+def _value(match: re.Match[str]) -> Decimal:
+    number = Decimal(match["digits"].replace(",", ""))
+    return -number if match["sign"] or match["inner_sign"] else number

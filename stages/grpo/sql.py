@@ -1,0 +1,165 @@
+"""sql: DuckDB over the tables of runs. Views only; nothing is stored, nothing can be written.
+
+Files come from manifests and are registered as Arrow data sets; then the connection loses access to
+everything else and its configuration is locked. Filtering statements would be no sandbox: a SELECT can write
+files, so the connection itself cannot.
+"""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+
+from grpo import tables
+from grpo.artifacts import STAGE_OUTPUTS, Manifest, Run
+from grpo.artifacts.run import check_size
+from grpo.errors import GrpoError, ResourceError, UsageError
+
+VIEWS = (*tables.TABLES, "samples", "timings", "manifests")
+MEMORY_GIB = 2
+_SAMPLES = Path(__file__).with_name("samples.sql")
+_TABLES_OF = {"update": ("updates", "logprobs")}
+
+_TIMINGS = pa.schema(
+    [("iteration", pa.int32()), ("stage", pa.string()), ("part", pa.string()), ("seconds", pa.float64())]
+)
+_MANIFESTS = pa.schema(
+    [
+        ("iteration", pa.int32()),
+        ("stage", pa.string()),
+        ("output", pa.string()),
+        ("attempt", pa.int32()),
+        ("fingerprint", pa.string()),
+        ("rows", pa.int64()),
+        *((name, pa.string()) for name in ("ids", "reads", "config", "sources", "summary", "versions")),
+    ]
+)
+
+
+@contextmanager
+def connect(
+    runs: list[Run], iteration: int | None = None, memory_gib: float = MEMORY_GIB
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A closed-off connection whose views are the tables of `runs`, or of one `iteration` of them.
+
+    Raises CorruptError when a listed file is missing, has another size or another schema.
+    """
+    connection = duckdb.connect(
+        ":memory:",
+        config={
+            "memory_limit": f"{memory_gib}GiB",
+            "autoinstall_known_extensions": "false",
+            "autoload_known_extensions": "false",
+            "python_enable_replacements": "false",
+            "preserve_insertion_order": "false",
+        },
+    )
+    try:
+        outputs = {run.name: _outputs(run, iteration) for run in runs}
+        for table in tables.TABLES:
+            data = [(run.name, _dataset(run, table, outputs[run.name])) for run in runs]
+            _create_view(connection, table, data)
+        _create_view(connection, "timings", [(run.name, _timings(run, outputs[run.name])) for run in runs])
+        _create_view(connection, "manifests", [(run.name, _manifests(outputs[run.name])) for run in runs])
+        connection.execute(f"create view samples as {_SAMPLES.read_text()}")
+        for setting in ("enable_external_access = false", "lock_configuration = true"):
+            connection.execute(f"set {setting}")
+        yield connection
+    finally:
+        connection.close()
+
+
+def query(
+    connection: duckdb.DuckDBPyConnection,
+    statement: str,
+    parameters: dict[str, Any] | None = None,
+    timeout_s: float | None = None,
+) -> pa.Table:
+    """Run one statement. Raises UsageError (exit 2) with DuckDB's message, ResourceError (exit 7) over a limit."""
+    timer = threading.Timer(timeout_s, connection.interrupt) if timeout_s else None
+    try:
+        if timer:
+            timer.start()
+        result = connection.execute(statement, parameters) if parameters else connection.execute(statement)
+        return result.to_arrow_table()
+    except duckdb.Error as error:
+        raise _explained(error, timeout_s) from None
+    finally:
+        if timer:
+            timer.cancel()
+
+
+def _explained(error: duckdb.Error, timeout_s: float | None) -> GrpoError:
+    message = " ".join(str(error).split())
+    if isinstance(error, duckdb.InterruptException):
+        return ResourceError(f"query: stopped after its limit of {timeout_s:g} s; give --timeout-s more")
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return ResourceError(f"query: {message}")
+    return UsageError(f"query: {message}")
+
+
+def _outputs(run: Run, iteration: int | None) -> list[tuple[str, Manifest]]:
+    """Every committed output of a run with its manifest, earliest first."""
+    found: list[tuple[str, Manifest]] = []
+    places: list[tuple[str, int | None]] = [("prompts", None), ("policy", None)]
+    wanted = run.iterations() if iteration is None else [iteration]
+    places += [(output, number) for number in wanted for output in STAGE_OUTPUTS]
+    for output, number in places:
+        manifest = run.manifest(output, number)
+        if manifest is not None:
+            found.append((output, manifest))
+    return found
+
+
+def _dataset(run: Run, table: str, outputs: list[tuple[str, Manifest]]) -> Any:
+    """The files of one table as an Arrow data set; an empty table when there are none."""
+    paths, found = [], tables.schema(table)
+    for output, manifest in outputs:
+        if table not in _TABLES_OF.get(output, (output,)):
+            continue
+        for file in manifest.files:
+            if file.table == table:
+                path = run.path_of(file, output, manifest.iteration)
+                check_size(file, path)
+                found = pq.read_schema(path)
+                tables.check_schema(table, found, path)
+                paths.append(str(path))
+    if not paths:
+        return found.empty_table()
+    return pa.dataset.dataset(paths, schema=found, format="parquet")
+
+
+def _create_view(connection: duckdb.DuckDBPyConnection, view: str, data: list[tuple[str, pa.Table]]) -> None:
+    selects = []
+    for index, (run, table) in enumerate(data):
+        connection.register(f"_{view}_{index}", table)
+        selects.append(f"select '{run}' as run, * from _{view}_{index}")
+    connection.execute(f"create view {view} as {' union all by name '.join(selects)}")
+
+
+def _timings(run: Run, outputs: list[tuple[str, Manifest]]) -> pa.Table:
+    rows = []
+    for output, manifest in outputs:
+        path = run.folder(output, manifest.iteration) / "timings.json"
+        for part, seconds in json.loads(path.read_bytes())["seconds"].items() if path.exists() else ():
+            rows.append(
+                {"iteration": manifest.iteration, "stage": manifest.stage, "part": part, "seconds": seconds}
+            )
+    return pa.Table.from_pylist(rows, schema=_TIMINGS)
+
+
+def _manifests(outputs: list[tuple[str, Manifest]]) -> pa.Table:
+    rows = []
+    for output, manifest in outputs:
+        fields = {name: getattr(manifest, name) for name in ("ids", "reads", "config", "sources", "summary")}
+        texts = {name: json.dumps(value) for name, value in {**fields, "versions": manifest.versions}.items()}
+        scalars = {name: getattr(manifest, name) for name in ("iteration", "stage", "attempt", "fingerprint")}
+        rows.append({**scalars, **texts, "output": output, "rows": manifest.rows})
+    return pa.Table.from_pylist(rows, schema=_MANIFESTS)

@@ -1,0 +1,167 @@
+"""tables: one pyarrow schema per table, and the way a table becomes bytes.
+
+Key of every rollout-level table: (iteration, group_id, sample_id). Lists are ragged, never padded. Times
+never stand in a table: they would make equal results differ.
+"""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grpo.errors import CorruptError
+
+KEY = ("iteration", "group_id", "sample_id")
+
+# Column name -> (type, description with unit and range). The order is the order on disk.
+Columns = dict[str, tuple[pa.DataType, str]]
+
+_KEY_COLUMNS: Columns = {
+    "iteration": (pa.int32(), "iteration that sampled the rollout, from 0"),
+    "group_id": (pa.int32(), "draw of the iteration, from 0; a prompt may be drawn twice"),
+    "sample_id": (pa.int32(), "response within the group, 0..K-1"),
+}
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+PROMPTS: Columns = {
+    "prompt_id": (pa.int64(), "row number in the source, from 0"),
+    "prompt": (pa.string(), "prompt text; null when the prompt is messages"),
+    "messages": (_MESSAGES, "chat messages; null when the prompt is text"),
+    "answer": (pa.string(), "reference answer, or null"),
+}
+
+ROLLOUTS: Columns = {
+    **_KEY_COLUMNS,
+    "prompt_id": (pa.int64(), "row of `prompts`"),
+    "round": (pa.int32(), "resampling round, 0 for the first draw"),
+    "prompt": (pa.string(), "the text the model saw, chat template applied"),
+    "response": (pa.string(), "response text without special tokens"),
+    "prompt_token_ids": (pa.list_(pa.int32()), "the tokens the model saw"),
+    "response_token_ids": (pa.list_(pa.int32()), "sampled tokens, the end-of-sequence token included"),
+    "old_logprobs": (pa.list_(pa.float32()), "log pi_old per response token, after temperature; <= 0"),
+    "response_mask": (pa.list_(pa.bool_()), "true where the policy sampled the token"),
+    "finish_reason": (pa.string(), "stop (end of sequence), length (max_new_tokens) or abort"),
+    "response_tokens": (pa.int32(), "number of response tokens; 0 for an empty response"),
+    "policy_iteration": (pa.int32(), "policy that sampled the rollout"),
+    "temperature": (pa.float64(), "sampling temperature, > 0"),
+    "seed": (pa.int64(), "63-bit seed of this sample"),
+}
+
+REWARDS: Columns = {
+    **_KEY_COLUMNS,
+    "name": (pa.string(), "name of the reward"),
+    "value": (pa.float64(), "what the reward gave; null unless status is ok"),
+    "weight": (pa.float64(), "weight in the sum; 0 is stored and changes nothing"),
+    "status": (pa.string(), "ok, error, timeout, nonfinite or not_applicable"),
+    "error": (pa.string(), "what went wrong, one line; null when nothing did"),
+}
+
+ADVANTAGES: Columns = {
+    **_KEY_COLUMNS,
+    "reward": (pa.float64(), "weighted sum of the rewards; null when unscored"),
+    "group_mean": (pa.float64(), "mean reward over the scored rollouts of the group"),
+    "group_std": (pa.float64(), "sample standard deviation (n-1) of the same"),
+    "group_size": (pa.int32(), "scored rollouts of the group"),
+    "advantage": (pa.float64(), "group-relative advantage; null where not kept"),
+    "keep": (pa.bool_(), "true: update trains on the row"),
+    "reason": (
+        pa.string(),
+        "null when kept, else: empty, group_too_small, zero_variance, unscored, truncated, filtered",
+    ),
+}
+
+UPDATES: Columns = {
+    "iteration": (pa.int32(), "iteration of the update, from 0"),
+    "epoch": (pa.int32(), "pass over the kept rollouts, from 0"),
+    "step": (pa.int32(), "optimiser step within the iteration, from 0"),
+    "loss": (pa.float64(), "policy_loss + kl_coefficient * aggregated KL"),
+    "policy_loss": (pa.float64(), "minus the aggregated surrogate"),
+    "kl": (pa.float64(), "aggregated KL estimate to the reference; null without a KL term"),
+    "entropy": (pa.float64(), "mean entropy per response token, in nats"),
+    "ratio_mean": (pa.float64(), "mean importance ratio (per token, or per rollout for sequence ratios)"),
+    "ratio_max": (pa.float64(), "largest importance ratio"),
+    "clip_fraction_low": (pa.float64(), "share of ratios below 1 - clip_low whose advantage is negative"),
+    "clip_fraction_high": (pa.float64(), "share of ratios above 1 + clip_high whose advantage is positive"),
+    "grad_norm": (pa.float64(), "norm of the gradient before clipping"),
+    "learning_rate": (pa.float64(), "learning rate of the step"),
+    "rollouts": (pa.int32(), "kept rollouts of the step (N of the denominators)"),
+    "tokens": (pa.int64(), "response tokens of the step (sum T_i)"),
+    "skipped": (pa.bool_(), "true: nothing to learn from, the optimiser did not step"),
+    "mismatch_mean": (pa.float64(), "mean |policy_logprobs - old_logprobs|; first step only"),
+    "mismatch_max": (pa.float64(), "largest of the same; first step only"),
+    "mismatch_kl": (pa.float64(), "k3 estimate of KL(old || policy); first step only"),
+    "effective_sample_size": (pa.float64(), "(sum w)^2 / sum w^2 over tokens, as a share; first step only"),
+    "over_cap_fraction": (pa.float64(), "share of tokens with w outside [1/cap, cap]; first step only"),
+}
+
+LOGPROBS: Columns = {
+    **_KEY_COLUMNS,
+    "update_iteration": (pa.int32(), "iteration of the update that read the rollout"),
+    "step": (pa.int32(), "optimiser step that first read it"),
+    "policy_logprobs": (pa.list_(pa.float32()), "the learner's own, when it first read the rollout"),
+    "reference_logprobs": (pa.list_(pa.float32()), "of the reference; null without a KL term"),
+    "mismatch": (pa.float64(), "mean |policy_logprobs - old_logprobs| over the response"),
+}
+
+TABLES: dict[str, Columns] = {
+    "prompts": PROMPTS,
+    "rollouts": ROLLOUTS,
+    "rewards": REWARDS,
+    "advantages": ADVANTAGES,
+    "updates": UPDATES,
+    "logprobs": LOGPROBS,
+}
+
+
+def schema(table: str) -> pa.Schema:
+    """The exact Arrow schema of `table` (of `prompts`: its fixed columns; the user's own follow them)."""
+    return pa.schema([(name, data_type) for name, (data_type, _) in TABLES[table].items()])
+
+
+def encode(data: pa.Table) -> bytes:
+    """One Parquet file with one row group per million rows. The same rows give the same bytes."""
+    scalars = [field.name for field in data.schema if not pa.types.is_nested(field.type)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        data,
+        sink,
+        row_group_size=2**20,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=scalars,  # token ids and log-probs do not repeat: a dictionary makes them larger
+        write_page_checksum=True,
+    )
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def decode(table: str, files: Iterable[tuple[Path, bytes]], columns: list[str] | None = None) -> pa.Table:
+    """The rows of Parquet `files` (path for messages, content), in order; only `columns` when given.
+
+    Raises CorruptError when a file is no Parquet file or its schema is not that of `table`.
+    """
+    parts = []
+    for path, content in files:
+        try:
+            found = pq.read_schema(io.BytesIO(content))
+            part = pq.read_table(io.BytesIO(content), columns=columns, page_checksum_verification=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CorruptError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        check_schema(table, found, path)
+        parts.append(part)
+    if not parts:
+        return schema(table).empty_table().select(columns or schema(table).names)
+    return pa.concat_tables(parts)
+
+
+def check_schema(table: str, found: pa.Schema, path: Path) -> None:
+    """Raise CorruptError unless `found` is the schema of `table` (`prompts` may have more columns)."""
+    expected = schema(table)
+    present = pa.schema([found.field(i) for i in range(min(len(expected), len(found)))])
+    extra = len(found) > len(expected) and table != "prompts"
+    if extra or not present.equals(expected):
+        wrong = [f.name for f in expected if f not in list(found)] or found.names[len(expected) :]
+        raise CorruptError(f"{path}: schema is not that of table {table}: see column {wrong[0]}")
