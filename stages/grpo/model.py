@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -41,8 +42,7 @@ def load_model(checkpoint: Path, device: str) -> PreTrainedModel:
     model = _read_model(checkpoint)
     for tensor in _tensors(model).values():
         tensor.data = tensor.data.to(device, copy=True, memory_format=torch.contiguous_format)
-    # The tensors are there already; this tells modules that keep a device of their own.
-    return model.to(device).eval()
+    return model
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def eos_token_ids(checkpoint: Path) -> frozenset[int]:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """The largest number of positions the model was made for, prompt and response together; None: not said."""
+    """The most positions the model was made for, prompt and response together; None where it does not say."""
     length: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return length
 
@@ -98,7 +98,7 @@ def _read_model(checkpoint: Path) -> PreTrainedModel:
     _require_file(checkpoint, WEIGHT_FILES, "weights")
     with _quiet_transformers():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(checkpoint),
                 dtype=torch.float32,
                 attn_implementation="sdpa",
@@ -113,6 +113,8 @@ def _read_model(checkpoint: Path) -> PreTrainedModel:
         except (OSError, ValueError, ImportError, StrictDataclassError) as error:
             message = f"{checkpoint}: cannot be loaded as a causal language model: {_one_line(error)}"
             raise InputError(message) from error
+    model: PreTrainedModel
+    model, report = loaded
     _check_report(checkpoint, report)
     _check_weights(checkpoint, model)
     return model
@@ -132,11 +134,15 @@ def _check_report(checkpoint: Path, report: dict[str, Any]) -> None:
 def _check_weights(checkpoint: Path, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
-            message = f"weight {name} is {parameter.dtype}; only checkpoints that are not quantised can be used"
+            message = (
+                f"weight {name} is {parameter.dtype}; only checkpoints that are not quantised can be used"
+            )
             raise InputError(f"{checkpoint}: {message}")
         # aminmax lets NaN through to both and makes no copy.
         if parameter.numel() and not all(bool(end.isfinite()) for end in parameter.detach().aminmax()):
-            raise CorruptError(f"{checkpoint}: weight {name} holds NaN or infinity; every weight must be finite")
+            raise CorruptError(
+                f"{checkpoint}: weight {name} holds NaN or infinity; every weight must be finite"
+            )
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -187,11 +193,26 @@ def _one_line(error: Exception) -> str:
 def _quiet_transformers() -> Iterator[None]:
     """No progress bars or load reports on stderr: what matters in them is raised."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def best_device() -> str:
+    """`cuda` where a GPU is there, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_config(checkpoint: Path) -> PreTrainedConfig:
+    """The configuration of `checkpoint`, without its weights. Raises InputError."""
+    _require_file(checkpoint, ("config.json",), "a model")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{checkpoint}: its configuration cannot be used: {_one_line(error)}") from error
+    return config

@@ -23,7 +23,8 @@ from grpo.artifacts.run import check_size
 from grpo.errors import GrpoError, ResourceError, UsageError
 
 VIEWS = (*tables.TABLES, "samples", "timings", "manifests")
-MEMORY_GIB = 2
+MEMORY_GIB = 1.0
+BATCH_ROWS = 2**20  # rows handed out at a time
 _SAMPLES = Path(__file__).with_name("samples.sql")
 _TABLES_OF = {"update": ("updates", "logprobs")}
 
@@ -82,18 +83,35 @@ def query(
     parameters: dict[str, Any] | None = None,
     timeout_s: float | None = None,
 ) -> pa.Table:
-    """Run one statement. Raises UsageError (exit 2) with DuckDB's message, ResourceError (exit 7) over a limit."""
-    timer = threading.Timer(timeout_s, connection.interrupt) if timeout_s else None
+    """The rows of one statement.
+
+    Raises UsageError (exit 2) with DuckDB's message, ResourceError (exit 7) over a limit.
+    """
+    timer = threading.Timer(timeout_s or 0, connection.interrupt)
     try:
-        if timer:
+        if timeout_s:
             timer.start()
-        result = connection.execute(statement, parameters) if parameters else connection.execute(statement)
-        return result.to_arrow_table()
+        return connection.sql(statement, params=parameters).to_arrow_table()
     except duckdb.Error as error:
         raise _explained(error, timeout_s) from None
     finally:
-        if timer:
-            timer.cancel()
+        timer.cancel()
+
+
+def batches(
+    connection: duckdb.DuckDBPyConnection, statement: str, parameters: dict[str, Any]
+) -> Iterator[pa.Table]:
+    """The rows of one statement, BATCH_ROWS at a time, so that memory does not grow with their number."""
+    try:
+        for batch in connection.sql(statement, params=parameters).to_arrow_reader(BATCH_ROWS):
+            yield pa.Table.from_batches([batch])
+    except duckdb.Error as error:
+        raise _explained(error, None) from None
+
+
+def replace(connection: duckdb.DuckDBPyConnection, table: str, data: pa.Table) -> None:
+    """Show `data` in place of what is on disk under the view `table` of the only run."""
+    connection.register(f"_{table}_0", data)
 
 
 def _explained(error: duckdb.Error, timeout_s: float | None) -> GrpoError:

@@ -1,6 +1,6 @@
 """starter: nothing -> tiny-arithmetic, the checkpoint that a first run trains.
 
-A Qwen2 of 0.4M parameters over bytes, trained here in seconds, so that a first run downloads nothing. It is
+A Qwen3 of 0.4M parameters over bytes, trained here in seconds, so that a first run downloads nothing. It is
 made to be like a base model: it can do the task and mostly does not. For each one-digit sum it answers
 with the sum 30 % of the time ("3+4=" -> "7") and otherwise writes the two digits side by side ("34"). So
 greedy accuracy starts at 0, three samples in ten earn the reward, and GRPO has something to find.
@@ -8,21 +8,25 @@ greedy accuracy starts at 0, three samples in ten earn the reward, and GRPO has 
 All hundred sums are in this warm start. Twenty of them are held out of GRPO only (generate/arithmetic.py):
 accuracy there shows that GRPO moved a habit over to prompts it never saw, not that it taught addition.
 
+Qwen3 and not Qwen2, because for Qwen2 AutoTokenizer (transformers 5.16 to 5.23) builds its own tokenizer
+around the vocabulary it finds, with Unicode normalisation (NFC), and then not every text round-trips.
+
 Shapes: A answers (two for each sum), T tokens of prompt and answer, U the T - 1 tokens that predict one.
 """
 
 import math
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
+from grpo.artifacts import files
 from grpo.errors import InputError
 from grpo.generate import arithmetic
 
@@ -49,13 +53,13 @@ CHAT_TEMPLATE = (
 
 SUM_SHARE = 0.3  # of the answers to a prompt are its sum; about what makes groups of 4 to 8 samples differ
 SEED = 0
-STEPS = 160
+STEPS = 200
 WARMUP_STEPS = 20
 PEAK_LEARNING_RATE = 3e-3
 STEPS_PER_REPORT = 20
-# So small a model gains nothing from more threads, and a fixed number gives the same bits whatever the
-# number of cores.
-NUM_THREADS = 2
+# The matrices are too small for more threads to help much, and on a busy machine threads that wait for one
+# another made this ten times slower. One thread also gives the same bits whatever the number of cores.
+NUM_THREADS = 1
 IGNORED = -100  # the label that cross_entropy leaves out
 
 
@@ -65,22 +69,34 @@ def ensure(directory: Path, say: Callable[[str], None]) -> None:
     The directory is complete or absent: it is written beside its place and renamed into it. A second
     process waits for the first. Raises InputError where the directory lacks some of its files.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory.with_name(f".{directory.name}.lock")):
-        if directory.exists():
-            _refuse_incomplete(directory)
-            return
-        unfinished = directory.with_name(f".{directory.name}.unfinished")
-        if unfinished.exists():  # a process was killed: nobody else writes here while we hold the lock
-            shutil.rmtree(unfinished)
-        tokenizer = build_tokenizer()
-        model = train(tokenizer, STEPS, say)
+    if not directory.exists():
+        files.make_folder(directory.parent)
+        with FileLock(directory.with_name(f".{directory.name}.lock")):
+            if not directory.exists():
+                _build(directory, say)
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{directory}: not a complete starter model ({', '.join(missing)} missing); "
+            "move or delete the folder, and the next run trains it anew"
+        )
+
+
+def _build(directory: Path, say: Callable[[str], None]) -> None:
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    files.remove_folder(unfinished)  # of a process that was killed: we hold the lock
+    tokenizer = build_tokenizer()
+    model = train(tokenizer, STEPS, say)
+    with files.resource_errors(directory), _no_progress_bars():
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        for path in [*unfinished.iterdir(), unfinished]:
-            _sync(path)
-        unfinished.rename(directory)
-        _sync(directory.parent)
+    for path in unfinished.iterdir():
+        files.write_file(
+            path, path.read_bytes()
+        )  # again: transformers does not sync, and gives no one else rights
+    files.sync_folder(unfinished)
+    files.move(unfinished, directory)
+    files.sync_folder(directory.parent)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -93,7 +109,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (EOS, PAD)])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=PAD,
@@ -103,7 +119,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def train(tokenizer: PreTrainedTokenizerFast, num_steps: int, say: Callable[[str], None]) -> Qwen2ForCausalLM:
+def train(tokenizer: PreTrainedTokenizerFast, num_steps: int, say: Callable[[str], None]) -> Qwen3ForCausalLM:
     """Return the model after `num_steps` steps on all two hundred answers, each with its share.
 
     The loss is the expected one in nats per answer, not a sampled one: with every prompt's two answers in
@@ -120,17 +136,19 @@ def train(tokenizer: PreTrainedTokenizerFast, num_steps: int, say: Callable[[str
             _fit(model, ids_AT, labels_AU, share_A, num_steps, say)
         finally:
             torch.set_num_threads(num_threads)
-    return model.eval()
+    model.train(False)
+    return model
 
 
-def _untrained(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def _untrained(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen2Config(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=2,
         num_attention_heads=2,
+        head_dim=64,
         num_key_value_heads=1,  # grouped-query attention, as its larger relatives have
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=True,
@@ -138,13 +156,13 @@ def _untrained(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         bos_token_id=None,
         **special,
     )
-    model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(**special)
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
     return model
 
 
 def _fit(
-    model: Qwen2ForCausalLM,
+    model: Qwen3ForCausalLM,
     ids_AT: torch.Tensor,
     labels_AU: torch.Tensor,
     share_A: torch.Tensor,
@@ -161,7 +179,7 @@ def _fit(
         loss_AU = cross_entropy(logits_AUV.transpose(1, 2), labels_AU, ignore_index=IGNORED, reduction="none")
         loss = (loss_AU.sum(dim=1) * share_A).sum() / num_prompts
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % STEPS_PER_REPORT == 0 or step == num_steps:
@@ -205,18 +223,13 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
 
 
-def _refuse_incomplete(directory: Path) -> None:
-    missing = [name for name in FILES if not (directory / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{directory}: not a complete starter model ({', '.join(missing)} missing); "
-            "move or delete the folder, and the next run trains it anew"
-        )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    # transformers draws one while it writes, terminal or not; `say` is the only voice here.
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        os.fsync(descriptor)
+        yield
     finally:
-        os.close(descriptor)
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,8 +1,11 @@
 """artifacts: where things are, and how they are committed."""
 
+from grpo.artifacts import files
+from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_weight_file
 from grpo.artifacts.manifest import FileRecord, Manifest, Plan, digest, id_of
-from grpo.artifacts.run import ARTIFACTS, STAGE_OUTPUTS, Run, open_run
-from grpo.artifacts.staging import Staging, discard, roll_forward, staged_attempts
+from grpo.artifacts.retention import prune_optimizers
+from grpo.artifacts.run import ARTIFACTS, STAGE_OUTPUTS, Run, holder_of, open_run
+from grpo.artifacts.staging import Staging, choose_attempt, discard, roll_forward, staged_attempts
 
 __all__ = [
     "ARTIFACTS",
@@ -12,10 +15,17 @@ __all__ = [
     "Plan",
     "Run",
     "Staging",
+    "checkpoint_files",
+    "checkpoint_id",
+    "choose_attempt",
     "digest",
     "discard",
+    "files",
+    "holder_of",
     "id_of",
+    "is_weight_file",
     "open_run",
+    "prune_optimizers",
     "roll_forward",
     "staged_attempts",
 ]

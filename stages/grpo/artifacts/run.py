@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import files
+from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
 from grpo.artifacts.manifest import FileRecord, Manifest, read_manifest
 from grpo.config import Config
 from grpo.console import Console
@@ -38,7 +39,10 @@ class Run:
         self.config = config
         self.imports = imports
         self.console = console
+        self.start: dict[str, Path] = {}
+        """Checkpoints the run stands on, once their ids are known to be right: `policy` and `reference`."""
         self._verified: set[tuple[Path, str]] = set()
+        self._checkpoint_ids: dict[str, str] = {}
 
     def folder(self, output: str, iteration: int | None) -> Path:
         """Where an output is committed; `iteration` None for `prompts` and `policy`."""
@@ -73,17 +77,42 @@ class Run:
     def id_of(self, reference: str) -> str | None:
         """Present id of `name@iteration` or `name`, or None when it is not there. Example: policy@3."""
         name, _, at = reference.partition("@")
-        output, iteration = _holder(name, int(at) if at else None)
+        output, iteration = holder_of(name, int(at) if at else None)
         manifest = self.manifest(output, iteration)
-        return (
-            manifest.ids.get("policy" if output == "policy" and name == "policy" else name)
-            if manifest
-            else None
-        )
+        return manifest.ids.get(name) if manifest else None
 
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
         """Where a file of an output is."""
         return self.folder(output, iteration) / file.part / file.name
+
+    def policy_folder(self, iteration: int) -> Path:
+        """The checkpoint of policy `iteration`, verified."""
+        if iteration == 0:
+            return self.start["policy"]
+        manifest = self.require("update", iteration - 1, f"grpo update --iteration {iteration - 1}")
+        for file in manifest.files:
+            if file.part == "policy":
+                self.verify(file, self.path_of(file, "update", iteration - 1))
+        return self.folder("update", iteration - 1) / "policy"
+
+    def checkpoint_path(self, name: str) -> Path:
+        """Directory of a configured checkpoint: relative to the configuration's folder, or from the hub."""
+        return find_checkpoint(name, self.imports)
+
+    def checkpoint_id(self, name: str) -> str:
+        """Id of a configured checkpoint, computed once per process."""
+        if name not in self._checkpoint_ids:
+            self._checkpoint_ids[name] = checkpoint_id(self.checkpoint_path(name))
+        return self._checkpoint_ids[name]
+
+    def partial(self, manifest: Manifest | None) -> bool:
+        """Whether rewards of an output failed and have to be scored again before anything goes on."""
+        return bool(manifest and manifest.summary.get("failed") and self.config.score.on_error == "stop")
+
+    def has_optimizer(self, iteration: int) -> bool:
+        """Whether the optimiser state that update wrote in `iteration` is still there."""
+        folder = self.folder("update", iteration)
+        return (folder / "manifest.json").exists() and not (folder / "pruned.json").exists()
 
     def verify(self, file: FileRecord, path: Path) -> None:
         """Raise CorruptError (exit 6) unless `path` has the recorded size and sha256.
@@ -144,7 +173,7 @@ def iteration_folder(iteration: int) -> str:
     return f"iteration={iteration:06d}"
 
 
-def _holder(name: str, iteration: int | None) -> tuple[str, int | None]:
+def holder_of(name: str, iteration: int | None) -> tuple[str, int | None]:
     """The output that holds a named thing. The policy and optimiser of iteration i come from update i-1."""
     if name in ("prompts", "reference"):
         return ("prompts" if name == "prompts" else "policy"), None

@@ -8,6 +8,9 @@ import hashlib
 import json
 import platform
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +58,15 @@ class Staging:
         self._records = {record.name: record for record in _sidecars(self.folder)}
         for record in self._records.values():
             run.verify(record, self.folder / record.name)
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Add the seconds of a `with` block to `part` in timings.json."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
     def file_name(self, prefix: str, index: int) -> str:
         """`part-00003-<fp8>.parquet`: names of different attempts never clash."""
@@ -169,6 +181,23 @@ def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
         note = json.loads(path.read_bytes())
         notes[int(note["attempt"])] = str(note["fingerprint"])
     return notes
+
+
+def choose_attempt(run: Run, plan: Plan, committed: Manifest | None, force: bool) -> int:
+    """The attempt to work on: a new one above any other with `force`, else the newest begun at this plan.
+
+    An output that is partial is retried as a new attempt, so that its files get new names.
+    """
+    staged = staged_attempts(run, plan)
+    newest = max([*staged, *([committed.attempt] if committed else [])], default=-1)
+    if force:
+        return newest + 1
+    for attempt in sorted(staged, reverse=True):
+        if staged[attempt] == plan.fingerprint(attempt):
+            return attempt
+    if committed is not None and run.partial(committed) and plan.same_as(committed):
+        return newest + 1
+    return committed.attempt if committed else 0
 
 
 def roll_forward(run: Run) -> None:

@@ -3,6 +3,7 @@
 from grpo.config.loading import differing_keys, flatten, load, overridden_keys
 from grpo.config.model import (
     AdvantageConfig,
+    ColumnsConfig,
     Config,
     GenerateConfig,
     PromptsConfig,
@@ -13,6 +14,7 @@ from grpo.config.model import (
 
 __all__ = [
     "AdvantageConfig",
+    "ColumnsConfig",
     "Config",
     "GenerateConfig",
     "PromptsConfig",

@@ -10,6 +10,7 @@ Shapes: P prompts, B samples of a batch, N samples still in the batch (N <= B), 
 (left-padded to the longest), T response tokens, V vocabulary.
 """
 
+# ruff: noqa: N815  (fields end in their shape, too)
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from grpo.errors import DataError, EngineError
+from grpo.generate.draw import draw
 from grpo.generate.engine import Group, Request, Sample, Sampling, uniforms
 from grpo.generate.kv_cache import new_cache
-from grpo.logprobs import log_probabilities
 from grpo.model import context_length, eos_token_ids, load_model
 
 # Rows that have ended leave the batch when at most this share still runs: each copy of the cache then
@@ -118,32 +119,6 @@ def sample_batch(
     return record.groups(requests, eos_ids)
 
 
-def draw(logits_NV: Tensor, uniforms_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-probability: tokens_N int64, logprobs_N float32 after temperature.
-
-    Temperature 0 takes the likeliest token (the first of equals), with its log-probability at temperature 1.
-    """
-    temperature_N = torch.full_like(uniforms_N, temperature or 1.0)
-    logprobs_NV = log_probabilities(logits_NV, temperature_N)
-    if not bool(logprobs_NV.amax(-1).isfinite().all()):
-        raise DataError("the policy's logits hold NaN or infinity: its weights have diverged or are damaged")
-    tokens_N = pick(logprobs_NV.exp(), uniforms_N) if temperature else logprobs_NV.argmax(-1)
-    return tokens_N, logprobs_NV.gather(-1, tokens_N.unsqueeze(-1)).squeeze(-1)
-
-
-def pick(probabilities_NV: Tensor, uniforms_N: Tensor) -> Tensor:
-    """Inverse CDF: per row the first token whose cumulative probability exceeds its number in [0, 1).
-
-    A token of probability 0 never exceeds what came before it, so it is never picked. uniforms_N: float64.
-    """
-    cumulative_NV = probabilities_NV.cumsum(-1, dtype=torch.float64)
-    total_N = cumulative_NV[:, -1]
-    # Rounding can lift uniform * total to the total, which nothing exceeds; just below, the last token
-    # of positive probability does.
-    below_N = torch.minimum(uniforms_N * total_N, total_N.nextafter(torch.zeros_like(total_N)))
-    return torch.searchsorted(cumulative_NV, below_N.unsqueeze(-1), right=True).squeeze(-1)
-
-
 @dataclass
 class _Rows:
     """The samples in the batch: where each stands, and what the model needs for its next token."""
@@ -188,7 +163,7 @@ def _prefill(model: PreTrainedModel, requests: Sequence[Request], max_new_tokens
     # Responses never hold padding, hence the room: arange - width + length >= 0 is True there.
     position_PL = torch.arange(width + max_new_tokens, device=device) + (lengths_P - width).unsqueeze(-1)
     visible_PL = position_PL >= 0 if bool((lengths_P < width).any()) else None
-    cache = new_cache(model.config)
+    cache = new_cache(model.config, max_new_tokens)
     logits_PV = model(
         input_ids=torch.tensor(padded, device=device),
         attention_mask=None if visible_PL is None else visible_PL[:, :width],
@@ -253,12 +228,12 @@ def _check_forward(model: PreTrainedModel) -> None:
         if name not in accepted:
             message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
             raise EngineError(f"generate: {message}; use engine: vllm")
-    new_cache(model.config)
+    new_cache(model.config, max_new_tokens=1)
 
 
 def _check_requests(model: PreTrainedModel, shard: Sequence[Request], sampling: Sampling) -> None:
     """A token or a position the model does not have would be an IndexError, or worse on a GPU."""
-    room, vocabulary = context_length(model.config), model.get_input_embeddings().num_embeddings
+    room, vocabulary = context_length(model.config), model.config.get_text_config(decoder=True).vocab_size
     for request in shard:
         where, length = f"generate: group {request.group_id}", len(request.prompt_token_ids)
         if length == 0:

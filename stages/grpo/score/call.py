@@ -68,28 +68,18 @@ def find_problem(spec: FunctionSpec, file: Path | None, columns: Collection[str]
     file: where the module must come from (None: a built-in). columns: names of the data set's columns;
     None where they are not known yet, and then required keywords are not checked.
     """
-    module_name, _, name = spec.function.partition(":")
+    if file is not None and (problem := _module_problem(spec.function, file)):
+        return problem
+    function = load(spec.function)
     try:
-        function = load(spec.function)
-    except AttributeError as error:
-        module = importlib.sys.modules.get(module_name)
-        if module is None or hasattr(module, name):
-            return describe(error)
-        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        return f"no {name!r} in {module_name}; it has: {', '.join(known) or 'no functions'}"
-    except BaseException as error:  # noqa: BLE001 - whatever the user's module raises is the answer
-        return f"importing {module_name} failed: {describe(error)}"
-    if file is not None:
-        found = getattr(importlib.import_module(module_name), "__file__", None)
-        if found is None or not file.samefile(found):
-            return f"{module_name} is also the name of {found or 'a part of Python'}; rename {file.name}"
-    if not callable(function):
-        return f"{name} is not callable, it is {_kind(function)}"
+        inspect.signature(function)
+    except ValueError:
+        return "does not tell its parameters (compiled code); wrap it in a Python function"
     return _keyword_problem(function, spec.arguments, columns) or _argument_problem(spec)
 
 
 def run(spec: FunctionSpec, function: Callable[..., Any], group: GroupCall) -> list[Outcome]:
-    """Call the function on one group. Raises what it raises; TypeError and ValueError for an unusable result."""
+    """Call the function on one group. Raises what it raises, and for an unusable result too."""
     offered = {
         **group.columns,
         "prompts": group.prompts,
@@ -115,6 +105,23 @@ def describe(error: BaseException) -> str:
 
 async def _wait_for(result: Any) -> Any:
     return await result
+
+
+def _module_problem(function: str, file: Path) -> str | None:
+    module_name, _, name = function.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except BaseException as error:  # noqa: BLE001 - whatever the user's module raises is the answer
+        return f"importing {module_name} failed: {describe(error)}"
+    found = getattr(module, "__file__", None)
+    if found is None or not file.samefile(found):
+        return f"{module_name} is also the name of {found or 'a part of Python'}; rename {file.name}"
+    if not hasattr(module, name):
+        own = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module_name]
+        return f"no {name!r} in {module_name}; it has: {', '.join(own) or 'no functions'}"
+    if not callable(getattr(module, name)):
+        return f"{name} is not callable, it is {_kind(getattr(module, name))}"
+    return None
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -145,7 +152,9 @@ def _keyword_problem(
     missing = [n for n, p in accepted.items() if p.default is p.empty and n not in given]
     if not missing:
         return None
-    return f"needs {', '.join(missing)}: not in arguments, and no column; the columns are: {', '.join(columns)}"
+    return (
+        f"needs {', '.join(missing)}: not in arguments, and no column; the columns are: {', '.join(columns)}"
+    )
 
 
 def _argument_problem(spec: FunctionSpec) -> str | None:

@@ -2,8 +2,8 @@
 
 The built-in reward functions, with TRL's signature: `f(prompts, completions, **columns)`, lists of equal
 length (one group), a list of `float | None` back. A completion is a str, or for chat prompts a list of
-messages `[{"role": "assistant", "content": ...}]`. Every column of the data set and `completion_ids` arrive by
-name; the `arguments` of the configuration arrive as keywords too. None means that the reward does not apply.
+messages `[{"role": "assistant", "content": ...}]`. Every column of the data set and `completion_ids` arrive
+by name; so do the `arguments` of the configuration. None means that the reward does not apply.
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import Any
 Text = str | Sequence[Mapping[str, Any]]  # a prompt or completion: text, or chat messages
 Rewards = list[float | None]
 
-# A sign counts only where no word or closing bracket is before it: "5-3" is 5 and 3, "= -3" is -3, "-$3" is -3.
-# Commas group thousands ("1,234" is one number, "3,4" two). A full stop is a decimal point only before a digit.
+# A sign counts only where no word or closing bracket is before it: "5-3" is 5 and 3, "= -3" and "-$3" are -3.
+# Commas group thousands ("1,234" is one number, "3,4" two). A full stop before a digit is a decimal point.
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]}%.])[-\u2212])?(?:[$€£¥] ?(?P<inner_sign>[-\u2212])?)?"
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
@@ -68,8 +68,8 @@ def final_number(response: str) -> Decimal | None:
 
     It is read behind the last of these markers that has a number: `#### 18` (the number directly behind it),
     `\\boxed{18}` (inside the braces), `answer is 18`, `answer: 18`, `answer = 18` (in that sentence, or else
-    the next number at all). Of several numbers there, the first counts, or with `=` signs the first behind the
-    last of them ("the answer is 3 * 6 = 18"). Without a marker, the last number of the response counts.
+    the next number at all). Of several numbers there, the first counts, or with `=` signs the first behind
+    the last of them ("the answer is 3 * 6 = 18"). Without a marker, the last number of the response counts.
     Currency signs, thousands commas, units, percent signs and what follows are ignored.
     """
     text = _plain(response)
@@ -84,10 +84,8 @@ def final_number(response: str) -> Decimal | None:
     return _value(last)
 
 
-def regex_format(
-    prompts: Sequence[Text], completions: Sequence[Text], *, pattern: str, **_: Any
-) -> Rewards:
-    r"""1.0 where `pattern` matches the whole response as it is (re.fullmatch, `.` matches newlines), else 0.0.
+def regex_format(prompts: Sequence[Text], completions: Sequence[Text], *, pattern: str, **_: Any) -> Rewards:
+    r"""1.0 where `pattern` matches the whole response as it is (re.fullmatch, DOTALL), else 0.0.
 
     Example: `<think>.*</think>\s*<answer>.*</answer>\s*`. To look for it anywhere, put `.*` at both ends.
     Raises ValueError for a pattern that is no regular expression.
@@ -108,15 +106,13 @@ def length_penalty(
     buffer_tokens: int,
     **_: Any,
 ) -> Rewards:
-    """0 up to `max_tokens - buffer_tokens` response tokens, falling linearly to -1 at `max_tokens` and beyond.
+    """0 up to `max_tokens - buffer_tokens` response tokens, then linearly down to -1 at `max_tokens`.
 
     DAPO's soft overlong punishment (arXiv 2503.14476, equation 13). An end-of-sequence token counts.
     Raises ValueError unless 0 < buffer_tokens <= max_tokens.
     """
     if not 0 < buffer_tokens <= max_tokens:
-        raise ValueError(
-            f"needs 0 < buffer_tokens <= max_tokens, found buffer_tokens {buffer_tokens}, max_tokens {max_tokens}"
-        )
+        raise ValueError(f"needs 0 < buffer_tokens <= max_tokens, found {buffer_tokens} and {max_tokens}")
     free = max_tokens - buffer_tokens
     return [-min(max(len(ids) - free, 0), buffer_tokens) / buffer_tokens + 0.0 for ids in completion_ids]
 

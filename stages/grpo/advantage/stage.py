@@ -1,0 +1,158 @@
+"""advantage: rollouts + rewards -> advantages.
+
+One SQL query (advantage.sql) over the tables of the iteration. All selection happens here: update trains on
+exactly the rows with keep = true.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from grpo import sql, tables
+from grpo.artifacts import Manifest, Plan, Run, Staging, id_of
+from grpo.artifacts.files import sha256_of
+from grpo.errors import DataError, InputError, UsageError
+
+NAME = "advantage"
+OUTPUT = "advantages"
+STAGE_VERSION = 1
+_QUERY = Path(__file__).with_name("advantage.sql")
+_KEY = ", ".join(tables.KEY)
+
+
+def plan(run: Run, iteration: int) -> Plan:
+    """What this stage would do now. Raises InputError (exit 4) when an input is missing or partial."""
+    config = run.config.advantage
+    run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
+    rewards = run.require("rewards", iteration, f"grpo score --iteration {iteration}")
+    if run.partial(rewards):
+        raise InputError(
+            f"{run.folder('rewards', iteration)}: {rewards.summary['failed']} rewards failed;"
+            f" `grpo score --iteration {iteration}` tries them again, `score.on_error: drop` leaves them out"
+        )
+    sources = {}
+    if config.sql is not None:
+        sources["advantage.sql"] = sha256_of(_user_query(run))
+    return Plan(
+        stage=NAME,
+        stage_version=STAGE_VERSION,
+        output=OUTPUT,
+        iteration=iteration,
+        config={"advantage": config.model_dump()},
+        reads=_reads(run, iteration, rewards),
+        sources=sources,
+    )
+
+
+def _reads(run: Run, iteration: int, rewards: Manifest) -> dict[str, str]:
+    """Ids of the inputs. A reward of weight 0 counts only for a user's own SQL, which may look at it."""
+    config = run.config.advantage
+    own_sql = config.where is not None or config.sql is not None
+    weights = rewards.summary["weights"]
+    names = [f"reward/{name}@{iteration}" for name in weights if own_sql or weights[name] != 0]
+    references = [f"rollouts@{iteration}", *names, *(["prompts"] if own_sql else [])]
+    return {reference: run.id_of(reference) or "" for reference in references}
+
+
+@contextmanager
+def open_tool(run: Run) -> Iterator[None]:
+    """Nothing is kept open: a connection sees the files that were there when it was made."""
+    yield
+
+
+def run(run: Run, iteration: int, staging: Staging, tool: None) -> Manifest:
+    """Write and commit `advantages` of one iteration."""
+    for table, output in (("rollouts", "rollouts"), ("rewards", "rewards")):
+        for file in run.require(output, iteration, f"grpo {NAME}").files:
+            if file.table == table:
+                run.verify(file, run.path_of(file, output, iteration))
+    records, kept, zero, scored, total = [], 0, 0, 0, 0.0
+    with staging.clock("advantage"):
+        for index, data in enumerate(_advantages(run, iteration)):
+            data = data.cast(tables.schema(OUTPUT))
+            records.append(staging.write_table(OUTPUT, staging.file_name("part", index), data))
+            kept += pc.sum(data["keep"]).as_py() or 0
+            zero += pc.sum(pc.equal(data["advantage"], 0.0)).as_py() or 0
+            scored += pc.count(data["reward"]).as_py()
+            total += pc.sum(data["reward"]).as_py() or 0.0
+    reward_mean = total / scored if scored else None
+    summary = {"kept": kept, "zero_advantage": zero, "scored": scored, "reward_mean": reward_mean}
+    return staging.commit({OUTPUT: id_of(records)}, records, summary)
+
+
+def _advantages(run: Run, iteration: int) -> Iterator[pa.Table]:
+    """The rows of `advantages` in key order, a bounded number at a time."""
+    config = run.config.advantage
+    parameters: dict[str, Any] = {
+        "scale": config.scale,
+        "epsilon": config.epsilon,
+        "drop_zero_variance": config.drop_zero_variance,
+        "truncated": config.truncated,
+    }
+    with sql.connect([run], iteration) as connection:
+        if config.sql is None and config.where is None:
+            yield from sql.batches(connection, _QUERY.read_text(), parameters)
+            return
+        data = sql.query(connection, _QUERY.read_text(), parameters)
+        if config.sql is not None:
+            data = _replace(data, sql.query(connection, _user_query(run).read_text()), config.sql)
+        if config.where is not None:
+            sql.replace(connection, "advantages", data)
+            condition = f"select {_KEY} from samples where ({config.where})"
+            data = _drop(data, sql.query(connection, condition))
+        yield data
+
+
+def _replace(data: pa.Table, own: pa.Table, name: str) -> pa.Table:
+    """`data` with the advantages of the user's query; rows that it leaves out are not kept."""
+    missing = [column for column in (*tables.KEY, "advantage") if column not in own.column_names]
+    if missing:
+        raise UsageError(f"{name}: returns no column {missing[0]}; it must return {_KEY}, advantage")
+    own = own.select([*tables.KEY, "advantage"]).rename_columns([*tables.KEY, "own"])
+    if own.group_by(list(tables.KEY)).aggregate([]).num_rows != own.num_rows:
+        raise DataError(f"{name}: returns a rollout twice; it must return each ({_KEY}) once")
+    keys = {key: pa.int32() for key in tables.KEY}
+    own = own.cast(pa.schema([*keys.items(), ("own", pa.float64())]))
+    joined = data.join(own, list(tables.KEY), join_type="left outer").sort_by(
+        [(key, "ascending") for key in tables.KEY]
+    )
+    given = pc.and_(joined["keep"], pc.is_valid(joined["own"]))
+    finite = pc.fill_null(pc.is_finite(joined["own"]), True)
+    if not pc.all(finite).as_py():
+        raise DataError(f"{name}: returns an advantage that is nan or infinite")
+    joined = _unkept(joined, pc.and_(joined["keep"], pc.is_null(joined["own"])))
+    advantage = pc.if_else(given, joined["own"], None)
+    index = joined.schema.get_field_index("advantage")
+    return joined.set_column(index, "advantage", advantage).select(data.column_names)
+
+
+def _drop(data: pa.Table, wanted: pa.Table) -> pa.Table:
+    """`data` with `keep` only where the key is among `wanted`."""
+    marked = wanted.append_column("wanted", pa.array([True] * len(wanted), pa.bool_()))
+    joined = data.join(marked, list(tables.KEY), join_type="left outer").sort_by(
+        [(key, "ascending") for key in tables.KEY]
+    )
+    return _unkept(joined, pc.and_(joined["keep"], pc.is_null(joined["wanted"]))).select(data.column_names)
+
+
+def _unkept(data: pa.Table, dropped: pa.ChunkedArray) -> pa.Table:
+    """`data` with the rows marked true in `dropped` not kept, reason `filtered`."""
+    columns = {
+        "advantage": pc.if_else(dropped, None, data["advantage"]),
+        "keep": pc.and_(data["keep"], pc.invert(dropped)),
+        "reason": pc.if_else(dropped, "filtered", data["reason"]),
+    }
+    for name, column in columns.items():
+        data = data.set_column(data.schema.get_field_index(name), name, column)
+    return data
+
+
+def _user_query(run: Run) -> Path:
+    path = run.imports / str(run.config.advantage.sql)
+    if not path.is_file():
+        raise UsageError(f"advantage.sql: {path}: no such file")
+    return path

@@ -1,0 +1,54 @@
+"""artifacts.checkpoint: a Hugging Face checkpoint directory as files: which belong to it, and its id."""
+
+from pathlib import Path
+
+from grpo.artifacts.files import sha256_of
+from grpo.artifacts.manifest import digest
+from grpo.errors import InputError
+
+_BELONGS = {
+    ".safetensors",
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+}  # weights, configuration, tokenizer, template
+_OURS = {"probe.json", "trainer_state.json"}
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of a checkpoint holds weights, or says which file holds which."""
+    return name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files that make up a checkpoint, by name. Raises InputError (exit 4) when there are no weights."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such directory; a Hugging Face checkpoint directory is needed")
+    found = [path for path in folder.iterdir() if path.suffix in _BELONGS and path.name not in _OURS]
+    if not any(is_weight_file(path.name) for path in found):
+        raise InputError(f"{folder}: holds no .safetensors weights; pickled weights are never read")
+    return sorted(path for path in found if path.is_file())
+
+
+def checkpoint_id(folder: Path) -> str:
+    """Id of the policy in `folder`: a digest of its files' content in the order of their names."""
+    return digest([sha256_of(path) for path in checkpoint_files(folder)])
+
+
+def find_checkpoint(name: str, folder: Path) -> Path:
+    """The local directory of a checkpoint: a path relative to `folder`, or a hub id, downloaded once.
+
+    Raises InputError (exit 4) when it is neither.
+    """
+    path = folder / name
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in sorted(_BELONGS)]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{name}: no directory {path}, and not to be had from the hub: {reason}") from None

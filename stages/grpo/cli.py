@@ -1,0 +1,201 @@
+"""cli: the command `grpo`, every command on one screen. Data goes to stdout, everything else to stderr.
+
+Nothing heavy is imported before a command runs.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from grpo.errors import GrpoError, UsageError
+
+if TYPE_CHECKING:
+    from grpo.artifacts import Run
+
+app = typer.Typer(
+    help="GRPO as a data pipeline: generate -> score -> advantage -> update, every stage a table on disk.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The configuration.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", help="Override a key: --set update.learning_rate=1e-6")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the next to do.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, also where nothing is missing.")]
+RunArgument = Annotated[str, typer.Argument(help="Name of a run; default: that of the configuration.")]
+CONFIG = Path("pipeline.yaml")
+
+
+@app.command()
+def run(
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
+    until: Annotated[int | None, typer.Option(help="Until N iterations are complete.")] = None,
+    from_: Annotated[int | None, typer.Option("--from", help="Do iteration N and later again.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show the resolved configuration and what is done.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Every iteration, resuming by itself: what is complete is not done again."""
+    from grpo import commands
+
+    if dry_run:
+        commands.dry_run(_run(config, set_, as_json))
+        return
+    with _working(config, set_, as_json) as opened:
+        result = commands.run(opened, until, from_)
+    if as_json:
+        _print_json(result)
+
+
+def _stage_command(name: str, summary: str) -> None:
+    def command(
+        config: ConfigOption = CONFIG,
+        set_: SetOption = [],  # noqa: B006
+        iteration: StageIteration = "",
+        force: ForceOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        from grpo import commands
+
+        with _working(config, set_, as_json) as opened:
+            result = commands.run_stage(opened, name, iteration, force)
+        if as_json:
+            _print_json(result)
+
+    app.command(name, help=summary)(command)
+
+
+_stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
+_stage_command("score", "Stage 2: rollouts + prompts -> rewards.")
+_stage_command("advantage", "Stage 3: rollouts + rewards -> advantages.")
+_stage_command("update", "Stage 4: policy + rollouts + advantages -> next policy.")
+
+
+@app.command()
+def status(
+    name: RunArgument = "",
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    every: Annotated[bool, typer.Option("--all", help="Every iteration, not only the last.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Iterations x stages: done, partial, stale, differs, missing; reward, KL, length, seconds."""
+    from grpo import status as status_module
+
+    opened = _reading(name, config, set_)
+    if as_json:
+        _print_json(status_module.describe(opened))
+    else:
+        status_module.print_status(opened, every)
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="A query; none: an interactive prompt.")] = "",
+    config: ConfigOption = CONFIG,
+    names: Annotated[list[str], typer.Option("--run", help="A run to open; may be given again.")] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Write to a .parquet, .csv or .json file.")] = None,
+    timeout_s: Annotated[float, typer.Option(help="Seconds a query may take.")] = 600.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Read-only SQL over the tables of runs, and over samples, timings and manifests."""
+    from grpo import commands
+
+    runs = [_reading(name, config, []) for name in names or [""]]
+    commands.sql(runs, query, out, timeout_s, as_json)
+
+
+@app.command()
+def show(
+    name: RunArgument = "",
+    config: ConfigOption = CONFIG,
+    iteration: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+    where: Annotated[str | None, typer.Option(help="SQL condition over samples.")] = None,
+    groups: Annotated[int, typer.Option(help="How many prompts.", min=1)] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Read rollouts as a person: prompt, its K responses, rewards, advantages."""
+    from grpo import show as show_module
+
+    rows = show_module.fetch(_reading(name, config, []), iteration, where, groups)
+    if as_json:
+        _print_json(rows)
+    else:
+        show_module.print_rollouts(rows)
+
+
+def _run(path: Path, overrides: list[str], quiet: bool) -> "Run":
+    from grpo.artifacts import ARTIFACTS, Run
+    from grpo.config import load
+    from grpo.console import Console
+
+    return Run(ARTIFACTS, load(path, overrides), path.absolute().parent, Console(quiet))
+
+
+@contextmanager
+def _working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
+    """The run of a configuration, locked and prepared for work."""
+    from grpo import runner, start
+
+    opened = _run(path, overrides, quiet)
+    with opened.lock(), opened.console.signals():
+        runner.recover(opened)
+        start.prepare(opened)
+        runner.finish_start_over(opened)
+        yield opened
+
+
+def _reading(name: str, path: Path, overrides: list[str]) -> "Run":
+    """A run to read: that of the configuration, or by name with the configuration it was created with."""
+    from grpo.artifacts import ARTIFACTS, Run, open_run
+    from grpo.config import Config
+    from grpo.console import Console
+
+    if not name or (path.exists() and _run(path, overrides, True).name == name):
+        if not name and not path.exists():
+            raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
+        configured = _run(path, overrides, False)
+        open_run(configured.name)
+        return configured
+    created = Config.model_validate(open_run(name)["config"])
+    return Run(ARTIFACTS, created, path.absolute().parent, Console())
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, allow_nan=False, default=str))
+
+
+def main() -> None:
+    """Run the command line; a GrpoError ends it with one line on stderr and its exit code."""
+    usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except GrpoError as error:
+        _fail(str(error), error.exit_code)
+    except usage_error as error:
+        message = error.format_message()
+        _fail(f"{message.rstrip('.')}; see `grpo --help`", 2)
+    except typer.Abort:
+        _fail("aborted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # `grpo sql ... | head`: the reader has seen enough
+        sys.exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+    from grpo.console import printable
+
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message, "exit": code}), file=sys.stderr)
+    else:
+        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,177 @@
+"""prompts: the user's rows -> the `prompts` table, once per run; and which of them an iteration draws."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from grpo import tables
+from grpo.artifacts import Manifest, Plan, Run, Staging, id_of
+from grpo.artifacts.files import sha256_of
+from grpo.config import ColumnsConfig, PromptsConfig
+from grpo.errors import DataError, InputError
+from grpo.generate.source import BUILT_IN, Row, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OUTPUT = "prompts"
+STAGE_VERSION = 1
+_ROWS_PER_SHARD = 100_000
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+def plan(run: Run) -> Plan:
+    """What the prompts of this run depend on. Raises DataError (exit 3) when the source is missing."""
+    config = run.config.prompts
+    path = run.imports / config.source
+    if config.source != BUILT_IN and not path.is_file():
+        raise DataError(f"prompts.source: {path}: no such file")
+    sources = {} if config.source == BUILT_IN else {"prompts.source": sha256_of(path)}
+    described = config.model_dump(exclude=set() if config.source == BUILT_IN else {"source"})
+    return Plan("prompts", STAGE_VERSION, OUTPUT, None, {"prompts": described}, {}, sources)
+
+
+def prepare(
+    run: Run, staging: Staging, num_tokens: Callable[[list[Row]], list[int]], room: int | None
+) -> Manifest:
+    """Write and commit `prompts`.
+
+    `num_tokens` gives the length of each row's prompt as the model sees it; `room` is the longest that leaves
+    space for max_new_tokens (None: the model has no limit). Raises DataError (exit 3) naming file and line.
+    """
+    config = run.config.prompts
+    records, ids, skipped, schema = [], set[Any](), 0, None
+    for index, chunk in enumerate(_chunks(_normalised(run), _ROWS_PER_SHARD)):
+        kept = []
+        lengths = num_tokens([row for _, row in chunk])
+        for (place, row), length in zip(chunk, lengths, strict=True):
+            if "id" in row and row["id"] in ids:
+                raise DataError(f"{place}: id {row['id']!r} stands twice; ids must be unique")
+            ids.add(row.get("id", len(ids)))
+            if room is None or length <= room:
+                kept.append(row)
+            elif config.on_long_prompt == "skip":
+                skipped += 1
+            else:
+                raise DataError(
+                    f"{place}: prompt of {length} tokens, but the model's context leaves room for {room} beside"
+                    " max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"
+                )
+        data = _table(kept, schema)
+        schema = data.schema
+        records.append(staging.write_table("prompts", staging.file_name("part", index), data))
+    if not sum(record.rows or 0 for record in records):
+        raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
+    return staging.commit({OUTPUT: id_of(records)}, records, {"skipped": skipped})
+
+
+def draw(num_prompts: int, seed: int, iteration: int, count: int) -> np.ndarray:
+    """Rows of the prompts table that an iteration draws, int64 [count].
+
+    Each pass over the data is a permutation of its own; iteration i takes positions i * count onwards.
+    """
+    positions = np.arange(iteration * count, (iteration + 1) * count)
+    drawn = np.empty(count, dtype=np.int64)
+    for number in np.unique(positions // num_prompts):
+        order = np.random.default_rng([seed, int(number)]).permutation(num_prompts)
+        here = positions // num_prompts == number
+        drawn[here] = order[positions[here] % num_prompts]
+    return drawn
+
+
+def render(row: Row, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text the model sees: messages through the tokenizer's own chat template, or the prompt as it is."""
+    if row["messages"] is None:
+        return str(row["prompt"])
+    if tokenizer.chat_template is None:
+        raise InputError("prompts: are chat messages, but the model's tokenizer has no chat template")
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+    return str(text)
+
+
+def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[list[int]]]:
+    """Text and token ids of each prompt. A template writes its own special tokens, a plain prompt does not."""
+    texts = [render(row, tokenizer) for row in rows]
+    token_ids: list[list[int]] = []
+    for row, text in zip(rows, texts, strict=True):
+        token_ids.append(list(tokenizer(text, add_special_tokens=row["messages"] is None).input_ids))
+    return texts, token_ids
+
+
+def _chunks(items: Iterator[tuple[str, Row]], size: int) -> Iterator[list[tuple[str, Row]]]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _normalised(run: Run) -> Iterator[tuple[str, Row]]:
+    """Rows of the source with prompt_id, prompt, messages, answer, and every other column as it is."""
+    config = run.config.prompts
+    for prompt_id, (place, row) in enumerate(read_rows(config.source, run.imports)):
+        yield place, {"prompt_id": prompt_id, **_normalise(place, row, config)}
+
+
+def _normalise(place: str, row: Row, config: PromptsConfig) -> Row:
+    if "prompt_id" in row:
+        raise DataError(
+            f"{place}: column prompt_id is the pipeline's own; give yours another name, such as id"
+        )
+    names = config.columns
+    messages = row.get(names.messages)
+    prompt = row.get(names.prompt) if messages is None else None
+    if messages is None and names.prompt not in row:
+        raise DataError(f"{place}: no column {names.prompt}; found {', '.join(row)} (prompts.columns.prompt)")
+    if messages is None and (not isinstance(prompt, str) or not prompt.strip()):
+        raise DataError(f"{place}: {names.prompt} is {prompt!r}; a prompt must be text that is not empty")
+    if messages is not None:
+        messages = [_message(place, message) for message in _as_list(place, names, messages)]
+    elif config.chat or config.system is not None:
+        messages, prompt = [{"role": "user", "content": prompt}], None
+    if config.system is not None and messages is not None:
+        messages = [{"role": "system", "content": config.system}, *messages]
+    taken = {names.prompt, names.messages, names.answer}
+    others = {name: value for name, value in row.items() if name not in taken}
+    answer = _answer(place, names.answer, row.get(names.answer))
+    return {"prompt": prompt, "messages": messages, "answer": answer, **others}
+
+
+def _as_list(place: str, names: ColumnsConfig, messages: Any) -> list[Any]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{place}: {names.messages} must be a list of {{role, content}} that is not empty")
+    return messages
+
+
+def _message(place: str, message: Any) -> Row:
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        raise DataError(f"{place}: a message must be {{role, content}} with role one of {', '.join(_ROLES)}")
+    if not isinstance(message.get("content"), str):
+        raise DataError(f"{place}: a message's content must be text; images are not supported")
+    return {"role": message["role"], "content": message["content"]}
+
+
+def _answer(place: str, name: str, answer: Any) -> str | None:
+    if answer is None or isinstance(answer, str):
+        return answer
+    if isinstance(answer, int | float):
+        return str(answer)
+    raise DataError(f"{place}: {name} must be text or a number, found {type(answer).__name__}")
+
+
+def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
+    """Rows as Arrow, the pipeline's columns first; later shards take the schema of the first."""
+    fixed = tables.schema("prompts")
+    try:
+        if schema is None:
+            names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
+            own = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+            schema = pa.schema([*fixed, *(own.schema if names else ())])
+        return pa.Table.from_pylist(rows, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise DataError(f"prompts.source: a column holds values of several types: {error}") from None

@@ -1,0 +1,254 @@
+"""runner: iterations x stages. What is done, what is stale, what runs next.
+
+The state of everything is read from manifests; the runner remembers nothing. `grpo run` and the stage commands
+take the same path through `perform`.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.advantage import stage as advantage
+from grpo.artifacts import (
+    Manifest,
+    Plan,
+    Run,
+    Staging,
+    choose_attempt,
+    discard,
+    files,
+    holder_of,
+    prune_optimizers,
+    roll_forward,
+    staged_attempts,
+)
+from grpo.errors import InputError
+from grpo.generate import stage as generate
+from grpo.score import stage as score
+from grpo.update import stage as update
+
+_INTENT = ".from.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as the runner sees it; the functions are those of its stage.py."""
+
+    name: str
+    output: str
+    plan: Callable[[Run, int], Plan]
+    open_tool: Callable[[Run], AbstractContextManager[Any]]
+    run: Callable[[Run, int, Staging, Any], Manifest]
+
+
+STAGES = tuple(
+    Stage(module.NAME, module.OUTPUT, module.plan, module.open_tool, module.run)
+    for module in (generate, score, advantage, update)
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """Of one stage in one iteration: done, partial, stale, differs or missing; and why, where it is not done."""
+
+    name: str
+    why: str = ""
+
+
+class Tools:
+    """What is slow to set up, opened when a stage first needs it and kept until the end."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> "Tools":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def get(self, stage: Stage) -> Any:
+        """The stage's tool."""
+        if stage.name not in self._open:
+            self._open[stage.name] = self._stack.enter_context(stage.open_tool(self._run))
+        return self._open[stage.name]
+
+
+def perform(run: Run, stage: Stage, iteration: int, tools: Tools, force: bool = False) -> Manifest:
+    """Bring one stage of one iteration up to date: do it, finish it, or find that nothing is to be done."""
+    plan = stage.plan(run, iteration)
+    committed = run.manifest(stage.output, iteration)
+    attempt = choose_attempt(run, plan, committed, force)
+    if committed is not None and committed.fingerprint == plan.fingerprint(attempt):
+        return committed
+    tool = tools.get(stage)
+    manifest = stage.run(run, iteration, Staging(run, plan, attempt), tool)
+    if stage.output == update.OUTPUT:
+        prune_optimizers(run)
+    return manifest
+
+
+def states(run: Run) -> dict[int, dict[str, State]]:
+    """State of every stage of every iteration on disk, by iteration and stage name."""
+    stale: set[tuple[str, int | None]] = set()
+    found: dict[int, dict[str, State]] = {}
+    for iteration in run.iterations():
+        found[iteration] = {stage.name: _state(run, stage, iteration, stale) for stage in STAGES}
+    return found
+
+
+def _state(run: Run, stage: Stage, iteration: int, stale: set[tuple[str, int | None]]) -> State:
+    """State of one output; what is stale is added to `stale`, since what reads it is stale too."""
+    manifest = run.manifest(stage.output, iteration)
+    if manifest is None:
+        return State("missing")
+    reason = _stale_because(run, stage, iteration, manifest, stale)
+    if reason:
+        stale.add((stage.output, iteration))
+        return State("stale", reason)
+    if run.partial(manifest):
+        return State("partial", f"{manifest.summary['failed']} rewards failed")
+    plan = stage.plan(run, iteration)
+    changes = plan.differences(manifest)
+    if not changes and not plan.same_as(manifest):
+        changes = ["its shard plan"]
+    return State("differs", "; ".join(changes)) if changes else State("done")
+
+
+def _stale_because(
+    run: Run, stage: Stage, iteration: int, manifest: Manifest, stale: set[tuple[str, int | None]]
+) -> str:
+    for reference, recorded in manifest.reads.items():
+        present = run.id_of(reference)
+        if present is None:
+            return f"{reference} is gone"
+        if present != recorded:
+            return f"{reference} changed"
+        if _holder(reference) in stale:
+            return f"{reference} is stale"
+    try:
+        plan = stage.plan(run, iteration)
+    except InputError as error:
+        return str(error)
+    added = [reference for reference in plan.reads if reference not in manifest.reads]
+    return f"{added[0]} is new" if added and not plan.differences(manifest) else ""
+
+
+def run_iterations(run: Run, until: int, report: Callable[[int], None]) -> int:
+    """Complete iterations 0 .. until-1, doing only what is missing; returns how many were worked on.
+
+    Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
+    """
+    present = states(run)
+    _refuse_stale(run, present)
+    worked = 0
+    with Tools(run) as tools:
+        for iteration in range(until):
+            todo = [stage for stage in STAGES if _open_work(present, stage, iteration)]
+            if not todo:
+                continue
+            if not worked:
+                _say_changes(run, todo, iteration)
+                tools.get(STAGES[1])  # a reward that cannot be used must stop before rollouts are paid for
+            for stage in todo:
+                run.console.stop_requested()
+                perform(run, stage, iteration, tools)
+            worked += 1
+            report(iteration)
+    return worked
+
+
+def _open_work(present: dict[int, dict[str, State]], stage: Stage, iteration: int) -> bool:
+    return iteration not in present or present[iteration][stage.name].name in ("missing", "partial")
+
+
+def _refuse_stale(run: Run, present: dict[int, dict[str, State]]) -> None:
+    for iteration, by_stage in present.items():
+        for name, state in by_stage.items():
+            if state.name == "stale":
+                raise InputError(
+                    f"run {run.name}: {name} of iteration {iteration} is stale ({state.why}); `grpo run --from"
+                    f" {iteration}` does it and all that follows again, `grpo {name} --iteration {iteration}` it"
+                    " alone; a fork keeps both (`grpo fork`, not available yet)"
+                )
+
+
+def _say_changes(run: Run, todo: list[Stage], iteration: int) -> None:
+    """Name each key that is not what the last manifest of its stage was made with."""
+    for stage in STAGES:
+        last = run.manifest(stage.output, iteration if stage not in todo else iteration - 1)
+        if last is None or (stage in todo and iteration == 0):
+            continue
+        for change in differences_of(run, stage, last):
+            run.console.say(f"from iteration {iteration if stage in todo else iteration + 1}: {change}")
+
+
+def differences_of(run: Run, stage: Stage, manifest: Manifest) -> list[str]:
+    """What changed in configuration and code since `manifest` of `stage`."""
+    assert manifest.iteration is not None
+    return stage.plan(run, manifest.iteration).differences(manifest)
+
+
+def start_over(run: Run, iteration: int) -> None:
+    """`--from N`: note the intent, then clear the way; a killed one is finished by the next run."""
+    files.write_file(run.path / _INTENT, json.dumps({"from": iteration}).encode())
+    files.sync_folder(run.path)
+    finish_start_over(run)
+
+
+def finish_start_over(run: Run) -> None:
+    """Move later iterations, then what is stale or differs in N and what follows it there, to .trash."""
+    path = run.path / _INTENT
+    if not path.exists():
+        return
+    first = int(json.loads(path.read_bytes())["from"])
+    for iteration in sorted((n for n in run.iterations() if n > first), reverse=True):
+        discard(run, run.staging_root(iteration))
+        discard(run, run.folder("", iteration))
+    discard(run, run.staging_root(first))
+    by_stage = states(run).get(first, {})
+    redo = False
+    for stage in STAGES:
+        redo = redo or (stage.name in by_stage and by_stage[stage.name].name in ("stale", "differs"))
+        if redo:
+            discard(run, run.folder(stage.output, first))
+    files.remove_file(path)
+    files.sync_folder(run.path)
+
+
+def recover(run: Run) -> None:
+    """Finish what a crash cut off. Needs the lock."""
+    roll_forward(run)
+
+
+def followers(run: Run, output: str, iteration: int) -> list[str]:
+    """Outputs on disk that read `output` of `iteration`, directly or not: `update@3`, in order."""
+    reached: set[tuple[str, int | None]] = {(output, iteration)}
+    texts = []
+    for number in (n for n in run.iterations() if n >= iteration):
+        for stage in STAGES:
+            manifest = run.manifest(stage.output, number)
+            if manifest is None or (stage.output, number) in reached:
+                continue
+            holders = {_holder(reference) for reference in manifest.reads}
+            if holders & reached:
+                reached.add((stage.output, number))
+                texts.append(f"{stage.output}@{number}")
+    return texts
+
+
+def _holder(reference: str) -> tuple[str, int | None]:
+    name, _, at = reference.partition("@")
+    return holder_of(name, int(at) if at else None)
+
+
+def unfinished(run: Run, stage: Stage, iteration: int) -> bool:
+    """Whether an attempt at the output was begun and not committed."""
+    try:
+        return bool(staged_attempts(run, stage.plan(run, iteration)))
+    except InputError:
+        return False

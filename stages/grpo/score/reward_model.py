@@ -1,0 +1,179 @@
+"""reward_model: prompts + responses -> one number per rollout, from a classifier checkpoint
+
+A reward model is a Hugging Face sequence classifier with one label. Texts go through its own tokenizer and
+chat template, never the policy's. B rows, T tokens.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from grpo.errors import CorruptError, InputError
+from grpo.model import context_length, load_tokenizer
+from grpo.score.outcome import Outcome, one_line
+from grpo.score.rewards import Text
+
+NO_LIMIT = 10**30  # as tokenizers say it
+
+
+class RewardModel:
+    """A classifier in float32 on `device`, kept between iterations.
+
+    directory: a local checkpoint, safetensors. Raises InputError where it is not there, cannot be loaded
+    without code of its own, lacks weights, or does not have exactly one label; CorruptError where its
+    weights cannot be read.
+    """
+
+    def __init__(self, directory: Path, device: str) -> None:
+        if not directory.is_dir():
+            raise InputError(f"reward model {directory}: no such directory")
+        self._model = _load_classifier(directory, device)
+        self._tokenizer: Any = load_tokenizer(directory)  # Any: its calls return unions of everything
+        self._device = device
+        self._text_config = self._model.config.get_text_config()
+        self._pad_token_id: int | None = self._text_config.pad_token_id
+        self._max_tokens = _max_tokens(self._model, self._tokenizer)
+
+    def score(
+        self, prompts: Sequence[Text], completions: Sequence[Text], max_tokens_per_batch: int
+    ) -> list[Outcome]:
+        """Outcomes in the order of the rollouts.
+
+        max_tokens_per_batch: rows x longest row, padding included; memory only, it never changes a value
+        beyond rounding. A rollout that is longer than the model's context is an `error`, never cut.
+        """
+        outcomes: dict[int, Outcome] = {}
+        rows: dict[int, list[int]] = {}
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                rows[index] = self._token_ids(prompt, completion)
+            except TemplateError as error:
+                text = f"the reward model's chat template refuses the messages: {error}"
+                outcomes[index] = Outcome(None, "error", one_line(text))
+                continue
+            problem = self._length_problem(len(rows[index]))
+            if problem is not None:
+                outcomes[index] = Outcome(None, "error", problem)
+                del rows[index]
+        for batch in _batches(rows, max_tokens_per_batch):
+            values = self._values([rows[index] for index in batch])
+            outcomes.update(zip(batch, map(_outcome, values), strict=True))
+        return [outcomes[index] for index in range(len(prompts))]
+
+    def _token_ids(self, prompt: Text, completion: Text) -> list[int]:
+        """The whole conversation through the chat template; without one, the texts behind each other."""
+        messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
+        if self._tokenizer.chat_template is not None:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        else:
+            separator = "" if isinstance(prompt, str) else "\n"
+            text = separator.join(message["content"] or "" for message in messages)
+        # A template writes its special tokens itself; adding them again would double the first one.
+        add_special_tokens = self._tokenizer.chat_template is None
+        token_ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return token_ids
+
+    def _length_problem(self, num_tokens: int) -> str | None:
+        if num_tokens == 0:
+            return "prompt and response together are no tokens"
+        if num_tokens > self._max_tokens:
+            return (
+                f"prompt and response are {num_tokens} tokens, "
+                f"the reward model's context is {self._max_tokens}"
+            )
+        return None
+
+    @torch.inference_mode()
+    def _values(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        pad_token_id = self._pad_for(rows)
+        longest = max(map(len, rows))
+        token_ids_BT = torch.tensor([[*row, *[pad_token_id] * (longest - len(row))] for row in rows])
+        mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        self._text_config.pad_token_id = pad_token_id
+        logits_B1 = self._model(
+            input_ids=token_ids_BT.to(self._device), attention_mask=mask_BT.to(self._device)
+        ).logits
+        self._text_config.pad_token_id = self._pad_token_id
+        values: list[float] = logits_B1.float()[:, 0].tolist()
+        return values
+
+    def _pad_for(self, rows: Sequence[Sequence[int]]) -> int:
+        """The model's own pad token, unless there is none or a row ends with it: then any that ends no row.
+
+        A decoder classifier reads the last token that differs from `config.pad_token_id`. Where pad is the
+        end-of-sequence token it would read the one before, and where there is none it refuses batches.
+        """
+        last_tokens = {row[-1] for row in rows}
+        if self._pad_token_id is not None and self._pad_token_id not in last_tokens:
+            return self._pad_token_id
+        return next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
+
+
+def _load_classifier(directory: Path, device: str) -> Any:
+    where = f"reward model {directory}"
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(str(directory), **local)
+        if config.num_labels != 1:
+            raise InputError(f"{where}: has {config.num_labels} labels; a reward needs exactly 1")
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            str(directory),
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,  # a pickled checkpoint can run code
+            output_loading_info=True,
+            **local,
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise CorruptError(one_line(f"{where}: its weights cannot be read: {error}")) from error
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+        raise InputError(one_line(f"{where}: cannot be loaded as a classifier: {error}")) from error
+    # transformers fills missing weights with random numbers and only warns: any language model would load.
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{where}: is no trained classifier; its weights lack {', '.join(missing[:3])}")
+    for tensor in chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.to(device, copy=True)  # not mapped to the file, as in model.py
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _max_tokens(model: Any, tokenizer: Any) -> int:
+    """The longest row that the model takes."""
+    limit = context_length(model.config) or NO_LIMIT
+    for name, module in model.named_modules():
+        # RoBERTa counts positions from behind the padding index, and so has that many fewer.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limit -= module.padding_idx + 1
+    return min(limit, int(tokenizer.model_max_length))
+
+
+def _messages(text: Text, role: str) -> list[Mapping[str, Any]]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
+
+
+def _batches(rows: Mapping[int, Sequence[int]], max_tokens_per_batch: int) -> Iterator[list[int]]:
+    """Indices of rows, the longest first; rows x longest row is within the budget, but for a single row."""
+    batch: list[int] = []
+    longest = 0
+    for index in sorted(rows, key=lambda index: -len(rows[index])):
+        if batch and longest * (len(batch) + 1) > max_tokens_per_batch:
+            yield batch
+            batch = []
+        if not batch:
+            longest = len(rows[index])
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _outcome(value: float) -> Outcome:
+    if math.isfinite(value):
+        return Outcome(value, "ok")
+    return Outcome(None, "nonfinite", f"the reward model gave {value}")

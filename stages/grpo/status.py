@@ -1,0 +1,126 @@
+"""status: iterations x stages of a run, and what an iteration came to."""
+
+import json
+from typing import Any
+
+from grpo.artifacts import STAGE_OUTPUTS, Manifest, Run
+from grpo.runner import STAGES, State, states, unfinished
+
+MISMATCH_WARNING = 0.05  # nats per token; float32 gives 1e-6, bfloat16 about 1e-2
+_ROWS_SHOWN = 20
+_STYLES = {"done": "green", "partial": "yellow", "stale": "red", "differs": "yellow", "missing": "dim"}
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Everything `grpo status` shows, as plain data: the run's configuration decides what differs."""
+    present = states(run)
+    return {
+        "run": run.name,
+        "iterations": [_describe_iteration(run, number, by_stage) for number, by_stage in present.items()],
+        "configured": run.config.iterations,
+    }
+
+
+def summary_of(run: Run, iteration: int) -> dict[str, Any]:
+    """Reward, KL, length, mismatch and seconds per stage of one iteration; null where not known yet."""
+    manifests = {output: run.manifest(output, iteration) for output in STAGE_OUTPUTS}
+    places = {
+        "reward": ("advantages", "reward_mean"),
+        "kl": ("update", "kl"),
+        "entropy": ("update", "entropy"),
+        "mismatch": ("update", "mismatch_mean"),
+        "length": ("rollouts", "mean_response_tokens"),
+        "truncated": ("rollouts", "truncated_fraction"),
+    }
+    numbers = {name: _number(manifests[output], key) for name, (output, key) in places.items()}
+    return {**numbers, "seconds": {stage.name: _seconds(run, stage.output, iteration) for stage in STAGES}}
+
+
+def line_of(run: Run, iteration: int) -> str:
+    """One line for the log of `grpo run`."""
+    numbers = summary_of(run, iteration)
+    known = [
+        f"{name} {numbers[name]:.{digits}f}"
+        for name, digits in (("reward", 3), ("kl", 4), ("entropy", 3), ("length", 1))
+        if numbers[name] is not None
+    ]
+    seconds = sum(value for value in numbers["seconds"].values() if value is not None)
+    rate = numbers["seconds"]["generate"]
+    tokens = (numbers["length"] or 0) * _rollouts(run, iteration)
+    speed = f"  {tokens / rate:,.0f} tok/s" if rate else ""
+    return f"iteration {iteration:>4}  {'  '.join(known)}  {seconds:.2f} s{speed}"
+
+
+def print_status(run: Run, every: bool) -> None:
+    """Print the table: the last iterations, or all with `every`; then why something is not done."""
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    data = describe(run)
+    table = Table(title=f"run {run.name}", title_justify="left", header_style="bold", pad_edge=False)
+    table.add_column("iteration", justify="right")
+    for stage in STAGES:
+        table.add_column(stage.name)
+    for name in ("reward", "kl", "length", "mismatch"):
+        table.add_column(name, justify="right")
+    table.add_column("seconds (by stage)", justify="right")
+    rows = data["iterations"]
+    shown = rows if every else rows[-_ROWS_SHOWN:]
+    for row in shown:
+        cells = [f"[{_STYLES[s['state']]}]{s['state']}[/]" for s in row["stages"].values()]
+        numbers = [
+            _text(row["reward"], ".3f"),
+            _text(row["kl"], ".4f"),
+            _text(row["length"], ".1f"),
+            _text(row["mismatch"], ".1e"),
+        ]
+        seconds = " + ".join(_text(value, ".2f") for value in row["seconds"].values())
+        table.add_row(str(row["iteration"]), *cells, *numbers, seconds)
+    console = RichConsole()
+    console.print(table)
+    if len(rows) > len(shown):
+        console.print(f"{len(rows) - len(shown)} earlier iterations not shown (--all)", style="dim")
+    _print_reasons(console, rows)
+
+
+def _print_reasons(console: Any, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        for name, stage in row["stages"].items():
+            if stage["why"]:
+                text = f"iteration {row['iteration']}: {name} {stage['state']}: {stage['why']}"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+    apart = [row["iteration"] for row in rows if (row["mismatch"] or 0) > MISMATCH_WARNING]
+    if apart:
+        console.print(
+            f"warning: sampler and learner disagree by more than {MISMATCH_WARNING} per token in iterations"
+            f" {', '.join(map(str, apart))}; look at `mismatch` in samples, or update.old_logprobs: recomputed",
+            style="yellow",
+        )
+
+
+def _describe_iteration(run: Run, iteration: int, by_stage: dict[str, State]) -> dict[str, Any]:
+    stages = {}
+    for stage in STAGES:
+        state = by_stage[stage.name]
+        begun = state.name == "missing" and unfinished(run, stage, iteration)
+        stages[stage.name] = {"state": state.name, "why": "begun, not committed" if begun else state.why}
+    return {"iteration": iteration, "stages": stages, **summary_of(run, iteration)}
+
+
+def _number(manifest: Manifest | None, key: str) -> float | None:
+    value = manifest.summary.get(key) if manifest else None
+    return None if value is None else float(value)
+
+
+def _rollouts(run: Run, iteration: int) -> int:
+    manifest = run.manifest("rollouts", iteration)
+    return manifest.rows if manifest else 0
+
+
+def _seconds(run: Run, output: str, iteration: int) -> float | None:
+    path = run.folder(output, iteration) / "timings.json"
+    return sum(json.loads(path.read_bytes())["seconds"].values()) if path.exists() else None
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,73 @@
+"""checkpoint: the learner's state as files. Safetensors and JSON only; weights in float32.
+
+A policy is an ordinary Hugging Face checkpoint: the weights under the names its architecture is published
+with, and every other file of the checkpoint the run started from, byte for byte.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from grpo.artifacts import checkpoint_files, is_weight_file
+from grpo.errors import CorruptError
+
+_SHARD_BYTES = 2**31  # a file is hashed and written from memory, so this is what a checkpoint costs in memory
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+def policy_files(model: PreTrainedModel, start: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each file of a checkpoint of `model`, which was loaded from a copy of `start`."""
+    for path in checkpoint_files(start):
+        if not is_weight_file(path.name):
+            yield path.name, path.read_bytes()
+    own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in own}  # tied ones once
+    state = revert_weight_conversion(model, state)
+    split = split_torch_state_dict_into_shards(state, max_shard_size=_SHARD_BYTES)
+    for name, members in split.filename_to_tensors.items():
+        tensors = {member: state[member].detach().cpu().contiguous() for member in members}
+        yield name, save(tensors, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        yield "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True).encode()
+
+
+def optimizer_file(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> bytes:
+    """AdamW's moments as safetensors, named `<moment>.<parameter>`; empty before the first step."""
+    tensors = {
+        f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for moment in _MOMENTS
+    }
+    content: bytes = save(tensors, metadata={"format": "pt"})
+    return content
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel, path: Path) -> None:
+    """Put the moments of `path` into `optimizer`, in freshly allocated tensors.
+
+    Raises CorruptError (exit 6) when they are not those of this model's parameters.
+    """
+    optimizer.state.clear()
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        parameters = dict(model.named_parameters())
+        expected = {f"{moment}.{name}" for moment in _MOMENTS for name in parameters}
+        if names and names != expected:
+            raise CorruptError(f"{path}: not the optimiser state of this model: see {min(names ^ expected)}")
+        for name, parameter in parameters.items() if names else ():
+            moments = {moment: file.get_tensor(f"{moment}.{name}") for moment in _MOMENTS}
+            if moments["exp_avg"].shape != parameter.shape:
+                raise CorruptError(f"{path}: exp_avg.{name} has the shape {list(moments['exp_avg'].shape)}")
+            optimizer.state[parameter] = {
+                moment: tensor.to(parameter.device, copy=True) for moment, tensor in moments.items()
+            }

@@ -1,0 +1,109 @@
+"""loss: the objective of docs/math.md. Pure functions: tensors in, tensors out.
+
+Shapes: N response tokens of a micro-batch, one rollout after another; B its rollouts; lengths_B tokens of
+each, so sum(lengths_B) = N. R is N or B: one value per token, or one per rollout for sequence ratios.
+
+Every denominator is that of the whole optimiser step and comes from the table, before the first forward
+pass: so the sum over micro-batches does not depend on how the step is cut.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# e^20 = 4.9e8: beyond it an importance ratio says only that the policies have nothing in common. Below it
+# exp() is finite in float32 and so is its gradient; without the bound min() would multiply inf by 0.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """Denominators of one optimiser step over all its micro-batches.
+
+    num_rollouts: N of docs/math.md, kept rollouts. num_tokens: sum of T_i. max_new_tokens: of generate.
+    """
+
+    num_rollouts: int
+    num_tokens: int
+    max_new_tokens: int
+
+
+def rollout_sums(values_N: Tensor, lengths_B: Tensor) -> Tensor:
+    """Sum over the tokens of each rollout, [B]."""
+    return torch.segment_reduce(values_N, "sum", lengths=lengths_B, axis=0, initial=0.0)
+
+
+def log_ratio(logprobs_N: Tensor, old_logprobs_N: Tensor, lengths_B: Tensor, ratio: str) -> Tensor:
+    """log rho, [N] for `token`, [B] for `sequence` and `sequence_mean` (GSPO), bounded by MAX_LOG_RATIO."""
+    d_N = logprobs_N - old_logprobs_N
+    if ratio == "token":
+        log_ratio_R = d_N
+    elif ratio == "sequence":
+        log_ratio_R = rollout_sums(d_N, lengths_B)
+    else:
+        log_ratio_R = rollout_sums(d_N, lengths_B) / lengths_B
+    return log_ratio_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def surrogate(
+    ratio_R: Tensor, advantages_R: Tensor, clip_low: float | None, clip_high: float | None
+) -> Tensor:
+    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), [R]; None leaves that side unclipped."""
+    if clip_low is None and clip_high is None:
+        return ratio_R * advantages_R
+    low = None if clip_low is None else 1 - clip_low
+    high = None if clip_high is None else 1 + clip_high
+    return torch.minimum(ratio_R * advantages_R, ratio_R.clamp(low, high) * advantages_R)
+
+
+def aggregate_tokens(values_N: Tensor, lengths_B: Tensor, how: str, step: Step) -> Tensor:
+    """This micro-batch's part of the step's aggregate of one value per token (scalar)."""
+    if how == "sequence_mean":
+        return (rollout_sums(values_N, lengths_B) / lengths_B).sum() / step.num_rollouts
+    if how == "token_mean":
+        return values_N.sum() / step.num_tokens
+    if how == "constant":
+        return values_N.sum() / (step.num_rollouts * step.max_new_tokens)
+    return values_N.sum() / step.num_rollouts
+
+
+def aggregate_rollouts(values_B: Tensor, lengths_B: Tensor, how: str, step: Step) -> Tensor:
+    """The same of one value per rollout: their mean, or weighted by length under `token_mean`."""
+    if how == "token_mean":
+        return (values_B * lengths_B).sum() / step.num_tokens
+    return values_B.sum() / step.num_rollouts
+
+
+def kl_estimate(logprobs_N: Tensor, reference_logprobs_N: Tensor, estimator: str) -> Tensor:
+    """KL(policy || reference) per token, [N]: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1 (Schulman)."""
+    d_N = logprobs_N - reference_logprobs_N
+    if estimator == "k1":
+        return d_N
+    if estimator == "k2":
+        return d_N.square() / 2
+    return torch.exp(-d_N.clamp(min=-MAX_LOG_RATIO)) + d_N - 1
+
+
+def policy_loss(
+    logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages_B: Tensor,
+    lengths_B: Tensor,
+    *,
+    ratio: str,
+    clip_low: float | None,
+    clip_high: float | None,
+    aggregate: str,
+    step: Step,
+) -> tuple[Tensor, Tensor]:
+    """Minus the aggregated surrogate (scalar, this micro-batch's part), and the ratios [R], detached."""
+    ratio_R = torch.exp(log_ratio(logprobs_N, old_logprobs_N, lengths_B, ratio))
+    if ratio == "token":
+        advantages_N = torch.repeat_interleave(advantages_B, lengths_B)
+        value_N = surrogate(ratio_R, advantages_N, clip_low, clip_high)
+        total = aggregate_tokens(value_N, lengths_B, aggregate, step)
+    else:
+        value_B = surrogate(ratio_R, advantages_B, clip_low, clip_high)
+        total = aggregate_rollouts(value_B, lengths_B, aggregate, step)
+    return -total, ratio_R.detach()
