@@ -145,10 +145,11 @@ def _run(path: Path, overrides: list[str], quiet: bool) -> "Run":
 def _working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
     """The run of a configuration, locked and prepared for work."""
     from grpo import runner, start
+    from grpo.artifacts import roll_forward
 
     opened = _run(path, overrides, quiet)
     with opened.lock(), opened.console.signals():
-        runner.recover(opened)
+        roll_forward(opened)
         start.prepare(opened)
         runner.finish_start_over(opened)
         yield opened

@@ -11,7 +11,7 @@ from grpo import runner, status
 from grpo import sql as sql_module
 from grpo.artifacts import Run, files
 from grpo.config import flatten
-from grpo.console import printable
+from grpo.console import printable, stdout_console
 from grpo.errors import InputError, UsageError
 from grpo.generate.source import BUILT_IN
 
@@ -89,7 +89,7 @@ def _check_replace(opened: Run, stage: runner.Stage, iteration: int, force: bool
     state = runner.states(opened)[iteration][stage.name]
     if state.name == "differs":
         raise InputError(
-            f"{opened.folder(stage.output, iteration)}: was made otherwise ({state.why}); --force makes it again"
+            f"{opened.folder(stage.output, iteration)}: differs ({state.why}); --force makes it again"
         )
 
 
@@ -198,17 +198,17 @@ def _json(data: pa.Table) -> str:
 
 
 def _print_table(data: pa.Table) -> None:
-    from rich.console import Console as RichConsole
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(header_style="bold", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for field in data.schema:
         numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
         table.add_column(Text(printable(field.name)), justify="right" if numeric else "left", overflow="fold")
     for row in data.slice(0, _ROWS_SHOWN).to_pylist(maps_as_pydicts="strict"):
         table.add_row(*(Text(_cell(value)) for value in row.values()))
-    console = RichConsole()
+    console = stdout_console()
     console.print(table)
     if len(data) > _ROWS_SHOWN:
         console.print(

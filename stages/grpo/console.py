@@ -6,9 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from grpo.errors import Interrupted
 
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 _PLAIN_INTERVAL_S = 15.0  # without a terminal: a line now and then, so that a log stays readable
 
 
@@ -89,6 +94,13 @@ class Console:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def stdout_console() -> "RichConsole":
+    """Where tables are printed: as wide as the terminal, or PLAIN_WIDTH columns where there is none."""
+    from rich.console import Console as RichConsole
+
+    return RichConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
 def printable(text: str) -> str:

@@ -1,7 +1,7 @@
 """runner: iterations x stages. What is done, what is stale, what runs next.
 
-The state of everything is read from manifests; the runner remembers nothing. `grpo run` and the stage commands
-take the same path through `perform`.
+The state of everything is read from manifests; the runner remembers nothing. `grpo run` and the stage
+commands take the same path through `perform`.
 """
 
 import json
@@ -21,7 +21,6 @@ from grpo.artifacts import (
     files,
     holder_of,
     prune_optimizers,
-    roll_forward,
     staged_attempts,
 )
 from grpo.errors import InputError
@@ -51,7 +50,7 @@ STAGES = tuple(
 
 @dataclass(frozen=True)
 class State:
-    """Of one stage in one iteration: done, partial, stale, differs or missing; and why, where it is not done."""
+    """Of one stage in one iteration: done, partial, stale, differs or missing; and why."""
 
     name: str
     why: str = ""
@@ -171,9 +170,9 @@ def _refuse_stale(run: Run, present: dict[int, dict[str, State]]) -> None:
         for name, state in by_stage.items():
             if state.name == "stale":
                 raise InputError(
-                    f"run {run.name}: {name} of iteration {iteration} is stale ({state.why}); `grpo run --from"
-                    f" {iteration}` does it and all that follows again, `grpo {name} --iteration {iteration}` it"
-                    " alone; a fork keeps both (`grpo fork`, not available yet)"
+                    f"run {run.name}: {name} of iteration {iteration} is stale ({state.why});"
+                    f" `grpo run --from {iteration}` does it and all that follows again,"
+                    f" `grpo {name} --iteration {iteration}` it alone"
                 )
 
 
@@ -218,11 +217,6 @@ def finish_start_over(run: Run) -> None:
             discard(run, run.folder(stage.output, first))
     files.remove_file(path)
     files.sync_folder(run.path)
-
-
-def recover(run: Run) -> None:
-    """Finish what a crash cut off. Needs the lock."""
-    roll_forward(run)
 
 
 def followers(run: Run, output: str, iteration: int) -> list[str]:

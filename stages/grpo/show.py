@@ -5,15 +5,14 @@ from typing import Any
 
 from grpo import sql
 from grpo.artifacts import Run
-from grpo.console import printable
+from grpo.console import printable, stdout_console
 from grpo.errors import UsageError
 
 _QUERY = """
 select * from samples
-where iteration = $iteration and (iteration, group_id) in (
-    select (iteration, group_id) from samples
+where iteration = $iteration and group_id in (
+    select distinct group_id from samples
     where iteration = $iteration and ({where})
-    group by all
     order by group_id
     limit $groups
 )
@@ -42,11 +41,10 @@ def fetch(run: Run, iteration: int | None, where: str | None, groups: int) -> li
 
 def print_rollouts(rows: list[dict[str, Any]]) -> None:
     """Print rollouts by group. What a model wrote is shown as text, never as markup."""
-    from rich.console import Console as RichConsole
     from rich.table import Table
     from rich.text import Text
 
-    console = RichConsole()
+    console = stdout_console()
     for group_id, members in groupby(rows, key=lambda row: row["group_id"]):
         samples = list(members)
         first = samples[0]

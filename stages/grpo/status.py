@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from grpo.artifacts import STAGE_OUTPUTS, Manifest, Run
+from grpo.console import stdout_console
 from grpo.runner import STAGES, State, states, unfinished
 
 MISMATCH_WARNING = 0.05  # nats per token; float32 gives 1e-6, bfloat16 about 1e-2
@@ -53,34 +54,36 @@ def line_of(run: Run, iteration: int) -> str:
 
 def print_status(run: Run, every: bool) -> None:
     """Print the table: the last iterations, or all with `every`; then why something is not done."""
-    from rich.console import Console as RichConsole
+    from rich import box
     from rich.table import Table
 
     data = describe(run)
-    table = Table(title=f"run {run.name}", title_justify="left", header_style="bold", pad_edge=False)
+    table = Table(title=f"run {run.name}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("iteration", justify="right")
     for stage in STAGES:
-        table.add_column(stage.name)
+        table.add_column(stage.name, justify="right")
     for name in ("reward", "kl", "length", "mismatch"):
         table.add_column(name, justify="right")
-    table.add_column("seconds (by stage)", justify="right")
     rows = data["iterations"]
     shown = rows if every else rows[-_ROWS_SHOWN:]
     for row in shown:
-        cells = [f"[{_STYLES[s['state']]}]{s['state']}[/]" for s in row["stages"].values()]
+        cells = [_stage_cell(stage["state"], row["seconds"][name]) for name, stage in row["stages"].items()]
         numbers = [
             _text(row["reward"], ".3f"),
             _text(row["kl"], ".4f"),
             _text(row["length"], ".1f"),
             _text(row["mismatch"], ".1e"),
         ]
-        seconds = " + ".join(_text(value, ".2f") for value in row["seconds"].values())
-        table.add_row(str(row["iteration"]), *cells, *numbers, seconds)
-    console = RichConsole()
+        table.add_row(str(row["iteration"]), *cells, *numbers)
+    console = stdout_console()
     console.print(table)
     if len(rows) > len(shown):
         console.print(f"{len(rows) - len(shown)} earlier iterations not shown (--all)", style="dim")
     _print_reasons(console, rows)
+
+
+def _stage_cell(state: str, seconds: float | None) -> str:
+    return f"[{_STYLES[state]}]{state}[/] {_text(seconds, '.2f')} {'s' if seconds is not None else ''}"
 
 
 def _print_reasons(console: Any, rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grpo.errors import EngineError
 
@@ -58,7 +58,7 @@ def new_cache(config: PreTrainedConfig, max_new_tokens: int) -> DynamicCache:
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[index] = GrowingLayer(min(SPARE_POSITIONS, max_new_tokens))
-        elif type(layer) not in (DynamicSlidingWindowLayer, DummyLayer):
+        elif type(layer) is not DynamicSlidingWindowLayer:
             message = f"{config.model_type} keeps a {type(layer).__name__}, which cannot be batched here"
             raise EngineError(f"generate: {message}; use engine: vllm")
     return cache

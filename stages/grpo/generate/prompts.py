@@ -56,7 +56,7 @@ def prepare(
                 skipped += 1
             else:
                 raise DataError(
-                    f"{place}: prompt of {length} tokens, but the model's context leaves room for {room} beside"
+                    f"{place}: prompt of {length} tokens, but the context leaves room for {room} beside"
                     " max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"
                 )
         data = _table(kept, schema)
@@ -92,7 +92,7 @@ def render(row: Row, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[list[int]]]:
-    """Text and token ids of each prompt. A template writes its own special tokens, a plain prompt does not."""
+    """Text and token ids of each prompt. A chat template writes its own special tokens."""
     texts = [render(row, tokenizer) for row in rows]
     token_ids: list[list[int]] = []
     for row, text in zip(rows, texts, strict=True):

@@ -78,7 +78,7 @@ def _source(run: Run, reward: RewardConfig) -> str:
 
 @contextmanager
 def open_tool(run: Run) -> Iterator[Scorers]:
-    """Start the workers and load the reward models; UsageError (exit 2) for a function that cannot be used."""
+    """Start the workers, load the reward models; UsageError (exit 2) for a function that is no use."""
     prompts = run.read("prompts", None)
     columns = [name for name in prompts.column_names if name not in ("prompt", "messages")]
     pool = FunctionPool(run.imports, run.config.score.workers)
