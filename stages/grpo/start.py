@@ -82,8 +82,8 @@ def _prompts(run: Run) -> None:
     room = None if context is None else context - run.config.generate.max_new_tokens
     if room is not None and room < 1:
         raise InputError(
-            f"generate.max_new_tokens: {run.config.generate.max_new_tokens} leaves no room for a prompt in the"
-            f" model's context of {context} tokens"
+            f"generate.max_new_tokens: {run.config.generate.max_new_tokens} leaves no room for a prompt"
+            f" in the model's context of {context} tokens"
         )
 
     def num_tokens(rows: list[Row]) -> list[int]:

@@ -95,8 +95,8 @@ def _print_reasons(console: Any, rows: list[dict[str, Any]]) -> None:
     apart = [row["iteration"] for row in rows if (row["mismatch"] or 0) > MISMATCH_WARNING]
     if apart:
         console.print(
-            f"warning: sampler and learner disagree by more than {MISMATCH_WARNING} per token in iterations"
-            f" {', '.join(map(str, apart))}; look at `mismatch` in samples, or update.old_logprobs: recomputed",
+            f"warning: sampler and learner disagree by more than {MISMATCH_WARNING} nats per token in"
+            f" iterations {', '.join(map(str, apart))}; look at `mismatch` in samples, or update.old_logprobs: recomputed",
             style="yellow",
         )
 

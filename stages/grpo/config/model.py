@@ -80,7 +80,7 @@ class GenerateConfig(Section):
     """generate: policy + prompts -> rollouts."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """auto: vllm where it is installed and a GPU is there, else the built-in transformers engine."""
+    """auto: the built-in transformers engine. vllm is not supported yet, and says so."""
     prompts_per_iteration: Count = 32
     """Groups per iteration, >= 1."""
     samples_per_prompt: Annotated[int, Field(ge=2, le=2**20)] = 4

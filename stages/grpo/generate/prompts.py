@@ -1,5 +1,7 @@
 """prompts: the user's rows -> the `prompts` table, once per run; and which of them an iteration draws."""
 
+import json
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import Manifest, Plan, Run, Staging, id_of
+from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
 from grpo.artifacts.files import sha256_of
 from grpo.config import ColumnsConfig, PromptsConfig
 from grpo.errors import DataError, InputError
@@ -42,14 +44,16 @@ def prepare(
     space for max_new_tokens (None: the model has no limit). Raises DataError (exit 3) naming file and line.
     """
     config = run.config.prompts
-    records, ids, skipped, schema = [], set[Any](), 0, None
-    for index, chunk in enumerate(_chunks(_normalised(run), _ROWS_PER_SHARD)):
+    records: list[FileRecord] = []
+    ids, skipped, schema = set[str](), 0, None
+    for chunk in _chunks(_normalised(run), _ROWS_PER_SHARD):
         kept = []
         lengths = num_tokens([row for _, row in chunk])
         for (place, row), length in zip(chunk, lengths, strict=True):
-            if "id" in row and row["id"] in ids:
-                raise DataError(f"{place}: id {row['id']!r} stands twice; ids must be unique")
-            ids.add(row.get("id", len(ids)))
+            if "id" in row:
+                if (name := json.dumps(row["id"], default=str)) in ids:
+                    raise DataError(f"{place}: id {row['id']!r} stands twice; ids must be unique")
+                ids.add(name)
             if room is None or length <= room:
                 kept.append(row)
             elif config.on_long_prompt == "skip":
@@ -59,10 +63,15 @@ def prepare(
                     f"{place}: prompt of {length} tokens, but the context leaves room for {room} beside"
                     " max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"
                 )
-        data = _table(kept, schema)
-        schema = data.schema
-        records.append(staging.write_table("prompts", staging.file_name("part", index), data))
-    if not sum(record.rows or 0 for record in records):
+        if kept:
+            data = _table(kept, schema)
+            schema = data.schema
+            name = staging.file_name("part", len(records))
+            try:
+                records.append(staging.write_table("prompts", name, data))
+            except pa.ArrowNotImplementedError as error:  # a column of empty objects, say
+                raise DataError(f"prompts.source: {config.source}: {error}") from None
+    if not records:
         raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
     return staging.commit({OUTPUT: id_of(records)}, records, {"skipped": skipped})
 
@@ -138,6 +147,11 @@ def _normalise(place: str, row: Row, config: PromptsConfig) -> Row:
         messages = [{"role": "system", "content": config.system}, *messages]
     taken = {names.prompt, names.messages, names.answer}
     others = {name: value for name, value in row.items() if name not in taken}
+    if clash := [name for name in ("prompt", "messages", "answer") if name in others]:
+        raise DataError(
+            f"{place}: column {clash[0]} has the name of one of the pipeline's own columns, but"
+            f" prompts.columns.{clash[0]} names another; rename yours"
+        )
     answer = _answer(place, names.answer, row.get(names.answer))
     return {"prompt": prompt, "messages": messages, "answer": answer, **others}
 
@@ -159,9 +173,10 @@ def _message(place: str, message: Any) -> Row:
 def _answer(place: str, name: str, answer: Any) -> str | None:
     if answer is None or isinstance(answer, str):
         return answer
-    if isinstance(answer, int | float):
+    if isinstance(answer, int) or (isinstance(answer, float) and math.isfinite(answer)):
         return str(answer)
-    raise DataError(f"{place}: {name} must be text or a number, found {type(answer).__name__}")
+    found = answer if isinstance(answer, float) else type(answer).__name__
+    raise DataError(f"{place}: {name} must be text or a number, found {found}")
 
 
 def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
@@ -172,6 +187,11 @@ def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
             names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
             own = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
             schema = pa.schema([*fixed, *(own.schema if names else ())])
+        if new := [name for row in rows for name in row if name not in schema.names]:
+            raise DataError(
+                f"prompts.source: column {new[0]} is missing in the first {_ROWS_PER_SHARD:,} rows and there"
+                " later; give every row the same columns (null where there is nothing)"
+            )
         return pa.Table.from_pylist(rows, schema=schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise DataError(f"prompts.source: a column holds values of several types: {error}") from None

@@ -36,13 +36,13 @@ def read_rows(source: str, folder: Path) -> Iterator[tuple[str, Row]]:
 
 def _text(path: Path) -> Iterator[tuple[int, str]]:
     """Lines of a UTF-8 file; a byte order mark and CRLF line ends just work."""
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline=None) as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line
-    except UnicodeDecodeError:
-        raise DataError(f"{path}:{number + 1}: not UTF-8; save the file as UTF-8") from None
+    with path.open("rb") as file:  # a text file is decoded in blocks, and an error could not name its line
+        for number, content in enumerate(file, start=1):
+            try:
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise DataError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
+            yield number, line
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
@@ -59,6 +59,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             raise DataError(f"{place}: holds a lone surrogate (\\ud800-\\udfff), which is no text") from None
         except ValueError:
             raise DataError(f"{place}: holds NaN or Infinity, which is no JSON") from None
+        except RecursionError:
+            raise DataError(f"{place}: nested too deeply") from None
         if not isinstance(row, dict):
             raise DataError(
                 f'{place}: expected an object such as {{"prompt": ...}}, found {type(row).__name__}'
@@ -67,16 +69,19 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    reader = csv.DictReader(line for _, line in _text(path))
+    # strict: a quote that is never closed would swallow the rows behind it.
+    reader = csv.DictReader((line for _, line in _text(path)), strict=True)
     try:
+        names = reader.fieldnames or ()
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}:1: two columns are named {twice[0]}; every column needs its own name")
         for row in reader:
             place = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
-                names = len(reader.fieldnames or ())
-                raise DataError(f"{place}: not the {names} fields that the header names")
+                raise DataError(f"{place}: not the {len(names)} fields that the header names")
             yield place, dict(row)
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+        raise DataError(f"{path}:{reader.line_num + 1}: not CSV: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -89,5 +94,5 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8, say
         raise DataError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None

@@ -172,6 +172,10 @@ def _table(
 ) -> pa.Table:
     """One shard of `rollouts`, checked."""
     request_of = {request.group_id: request for request in requests}
+    for group in groups:
+        if len(group.samples) != (wanted := len(request_of[group.group_id].seeds)):
+            where = f"generate: group (iteration, group_id) {(iteration, group.group_id)}"
+            raise DataError(f"{where}: the engine gave {len(group.samples)} samples for {wanted} seeds")
     places = [(group.group_id, s) for group in groups for s in range(len(group.samples))]
     samples = [sample for group in groups for sample in group.samples]
     for (group_id, sample_id), sample in zip(places, samples, strict=True):

@@ -171,9 +171,9 @@ def _score_shard(
     source = run.path_of(old, OUTPUT, iteration) if old is not None else None
     failed = old is not None and any(old.labels["statuses"].get(status) for status in _FAILED)
     same_name = old is not None and old.labels["reward"] == reward.name
-    if old is not None and source is not None and same_name and not failed:
-        if old.labels["weight"] == reward.weight:
-            return staging.link_table(old, source, name)
+    same_weight = old is not None and old.labels["weight"] == reward.weight
+    if old is not None and source is not None and same_name and same_weight and not failed:
+        return staging.link_table(old, source, name)
     path = run.path_of(shard, "rollouts", iteration)
     run.verify(shard, path)
     rollouts = [
@@ -260,7 +260,7 @@ def _complaint(run: Run, iteration: int, failed: int, statuses: Counter[str]) ->
         {"name": "", "error": ""},
     )
     return (
-        f"score: iteration {iteration}: {failed} of {sum(statuses.values())} rewards failed ({counts}); first:"
-        f" {first['name']}: {first['error']}; the same command scores only those again,"
+        f"score: iteration {iteration}: {failed} of {sum(statuses.values())} rewards failed ({counts});"
+        f" first: {first['name']}: {first['error']}; the same command scores only those again,"
         " `score.on_error: drop` leaves their rollouts out"
     )

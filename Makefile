@@ -1,0 +1,37 @@
+# make run   the quickstart: install, then pipeline.yaml from start to learned; again: continues, or has nothing to do
+# make test  install for development, then every test
+# PIP_ARGS   for machines that need another index for a CPU build of torch, such as
+#            make run PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: run test lint clean
+
+run: .venv/installed
+	$(BIN)/grpo run
+
+# One thread per process: the tests run side by side, and sums have one order.
+test: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: Python 3.11 or newer is needed, found $$($(PYTHON) --version); make run PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv

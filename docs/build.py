@@ -1,0 +1,132 @@
+"""Write docs/configuration.md and docs/tables.md from the code. A test checks that they are up to date.
+
+Run: python docs/build.py
+"""
+
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from grpo.config import Config
+from grpo.config.model import OBJECTIVES
+from grpo.tables import TABLES
+
+HERE = Path(__file__).parent
+
+
+def configuration() -> str:
+    """Every key of pipeline.yaml: type, default, meaning."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every key of `pipeline.yaml`. Written by `docs/build.py` from the code; do not edit.",
+        "",
+        "A key left out has its default. An unknown key, a wrong type or a value out of range ends the command",
+        "with exit code 2 and the place. `--set key=value` overrides a key: `--set update.learning_rate=1e-6`,",
+        "`--set score.rewards[0].weight=0.5`; a list replaces the whole list. `grpo run --dry-run` shows every",
+        "resolved value. Paths are relative to the configuration's folder.",
+    ]
+    lines += ["", "## Top level", "", *_table(Config, "", sections=False)]
+    for name, field in Config.model_fields.items():
+        if section := _model(field):
+            lines += ["", f"## {name}", "", str(section.__doc__).split("\n")[0], "", *_table(section, name)]
+    lines += ["", "## What an objective sets", "", *_objectives(), ""]
+    return "\n".join(lines)
+
+
+def tables() -> str:
+    """Every column of every table."""
+    lines = [
+        "# Tables",
+        "",
+        "Every column of every table. Written by `docs/build.py` from the code; do not edit.",
+        "",
+        "The key of the tables of rollouts is (`iteration`, `group_id`, `sample_id`). `grpo sql` shows each table",
+        "over all iterations with a column `run` before the others, and three views more:",
+        "",
+        "- `samples`: one row per rollout: its scalars, `answer`, `rewards` as map(name, value), the columns of",
+        "  `advantages`, and `mismatch`.",
+        "- `timings`: seconds by `iteration`, `stage` and `part`.",
+        "- `manifests`: one row per committed output, with what it read and the configuration it was made with.",
+    ]
+    for name, columns in TABLES.items():
+        lines += ["", f"## {name}", "", "| column | type | meaning |", "|---|---|---|"]
+        lines += [f"| `{column}` | `{data_type}` | {text} |" for column, (data_type, text) in columns.items()]
+        if name == "prompts":
+            lines.append("| any other | as in the source | the data set's own columns, untouched |")
+    return "\n".join([*lines, ""])
+
+
+def _table(model: type[BaseModel], prefix: str, sections: bool = True) -> list[str]:
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        inner = _model(field)
+        key = f"{prefix}.{name}" if prefix else name
+        if inner is not None and not sections:
+            continue
+        if inner is not None:
+            many = get_origin(field.annotation) is list
+            rows += _table(inner, f"{key}[]" if many else key)[2:]
+        else:
+            meaning = (field.description or "").replace("|", "\\|")
+            rows.append(f"| `{key}` | {_type(field)} | {_default(field)} | {meaning} |")
+    return rows
+
+
+def _model(field: FieldInfo) -> type[BaseModel] | None:
+    """The section a field holds, or lists."""
+    candidates = [field.annotation, *get_args(field.annotation)]
+    found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    return found[0] if found else None
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {value}"
+        for item in field.metadata
+        for sign, name in ((">", "gt"), (">=", "ge"), ("<", "lt"), ("<=", "le"))
+        if (value := getattr(item, name, None)) is not None
+    ]
+    text = _type_name(field.annotation)
+    return f"{text} {' and '.join(bounds)}".strip()
+
+
+def _type_name(annotation: Any) -> str:
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+    origin = get_origin(annotation)
+    if annotation in names:
+        return names[annotation]
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in get_args(annotation))
+    if origin is typing.Annotated:
+        return _type_name(get_args(annotation)[0])
+    return {list: "list", dict: "mapping"}.get(origin, str(annotation))
+
+
+def _default(field: FieldInfo) -> str:
+    return "required" if field.default is PydanticUndefined else f"`{json.dumps(field.default)}`"
+
+
+def _objectives() -> list[str]:
+    keys = [(section, key) for section, values in OBJECTIVES["grpo"].items() for key in values]
+    rows = [
+        "| key | " + " | ".join(f"`{name}`" for name in OBJECTIVES) + " |",
+        "|---|" + "---|" * len(OBJECTIVES),
+    ]
+    for section, key in keys:
+        values = [f"`{json.dumps(settings[section][key])}`" for settings in OBJECTIVES.values()]
+        rows.append(f"| `{section}.{key}` | {' | '.join(values)} |")
+    return rows
+
+
+if __name__ == "__main__":
+    (HERE / "configuration.md").write_text(configuration())
+    (HERE / "tables.md").write_text(tables())

@@ -1,0 +1,149 @@
+"""Shared fixtures: a tiny project folder, and the command line run in this process.
+
+A project is what a user has: pipeline.yaml, prompts.jsonl, reward.py and a checkpoint (random weights, one
+layer, a token is a byte), small enough that an iteration takes a fraction of a second.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+Grpo = Callable[..., tuple[int, str, str]]  # (exit code, stdout, stderr) of a command line
+
+PIPELINE = """\
+run: tiny
+iterations: 2
+seed: 0
+model: ./model
+prompts: {source: prompts.jsonl}
+generate: {prompts_per_iteration: 3, samples_per_prompt: 2, max_new_tokens: 4, rollouts_per_shard: 4}
+score:
+  workers: 1
+  rewards:
+    - {function: "reward:code"}
+update: {learning_rate: 0.01}
+"""
+# Random responses: what a reward needs is to differ within a group.
+REWARD = """\
+def code(prompts, completions, **columns):
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+"""
+PROMPTS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(6)]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 6,176 random weights with the starter's tokenizer (and Qwen3, as starter.py says why)."""
+    import torch
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    from grpo import starter
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = starter.build_tokenizer()
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        **special,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_project(tiny_model: Path) -> Callable[[Path], Path]:
+    """write_project(folder): make `folder` a project whose run is not begun."""
+
+    def write(folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        shutil.copytree(tiny_model, folder / "model")
+        (folder / "pipeline.yaml").write_text(PIPELINE)
+        (folder / "reward.py").write_text(REWARD)
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+        return folder
+
+    return write
+
+
+def run_cli(*arguments: str) -> tuple[int, str, str]:
+    """Run `grpo` with arguments in this process and folder."""
+    import io
+    from contextlib import redirect_stderr, redirect_stdout
+
+    from grpo import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["grpo", *arguments]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            cli.main()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        sys.argv = before
+    assert isinstance(code, int)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="session")
+def grpo() -> Iterator[Grpo]:
+    """grpo("run", "--json"): run a command in the present folder -> (exit code, stdout, stderr)."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for tensors this small, threads cost more time than they save
+    yield run_cli
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def complete(
+    write_project: Callable[[Path], Path], grpo: Grpo, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A project whose two iterations are done; read it only."""
+    folder = write_project(tmp_path_factory.mktemp("complete") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, _, err = grpo("run")
+    assert code == 0, err
+    return folder
+
+
+@pytest.fixture
+def project(write_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of one's own, not begun; the test runs in it."""
+    folder = write_project(tmp_path / "project")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def finished(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a project whose two iterations are done; the test runs in it."""
+    folder = tmp_path / "project"
+    shutil.copytree(complete, folder)
+    monkeypatch.chdir(folder)
+    return folder

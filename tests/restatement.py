@@ -1,0 +1,308 @@
+"""The objectives `grpo` and `grpo_sequence`, once more: plain loops in float64, written from the formulas and not
+from the code.
+
+Slow on purpose. `stages/grpo` does the same in SQL and in batched torch; the property tests hold the two together.
+Nothing here imports `grpo`.
+"""
+
+from dataclasses import dataclass
+from math import exp, isfinite, sqrt
+
+GROUP_EPSILON = 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ advantages
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One row of the `rewards` table."""
+
+    name: str
+    weight: float
+    status: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One rollout as the advantage sees it."""
+
+    group_id: int
+    sample_id: int
+    rewards: list[Reward]
+    response_tokens: int = 3
+    finish_reason: str = "stop"
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """One row of the `advantages` table; `advantage` is None where the rollout is not kept."""
+
+    reward: float | None
+    group_mean: float | None
+    group_std: float | None
+    group_size: int
+    advantage: float | None
+    reason: str | None
+
+    @property
+    def keep(self) -> bool:
+        """Whether update trains on it."""
+        return self.reason is None
+
+
+def total_reward(rewards: list[Reward]) -> float | None:
+    """sum_k w_k r_k, or None for an unscored rollout.
+
+    A reward of weight 0 is stored to be looked at, and counts for nothing, whatever its status.
+    """
+    total = 0.0
+    applicable = 0
+    for reward in sorted(rewards, key=lambda reward: reward.name):
+        if reward.weight == 0 or reward.status == "not_applicable":
+            continue
+        if reward.status != "ok" or reward.value is None or not isfinite(reward.value):
+            return None
+        total += reward.weight * reward.value
+        applicable += 1
+    return total if applicable else None
+
+
+def mean(values: list[float]) -> float:
+    """The arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def sample_std(values: list[float]) -> float:
+    """The standard deviation with n - 1."""
+    center = mean(values)
+    return sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1))
+
+
+def advantages(
+    rollouts: list[Scored],
+    scale: str = "group",
+    epsilon: float = GROUP_EPSILON,
+    drop_zero_variance: bool = False,
+    drop_truncated: bool = False,
+) -> list[Advantage]:
+    """One answer per rollout, in the order given."""
+    rewards_of_group: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        rewards_of_group.setdefault(rollout.group_id, [])
+        reward = total_reward(rollout.rewards)
+        if rollout.response_tokens > 0 and rollout.finish_reason != "abort" and reward is not None:
+            rewards_of_group[rollout.group_id].append(reward)
+    whole_batch = [reward for group in rewards_of_group.values() if len(group) >= 2 for reward in group]
+
+    rows = []
+    for rollout in rollouts:
+        reward = total_reward(rollout.rewards)
+        group = rewards_of_group[rollout.group_id]
+        group_mean = mean(group) if group else None
+        group_std = sample_std(group) if len(group) >= 2 else None
+
+        reason = None
+        value = None
+        if rollout.response_tokens == 0:
+            reason = "empty"
+        elif reward is None or rollout.finish_reason == "abort":
+            reason = "unscored"
+        elif len(group) < 2:
+            reason = "group_too_small"
+        elif drop_truncated and rollout.finish_reason == "length":
+            reason = "truncated"
+        elif drop_zero_variance and max(group) == min(group):
+            reason = "zero_variance"
+        elif max(group) == min(group):
+            value = 0.0
+        else:
+            divisor = {
+                "group": sample_std(group) + epsilon,
+                "batch": sample_std(whole_batch) + epsilon,
+                "none": 1.0,
+            }[scale]
+            value = (reward - mean(group)) / divisor
+        rows.append(Advantage(reward, group_mean, group_std, len(group), value, reason))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+
+@dataclass(frozen=True)
+class Response:
+    """One kept rollout as the loss sees it: one log-prob per response token."""
+
+    advantage: float
+    policy: list[float]
+    old: list[float]
+    reference: list[float]
+    mask: list[bool]
+
+    @property
+    def counted(self) -> list[int]:
+        """The positions that count, T_i of them."""
+        return [position for position, counts in enumerate(self.mask) if counts]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The keys of `update` that enter the loss."""
+
+    ratio: str = "token"
+    clip_low: float | None = 0.2
+    clip_high: float | None = 0.2
+    aggregate: str = "sequence_mean"
+    kl_coefficient: float = 0.01
+    kl_estimator: str = "k3"
+    max_new_tokens: int = 8
+
+
+GRPO = Objective()
+GRPO_SEQUENCE = Objective(ratio="sequence", aggregate="sequence_sum", kl_estimator="k1")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one optimiser step; `gradient[i][t]` is its derivative with respect to policy log-prob t of i."""
+
+    loss: float
+    policy_loss: float
+    kl: float
+    gradient: list[list[float]]
+    clipped_low: float
+    clipped_high: float
+
+
+def token_ratio(response: Response, position: int) -> float:
+    """rho_t = exp(d_t)."""
+    return exp(response.policy[position] - response.old[position])
+
+
+def whole_ratio(response: Response, ratio: str) -> float:
+    """exp(sum_t d_t), or exp(mean_t d_t)."""
+    difference = sum(response.policy[position] - response.old[position] for position in response.counted)
+    return exp(difference if ratio == "sequence" else difference / len(response.counted))
+
+
+def surrogate(ratio: float, advantage: float, objective: Objective) -> tuple[float, float]:
+    """min(rho A, clip(rho) A), and its derivative with respect to rho."""
+    clipped = ratio
+    if objective.clip_low is not None:
+        clipped = max(clipped, 1 - objective.clip_low)
+    if objective.clip_high is not None:
+        clipped = min(clipped, 1 + objective.clip_high)
+    if ratio * advantage <= clipped * advantage:
+        return ratio * advantage, advantage
+    return clipped * advantage, 0.0
+
+
+def kl_term(policy: float, reference: float, estimator: str) -> tuple[float, float]:
+    """k1, k2 or k3 at one token, and its derivative with respect to the policy's log-prob."""
+    d = policy - reference
+    if estimator == "k1":
+        return d, 1.0
+    if estimator == "k2":
+        return d * d / 2, d
+    return exp(-d) + d - 1, 1 - exp(-d)
+
+
+def token_weight(aggregate: str, tokens: int, rollouts: int, all_tokens: int, max_new_tokens: int) -> float:
+    """What one token of a response of `tokens` tokens weighs; the denominators are the whole step's."""
+    if aggregate == "sequence_mean":
+        return 1 / rollouts / tokens
+    if aggregate == "token_mean":
+        return 1 / all_tokens
+    if aggregate == "constant":
+        return 1 / (rollouts * max_new_tokens)
+    return 1 / rollouts
+
+
+def rollout_weight(aggregate: str, tokens: int, rollouts: int, all_tokens: int) -> float:
+    """What the one surrogate value of a rollout weighs under a sequence ratio."""
+    return tokens / all_tokens if aggregate == "token_mean" else 1 / rollouts
+
+
+def loss(responses: list[Response], objective: Objective) -> Loss:
+    """The loss of one optimiser step over all its kept rollouts."""
+    rollouts = len(responses)
+    all_tokens = sum(len(response.counted) for response in responses)
+    gain = 0.0
+    kl = 0.0
+    gradient = []
+    low = high = 0
+    for response in responses:
+        tokens = len(response.counted)
+        per_token = token_weight(objective.aggregate, tokens, rollouts, all_tokens, objective.max_new_tokens)
+        per_rollout = rollout_weight(objective.aggregate, tokens, rollouts, all_tokens)
+        slope = [0.0] * len(response.policy)
+
+        if objective.ratio == "token":
+            for position in response.counted:
+                rho = token_ratio(response, position)
+                value, derivative = surrogate(rho, response.advantage, objective)
+                gain += per_token * value
+                slope[position] -= per_token * derivative * rho
+        else:
+            rho = whole_ratio(response, objective.ratio)
+            value, derivative = surrogate(rho, response.advantage, objective)
+            gain += per_rollout * value
+            for position in response.counted:
+                inner = 1.0 if objective.ratio == "sequence" else 1 / tokens
+                slope[position] -= per_rollout * derivative * rho * inner
+
+        for position in response.counted:
+            rho = token_ratio(response, position)
+            if objective.ratio != "token":
+                rho = whole_ratio(response, objective.ratio)
+            if objective.clip_low is not None and rho < 1 - objective.clip_low and response.advantage < 0:
+                low += 1
+            if objective.clip_high is not None and rho > 1 + objective.clip_high and response.advantage > 0:
+                high += 1
+
+            value, derivative = kl_term(
+                response.policy[position], response.reference[position], objective.kl_estimator
+            )
+            kl += per_token * value
+            slope[position] += objective.kl_coefficient * per_token * derivative
+        gradient.append(slope)
+    total = -gain + objective.kl_coefficient * kl
+    return Loss(total, -gain, kl, gradient, low / all_tokens, high / all_tokens)
+
+
+# ------------------------------------------------------------------------------------------------ mismatch
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """How far the learner's log-probs are from the sampler's, over tokens."""
+
+    mean: float
+    maximum: float
+    kl: float
+    effective_sample_size: float
+    over_cap: float
+
+
+def mismatch(policy: list[list[float]], old: list[list[float]], cap: float = 2.0) -> Mismatch:
+    """Over all tokens that count.
+
+    The tokens were drawn from `old`, so with w = policy / old the k3 estimate of KL(old || policy) is the mean of
+    w - 1 - log w. The effective sample size is Kish's, (sum w)^2 / sum w^2, as a share of the tokens.
+    """
+    differences = [
+        ours - theirs
+        for our_row, their_row in zip(policy, old, strict=True)
+        for ours, theirs in zip(our_row, their_row, strict=True)
+    ]
+    count = len(differences)
+    weights = [exp(difference) for difference in differences]
+    return Mismatch(
+        mean=sum(abs(difference) for difference in differences) / count,
+        maximum=max(abs(difference) for difference in differences),
+        kl=sum(exp(d) - 1 - d for d in differences) / count,
+        effective_sample_size=sum(weights) ** 2 / sum(weight**2 for weight in weights) / count,
+        over_cap=sum(1 for weight in weights if weight > cap) / count,
+    )
