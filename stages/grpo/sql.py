@@ -24,7 +24,6 @@ from grpo.errors import GrpoError, ResourceError, UsageError
 
 VIEWS = (*tables.TABLES, "samples", "timings", "manifests")
 MEMORY_GIB = 1.0
-BATCH_ROWS = 2**20  # rows handed out at a time
 _SAMPLES = Path(__file__).with_name("samples.sql")
 _TABLES_OF = {"update": ("updates", "logprobs")}
 
@@ -63,6 +62,7 @@ def connect(
         },
     )
     try:
+        connection.execute("set enable_progress_bar = false")
         outputs = {run.name: _outputs(run, iteration) for run in runs}
         for table in tables.TABLES:
             data = [(run.name, _dataset(run, table, outputs[run.name])) for run in runs]
@@ -98,20 +98,14 @@ def query(
         timer.cancel()
 
 
-def batches(
-    connection: duckdb.DuckDBPyConnection, statement: str, parameters: dict[str, Any]
-) -> Iterator[pa.Table]:
-    """The rows of one statement, BATCH_ROWS at a time, so that memory does not grow with their number."""
-    try:
-        for batch in connection.sql(statement, params=parameters).to_arrow_reader(BATCH_ROWS):
-            yield pa.Table.from_batches([batch])
-    except duckdb.Error as error:
-        raise _explained(error, None) from None
+def create_view(connection: duckdb.DuckDBPyConnection, name: str, statement: str) -> None:
+    """Give a query of ours a name in this connection."""
+    connection.execute(f"create temp view {name} as {statement}")
 
 
-def replace(connection: duckdb.DuckDBPyConnection, table: str, data: pa.Table) -> None:
-    """Show `data` in place of what is on disk under the view `table` of the only run."""
-    connection.register(f"_{table}_0", data)
+def register(connection: duckdb.DuckDBPyConnection, name: str, data: pa.Table) -> None:
+    """Show `data` under `name`; `_<table>_0` replaces what the view of a single run's table reads."""
+    connection.register(name, data)
 
 
 def _explained(error: duckdb.Error, timeout_s: float | None) -> GrpoError:

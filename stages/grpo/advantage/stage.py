@@ -1,6 +1,6 @@
 """advantage: rollouts + rewards -> advantages.
 
-One SQL query (advantage.sql) over the tables of the iteration. All selection happens here: update trains on
+SQL over the tables of the iteration: judged.sql, then advantage.sql. All selection happens here: update trains on
 exactly the rows with keep = true.
 """
 
@@ -20,7 +20,7 @@ from grpo.errors import DataError, InputError, UsageError
 NAME = "advantage"
 OUTPUT = "advantages"
 STAGE_VERSION = 1
-_QUERY = Path(__file__).with_name("advantage.sql")
+BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
 
 
@@ -52,7 +52,7 @@ def _reads(run: Run, iteration: int, rewards: Manifest) -> dict[str, str]:
     """Ids of the inputs. A reward of weight 0 counts only for a user's own SQL, which may look at it."""
     config = run.config.advantage
     own_sql = config.where is not None or config.sql is not None
-    weights = rewards.summary["weights"]
+    weights: dict[str, float] = rewards.summary["weights"]
     names = [f"reward/{name}@{iteration}" for name in weights if own_sql or weights[name] != 0]
     references = [f"rollouts@{iteration}", *names, *(["prompts"] if own_sql else [])]
     return {reference: run.id_of(reference) or "" for reference in references}
@@ -85,26 +85,61 @@ def run(run: Run, iteration: int, staging: Staging, tool: None) -> Manifest:
 
 
 def _advantages(run: Run, iteration: int) -> Iterator[pa.Table]:
-    """The rows of `advantages` in key order, a bounded number at a time."""
+    """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
-    parameters: dict[str, Any] = {
-        "scale": config.scale,
-        "epsilon": config.epsilon,
-        "drop_zero_variance": config.drop_zero_variance,
-        "truncated": config.truncated,
-    }
     with sql.connect([run], iteration) as connection:
+        names = sum(weight != 0 for weight in _reward_weights(run, iteration).values())
+        sql.register(connection, "reward_names", pa.table({"number": [names]}))
+        sql.create_view(connection, "judged", _query("judged"))
+        parameters: dict[str, Any] = {
+            "scale": config.scale,
+            "epsilon": config.epsilon,
+            "drop_zero_variance": config.drop_zero_variance,
+            "truncated": config.truncated,
+            "batch_deviation": None,
+        }
+        if config.scale == "batch":
+            parameters |= sql.query(connection, _query("batch_deviation")).to_pylist()[0]
+        blocks = (
+            sql.query(
+                connection, _query("advantage"), {**parameters, "first_group": first, "last_group": last}
+            )
+            for first, last in _blocks(connection)
+        )
         if config.sql is None and config.where is None:
-            yield from sql.batches(connection, _QUERY.read_text(), parameters)
-            return
-        data = sql.query(connection, _QUERY.read_text(), parameters)
-        if config.sql is not None:
-            data = _replace(data, sql.query(connection, _user_query(run).read_text()), config.sql)
-        if config.where is not None:
-            sql.replace(connection, "advantages", data)
-            condition = f"select {_KEY} from samples where ({config.where})"
-            data = _drop(data, sql.query(connection, condition))
-        yield data
+            yield from blocks
+        else:
+            yield _selected(run, connection, pa.concat_tables(blocks))
+
+
+def _blocks(connection: Any) -> Iterator[tuple[int, int]]:
+    """First and last group of each block of about BLOCK_ROWS rollouts."""
+    counted = "select count(*) as rows, coalesce(max(group_id), 0) + 1 as groups from rollouts"
+    [size] = sql.query(connection, counted).to_pylist()
+    step = max(1, BLOCK_ROWS * size["groups"] // max(size["rows"], 1))
+    for first in range(0, size["groups"], step):
+        yield first, first + step - 1
+
+
+def _selected(run: Run, connection: Any, data: pa.Table) -> pa.Table:
+    """`data` after the user's own estimator and condition."""
+    config = run.config.advantage
+    if config.sql is not None:
+        data = _replace(data, sql.query(connection, _user_query(run).read_text()), config.sql)
+    if config.where is not None:
+        sql.register(connection, "_advantages_0", data)
+        condition = f"select {_KEY} from samples where ({config.where})"
+        data = _drop(data, sql.query(connection, condition))
+    return data
+
+
+def _reward_weights(run: Run, iteration: int) -> dict[str, float]:
+    weights: dict[str, float] = run.require("rewards", iteration, "grpo score").summary["weights"]
+    return weights
+
+
+def _query(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.sql").read_text()
 
 
 def _replace(data: pa.Table, own: pa.Table, name: str) -> pa.Table:

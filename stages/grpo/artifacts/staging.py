@@ -192,8 +192,9 @@ def choose_attempt(run: Run, plan: Plan, committed: Manifest | None, force: bool
     newest = max([*staged, *([committed.attempt] if committed else [])], default=-1)
     if force:
         return newest + 1
+    oldest = committed.attempt if committed else 0  # what is staged below was superseded by a commit
     for attempt in sorted(staged, reverse=True):
-        if staged[attempt] == plan.fingerprint(attempt):
+        if attempt >= oldest and staged[attempt] == plan.fingerprint(attempt):
             return attempt
     if committed is not None and run.partial(committed) and plan.same_as(committed):
         return newest + 1

@@ -88,8 +88,10 @@ def _read(path: Path) -> Any:
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         hint = "; use spaces, not tabs" if "\\t" in str(error.problem) else ""
         raise UsageError(f"{path}{place}: {error.problem}{hint}") from None
-    except YAMLError as error:  # a reader error has no mark: a control character, say
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
+    except ReaderError as error:
+        line, column = _place_of(text, error.position)
+        what = f"character U+{ord(text[error.position]):04X} is not allowed in YAML"
+        raise UsageError(f"{path}:{line}:{column}: {what}") from None
 
 
 def _override(data: Any, override: str) -> Any:

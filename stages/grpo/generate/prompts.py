@@ -183,15 +183,16 @@ def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
     """Rows as Arrow, the pipeline's columns first; later shards take the schema of the first."""
     fixed = tables.schema("prompts")
     try:
-        if schema is None:
-            names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
-            own = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
-            schema = pa.schema([*fixed, *(own.schema if names else ())])
-        if new := [name for row in rows for name in row if name not in schema.names]:
-            raise DataError(
-                f"prompts.source: column {new[0]} is missing in the first {_ROWS_PER_SHARD:,} rows and there"
-                " later; give every row the same columns (null where there is nothing)"
-            )
-        return pa.Table.from_pylist(rows, schema=schema)
+        names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
+        own = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+        found = pa.schema([*fixed, *(own.schema if names else ())])
+        # from_pylist leaves out what the schema does not have, and makes 1 of 1.5 where it says integer.
+        for field in pa.unify_schemas([schema or found, found], promote_options="permissive"):
+            if field not in list(schema or found):
+                raise DataError(
+                    f"prompts.source: column {field.name} is of type {field.type} only behind the first"
+                    f" {_ROWS_PER_SHARD:,} rows; give every row the same columns, of the same types"
+                )
+        return pa.Table.from_pylist(rows, schema=schema or found)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise DataError(f"prompts.source: a column holds values of several types: {error}") from None

@@ -51,7 +51,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip())  # a line's end would move the place of an error into the next
             json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
         except json.JSONDecodeError as error:
             raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None

@@ -1,0 +1,153 @@
+"""The dependency direction of the design, read from the import statements themselves."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "stages" / "grpo"
+FILES = sorted(PACKAGE.rglob("*.py"))
+STAGES = ("generate", "score", "advantage", "update")
+# A room may import rooms of lower rank only; the four stages are of one rank and never import one another.
+RANKS = (
+    ("", "errors"),  # "": the package's own __init__, which holds the version
+    ("console",),
+    ("tables", "config"),
+    ("artifacts",),
+    ("sql", "model", "logprobs", "probe"),
+    STAGES,
+    ("runner", "starter", "evaluate"),
+    ("start", "status", "show"),
+    ("commands",),
+    ("cli",),
+)
+RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
+MAX_LINES = 350
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(["grpo", *(parts[:-1] if parts[-1] == "__init__" else parts)])
+
+
+def room_of(module: str) -> str:
+    """`grpo.update.loss` -> `update`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.joinpath(*name.split(".")[1:])
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports anywhere, also within functions and for type checkers."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            source = str(node.module)
+            names = {f"{source}.{alias.name}" for alias in node.names}
+            own = source == "grpo" or source.startswith("grpo.")
+            found |= {name if own and is_module(name) else source for name in names}
+    return found
+
+
+def importers(package: str) -> list[str]:
+    """Files that import a third-party package."""
+    return [name_of(path) for path in FILES if package in {name.split(".")[0] for name in imports(path)}]
+
+
+def test_every_room_has_a_rank() -> None:
+    assert {room_of(module_of(path)) for path in FILES} - set(RANK) == set()
+
+
+def test_imports_go_one_way() -> None:
+    wrong = [
+        f"{name_of(path)} imports {imported}"
+        for path in FILES
+        for imported in imports(path)
+        if imported.split(".")[0] == "grpo"
+        and room_of(imported) != room_of(module_of(path))
+        and RANK[room_of(imported)] >= RANK[room_of(module_of(path))]
+    ]
+    assert wrong == []
+
+
+def test_a_stage_never_imports_another_stage() -> None:
+    rooms = {stage: [path for path in FILES if room_of(module_of(path)) == stage] for stage in STAGES}
+    assert all(len(paths) >= 2 for paths in rooms.values())
+    for stage, paths in rooms.items():
+        others = {f"grpo.{other}" for other in STAGES if other != stage}
+        for path in paths:
+            reached = {".".join(name.split(".")[:2]) for name in imports(path)}
+            assert reached & others == set(), name_of(path)
+
+
+def test_only_one_file_imports_duckdb_and_only_one_may_import_vllm() -> None:
+    assert importers("duckdb") == ["sql.py"]
+    assert set(importers("vllm")) <= {"generate/vllm_engine.py"}
+
+
+def test_nothing_unpickles_and_nothing_evaluates_text() -> None:
+    for package in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"):
+        assert importers(package) == []
+    calls = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                if name in ("torch.load", "eval", "exec", "yaml.load", "yaml.unsafe_load"):
+                    calls.append(f"{name_of(path)}: {name}")
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", name_of(path)
+    assert calls == []
+
+
+def test_no_file_is_long() -> None:
+    files = [*FILES, *PACKAGE.rglob("*.sql")]
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_no_file_has_a_name_that_says_nothing() -> None:
+    assert {path.stem for path in FILES} & {"utils", "util", "common", "helpers", "misc", "base"} == set()
+
+
+def test_nothing_catches_everything() -> None:
+    # The user's reward functions may raise anything: what a worker does with that is marked there (BLE001).
+    allowed = {"score/call.py", "score/worker.py"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler) and name_of(path) not in allowed:
+                caught = "" if node.type is None else ast.unparse(node.type)
+                assert caught not in ("", "Exception", "BaseException"), f"{name_of(path)}:{node.lineno}"
+            if isinstance(node, ast.ExceptHandler) and node.type is not None:
+                assert ast.unparse(node.type) != "Exception", f"{name_of(path)}:{node.lineno}"
+
+
+def test_only_artifacts_moves_and_removes_files() -> None:
+    # worker.py: the note on where a function hung, in a temporary folder; no part of a run.
+    allowed = {"artifacts/files.py", "score/worker.py"}
+    methods = {"unlink", "rename", "rmtree", "rmdir", "mkdir", "link", "symlink_to"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and name_of(path) not in allowed:
+                name = ast.unparse(node)
+                wrong = node.attr in methods or name in ("os.replace", "os.remove", "shutil.move")
+                assert not wrong, f"{name_of(path)}:{node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("module", ["cli", "runner", "config", "tables", "artifacts", "sql", "commands"])
+def test_importing_does_not_load_torch(module: str) -> None:
+    code = f"import sys, grpo.{module}; print({{'torch', 'transformers', 'vllm'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

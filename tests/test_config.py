@@ -1,0 +1,286 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from grpo.config import Config, differing_keys, flatten, load, overridden_keys
+from grpo.errors import UsageError
+
+REPOSITORY = Path(__file__).parents[1]
+SMALLEST = """\
+run: small
+model: ./model
+prompts: {source: arithmetic}
+score:
+  rewards:
+    - {function: exact_answer}
+"""
+HINT = "expected key=value, such as --set update.learning_rate=1e-6"
+
+Load = Callable[..., Config]
+Refuse = Callable[..., str]
+
+
+@pytest.fixture(name="load_text")
+def _load_text(tmp_path: Path) -> Load:
+    """load_text(text or bytes, override, ...): the configuration that a file of this text gives."""
+
+    def load_text(text: str | bytes = SMALLEST, *overrides: str) -> Config:
+        path = tmp_path / "pipeline.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load(path, list(overrides))
+
+    return load_text
+
+
+@pytest.fixture
+def refusal(load_text: Load, tmp_path: Path) -> Refuse:
+    """Like load_text, for what must be refused with exit 2: the message, without the folder."""
+
+    def refuse(text: str | bytes = SMALLEST, *overrides: str) -> str:
+        with pytest.raises(UsageError) as caught:
+            load_text(text, *overrides)
+        assert caught.value.exit_code == 2
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: [a\nmodel: m\n", "pipeline.yaml:2:6: did not find expected ',' or ']'"),
+        ("run: r\n\tmodel: m\n", "pipeline.yaml:2:1: found a tab character that violates indentation"),
+        ("run: r\nscore:\n\tworkers: 1\n", "pipeline.yaml:3:1: found character that cannot start any token"),
+        (b"run: r\nmodel: caf\xe9\n", "pipeline.yaml:2:11: not UTF-8; save the file as UTF-8"),
+        ("run: r\nmodel: a\nrun: s\n", "pipeline.yaml:3:1: found duplicate key run"),
+        ("generate: {seed: 1, seed: 2}\n", "pipeline.yaml:1:21: found duplicate key seed"),
+        ("run: r\n  model: m\n", "pipeline.yaml:2:8: mapping values are not allowed in this context"),
+        (
+            "model: !!python/object:os.system x\n",
+            "pipeline.yaml:1:8: could not determine a constructor for the tag"
+            " 'tag:yaml.org,2002:python/object:os.system'",
+        ),
+        (
+            "seed: 1\nrun: ${oc.env:HOME}\n",
+            "pipeline.yaml:2:6: ${...} is not supported; write the value itself",
+        ),
+        ("", "pipeline.yaml: run: is required and missing (and 3 more)"),
+        ("- a\n", "pipeline.yaml: input should be a valid dictionary or instance of Config"),
+    ],
+)
+def test_malformed_yaml(refusal: Refuse, text: str | bytes, message: str) -> None:
+    assert refusal(text) == message
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    with pytest.raises(UsageError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: no such file; give a configuration with -c FILE"
+
+
+@pytest.mark.parametrize("text", [b"\xef\xbb\xbf" + SMALLEST.encode(), SMALLEST.replace("\n", "\r\n")])
+def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes) -> None:
+    assert load_text(text) == load_text(SMALLEST)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("generate.sample_per_prompt=4", "unknown key; did you mean samples_per_prompt?"),
+        ("prompts.columns.promt=q", "unknown key; did you mean prompt?"),
+        ("score.rewards[0].weigth=1", "unknown key; did you mean weight?"),
+        ("checkpoints.zzz=1", "unknown key; known keys: keep_optimizers"),
+        ("generate.samples_per_prompt=true", "input should be a valid integer, found true"),
+        ("generate.samples_per_prompt=8.5", "input should be a valid integer, found 8.5"),
+        ("generate.samples_per_prompt='8'", 'input should be a valid integer, found "8"'),
+        ("generate.samples_per_prompt=1", "input should be greater than or equal to 2, found 1"),
+        ("generate.temperature=true", "input should be a valid number, found true"),
+        ("generate.temperature=.nan", "input should be a finite number, found NaN"),
+        ("generate.temperature=.inf", "input should be a finite number, found Infinity"),
+        ("generate.temperature=0", "input should be greater than 0, found 0"),
+        ("generate.temperature=null", "input should be a valid number, found null"),
+        ("generate.engine=VLLM", "input should be 'auto', 'transformers' or 'vllm', found \"VLLM\""),
+        ("score.rewards[0].weight=-.inf", "input should be a finite number, found -Infinity"),
+        ("score.rewards=[]", "list should have at least 1 item after validation, not 0"),
+        ("update.learning_rate=-1e-6", "input should be greater than or equal to 0, found -1e-06"),
+        ("update.clip_low=1.5", "input should be less than or equal to 1, found 1.5"),
+        ("update.betas=[0.9]", "list should have at least 2 items after validation, not 1"),
+        ("checkpoints.keep_optimizers=1", "input should be greater than or equal to 2, found 1"),
+        ("iterations=0", "input should be greater than or equal to 1, found 0"),
+        ("seed=-1", "input should be greater than or equal to 0, found -1"),
+        ("prompts.chat=1", "input should be a valid boolean, found 1"),
+        (
+            "run=../x",
+            "string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$', found \"../x\"",
+        ),
+    ],
+)
+def test_a_wrong_value_names_its_key(refusal: Refuse, override: str, message: str) -> None:
+    key = override.partition("=")[0]
+    assert refusal(SMALLEST, override) == f"pipeline.yaml: {key}: {message}"
+
+
+def test_a_wrong_item_of_a_list_names_its_place(refusal: Refuse) -> None:
+    message = "pipeline.yaml: update.betas[1]: input should be less than 1, found 1.0"
+    assert refusal(SMALLEST, "update.betas=[0.9, 1.0]") == message
+
+
+def test_several_problems_are_counted(refusal: Refuse) -> None:
+    message = "pipeline.yaml: seed: input should be greater than or equal to 0, found -1 (and 1 more)"
+    assert refusal(SMALLEST, "seed=-1", "generate.temperature=-1") == message
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ("[{}]", "score.rewards[0]: exactly one of function and model must be given"),
+        ("[{function: a, model: b}]", "score.rewards[0]: exactly one of function and model must be given"),
+        (
+            "[{model: b, arguments: {x: 1}}]",
+            "score.rewards[0]: arguments are for functions; a reward model takes none",
+        ),
+        (
+            "[{function: 'm:a'}, {model: dir/a}]",
+            "score.rewards: two rewards are named a; give one of them another `name`",
+        ),
+    ],
+)
+def test_contradictory_rewards(refusal: Refuse, rewards: str, message: str) -> None:
+    assert refusal(SMALLEST, f"score.rewards={rewards}") == f"pipeline.yaml: {message}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("foo", HINT),
+        ("k=", HINT),
+        ("model= ", HINT),
+        ("=v", HINT),
+        ("model=${seed}", "${...} is not supported; write the value itself"),
+        ("seed=a: b", "mapping values are not allowed in this context"),
+        ("score.rewards[3].weight=1", "list index out of range"),
+    ],
+)
+def test_set_that_cannot_be_read(refusal: Refuse, override: str, message: str) -> None:
+    assert refusal(SMALLEST, override) == f"--set {override}: {message}"
+
+
+def test_set_is_applied_in_order_and_a_list_replaces_the_whole_list(load_text: Load) -> None:
+    config = load_text(
+        SMALLEST, "seed=1", "seed=2", "score.rewards=[{function: gsm8k}, {function: 'm:f', name: g}]"
+    )
+    assert config.seed == 2
+    assert [reward.name for reward in config.score.rewards] == ["gsm8k", "g"]
+    again = load_text(SMALLEST, "score.rewards=[{function: gsm8k}]", "score.rewards[0].weight=0.5")
+    assert [(reward.name, reward.weight) for reward in again.score.rewards] == [("gsm8k", 0.5)]
+    assert load_text(SMALLEST, "update.betas=[0.5, 0.6]").update.betas == [0.5, 0.6]
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-6", 1e-6), ("1E-6", 1e-6), ("2.0e-4", 2e-4), ("1", 1.0)])
+def test_exponents_are_numbers(load_text: Load, text: str, value: float) -> None:
+    assert load_text(SMALLEST, f"update.learning_rate={text}").update.learning_rate == value
+    assert load_text(SMALLEST + f"update: {{learning_rate: {text}}}\n").update.learning_rate == value
+
+
+def test_an_objective_sets_its_keys(load_text: Load) -> None:
+    grpo = load_text().update
+    assert (grpo.ratio, grpo.aggregate, grpo.kl_estimator) == ("token", "sequence_mean", "k3")
+    sequence = load_text(SMALLEST, "update.objective=grpo_sequence")
+    update = sequence.update
+    assert (update.ratio, update.aggregate, update.kl_estimator) == ("sequence", "sequence_sum", "k1")
+    assert (update.clip_low, update.clip_high, update.kl_coefficient) == (0.2, 0.2, 0.01)
+    assert (update.old_logprobs, sequence.advantage.scale) == ("recomputed", "group")
+    assert overridden_keys(sequence) == []
+
+
+def test_a_key_of_the_user_wins_over_the_objective_and_so_does_null(load_text: Load) -> None:
+    config = load_text(
+        SMALLEST,
+        "update.objective=grpo_sequence",
+        "update.clip_low=null",
+        "update.ratio=token",
+        "advantage.scale=none",
+    )
+    assert (config.update.clip_low, config.update.ratio, config.advantage.scale) == (None, "token", "none")
+    assert (config.update.clip_high, config.update.kl_estimator) == (0.2, "k1")
+    assert overridden_keys(config) == [
+        'update.ratio: "token" (objective grpo_sequence: "sequence")',
+        "update.clip_low: null (objective grpo_sequence: 0.2)",
+        'advantage.scale: "none" (objective grpo_sequence: "group")',
+    ]
+
+
+def test_the_name_of_a_reward_follows_from_what_it_is(load_text: Load) -> None:
+    rewards = "[{function: gsm8k}, {function: 'a.b:c'}, {model: org/judge}, {model: dir/d/}]"
+    config = load_text(SMALLEST, f"score.rewards={rewards}")
+    assert [reward.name for reward in config.score.rewards] == ["gsm8k", "c", "judge", "d"]
+
+
+@pytest.mark.parametrize("overrides", [[], ["update.objective=grpo_sequence", "update.clip_high=null"]])
+def test_the_resolved_configuration_comes_back_from_json(load_text: Load, overrides: list[str]) -> None:
+    arguments = "score.rewards[0].arguments={low: -1, words: [a, b], deep: {x: null}}"
+    config = load_text(SMALLEST, arguments, "update.learning_rate=1e-6", *overrides)
+    assert Config.model_validate(json.loads(json.dumps(config.model_dump()))) == config
+
+
+def test_a_configuration_is_immutable(load_text: Load) -> None:
+    config = load_text()
+    with pytest.raises(ValueError, match="Instance is frozen"):
+        config.seed = 1  # type: ignore[misc]
+
+
+def test_the_shipped_file_loads() -> None:
+    config = load(REPOSITORY / "pipeline.yaml")
+    assert (config.run, config.model, config.prompts.source) == ("quickstart", "tiny-arithmetic", "arithmetic")
+    assert (config.iterations, config.generate.samples_per_prompt) == (60, 8)
+    assert (config.update.learning_rate, config.update.betas) == (2e-4, [0.9, 0.95])
+    assert [reward.name for reward in config.score.rewards] == ["exact_answer"]
+    assert overridden_keys(config) == []
+
+
+def test_defaults_are_those_of_the_note(load_text: Load) -> None:
+    config = load_text()
+    assert (config.generate.samples_per_prompt, config.generate.max_new_tokens) == (4, 128)
+    assert (config.update.clip_low, config.update.clip_high, config.update.kl_coefficient) == (0.2, 0.2, 0.01)
+    assert (config.generate.temperature, config.advantage.epsilon) == (1.0, 1e-4)
+    assert (config.update.betas, config.update.weight_decay) == ([0.9, 0.999], 0.0)
+    assert (config.update.learning_rate, config.update.max_grad_norm) == (5e-7, 1.0)
+
+
+def test_every_field_says_what_it_means() -> None:
+    def fields(model: type) -> list[tuple[str, str | None]]:
+        own = [(f"{model.__name__}.{name}", field.description) for name, field in model.model_fields.items()]
+        inner = [f.annotation for f in model.model_fields.values() if hasattr(f.annotation, "model_fields")]
+        return own + [pair for section in inner for pair in fields(section)]
+
+    # `prompts` and the other sections are described by their classes.
+    sections = {"prompts", "generate", "score", "advantage", "update", "checkpoints"}
+    nameless = [name for name, text in fields(Config) if not text and name.partition(".")[2] not in sections]
+    assert nameless == []
+
+
+def test_flatten_dots_keys_and_numbers_lists_of_mappings() -> None:
+    nested = {"a": {"b": 1, "c": {}}, "rewards": [{"name": "x"}, {"name": "y"}], "betas": [0.9, 0.95], "e": []}
+    assert flatten(nested) == {
+        "a.b": 1,
+        "a.c": {},
+        "rewards[0].name": "x",
+        "rewards[1].name": "y",
+        "betas": [0.9, 0.95],
+        "e": [],
+    }
+
+
+def test_differing_keys_shows_old_and_new() -> None:
+    before = {"a": 1, "b": {"c": None, "d": "x"}, "gone": True}
+    after = {"a": 1, "b": {"c": 0.2, "d": "x"}, "new": [1]}
+    assert differing_keys(before, after) == [
+        "b.c: null -> 0.2",
+        "new: (none) -> [1]",
+        "gone: true -> (none)",
+    ]
+    assert differing_keys(before, before) == []
+    assert differing_keys({"a": None, "b": 1}, {"b": 1}) == ["a: null -> (none)"]  # null is a value
