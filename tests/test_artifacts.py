@@ -226,7 +226,9 @@ def test_killed_at_any_point_of_a_commit_the_next_process_finishes_it(
     found = again(run).manifest("rewards", 0)
     assert {"old": before, "none": None}.get(seen, found) == found
     if found is not None:
-        assert again(run).read("rewards", 0)["value"].to_pylist() == ([1.0] * 2 if seen == "old" else [0.5] * 2)
+        assert again(run).read("rewards", 0)["value"].to_pylist() == (
+            [1.0] * 2 if seen == "old" else [0.5] * 2
+        )
 
     for _ in range(2):  # doing it again changes nothing
         roll_forward(again(run))
@@ -488,7 +490,9 @@ def test_what_is_missing_names_the_command(run: Run) -> None:
 
 def test_a_policy_of_iteration_i_is_held_by_update_i_minus_1(run: Run) -> None:
     assert run.id_of("policy@0") is None
-    Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0).commit({"policy": "P", "reference": "R"}, [], {})
+    Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0).commit(
+        {"policy": "P", "reference": "R"}, [], {}
+    )
     update = Plan("update", 1, "update", 0, {}, {})
     Staging(run, update, 0).commit({"policy": "P1", "optimizer": "O1"}, [], {})
     references = ("policy@0", "reference", "policy@1", "optimizer@1", "policy@2", "optimizer@0")

@@ -51,8 +51,15 @@ def refusal(load_text: Load, tmp_path: Path) -> Refuse:
     ("text", "message"),
     [
         ("run: [a\nmodel: m\n", "pipeline.yaml:2:6: did not find expected ',' or ']'"),
-        ("run: r\n\tmodel: m\n", "pipeline.yaml:2:1: found a tab character that violates indentation"),
-        ("run: r\nscore:\n\tworkers: 1\n", "pipeline.yaml:3:1: found character that cannot start any token"),
+        (
+            "run: r\n\tmodel: m\n",
+            "pipeline.yaml:2:1: found a tab character that violates indentation; use spaces, not tabs",
+        ),
+        (
+            "run: r\nscore:\n\tworkers: 1\n",
+            "pipeline.yaml:3:1: found character that cannot start any token; use spaces, not tabs",
+        ),
+        ("run: r\nmodel: a\x07b\n", "pipeline.yaml:2:9: control character U+0007 in the text"),
         (b"run: r\nmodel: caf\xe9\n", "pipeline.yaml:2:11: not UTF-8; save the file as UTF-8"),
         ("run: r\nmodel: a\nrun: s\n", "pipeline.yaml:3:1: found duplicate key run"),
         ("generate: {seed: 1, seed: 2}\n", "pipeline.yaml:1:21: found duplicate key seed"),
@@ -234,7 +241,11 @@ def test_a_configuration_is_immutable(load_text: Load) -> None:
 
 def test_the_shipped_file_loads() -> None:
     config = load(REPOSITORY / "pipeline.yaml")
-    assert (config.run, config.model, config.prompts.source) == ("quickstart", "tiny-arithmetic", "arithmetic")
+    assert (config.run, config.model, config.prompts.source) == (
+        "quickstart",
+        "tiny-arithmetic",
+        "arithmetic",
+    )
     assert (config.iterations, config.generate.samples_per_prompt) == (60, 8)
     assert (config.update.learning_rate, config.update.betas) == (2e-4, [0.9, 0.95])
     assert [reward.name for reward in config.score.rewards] == ["exact_answer"]
@@ -263,7 +274,12 @@ def test_every_field_says_what_it_means() -> None:
 
 
 def test_flatten_dots_keys_and_numbers_lists_of_mappings() -> None:
-    nested = {"a": {"b": 1, "c": {}}, "rewards": [{"name": "x"}, {"name": "y"}], "betas": [0.9, 0.95], "e": []}
+    nested = {
+        "a": {"b": 1, "c": {}},
+        "rewards": [{"name": "x"}, {"name": "y"}],
+        "betas": [0.9, 0.95],
+        "e": [],
+    }
     assert flatten(nested) == {
         "a.b": 1,
         "a.c": {},

@@ -93,7 +93,15 @@ FILE = Path("part-00000-0123abcd.parquet")
 
 def rewards() -> pa.Table:
     rows = [
-        {"iteration": 3, "group_id": 0, "sample_id": 0, "name": "a", "value": 0.1, "weight": 1.0, "status": "ok"},
+        {
+            "iteration": 3,
+            "group_id": 0,
+            "sample_id": 0,
+            "name": "a",
+            "value": 0.1,
+            "weight": 1.0,
+            "status": "ok",
+        },
         {"iteration": 3, "group_id": 0, "sample_id": 1, "name": "a", "status": "error", "error": "é [/b]"},
     ]
     return pa.Table.from_pylist(rows, schema=tables.schema("rewards"))
@@ -125,7 +133,9 @@ def test_types_are_those_of_the_design(table: str) -> None:
 
 
 def test_every_column_says_what_it_means() -> None:
-    assert [name for columns in tables.TABLES.values() for name, (_, text) in columns.items() if not text] == []
+    assert [
+        name for columns in tables.TABLES.values() for name, (_, text) in columns.items() if not text
+    ] == []
 
 
 def test_rows_come_back_with_the_exact_schema() -> None:

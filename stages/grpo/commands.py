@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from grpo import runner, status
 from grpo import sql as sql_module
-from grpo.artifacts import Run, files
+from grpo.artifacts import Manifest, Run, files
 from grpo.config import flatten
 from grpo.console import printable, stdout_console
 from grpo.errors import InputError, UsageError
@@ -66,7 +66,7 @@ def run_stage(opened: Run, name: str, wanted: str, force: bool) -> list[dict[str
         for iteration in iterations:
             before = opened.manifest(stage.output, iteration)
             if before is not None:
-                _check_replace(opened, stage, iteration, force)
+                _check_replace(opened, stage, before, force)
             manifest = runner.perform(opened, stage, iteration, tools, force)
             done = before is None or manifest.fingerprint != before.fingerprint
             text = f"{manifest.rows} rows" if done else "nothing to do, it is complete"
@@ -75,8 +75,10 @@ def run_stage(opened: Run, name: str, wanted: str, force: bool) -> list[dict[str
     return results
 
 
-def _check_replace(opened: Run, stage: runner.Stage, iteration: int, force: bool) -> None:
+def _check_replace(opened: Run, stage: runner.Stage, before: Manifest, force: bool) -> None:
     """Refuse what differs without --force; with it, say what may become stale."""
+    iteration = before.iteration
+    assert iteration is not None
     if force:
         after = runner.followers(opened, stage.output, iteration)
         if after:
@@ -86,11 +88,11 @@ def _check_replace(opened: Run, stage: runner.Stage, iteration: int, force: bool
                 f"{stage.name} {iteration}: if its result changes, these become stale: {listed}"
             )
         return
-    state = runner.states(opened)[iteration][stage.name]
-    if state.name == "differs":
-        raise InputError(
-            f"{opened.folder(stage.output, iteration)}: differs ({state.why}); --force makes it again"
-        )
+    if runner.inputs_changed(opened, before):
+        return  # stale: it is done again without being asked twice
+    if changes := runner.differences_of(opened, stage, before):
+        place = opened.folder(stage.output, iteration)
+        raise InputError(f"{place}: differs ({'; '.join(changes)}); --force makes it again")
 
 
 def _iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:

@@ -111,10 +111,7 @@ def _state(run: Run, stage: Stage, iteration: int, stale: set[tuple[str, int | N
         return State("stale", reason)
     if run.partial(manifest):
         return State("partial", f"{manifest.summary['failed']} rewards failed")
-    plan = stage.plan(run, iteration)
-    changes = plan.differences(manifest)
-    if not changes and not plan.same_as(manifest):
-        changes = ["its shard plan"]
+    changes = differences_of(run, stage, manifest)
     return State("differs", "; ".join(changes)) if changes else State("done")
 
 
@@ -189,11 +186,23 @@ def _say_changes(run: Run, todo: list[Stage], iteration: int) -> None:
 def differences_of(run: Run, stage: Stage, manifest: Manifest) -> list[str]:
     """What changed in configuration and code since `manifest` of `stage`."""
     assert manifest.iteration is not None
-    return stage.plan(run, manifest.iteration).differences(manifest)
+    plan = stage.plan(run, manifest.iteration)
+    changes = plan.differences(manifest)
+    return changes or ([] if plan.same_as(manifest) else ["its shard plan"])
+
+
+def inputs_changed(run: Run, manifest: Manifest) -> bool:
+    """Whether anything an output read has another id now."""
+    return any(run.id_of(reference) != recorded for reference, recorded in manifest.reads.items())
 
 
 def start_over(run: Run, iteration: int) -> None:
-    """`--from N`: note the intent, then clear the way; a killed one is finished by the next run."""
+    """`--from N`: note the intent, then clear the way; a killed one is finished by the next run.
+
+    Raises InputError (exit 4), with nothing moved, when the optimiser state to go on from was pruned.
+    """
+    redone = any(state.name != "done" for state in states(run)[iteration].values())
+    update.require_optimizer(run, iteration if redone else iteration + 1)
     files.write_file(run.path / _INTENT, json.dumps({"from": iteration}).encode())
     files.sync_folder(run.path)
     finish_start_over(run)

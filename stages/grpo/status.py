@@ -87,11 +87,17 @@ def _stage_cell(state: str, seconds: float | None) -> str:
 
 
 def _print_reasons(console: Any, rows: list[dict[str, Any]]) -> None:
+    """Say why something is not done: causes, and how many outputs follow from them."""
+    following = 0
     for row in rows:
         for name, stage in row["stages"].items():
-            if stage["why"]:
+            if stage["why"].endswith(" is stale"):
+                following += 1
+            elif stage["why"]:
                 text = f"iteration {row['iteration']}: {name} {stage['state']}: {stage['why']}"
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if following:
+        console.print(f"{following} more are stale because they read what is stale", highlight=False)
     apart = [row["iteration"] for row in rows if (row["mismatch"] or 0) > MISMATCH_WARNING]
     if apart:
         console.print(

@@ -310,7 +310,9 @@ objectives = st.builds(
 )
 
 
-def ours(rows: list[Response], parts: list[list[int]], objective: Objective) -> tuple[float, list[list[float]]]:
+def ours(
+    rows: list[Response], parts: list[list[int]], objective: Objective
+) -> tuple[float, list[list[float]]]:
     """Loss and gradient of `rows`, summed over micro-batches `parts` of row numbers."""
     step = Step(len(rows), sum(len(row.policy) for row in rows), objective.max_new_tokens)
     total = 0.0

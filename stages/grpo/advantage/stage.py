@@ -151,7 +151,10 @@ def _replace(data: pa.Table, own: pa.Table, name: str) -> pa.Table:
     if own.group_by(list(tables.KEY)).aggregate([]).num_rows != own.num_rows:
         raise DataError(f"{name}: returns a rollout twice; it must return each ({_KEY}) once")
     keys = {key: pa.int32() for key in tables.KEY}
-    own = own.cast(pa.schema([*keys.items(), ("own", pa.float64())]))
+    try:
+        own = own.cast(pa.schema([*keys.items(), ("own", pa.float64())]))
+    except pa.ArrowException as error:
+        raise DataError(f"{name}: {_KEY} must be integers and advantage a number: {error}") from None
     joined = data.join(own, list(tables.KEY), join_type="left outer").sort_by(
         [(key, "ascending") for key in tables.KEY]
     )

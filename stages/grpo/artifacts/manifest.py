@@ -91,14 +91,12 @@ class Plan:
     def differences(self, manifest: Manifest) -> list[str]:
         """What changed since `manifest` besides what was read: one text `key: old -> new` each."""
         texts = differing_keys(manifest.config, self.config)
-        names = sorted({*self.sources, *manifest.sources})
-        texts += [f"{name}: its content changed" for name in names if self._source_changed(name, manifest)]
+        for name in sorted(self.sources.keys() & manifest.sources.keys()):
+            if self.sources[name] != manifest.sources[name]:
+                texts.append(f"{name}: its file changed")
         if manifest.stage_version != self.stage_version:
             texts.append(f"{self.stage} version: {manifest.stage_version} -> {self.stage_version}")
         return texts
-
-    def _source_changed(self, name: str, manifest: Manifest) -> bool:
-        return self.sources.get(name) != manifest.sources.get(name)
 
     def same_as(self, manifest: Manifest) -> bool:
         """Whether `manifest` committed exactly this plan."""

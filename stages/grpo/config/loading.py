@@ -36,15 +36,21 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for path, child in items for key, leaf in flatten(child, path).items()}
 
 
-def differing_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """One text `key: old -> new` for each dotted key whose value differs."""
-    old, new = flatten(before), flatten(after)
-    keys = [*new, *(key for key in old if key not in new)]
-    return [
-        f"{key}: {_show(old, key)} -> {_show(new, key)}"
-        for key in keys
-        if old.get(key, ...) != new.get(key, ...)
-    ]
+def differing_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """One text for each key whose value differs: `key: old -> new`, `key: added` or `key: removed`."""
+    texts = []
+    for key in dict.fromkeys([*before, *after]):
+        path = f"{prefix}{key}"
+        old, new = before.get(key), after.get(key)
+        if key not in before:
+            texts.append(f"{path}: added")
+        elif key not in after:
+            texts.append(f"{path}: removed")
+        elif isinstance(old, dict) and isinstance(new, dict):
+            texts += differing_keys(old, new, f"{path}.")
+        elif old != new:
+            texts.append(f"{path}: {json.dumps(old)} -> {json.dumps(new)}")
+    return texts
 
 
 def overridden_keys(config: Config) -> list[str]:
@@ -58,14 +64,10 @@ def overridden_keys(config: Config) -> list[str]:
     ]
 
 
-def _show(values: dict[str, Any], key: str) -> str:
-    return json.dumps(values[key]) if key in values else "(none)"
-
-
 def _read(path: Path) -> Any:
     from omegaconf import OmegaConf
-    from yaml import YAMLError
     from yaml.error import MarkedYAMLError
+    from yaml.reader import ReaderError
 
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -86,12 +88,13 @@ def _read(path: Path) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        hint = "; use spaces, not tabs" if "\\t" in str(error.problem) else ""
+        at_tab = mark and text.split("\n")[mark.line][mark.column : mark.column + 1] == "\t"
+        hint = "; use spaces, not tabs" if at_tab else ""
         raise UsageError(f"{path}{place}: {error.problem}{hint}") from None
     except ReaderError as error:
-        line, column = _place_of(text, error.position)
-        what = f"character U+{ord(text[error.position]):04X} is not allowed in YAML"
-        raise UsageError(f"{path}:{line}:{column}: {what}") from None
+        before = text[: error.position]
+        place = f"{path}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        raise UsageError(f"{place}: control character U+{error.character:04X} in the text") from None
 
 
 def _override(data: Any, override: str) -> Any:

@@ -102,7 +102,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
             tool.holds = policy_id
     groups: dict[int, Group] = {}
     with _sampling(run, iteration, requests, tool, staging) as sampled:
-        for group in sampled:
+        for group in sampled if requests else ():  # all committed, but for the manifest: no engine is loaded
             groups[group.group_id] = group
             for position, index in enumerate(todo):
                 members = range(*staging.plan.shards[index])

@@ -78,18 +78,23 @@ def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest
     return manifest
 
 
+def require_optimizer(run: Run, iteration: int) -> None:
+    """Raise InputError (exit 4) when the optimiser state that `iteration` starts from was pruned."""
+    if iteration > 0 and not run.has_optimizer(iteration - 1):
+        have = [number for number in run.iterations() if run.has_optimizer(number)]
+        raise InputError(
+            f"{run.folder(OUTPUT, iteration - 1) / 'optimizer'}: pruned (checkpoints.keep_optimizers);"
+            " update can go on from iteration 0" + "".join(f", {number + 1}" for number in have)
+        )
+
+
 def _load(run: Run, iteration: int, plan: Plan, learner: "Learner") -> None:
     optimizer_path = None
     if iteration > 0:
         manifest = run.require(OUTPUT, iteration - 1, f"grpo update --iteration {iteration - 1}")
         [record] = [file for file in manifest.files if file.part == "optimizer"]
         optimizer_path = run.path_of(record, OUTPUT, iteration - 1)
-        if not run.has_optimizer(iteration - 1):
-            have = [number for number in run.iterations() if run.has_optimizer(number)]
-            raise InputError(
-                f"{optimizer_path}: pruned (checkpoints.keep_optimizers); update can go on from iteration 0"
-                + "".join(f", {number + 1}" for number in have)
-            )
+        require_optimizer(run, iteration)
         run.verify(record, optimizer_path)
     ids = (plan.reads[f"policy@{iteration}"], plan.reads.get(f"optimizer@{iteration}"))
     learner.load(run.policy_folder(iteration), optimizer_path, ids)
