@@ -5,6 +5,7 @@ layer, a token is a byte), small enough that an iteration takes a fraction of a 
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ PROMPTS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(6)]
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 6,176 random weights with the starter's tokenizer (and Qwen3, as starter.py says why)."""
+    """A checkpoint of random weights with the starter's tokenizer; Qwen3, for the reason in starter.py."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -69,6 +70,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def starter_model(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The starter model, trained once for all workers; read it only."""
+    from grpo import starter
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "starter" / "tiny-arithmetic"
+    starter.ensure(folder, lambda _: None)
     return folder
 
 
@@ -147,3 +159,10 @@ def finished(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shutil.copytree(complete, folder)
     monkeypatch.chdir(folder)
     return folder
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With GRPO_REQUIRE_ALL a skipped test is a failure: the gate must not pass by leaving things out."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("GRPO_REQUIRE_ALL") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,8 +1,7 @@
-"""The objectives `grpo` and `grpo_sequence`, once more: plain loops in float64, written from the formulas and not
-from the code.
+"""The objectives `grpo` and `grpo_sequence`, once more: plain loops in float64.
 
-Slow on purpose. `stages/grpo` does the same in SQL and in batched torch; the property tests hold the two together.
-Nothing here imports `grpo`.
+Written from the formulas, not from the code, and slow on purpose. `stages/grpo` does the same in SQL and in
+batched torch; the property tests hold the two together. Nothing here imports `grpo`.
 """
 
 from dataclasses import dataclass
@@ -166,7 +165,7 @@ GRPO_SEQUENCE = Objective(ratio="sequence", aggregate="sequence_sum", kl_estimat
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of one optimiser step; `gradient[i][t]` is its derivative with respect to policy log-prob t of i."""
+    """The loss of one optimiser step; `gradient[i][t]`: its derivative by policy log-prob t of i."""
 
     loss: float
     policy_loss: float
@@ -289,9 +288,9 @@ class Mismatch:
 def mismatch(policy: list[list[float]], old: list[list[float]], cap: float = 2.0) -> Mismatch:
     """Over all tokens that count.
 
-    The tokens were drawn from `old`, so with w = policy / old the k3 estimate of KL(old || policy) is the mean of
-    w - 1 - log w. The effective sample size is Kish's, (sum w)^2 / sum w^2, as a share of the tokens. Over the
-    cap is, as for `sampler_correction: mask`, a weight outside [1 / cap, cap].
+    The tokens were drawn from `old`, so with w = policy / old the k3 estimate of KL(old || policy) is the
+    mean of w - 1 - log w. The effective sample size is Kish's, (sum w)^2 / sum w^2, as a share of the tokens.
+    Over the cap is, as for `sampler_correction: mask`, a weight outside [1 / cap, cap].
     """
     differences = [
         ours - theirs

@@ -3,8 +3,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from grpo.config import Config, differing_keys, flatten, load, overridden_keys
+from grpo.config import Config, RewardConfig, differing_keys, flatten, load, overridden_keys
 from grpo.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -159,6 +160,13 @@ def test_contradictory_rewards(refusal: Refuse, rewards: str, message: str) -> N
     assert refusal(SMALLEST, f"score.rewards={rewards}") == f"pipeline.yaml: {message}"
 
 
+@pytest.mark.parametrize("value", [".nan", "-.inf", "!!binary aGVsbG8=", "{1: a}", "[{b: .inf}]"])
+def test_arguments_are_what_json_can_hold(refusal: Refuse, value: str) -> None:
+    allowed = "may hold text, finite numbers, true, false, null, lists and mappings by text"
+    message = f"pipeline.yaml: score.rewards[0].arguments: {allowed}"
+    assert refusal(SMALLEST, f"score.rewards[0].arguments={{x: {value}}}") == message
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -262,15 +270,16 @@ def test_defaults_are_those_of_the_note(load_text: Load) -> None:
 
 
 def test_every_field_says_what_it_means() -> None:
-    def fields(model: type) -> list[tuple[str, str | None]]:
-        own = [(f"{model.__name__}.{name}", field.description) for name, field in model.model_fields.items()]
-        inner = [f.annotation for f in model.model_fields.values() if hasattr(f.annotation, "model_fields")]
-        return own + [pair for section in inner for pair in fields(section)]
+    def undescribed(model: type[BaseModel]) -> list[str]:
+        names = []
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                names += undescribed(field.annotation)  # a section is described by its class
+            elif not field.description:
+                names.append(f"{model.__name__}.{name}")
+        return names
 
-    # `prompts` and the other sections are described by their classes.
-    sections = {"prompts", "generate", "score", "advantage", "update", "checkpoints"}
-    nameless = [name for name, text in fields(Config) if not text and name.partition(".")[2] not in sections]
-    assert nameless == []
+    assert undescribed(Config) + undescribed(RewardConfig) == []
 
 
 def test_flatten_dots_keys_and_numbers_lists_of_mappings() -> None:
@@ -293,10 +302,7 @@ def test_flatten_dots_keys_and_numbers_lists_of_mappings() -> None:
 def test_differing_keys_shows_old_and_new() -> None:
     before = {"a": 1, "b": {"c": None, "d": "x"}, "gone": True}
     after = {"a": 1, "b": {"c": 0.2, "d": "x"}, "new": [1]}
-    assert differing_keys(before, after) == [
-        "b.c: null -> 0.2",
-        "new: (none) -> [1]",
-        "gone: true -> (none)",
-    ]
+    assert differing_keys(before, after) == ["b.c: null -> 0.2", "gone: removed", "new: added"]
     assert differing_keys(before, before) == []
-    assert differing_keys({"a": None, "b": 1}, {"b": 1}) == ["a: null -> (none)"]  # null is a value
+    assert differing_keys({"a": None}, {}) == ["a: removed"]  # null is a value
+    assert differing_keys({"a": {"b": 1}}, {"a": None}) == ['a: {"b": 1} -> null']

@@ -15,7 +15,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Grpo
+
+Grpo = Callable[..., tuple[int, str, str]]
 
 ARTIFACTS = Path("artifacts/tiny")
 STAGES = ("generate", "score", "advantage", "update")
@@ -172,8 +173,8 @@ def test_a_forced_score_makes_what_follows_stale_and_from_does_it_again(finished
         "update 1": "policy@1 is stale",
     }
     message = (
-        "error: run tiny: advantage of iteration 0 is stale (reward/code@0 is gone); `grpo run --from 0` does it"
-        " and all that follows again, `grpo advantage --iteration 0` it alone\n"
+        "error: run tiny: advantage of iteration 0 is stale (reward/code@0 is gone); `grpo run --from 0` does"
+        " it and all that follows again, `grpo advantage --iteration 0` it alone\n"
     )
     assert grpo("run") == (4, "", message)
     code, _, err = grpo("run", "--from", "0")
@@ -204,7 +205,7 @@ def test_a_reward_of_weight_0_leaves_everything_fresh_and_links_the_rest(finishe
         '- {function: "reward:code"}',
         '- {function: "reward:code"}\n    - {function: "reward:length", weight: 0}',
     )
-    assert [row[1] for row in states(grpo)] == ["differs", "differs"]
+    assert reasons(grpo) == {f"score {n}": "score.rewards.length: added" for n in range(2)}
     assert grpo("run")[0] == 0  # what differs is history
     before = digests()
     old = [

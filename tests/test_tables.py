@@ -80,8 +80,10 @@ LISTS = {
     "reference_logprobs": pa.list_(pa.float32()),
 }
 TYPES = {
-    "rollouts": [*3 * ["int32"], "int64", "int32", "string", "string", *4 * [""], "string", "int32", "int32"]
-    + ["double", "int64"],
+    "rollouts": [
+        *[*3 * ["int32"], "int64", "int32", "string", "string", *4 * [""]],
+        *["string", "int32", "int32", "double", "int64"],
+    ],
     "rewards": [*3 * ["int32"], "string", "double", "double", "string", "string"],
     "advantages": [*3 * ["int32"], *3 * ["double"], "int32", "double", "bool", "string"],
     "updates": [*3 * ["int32"], *10 * ["double"], "int32", "int64", "bool", *5 * ["double"]],

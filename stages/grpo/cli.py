@@ -184,9 +184,11 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except usage_error as error:
         message = error.format_message()
+        if not message:  # `grpo` alone: the help is printed already
+            sys.exit(2)
         _fail(f"{message.rstrip('.')}; see `grpo --help`", 2)
-    except typer.Abort:
-        _fail("aborted", 130)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
     except BrokenPipeError:
         sys.stderr.close()  # `grpo sql ... | head`: the reader has seen enough
         sys.exit(0)

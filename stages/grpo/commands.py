@@ -168,6 +168,8 @@ def _ask() -> str | None:
 
 def _deliver(data: pa.Table, out: Path | None, as_json: bool) -> None:
     if out is not None:
+        if not out.parent.is_dir():
+            raise UsageError(f"--out {out}: no folder {out.parent}")
         files.write_file(out, _encoded(data, out))
     elif as_json:
         print(_json(data))

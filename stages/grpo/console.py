@@ -3,10 +3,10 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from grpo.errors import Interrupted
 
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 _PLAIN_INTERVAL_S = 15.0  # without a terminal: a line now and then, so that a log stays readable
+
+
+class Advance(Protocol):
+    """advance(count, note): count more units are done; `note` stands in place of their rate."""
+
+    def __call__(self, count: int, note: str = "") -> None:
+        """Show it."""
 
 
 class Console:
@@ -31,8 +38,8 @@ class Console:
             print(printable(line), file=sys.stderr, flush=True)
 
     @contextmanager
-    def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """A bar with rate and ETA over `total` units; yields advance(n). Gone when it ends."""
+    def progress(self, title: str, total: int, unit: str) -> Iterator["Advance"]:
+        """A bar with rate and ETA over `total` units; yields advance(n, note). Gone when it ends."""
         if self.terminal:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -41,27 +48,27 @@ class Console:
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn(unit + "  {task.fields[rate]}", markup=False),
+                TextColumn(unit + "  {task.fields[note]}", markup=False),
                 TimeRemainingColumn(),
             )
             started = time.perf_counter()
             with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
-                task = bar.add_task(title, total=total, rate="")
+                task = bar.add_task(title, total=total, note="")
 
-                def advance(count: int) -> None:
+                def advance(count: int, note: str = "") -> None:
                     done = bar.tasks[0].completed + count
                     rate = done / max(time.perf_counter() - started, 1e-9)
-                    bar.update(task, advance=count, rate=f"{rate:,.0f}/s")
+                    bar.update(task, advance=count, note=note or f"{rate:,.0f}/s")
 
                 yield advance
         else:
             yield self._plain_progress(title, total, unit)
 
-    def _plain_progress(self, title: str, total: int, unit: str) -> Callable[[int], None]:
+    def _plain_progress(self, title: str, total: int, unit: str) -> "Advance":
         done, started = 0, time.perf_counter()
         last = started
 
-        def advance(count: int) -> None:
+        def advance(count: int, note: str = "") -> None:
             nonlocal done, last
             done += count
             now = time.perf_counter()
@@ -69,7 +76,7 @@ class Console:
                 last = now
                 rate = done / (now - started)
                 left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
-                self.say(f"{title}: {done:,}/{total:,} {unit}, {rate:,.0f}/s{left}")
+                self.say(f"{title}: {done:,}/{total:,} {unit}, {note or f'{rate:,.0f}/s'}{left}")
 
         return advance
 

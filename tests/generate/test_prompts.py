@@ -416,7 +416,7 @@ def test_content_counts_and_the_file_s_name_does_not(tmp_path: Path) -> None:
     ]
     (tmp_path / "moved.jsonl").write_text('{"prompt": "b"}\n')
     changed = prompts.plan(opened(tmp_path, source="moved.jsonl"))
-    assert changed.differences(manifest) == ["prompts.source: its content changed"]
+    assert changed.differences(manifest) == ["prompts.source: its file changed"]
 
 
 # ---- draw ----

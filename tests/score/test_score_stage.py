@@ -376,7 +376,7 @@ def test_an_added_reward_scores_only_itself(tmp_path: Path) -> None:
     assert calls(tmp_path, "length") == [2, 2, 2]
     run = opened(tmp_path, reward("other"), reward("length"))  # in front: places move, files stay
     kept = inodes(run, first, "length")
-    assert differs(run).startswith("differs (score.rewards.other.function: (none) -> ")
+    assert differs(run) == "differs (score.rewards.other: added); --force makes it again"
     second = scored(run, force=True)
     assert (calls(tmp_path, "length"), calls(tmp_path, "other")) == ([], [2, 2, 2])
     assert inodes(run, second, "length") == kept
@@ -389,6 +389,7 @@ def test_a_removed_reward_leaves_the_others(tmp_path: Path) -> None:
     run = opened(tmp_path, reward("other"))
     kept = inodes(run, first, "other")
     calls(tmp_path, "length"), calls(tmp_path, "other")
+    assert differs(run) == "differs (score.rewards.length: removed); --force makes it again"
     second = scored(run, force=True)
     assert (calls(tmp_path, "length"), calls(tmp_path, "other")) == ([], [])
     assert inodes(run, second, "other") == kept
@@ -432,7 +433,7 @@ def test_a_reward_whose_file_changed_differs_and_is_scored_anew(tmp_path: Path) 
     source = tmp_path / "reward.py"
     source.write_text(source.read_text().replace("float(len(text))", "float(len(text) + 10)"))
     run = opened(tmp_path, reward("length"), {"function": "exact_answer"})
-    assert differs(run) == "differs (score.rewards.length: its content changed); --force makes it again"
+    assert differs(run) == "differs (score.rewards.length: its file changed); --force makes it again"
     second = scored(run, force=True)
     assert calls(tmp_path, "length") == [2, 2, 2]
     assert values(run, "length") == [11.0, 12.0, 11.0, 14.0, 10.0, 12.0]
@@ -580,7 +581,7 @@ def test_another_reward_model_in_its_place_differs(tmp_path: Path) -> None:
     scored(opened(tmp_path, {"model": "./rm"}))
     value = write_classifier(tmp_path / "rm", seed=1)
     run = opened(tmp_path, {"model": "./rm"})
-    assert differs(run) == "differs (score.rewards.rm: its content changed); --force makes it again"
+    assert differs(run) == "differs (score.rewards.rm: its file changed); --force makes it again"
     scored(run, force=True)
     assert values(run, "rm")[0] == pytest.approx(value(shown("3+4=", "7")), abs=1e-5)
 

@@ -1,7 +1,7 @@
 """advantage: rollouts + rewards -> advantages.
 
-SQL over the tables of the iteration: judged.sql, then advantage.sql. All selection happens here: update trains on
-exactly the rows with keep = true.
+SQL over the tables of the iteration: judged.sql, then advantage.sql. All selection happens here: update
+trains on exactly the rows with keep = true.
 """
 
 from collections.abc import Iterator

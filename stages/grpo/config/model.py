@@ -4,6 +4,7 @@ Every field says its unit, range and what an extreme value means; a field withou
 `null` is a value described at its field, never "default".
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -110,6 +111,17 @@ class RewardConfig(Section):
     """Keyword arguments handed to the function."""
     timeout_s: Positive = 60.0
     """Seconds a call for one group may take before its rollouts are tried one by one."""
+
+    @field_validator("arguments")
+    @classmethod
+    def _plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        try:
+            same = json.loads(json.dumps(arguments, allow_nan=False)) == arguments
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise ValueError("may hold text, finite numbers, true, false, null, lists and mappings by text")
+        return arguments
 
     @model_validator(mode="before")
     @classmethod

@@ -4,9 +4,11 @@ Samples K responses per prompt and stores the log-probs they were sampled with: 
 guessed later. Shards are committed one by one, and a committed shard is never sampled again.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,22 +129,22 @@ def _sampling(
     config = run.config.generate
     sampling = Sampling(config.temperature, config.max_new_tokens)
     total = sum(len(request.seeds) for shard in requests for request in shard)
-    tokens = 0
-
-    def count_tokens(number: int) -> None:
-        nonlocal tokens
-        tokens += number
-
+    tokens, started = 0, time.perf_counter()
     with run.console.progress(f"generate {iteration}", total, "rollouts") as advance:
 
+        def show(rollouts: int, new_tokens: int) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            advance(rollouts, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
+
         def groups() -> Iterator[Group]:
-            source = tool.engine.sample(requests, sampling, count_tokens)
+            source = tool.engine.sample(requests, sampling, partial(show, 0))
             while True:
                 with staging.clock("sample"):
                     group = next(source, None)
                 if group is None:
                     return
-                advance(len(group.samples))
+                show(len(group.samples), 0)
                 yield group
 
         yield groups()

@@ -10,7 +10,6 @@ Shapes: P prompts, B samples of a batch, N samples still in the batch (N <= B), 
 (left-padded to the longest), T response tokens, V vocabulary.
 """
 
-# ruff: noqa: N815  (fields end in their shape, too)
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from grpo import tables
@@ -36,7 +37,7 @@ class Scorers:
     """What stays open between iterations: worker processes, reward models, the prompts."""
 
     pool: FunctionPool
-    prompts: dict[int, dict[str, Any]]
+    prompts: pa.Table
     columns: list[str]
     models: "dict[str, RewardModel]" = field(default_factory=dict)
 
@@ -87,7 +88,7 @@ def open_tool(run: Run) -> Iterator[Scorers]:
             if reward.function is not None:
                 pool.check(_spec(reward), columns)
         models = _open_models(run)
-        yield Scorers(pool, {row["prompt_id"]: row for row in prompts.to_pylist()}, columns, models)
+        yield Scorers(pool, prompts, columns, models)
     finally:
         pool.close()
 
@@ -205,7 +206,8 @@ def _score(
     groups: dict[int, list[_Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.group_id, []).append(rollout)
-    calls = [_call(tool, members) for members in groups.values()]
+    rows = _prompts_of(tool, rollouts)
+    calls = [_call(tool, rows, members) for members in groups.values()]
     if reward.function is not None:
         outcomes = tool.pool.score(_spec(reward), calls)
         for members, found in zip(groups.values(), outcomes, strict=True):
@@ -218,9 +220,16 @@ def _score(
         yield from zip(members, tool.models[reward.name].score(prompts, completions, limit), strict=True)
 
 
-def _call(tool: Scorers, rollouts: list[_Rollout]) -> GroupCall:
+def _prompts_of(tool: Scorers, rollouts: list[_Rollout]) -> dict[int, dict[str, Any]]:
+    """The rows of `prompts` that the rollouts need, by prompt_id."""
+    wanted = np.unique([rollout.prompt_id for rollout in rollouts]).astype(np.int64)
+    places = np.searchsorted(tool.prompts["prompt_id"].to_numpy(), wanted)  # the table is in this order
+    return {row["prompt_id"]: row for row in tool.prompts.take(places).to_pylist()}
+
+
+def _call(tool: Scorers, prompts: dict[int, dict[str, Any]], rollouts: list[_Rollout]) -> GroupCall:
     """A group as a reward function sees it; a chat prompt is messages, and so is its completion."""
-    rows = [tool.prompts[rollout.prompt_id] for rollout in rollouts]
+    rows = [prompts[rollout.prompt_id] for rollout in rollouts]
     chat = [row["messages"] is not None for row in rows]
     return GroupCall(
         prompts=[row["messages"] if c else row["prompt"] for row, c in zip(rows, chat, strict=True)],

@@ -17,6 +17,17 @@ from grpo.errors import CorruptError
 from grpo.tables import KEY
 
 
+# Columns of `rollouts` that training needs.
+READ = [
+    *KEY,
+    "prompt_token_ids",
+    "response_token_ids",
+    "response_mask",
+    "old_logprobs",
+    "temperature",
+]
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """The kept rollouts of an iteration in key order; `sequences[i]` belongs to `keys[i]`.

@@ -82,7 +82,7 @@ def kl_estimate(logprobs_N: Tensor, reference_logprobs_N: Tensor, estimator: str
         return d_N
     if estimator == "k2":
         return d_N.square() / 2
-    # Both terms are bounded: with the first alone, the gradient beyond the bound would point away from the reference.
+    # Both terms are bounded: with the first alone, the gradient beyond would point away from the reference.
     bounded_N = d_N.clamp(min=-MAX_LOG_RATIO)
     return torch.exp(-bounded_N) + bounded_N - 1
 

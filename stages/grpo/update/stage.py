@@ -56,12 +56,13 @@ def open_tool(run: Run) -> "Iterator[Learner]":
 
 def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest:
     """Train on the kept rollouts of one iteration; commit policy, optimiser state and tables."""
-    from grpo.update.batch import kept_rollouts
+    from grpo.update.batch import READ, kept_rollouts
 
     clock = staging.clock
     with clock("load"):
         _load(run, iteration, staging.plan, tool)
-        rollouts = kept_rollouts(run.read("rollouts", iteration), run.read("advantages", iteration))
+        sampled = run.read("rollouts", iteration, READ)
+        rollouts = kept_rollouts(sampled, run.read("advantages", iteration))
     tool.holds = (None, None)  # until the commit has happened, memory is ahead of the disk
     rows, stored = _train(run, iteration, rollouts, tool, staging)
     with clock("write"):
@@ -80,7 +81,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest
 
 def require_optimizer(run: Run, iteration: int) -> None:
     """Raise InputError (exit 4) when the optimiser state that `iteration` starts from was pruned."""
-    if iteration > 0 and not run.has_optimizer(iteration - 1):
+    if iteration > 0 and (run.folder(OUTPUT, iteration - 1) / "pruned.json").exists():
         have = [number for number in run.iterations() if run.has_optimizer(number)]
         raise InputError(
             f"{run.folder(OUTPUT, iteration - 1) / 'optimizer'}: pruned (checkpoints.keep_optimizers);"

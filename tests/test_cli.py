@@ -1,0 +1,309 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+
+Grpo = Callable[..., tuple[int, str, str]]
+
+ARTIFACTS = Path("artifacts/tiny")
+PYTHON = [sys.executable, "-c"]
+# ESC and BEL move cursors and change titles; the rest is markup to rich.
+HOSTILE = "\x1b[31mred\x07 [/b] [bold]x[/bold] [link=http://a]y[/link] \u202e\u2028"
+SHOWN = r"\x1b[31mred\x07 [/b] [bold]x[/bold] [link=http://a]y[/link] \u202e\u2028"
+
+
+# Help, and how fast it is there
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nsys.argv = ['grpo', '--help']\nfrom grpo.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, file=sys.stderr)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'duckdb', 'pydantic', 'omegaconf', 'pebble'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([*PYTHON, code], capture_output=True, text=True, check=True)
+    assert done.stderr == "0\n[]\n"
+    for command in ("run", "generate", "score", "advantage", "update", "status", "sql", "show"):
+        assert f"│ {command} " in done.stdout
+
+
+def test_help_takes_less_than_a_third_of_a_second() -> None:
+    code = "import sys; sys.argv = ['grpo', '--help']; from grpo.cli import main; main()"
+    best = 9.0
+    for _ in range(3):  # user CPU seconds of the child; the best of three, since the machine is shared
+        before = os.times().children_user
+        subprocess.run([*PYTHON, code], capture_output=True, check=True)
+        best = min(best, os.times().children_user - before)
+    assert best < 0.3
+
+
+def test_without_a_command_there_is_only_help(grpo: Grpo) -> None:
+    code, out, err = grpo()
+    assert code == 2
+    assert "[OPTIONS] COMMAND [ARGS]..." in out
+    assert "error" not in err
+
+
+# Mistakes on the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["bogus"], 2, "No such command 'bogus'; see `grpo --help`"),
+        (["run", "--bogus"], 2, "No such option: --bogus; see `grpo --help`"),
+        (["status", "nope"], 2, "artifacts/nope: no such run; runs there: tiny"),
+        (["show", "nope"], 2, "artifacts/nope: no such run; runs there: tiny"),
+        (["sql", "select 1", "--run", "nope"], 2, "artifacts/nope: no such run; runs there: tiny"),
+        (["run", "-c", "none.yaml"], 2, "none.yaml: no such file; give a configuration with -c FILE"),
+        (
+            ["status", "-c", "none.yaml"],
+            2,
+            "none.yaml: no such file; name a run, or give a configuration with -c FILE",
+        ),
+        (
+            ["run", "--set", "generate.sample_per_prompt=4"],
+            2,
+            "pipeline.yaml: generate.sample_per_prompt: unknown key; did you mean samples_per_prompt?",
+        ),
+        (
+            ["run", "--set", "foo"],
+            2,
+            "--set foo: expected key=value, such as --set update.learning_rate=1e-6",
+        ),
+        (
+            ["score", "--iteration", "x"],
+            2,
+            "--iteration x: expected a number such as 3, a range such as 0-19, or all",
+        ),
+        (
+            ["score", "--iteration", "-1"],
+            2,
+            "--iteration -1: expected a number such as 3, a range such as 0-19, or all",
+        ),
+        (["score", "--iteration", "3"], 2, "--iteration 3: run tiny has iterations 0 to 1"),
+        (["score", "--iteration", "1-0"], 2, "--iteration 1-0: run tiny has iterations 0 to 1"),
+        (
+            ["score", "--iteration", "2"],
+            4,
+            "artifacts/tiny/iteration=000002/rollouts: missing; run `grpo generate --iteration 2` first",
+        ),
+        (["run", "--until", "-1"], 2, "--until -1: expected a number of iterations, 0 or more"),
+        (["run", "--from", "7"], 2, "--from 7: run tiny has no iteration 7; it has iterations 0 to 1"),
+        (["show", "--iteration", "9"], 2, "--iteration 9: run tiny has rollouts of 0 to 1"),
+        (
+            ["sql", "select 1", "--out", "x.txt"],
+            2,
+            "--out x.txt: expected a file ending in .parquet, .csv or .json",
+        ),
+        (["sql", "select 1", "--out", "none/x.csv"], 2, "--out none/x.csv: no folder none"),
+        (
+            ["sql", "select [1] as x", "--out", "x.csv"],
+            2,
+            "--out x.csv: column x is a list or map, which CSV has no place for",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_code(
+    finished: Path, grpo: Grpo, arguments: list[str], code: int, message: str
+) -> None:
+    assert grpo(*arguments) == (code, "", f"error: {message}\n")
+    found, out, err = grpo(*arguments, "--json")
+    assert (found, out, json.loads(err)) == (code, "", {"error": message, "exit": code})
+
+
+def test_a_run_that_is_not_there_yet(project: Path, grpo: Grpo) -> None:
+    message = "error: artifacts/tiny: no such run; no run is there yet; `grpo run` makes one\n"
+    for arguments in (["status"], ["show"], ["sql", "select 1"]):
+        assert grpo(*arguments) == (2, "", message)
+    assert not Path("artifacts").exists()
+
+
+def test_a_malformed_run_json_is_a_corrupt_artifact(finished: Path, grpo: Grpo) -> None:
+    (ARTIFACTS / "run.json").write_bytes(b'{"config": ')
+    message = "error: artifacts/tiny/run.json: is not JSON: Expecting value: line 1 column 12 (char 11)\n"
+    for arguments in (["run"], ["status"], ["score", "--iteration", "0"]):
+        assert grpo(*arguments) == (6, "", message)
+
+
+# What commands print
+
+
+def test_dry_run_prints_every_key_and_makes_nothing(project: Path, grpo: Grpo) -> None:
+    from grpo.config import flatten, load
+
+    code, out, err = grpo("run", "--dry-run", "--set", "update.clip_low=null")
+    assert (code, err) == (0, "0 of 2 iterations are complete\n")
+    printed = dict(line.split(maxsplit=1) for line in out.splitlines())
+    values = flatten(load(Path("pipeline.yaml"), ["update.clip_low=null"]).model_dump())
+    assert printed == {key: json.dumps(value) for key, value in values.items()}
+    assert len(printed) >= 45
+    assert (printed["update.clip_low"], printed["update.ratio"]) == ("null", '"token"')
+    assert json.loads(grpo("run", "--dry-run", "--json")[1])["update"]["betas"] == [0.9, 0.999]
+    assert not Path("artifacts").exists()
+
+
+def test_run_json_holds_the_resolved_configuration(finished: Path, grpo: Grpo) -> None:
+    from grpo.config import Config, load
+
+    created = json.loads((ARTIFACTS / "run.json").read_bytes())["config"]
+    assert Config.model_validate(created) == load(Path("pipeline.yaml"))
+    assert grpo("run", "--dry-run")[2] == "2 of 2 iterations are complete\n"
+
+
+def test_status_shows_states_and_numbers(finished: Path, grpo: Grpo) -> None:
+    code, out, err = grpo("status")
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["run", "tiny"]
+    assert lines[2] == [
+        *["iteration", "generate", "score", "advantage", "update"],
+        *["reward", "kl", "length", "mismatch"],
+    ]
+    assert [line[0:2] + line[4:5] for line in lines[4:6]] == [["0", "done", "done"], ["1", "done", "done"]]
+    data = json.loads(grpo("status", "--json")[1])
+    assert (data["run"], data["configured"], [row["iteration"] for row in data["iterations"]]) == (
+        "tiny",
+        2,
+        [0, 1],
+    )
+    query = "select avg(reward) as reward, avg(response_tokens) as length from samples"
+    [expected] = json.loads(grpo("sql", f"{query} where iteration = 0", "--json")[1])
+    first = data["iterations"][0]
+    assert first["reward"] == pytest.approx(expected["reward"], abs=1e-12)
+    assert first["length"] == expected["length"]
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # policy 0 is the reference
+    assert set(first["seconds"]) == {"generate", "score", "advantage", "update"}
+
+
+def test_status_of_a_run_by_name_needs_no_configuration_file(finished: Path, grpo: Grpo) -> None:
+    expected = grpo("status")
+    Path("pipeline.yaml").unlink()
+    assert grpo("status", "tiny") == expected
+
+
+def test_show_prints_prompts_responses_rewards_and_advantages(finished: Path, grpo: Grpo) -> None:
+    code, out, err = grpo("show", "--iteration", "0", "--groups", "1")
+    assert (code, err) == (0, "")
+    rows = json.loads(grpo("show", "--iteration", "0", "--groups", "1", "--json")[1])
+    assert [(row["group_id"], row["sample_id"]) for row in rows] == [(0, 0), (0, 1)]
+    assert f"{rows[0]['prompt']}    answer: {rows[0]['answer']}" in out
+    for row in rows:
+        assert f"{row['reward']:+.3f}" in out
+        assert f"{row['advantage']:+.3f}" in out
+    best = json.loads(grpo("show", "--iteration", "0", "--where", "reward > 5", "--json")[1])
+    whole = json.loads(grpo("show", "--iteration", "0", "--json")[1])
+    groups = {row["group_id"] for row in whole if row["reward"] > 5}
+    assert [row for row in whole if row["group_id"] in groups] == best != []
+    newest = json.loads(grpo("show", "--json")[1])
+    assert {row["iteration"] for row in newest} == {1}
+
+
+def test_show_refuses_a_condition_that_is_none(finished: Path, grpo: Grpo) -> None:
+    code, out, err = grpo("show", "--where", "nope = 1")
+    assert (code, out) == (2, "")
+    assert err.startswith('error: query: Binder Error: Referenced column "nope" not found')
+
+
+def test_sql_prints_a_table_or_json(finished: Path, grpo: Grpo) -> None:
+    query = "select iteration, count(*) as n, min(name) as name from rewards group by all order by all"
+    code, out, err = grpo("sql", query)
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines() if line.strip(" ─")]
+    assert lines == [["iteration", "n", "name"], ["0", "6", "code"], ["1", "6", "code"]]
+    expected = [{"iteration": n, "n": 6, "name": "code"} for n in range(2)]
+    assert json.loads(grpo("sql", query, "--json")[1]) == expected
+    for suffix in ("parquet", "csv", "json"):
+        assert grpo("sql", query, "--out", f"x.{suffix}") == (0, "", "")
+    assert pq.read_table("x.parquet").to_pylist() == expected
+    assert pacsv.read_csv("x.csv").to_pylist() == expected
+    assert json.loads(Path("x.json").read_bytes()) == expected
+
+
+def test_sql_reads_and_never_writes(finished: Path, grpo: Grpo) -> None:
+    before = sorted(Path().rglob("*"))
+    for query in (
+        "copy (select 1) to 'x.csv'",
+        "create table t as select 1",
+        "with x as (copy (select 1) to 'x.csv') select 1",
+        "select * from 'prompts.jsonl'",
+        "select * from read_text('pipeline.yaml')",
+        "attach 'x.db'",
+        "set enable_external_access = true",
+        "install httpfs",
+    ):
+        code, out, err = grpo("sql", query)
+        if query.startswith("create"):
+            continue  # in memory, gone with the command
+        assert (code, out) == (2, ""), query
+        assert err.startswith("error: query: "), query
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_every_view_of_the_design_can_be_queried(finished: Path, grpo: Grpo) -> None:
+    views = ["prompts", "rollouts", "rewards", "advantages", "updates", "logprobs"]
+    for view, rows in zip([*views, "samples", "manifests"], [6, 12, 12, 12, 2, 12, 12, 10], strict=True):
+        query = f"select run, count(*) as n from {view} group by run"
+        assert json.loads(grpo("sql", query, "--json")[1]) == [{"run": "tiny", "n": rows}], view
+    stages = json.loads(grpo("sql", "select distinct stage from timings order by all", "--json")[1])
+    names = [row["stage"] for row in stages]
+    assert set(names) >= {"advantage", "generate", "score", "update"}
+
+
+# Text that a model wrote
+
+
+def hostile_rollouts() -> None:
+    """Make every response of iteration 0 hostile: by rewriting its committed shards, sizes and digests."""
+    import hashlib
+
+    import pyarrow as pa
+
+    from grpo import tables
+
+    folder = ARTIFACTS / "iteration=000000" / "rollouts"
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
+    for record in manifest["files"]:
+        data = pq.read_table(folder / record["name"])
+        index = data.schema.get_field_index("response")
+        data = data.set_column(index, "response", pa.array([HOSTILE] * len(data)))
+        content = tables.encode(data.cast(tables.schema("rollouts")))
+        (folder / record["name"]).write_bytes(content)
+        record |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_what_a_model_wrote_is_printed_harmlessly(finished: Path, grpo: Grpo) -> None:
+    hostile_rollouts()
+    code, out, err = grpo("show", "--iteration", "0")
+    assert (code, err) == (0, "")
+    assert SHOWN in out
+    code, table, err = grpo("sql", "select response from samples where iteration = 0 limit 1")
+    assert (code, err) == (0, "")
+    assert SHOWN in table.replace("\n", "")
+    for text in (out, table):
+        assert not {"\x1b", "\x07", "\u202e", "\u2028"} & set(text)
+    rows = json.loads(grpo("sql", "select response from samples where iteration = 0", "--json")[1])
+    assert rows[0]["response"] == HOSTILE  # data stays what it is
+    code, _, err = grpo("show", "--where", "response = '\x1b[31m' and nope")
+    assert code == 2
+    assert "\x1b" not in err
+
+
+def test_a_reward_error_with_markup_is_printed_harmlessly(project: Path, grpo: Grpo) -> None:
+    Path("reward.py").write_text(
+        "def code(prompts, completions, **columns):\n    raise ValueError('\\x1b[31m [/b] bad')\n"
+    )
+    code, out, err = grpo("run")
+    assert (code, out) == (8, "")
+    assert "first: code: ValueError: [31m [/b] bad (reward.py, line 2)" in err
+    assert "\x1b" not in err
+    assert grpo("status")[0] == 0
