@@ -194,6 +194,12 @@ def test_set_is_applied_in_order_and_a_list_replaces_the_whole_list(load_text: L
     assert load_text(SMALLEST, "update.betas=[0.5, 0.6]").update.betas == [0.5, 0.6]
 
 
+def test_set_of_a_section_replaces_the_section(load_text: Load) -> None:
+    text = SMALLEST + "generate: {max_new_tokens: 5}\n"
+    generate = load_text(text, "generate={temperature: 0.5}").generate
+    assert (generate.max_new_tokens, generate.temperature) == (128, 0.5)
+
+
 @pytest.mark.parametrize(("text", "value"), [("1e-6", 1e-6), ("1E-6", 1e-6), ("2.0e-4", 2e-4), ("1", 1.0)])
 def test_exponents_are_numbers(load_text: Load, text: str, value: float) -> None:
     assert load_text(SMALLEST, f"update.learning_rate={text}").update.learning_rate == value

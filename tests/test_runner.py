@@ -102,6 +102,14 @@ def test_each_prompt_is_drawn_once_per_pass(finished: Path, grpo: Grpo) -> None:
     assert rows == [{"prompt_id": n, "n": 2} for n in range(6)]  # 2 iterations x 3 prompts are the 6 prompts
 
 
+def test_seeds_are_a_function_of_seed_iteration_group_and_sample(finished: Path, grpo: Grpo) -> None:
+    query = "select iteration, group_id, sample_id, seed from rollouts"
+    for row in json.loads(grpo("sql", query, "--json")[1]):
+        place = f"0/{row['iteration']}/{row['group_id']}".encode()
+        first = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest()) % (2**63 - 2**20)
+        assert row["seed"] == first + row["sample_id"]
+
+
 def test_rewards_and_advantages_are_what_they_should_be(finished: Path, grpo: Grpo) -> None:
     query = (
         "select group_id, response, reward, advantage from samples order by iteration, group_id, sample_id"
@@ -233,18 +241,19 @@ def test_a_reward_of_weight_0_leaves_everything_fresh_and_links_the_rest(finishe
     assert grpo("run")[2] == "run tiny: 2 iterations are complete; nothing to do\n"
 
 
-def test_a_new_weight_rewrites_without_scoring(finished: Path, grpo: Grpo) -> None:
-    Path("reward.py").write_text(Path("reward.py").read_text())  # same content: only content counts
-    weight = "score.rewards[0].weight=0.5"
-    assert reasons(grpo, "--set", weight) == {
-        f"score {n}": "score.rewards.code.weight: 1.0 -> 0.5" for n in range(2)
-    }
-    values = "select group_id, sample_id, value, weight from rewards where iteration = 0 order by all"
+def test_a_new_weight_rewrites_without_scoring(project: Path, grpo: Grpo) -> None:
+    Path("reward.py").write_text(FAILING)
+    assert grpo("run", "--until", "1")[0] == 0
+    assert len(Path("calls").read_text().splitlines()) == 3  # one per group
+    Path("calls").unlink()
+    weight = ("--set", "score.rewards[0].weight=0.5")
+    assert reasons(grpo, *weight) == {"score 0": "score.rewards.code.weight: 1.0 -> 0.5"}
+    values = "select group_id, sample_id, value, weight from rewards order by all"
     before = json.loads(grpo("sql", values, "--json")[1])
-    assert grpo("score", "--iteration", "0", "--force", "--set", weight)[0] == 0
-    after = json.loads(grpo("sql", values, "--json")[1])
-    assert after == [{**row, "weight": 0.5} for row in before]
-    assert states(grpo, "--set", weight)[0] == ["done", "done", "stale", "stale"]
+    assert grpo("score", "--iteration", "0", "--force", *weight)[0] == 0
+    assert not Path("calls").exists()
+    assert json.loads(grpo("sql", values, "--json")[1]) == [{**row, "weight": 0.5} for row in before]
+    assert states(grpo, *weight) == [["done", "done", "stale", "stale"]]
 
 
 @pytest.mark.parametrize("stage", STAGES)

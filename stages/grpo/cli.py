@@ -40,7 +40,9 @@ def run(
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
     until: Annotated[int | None, typer.Option(help="Until N iterations are complete.")] = None,
-    from_: Annotated[int | None, typer.Option("--from", help="Do iteration N and later again.")] = None,
+    from_: Annotated[
+        int | None, typer.Option("--from", help="Do again what is stale or differs in N, and all later.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Show the resolved configuration and what is done.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,10 +110,10 @@ def sql(
     as_json: JsonOption = False,
 ) -> None:
     """Read-only SQL over the tables of runs, and over samples, timings and manifests."""
-    from grpo import commands
+    from grpo import query as query_module
 
     runs = [_reading(name, config, []) for name in names or [""]]
-    commands.sql(runs, query, out, timeout_s, as_json)
+    query_module.answer(runs, query, out, timeout_s, as_json)
 
 
 @app.command()

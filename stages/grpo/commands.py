@@ -2,20 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from grpo import runner, status
-from grpo import sql as sql_module
-from grpo.artifacts import Manifest, Run, files
+from grpo.artifacts import Manifest, Run
 from grpo.config import flatten
-from grpo.console import printable, stdout_console
 from grpo.errors import InputError, UsageError
 from grpo.generate.source import BUILT_IN
-
-_ROWS_SHOWN = 200
 
 
 def run(opened: Run, until: int | None, from_: int | None) -> dict[str, Any]:
@@ -109,7 +102,8 @@ def _iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:
             raise UsageError(f"--iteration {wanted}: run {opened.name} has {_range(opened)}")
         return list(range(first, last + 1))
     present = runner.states(opened)
-    for iteration in [*have, (have[-1] + 1) if have else 0]:
+    following = have[-1] + 1 if have else 0
+    for iteration in [*have, *([following] if following < opened.config.iterations else [])]:
         state = present[iteration][stage.name].name if iteration in present else "missing"
         if state in ("missing", "partial", "stale") and _can_plan(opened, stage, iteration):
             return [iteration]
@@ -141,86 +135,3 @@ def dry_run(opened: Run) -> None:
     exists = (opened.path / "run.json").exists() and opened.manifest("policy", None) is not None
     done = sum(1 for n in opened.iterations() if opened.manifest("update", n)) if exists else 0
     opened.console.say(f"{done} of {opened.config.iterations} iterations are complete")
-
-
-def sql(runs: list[Run], query: str, out: Path | None, timeout_s: float, as_json: bool) -> None:
-    """`grpo sql`: one query, or a prompt that takes one after the other."""
-    with sql_module.connect(runs) as connection:
-        if query:
-            _deliver(sql_module.query(connection, query, timeout_s=timeout_s), out, as_json)
-            return
-        while (line := _ask()) not in (None, "exit", "quit"):
-            try:
-                if line:
-                    _deliver(sql_module.query(connection, line, timeout_s=timeout_s), None, as_json)
-            except UsageError as error:
-                runs[0].console.say(str(error))
-
-
-def _ask() -> str | None:
-    import readline  # noqa: F401 - gives input() a history and arrow keys
-
-    try:
-        return input("grpo> ").strip().rstrip(";")
-    except (EOFError, KeyboardInterrupt):
-        return None
-
-
-def _deliver(data: pa.Table, out: Path | None, as_json: bool) -> None:
-    if out is not None:
-        if not out.parent.is_dir():
-            raise UsageError(f"--out {out}: no folder {out.parent}")
-        files.write_file(out, _encoded(data, out))
-    elif as_json:
-        print(_json(data))
-    else:
-        _print_table(data)
-
-
-def _encoded(data: pa.Table, out: Path) -> bytes:
-    import pyarrow.csv as pacsv
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    if out.suffix == ".parquet":
-        pq.write_table(data, sink, compression="zstd")
-    elif out.suffix == ".csv":
-        nested = [f.name for f in data.schema if pa.types.is_nested(f.type)]
-        if nested:
-            raise UsageError(f"--out {out}: column {nested[0]} is a list or map, which CSV has no place for")
-        pacsv.write_csv(data, sink)
-    elif out.suffix == ".json":
-        return (_json(data) + "\n").encode()
-    else:
-        raise UsageError(f"--out {out}: expected a file ending in .parquet, .csv or .json")
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
-
-
-def _json(data: pa.Table) -> str:
-    return json.dumps(data.to_pylist(maps_as_pydicts="strict"), indent=1, default=str)
-
-
-def _print_table(data: pa.Table) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for field in data.schema:
-        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
-        table.add_column(Text(printable(field.name)), justify="right" if numeric else "left", overflow="fold")
-    for row in data.slice(0, _ROWS_SHOWN).to_pylist(maps_as_pydicts="strict"):
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
-    console = stdout_console()
-    console.print(table)
-    if len(data) > _ROWS_SHOWN:
-        console.print(
-            f"{len(data):,} rows, the first {_ROWS_SHOWN} shown; --out FILE writes all", style="dim"
-        )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else printable(str(value))

@@ -23,7 +23,7 @@ from grpo.artifacts import (
     prune_optimizers,
     staged_attempts,
 )
-from grpo.errors import InputError
+from grpo.errors import InputError, UsageError
 from grpo.generate import stage as generate
 from grpo.score import stage as score
 from grpo.update import stage as update
@@ -130,6 +130,8 @@ def _stale_because(
         plan = stage.plan(run, iteration)
     except InputError as error:
         return str(error)
+    except UsageError:
+        return ""  # the user's function or SQL is gone: that differs
     added = [reference for reference in plan.reads if reference not in manifest.reads]
     return f"{added[0]} is new" if added and not plan.differences(manifest) else ""
 
@@ -186,7 +188,10 @@ def _say_changes(run: Run, todo: list[Stage], iteration: int) -> None:
 def differences_of(run: Run, stage: Stage, manifest: Manifest) -> list[str]:
     """What changed in configuration and code since `manifest` of `stage`."""
     assert manifest.iteration is not None
-    plan = stage.plan(run, manifest.iteration)
+    try:
+        plan = stage.plan(run, manifest.iteration)
+    except UsageError as error:
+        return [str(error)]
     changes = plan.differences(manifest)
     return changes or ([] if plan.same_as(manifest) else ["its shard plan"])
 
@@ -213,7 +218,7 @@ def finish_start_over(run: Run) -> None:
     path = run.path / _INTENT
     if not path.exists():
         return
-    first = int(json.loads(path.read_bytes())["from"])
+    first = int(read_json(path)["from"])
     for iteration in sorted((n for n in run.iterations() if n > first), reverse=True):
         discard(run, run.staging_root(iteration))
         discard(run, run.folder("", iteration))

@@ -163,8 +163,7 @@ def _create_view(connection: duckdb.DuckDBPyConnection, view: str, data: list[tu
 def _timings(run: Run, outputs: list[tuple[str, Manifest]]) -> pa.Table:
     rows = []
     for output, manifest in outputs:
-        path = run.folder(output, manifest.iteration) / "timings.json"
-        for part, seconds in json.loads(path.read_bytes())["seconds"].items() if path.exists() else ():
+        for part, seconds in run.timings(output, manifest.iteration).items():
             rows.append(
                 {"iteration": manifest.iteration, "stage": manifest.stage, "part": part, "seconds": seconds}
             )

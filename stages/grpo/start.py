@@ -68,8 +68,11 @@ def _policy(run: Run, created: bool) -> None:
 
 
 def _prompts(run: Run, created: bool) -> None:
-    plan = prompts.plan(run)
     manifest = run.manifest(prompts.OUTPUT, None)
+    if manifest is not None and created and prompts.source_is_gone(run):
+        run.console.say(f"prompts.source: {run.config.prompts.source} is gone; the run has its own copy")
+        return
+    plan = prompts.plan(run)
     if manifest is not None and plan.same_as(manifest):
         return
     if manifest is not None and created:

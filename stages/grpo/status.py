@@ -1,6 +1,5 @@
 """status: iterations x stages of a run, and what an iteration came to."""
 
-import json
 from typing import Any
 
 from grpo.artifacts import STAGE_OUTPUTS, Manifest, Run
@@ -127,8 +126,8 @@ def _rollouts(run: Run, iteration: int) -> int:
 
 
 def _seconds(run: Run, output: str, iteration: int) -> float | None:
-    path = run.folder(output, iteration) / "timings.json"
-    return sum(json.loads(path.read_bytes())["seconds"].values()) if path.exists() else None
+    seconds = run.timings(output, iteration)
+    return sum(seconds.values()) if seconds else None
 
 
 def _text(value: float | None, form: str) -> str:

@@ -14,14 +14,15 @@ def prune_optimizers(run: Run) -> None:
     keep = run.config.checkpoints.keep_optimizers
     if keep is None:
         return
-    have = [number for number in run.iterations() if run.has_optimizer(number)]
-    for iteration in have[:-keep]:
-        manifest = run.manifest("update", iteration)
-        assert manifest is not None
-        records = [file for file in manifest.files if file.part == "optimizer"]
+    for iteration in [number for number in run.iterations() if run.has_optimizer(number)][:-keep]:
         folder = run.folder("update", iteration)
-        content = json.dumps({"files": [f"{file.part}/{file.name}" for file in records]})
+        content = json.dumps({"parts": ["optimizer"]})
         files.write_file(folder / "pruned.json", content.encode())
         files.sync_folder(folder)
-        for file in records:
+    for iteration in run.iterations():
+        manifest = run.manifest("update", iteration)
+        if manifest is None or run.has_optimizer(iteration):
+            continue
+        folder = run.folder("update", iteration)
+        for file in (file for file in manifest.files if file.part == "optimizer"):
             files.remove_file(folder / file.part / file.name)

@@ -81,6 +81,11 @@ class Run:
         manifest = self.manifest(output, iteration)
         return manifest.ids.get(name) if manifest else None
 
+    def timings(self, output: str, iteration: int | None) -> dict[str, float]:
+        """Seconds by part of a committed output; empty where none were written."""
+        path = self.folder(output, iteration) / "timings.json"
+        return read_json(path)["seconds"] if path.exists() else {}
+
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
         """Where a file of an output is."""
         return self.folder(output, iteration) / file.part / file.name
@@ -168,6 +173,17 @@ class Run:
             lock.release()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises CorruptError (exit 6) when it is none."""
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CorruptError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CorruptError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
 def iteration_folder(iteration: int) -> str:
     """`iteration=000003`: sorts as text, and reads as a Hive partition."""
     return f"iteration={iteration:06d}"
@@ -197,12 +213,8 @@ def check_size(file: FileRecord, path: Path) -> None:
 def open_run(name: str, root: Path = ARTIFACTS) -> dict[str, Any]:
     """The `run.json` of an existing run. Raises UsageError (exit 2) naming the runs that are there."""
     path = root / name / "run.json"
-    try:
-        data: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if Path(name).name != name or not path.exists():
         known = sorted(found.parent.name for found in root.glob("*/run.json"))
         there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
-        raise UsageError(f"{root / name}: no such run; {there}") from None
-    except ValueError as error:
-        raise CorruptError(f"{path}: is not JSON: {error}") from None
-    return data
+        raise UsageError(f"{root / name}: no such run; {there}")
+    return read_json(path)

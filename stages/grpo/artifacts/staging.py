@@ -28,7 +28,7 @@ from grpo.artifacts.manifest import (
     encode,
     read_manifest,
 )
-from grpo.artifacts.run import Run, check_size
+from grpo.artifacts.run import Run, check_size, read_json
 from grpo.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
     """Attempts at an output that were begun and not committed: attempt -> fingerprint."""
     notes = {}
     for path in run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}"):
-        note = json.loads(path.read_bytes())
+        note = read_json(path)
         notes[int(note["attempt"])] = str(note["fingerprint"])
     return notes
 

@@ -28,11 +28,17 @@ def plan(run: Run) -> Plan:
     """What the prompts of this run depend on. Raises DataError (exit 3) when the source is missing."""
     config = run.config.prompts
     path = run.imports / config.source
-    if config.source != BUILT_IN and not path.is_file():
+    if source_is_gone(run):
         raise DataError(f"prompts.source: {path}: no such file")
     sources = {} if config.source == BUILT_IN else {"prompts.source": sha256_of(path)}
     described = config.model_dump(exclude=set() if config.source == BUILT_IN else {"source"})
     return Plan("prompts", STAGE_VERSION, OUTPUT, None, {"prompts": described}, {}, sources)
+
+
+def source_is_gone(run: Run) -> bool:
+    """Whether the file with the prompts is not there."""
+    source = run.config.prompts.source
+    return source != BUILT_IN and not (run.imports / source).is_file()
 
 
 def prepare(

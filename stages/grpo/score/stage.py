@@ -147,8 +147,8 @@ def _asked_again(staging: Staging, before: Manifest | None, partial: bool) -> bo
 
 
 def _unit(staging: Staging, reward: RewardConfig, shard: FileRecord) -> str:
-    """Digest of all that one reward over one rollout shard depends on. The weight is no part of it."""
-    described = reward.model_dump(exclude={"name", "weight"})
+    """Digest of all that one reward over one rollout shard depends on. Not the weight or time-out."""
+    described = reward.model_dump(exclude={"name", "weight", "timeout_s"})
     source = staging.plan.sources[f"score.rewards.{reward.name}"]
     return digest([STAGE_VERSION, described, source, shard.sha256, staging.plan.reads["prompts"]])
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from grpo.errors import CorruptError
 from grpo.tables import KEY
 
-
 # Columns of `rollouts` that training needs.
 READ = [
     *KEY,

@@ -1,0 +1,112 @@
+"""query: what `grpo sql` does with a result: a table on the screen, JSON, or a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from grpo import sql
+from grpo.artifacts import Run, files
+from grpo.console import printable, stdout_console
+from grpo.errors import UsageError
+
+_ROWS_SHOWN = 200
+_WIDE_COLUMNS = 12  # more than fit side by side: a row is shown as lines of name and value
+_WIDE_ROWS_SHOWN = 20
+
+
+def answer(runs: list[Run], query: str, out: Path | None, timeout_s: float, as_json: bool) -> None:
+    """`grpo sql`: one query, or a prompt that takes one after the other."""
+    with sql.connect(runs) as connection:
+        if query:
+            _deliver(sql.query(connection, query, timeout_s=timeout_s), out, as_json)
+            return
+        while (line := _ask()) not in (None, "exit", "quit"):
+            try:
+                if line:
+                    _deliver(sql.query(connection, line, timeout_s=timeout_s), None, as_json)
+            except UsageError as error:
+                runs[0].console.say(str(error))
+
+
+def _ask() -> str | None:
+    import readline  # noqa: F401 - gives input() a history and arrow keys
+
+    try:
+        return input("grpo> ").strip().rstrip(";")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _deliver(data: pa.Table, out: Path | None, as_json: bool) -> None:
+    if out is not None:
+        if not out.parent.is_dir():
+            raise UsageError(f"--out {out}: no folder {out.parent}")
+        files.write_file(out, _encoded(data, out))
+    elif as_json:
+        print(_json(data))
+    else:
+        _print_table(data)
+
+
+def _encoded(data: pa.Table, out: Path) -> bytes:
+    import pyarrow.csv as pacsv
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    if out.suffix == ".parquet":
+        pq.write_table(data, sink, compression="zstd")
+    elif out.suffix == ".csv":
+        nested = [f.name for f in data.schema if pa.types.is_nested(f.type)]
+        if nested:
+            raise UsageError(f"--out {out}: column {nested[0]} is a list or map, which CSV has no place for")
+        pacsv.write_csv(data, sink)
+    elif out.suffix == ".json":
+        return (_json(data) + "\n").encode()
+    else:
+        raise UsageError(f"--out {out}: expected a file ending in .parquet, .csv or .json")
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _json(data: pa.Table) -> str:
+    return json.dumps(data.to_pylist(maps_as_pydicts="strict"), indent=1, default=str)
+
+
+def _print_table(data: pa.Table) -> None:
+    if data.num_columns > _WIDE_COLUMNS:
+        _print_records(data)
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for field in data.schema:
+        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+        table.add_column(Text(printable(field.name)), justify="right" if numeric else "left", overflow="fold")
+    for row in data.slice(0, _ROWS_SHOWN).to_pylist(maps_as_pydicts="strict"):
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    console = stdout_console()
+    console.print(table)
+    if len(data) > _ROWS_SHOWN:
+        console.print(
+            f"{len(data):,} rows, the first {_ROWS_SHOWN} shown; --out FILE writes all", style="dim"
+        )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else printable(str(value))
+
+
+def _print_records(data: pa.Table) -> None:
+    width = max(map(len, data.column_names))
+    for number, row in enumerate(data.slice(0, _WIDE_ROWS_SHOWN).to_pylist(maps_as_pydicts="strict")):
+        print(f"row {number}")
+        for name, value in row.items():
+            print(f"  {printable(name):<{width}}  {_cell(value)}")
+    if len(data) > _WIDE_ROWS_SHOWN:
+        print(f"{len(data):,} rows, the first {_WIDE_ROWS_SHOWN} shown; --out FILE writes all")
