@@ -290,7 +290,6 @@ def mismatch(policy: list[list[float]], old: list[list[float]], cap: float = 2.0
 
     The tokens were drawn from `old`, so with w = policy / old the k3 estimate of KL(old || policy) is the
     mean of w - 1 - log w. The effective sample size is Kish's, (sum w)^2 / sum w^2, as a share of the tokens.
-    Over the cap is, as for `sampler_correction: mask`, a weight outside [1 / cap, cap].
     """
     differences = [
         ours - theirs
@@ -304,5 +303,5 @@ def mismatch(policy: list[list[float]], old: list[list[float]], cap: float = 2.0
         maximum=max(abs(difference) for difference in differences),
         kl=sum(exp(d) - 1 - d for d in differences) / count,
         effective_sample_size=sum(weights) ** 2 / sum(weight**2 for weight in weights) / count,
-        over_cap=sum(1 for weight in weights if weight > cap or weight < 1 / cap) / count,
+        over_cap=sum(1 for weight in weights if weight > cap) / count,
     )

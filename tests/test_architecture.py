@@ -20,7 +20,7 @@ RANKS = (
     STAGES,
     ("runner", "starter", "evaluate"),
     ("start", "status", "show"),
-    ("commands",),
+    ("commands", "query"),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}

@@ -607,11 +607,18 @@ def test_only_the_newest_optimisers_are_kept_and_ids_and_weights_stay(run: Run) 
     for iteration in (0, 1):
         folder = run.folder("update", iteration)
         assert tree(folder) == ["manifest.json", "policy/model.safetensors", "pruned.json", "timings.json"]
-        assert json.loads((folder / "pruned.json").read_bytes()) == {
-            "files": ["optimizer/optimizer.safetensors"]
-        }
+        assert json.loads((folder / "pruned.json").read_bytes()) == {"parts": ["optimizer"]}
         assert run.id_of(f"optimizer@{iteration + 1}") == run.id_of("optimizer@4") is not None
     assert "optimizer/optimizer.safetensors" in tree(run.folder("update", 2))
+
+
+def test_an_optimiser_left_by_a_crash_while_pruning_goes_at_the_next(run: Run) -> None:
+    for iteration in range(3):
+        commit_update(run, iteration)
+    (run.folder("update", 0) / "pruned.json").write_text("{}")  # committed, and then the crash
+    prune_optimizers(run)
+    assert "optimizer/optimizer.safetensors" not in tree(run.folder("update", 0))
+    assert [n for n in run.iterations() if run.has_optimizer(n)] == [1, 2]
 
 
 def test_null_keeps_every_optimiser(run: Run) -> None:

@@ -41,7 +41,7 @@ def run(
     set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
     until: Annotated[int | None, typer.Option(help="Until N iterations are complete.")] = None,
     from_: Annotated[
-        int | None, typer.Option("--from", help="Do again what is stale or differs in N, and all later.")
+        int | None, typer.Option("--from", help="Do what is stale in N, and all later, again.")
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Show the resolved configuration and what is done.")] = False,
     as_json: JsonOption = False,

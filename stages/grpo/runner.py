@@ -21,6 +21,7 @@ from grpo.artifacts import (
     files,
     holder_of,
     prune_optimizers,
+    read_json,
     staged_attempts,
 )
 from grpo.errors import InputError, UsageError

@@ -46,9 +46,11 @@ _MANIFESTS = pa.schema(
 
 @contextmanager
 def connect(
-    runs: list[Run], iteration: int | None = None, memory_gib: float = MEMORY_GIB
+    runs: list[Run], iteration: int | None = None, outputs: tuple[str, ...] = STAGE_OUTPUTS
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A closed-off connection whose views are the tables of `runs`, or of one `iteration` of them.
+
+    `outputs`: those of which tables are shown; the tables of the others are empty.
 
     Raises CorruptError when a listed file is missing, has another size or another schema.
     """
@@ -57,7 +59,7 @@ def connect(
         ":memory:",
         config={
             "temp_directory": spill.name,
-            "memory_limit": f"{memory_gib}GiB",
+            "memory_limit": f"{MEMORY_GIB}GiB",
             "autoinstall_known_extensions": "false",
             "autoload_known_extensions": "false",
             "python_enable_replacements": "false",
@@ -66,12 +68,12 @@ def connect(
     )
     try:
         connection.execute("set enable_progress_bar = false")
-        outputs = {run.name: _outputs(run, iteration) for run in runs}
+        found = {run.name: _outputs(run, iteration, outputs) for run in runs}
         for table in tables.TABLES:
-            data = [(run.name, _dataset(run, table, outputs[run.name])) for run in runs]
+            data = [(run.name, _dataset(run, table, found[run.name])) for run in runs]
             _create_view(connection, table, data)
-        _create_view(connection, "timings", [(run.name, _timings(run, outputs[run.name])) for run in runs])
-        _create_view(connection, "manifests", [(run.name, _manifests(outputs[run.name])) for run in runs])
+        _create_view(connection, "timings", [(run.name, _timings(run, found[run.name])) for run in runs])
+        _create_view(connection, "manifests", [(run.name, _manifests(found[run.name])) for run in runs])
         connection.execute(f"create view samples as {_SAMPLES.read_text()}")
         for setting in ("enable_external_access = false", "lock_configuration = true"):
             connection.execute(f"set {setting}")
@@ -121,12 +123,12 @@ def _explained(error: duckdb.Error, timeout_s: float | None) -> GrpoError:
     return UsageError(f"query: {message}")
 
 
-def _outputs(run: Run, iteration: int | None) -> list[tuple[str, Manifest]]:
+def _outputs(run: Run, iteration: int | None, outputs: tuple[str, ...]) -> list[tuple[str, Manifest]]:
     """Every committed output of a run with its manifest, earliest first."""
     found: list[tuple[str, Manifest]] = []
     places: list[tuple[str, int | None]] = [("prompts", None), ("policy", None)]
     wanted = run.iterations() if iteration is None else [iteration]
-    places += [(output, number) for number in wanted for output in STAGE_OUTPUTS]
+    places += [(output, number) for number in wanted for output in outputs]
     for output, number in places:
         manifest = run.manifest(output, number)
         if manifest is not None:

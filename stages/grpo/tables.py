@@ -94,7 +94,7 @@ UPDATES: Columns = {
     "mismatch_max": (pa.float64(), "largest of the same; first step only"),
     "mismatch_kl": (pa.float64(), "k3 estimate of KL(old || policy); first step only"),
     "effective_sample_size": (pa.float64(), "(sum w)^2 / sum w^2 over tokens, as a share; first step only"),
-    "over_cap_fraction": (pa.float64(), "share of tokens with w outside [1/cap, cap]; first step only"),
+    "over_cap_fraction": (pa.float64(), "share of tokens with w > 2, the default cap; first step only"),
 }
 
 LOGPROBS: Columns = {

@@ -436,6 +436,24 @@ def test_own_sql_replaces_the_advantage_and_nothing_else(tmp_path: Path) -> None
     assert column(rows, "group_mean") == [0.5] * 4 + [7.0]
 
 
+def test_own_sql_sees_what_the_built_in_one_gave(tmp_path: Path) -> None:
+    query = "select iteration, group_id, sample_id, 2 * advantage as advantage from samples"
+    rows = own(tmp_path, query, [rows_of(2, 1)], scale="none")
+    assert column(rows, "advantage") == [1.0, -1.0]  # 2 * +-0.5
+
+
+@pytest.mark.parametrize(("value", "name"), [(1e308, "reward"), (1e160, "group_std")])
+def test_a_sum_or_deviation_beyond_float64_is_an_error(tmp_path: Path, value: float, name: str) -> None:
+    # 10 * 1e308 overflows; so does the square of 1e160 / 2
+    weight = 10.0 if name == "reward" else 1.0
+    groups = [[Row({"r": ("ok", reward, weight)}) for reward in (value, 0.0)]]
+    with pytest.raises(
+        DataError, match=rf"^advantage: {name} of rollout .* \(0, 0, 0\) is not finite"
+    ) as caught:
+        advantages(tmp_path, groups)
+    assert caught.value.exit_code == 3
+
+
 def test_own_sql_may_leave_rows_out(tmp_path: Path) -> None:
     query = "select iteration, group_id, sample_id, value as advantage from rewards where sample_id <> 1"
     rows = own(tmp_path, query, [rows_of(1, 0, 5)])

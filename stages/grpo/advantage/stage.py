@@ -74,6 +74,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: None) -> Manifest:
     with staging.clock("advantage"):
         for index, data in enumerate(_advantages(run, iteration)):
             data = data.cast(tables.schema(OUTPUT))
+            _check_finite(data)
             records.append(staging.write_table(OUTPUT, staging.file_name("part", index), data))
             kept += pc.sum(data["keep"]).as_py() or 0
             zero += pc.sum(pc.equal(data["advantage"], 0.0)).as_py() or 0
@@ -87,7 +88,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: None) -> Manifest:
 def _advantages(run: Run, iteration: int) -> Iterator[pa.Table]:
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
-    with sql.connect([run], iteration) as connection:
+    with sql.connect([run], iteration, ("rollouts", "rewards")) as connection:
         names = sum(weight != 0 for weight in _reward_weights(run, iteration).values())
         sql.register(connection, "reward_names", pa.table({"number": [names]}))
         sql.create_view(connection, "judged", _query("judged"))
@@ -112,6 +113,17 @@ def _advantages(run: Run, iteration: int) -> Iterator[pa.Table]:
             yield _selected(run, connection, pa.concat_tables(blocks))
 
 
+def _check_finite(data: pa.Table) -> None:
+    """Raise DataError (exit 3) for sums or deviations beyond float64: their advantages would be 0 or nan."""
+    for name in ("reward", "group_mean", "group_std", "advantage"):
+        wrong = data.filter(pc.invert(pc.fill_null(pc.is_finite(data[name]), True)))
+        if len(wrong):
+            key = tuple(wrong[column][0].as_py() for column in tables.KEY)
+            raise DataError(
+                f"advantage: {name} of rollout ({_KEY}) {key} is not finite; scale the rewards down"
+            )
+
+
 def _blocks(connection: Any) -> Iterator[tuple[int, int]]:
     """First and last group of each block of about BLOCK_ROWS rollouts."""
     counted = "select count(*) as rows, coalesce(max(group_id), 0) + 1 as groups from rollouts"
@@ -122,8 +134,9 @@ def _blocks(connection: Any) -> Iterator[tuple[int, int]]:
 
 
 def _selected(run: Run, connection: Any, data: pa.Table) -> pa.Table:
-    """`data` after the user's own estimator and condition."""
+    """`data` after the user's own estimator and condition, which see `data` itself as `advantages`."""
     config = run.config.advantage
+    sql.register(connection, "_advantages_0", data)
     if config.sql is not None:
         data = _replace(data, sql.query(connection, _user_query(run).read_text()), config.sql)
     if config.where is not None:

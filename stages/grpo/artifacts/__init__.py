@@ -4,7 +4,7 @@ from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_weight_file
 from grpo.artifacts.manifest import FileRecord, Manifest, Plan, digest, id_of
 from grpo.artifacts.retention import prune_optimizers
-from grpo.artifacts.run import ARTIFACTS, STAGE_OUTPUTS, Run, holder_of, open_run
+from grpo.artifacts.run import ARTIFACTS, STAGE_OUTPUTS, Run, holder_of, open_run, read_json
 from grpo.artifacts.staging import Staging, choose_attempt, discard, roll_forward, staged_attempts
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "is_weight_file",
     "open_run",
     "prune_optimizers",
+    "read_json",
     "roll_forward",
     "staged_attempts",
 ]

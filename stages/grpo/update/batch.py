@@ -4,7 +4,7 @@ Steps are made of whole groups and decided by (seed, iteration, epoch) alone; mi
 change nothing. Shapes: B rollouts, L tokens of the longest row, N response tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,6 +154,6 @@ def _pad(rollouts: Rollouts, rows: np.ndarray, width: int, device: str) -> Micro
     )
 
 
-def gather(values: Sequence[np.ndarray], rows: np.ndarray, device: str) -> Tensor:
+def gather(values: Sequence[np.ndarray] | Mapping[int, np.ndarray], rows: np.ndarray, device: str) -> Tensor:
     """Ragged values of `rows`, one after another, as float32 [N]."""
-    return torch.from_numpy(np.concatenate([values[i] for i in rows]).astype(np.float32)).to(device)
+    return torch.from_numpy(np.concatenate([values[int(i)] for i in rows]).astype(np.float32)).to(device)

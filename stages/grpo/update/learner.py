@@ -148,9 +148,10 @@ class Learner:
         config = self.config
         logprobs_N, entropy_N = _forward(self.model, batch, with_entropy=True)
         own = _by_row(batch, logprobs_N)
-        for row in own.keys() - stored.first_step.keys():
+        _check_finite(rollouts, own, stored)
+        for row in own:
             stored.policy.setdefault(row, own[row])
-            stored.first_step[row] = number
+            stored.first_step.setdefault(row, number)
         policy_term, ratio_R = policy_loss(
             logprobs_N,
             self._old_logprobs(rollouts, batch, stored),
@@ -164,14 +165,14 @@ class Learner:
         )
         loss, kl = policy_term, 0.0
         if config.kl_coefficient:
-            reference = [stored.reference[row] for row in batch.rows]
-            reference_N = gather(reference, np.arange(len(reference)), self.device)
+            reference_N = gather(stored.reference, batch.rows, self.device)
             kl_N = kl_estimate(logprobs_N, reference_N, config.kl_estimator)
             kl_term = aggregate_tokens(kl_N, batch.lengths_B, config.aggregate, step)
             loss, kl = policy_term + config.kl_coefficient * kl_term, kl_term.item()
         if not math.isfinite(loss.item()):
-            broken = [row for row in own if not np.isfinite(own[row]).all()] or list(batch.rows)
-            raise EngineError(f"update: the loss is {loss.item()} on {_name_keys(rollouts, broken)}")
+            raise EngineError(
+                f"update: the loss is {loss.item()} on {_name_keys(rollouts, list(batch.rows))}"
+            )
         loss.backward()  # type: ignore[no-untyped-call]
         assert entropy_N is not None
         entropy = entropy_N.detach().sum(dtype=torch.float64).item()
@@ -179,10 +180,8 @@ class Learner:
 
     def _old_logprobs(self, rollouts: Rollouts, batch: MicroBatch, stored: Stored) -> Tensor:
         """pi_old of the batch, [N]: what the sampler stored, or the learner's own before its first step."""
-        if self.config.old_logprobs == "sampled":
-            return gather(rollouts.old_logprobs, batch.rows, self.device)
-        old = [stored.policy[row] for row in batch.rows]
-        return gather(old, np.arange(len(old)), self.device)
+        source = rollouts.old_logprobs if self.config.old_logprobs == "sampled" else stored.policy
+        return gather(source, batch.rows, self.device)
 
     def _clipped(self, ratio_R: Tensor, advantage_R: Tensor) -> tuple[float, float]:
         """How many ratios the clip took out of the gradient, below and above."""
@@ -224,6 +223,15 @@ def _forward(
     logits_BLV = model(input_ids=batch.input_ids_BL, use_cache=False).logits
     logits_NV = logits_BLV[batch.rows_N, batch.columns_N]
     return token_logprobs(logits_NV, batch.targets_N, batch.temperature_N, with_entropy=with_entropy)
+
+
+def _check_finite(rollouts: Rollouts, own: dict[int, np.ndarray], stored: Stored) -> None:
+    """Raise EngineError naming rollouts with a log-prob that is not finite: clipping would hide it."""
+    old = {row: rollouts.old_logprobs[row] for row in own}
+    reference = {row: stored.reference[row] for row in own if row in stored.reference}
+    for name, values in (("policy", own), ("old", old), ("reference", reference)):
+        if broken := [row for row in values if not np.isfinite(values[row]).all()]:
+            raise EngineError(f"update: {name}_logprobs are not finite on {_name_keys(rollouts, broken)}")
 
 
 def _by_row(batch: MicroBatch, values_N: Tensor) -> dict[int, np.ndarray]:
