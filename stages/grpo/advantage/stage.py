@@ -116,8 +116,9 @@ def _advantages(run: Run, iteration: int) -> Iterator[pa.Table]:
 def _check_finite(data: pa.Table) -> None:
     """Raise DataError (exit 3) for sums or deviations beyond float64: their advantages would be 0 or nan."""
     for name in ("reward", "group_mean", "group_std", "advantage"):
-        wrong = data.filter(pc.invert(pc.fill_null(pc.is_finite(data[name]), True)))
-        if len(wrong):
+        finite = pc.fill_null(pc.is_finite(data[name]), True)
+        if not pc.all(finite).as_py():
+            wrong = data.filter(pc.invert(finite))
             key = tuple(wrong[column][0].as_py() for column in tables.KEY)
             raise DataError(
                 f"advantage: {name} of rollout ({_KEY}) {key} is not finite; scale the rewards down"

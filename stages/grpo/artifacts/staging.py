@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,12 +223,13 @@ def _sidecars(folder: Path) -> list[FileRecord]:
     return records
 
 
+@cache
 def _versions() -> dict[str, str]:
     libraries = {name: version(name) for name in _LIBRARIES}
-    return {"grpo": __version__, **git_revision(), "python": platform.python_version(), **libraries}
+    return {"grpo": __version__, **_git_revision(), "python": platform.python_version(), **libraries}
 
 
-def git_revision() -> dict[str, str]:
+def _git_revision() -> dict[str, str]:
     """The revision of this package's own checkout, when it is one."""
     where = Path(__file__).resolve().parents[3]
     if not (where / ".git").exists():
