@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """For tensors this small, threads cost more time than they save."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def starter_model(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """The starter model, trained once for all workers; read it only."""
@@ -121,14 +129,9 @@ def run_cli(*arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="session")
-def grpo() -> Iterator[Grpo]:
+def grpo() -> Grpo:
     """grpo("run", "--json"): run a command in the present folder -> (exit code, stdout, stderr)."""
-    import torch
-
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for tensors this small, threads cost more time than they save
-    yield run_cli
-    torch.set_num_threads(num_threads)
+    return run_cli
 
 
 @pytest.fixture(scope="session")

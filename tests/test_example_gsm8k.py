@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from tests import tiny
+from transformers import Qwen2ForSequenceClassification
 
 from grpo import starter
 from grpo.artifacts import ARTIFACTS, Run
@@ -30,18 +31,10 @@ def problems() -> list[dict[str, str]]:
     return [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The starter model: it cannot do the task, but it is trained in seconds and has a chat template."""
-    folder = tmp_path_factory.mktemp("models") / starter.NAME
-    starter.ensure(folder, lambda _: None)
-    return folder
-
-
-def settings(model: Path) -> list[str]:
+def settings(starter_model: Path) -> list[str]:
     """The example, small: what is set is what a machine without a GPU cannot do in seconds."""
     keys = {
-        "model": model,
+        "model": starter_model,
         "prompts.source": DATA,
         "generate.prompts_per_iteration": 3,
         "generate.max_new_tokens": 12,
@@ -51,14 +44,14 @@ def settings(model: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def done(model: Path, grpo: Grpo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
+def done(starter_model: Path, grpo: Grpo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
     """Two iterations of the example, and what was said; read them only."""
     folder = tmp_path_factory.mktemp("gsm8k")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        code, out, err = grpo("run", "-c", str(EXAMPLE), "--until", "2", *settings(model))
+        code, out, err = grpo("run", "-c", str(EXAMPLE), "--until", "2", *settings(starter_model))
     assert (code, out) == (0, ""), err
-    config = load(EXAMPLE, settings(model)[1::2])
+    config = load(EXAMPLE, settings(starter_model)[1::2])
     return Run(folder / ARTIFACTS, config, EXAMPLE.parent, Console(quiet=True)), err
 
 
@@ -160,10 +153,10 @@ def test_rewards_are_what_the_functions_give_the_stored_responses(done: tuple[Ru
         assert run.read("advantages", iteration)["reward"].to_pylist() == pytest.approx(total)
 
 
-def test_policy_two_is_there_and_loads(done: tuple[Run, str], model: Path) -> None:
+def test_policy_two_is_there_and_loads(done: tuple[Run, str], starter_model: Path) -> None:
     run, _ = done
     folder = run.policy_folder(2)
-    trained, before = load_model(folder, "cpu"), load_model(model, "cpu")
+    trained, before = load_model(folder, "cpu"), load_model(starter_model, "cpu")
     assert load_tokenizer(folder).chat_template == starter.CHAT_TEMPLATE
     pairs = list(zip(trained.state_dict().values(), before.state_dict().values(), strict=True))
     # Two steps of AdamW move a weight by at most about 2 x 1e-6, whatever the gradient.
@@ -174,7 +167,7 @@ def test_policy_two_is_there_and_loads(done: tuple[Run, str], model: Path) -> No
 
 
 def test_the_queries_of_the_comments_run(
-    done: tuple[Run, str], model: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+    done: tuple[Run, str], starter_model: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = done
     monkeypatch.chdir(run.root.parent)
@@ -187,11 +180,11 @@ def test_the_queries_of_the_comments_run(
     ]
     code, out, err = grpo("show", "-c", str(EXAMPLE))
     assert code == 0, err
-    code, out, err = grpo("status", "-c", str(EXAMPLE), *settings(model), "--json")
+    code, out, err = grpo("status", "-c", str(EXAMPLE), *settings(starter_model), "--json")
     assert code == 0, err
 
 
-def test_a_response_that_is_right_is_rewarded(model: Path, tmp_path: Path) -> None:
+def test_a_response_that_is_right_is_rewarded(starter_model: Path, tmp_path: Path) -> None:
     # The other half of the circle: the functions the example names are the built-in ones.
     assert BUILT_IN[str(load(EXAMPLE).score.rewards[0].function)] is gsm8k
     problem = problems()[0]
@@ -216,27 +209,13 @@ update: {learning_rate: 1.0e-3}
 
 
 def test_two_iterations_with_a_reward_model(
-    model: Path, grpo: Grpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    starter_model: Path, grpo: Grpo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        num_labels=1,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=257,
-    )
-    classifier = Qwen2ForSequenceClassification(config).eval()
+    classifier = Qwen2ForSequenceClassification(tiny.qwen2(num_labels=1)).eval()
     classifier.save_pretrained(tmp_path / "rm")
     starter.build_tokenizer().save_pretrained(tmp_path / "rm")
-    (tmp_path / "pipeline.yaml").write_text(REWARD_MODEL_YAML.replace("MODEL", str(model)))
+    (tmp_path / "pipeline.yaml").write_text(REWARD_MODEL_YAML.replace("MODEL", str(starter_model)))
     monkeypatch.chdir(tmp_path)
 
     code, out, err = grpo("run", "--json")
@@ -255,7 +234,7 @@ def test_two_iterations_with_a_reward_model(
         assert mean(advantages["reward"]) == pytest.approx(0.5 * sum(expected) / 16, abs=1e-5)
         assert run.read("updates", iteration)["skipped"].to_pylist() == [False]
     # At a learning rate of 1e-3, AdamW's first step moves each weight that has a gradient by about 1e-3.
-    trained, before = load_model(run.policy_folder(2), "cpu"), load_model(model, "cpu")
+    trained, before = load_model(run.policy_folder(2), "cpu"), load_model(starter_model, "cpu")
     moved = [
         float((a - b).detach().abs().max())
         for a, b in zip(trained.parameters(), before.parameters(), strict=True)

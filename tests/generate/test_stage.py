@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tests import tiny
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from grpo import start, starter, tables
 from grpo.artifacts import Manifest, Run, Staging, choose_attempt
@@ -34,15 +35,6 @@ K, GROUPS, MAX_NEW_TOKENS, TEMPERATURE, SEED = 3, 6, 8, 0.8, 5
 SHARDS = [[0, 2], [2, 4], [4, 6]]  # 7 rollouts a shard: two whole groups of 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For tensors this small, threads cost more time than they save."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("qwen2") / "model")
@@ -50,16 +42,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_checkpoint(path: Path) -> Path:
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    config = tiny.qwen2(
         max_position_embeddings=64,
         tie_word_embeddings=True,
-        bos_token_id=None,
+        initializer_range=0.02,
         eos_token_id=EOS_IDS[0],
         pad_token_id=EOS_IDS[0],
     )

@@ -1,6 +1,6 @@
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -105,15 +105,6 @@ def plain_logprobs(model: Any, prompt: Sequence[int], response: list[int], tempe
     logits_TV = model(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     logprobs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
     return logprobs_TV[torch.arange(len(response)), torch.tensor(response)].numpy()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For tensors this small, threads cost more time than they save."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

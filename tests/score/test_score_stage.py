@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from tests import tiny
+from transformers import Qwen2ForSequenceClassification
 
 from grpo import commands, starter, tables
 from grpo.artifacts import Manifest, Plan, Run, Staging, files, id_of
@@ -492,26 +493,11 @@ def test_advantage_refuses_a_partial_output(tmp_path: Path) -> None:
 
 # ---- reward models ----
 
-CLASSIFIER: dict[str, Any] = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "num_labels": 1,
-    "bos_token_id": None,
-    "eos_token_id": 256,
-    "pad_token_id": 257,
-}
-
 
 def write_classifier(folder: Path, seed: int = 0) -> Callable[[str], float]:
     """Save a random reward model; returns its value of a text by a plain forward pass."""
     torch.manual_seed(seed)
-    model = Qwen2ForSequenceClassification(Qwen2Config(**CLASSIFIER)).eval()
+    model = Qwen2ForSequenceClassification(tiny.qwen2(num_labels=1)).eval()
     model.save_pretrained(folder)
     starter.build_tokenizer().save_pretrained(folder)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tests import restatement
+from tests import restatement, tiny
 from tests.restatement import Objective, Response
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from grpo import tables
 from grpo.artifacts import Plan, Run, Staging, id_of
@@ -34,30 +34,16 @@ ROWS = 14  # of make_rollouts()
 Gradient = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def save_checkpoint(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
     """A Qwen2 with random weights; its dropout of 0.5 must never act."""
-    config = Qwen2Config(
+    config = tiny.qwen2(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
         attention_dropout=0.5,
         initializer_range=0.2,
         eos_token_id=EOS,
         pad_token_id=EOS,
-        bos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
