@@ -90,11 +90,14 @@ UPDATES: Columns = {
     "rollouts": (pa.int32(), "kept rollouts of the step (N of the denominators)"),
     "tokens": (pa.int64(), "response tokens of the step (sum T_i)"),
     "skipped": (pa.bool_(), "true: nothing to learn from, the optimiser did not step"),
-    "mismatch_mean": (pa.float64(), "mean |policy_logprobs - old_logprobs|; first step only"),
-    "mismatch_max": (pa.float64(), "largest of the same; first step only"),
-    "mismatch_kl": (pa.float64(), "k3 estimate of KL(old || policy); first step only"),
-    "effective_sample_size": (pa.float64(), "(sum w)^2 / sum w^2 over tokens, as a share; first step only"),
-    "over_cap_fraction": (pa.float64(), "share of tokens with w > 2, the default cap; first step only"),
+    "mismatch_mean": (pa.float64(), "mean |policy_logprobs - old_logprobs|; first step taken only"),
+    "mismatch_max": (pa.float64(), "largest of the same; first step taken only"),
+    "mismatch_kl": (pa.float64(), "k3 estimate of KL(old || policy); first step taken only"),
+    "effective_sample_size": (
+        pa.float64(),
+        "(sum w)^2 / sum w^2 over tokens, as a share; first step taken only",
+    ),
+    "over_cap_fraction": (pa.float64(), "share of tokens with w > 2, the default cap; first step taken only"),
 }
 
 LOGPROBS: Columns = {

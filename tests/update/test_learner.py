@@ -572,7 +572,7 @@ def test_a_step_without_signal_leaves_everything_as_it_is(tmp_path: Path, tied: 
         commit_rollouts(run, 1, permuted(rollouts, np.arange(0)), unkept=permuted(rollouts, np.arange(3)))
     [row] = update(run, 1, learner)
     expected = dict.fromkeys(tables.schema("updates").names)
-    expected |= {"iteration": 1, "epoch": 0, "step": 0, "skipped": True}
+    expected |= {"iteration": 1, "epoch": 0, "step": 0, "skipped": True, "learning_rate": 0.01}
     expected |= (
         {"rollouts": ROWS, "tokens": int(rollouts.num_tokens.sum())} if kept else {"rollouts": 0, "tokens": 0}
     )
@@ -592,6 +592,8 @@ def test_only_the_steps_without_signal_are_skipped(tmp_path: Path, tied: Path) -
     steps = minibatches(rollouts.keys, 5, 0, 0, 0)
     assert [row["skipped"] for row in table] == [bool(rollouts.keys[rows[0], 1] % 2) for rows in steps]
     assert sum(row["skipped"] for row in table) == 2
+    taken = [row["step"] for row in table if not row["skipped"]]
+    assert [row["step"] for row in table if row["mismatch_mean"] is not None] == taken[:1]
 
 
 def test_with_a_kl_term_advantages_of_zero_are_not_skipped(tmp_path: Path, untied: Path, other: Path) -> None:

@@ -52,6 +52,22 @@ class _Rollout:
     response: str
     response_token_ids: list[int]
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """(group_id, sample_id): unique within the iteration."""
+        return self.group_id, self.sample_id
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One reward over one shard of rollouts. `old`: what an earlier output holds of the same `unit`."""
+
+    iteration: int
+    reward: RewardConfig
+    rollouts: FileRecord
+    unit: str
+    old: FileRecord | None
+
 
 def plan(run: Run, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when the rollouts are missing."""
@@ -117,14 +133,15 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
     ids = {}
     for reward in run.config.score.rewards:
         own = []
-        for shard in rollouts.files:
+        for rollouts_file in rollouts.files:
             name = staging.file_name("part", len(held))
             record = staging.committed(name)
             if record is None:
-                unit = _unit(staging, reward, shard)
-                old = None if redo_all or before is None else _find(before, unit)
+                unit = _unit(staging, reward, rollouts_file)
+                old = None if redo_all else _find(before, unit)
+                shard = _Shard(iteration, reward, rollouts_file, unit, old)
                 with staging.clock(reward.name):
-                    record = _score_shard(run, iteration, staging, tool, reward, shard, old, name, unit)
+                    record = _score_shard(run, staging, tool, shard, name)
                 run.console.stop_requested()
             own.append(record)
             held.append(record)
@@ -132,7 +149,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
     statuses: Counter[str] = Counter()
     for record in held:
         statuses.update(record.labels["statuses"])
-    failed = sum(statuses[status] for status in _FAILED)
+    failed = _failed(statuses)
     weights = {reward.name: reward.weight for reward in run.config.score.rewards}
     manifest = staging.commit(ids, held, {"failed": failed, "statuses": dict(statuses), "weights": weights})
     if run.partial(manifest):
@@ -146,57 +163,60 @@ def _asked_again(staging: Staging, before: Manifest | None, partial: bool) -> bo
     return again and not partial
 
 
-def _unit(staging: Staging, reward: RewardConfig, shard: FileRecord) -> str:
+def _unit(staging: Staging, reward: RewardConfig, rollouts: FileRecord) -> str:
     """Digest of all that one reward over one rollout shard depends on. Not the weight or time-out."""
     described = reward.model_dump(exclude={"name", "weight", "timeout_s"})
     source = staging.plan.sources[f"score.rewards.{reward.name}"]
-    return digest([STAGE_VERSION, described, source, shard.sha256, staging.plan.reads["prompts"]])
+    return digest([STAGE_VERSION, described, source, rollouts.sha256, staging.plan.reads["prompts"]])
 
 
-def _find(manifest: Manifest, unit: str) -> FileRecord | None:
-    return next((file for file in manifest.files if file.unit == unit), None)
+def _find(manifest: Manifest | None, unit: str) -> FileRecord | None:
+    files = manifest.files if manifest else []
+    return next((file for file in files if file.unit == unit), None)
 
 
-def _score_shard(
-    run: Run,
-    iteration: int,
-    staging: Staging,
-    tool: Scorers,
-    reward: RewardConfig,
-    shard: FileRecord,
-    old: FileRecord | None,
-    name: str,
-    unit: str,
-) -> FileRecord:
-    """Commit one reward over one rollout shard, keeping what `old` already holds of it."""
-    source = run.path_of(old, OUTPUT, iteration) if old is not None else None
-    failed = old is not None and any(old.labels["statuses"].get(status) for status in _FAILED)
-    same_name = old is not None and old.labels["reward"] == reward.name
-    same_weight = old is not None and old.labels["weight"] == reward.weight
-    if old is not None and source is not None and same_name and same_weight and not failed:
-        return staging.link_table(old, source, name)
-    path = run.path_of(shard, "rollouts", iteration)
-    run.verify(shard, path)
-    rollouts = [
-        _Rollout(**row) for row in tables.decode("rollouts", [(path, path.read_bytes())], _READ).to_pylist()
-    ]
-    known: dict[tuple[int, int], Outcome] = {}
-    if old is not None and source is not None:
-        run.verify(old, source)
-        for row in tables.decode(OUTPUT, [(source, source.read_bytes())]).to_pylist():
-            if row["status"] not in _FAILED:
-                known[row["group_id"], row["sample_id"]] = Outcome(row["value"], row["status"], row["error"])
-    todo = [rollout for rollout in rollouts if (rollout.group_id, rollout.sample_id) not in known]
-    with run.console.progress(f"score {iteration} {reward.name}", len(todo), "rollouts") as advance:
+def _score_shard(run: Run, staging: Staging, tool: Scorers, shard: _Shard, name: str) -> FileRecord:
+    """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
+    reward, old = shard.reward, shard.old
+    if old is not None and _is_unchanged(old, reward):
+        return staging.link_table(old, run.path_of(old, OUTPUT, shard.iteration), name)
+    rollouts = [_Rollout(**row) for row in _rows(run, "rollouts", shard.rollouts, shard.iteration, _READ)]
+    outcomes = {
+        (row["group_id"], row["sample_id"]): Outcome(row["value"], row["status"], row["error"])
+        for row in (_rows(run, OUTPUT, old, shard.iteration) if old is not None else [])
+        if row["status"] not in _FAILED
+    }
+    todo = [rollout for rollout in rollouts if rollout.key not in outcomes]
+    title = f"score {shard.iteration} {reward.name}"
+    with run.console.progress(title, len(todo), "rollouts") as advance:
         for rollout, outcome in _score(run, tool, reward, todo):
-            known[rollout.group_id, rollout.sample_id] = outcome
+            outcomes[rollout.key] = outcome
             advance(1)
-    outcomes = [known[rollout.group_id, rollout.sample_id] for rollout in rollouts]
-    data = _table(iteration, reward, rollouts, outcomes)
-    statuses = dict(Counter(outcome.status for outcome in outcomes))
-    return staging.write_table(
-        OUTPUT, name, data, unit, reward=reward.name, weight=reward.weight, statuses=statuses
-    )
+    ordered = [outcomes[rollout.key] for rollout in rollouts]
+    data = _table(shard.iteration, reward, rollouts, ordered)
+    statuses = dict(Counter(outcome.status for outcome in ordered))
+    labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
+    return staging.write_table(OUTPUT, name, data, shard.unit, **labels)
+
+
+def _is_unchanged(old: FileRecord, reward: RewardConfig) -> bool:
+    """Whether a shard can be kept as it is: complete, and under the same name and weight."""
+    same = (old.labels["reward"], old.labels["weight"]) == (reward.name, reward.weight)
+    return same and not _failed(old.labels["statuses"])
+
+
+def _rows(
+    run: Run, table: str, file: FileRecord, iteration: int, columns: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of one committed file, verified."""
+    path = run.path_of(file, table, iteration)
+    run.verify(file, path)
+    rows: list[dict[str, Any]] = tables.decode(table, [(path, path.read_bytes())], columns).to_pylist()
+    return rows
+
+
+def _failed(statuses: dict[str, int]) -> int:
+    return sum(statuses.get(status, 0) for status in _FAILED)
 
 
 def _score(

@@ -138,7 +138,6 @@ class Learner:
             "clip_fraction_low": sums["low"] / sums["ratios"],
             "clip_fraction_high": sums["high"] / sums["ratios"],
             "grad_norm": grad_norm,
-            "learning_rate": self.config.learning_rate,
         }
 
     def _backward(

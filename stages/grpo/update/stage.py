@@ -107,65 +107,86 @@ def _train(
     run: Run, iteration: int, rollouts: "Rollouts", learner: "Learner", staging: Staging
 ) -> "tuple[list[dict[str, Any]], Stored]":
     """All optimiser steps of the iteration: their rows of `updates`, and the log-probs met on the way."""
-    import numpy as np
-
-    from grpo.update.batch import minibatches
-    from grpo.update.learner import Stored
+    from grpo.update.loss import Step
     from grpo.update.mismatch import mismatch
 
-    config = run.config.update
-    stored = Stored()
-    everything = np.arange(len(rollouts))
-    if config.kl_coefficient and len(rollouts):
-        with staging.clock("reference"):
-            stored.reference = learner.reference_logprobs(rollouts, everything)
-    plans = [
-        (epoch, rows)
-        for epoch in range(config.epochs)
-        for rows in minibatches(rollouts.keys, config.steps_per_iteration, run.config.seed, iteration, epoch)
-    ]
-    if config.old_logprobs == "recomputed" and len(plans) > 1 and len(rollouts):
-        with staging.clock("recompute"):
-            stored.policy = learner.policy_logprobs(rollouts, everything)
+    steps = _steps(run, iteration, rollouts)
+    stored = _stored_before(run, rollouts, learner, staging, len(steps))
     max_new_tokens = _max_new_tokens(run, iteration)
-    table = []
+    table, moved = [], False
+    total = sum(len(rows) for _, rows in steps)
     with (
         staging.clock("train"),
-        run.console.progress(
-            f"update {iteration}", sum(len(rows) for _, rows in plans), "rollouts"
-        ) as advance,
+        run.console.progress(f"update {iteration}", total, "rollouts") as advance,
     ):
-        for number, (epoch, rows) in enumerate(plans):
+        for number, (epoch, rows) in enumerate(steps):
             run.console.stop_requested()
-            row = _row(rollouts, rows, iteration, epoch, number)
-            row["skipped"] = not len(rows) or not (config.kl_coefficient or rollouts.advantages[rows].any())
+            row = _row(run, rollouts, rows, iteration, epoch, number)
             if not row["skipped"]:
-                step = _step(row, max_new_tokens)
-                row |= learner.step(rollouts, rows, step, stored, number)
-                if number == 0:
+                denominators = Step(row["rollouts"], row["tokens"], max_new_tokens)
+                row |= learner.step(rollouts, rows, denominators, stored, number)
+                if not moved:  # until the first step that is taken, the weights are pi_old's
                     row |= mismatch(
                         [stored.policy[i] for i in rows], [rollouts.old_logprobs[i] for i in rows]
                     )
+                moved = True
             table.append(row)
             advance(len(rows))
     return table, stored
 
 
-def _row(rollouts: "Rollouts", rows: "np.ndarray", iteration: int, epoch: int, number: int) -> dict[str, Any]:
+def _steps(run: Run, iteration: int, rollouts: "Rollouts") -> "list[tuple[int, np.ndarray]]":
+    """(epoch, rows) of each optimiser step of the iteration."""
+    from grpo.update.batch import minibatches
+
+    config = run.config.update
+    steps = [
+        (epoch, rows)
+        for epoch in range(config.epochs)
+        for rows in minibatches(rollouts.keys, config.steps_per_iteration, run.config.seed, iteration, epoch)
+    ]
+    if len(steps) < config.epochs * config.steps_per_iteration:
+        run.console.say(
+            f"update {iteration}: {len(steps) // config.epochs} steps per epoch, not"
+            f" {config.steps_per_iteration}: no more groups have a kept rollout"
+        )
+    return steps
+
+
+def _stored_before(
+    run: Run, rollouts: "Rollouts", learner: "Learner", staging: Staging, num_steps: int
+) -> "Stored":
+    """Log-probs that are needed before the first step: the reference's, and pi_old where it is recomputed."""
+    import numpy as np
+
+    from grpo.update.learner import Stored
+
+    config, everything = run.config.update, np.arange(len(rollouts))
+    stored = Stored()
+    if config.kl_coefficient and len(rollouts):
+        with staging.clock("reference"):
+            stored.reference = learner.reference_logprobs(rollouts, everything)
+    if config.old_logprobs == "recomputed" and num_steps > 1 and len(rollouts):
+        with staging.clock("recompute"):
+            stored.policy = learner.policy_logprobs(rollouts, everything)
+    return stored
+
+
+def _row(
+    run: Run, rollouts: "Rollouts", rows: "np.ndarray", iteration: int, epoch: int, number: int
+) -> dict[str, Any]:
     """The columns of `updates` that are known before the step."""
+    config = run.config.update
+    signal = bool(config.kl_coefficient) or bool(rollouts.advantages[rows].any())
     return {
         "iteration": iteration,
         "epoch": epoch,
         "step": number,
+        "learning_rate": config.learning_rate,
         "rollouts": len(rows),
         "tokens": int(rollouts.num_tokens[rows].sum()),
+        "skipped": not (len(rows) and signal),
     }
-
-
-def _step(row: dict[str, Any], max_new_tokens: int) -> Any:
-    from grpo.update.loss import Step
-
-    return Step(num_rollouts=row["rollouts"], num_tokens=row["tokens"], max_new_tokens=max_new_tokens)
 
 
 def _max_new_tokens(run: Run, iteration: int) -> int:
@@ -211,7 +232,8 @@ def _write_checkpoint(run: Run, learner: "Learner", staging: Staging) -> tuple[l
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `grpo status` shows of the update: of its first step."""
+    """What `grpo status` shows of the update: of the first step that was taken."""
     names = ("loss", "kl", "entropy", "grad_norm", "mismatch_mean", "mismatch_max")
-    first = {name: rows[0].get(name) for name in names}
+    taken = next((row for row in rows if not row["skipped"]), rows[0])
+    first = {name: taken.get(name) for name in names}
     return {**first, "steps": len(rows), "skipped": sum(row["skipped"] for row in rows)}
