@@ -112,7 +112,7 @@ def sql(
     """Read-only SQL over the tables of runs, and over samples, timings and manifests."""
     from grpo import query as query_module
 
-    runs = [_reading(name, config, []) for name in names or [""]]
+    runs = [_reading(name, config, []) for name in dict.fromkeys(names or [""])]
     query_module.answer(runs, query, out, timeout_s, as_json)
 
 

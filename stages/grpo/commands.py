@@ -28,7 +28,7 @@ def run(opened: Run, until: int | None, from_: int | None) -> dict[str, Any]:
     if not worked:
         opened.console.say(f"run {opened.name}: {until} iterations are complete; nothing to do")
     result = {"run": opened.name, "iterations": until, "worked": worked}
-    if opened.config.prompts.source == BUILT_IN and until > 0:
+    if opened.config.prompts.source == BUILT_IN and worked:
         result["held_out_accuracy"] = _held_out(opened, until)
     return result
 

@@ -68,7 +68,7 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(checkpoint), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
             raise InputError(f"{checkpoint}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     return tokenizer
 

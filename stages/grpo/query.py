@@ -1,6 +1,7 @@
 """query: what `grpo sql` does with a result: a table on the screen, JSON, or a file."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,17 @@ def _encoded(data: pa.Table, out: Path) -> bytes:
 
 
 def _json(data: pa.Table) -> str:
-    return json.dumps(data.to_pylist(maps_as_pydicts="strict"), indent=1, default=str)
+    rows = _finite(data.to_pylist(maps_as_pydicts="strict"))
+    return json.dumps(rows, indent=1, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinity, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_table(data: pa.Table) -> None:

@@ -171,9 +171,21 @@ def _refuse_stale(run: Run, present: dict[int, dict[str, State]]) -> None:
             if state.name == "stale":
                 raise InputError(
                     f"run {run.name}: {name} of iteration {iteration} is stale ({state.why});"
-                    f" `grpo run --from {iteration}` does it and all that follows again,"
-                    f" `grpo {name} --iteration {iteration}` it alone"
+                    f" {_way_out(run, iteration, name)}"
                 )
+
+
+def _way_out(run: Run, iteration: int, name: str) -> str:
+    """What to do about a stale output: first make again what it read and what is no longer there."""
+    for stage in STAGES:
+        if stage.name == name:
+            break
+        if run.manifest(stage.output, iteration) is None:
+            return f"`grpo {stage.name} --iteration {iteration}` makes it again"
+    return (
+        f"`grpo run --from {iteration}` does it and all that follows again,"
+        f" `grpo {name} --iteration {iteration}` it alone"
+    )
 
 
 def _say_changes(run: Run, todo: list[Stage], iteration: int) -> None:
@@ -219,7 +231,7 @@ def finish_start_over(run: Run) -> None:
     path = run.path / _INTENT
     if not path.exists():
         return
-    first = int(read_json(path)["from"])
+    first = int(read_json(path, "from")["from"])
     for iteration in sorted((n for n in run.iterations() if n > first), reverse=True):
         discard(run, run.staging_root(iteration))
         discard(run, run.folder("", iteration))

@@ -67,6 +67,7 @@ def print_rollouts(rows: list[dict[str, Any]]) -> None:
                 Text(printable(row["response"])),
             )
         console.print(table)
+        console.print()
 
 
 def _number(value: float | None, instead: str | None = None) -> str:

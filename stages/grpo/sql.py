@@ -97,7 +97,10 @@ def query(
     try:
         if timeout_s:
             timer.start()
-        return connection.sql(statement, params=parameters).to_arrow_table()
+        relation = connection.sql(statement, params=parameters)
+        if relation is None:  # an empty text, or a statement that gives no rows
+            raise UsageError("query: gives no rows; write a select")
+        return relation.to_arrow_table()
     except duckdb.Error as error:
         raise _explained(error, timeout_s) from None
     finally:

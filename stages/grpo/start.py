@@ -6,7 +6,7 @@ from typing import Any
 
 from grpo.artifacts import Plan, Run, Staging, files, open_run
 from grpo.config import Config, overridden_keys
-from grpo.errors import InputError
+from grpo.errors import InputError, UsageError
 from grpo.generate import prompts
 from grpo.generate.source import Row
 
@@ -35,7 +35,7 @@ def prepare(run: Run) -> None:
 def resolve_model(run: Run, name: str) -> Path:
     """The local directory of a checkpoint; the starter model is trained when it is first asked for."""
     if name == STARTER:
-        from grpo import starter
+        from grpo import starter  # imports torch
 
         folder = run.root / ".models" / name
         starter.ensure(folder, run.console.say)
@@ -83,7 +83,7 @@ def _prompts(run: Run, created: bool) -> None:
     context = context_length(load_config(run.start["policy"]))
     room = None if context is None else context - run.config.generate.max_new_tokens
     if room is not None and room < 1:
-        raise InputError(
+        raise UsageError(
             f"generate.max_new_tokens: {run.config.generate.max_new_tokens} leaves no room for a prompt"
             f" in the model's context of {context} tokens"
         )

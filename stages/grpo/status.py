@@ -45,9 +45,9 @@ def line_of(run: Run, iteration: int) -> str:
         if numbers[name] is not None
     ]
     seconds = sum(value for value in numbers["seconds"].values() if value is not None)
-    rate = numbers["seconds"]["generate"]
-    tokens = (numbers["length"] or 0) * _rollouts(run, iteration)
-    speed = f"  {tokens / rate:,.0f} tok/s" if rate else ""
+    generating = numbers["seconds"]["generate"]
+    tokens = _number(run.manifest("rollouts", iteration), "response_tokens")
+    speed = f"  {tokens / generating:,.0f} tok/s" if tokens and generating else ""
     return f"iteration {iteration:>4}  {'  '.join(known)}  {seconds:.2f} s{speed}"
 
 
@@ -57,10 +57,15 @@ def print_status(run: Run, every: bool) -> None:
     from rich.table import Table
 
     data = describe(run)
-    table = Table(title=f"run {run.name}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"run {run.name}: stages with their seconds",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("iteration", justify="right")
     for stage in STAGES:
-        table.add_column(stage.name, justify="right")
+        table.add_column(stage.name, justify="right", no_wrap=True)
     for name in ("reward", "kl", "length", "mismatch"):
         table.add_column(name, justify="right")
     rows = data["iterations"]
@@ -82,7 +87,7 @@ def print_status(run: Run, every: bool) -> None:
 
 
 def _stage_cell(state: str, seconds: float | None) -> str:
-    return f"[{_STYLES[state]}]{state}[/] {_text(seconds, '.2f')} {'s' if seconds is not None else ''}"
+    return f"[{_STYLES[state]}]{state}[/] {_text(seconds, '.2f')}"
 
 
 def _print_reasons(console: Any, rows: list[dict[str, Any]]) -> None:
@@ -118,11 +123,6 @@ def _describe_iteration(run: Run, iteration: int, by_stage: dict[str, State]) ->
 def _number(manifest: Manifest | None, key: str) -> float | None:
     value = manifest.summary.get(key) if manifest else None
     return None if value is None else float(value)
-
-
-def _rollouts(run: Run, iteration: int) -> int:
-    manifest = run.manifest("rollouts", iteration)
-    return manifest.rows if manifest else 0
 
 
 def _seconds(run: Run, output: str, iteration: int) -> float | None:

@@ -80,6 +80,8 @@ def run(run: Run, iteration: int, staging: Staging, tool: None) -> Manifest:
             zero += pc.sum(pc.equal(data["advantage"], 0.0)).as_py() or 0
             scored += pc.count(data["reward"]).as_py()
             total += pc.sum(data["reward"]).as_py() or 0.0
+    if not kept:
+        run.console.say(f"advantage {iteration}: no rollout is kept, so update has nothing to learn from")
     reward_mean = total / scored if scored else None
     summary = {"kept": kept, "zero_advantage": zero, "scored": scored, "reward_mean": reward_mean}
     return staging.commit({OUTPUT: id_of(records)}, records, summary)

@@ -97,8 +97,16 @@ def remove_file(path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder and what is in it, if it is there."""
-    with resource_errors(path):
-        shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+    if path.exists():
+        with resource_errors(path):
+            shutil.rmtree(path)
+
+
+def remove_empty_folder(path: Path) -> None:
+    """Remove a folder if nothing is in it."""
+    if not any(path.iterdir()):
+        with resource_errors(path):
+            path.rmdir()
 
 
 def sha256_of(path: Path) -> str:

@@ -115,8 +115,9 @@ def id_of(files: list[FileRecord]) -> str:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json."""
-    return (json.dumps(manifest.model_dump(), indent=1, allow_nan=False) + "\n").encode()
+    """The bytes of manifest.json: its fields, and the digest of them that finds damage."""
+    data = manifest.model_dump()
+    return (json.dumps({**data, "sha256": digest(data)}, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -136,6 +137,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise InputError(
             f"{path}: written by a newer grpo (schema {version}, this one reads up to {SCHEMA_VERSION})"
         )
+    if not isinstance(data, dict) or data.pop("sha256", None) != digest(data):
+        raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:

@@ -84,7 +84,7 @@ class Run:
     def timings(self, output: str, iteration: int | None) -> dict[str, float]:
         """Seconds by part of a committed output; empty where none were written."""
         path = self.folder(output, iteration) / "timings.json"
-        return read_json(path)["seconds"] if path.exists() else {}
+        return read_json(path, "seconds")["seconds"] if path.exists() else {}
 
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
         """Where a file of an output is."""
@@ -173,14 +173,16 @@ class Run:
             lock.release()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises CorruptError (exit 6) when it is none."""
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object in `path`, with at least `keys`. Raises CorruptError (exit 6) when it is none."""
     try:
         data = json.loads(path.read_bytes())
     except ValueError as error:
         raise CorruptError(f"{path}: is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise CorruptError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    if missing := [key for key in keys if key not in data]:
+        raise CorruptError(f"{path}: has no {missing[0]}")
     return data
 
 
@@ -217,4 +219,4 @@ def open_run(name: str, root: Path = ARTIFACTS) -> dict[str, Any]:
         known = sorted(found.parent.name for found in root.glob("*/run.json"))
         there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
         raise UsageError(f"{root / name}: no such run; {there}")
-    return read_json(path)
+    return read_json(path, "config")

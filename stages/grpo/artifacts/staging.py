@@ -159,6 +159,7 @@ def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
     files.sync_folder(staged.parent)
     for sibling in staged.parent.glob(f"{output}-*"):
         discard(run, sibling)  # another attempt, now superseded
+    files.remove_empty_folder(staged.parent)
     return target
 
 
@@ -179,7 +180,7 @@ def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
     """Attempts at an output that were begun and not committed: attempt -> fingerprint."""
     notes = {}
     for path in run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}"):
-        note = read_json(path)
+        note = read_json(path, "attempt", "fingerprint")
         notes[int(note["attempt"])] = str(note["fingerprint"])
     return notes
 

@@ -127,6 +127,8 @@ def _explain(error: ValidationError) -> str:
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         text = f"unknown key; {hint}"
+    elif first["type"] == "model_type":
+        text = f"expected a section with keys, found {json.dumps(first['input'], default=str)}"
     elif first["type"] == "missing":
         text = "is required and missing"
     else:

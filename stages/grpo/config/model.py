@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-# What an objective sets, by section (MATH.md). A key written by the user wins.
+# What an objective sets, by section (docs/math.md). A key written by the user wins.
 OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
     "grpo": {
         "update": {
@@ -94,6 +94,13 @@ class GenerateConfig(Section):
     """Rollouts committed at a time, rounded down to whole groups: what a crash can cost at most."""
     max_rows_per_batch: Count = 512
     """Rollouts the built-in engine samples at once; bounds its memory."""
+
+    @field_validator("engine")
+    @classmethod
+    def _available(cls, engine: str) -> str:
+        if engine == "vllm":
+            raise ValueError("vllm is not supported yet; use transformers or auto")
+        return engine
 
 
 class RewardConfig(Section):
@@ -194,7 +201,7 @@ class UpdateConfig(Section):
     clip_high: NonNegative | None = 0.2
     """(objective) The ratio is clipped at 1 + clip_high; null: not on this side."""
     aggregate: Literal["sequence_mean", "token_mean", "constant", "sequence_sum"] = "sequence_mean"
-    """(objective) How tokens and rollouts of an optimiser step are averaged (MATH.md)."""
+    """(objective) How tokens and rollouts of an optimiser step are averaged (docs/math.md)."""
     kl_coefficient: NonNegative = 0.01
     """(objective) Weight of the KL term; 0 loads no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 OUTPUT = "prompts"
 STAGE_VERSION = 1
 _ROWS_PER_SHARD = 100_000
+# Keys of the tables, and what every reward function is passed: a column of the same name would be hidden.
+_RESERVED = (
+    "prompt_id",
+    "iteration",
+    "group_id",
+    "sample_id",
+    "run",
+    "prompts",
+    "completions",
+    "completion_ids",
+)
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -111,7 +122,9 @@ def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[
     texts = [render(row, tokenizer) for row in rows]
     token_ids: list[list[int]] = []
     for row, text in zip(rows, texts, strict=True):
-        token_ids.append(list(tokenizer(text, add_special_tokens=row["messages"] is None).input_ids))
+        token_ids.append(
+            list(tokenizer(text, add_special_tokens=row["messages"] is None, verbose=False).input_ids)
+        )
     return texts, token_ids
 
 
@@ -134,9 +147,9 @@ def _normalised(run: Run) -> Iterator[tuple[str, Row]]:
 
 
 def _normalise(place: str, row: Row, config: PromptsConfig) -> Row:
-    if "prompt_id" in row:
+    if reserved := [name for name in _RESERVED if name in row]:
         raise DataError(
-            f"{place}: column prompt_id is the pipeline's own; give yours another name, such as id"
+            f"{place}: column {reserved[0]} is the pipeline's own; give yours another name, such as id"
         )
     names = config.columns
     messages = row.get(names.messages)

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
-from grpo.errors import DataError, UsageError
+from grpo.errors import DataError
 from grpo.generate.engine import Engine, Group, Request, Sample, Sampling, group_seed
 from grpo.generate.prompts import draw, encode
 
@@ -61,8 +61,6 @@ def plan(run: Run, iteration: int) -> Plan:
 
 def choose_engine(wanted: str) -> tuple[str, str]:
     """The engine to use and, in a few words, why."""
-    if wanted == "vllm":
-        raise UsageError("generate.engine: vllm is not supported yet; use transformers or auto")
     return "transformers", "as configured" if wanted == "transformers" else "auto: the built-in engine"
 
 

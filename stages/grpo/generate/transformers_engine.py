@@ -226,7 +226,7 @@ def _check_forward(model: PreTrainedModel) -> None:
     for name in ("attention_mask", "position_ids", "past_key_values", "logits_to_keep"):
         if name not in accepted:
             message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
-            raise EngineError(f"generate: {message}; use engine: vllm")
+            raise EngineError(f"generate: {message}")
     new_cache(model.config, max_new_tokens=1)
 
 

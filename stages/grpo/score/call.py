@@ -79,7 +79,7 @@ def find_problem(spec: FunctionSpec, file: Path | None, columns: Collection[str]
 
 
 def run(spec: FunctionSpec, function: Callable[..., Any], group: GroupCall) -> list[Outcome]:
-    """Call the function on one group. Raises what it raises, and for an unusable result too."""
+    """Call the function on one group. Raises what it raises; an unusable result is an error of each."""
     offered = {
         **group.columns,
         "prompts": group.prompts,
@@ -87,11 +87,16 @@ def run(spec: FunctionSpec, function: Callable[..., Any], group: GroupCall) -> l
         "completion_ids": group.completion_ids,
         **spec.arguments,
     }
+    num_rollouts = len(group.completions)  # before the call: the function may change its arguments
     accepted, takes_all = _keywords(function)
     result = function(**{name: value for name, value in offered.items() if takes_all or name in accepted})
     if inspect.isawaitable(result):
         result = asyncio.run(_wait_for(result))
-    return [_outcome(value) for value in _values(result, len(group.completions))]
+    try:
+        return [_outcome(value) for value in _values(result, num_rollouts)]
+    except (TypeError, ValueError) as error:
+        # Not raised: one by one the same function may seem to fit, with values that belong to nobody.
+        return [Outcome(None, "error", one_line(str(error)))] * num_rollouts
 
 
 def describe(error: BaseException) -> str:

@@ -21,7 +21,8 @@ MAX_LOG_RATIO = 20.0
 class Step:
     """Denominators of one optimiser step over all its micro-batches.
 
-    num_rollouts: N of docs/math.md, kept rollouts. num_tokens: sum of T_i. max_new_tokens: of generate.
+    num_rollouts: the kept rollouts, which docs/math.md calls N. num_tokens: the sum of T_i.
+    max_new_tokens: what the rollouts were sampled with.
     """
 
     num_rollouts: int
@@ -42,6 +43,7 @@ def log_ratio(logprobs_N: Tensor, old_logprobs_N: Tensor, lengths_B: Tensor, rat
     elif ratio == "sequence":
         log_ratio_R = rollout_sums(d_N, lengths_B)
     else:
+        assert ratio == "sequence_mean", ratio
         log_ratio_R = rollout_sums(d_N, lengths_B) / lengths_B
     return log_ratio_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
@@ -65,6 +67,7 @@ def aggregate_tokens(values_N: Tensor, lengths_B: Tensor, how: str, step: Step) 
         return values_N.sum() / step.num_tokens
     if how == "constant":
         return values_N.sum() / (step.num_rollouts * step.max_new_tokens)
+    assert how == "sequence_sum", how
     return values_N.sum() / step.num_rollouts
 
 
@@ -82,6 +85,7 @@ def kl_estimate(logprobs_N: Tensor, reference_logprobs_N: Tensor, estimator: str
         return d_N
     if estimator == "k2":
         return d_N.square() / 2
+    assert estimator == "k3", estimator
     # Both terms are bounded: with the first alone, the gradient beyond would point away from the reference.
     bounded_N = d_N.clamp(min=-MAX_LOG_RATIO)
     return torch.exp(-bounded_N) + bounded_N - 1
