@@ -21,6 +21,7 @@ from grpo.artifacts import (
     Staging,
     checkpoint_id,
     choose_attempt,
+    digest,
     discard,
     files,
     id_of,
@@ -388,9 +389,21 @@ def test_a_partial_output_is_tried_again_as_a_new_attempt(run: Run) -> None:
 def damaged_manifest(run: Run, change: Callable[[dict[str, Any]], Any]) -> Path:
     path = run.folder("rewards", 0) / "manifest.json"
     data = json.loads(path.read_bytes())
+    del data["sha256"]
     change(data)
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps({**data, "sha256": digest(data)}))  # signed: what is wrong is the content
     return path
+
+
+@pytest.mark.parametrize("key", ["rows", "attempt", "stage"])
+def test_a_manifest_that_was_edited_is_found(run: Run, key: str) -> None:
+    commit(run)
+    path = run.folder("rewards", 0) / "manifest.json"
+    data = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**data, key: "x" if key == "stage" else 99}))
+    with pytest.raises(CorruptError) as caught:
+        again(run).manifest("rewards", 0)
+    assert str(caught.value) == f"{path}: content changed since it was committed (sha256 differs)"
 
 
 @pytest.mark.parametrize(
@@ -399,8 +412,8 @@ def damaged_manifest(run: Run, change: Callable[[dict[str, Any]], Any]) -> Path:
         (b"", "is not JSON: Expecting value: line 1 column 1 (char 0)"),
         (b'{"stage": ', "is not JSON: Expecting value: line 1 column 11 (char 10)"),
         (b"{\xff", "is not JSON: 'utf-8' codec can't decode byte 0xff in position 1: invalid start byte"),
-        (b"[]", ": input should be a valid dictionary or instance of manifest"),
-        (b'{"schema_version": 1}', "stage: field required"),
+        (b"[]", "content changed since it was committed (sha256 differs)"),
+        (b'{"schema_version": 1}', "content changed since it was committed (sha256 differs)"),
     ],
 )
 def test_a_manifest_that_is_none(run: Run, content: bytes, message: str) -> None:

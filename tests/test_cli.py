@@ -152,12 +152,12 @@ def test_status_shows_states_and_numbers(finished: Path, grpo: Grpo) -> None:
     code, out, err = grpo("status")
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
-    assert lines[0] == ["run", "tiny"]
+    assert lines[0][:2] == ["run", "tiny:"]
     assert lines[2] == [
         *["iteration", "generate", "score", "advantage", "update"],
         *["reward", "kl", "length", "mismatch"],
     ]
-    assert [line[0:2] + line[4:5] for line in lines[4:6]] == [["0", "done", "done"], ["1", "done", "done"]]
+    assert [line[0:2] + line[3:4] for line in lines[4:6]] == [["0", "done", "done"], ["1", "done", "done"]]
     data = json.loads(grpo("status", "--json")[1])
     assert (data["run"], data["configured"], [row["iteration"] for row in data["iterations"]]) == (
         "tiny",
@@ -257,6 +257,7 @@ def hostile_rollouts() -> None:
     import pyarrow as pa
 
     from grpo import tables
+    from grpo.artifacts import digest
 
     folder = ARTIFACTS / "iteration=000000" / "rollouts"
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
@@ -267,7 +268,8 @@ def hostile_rollouts() -> None:
         content = tables.encode(data.cast(tables.schema("rollouts")))
         (folder / record["name"]).write_bytes(content)
         record |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
 
 
 def test_what_a_model_wrote_is_printed_harmlessly(finished: Path, grpo: Grpo) -> None:
@@ -330,3 +332,20 @@ def test_a_stage_command_does_not_go_beyond_the_configured_iterations(finished: 
     code, _, err = grpo("generate")
     assert code == 0
     assert err == "generate: nothing to do; --iteration N and --force do it again\n"
+
+
+@pytest.mark.parametrize("query", [" ", "-- nothing"])
+def test_what_is_no_query_is_refused(finished: Path, grpo: Grpo, query: str) -> None:
+    code, out, err = grpo("sql", query)
+    assert (code, out, err) == (2, "", "error: query: gives no rows; write a select\n")
+
+
+def test_a_run_named_twice_is_opened_once(finished: Path, grpo: Grpo) -> None:
+    query = "select count(*) as n from samples"
+    code, out, _ = grpo("sql", query, "--json", "--run", "tiny", "--run", "tiny")
+    assert (code, json.loads(out)) == (0, [{"n": 12}])  # 2 iterations x 3 prompts x 2 samples
+
+
+def test_json_has_null_where_a_number_is_none(finished: Path, grpo: Grpo) -> None:
+    code, out, _ = grpo("sql", "select 'nan'::double as a, 1.5 as b", "--json")
+    assert (code, json.loads(out)) == (0, [{"a": None, "b": 1.5}])

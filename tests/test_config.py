@@ -75,7 +75,7 @@ def refusal(load_text: Load, tmp_path: Path) -> Refuse:
             "pipeline.yaml:2:6: ${...} is not supported; write the value itself",
         ),
         ("", "pipeline.yaml: run: is required and missing (and 3 more)"),
-        ("- a\n", "pipeline.yaml: input should be a valid dictionary or instance of Config"),
+        ("- a\n", 'pipeline.yaml: expected a section with keys, found ["a"]'),
     ],
 )
 def test_malformed_yaml(refusal: Refuse, text: str | bytes, message: str) -> None:

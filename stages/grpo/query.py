@@ -2,6 +2,7 @@
 
 import json
 import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ def _json(data: pa.Table) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with null for NaN and infinity, which JSON has no words for."""
+    """`value` with null for NaN and infinity, which JSON has no words for; a decimal is a number."""
+    if isinstance(value, Decimal):
+        return float(value)
     if isinstance(value, dict):
         return {key: _finite(child) for key, child in value.items()}
     if isinstance(value, list):

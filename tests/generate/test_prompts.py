@@ -493,3 +493,13 @@ def test_messages_need_a_chat_template() -> None:
 def test_the_configuration_says_what_it_is_by_default() -> None:
     config = PromptsConfig(source="p.jsonl")
     assert (config.chat, config.system, config.on_long_prompt) == (False, None, "error")
+
+
+@pytest.mark.parametrize("name", ["group_id", "run", "completions"])
+def test_a_column_with_a_name_of_the_pipelines_own_is_refused(name: str) -> None:
+    config = PromptsConfig(source="p.jsonl")
+    with pytest.raises(DataError) as caught:
+        prompts._normalise("p.jsonl:1", {"prompt": "a", name: 1}, config)
+    assert str(caught.value) == (
+        f"p.jsonl:1: column {name} is the pipeline's own; give yours another name, such as id"
+    )

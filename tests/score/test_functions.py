@@ -115,20 +115,26 @@ def test_error_text_has_at_most_500_characters(pool: FunctionPool) -> None:
 
 
 def test_wrong_number_of_values(pool: FunctionPool) -> None:
-    # Alone, a rollout gets 0 values for 1.
     outcomes = score_one(pool, spec("one_too_few"), "a", "b")
     assert statuses(outcomes) == ["error", "error"]
-    assert error_of(outcomes[0]).startswith("ValueError: returned 0 values for 1 rollouts")
+    assert error_of(outcomes[0]).startswith("returned 1 values for 2 rollouts")
 
 
 def test_wrong_number_of_values_for_groups_only(pool: FunctionPool) -> None:
     outcomes = score_one(pool, spec("too_few_for_groups"), "a", "b")
-    assert outcomes == [Outcome(1.0, "ok")] * 2  # repeated rollout by rollout, its count is right
+    # Not repeated one by one, where the count would seem right.
+    assert outcomes == [Outcome(None, "error", "returned 1 values for 2 rollouts")] * 2
+
+
+def test_a_function_that_empties_its_argument(pool: FunctionPool) -> None:
+    call = GroupCall(["1+1="] * 2, ["a", "b"], [[1], [2]], {})
+    (outcomes,) = pool.score(spec("empties"), [call])
+    assert outcomes == [Outcome(None, "error", "returned 0 values for 2 rollouts")] * 2
 
 
 def test_not_a_list(pool: FunctionPool) -> None:
     outcomes = score_one(pool, spec("a_number"), "a")
-    assert error_of(outcomes[0]).startswith("TypeError: returned float '1.0', not a list of 1 numbers")
+    assert error_of(outcomes[0]).startswith("returned float '1.0', not a list of 1 numbers")
 
 
 def test_odd_values(pool: FunctionPool) -> None:

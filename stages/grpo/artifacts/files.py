@@ -102,13 +102,6 @@ def remove_folder(path: Path) -> None:
             shutil.rmtree(path)
 
 
-def remove_empty_folder(path: Path) -> None:
-    """Remove a folder if nothing is in it."""
-    if not any(path.iterdir()):
-        with resource_errors(path):
-            path.rmdir()
-
-
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's content, read in chunks."""
     digest = hashlib.sha256()

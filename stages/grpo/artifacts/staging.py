@@ -159,7 +159,6 @@ def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
     files.sync_folder(staged.parent)
     for sibling in staged.parent.glob(f"{output}-*"):
         discard(run, sibling)  # another attempt, now superseded
-    files.remove_empty_folder(staged.parent)
     return target
 
 

@@ -156,3 +156,8 @@ def positional_only(completions, /):
 def mutates(prompts, completions, answer):
     answer.clear()
     return [1.0 for _ in completions]
+
+
+def empties(completions):
+    completions.clear()
+    return []
