@@ -35,10 +35,11 @@ def prepare(run: Run) -> None:
 def resolve_model(run: Run, name: str) -> Path:
     """The local directory of a checkpoint; the starter model is trained when it is first asked for."""
     if name == STARTER:
-        from grpo import starter  # imports torch
-
         folder = run.root / ".models" / name
-        starter.ensure(folder, run.console.say)
+        if not folder.exists():  # the folder appears complete; training it imports torch
+            from grpo import starter
+
+            starter.ensure(folder, run.console.say)
         return folder
     return run.checkpoint_path(name)
 
