@@ -96,6 +96,12 @@ def test_a_run_makes_what_the_design_says(finished: Path, grpo: Grpo) -> None:
     assert not list(ARTIFACTS.glob(".staging/**/*.json"))
 
 
+def test_run_json_says_what_the_run_was_made_with(finished: Path) -> None:
+    created = json.loads((ARTIFACTS / "run.json").read_bytes())
+    assert created["config"]["update"]["learning_rate"] == 0.01
+    assert {"grpo", "python", "torch", "transformers", "pyarrow", "duckdb"} <= set(created["versions"])
+
+
 def test_each_prompt_is_drawn_once_per_pass(finished: Path, grpo: Grpo) -> None:
     query = "select prompt_id, count(*) as n from rollouts group by all order by all"
     rows = json.loads(grpo("sql", query, "--json")[1])

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import Plan, Run, Staging, files, open_run
+from grpo.artifacts import Plan, Run, Staging, files, open_run, versions
 from grpo.config import Config, overridden_keys
 from grpo.errors import InputError, UsageError
 from grpo.generate import prompts
@@ -103,4 +103,4 @@ def _fixed(run: Run, key: str, old: object, new: object) -> str:
 
 
 def _run_json(config: Config) -> bytes:
-    return (json.dumps({"config": config.model_dump()}, indent=1) + "\n").encode()
+    return (json.dumps({"config": config.model_dump(), "versions": versions()}, indent=1) + "\n").encode()

@@ -5,7 +5,7 @@ from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_weight
 from grpo.artifacts.manifest import FileRecord, Manifest, Plan, digest, id_of
 from grpo.artifacts.retention import prune_optimizers
 from grpo.artifacts.run import ARTIFACTS, STAGE_OUTPUTS, Run, holder_of, open_run, read_json
-from grpo.artifacts.staging import Staging, choose_attempt, discard, roll_forward, staged_attempts
+from grpo.artifacts.staging import Staging, choose_attempt, discard, roll_forward, staged_attempts, versions
 
 __all__ = [
     "ARTIFACTS",
@@ -29,4 +29,5 @@ __all__ = [
     "read_json",
     "roll_forward",
     "staged_attempts",
+    "versions",
 ]

@@ -131,7 +131,7 @@ class Staging:
             files=files_held,
             rows=sum(record.rows or 0 for record in files_held),
             summary=summary,
-            versions=_versions(),
+            versions=versions(),
         )
         seconds = {part: round(value, 6) for part, value in self.seconds.items()}
         files.write_file(self.folder / "timings.json", json.dumps({"seconds": seconds}).encode())
@@ -224,7 +224,8 @@ def _sidecars(folder: Path) -> list[FileRecord]:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of this package, its git revision, Python and the libraries: recorded, never compared."""
     libraries = {name: version(name) for name in _LIBRARIES}
     return {"grpo": __version__, **_git_revision(), "python": platform.python_version(), **libraries}
 
