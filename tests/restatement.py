@@ -4,7 +4,7 @@ Written from the formulas, not from the code, and slow on purpose. `stages/grpo`
 batched torch; the property tests hold the two together. Nothing here imports `grpo`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, isfinite, sqrt
 
 GROUP_EPSILON = 1e-4
@@ -132,13 +132,17 @@ def advantages(
 
 @dataclass(frozen=True)
 class Response:
-    """One kept rollout as the loss sees it: one log-prob per response token."""
+    """One kept rollout as the loss sees it: one log-prob per response token.
+
+    `old` is pi_old; where that is recomputed, `sampled` is what the sampler stored.
+    """
 
     advantage: float
     policy: list[float]
     old: list[float]
     reference: list[float]
     mask: list[bool]
+    sampled: list[float] = field(default_factory=list)
 
     @property
     def counted(self) -> list[int]:
@@ -157,6 +161,9 @@ class Objective:
     kl_coefficient: float = 0.01
     kl_estimator: str = "k3"
     max_new_tokens: int = 8
+    correction: str = "none"
+    correction_level: str = "token"
+    correction_cap: float = 2.0
 
 
 GRPO = Objective()
@@ -184,6 +191,19 @@ def whole_ratio(response: Response, ratio: str) -> float:
     """exp(sum_t d_t), or exp(mean_t d_t)."""
     difference = sum(response.policy[position] - response.old[position] for position in response.counted)
     return exp(difference if ratio == "sequence" else difference / len(response.counted))
+
+
+def sampler_weight(response: Response, position: int, objective: Objective) -> float:
+    """What the surrogate is multiplied by at this token: a constant, whatever the policy does."""
+    if objective.correction == "none":
+        return 1.0
+    of_tokens = [response.old[t] - response.sampled[t] for t in response.counted]
+    w = exp(response.old[position] - response.sampled[position])
+    if objective.correction_level == "sequence_mean":
+        w = exp(mean(of_tokens))
+    if objective.correction == "truncate":
+        return min(w, objective.correction_cap)
+    return w if 1 / objective.correction_cap <= w <= objective.correction_cap else 0.0
 
 
 def surrogate(ratio: float, advantage: float, objective: Objective) -> tuple[float, float]:
@@ -242,15 +262,17 @@ def loss(responses: list[Response], objective: Objective) -> Loss:
             for position in response.counted:
                 rho = token_ratio(response, position)
                 value, derivative = surrogate(rho, response.advantage, objective)
-                gain += per_token * value
-                slope[position] -= per_token * derivative * rho
+                w = sampler_weight(response, position, objective)
+                gain += per_token * w * value
+                slope[position] -= per_token * w * derivative * rho
         else:
             rho = whole_ratio(response, objective.ratio)
             value, derivative = surrogate(rho, response.advantage, objective)
-            gain += per_rollout * value
+            w = sampler_weight(response, response.counted[0], objective)  # the same at every position
+            gain += per_rollout * w * value
             for position in response.counted:
                 inner = 1.0 if objective.ratio == "sequence" else 1 / tokens
-                slope[position] -= per_rollout * derivative * rho * inner
+                slope[position] -= per_rollout * w * derivative * rho * inner
 
         for position in response.counted:
             rho = token_ratio(response, position)

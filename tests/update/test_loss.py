@@ -1,6 +1,7 @@
 """loss.py: worked numbers, and the plain restatement."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ from grpo.update.loss import (
     kl_estimate,
     log_ratio,
     policy_loss,
+    sampler_weights,
     surrogate,
 )
 
@@ -152,7 +154,12 @@ def test_kl(estimator: str, expected: list[float]) -> None:
 # ---- the loss, worked ----
 
 
-def loss_of(ratio: str, aggregate: str, advantages: tuple[float, float] = (1.0, -1.0)) -> float:
+def loss_of(
+    ratio: str,
+    aggregate: str,
+    advantages: tuple[float, float] = (1.0, -1.0),
+    weights: Tensor | None = None,
+) -> float:
     total, _ = policy_loss(
         POLICY,
         OLD,
@@ -163,6 +170,7 @@ def loss_of(ratio: str, aggregate: str, advantages: tuple[float, float] = (1.0, 
         clip_high=0.2,
         aggregate=aggregate,
         step=Step(num_rollouts=2, num_tokens=3, max_new_tokens=4),
+        weights_R=weights,
     )
     return float(total)
 
@@ -233,6 +241,146 @@ def test_advantages_of_zero_give_a_loss_and_a_gradient_of_zero(ratio: str, aggre
     assert policy.grad.tolist() == [0, 0, 0]
 
 
+# ---- sampler correction ----
+
+# Three rollouts, of 2 tokens, 1 and 2: w = 3, 0.4 | 1.005 | 0.5, 2 (d is their logarithm).
+# The geometric means: sqrt(1.2) = 1.0954 | 1.005 | 1.
+SAMPLED = doubles(-4.0, -2.0, -1.0, -3.0, -1.5)
+BEFORE = SAMPLED + doubles(3.0, 0.4, 1.005, 0.5, 2.0).log()
+CORRECTED = lengths(2, 1, 2)
+
+
+def weights_of(ratio: str, correction: str, level: str, cap: float) -> list[float]:
+    found: list[float] = sampler_weights(
+        BEFORE, SAMPLED, CORRECTED, ratio=ratio, correction=correction, level=level, cap=cap
+    ).tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ratio", "correction", "level", "cap", "expected"),
+    [
+        ("token", "truncate", "token", 1.9, [1.9, 0.4, 1.005, 0.5, 1.9]),  # 3 and 2 are over the cap
+        ("token", "truncate", "token", 10.0, [3.0, 0.4, 1.005, 0.5, 2.0]),  # none is: never raised from below
+        ("token", "mask", "token", 2.1, [0.0, 0.0, 1.005, 0.5, 2.0]),  # kept from 1 / 2.1 = 0.476 to 2.1
+        ("token", "mask", "token", 1.9, [0.0, 0.0, 1.005, 0.0, 0.0]),  # kept from 1 / 1.9 = 0.526 to 1.9
+        # One of each rollout, repeated for its tokens.
+        ("token", "truncate", "sequence_mean", 1.01, [1.01, 1.01, 1.005, 1.0, 1.0]),
+        ("token", "mask", "sequence_mean", 1.01, [0.0, 0.0, 1.005, 1.0, 1.0]),
+        ("token", "mask", "sequence_mean", 1.2, [math.sqrt(1.2), math.sqrt(1.2), 1.005, 1.0, 1.0]),
+        # One surrogate value per rollout has one weight.
+        ("sequence", "truncate", "sequence_mean", 1.01, [1.01, 1.005, 1.0]),
+        ("sequence", "mask", "sequence_mean", 1.01, [0.0, 1.005, 1.0]),
+        ("sequence_mean", "mask", "sequence_mean", 1.004, [0.0, 0.0, 1.0]),
+    ],
+)
+def test_sampler_weights(ratio: str, correction: str, level: str, cap: float, expected: list[float]) -> None:
+    assert weights_of(ratio, correction, level, cap) == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_weight_is_masked_on_both_sides_and_only_outside() -> None:
+    # w = 1 is e^0 exactly; 2 and 1/2 are the ends, reached from the inside and from the outside.
+    edge = doubles(0.0, LN2 - 1e-12, -LN2 + 1e-12, LN2 + 1e-12, -LN2 - 1e-12)
+    found = sampler_weights(
+        edge,
+        torch.zeros(5, dtype=torch.float64),
+        lengths(5),
+        ratio="token",
+        correction="mask",
+        level="token",
+        cap=2.0,
+    )
+    assert found.tolist() == pytest.approx([1.0, 2.0, 0.5, 0.0, 0.0], rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "correction", "level", "cap", "expected"),
+    [
+        # Ratios 2, 3 | 0.5 with A = 1, -1 and clip 0.2: values 1.2, 1.2 | -0.8. Weights 3, 0.4 | 1.1.
+        ("token", "truncate", "token", 2.0, -(2.88 / 2 - 0.88) / 2),  # 2 * 1.2 + 0.4 * 1.2; 1.1 * -0.8
+        ("token", "mask", "token", 2.0, -(0 - 0.88) / 2),  # 3 > 2 and 0.4 < 1 / 2
+        # exp(mean d) = sqrt(1.2) = 1.0954 | 1.1
+        ("token", "truncate", "sequence_mean", 1.05, -(1.05 * 1.2 - 1.05 * 0.8) / 2),
+        ("token", "mask", "sequence_mean", 1.098, -(math.sqrt(1.2) * 1.2 - 0) / 2),
+        # Rollouts: 1.2 | -0.8
+        ("sequence", "truncate", "sequence_mean", 1.05, -(1.05 * 1.2 - 1.05 * 0.8) / 2),
+        ("sequence", "mask", "sequence_mean", 1.098, -(math.sqrt(1.2) * 1.2 - 0) / 2),
+    ],
+)
+def test_policy_loss_with_a_sampler_correction(
+    ratio: str, correction: str, level: str, cap: float, expected: float
+) -> None:
+    # What a weight of 0 takes out still counts in N = 2.
+    sampled = OLD - doubles(3.0, 0.4, 1.1).log()
+    correct = sampler_weights(
+        OLD, sampled, lengths(2, 1), ratio=ratio, correction=correction, level=level, cap=cap
+    )
+    assert loss_of(ratio, "sequence_mean", weights=correct) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("correction", ["truncate", "mask"])
+def test_no_gradient_flows_through_the_weight(correction: str) -> None:
+    # rho = 1, 1 and w = 1.5, 0.8; A = 2: the gradient of -(w1 rho1 + w2 rho2) * 2 / 2 is -w1 rho1, -w2 rho2.
+    # Through w too, it would be twice that.
+    policy = doubles(-1.0, -2.0).requires_grad_()
+    weights_R = sampler_weights(
+        policy,
+        policy.detach() - doubles(1.5, 0.8).log(),
+        lengths(2),
+        ratio="token",
+        correction=correction,
+        level="token",
+        cap=2.0,
+    )
+    assert not weights_R.requires_grad
+    total, ratio_R = policy_loss(
+        policy,
+        policy.detach(),
+        doubles(2.0),
+        lengths(2),
+        ratio="token",
+        clip_low=0.2,
+        clip_high=0.2,
+        aggregate="sequence_mean",
+        step=Step(1, 2, 8),
+        weights_R=weights_R,
+    )
+    total.backward()  # type: ignore[no-untyped-call]
+    assert policy.grad is not None
+    assert policy.grad.tolist() == pytest.approx([-1.5, -0.8], rel=1e-14)
+    assert ratio_R.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("correction", ["truncate", "mask"])
+@pytest.mark.parametrize(("ratio", "level"), [("token", "token"), ("sequence", "sequence_mean")])
+def test_the_weights_of_a_sampler_equal_to_the_learner_are_exactly_one(
+    correction: str, ratio: str, level: str
+) -> None:
+    same = torch.tensor([-0.1, -7.3, -2.9], dtype=torch.float32)
+    found = sampler_weights(
+        same, same, lengths(2, 1), ratio=ratio, correction=correction, level=level, cap=1.0001
+    )
+    assert set(found.tolist()) == {1.0}
+
+
+@pytest.mark.parametrize(("correction", "over"), [("truncate", 1e9), ("mask", 0.0)])
+@pytest.mark.parametrize("cap", [1e9, 2.0])
+def test_the_weight_of_a_huge_difference_is_finite(correction: str, over: float, cap: float) -> None:
+    found = sampler_weights(
+        torch.tensor([-1.0, -1000.0]),
+        torch.tensor([-1000.0, -1.0]),
+        lengths(1, 1),
+        ratio="token",
+        correction=correction,
+        level="token",
+        cap=cap,
+    )
+    # Bounded to e^20 = 4.9e8, which is less than 1e9, and to e^-20, which is more than 1e-9.
+    bounded = [math.exp(MAX_LOG_RATIO), math.exp(-MAX_LOG_RATIO)]
+    expected = bounded if cap == 1e9 else [min(over, cap), bounded[1] if correction == "truncate" else 0.0]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
 # ---- guards ----
 
 
@@ -297,18 +445,27 @@ def responses(draw: st.DrawFn) -> Response:
     old = draw(st.lists(numbers(-8, -0.01), min_size=1, max_size=6))
     policy = [value + draw(st.sampled_from([0.0, 0.5]) | numbers(-1.5, 1.5)) for value in old]
     reference = [value + draw(numbers(-2, 2)) for value in old]
-    return Response(advantage, policy, old, reference, [True] * len(old))
+    sampled = [value - draw(st.sampled_from([0.0, 0.005]) | numbers(-1.5, 1.5)) for value in old]
+    return Response(advantage, policy, old, reference, [True] * len(old), sampled)
+
+
+def fitting(objective: Objective) -> Objective:
+    """A sequence ratio has one surrogate value per rollout, and so one weight."""
+    return objective if objective.ratio == "token" else replace(objective, correction_level="sequence_mean")
 
 
 objectives = st.builds(
     Objective,
+    correction=st.sampled_from(["none", "truncate", "mask"]),
+    correction_level=st.sampled_from(["token", "sequence_mean"]),
+    correction_cap=st.sampled_from([2.0, 1.3, 1.01]),
     ratio=st.sampled_from(RATIOS),
     clip_low=st.sampled_from([0.2, 0.1, None]),
     clip_high=st.sampled_from([0.2, 0.28, None]),
     aggregate=st.sampled_from(AGGREGATES),
     kl_coefficient=st.sampled_from([0.01, 0.5]),
     kl_estimator=st.sampled_from(["k1", "k2", "k3"]),
-)
+).map(fitting)
 
 
 def ours(
@@ -323,9 +480,21 @@ def ours(
         policy = doubles(*(x for row in chosen for x in row.policy)).requires_grad_()
         reference = doubles(*(x for row in chosen for x in row.reference))
         lengths_B = lengths(*(len(row.policy) for row in chosen))
+        old = doubles(*(x for row in chosen for x in row.old))
+        weights_R = None
+        if objective.correction != "none":
+            weights_R = sampler_weights(
+                old,
+                doubles(*(x for row in chosen for x in row.sampled)),
+                lengths_B,
+                ratio=objective.ratio,
+                correction=objective.correction,
+                level=objective.correction_level,
+                cap=objective.correction_cap,
+            )
         loss, _ = policy_loss(
             policy,
-            doubles(*(x for row in chosen for x in row.old)),
+            old,
             doubles(*(row.advantage for row in chosen)),
             lengths_B,
             ratio=objective.ratio,
@@ -333,6 +502,7 @@ def ours(
             clip_high=objective.clip_high,
             aggregate=objective.aggregate,
             step=step,
+            weights_R=weights_R,
         )
         kl = aggregate_tokens(
             kl_estimate(policy, reference, objective.kl_estimator), lengths_B, objective.aggregate, step
@@ -378,15 +548,29 @@ def test_any_split_into_micro_batches_gives_the_same(
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_the_gradient_of_the_restatement_is_that_of_its_loss(ratio: str, estimator: str) -> None:
+@pytest.mark.parametrize(
+    ("estimator", "correction"), [("k1", "none"), ("k2", "truncate"), ("k3", "mask"), ("k3", "none")]
+)
+def test_the_gradient_of_the_restatement_is_that_of_its_loss(
+    ratio: str, estimator: str, correction: str
+) -> None:
     # Central differences, so that the two sides of the property tests do not share a mistake.
+    counts, seen = [True, False, True], [-1.4, -2.0, -0.2]
     rows = [
-        Response(0.8, [-1.0, -2.0, -0.3], [-1.1, -2.6, -0.2], [-1.3, -1.9, -0.5], [True, False, True]),
-        Response(-1.2, [-0.7, -1.4], [-0.6, -0.9], [-0.8, -1.1], [True, True]),
+        Response(0.8, [-1.0, -2.0, -0.3], [-1.1, -2.6, -0.2], [-1.3, -1.9, -0.5], counts, seen),
+        Response(-1.2, [-0.7, -1.4], [-0.6, -0.9], [-0.8, -1.1], [True, True], [-0.8, -0.7]),
     ]
     for aggregate in AGGREGATES:
-        objective = Objective(ratio=ratio, aggregate=aggregate, kl_estimator=estimator, kl_coefficient=0.3)
+        objective = fitting(
+            Objective(
+                ratio=ratio,
+                aggregate=aggregate,
+                kl_estimator=estimator,
+                kl_coefficient=0.3,
+                correction=correction,
+                correction_cap=1.25,
+            )
+        )
         gradient = restatement.loss(rows, objective).gradient
         for i, row in enumerate(rows):
             for t in range(len(row.policy)):
@@ -394,6 +578,6 @@ def test_the_gradient_of_the_restatement_is_that_of_its_loss(ratio: str, estimat
                 for h in (1e-6, -1e-6):
                     moved = [*row.policy[:t], row.policy[t] + h, *row.policy[t + 1 :]]
                     changed = [*rows]
-                    changed[i] = Response(row.advantage, moved, row.old, row.reference, row.mask)
+                    changed[i] = replace(row, policy=moved)
                     ends.append(restatement.loss(changed, objective).loss)
                 assert gradient[i][t] == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6, abs=1e-9)

@@ -59,6 +59,33 @@ def surrogate(
     return torch.minimum(ratio_R * advantages_R, ratio_R.clamp(low, high) * advantages_R)
 
 
+def sampler_weights(
+    policy_logprobs_N: Tensor,
+    sampled_logprobs_N: Tensor,
+    lengths_B: Tensor,
+    *,
+    ratio: str,
+    correction: str,
+    level: str,
+    cap: float,
+) -> Tensor:
+    """Detached weight of each surrogate value, [R]: w = exp(policy - sampled), by token or rollout mean.
+
+    policy_logprobs_N: the learner's before its first step of the iteration; sampled_logprobs_N: the
+    sampler's. `truncate`: min(w, cap) (truncated importance sampling). `mask`: 0 outside [1 / cap, cap].
+    """
+    assert ratio == "token" or level == "sequence_mean", (ratio, level)
+    w_R = torch.exp(log_ratio(policy_logprobs_N.detach(), sampled_logprobs_N.detach(), lengths_B, level))
+    if correction == "truncate":
+        w_R = w_R.clamp(max=cap)
+    else:
+        assert correction == "mask", correction
+        w_R = torch.where((w_R < 1 / cap) | (w_R > cap), 0.0, w_R)
+    if ratio == "token" and level == "sequence_mean":
+        return torch.repeat_interleave(w_R, lengths_B)
+    return w_R
+
+
 def aggregate_tokens(values_N: Tensor, lengths_B: Tensor, how: str, step: Step) -> Tensor:
     """This micro-batch's part of the step's aggregate of one value per token (scalar)."""
     if how == "sequence_mean":
@@ -102,14 +129,18 @@ def policy_loss(
     clip_high: float | None,
     aggregate: str,
     step: Step,
+    weights_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Minus the aggregated surrogate (scalar, this micro-batch's part), and the ratios [R], detached."""
+    """Minus the aggregated surrogate (scalar, this micro-batch's part), and the ratios [R], detached.
+
+    old_logprobs_N are pi_old's. weights_R: sampler_weights(), which change no denominator; None: no
+    correction.
+    """
     ratio_R = torch.exp(log_ratio(logprobs_N, old_logprobs_N, lengths_B, ratio))
-    if ratio == "token":
-        advantages_N = torch.repeat_interleave(advantages_B, lengths_B)
-        value_N = surrogate(ratio_R, advantages_N, clip_low, clip_high)
-        total = aggregate_tokens(value_N, lengths_B, aggregate, step)
-    else:
-        value_B = surrogate(ratio_R, advantages_B, clip_low, clip_high)
-        total = aggregate_rollouts(value_B, lengths_B, aggregate, step)
-    return -total, ratio_R.detach()
+    per_token = ratio == "token"
+    advantages_R = torch.repeat_interleave(advantages_B, lengths_B) if per_token else advantages_B
+    value_R = surrogate(ratio_R, advantages_R, clip_low, clip_high)
+    if weights_R is not None:
+        value_R = weights_R * value_R
+    add_up = aggregate_tokens if per_token else aggregate_rollouts
+    return -add_up(value_R, lengths_B, aggregate, step), ratio_R.detach()

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-TOKEN_CAP = 2.0  # default cap of a token's importance weight (truncated importance sampling)
+from grpo.config.model import SAMPLER_CORRECTION_CAPS
+
+# The same in every run, also in one with a cap of its own: so that runs can be compared.
+TOKEN_CAP = SAMPLER_CORRECTION_CAPS["token"]
 
 
 def mismatch(policy_logprobs: Sequence[np.ndarray], old_logprobs: Sequence[np.ndarray]) -> dict[str, float]:
