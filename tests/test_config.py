@@ -110,6 +110,12 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("generate.temperature=.inf", "input should be a finite number, found Infinity"),
         ("generate.temperature=0", "input should be greater than 0, found 0"),
         ("generate.temperature=null", "input should be a valid number, found null"),
+        ("generate.top_p=0", "input should be greater than 0, found 0"),
+        ("generate.top_p=1.1", "input should be less than or equal to 1, found 1.1"),
+        ("generate.top_k=0", "input should be greater than or equal to 1, found 0"),
+        ("generate.min_p=1", "input should be less than 1, found 1"),
+        ("generate.min_p=-0.1", "input should be greater than or equal to 0, found -0.1"),
+        ("generate.engine_options=[]", "input should be a valid dictionary"),
         ("generate.engine=VLLM", "input should be 'auto', 'transformers' or 'vllm', found \"VLLM\""),
         ("score.rewards[0].weight=-.inf", "input should be a finite number, found -Infinity"),
         ("score.rewards=[]", "list should have at least 1 item after validation, not 0"),
@@ -232,6 +238,123 @@ def test_a_key_of_the_user_wins_over_the_objective_and_so_does_null(load_text: L
         "update.clip_low: null (objective grpo_sequence: 0.2)",
         'advantage.scale: "none" (objective grpo_sequence: "group")',
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], ("none", "token", 2.0)),
+        (["sampler_correction=mask", "old_logprobs=recomputed"], ("mask", "token", 2.0)),
+        (["sampler_correction_level=sequence_mean"], ("none", "sequence_mean", 1.01)),
+        (
+            ["sampler_correction_level=sequence_mean", "sampler_correction_cap=3"],
+            ("none", "sequence_mean", 3.0),
+        ),
+        (["sampler_correction_cap=1.5"], ("none", "token", 1.5)),
+        (
+            [
+                "objective=grpo_sequence",
+                "sampler_correction=truncate",
+                "sampler_correction_level=sequence_mean",
+            ],
+            ("truncate", "sequence_mean", 1.01),
+        ),
+    ],
+)
+def test_the_cap_of_the_sampler_correction_follows_its_level(
+    load_text: Load, overrides: list[str], expected: tuple[str, str, float]
+) -> None:
+    config = load_text(SMALLEST, *(f"update.{override}" for override in overrides))
+    resolved = config.model_dump()["update"]  # what run.json shows
+    names = ("sampler_correction", "sampler_correction_level", "sampler_correction_cap")
+    assert tuple(resolved[name] for name in names) == expected
+    assert Config.model_validate(json.loads(json.dumps(config.model_dump()))) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["sampler_correction=truncate"],
+            "update: sampler_correction: truncate needs old_logprobs: recomputed; with sampled the ratio"
+            " itself is to the sampler, and a weight of 1 is right: sampler_correction: none",
+        ),
+        (
+            ["objective=grpo_sequence", "sampler_correction=mask"],
+            "update: ratio: sequence has one surrogate value per rollout, which weights per token do not fit;"
+            " set sampler_correction_level: sequence_mean",
+        ),
+        (
+            ["ratio=sequence_mean", "sampler_correction=truncate", "old_logprobs=recomputed"],
+            "update: ratio: sequence_mean has one surrogate value per rollout, which weights per token do not"
+            " fit; set sampler_correction_level: sequence_mean",
+        ),
+        (
+            ["sampler_correction_cap=1"],
+            "update.sampler_correction_cap: input should be greater than 1, found 1",
+        ),
+        (
+            ["sampler_correction_cap=null"],
+            "update.sampler_correction_cap: input should be a valid number, found null",
+        ),
+        (
+            ["sampler_correction_level=sequence"],
+            "update.sampler_correction_level: input should be 'token' or 'sequence_mean', found \"sequence\"",
+        ),
+        (["sampler_correction_level=[]"], None),
+    ],
+)
+def test_a_sampler_correction_that_does_not_fit(
+    refusal: Refuse, overrides: list[str], message: str | None
+) -> None:
+    found = refusal(SMALLEST, *(f"update.{override}" for override in overrides))
+    expected = message or "update.sampler_correction_level: input should be 'token' or 'sequence_mean'"
+    assert found == f"pipeline.yaml: {expected}"
+
+
+@pytest.mark.parametrize("override", ["top_p=0.9", "top_k=5", "min_p=0.1"])
+def test_a_cut_distribution_has_to_be_allowed_and_needs_vllm(
+    load_text: Load, refusal: Refuse, override: str
+) -> None:
+    key = override.partition("=")[0]
+    wanted = f"generate.{override}"
+    assert refusal(SMALLEST, wanted) == (
+        f"pipeline.yaml: generate: {key} cuts the distribution the policy is sampled from, which biases the"
+        " importance ratio; leave it out, or set allow_truncated_sampling: true"
+    )
+    allowed = "generate.allow_truncated_sampling=true"
+    assert refusal(SMALLEST, wanted, allowed, "generate.engine=transformers") == (
+        f"pipeline.yaml: generate: {key} needs engine: vllm; the built-in engine samples from all tokens"
+    )
+    for engine in ("vllm", "auto"):
+        generate = load_text(SMALLEST, wanted, allowed, f"generate.engine={engine}").generate
+        assert generate.model_dump()[key] == float(override.partition("=")[2])
+
+
+def test_the_whole_distribution_needs_no_leave(load_text: Load) -> None:
+    written = ("generate.top_p=1", "generate.top_k=null", "generate.min_p=0")
+    assert load_text(SMALLEST, *written) == load_text()
+    generate = load_text().generate
+    assert (generate.top_p, generate.top_k, generate.min_p) == (1.0, None, 0.0)
+    assert not generate.allow_truncated_sampling
+
+
+def test_engine_options_are_what_json_can_hold(load_text: Load, refusal: Refuse) -> None:
+    options = {
+        "dtype": "float32",
+        "max_num_seqs": 8,
+        "compilation_config": {"level": 0},
+        "quantization": None,
+    }
+    config = load_text(SMALLEST, f"generate.engine_options={json.dumps(options)}")
+    assert config.generate.engine_options == options
+    assert load_text().generate.engine_options == {}
+    for value in ("{seed: .nan}", "{deep: [.inf]}", "{deep: {1: x}}"):
+        message = refusal(SMALLEST, f"generate.engine_options={value}")
+        assert message == (
+            "pipeline.yaml: generate.engine_options:"
+            " may hold text, finite numbers, true, false, null, lists and mappings by text"
+        )
 
 
 def test_the_name_of_a_reward_follows_from_what_it_is(load_text: Load) -> None:

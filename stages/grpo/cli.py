@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,6 +136,26 @@ def show(
         show_module.print_rollouts(rows)
 
 
+@app.command()
+def doctor(
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    model: Annotated[
+        bool, typer.Option("--model", help="Open the engine and compare it with the learner.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine for what the configuration needs; makes no run."""
+    from grpo import doctor as doctor_module
+
+    report = doctor_module.examine(_run(config, set_, as_json), model)
+    if as_json:
+        _print_json(report.describe())
+    else:
+        doctor_module.print_report(report)
+    raise typer.Exit(report.exit_code)
+
+
 def _run(path: Path, overrides: list[str], quiet: bool) -> "Run":
     from grpo.artifacts import ARTIFACTS, Run
     from grpo.config import load
@@ -179,6 +200,7 @@ def _print_json(document: Any) -> None:
 
 def main() -> None:
     """Run the command line; a GrpoError ends it with one line on stderr and its exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when it is imported
     usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
     try:
         sys.exit(app(standalone_mode=False) or 0)

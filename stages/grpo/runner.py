@@ -41,10 +41,11 @@ class Stage:
     plan: Callable[[Run, int], Plan]
     open_tool: Callable[[Run], AbstractContextManager[Any]]
     run: Callable[[Run, int, Staging, Any], Manifest]
+    release: Callable[[Any], None]
 
 
 STAGES = tuple(
-    Stage(module.NAME, module.OUTPUT, module.plan, module.open_tool, module.run)
+    Stage(module.NAME, module.OUTPUT, module.plan, module.open_tool, module.run, module.release)
     for module in (generate, score, advantage, update)
 )
 
@@ -64,6 +65,7 @@ class Tools:
         self._run = run
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
+        self._working: Stage | None = None
 
     def __enter__(self) -> "Tools":
         return self
@@ -72,7 +74,10 @@ class Tools:
         self._stack.close()
 
     def get(self, stage: Stage) -> Any:
-        """The stage's tool."""
+        """The stage's tool. That of the stage before leaves the accelerator first: they take turns."""
+        if self._working is not None and self._working is not stage:
+            self._working.release(self._open[self._working.name])
+        self._working = stage
         if stage.name not in self._open:
             self._open[stage.name] = self._stack.enter_context(stage.open_tool(self._run))
         return self._open[stage.name]

@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import Plan, Run, Staging, files, open_run, versions
+from grpo import probe
+from grpo.artifacts import Manifest, Plan, Run, Staging, files, open_run, versions
 from grpo.config import Config, overridden_keys
 from grpo.errors import InputError, UsageError
 from grpo.generate import prompts
 from grpo.generate.source import Row
 
 STARTER = "tiny-arithmetic"
-STAGE_VERSION = 1
+STAGE_VERSION = 2  # 2: with a probe
+NUM_PROBE_PROMPTS = probe.NUM_SEQUENCES * probe.LENGTH  # enough, were each a single token
 
 
 def prepare(run: Run) -> None:
@@ -23,8 +25,16 @@ def prepare(run: Run) -> None:
     created = (run.path / "run.json").exists()
     if created:
         _check_seed(run)
-    _policy(run, created)
+    names = {"policy": run.config.model, "reference": run.config.update.reference or run.config.model}
+    paths = {part: resolve_model(run, name) for part, name in names.items()}
+    ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in paths.items()}
+    manifest = run.manifest("policy", None)
+    if manifest is not None and created:
+        _check_models(run, manifest, names, ids)
+    run.start = paths
     _prompts(run, created)
+    if manifest is None or manifest.ids != ids:
+        _commit_policy(run, names, ids)
     if not created:
         for line in overridden_keys(run.config):
             run.console.say(f"differs from its objective: {line}")
@@ -35,7 +45,7 @@ def prepare(run: Run) -> None:
 def resolve_model(run: Run, name: str) -> Path:
     """The local directory of a checkpoint; the starter model is trained when it is first asked for."""
     if name == STARTER:
-        folder = run.root / ".models" / name
+        folder = starter_folder(run)
         if not folder.exists():  # the folder appears complete; training it imports torch
             from grpo import starter
 
@@ -44,28 +54,40 @@ def resolve_model(run: Run, name: str) -> Path:
     return run.checkpoint_path(name)
 
 
+def starter_folder(run: Run) -> Path:
+    """Where the starter model is, once it is trained: all runs share it."""
+    return run.root / ".models" / STARTER
+
+
 def _check_seed(run: Run) -> None:
     created: dict[str, Any] = open_run(run.name, run.root)["config"]
     if created["seed"] != run.config.seed:
         raise InputError(_fixed(run, "seed", created["seed"], run.config.seed))
 
 
-def _policy(run: Run, created: bool) -> None:
-    """Resolve the starting policy and the reference, and commit or check their ids."""
-    names = {"policy": run.config.model, "reference": run.config.update.reference or run.config.model}
-    paths = {part: resolve_model(run, name) for part, name in names.items()}
-    ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in paths.items()}
-    manifest = run.manifest("policy", None)
-    if manifest is None or (not created and manifest.ids != ids):
-        plan = Plan("policy", STAGE_VERSION, "policy", None, names, {}, ids)
-        staging = Staging(run, plan, 0)
-        staging.commit(ids, [], {part: str(path) for part, path in paths.items()})
-    else:
-        for part, name in names.items():
-            if manifest.ids[part] != ids[part]:
-                key = "model" if part == "policy" else "update.reference"
-                raise InputError(_fixed(run, key, manifest.config[part], f"{name} (other files)"))
-    run.start = paths
+def _check_models(run: Run, manifest: Manifest, names: dict[str, str], ids: dict[str, str]) -> None:
+    for part, name in names.items():
+        if manifest.ids[part] != ids[part]:
+            key = "model" if part == "policy" else "update.reference"
+            raise InputError(_fixed(run, key, manifest.config[part], f"{name} (other files)"))
+
+
+def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None:
+    """Commit the ids of the starting policy and the reference, and the policy's probe."""
+    rows = run.read(prompts.OUTPUT, None).slice(0, NUM_PROBE_PROMPTS).to_pylist()
+    plan = Plan("policy", STAGE_VERSION, "policy", None, names, {}, ids)
+    staging = Staging(run, plan, 0)
+    record = staging.write_bytes("", probe.FILE, probe_of(run.start["policy"], rows).encode())
+    staging.commit(ids, [record], {part: str(path) for part, path in run.start.items()})
+
+
+def probe_of(checkpoint: Path, rows: list[Row]) -> probe.Probe:
+    """The probe of a starting policy: of the prompts `rows`, the first NUM_PROBE_PROMPTS of a run."""
+    from grpo.model import best_device, context_length, load_model, load_tokenizer
+
+    model = load_model(checkpoint, best_device())
+    token_ids = prompts.encode(rows, load_tokenizer(checkpoint))[1]
+    return probe.measure(model, probe.probe_sequences(token_ids, context_length(model.config)))
 
 
 def _prompts(run: Run, created: bool) -> None:

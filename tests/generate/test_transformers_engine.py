@@ -1,5 +1,7 @@
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from grpo.errors import DataError
+from grpo.errors import DataError, EngineError
 from grpo.generate.engine import Group, Request, Sampling, group_seed
 from grpo.generate.transformers_engine import TransformersEngine, plan_batches
 from grpo.model import load_model
@@ -246,6 +248,51 @@ def test_frequencies_follow_the_softmax(tmp_path: Path) -> None:
     assert expected_V.min() > 5  # chi-square needs that many
     # Four degrees of freedom: 18.5 is exceeded once in a thousand seeds.
     assert ((observed_V - expected_V) ** 2 / expected_V).sum() < 18.5
+
+
+@pytest.mark.parametrize("max_rows_per_batch", [64, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_equals_a_plain_forward_pass(family: str, max_rows_per_batch: int, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, FAMILIES[family])
+    engine, model = opened(checkpoint, max_rows_per_batch), load_model(checkpoint, "cpu")
+    sequences = [group.prompt_token_ids for group in REQUESTS]  # of 9, 1, 17, 3, 9 and 2 tokens
+    scores = engine.score(sequences)
+    assert [len(logprobs) for logprobs in scores] == [8, 0, 16, 2, 8, 1]
+    for sequence, logprobs in zip(sequences, scores, strict=True):
+        assert logprobs.dtype == np.dtype(np.float32)
+        if len(sequence) > 1:
+            plain_T = plain_logprobs(model, sequence[:1], list(sequence[1:]), temperature=1.0)
+            assert np.abs(logprobs - plain_T).max() <= 1e-5
+    assert engine.score([]) == []
+
+
+def test_score_gives_the_logprobs_that_were_sampled(qwen2: Path) -> None:
+    engine = opened(qwen2)
+    for group in sampled(engine, [REQUESTS]).values():
+        prompt = REQUESTS[group.group_id].prompt_token_ids
+        scores = engine.score([[*prompt, *sample.token_ids.tolist()] for sample in group.samples])
+        for sample, logprobs in zip(group.samples, scores, strict=True):
+            assert np.abs(sample.logprobs - logprobs[len(prompt) - 1 :]).max() <= 1e-5
+
+
+def test_release_drops_the_model_and_load_brings_it_back(qwen2: Path) -> None:
+    engine = opened(qwen2)
+    before = digest(sampled(engine, [REQUESTS]))
+    assert engine._model is not None
+    model = weakref.ref(engine._model)
+    engine.release()
+    gc.collect()
+    assert model() is None
+    engine.load(qwen2)
+    assert digest(sampled(engine, [REQUESTS])) == before
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_a_cut_distribution_is_refused(qwen2: Path, cut: dict[str, Any]) -> None:
+    with pytest.raises(
+        EngineError, match=r"generate: the transformers engine samples from the whole distribution; .* vllm$"
+    ):
+        sampled(opened(qwen2), [REQUESTS], Sampling(1.0, 4, **cut))
 
 
 def test_plan_batches_keeps_groups_whole_and_sorts_by_prompt_length() -> None:

@@ -64,6 +64,10 @@ def open_tool(run: Run) -> Iterator[None]:
     yield
 
 
+def release(tool: None) -> None:
+    """Nothing is kept on an accelerator."""
+
+
 def run(run: Run, iteration: int, staging: Staging, tool: None) -> Manifest:
     """Write and commit `advantages` of one iteration."""
     for table, output in (("rollouts", "rollouts"), ("rewards", "rewards")):

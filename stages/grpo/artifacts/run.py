@@ -100,6 +100,15 @@ class Run:
                 self.verify(file, self.path_of(file, "update", iteration - 1))
         return self.folder("update", iteration - 1) / "policy"
 
+    def probe_path(self, iteration: int) -> Path:
+        """The probe of policy `iteration`, verified: log-probs that whoever loads it must come to."""
+        output, before = holder_of("policy", iteration)
+        manifest = self.require(output, before, "grpo run")
+        [file] = [file for file in manifest.files if file.name == "probe.json"]
+        path = self.path_of(file, output, before)
+        self.verify(file, path)
+        return path
+
     def checkpoint_path(self, name: str) -> Path:
         """Directory of a configured checkpoint: relative to the configuration's folder, or from the hub."""
         return find_checkpoint(name, self.imports)

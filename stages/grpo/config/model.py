@@ -51,6 +51,17 @@ class Section(BaseModel):
     )
 
 
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, if they survive being written as JSON: they become part of a fingerprint."""
+    try:
+        same = json.loads(json.dumps(values, allow_nan=False)) == values
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise ValueError("may hold text, finite numbers, true, false, null, lists and mappings by text")
+    return values
+
+
 class ColumnsConfig(Section):
     """Names of the data set's own columns that play the parts the pipeline knows."""
 
@@ -81,7 +92,10 @@ class GenerateConfig(Section):
     """generate: policy + prompts -> rollouts."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """auto: the built-in transformers engine. vllm is not supported yet, and says so."""
+    """auto: vllm where it is installed and a GPU is there, else transformers, the built-in engine."""
+    engine_options: dict[str, Any] = {}
+    """vLLM's own engine arguments, such as gpu_memory_utilization, tensor_parallel_size, max_num_seqs, dtype
+    or quantization. dtype: float32 on a CPU and bfloat16 on a GPU unless given."""
     prompts_per_iteration: Count = 32
     """Groups per iteration, >= 1."""
     samples_per_prompt: Annotated[int, Field(ge=2, le=2**20)] = 4
@@ -90,17 +104,39 @@ class GenerateConfig(Section):
     """Tokens sampled at most per response, the end-of-sequence token included."""
     temperature: Positive = 1.0
     """Sampling temperature, > 0. Log-probs are those of the tempered distribution."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that together have this probability; 1: from all. vllm only."""
+    top_k: Count | None = None
+    """Sample from this many of the likeliest tokens; null: from all. vllm only."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Leave out tokens less likely than this share of the likeliest one; 0: none. vllm only."""
+    allow_truncated_sampling: bool = False
+    """true: allow top_p, top_k and min_p, though the importance ratio is then biased: the learner's log-probs
+    are over the whole vocabulary (docs/math.md)."""
     rollouts_per_shard: Count = 512
     """Rollouts committed at a time, rounded down to whole groups: what a crash can cost at most."""
     max_rows_per_batch: Count = 512
     """Rollouts the built-in engine samples at once; bounds its memory."""
 
-    @field_validator("engine")
+    @field_validator("engine_options")
     @classmethod
-    def _available(cls, engine: str) -> str:
-        if engine == "vllm":
-            raise ValueError("vllm is not supported yet; use transformers or auto")
-        return engine
+    def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return plain(options)
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> "GenerateConfig":
+        truncated = {"top_p": self.top_p < 1, "top_k": self.top_k is not None, "min_p": self.min_p > 0}
+        if given := [name for name, is_given in truncated.items() if is_given]:
+            if not self.allow_truncated_sampling:
+                raise ValueError(
+                    f"{given[0]} cuts the distribution the policy is sampled from, which biases the"
+                    " importance ratio; leave it out, or set allow_truncated_sampling: true"
+                )
+            if self.engine == "transformers":
+                raise ValueError(
+                    f"{given[0]} needs engine: vllm; the built-in engine samples from all tokens"
+                )
+        return self
 
 
 class RewardConfig(Section):
@@ -122,13 +158,7 @@ class RewardConfig(Section):
     @field_validator("arguments")
     @classmethod
     def _plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        try:
-            same = json.loads(json.dumps(arguments, allow_nan=False)) == arguments
-        except (TypeError, ValueError):
-            same = False
-        if not same:
-            raise ValueError("may hold text, finite numbers, true, false, null, lists and mappings by text")
-        return arguments
+        return plain(arguments)
 
     @model_validator(mode="before")
     @classmethod
@@ -189,6 +219,10 @@ class AdvantageConfig(Section):
     """File with a query that returns iteration, group_id, sample_id, advantage. null: advantage.sql."""
 
 
+# The cap of the sampler correction by its level, unless one is given: a mean over tokens strays far less.
+SAMPLER_CORRECTION_CAPS = {"token": 2.0, "sequence_mean": 1.01}
+
+
 class UpdateConfig(Section):
     """update: policy + rollouts + advantages -> next policy, updates, logprobs."""
 
@@ -208,6 +242,13 @@ class UpdateConfig(Section):
     """(objective) Estimator of the KL per token."""
     old_logprobs: Literal["sampled", "recomputed"] = "sampled"
     """(objective) pi_old: the stored log-probs, or the learner's own before its first step."""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weight w = pi_old / sampler on the surrogate: none, min(w, cap), or w where it lies in [1 / cap, cap]
+    and 0 elsewhere. Needs old_logprobs: recomputed."""
+    sampler_correction_level: Literal["token", "sequence_mean"] = "token"
+    """One weight per token, or the geometric mean of a rollout's; a sequence ratio needs the latter."""
+    sampler_correction_cap: Annotated[float, Field(gt=1)] = SAMPLER_CORRECTION_CAPS["token"]
+    """Cap of the weight, > 1. Left out: 2.0 for level token, 1.01 for sequence_mean."""
     reference: str | None = None
     """Checkpoint of the KL term; null: the starting policy. Fixed for a run."""
     learning_rate: NonNegative = 5e-7
@@ -226,6 +267,31 @@ class UpdateConfig(Section):
     """Optimiser steps per epoch; whole groups are dealt out evenly."""
     max_tokens_per_batch: Count = 16384
     """Tokens of a micro-batch, padding included. Bounds memory, never changes the result."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cap_of_the_level(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        level = str(data.get("sampler_correction_level", "token"))
+        cap = SAMPLER_CORRECTION_CAPS.get(level, SAMPLER_CORRECTION_CAPS["token"])
+        return {"sampler_correction_cap": cap, **data}
+
+    @model_validator(mode="after")
+    def _correction_fits(self) -> "UpdateConfig":
+        if self.sampler_correction == "none":
+            return self
+        if self.old_logprobs == "sampled":
+            raise ValueError(
+                f"sampler_correction: {self.sampler_correction} needs old_logprobs: recomputed; with sampled"
+                " the ratio itself is to the sampler, and a weight of 1 is right: sampler_correction: none"
+            )
+        if self.ratio != "token" and self.sampler_correction_level == "token":
+            raise ValueError(
+                f"ratio: {self.ratio} has one surrogate value per rollout, which weights per token do not"
+                " fit; set sampler_correction_level: sequence_mean"
+            )
+        return self
 
 
 class CheckpointsConfig(Section):

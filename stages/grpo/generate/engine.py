@@ -18,10 +18,16 @@ MAX_SAMPLES = 2**20  # samples of one group; their seeds are consecutive, so the
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `temperature` 0 is greedy (evaluation only: a greedy token has no useful ratio)."""
+    """How to sample. `temperature` 0 is greedy (evaluation only: a greedy token has no useful ratio).
+
+    top_p < 1, top_k and min_p > 0 truncate the distribution; log-probs are then those of what is left.
+    """
 
     temperature: float
     max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,16 @@ class Group:
 
 
 class Engine(Protocol):
-    """A sampler. Calls come from one thread, in the order load, sample, load, sample, ..., close."""
+    """A sampler. Calls come from one thread: load, score, sample, ..., release, load, ..., close."""
+
+    precision: str
+    """What the engine computes in, known once weights are loaded: `float32`, `bfloat16`, `fp8`, ..."""
 
     def load(self, checkpoint: Path) -> None:
         """Take the weights of `checkpoint`, a Hugging Face directory; drop everything cached before."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-probs at temperature 1 of every token but the first, float32 [len(sequence) - 1] each."""
 
     def sample(
         self,
@@ -73,6 +85,9 @@ class Engine(Protocol):
         shard's bytes do not depend on which other shards are asked for. `on_tokens` is told how many
         response tokens were sampled since its last call.
         """
+
+    def release(self) -> None:
+        """Leave the accelerator's memory to others. load() comes before the next use."""
 
     def close(self) -> None:
         """Give back memory and processes."""

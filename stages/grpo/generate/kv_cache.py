@@ -1,11 +1,13 @@
 """kv_cache: the keys and values of the positions a batch has seen, in layers that can be repeated and cut.
 
 transformers' DynamicLayer copies the whole cache for each new token; GrowingLayer keeps room for the next
-ones. A layer that also holds a recurrent state is refused: left padding would run through that state.
+ones. A row that leaves is overwritten by one from the end, so that each costs at most the copy of one row
+however often rows leave; choosing the rows that stay would copy them all. A layer that also holds a recurrent state is refused: left padding would run through that state.
 
 Shapes: N rows, H heads, S positions, D head dimension.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +17,30 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from grpo.errors import EngineError
 
 SPARE_POSITIONS = 64  # room made at once: a copy of the cache every 64 tokens, and little memory unused
+
+
+@dataclass(frozen=True)
+class Move:
+    """Which rows overwrite which, so that the `num_left` that stay are the first ones."""
+
+    num_left: int
+    from_M: Tensor  # int64, rows that stay and stand behind the first num_left
+    to_M: Tensor  # int64, rows that leave and stand among them
+
+    @classmethod
+    def out(cls, leaving_N: Tensor) -> "Move":
+        """The move that makes the rows leave where leaving_N (bool) is True."""
+        num_left = len(leaving_N) - int(leaving_N.sum())
+        return cls(
+            num_left=num_left,
+            from_M=num_left + (~leaving_N[num_left:]).nonzero().squeeze(-1),
+            to_M=leaving_N[:num_left].nonzero().squeeze(-1),
+        )
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """Move the rows [N, ...] in place; returns those that stay, a view."""
+        rows[self.to_M] = rows[self.from_M]
+        return rows[: self.num_left]
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -50,6 +76,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Keep these rows, in this order; a row may be named several times."""
         super().batch_select_indices(indices)
         self.room = None  # it belongs to the old rows
+
+
+def move_rows(cache: DynamicCache, move: Move) -> None:
+    """Let rows leave the cache."""
+    for layer in cache.layers:
+        layer.keys, layer.values = move.apply(layer.keys), move.apply(layer.values)
+        if isinstance(layer, GrowingLayer) and layer.room is not None:
+            keys, values = layer.room  # keys and values are a part of it: their rows have been moved
+            layer.room = keys[: move.num_left], values[: move.num_left]
 
 
 def new_cache(config: PreTrainedConfig, max_new_tokens: int) -> DynamicCache:

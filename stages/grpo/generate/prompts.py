@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OUTPUT = "prompts"
-STAGE_VERSION = 1
+STAGE_VERSION = 2  # 2: the summary holds the longest prompt
 _ROWS_PER_SHARD = 100_000
 # Keys of the tables, and what every reward function is passed: a column of the same name would be hidden.
 _RESERVED = (
@@ -62,8 +62,8 @@ def prepare(
     """
     config = run.config.prompts
     records: list[FileRecord] = []
-    ids, skipped, schema = set[str](), 0, None
-    for chunk in _chunks(_normalised(run), _ROWS_PER_SHARD):
+    ids, skipped, longest, schema = set[str](), 0, 0, None
+    for chunk in _chunks(normalised(run), _ROWS_PER_SHARD):
         kept = []
         lengths = num_tokens([row for _, row in chunk])
         for (place, row), length in zip(chunk, lengths, strict=True):
@@ -73,6 +73,7 @@ def prepare(
                 ids.add(name)
             if room is None or length <= room:
                 kept.append(row)
+                longest = max(longest, length)
             elif config.on_long_prompt == "skip":
                 skipped += 1
             else:
@@ -90,7 +91,8 @@ def prepare(
                 raise DataError(f"prompts.source: {config.source}: {error}") from None
     if not records:
         raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
-    return staging.commit({OUTPUT: id_of(records)}, records, {"skipped": skipped})
+    summary = {"skipped": skipped, "longest_prompt_tokens": longest}
+    return staging.commit({OUTPUT: id_of(records)}, records, summary)
 
 
 def draw(num_prompts: int, seed: int, iteration: int, count: int) -> np.ndarray:
@@ -139,8 +141,11 @@ def _chunks(items: Iterator[tuple[str, Row]], size: int) -> Iterator[list[tuple[
         yield chunk
 
 
-def _normalised(run: Run) -> Iterator[tuple[str, Row]]:
-    """Rows of the source with prompt_id, prompt, messages, answer, and every other column as it is."""
+def normalised(run: Run) -> Iterator[tuple[str, Row]]:
+    """(place, row) of the source with prompt_id, prompt, messages, answer, and every other column as it is.
+
+    Raises DataError (exit 3) naming file and line.
+    """
     config = run.config.prompts
     for prompt_id, (place, row) in enumerate(read_rows(config.source, run.imports)):
         yield place, {"prompt_id": prompt_id, **_normalise(place, row, config)}

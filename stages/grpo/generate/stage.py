@@ -16,9 +16,13 @@ import pyarrow as pa
 
 from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
+from grpo.config import GenerateConfig
 from grpo.errors import DataError
 from grpo.generate.engine import Engine, Group, Request, Sample, Sampling, group_seed
+from grpo.generate.engine_choice import choose_engine
+from grpo.generate.handover import Handover
 from grpo.generate.prompts import draw, encode
+from grpo.probe import LENGTH, read_probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,14 +34,15 @@ STAGE_VERSION = 1
 
 @dataclass
 class Sampler:
-    """What stays open between iterations: the engine, the tokenizer, the prompts."""
+    """What stays open between iterations: engine, handover of policies to it, tokenizer, prompts."""
 
     engine: Engine
+    handover: Handover
     tokenizer: "PreTrainedTokenizerBase"
     vocabulary_size: int
     prompts: pa.Table
-    holds: str = ""
-    """Id of the policy in the engine."""
+    is_open: bool = False
+    """Whether the engine has been opened and has shown that it follows new weights."""
 
 
 def plan(run: Run, iteration: int) -> Plan:
@@ -59,27 +64,48 @@ def plan(run: Run, iteration: int) -> Plan:
     )
 
 
-def choose_engine(wanted: str) -> tuple[str, str]:
-    """The engine to use and, in a few words, why."""
-    return "transformers", "as configured" if wanted == "transformers" else "auto: the built-in engine"
-
-
 @contextmanager
 def open_tool(run: Run) -> Iterator[Sampler]:
-    """Open the engine; its weights come with the first iteration."""
-    from grpo.generate.transformers_engine import TransformersEngine
-    from grpo.model import best_device, load_config, load_tokenizer
+    """Choose the engine; it is opened when the first iteration needs it."""
+    from grpo.model import best_device, context_length, load_config, load_tokenizer
 
     name, why = choose_engine(run.config.generate.engine)
     device = best_device()
     run.console.say(f"engine: {name} on {device} ({why})")
-    engine = TransformersEngine(device, run.config.generate.max_rows_per_batch)
     start = run.policy_folder(0)
-    vocabulary = load_config(start).get_text_config().vocab_size
+    config = load_config(start)
+    prompts = run.require("prompts", None, "grpo run")
+    longest = int(prompts.summary["longest_prompt_tokens"])
+    engine = make_engine(run.config.generate, name, device, context_length(config), longest)
+    vocabulary = config.get_text_config().vocab_size
+    handover = Handover(engine, device, run.console.say)
     try:
-        yield Sampler(engine, load_tokenizer(start), vocabulary, run.read("prompts", None))
+        yield Sampler(engine, handover, load_tokenizer(start), vocabulary, run.read("prompts", None))
     finally:
         engine.close()
+
+
+def release(tool: Sampler) -> None:
+    """Leave the accelerator to the next stage."""
+    tool.handover.release()
+
+
+def make_engine(
+    config: GenerateConfig, name: str, device: str, context: int | None, longest_prompt: int
+) -> Engine:
+    """The engine `name` with nothing loaded yet; context: positions the model has, longest_prompt: tokens.
+
+    Raises EngineError or UsageError where vLLM is not what is needed, or not given what it knows.
+    """
+    if name == "transformers":
+        from grpo.generate.transformers_engine import TransformersEngine
+
+        return TransformersEngine(device, config.max_rows_per_batch)
+    from grpo.generate.vllm_engine import VllmEngine
+
+    # A probe is scored by sampling one token behind it.
+    needed = max(longest_prompt + config.max_new_tokens, LENGTH + 1)
+    return VllmEngine(config.engine_options, needed if context is None else min(needed, context))
 
 
 def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
@@ -95,11 +121,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
         [_request(run, iteration, group, token_ids[group]) for group in range(*staging.plan.shards[index])]
         for index in todo
     ]
-    with staging.clock("load"):
-        policy_id = staging.plan.reads[f"policy@{iteration}"]
-        if requests and tool.holds != policy_id:
-            tool.engine.load(run.policy_folder(iteration))
-            tool.holds = policy_id
+    difference = _bring_policy(run, iteration, staging, tool) if requests else None
     groups: dict[int, Group] = {}
     with _sampling(run, iteration, requests, tool, staging) as sampled:
         for group in sampled if requests else ():  # all committed, but for the manifest: no engine is loaded
@@ -116,7 +138,19 @@ def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
     records = [staging.committed(name) for name in names]
     held = [record for record in records if record is not None]
     assert len(held) == len(names), "the engine left groups out"
-    return staging.commit({OUTPUT: id_of(held)}, held, _summary(held))
+    return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), "probe_difference": difference})
+
+
+def _bring_policy(run: Run, iteration: int, staging: Staging, tool: Sampler) -> float | None:
+    """Put the iteration's policy into the engine, opening it the first time; see handover.py."""
+    if not tool.is_open:
+        with staging.clock("open"):
+            tool.handover.open(run.policy_folder(0), read_probe(run.probe_path(0)))
+        tool.is_open = True
+    with staging.clock("load"):
+        policy_id = staging.plan.reads[f"policy@{iteration}"]
+        probe = read_probe(run.probe_path(iteration))
+        return tool.handover.bring(policy_id, run.policy_folder(iteration), probe)
 
 
 @contextmanager
@@ -125,7 +159,7 @@ def _sampling(
 ) -> Iterator[Iterator[Group]]:
     """The engine's groups as they come, with a bar of the rollouts done and the time spent in the engine."""
     config = run.config.generate
-    sampling = Sampling(config.temperature, config.max_new_tokens)
+    sampling = Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k, config.min_p)
     total = sum(len(request.seeds) for shard in requests for request in shard)
     tokens, started = 0, time.perf_counter()
     with run.console.progress(f"generate {iteration}", total, "rollouts") as advance:

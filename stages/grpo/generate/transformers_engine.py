@@ -1,7 +1,7 @@
 """transformers_engine: the built-in sampler, plain transformers and torch.
 
-Deliberately different from `model.generate`: a prompt goes through the model once for its K samples; rows
-that have ended leave the batch; each sample draws from its own numbers, so its tokens do not depend on
+Deliberately different from `model.generate`: a prompt goes through the model once for its K samples; a row
+that has ended leaves the batch at once; each sample draws from its own numbers, so its tokens do not depend on
 who shares its batch (up to float rounding); and the log-probability of a token is recorded as it is drawn.
 A shard is sampled as a whole, in batches that its own requests alone determine: the same shard gives the
 same bytes.
@@ -24,12 +24,9 @@ from transformers import DynamicCache, PreTrainedModel
 from grpo.errors import DataError, EngineError
 from grpo.generate.draw import draw
 from grpo.generate.engine import Group, Request, Sample, Sampling, uniforms
-from grpo.generate.kv_cache import new_cache
+from grpo.generate.kv_cache import Move, move_rows, new_cache
+from grpo.logprobs import token_logprobs
 from grpo.model import context_length, eos_token_ids, load_model
-
-# Rows that have ended leave the batch when at most this share still runs: each copy of the cache then
-# drops a quarter of it, so all copies together cost less than four times the first cache.
-COMPACT_SHARE = 0.75
 
 
 class TransformersEngine:
@@ -38,6 +35,8 @@ class TransformersEngine:
     A group stays in one batch, so a batch is larger where a group is. Results depend on this number only by
     float rounding.
     """
+
+    precision = "float32"
 
     def __init__(self, device: str, max_rows_per_batch: int) -> None:
         self.device = device
@@ -50,11 +49,18 @@ class TransformersEngine:
 
         Raises what load_model does, and EngineError for a model whose forward pass cannot be batched here.
         """
-        self.close()  # first: two policies need not fit into memory
+        self.release()  # first: two policies need not fit into memory
         model = load_model(checkpoint, self.device)
         _check_forward(model)
         self._eos_ids = eos_token_ids(checkpoint)
         self._model = model
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-probs at temperature 1 of every token but the first, by the learner's formula and padding."""
+        assert self._model is not None, "load() comes before score()"
+        starts = range(0, len(sequences), self.max_rows_per_batch)
+        batches = [sequences[start : start + self.max_rows_per_batch] for start in starts]
+        return [logprobs for batch in batches for logprobs in score_batch(self._model, batch)]
 
     def sample(
         self,
@@ -64,14 +70,21 @@ class TransformersEngine:
     ) -> Iterator[Group]:
         """Yield each group once, batch after batch. Raises DataError, EngineError."""
         assert self._model is not None, "load() comes before sample()"
+        _check_sampling(sampling)
         for shard in shards:
             _check_requests(self._model, shard, sampling)
             for batch in plan_batches(shard, self.max_rows_per_batch):
                 yield from sample_batch(self._model, batch, sampling, self._eos_ids, on_tokens)
 
+    def release(self) -> None:
+        """Drop the model, and hand what it took of a GPU's memory back to other users of it."""
+        self._model = None
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Let go of the model."""
-        self._model = None
+        self.release()
 
 
 def plan_batches(requests: Sequence[Request], max_rows: int) -> list[list[Request]]:
@@ -86,6 +99,23 @@ def plan_batches(requests: Sequence[Request], max_rows: int) -> list[list[Reques
             num_rows = len(request.seeds)
         batches[-1].append(request)
     return batches
+
+
+@torch.inference_mode()
+def score_batch(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Log-probs at temperature 1 of all tokens but the first of each sequence, float32 [length - 1] each."""
+    lengths_B = torch.tensor([len(sequence) for sequence in sequences], device=model.device)
+    width = int(lengths_B.max())
+    padded = [[*sequence, *[0] * (width - len(sequence))] for sequence in sequences]
+    tokens_BL = torch.tensor(padded, device=model.device)
+    # Right padding under causal attention: no real token ever sees it, so no mask is needed.
+    logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits
+    real_BL = torch.arange(1, width, device=model.device) < lengths_B.unsqueeze(-1)
+    targets_N = tokens_BL[:, 1:][real_BL]
+    temperature_N = torch.ones(len(targets_N), device=model.device)
+    logprobs_N, _ = token_logprobs(logits_BLV[:, :-1][real_BL], targets_N, temperature_N)
+    ends_B = (lengths_B - 1).cumsum(0)
+    return np.split(logprobs_N.cpu().numpy(), ends_B[:-1].tolist())
 
 
 @torch.inference_mode()
@@ -104,16 +134,11 @@ def sample_batch(
         tokens_N, logprobs_N = draw(rows.logits_NV, rows.uniforms_NT[:, step], sampling.temperature)
         record.tokens_BT[rows.sample_N, step] = tokens_N
         record.logprobs_BT[rows.sample_N, step] = logprobs_N
-        record.num_tokens_B[rows.sample_N] += rows.running_N
-        num_drawn = rows.num_running
-        rows.running_N &= ~torch.isin(tokens_N, eos_E)
-        rows.num_running = int(rows.running_N.sum())
-        on_tokens(num_drawn)
-        if rows.num_running == 0 or step + 1 == sampling.max_new_tokens:
+        record.num_tokens_B[rows.sample_N] = step + 1
+        on_tokens(len(tokens_N))
+        tokens_N = rows.leave(torch.isin(tokens_N, eos_E), tokens_N)
+        if len(tokens_N) == 0 or step + 1 == sampling.max_new_tokens:
             break
-        if rows.num_running <= COMPACT_SHARE * len(tokens_N):
-            tokens_N = tokens_N[rows.running_N]
-            rows.compact()
         rows.advance(model, tokens_N)
     return record.groups(requests, eos_ids)
 
@@ -125,19 +150,20 @@ class _Rows:
     logits_NV: Tensor  # of the next token
     cache: DynamicCache
     sample_N: Tensor  # int64, which of the B samples
-    running_N: Tensor  # bool, True until an end-of-sequence token
-    num_running: int
     position_N: Tensor  # int64, of the next token, padding not counted
     uniforms_NT: Tensor  # float64
     visible_NL: Tensor | None  # bool, True where not padding, response room included; None: no padding
 
-    def compact(self) -> None:
-        """Let the samples that have ended leave."""
-        kept = self.running_N.nonzero().squeeze(-1)
-        self.cache.batch_select_indices(kept)
-        self.sample_N, self.running_N = self.sample_N[kept], self.running_N[kept]
-        self.position_N, self.uniforms_NT = self.position_N[kept], self.uniforms_NT[kept]
-        self.visible_NL = None if self.visible_NL is None else self.visible_NL[kept]
+    def leave(self, ended_N: Tensor, tokens_N: Tensor) -> Tensor:
+        """Let the samples that have ended leave. Returns the tokens of those that stay, in their new order."""
+        move = Move.out(ended_N)
+        if move.num_left == len(ended_N):
+            return tokens_N
+        move_rows(self.cache, move)
+        self.sample_N, self.position_N = move.apply(self.sample_N), move.apply(self.position_N)
+        self.uniforms_NT = move.apply(self.uniforms_NT)
+        self.visible_NL = None if self.visible_NL is None else move.apply(self.visible_NL)
+        return move.apply(tokens_N)
 
     def advance(self, model: PreTrainedModel, tokens_N: Tensor) -> None:
         """Put one token of each row through the model."""
@@ -178,8 +204,6 @@ def _prefill(model: PreTrainedModel, requests: Sequence[Request], max_new_tokens
         logits_NV=logits_PV[prompt_B],
         cache=cache,
         sample_N=torch.arange(len(samples), device=device),
-        running_N=torch.ones(len(samples), dtype=torch.bool, device=device),
-        num_running=len(samples),
         position_N=lengths_P[prompt_B],
         uniforms_NT=torch.from_numpy(np.stack([uniforms(s, max_new_tokens) for _, s in samples])).to(device),
         visible_NL=None if visible_PL is None else visible_PL[prompt_B],
@@ -228,6 +252,12 @@ def _check_forward(model: PreTrainedModel) -> None:
             message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
             raise EngineError(f"generate: {message}")
     new_cache(model.config, max_new_tokens=1)
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    if sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0:
+        message = "the transformers engine samples from the whole distribution; top_p, top_k and min_p need"
+        raise EngineError(f"generate: {message} engine: vllm")
 
 
 def _check_requests(model: PreTrainedModel, shard: Sequence[Request], sampling: Sampling) -> None:

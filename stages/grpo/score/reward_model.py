@@ -42,6 +42,10 @@ class RewardModel:
         self._pad_token_id: int | None = self._text_config.pad_token_id
         self._max_tokens = _max_tokens(self._model, self._tokenizer)
 
+    def release(self) -> None:
+        """Leave the accelerator until the next score()."""
+        self._model.to("cpu")
+
     def score(
         self, prompts: Sequence[Text], completions: Sequence[Text], max_tokens_per_batch: int
     ) -> list[Outcome]:
@@ -50,6 +54,7 @@ class RewardModel:
         max_tokens_per_batch: rows x longest row, padding included; memory only, it never changes a value
         beyond rounding. A rollout that is longer than the model's context is an `error`, never cut.
         """
+        self._model.to(self._device)
         outcomes: dict[int, Outcome] = {}
         rows: dict[int, list[int]] = {}
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

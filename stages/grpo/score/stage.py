@@ -102,11 +102,17 @@ def open_tool(run: Run) -> Iterator[Scorers]:
     try:
         for reward in run.config.score.rewards:
             if reward.function is not None:
-                pool.check(_spec(reward), columns)
+                pool.check(spec_of(reward), columns)
         models = _open_models(run)
         yield Scorers(pool, prompts, columns, models)
     finally:
         pool.close()
+
+
+def release(tool: Scorers) -> None:
+    """Take the reward models off the accelerator until they are asked again."""
+    for model in tool.models.values():
+        model.release()
 
 
 def _open_models(run: Run) -> "dict[str, RewardModel]":
@@ -229,7 +235,7 @@ def _score(
     rows = _prompts_of(tool, rollouts)
     calls = [_call(tool, rows, members) for members in groups.values()]
     if reward.function is not None:
-        outcomes = tool.pool.score(_spec(reward), calls)
+        outcomes = tool.pool.score(spec_of(reward), calls)
         for members, found in zip(groups.values(), outcomes, strict=True):
             yield from zip(members, found, strict=True)
     else:
@@ -262,7 +268,8 @@ def _call(tool: Scorers, prompts: dict[int, dict[str, Any]], rollouts: list[_Rol
     )
 
 
-def _spec(reward: RewardConfig) -> FunctionSpec:
+def spec_of(reward: RewardConfig) -> FunctionSpec:
+    """A configured reward function as the workers are told of it."""
     return FunctionSpec(str(reward.function), reward.arguments, reward.timeout_s)
 
 

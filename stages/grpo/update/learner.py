@@ -20,7 +20,7 @@ from grpo.logprobs import token_logprobs
 from grpo.model import copy_weights, load_model
 from grpo.update.batch import MicroBatch, Rollouts, gather, micro_batches
 from grpo.update.checkpoint import load_optimizer
-from grpo.update.loss import Step, aggregate_tokens, kl_estimate, policy_loss
+from grpo.update.loss import Step, aggregate_tokens, kl_estimate, policy_loss, sampler_weights
 
 _MAX_KEYS_NAMED = 8
 
@@ -30,7 +30,7 @@ class Stored:
     """Log-probs of an iteration's kept rollouts, by row of Rollouts; float32, one per counted token."""
 
     policy: dict[int, np.ndarray] = field(default_factory=dict)
-    """The learner's own when it first read the rollout."""
+    """The learner's own when it first read the rollout: before its first step, where pi_old is recomputed."""
     reference: dict[int, np.ndarray] = field(default_factory=dict)
     first_step: dict[int, int] = field(default_factory=dict)
 
@@ -60,6 +60,7 @@ class Learner:
 
     def load(self, policy: Path, optimizer: Path | None, ids: tuple[str, str | None]) -> None:
         """Take the policy and optimiser state `ids` from disk, unless they are what is in memory."""
+        self._move(self.device)
         if self.holds == ids:
             return
         self.holds = (None, None)
@@ -79,6 +80,22 @@ class Learner:
         if optimizer is not None:
             load_optimizer(self.optimizer, self.model, optimizer)
         self.holds = ids
+
+    def release(self) -> None:
+        """Leave the accelerator until the next load(); what is held stays as it is, in main memory."""
+        if self.device == "cpu":
+            return
+        self._move("cpu")
+        torch.cuda.empty_cache()
+
+    def _move(self, device: str) -> None:
+        for model in (self._model, self._reference):
+            if model is not None:
+                model.zero_grad(set_to_none=True)
+                torch.nn.Module.to(model, device)
+        for moments in self._optimizer.state.values() if self._optimizer is not None else ():
+            for name, tensor in moments.items():
+                moments[name] = tensor.to(device)
 
     def load_reference(self, checkpoint: Path) -> None:
         """Load the frozen reference once."""
@@ -161,6 +178,7 @@ class Learner:
             clip_high=config.clip_high,
             aggregate=config.aggregate,
             step=step,
+            weights_R=self._sampler_weights(rollouts, batch, stored),
         )
         loss, kl = policy_term, 0.0
         if config.kl_coefficient:
@@ -181,6 +199,21 @@ class Learner:
         """pi_old of the batch, [N]: what the sampler stored, or the learner's own before its first step."""
         source = rollouts.old_logprobs if self.config.old_logprobs == "sampled" else stored.policy
         return gather(source, batch.rows, self.device)
+
+    def _sampler_weights(self, rollouts: Rollouts, batch: MicroBatch, stored: Stored) -> Tensor | None:
+        """Weight of each surrogate value of the batch, [R]; None without a correction."""
+        config = self.config
+        if config.sampler_correction == "none":
+            return None
+        return sampler_weights(
+            gather(stored.policy, batch.rows, self.device),
+            gather(rollouts.old_logprobs, batch.rows, self.device),
+            batch.lengths_B,
+            ratio=config.ratio,
+            correction=config.sampler_correction,
+            level=config.sampler_correction_level,
+            cap=config.sampler_correction_cap,
+        )
 
     def _clipped(self, ratio_R: Tensor, advantage_R: Tensor) -> tuple[float, float]:
         """How many ratios the clip took out of the gradient, below and above."""

