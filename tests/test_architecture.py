@@ -16,11 +16,12 @@ RANKS = (
     ("console",),
     ("tables", "config"),
     ("artifacts",),
-    ("sql", "model", "logprobs", "probe"),
+    ("sql", "model", "logprobs"),
+    ("probe",),
     STAGES,
     ("runner", "starter", "evaluate"),
     ("start", "status", "show"),
-    ("commands", "query"),
+    ("commands", "query", "doctor"),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
@@ -124,14 +125,18 @@ def test_no_file_has_a_name_that_says_nothing() -> None:
 
 def test_nothing_catches_everything() -> None:
     # The user's reward functions may raise anything: what a worker does with that is marked there (BLE001).
-    allowed = {"score/call.py", "score/worker.py"}
+    # vLLM raises bare Exception too, so that nothing narrower would turn its failures into an EngineError.
+    allowed = {
+        "score/call.py": {"BaseException"},
+        "score/worker.py": {"BaseException"},
+        "generate/vllm_engine.py": {"Exception"},
+    }
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ExceptHandler) and name_of(path) not in allowed:
+            if isinstance(node, ast.ExceptHandler):
                 caught = "" if node.type is None else ast.unparse(node.type)
-                assert caught not in ("", "Exception", "BaseException"), f"{name_of(path)}:{node.lineno}"
-            if isinstance(node, ast.ExceptHandler) and node.type is not None:
-                assert ast.unparse(node.type) != "Exception", f"{name_of(path)}:{node.lineno}"
+                wrong = {"", "Exception", "BaseException"} - allowed.get(name_of(path), set())
+                assert caught not in wrong, f"{name_of(path)}:{node.lineno}"
 
 
 def test_only_artifacts_moves_and_removes_files() -> None:

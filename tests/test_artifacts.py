@@ -515,6 +515,24 @@ def test_a_policy_of_iteration_i_is_held_by_update_i_minus_1(run: Run) -> None:
     assert [run.id_of(name) for name in references] == ["P", "R", "P1", "O1", None, None]
 
 
+def test_the_probe_of_a_policy_is_held_with_it(run: Run) -> None:
+    first = Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0)
+    first.commit({"policy": "P", "reference": "R"}, [first.write_bytes("", "probe.json", b"{}")], {})
+    with pytest.raises(InputError) as caught:
+        run.probe_path(1)
+    folder = run.path / "iteration=000000" / "update"
+    assert str(caught.value) == f"{folder}: missing; run `grpo run` first"
+    later = Staging(run, Plan("update", 1, "update", 0, {}, {}), 0)
+    later.commit({"policy": "P1"}, [later.write_bytes("policy", "probe.json", b"[]")], {})
+    paths = [run.path / "policy" / "probe.json", folder / "policy" / "probe.json"]
+    assert [run.probe_path(iteration) for iteration in (0, 1)] == paths
+    for iteration, path in enumerate(paths):
+        path.write_bytes(b"42")
+        with pytest.raises(CorruptError) as corrupt:
+            again(run).probe_path(iteration)
+        assert str(corrupt.value).startswith(f"{path}: ")
+
+
 # Checkpoints, locks, runs, retention
 
 

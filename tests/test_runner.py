@@ -4,17 +4,26 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+
+from grpo import runner
+from grpo.artifacts import Manifest, Run
+from grpo.config import load as load_config
+from grpo.console import Console
+from grpo.runner import Stage, Tools
 
 Grpo = Callable[..., tuple[int, str, str]]
 
@@ -504,6 +513,150 @@ def test_from_refuses_before_it_moves_anything_when_the_optimiser_is_pruned(
     code, _, err = grpo("run", "--from", "2", "--set", "iterations=4")
     assert code == 0, err
     assert digests() == before
+
+
+# What the engine holds, and whose turn it is
+
+
+def test_a_stale_engine_stops_the_run_and_costs_nothing(
+    project: Path, complete: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grpo.generate.transformers_engine import TransformersEngine
+
+    load = TransformersEngine.load
+    held: list[Any] = []
+
+    def stale(self: TransformersEngine, checkpoint: Path) -> None:
+        """From the 4th time on, back to what was held: three loads open the engine and bring policy 0."""
+        if len(held) < 3:
+            load(self, checkpoint)
+            held.append(self._model)
+        else:
+            self._model = held[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "load", stale)
+        code, out, err = grpo("run")
+    assert (code, out) == (8, "")
+    assert re.fullmatch(
+        r"error: generate: the engine does not compute the policy as the learner does: \d\.\de-0[123] nats"
+        r" per token apart, at most 1\.0e-04 is right in float32; its weights are stale or it is not the same"
+        r" model; nothing was sampled",
+        err.splitlines()[-1],
+    )
+    assert states(grpo) == DONE[:1]
+    assert not (ARTIFACTS / "iteration=000001").exists()
+    assert not list(ARTIFACTS.glob(".staging/**/*.parquet"))
+    code, _, err = grpo("run")
+    assert code == 0, err
+    assert digests() == digests(complete / ARTIFACTS)
+    for iteration in (0, 1):
+        for output in ("rollouts", "update"):
+            undisturbed = complete / ARTIFACTS / f"iteration={iteration:06d}" / output / "manifest.json"
+            assert manifest(iteration, output)["ids"] == json.loads(undisturbed.read_bytes())["ids"]
+
+
+def test_a_stale_engine_stops_a_stage_command_too(
+    finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grpo.generate.transformers_engine import TransformersEngine
+
+    load = TransformersEngine.load
+
+    def stale(self: TransformersEngine, checkpoint: Path) -> None:
+        if self._model is None:
+            load(self, checkpoint)
+
+    before = digests()
+    monkeypatch.setattr(TransformersEngine, "load", stale)
+    code, _, err = grpo("generate", "--iteration", "1", "--force")
+    assert code == 8
+    assert "the engine does not compute a perturbed copy as the learner does" in err.splitlines()[-1]
+    assert digests() == before
+
+
+def test_the_built_in_engine_and_the_learner_agree_to_1e_5(finished: Path, grpo: Grpo) -> None:
+    for iteration in (0, 1):
+        assert 0 <= manifest(iteration, "rollouts")["summary"]["probe_difference"] <= 1e-5
+    query = "select mismatch_mean, mismatch_max, ratio_mean, ratio_max from updates where step = 0"
+    rows = json.loads(grpo("sql", query, "--json")[1])
+    assert len(rows) == 2
+    for row in rows:  # one step per iteration: its log-probs are those of the weights that sampled
+        assert 0 <= row["mismatch_mean"] <= row["mismatch_max"] <= 1e-5
+        assert abs(row["ratio_mean"] - 1) <= 1e-5
+        assert abs(row["ratio_max"] - 1) <= 1e-3
+
+
+def test_a_learning_rate_of_0_leaves_policy_and_probe_as_they_are(project: Path, grpo: Grpo) -> None:
+    code, _, err = grpo("run", "--set", "update.learning_rate=0")
+    assert code == 0, err
+    ids = [manifest(iteration, "update")["ids"]["policy"] for iteration in (0, 1)]
+    probes = [
+        (ARTIFACTS / folder / "probe.json").read_bytes()
+        for folder in ("policy", "iteration=000000/update/policy", "iteration=000001/update/policy")
+    ]
+    assert ids[0] == ids[1]
+    assert probes[0] == probes[1] == probes[2]
+    query = "select mismatch_mean, ratio_max from updates order by iteration"
+    for row in json.loads(grpo("sql", query, "--json")[1]):
+        assert row["mismatch_mean"] <= 1e-5
+        assert abs(row["ratio_max"] - 1) <= 1e-3
+
+
+def test_the_tool_of_the_stage_before_leaves_when_the_next_one_starts(project: Path) -> None:
+    happened: list[str] = []
+
+    @contextmanager
+    def opened(name: str) -> Iterator[str]:
+        happened.append(f"open {name}")
+        yield f"tool of {name}"
+        happened.append(f"close {name}")
+
+    def stage(name: str) -> Stage:
+        return replace(
+            runner.STAGES[0],
+            name=name,
+            open_tool=lambda _: opened(name),
+            release=lambda tool: happened.append(f"release {tool}"),
+        )
+
+    one, two, three = stage("one"), stage("two"), stage("three")
+    run = Run(Path("artifacts"), load_config(Path("pipeline.yaml")), Path(), Console(quiet=True))
+    with Tools(run) as tools:
+        assert tools.get(one) == "tool of one"
+        assert tools.get(one) == "tool of one"  # still its turn
+        assert happened == ["open one"]
+        tools.get(two)
+        assert happened[1:] == ["release tool of one", "open two"]  # in this order: both may not fit
+        tools.get(three)
+        tools.get(one)  # open already, and only that of the stage before is released
+        assert happened[3:] == ["release tool of two", "open three", "release tool of three"]
+        del happened[:]
+    assert happened == ["close three", "close two", "close one"]
+
+
+def test_every_stage_releases_its_tool_once_an_iteration(
+    project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    def noting(stage: Stage) -> Stage:
+        def run(*arguments: Any) -> Manifest:
+            happened.append(stage.name)
+            return stage.run(*arguments)
+
+        def release(tool: Any) -> None:
+            happened.append(f"-{stage.name}")
+            stage.release(tool)
+
+        return replace(stage, run=run, release=release)
+
+    monkeypatch.setattr(runner, "STAGES", tuple(noting(stage) for stage in runner.STAGES))
+    code, _, err = grpo("run")
+    assert code == 0, err
+    iteration = ["generate", "-generate", "score", "-score", "advantage", "-advantage", "update"]
+    # The rewards are looked at before anything is sampled; what is last has nobody to leave for.
+    assert happened == ["-score", *iteration, "-update", *iteration]
 
 
 # Killed

@@ -141,7 +141,7 @@ def handover(load: Load = right, precision: str = "float32") -> tuple[Handover, 
 def opened(start: Path, load: Load = right, precision: str = "float32") -> tuple[Handover, Faulty]:
     """Opened, and holding the starting policy, as an iteration 0 leaves it: after three loads."""
     given, engine = handover(load, precision)
-    given.open(start, probe(start))
+    given.open(start, probe(start), start.parent)
     given.bring("p0", start, probe(start))
     return given, engine
 
@@ -209,10 +209,14 @@ def test_small_steps_pass_in_an_engine_that_rounds(start: Path, tmp_path: Path) 
     said: list[str] = []
     engine = Faulty(rounded, "bfloat16")
     given = Handover(engine, "cpu", said.append)
-    given.open(start, probe(start))
+    given.open(start, probe(start), start.parent)
     assert len(said) == 1
-    pattern = r"engine: bfloat16, \d\.\de-0[1-3] nats per token from the learner on the starting policy"
-    assert re.fullmatch(pattern, said[0])
+    pattern = (
+        r"engine: bfloat16, (\d\.\de-0\d) nats per token from the learner's float32 on the starting policy"
+    )
+    found = re.fullmatch(pattern, said[0])
+    assert found
+    assert 1e-3 < float(found[1]) < 0.1
     given.bring("p0", start, probe(start))
     policy = start
     for number in range(1, 4):
@@ -224,7 +228,7 @@ def test_small_steps_pass_in_an_engine_that_rounds(start: Path, tmp_path: Path) 
 
 def test_float32_says_nothing(start: Path) -> None:
     said: list[str] = []
-    Handover(Faulty(right, "float32"), "cpu", said.append).open(start, probe(start))
+    Handover(Faulty(right, "float32"), "cpu", said.append).open(start, probe(start), start.parent)
     assert said == []
 
 
@@ -236,15 +240,28 @@ def test_a_load_that_only_works_once_is_found_when_the_engine_opens(start: Path,
     precision = "float32" if load is right else "bfloat16"
     given, _ = handover(stale_after(1, load), precision)
     with pytest.raises(EngineError, match="the engine does not compute a perturbed copy as the") as caught:
-        given.open(start, probe(start))
+        given.open(start, probe(start), start.parent)
     assert caught.value.exit_code == 8
     if load is right:
         assert re.fullmatch(too_far("a perturbed copy"), str(caught.value))
 
 
+@pytest.mark.parametrize("load", [right, stale_after(1)])
+def test_an_engine_too_far_from_the_learner_to_tell_stale_weights_is_refused(start: Path, load: Load) -> None:
+    """The tolerance is 3 x the disagreement: at a shift of 0.5 it would hold what did not move at all."""
+    given, engine = handover(load, "bfloat16")
+    engine.shift = 0.5
+    pattern = (
+        r"generate: the engine is 5\.0e-01 nats per token from the learner on the starting policy, and a"
+        r" change of every weight by 10% moves it by \d\.\de[+-]\d\d: too far apart to tell stale weights; .*"
+    )
+    with pytest.raises(EngineError, match=pattern):
+        given.open(start, probe(start), start.parent)
+
+
 def test_a_load_that_only_works_twice_is_found_before_iteration_0_is_sampled(start: Path) -> None:
     given, _ = handover(stale_after(2))
-    given.open(start, probe(start))
+    given.open(start, probe(start), start.parent)
     with pytest.raises(EngineError, match=too_far("the policy")):  # it still has the perturbed copy
         given.bring("p0", start, probe(start))
 
@@ -288,7 +305,7 @@ def test_an_output_head_that_stays_behind_is_found_when_the_engine_opens(tmp_pat
     start = write_policy(tmp_path / "p0", tied)
     given, _ = handover(stale_head_after(1))
     with pytest.raises(EngineError, match=too_far("a perturbed copy")):
-        given.open(start, probe(start))
+        given.open(start, probe(start), start.parent)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -344,7 +361,7 @@ def test_the_tolerance(
 ) -> None:
     given, engine = handover(precision=precision)
     engine.shift = fresh
-    given.open(start, probe(start))
+    given.open(start, probe(start), start.parent)
     engine.shift = passes
     difference = given.bring("p1", later, probe(later))
     assert difference is not None
@@ -360,7 +377,7 @@ def test_float32_that_is_not_the_learner_s_model_is_refused_at_once(start: Path)
     given, engine = handover()
     engine.shift = 2e-4
     with pytest.raises(EngineError, match=too_far("the starting policy")):
-        given.open(start, probe(start))
+        given.open(start, probe(start), start.parent)
     assert engine.num_loads == 1
 
 
@@ -369,7 +386,7 @@ def test_scores_that_are_no_numbers_are_an_error(start: Path, later: Path, preci
     given, engine = handover(precision=precision)
     engine.shift = float("nan")
     with pytest.raises(EngineError, match=too_far("the starting policy", precision)):
-        given.open(start, probe(start))
+        given.open(start, probe(start), start.parent)
     given, engine = opened(start, precision=precision)
     engine.shift = float("nan")
     with pytest.raises(EngineError, match=too_far("the policy", precision)):

@@ -304,7 +304,7 @@ def test_skipped_prompts_are_counted_and_the_others_keep_their_numbers(tmp_path:
     write_long(tmp_path)
     run = opened(tmp_path, on_long_prompt="skip")
     manifest = prepared(run, room=5)
-    assert manifest.summary == {"skipped": 2}  # of 6 and 7 characters
+    assert manifest.summary == {"skipped": 2, "longest_prompt_tokens": 5}  # left out: 6 and 7 characters
     data = run.read("prompts", None)
     assert data["prompt_id"].to_pylist() == [0, 2, 4]  # row numbers of the source
     assert data["prompt"].to_pylist() == ["aaa", "aaaaa", "aaaa"]  # whole: never cut

@@ -285,6 +285,7 @@ def test_the_manifest_counts_what_is_there(undisturbed: Run, rollouts: pa.Table)
         "response_tokens": sum(lengths),
         "mean_response_tokens": sum(lengths) / 18,
         "truncated_fraction": reasons.count("length") / 18,
+        "precision": "float32",
         "probe_difference": manifest.summary["probe_difference"],
     }
     assert 0 <= manifest.summary["probe_difference"] <= 1e-5  # nats per token
@@ -390,7 +391,9 @@ def test_stopped_between_the_last_shard_and_the_manifest(
     assert found == expected
     # No engine was loaded by the process that wrote the manifest, and so none was compared.
     assert manifests[0]["summary"].pop("probe_difference") is None
+    assert manifests[0]["summary"].pop("precision") is None
     assert manifests[1]["summary"].pop("probe_difference") <= 1e-5
+    assert manifests[1]["summary"].pop("precision") == "float32"
     assert all(manifest.pop("sha256") for manifest in manifests)  # each is that of its own manifest
     assert manifests[0] == manifests[1]
 

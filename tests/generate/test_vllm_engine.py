@@ -266,10 +266,10 @@ def test_the_probe_catches_a_stale_output_head_and_the_cure_passes(
         with pytest.raises(
             EngineError, match="does not compute a perturbed copy as the learner does"
         ) as stale:
-            Handover(engine, "cpu", print).open(checkpoint, policy_probe)
+            Handover(engine, "cpu", print).open(checkpoint, policy_probe, checkpoint.parent)
     assert stale.value.exit_code == 8
     handover = Handover(engine, "cpu", print)
-    handover.open(checkpoint, policy_probe)
+    handover.open(checkpoint, policy_probe, checkpoint.parent)
     difference = handover.bring("policy 0", checkpoint, policy_probe)
     assert difference is not None
     assert difference < 1e-5
@@ -289,7 +289,7 @@ def test_a_small_step_is_followed(engine: vllm_engine.VllmEngine, checkpoint: Pa
     sequences = probe.probe_sequences(LONG, 512)
     probes = {path: probe.measure(model, sequences) for path, model in models.items()}
     handover = Handover(engine, "cpu", print)
-    handover.open(checkpoint, probes[checkpoint])
+    handover.open(checkpoint, probes[checkpoint], checkpoint.parent)
     handover.bring("0", checkpoint, probes[checkpoint])
     assert handover.bring("1", small, probes[small]) is not None
 

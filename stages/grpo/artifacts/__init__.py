@@ -1,7 +1,7 @@
 """artifacts: where things are, and how they are committed."""
 
 from grpo.artifacts import files
-from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_weight_file
+from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
 from grpo.artifacts.manifest import FileRecord, Manifest, Plan, digest, id_of
 from grpo.artifacts.retention import prune_optimizers
 from grpo.artifacts.run import ARTIFACTS, STAGE_OUTPUTS, Run, holder_of, open_run, read_json
@@ -23,6 +23,7 @@ __all__ = [
     "files",
     "holder_of",
     "id_of",
+    "is_hub_id",
     "is_weight_file",
     "open_run",
     "prune_optimizers",

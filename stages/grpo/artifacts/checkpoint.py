@@ -36,13 +36,18 @@ def checkpoint_id(folder: Path) -> str:
     return digest([sha256_of(path) for path in checkpoint_files(folder)])
 
 
+def is_hub_id(name: str, folder: Path) -> bool:
+    """Whether a configured checkpoint is a hub id, `owner/name`, and not a path relative to `folder`."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not (folder / name).exists()
+
+
 def find_checkpoint(name: str, folder: Path) -> Path:
     """The local directory of a checkpoint: a path relative to `folder`, or a hub id, downloaded once.
 
     Raises InputError (exit 4) when it is neither.
     """
     path = folder / name
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name, folder):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

