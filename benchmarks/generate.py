@@ -4,9 +4,13 @@ vLLM: the generate stage (prompts, Parquet, log-probs, fsync and all) against `L
 engine, same prompts, seeds and options, log-probs on. Then the handover of new weights: from a new checkpoint
 on disk to the first group, probe included, against vLLM's bare reload to its first output.
 
-Run: python benchmarks/generate.py        result: benchmarks/generate.txt
+Built-in: against `model.generate` of transformers (generate_builtin.py).
+
+Run: OMP_NUM_THREADS=1 python benchmarks/generate.py        result: benchmarks/generate.txt
 """
 
+import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -15,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import generate_builtin
 from machine import describe
 
 from grpo import start, starter
@@ -26,24 +31,27 @@ from grpo.generate.engine import group_seed
 from grpo.generate.prompts import draw, encode
 from grpo.probe import measure, read_probe
 
-ROUNDS = 9
+ROUNDS = 15
 K = 8
 
 
 def main() -> None:
-    print(f"benchmarks/generate.py; {describe()}; medians of {ROUNDS} interleaved rounds")
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    print(f"{describe()}, OMP_NUM_THREADS {threads}; medians of {ROUNDS} interleaved rounds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         starter.ensure(folder / "starter", lambda line: None)
         large = write_model(folder / "large")
         print("\nvLLM: the generate stage against LLM.generate on the same engine (tokens/s)")
         for title, model, options in (
-            ("starter 0.4M, 64 prompts, 8 tokens", folder / "starter", {"max_new_tokens": 8}),
+            ("starter 0.4M, 256 prompts, 8 tokens", folder / "starter", {"max_new_tokens": 8}),
             ("Qwen2 19M, 32 prompts, 64 tokens", large, {"max_new_tokens": 64, "prompts_per_iteration": 32}),
         ):
             compare_stage(folder, title, model, options)
         print("\nvLLM: from a new checkpoint on disk to the first group (seconds)")
         compare_handover(folder, folder / "starter")
+    print()
+    generate_builtin.main()
 
 
 def write_model(folder: Path) -> Path:
@@ -79,9 +87,8 @@ def open_run(folder: Path, name: str, model: Path, options: dict[str, Any]) -> R
             "prompts": {"source": "arithmetic"},
             "generate": {
                 "engine": "vllm",
-                "prompts_per_iteration": 64,
+                "prompts_per_iteration": 256,
                 "samples_per_prompt": K,
-                "rollouts_per_shard": 128,
                 **options,
             },
             "score": {"rewards": [{"function": "exact_answer"}]},
@@ -93,7 +100,7 @@ def open_run(folder: Path, name: str, model: Path, options: dict[str, Any]) -> R
 
 
 def compare_stage(folder: Path, title: str, model: Path, options: dict[str, Any]) -> None:
-    run = open_run(folder, title.split()[0], model, options)
+    run = open_run(folder, title.partition(" ")[0], model, options)
     with stage.open_tool(run) as tool:
         attempts = iter(range(10**6))
 
@@ -105,9 +112,11 @@ def compare_stage(folder: Path, title: str, model: Path, options: dict[str, Any]
         raw = raw_generate(run, tool)
         raw()
         rates: dict[str, list[float]] = {"grpo generate": [], "LLM.generate": []}
-        for _ in range(ROUNDS):
-            for name, call in (("grpo generate", ours), ("LLM.generate", raw)):
+        sides = [("grpo generate", ours), ("LLM.generate", raw)]
+        for number in range(ROUNDS):
+            for name, call in sides if number % 2 else reversed(sides):
                 tool.engine._llm.reset_prefix_cache()  # type: ignore[attr-defined]
+                shutil.rmtree(run.folder("rollouts", 0), ignore_errors=True)  # a run does not replace it
                 rates[name].append(timed(call))
     report(title, rates)
 
@@ -159,7 +168,7 @@ def compare_handover(folder: Path, model: Path) -> None:
     for name, content in policy_files(changed, model):
         (other / name).write_bytes(content)
     sequences = read_probe(run.probe_path(0)).sequences
-    policies = [(path, measure(load_model(path, "cpu"), sequences)) for path in (model, other)]
+    policies = [(path, measure(load_model(path, "cpu"), sequences)) for path in (other, model)]
     with stage.open_tool(run) as tool:
         stage.run(run, 0, Staging(run, stage.plan(run, 0), 0), tool)
         raw = raw_generate(run, tool)

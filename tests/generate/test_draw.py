@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from grpo.errors import DataError
-from grpo.generate.draw import draw, pick
+from grpo.generate.draw import draw, pick, uniforms
 
 
 def test_pick_at_the_edges_of_the_distribution() -> None:
@@ -49,3 +50,11 @@ def test_draw_refuses_logits_that_are_not_finite(bad: float, temperature: float)
         DataError, match="the policy's logits hold NaN or infinity: its weights have diverged"
     ):
         draw(logits_NV, torch.zeros(2, dtype=torch.float64), temperature)
+
+
+def test_uniforms_are_those_of_a_philox_of_each_seed() -> None:
+    seeds = [0, 7, 2**63 - 1, 7]
+    by_hand = [np.random.Generator(np.random.Philox(key=seed)).random(5) for seed in seeds]
+    assert uniforms(seeds, 5).tolist() == [row.tolist() for row in by_hand]
+    assert uniforms(seeds, 3).tolist() == [row[:3].tolist() for row in by_hand]  # a longer row begins alike
+    assert uniforms([], 5).shape == (0, 5)

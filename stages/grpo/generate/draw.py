@@ -3,14 +3,33 @@
 By inverse CDF, not by a generator: a token is a function of its logits and its own number, whoever else is
 in the batch.
 
-Shapes: N rows, V vocabulary.
+Shapes: B samples, N rows, T response tokens, V vocabulary.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from grpo.errors import DataError
 from grpo.logprobs import log_probabilities
+
+
+def uniforms(seeds: Sequence[int], count: int) -> np.ndarray:
+    """The numbers in [0, 1) that decide the tokens of samples, float64 [B, count]: token t uses number t.
+
+    Row b is np.random.Generator(np.random.Philox(key=seeds[b])).random(count).
+    """
+    philox = np.random.Philox(key=0)
+    generator, state = np.random.Generator(philox), philox.state
+    uniforms_BT = np.empty((len(seeds), count))
+    for uniforms_T, seed in zip(uniforms_BT, seeds, strict=True):
+        # A new Philox per seed would each time ask the system for entropy that a key makes useless.
+        state["state"]["key"][0] = seed
+        philox.state = state
+        generator.random(out=uniforms_T)
+    return uniforms_BT
 
 
 def draw(logits_NV: Tensor, uniforms_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -100,8 +100,3 @@ def group_seed(seed: int, iteration: int, group_id: int) -> int:
     """
     digest = blake2b(f"{seed}/{iteration}/{group_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) % (2**63 - MAX_SAMPLES)
-
-
-def uniforms(seed: int, count: int) -> np.ndarray:
-    """The `count` numbers in [0, 1) that decide a sample's tokens, float64 [count]: token t uses number t."""
-    return np.random.Generator(np.random.Philox(key=seed)).random(count)

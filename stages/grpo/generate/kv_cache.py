@@ -1,8 +1,8 @@
 """kv_cache: the keys and values of the positions a batch has seen, in layers that can be repeated and cut.
 
 transformers' DynamicLayer copies the whole cache for each new token; GrowingLayer keeps room for the next
-ones. A row that leaves is overwritten by one from the end, so that each costs at most the copy of one row
-however often rows leave; choosing the rows that stay would copy them all. A layer that also holds a recurrent state is refused: left padding would run through that state.
+ones. A row that leaves is overwritten by one from the end, so it costs at most the copy of one row, however
+often rows leave. A layer that also holds a recurrent state is refused: left padding would run through it.
 
 Shapes: N rows, H heads, S positions, D head dimension.
 """
@@ -79,8 +79,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def move_rows(cache: DynamicCache, move: Move) -> None:
-    """Let rows leave the cache."""
+    """Let rows leave a cache of new_cache that holds their prompts."""
     for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
         layer.keys, layer.values = move.apply(layer.keys), move.apply(layer.values)
         if isinstance(layer, GrowingLayer) and layer.room is not None:
             keys, values = layer.room  # keys and values are a part of it: their rows have been moved

@@ -122,11 +122,15 @@ def render(row: Row, tokenizer: "PreTrainedTokenizerBase") -> str:
 def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[list[int]]]:
     """Text and token ids of each prompt. A chat template writes its own special tokens."""
     texts = [render(row, tokenizer) for row in rows]
-    token_ids: list[list[int]] = []
-    for row, text in zip(rows, texts, strict=True):
-        token_ids.append(
-            list(tokenizer(text, add_special_tokens=row["messages"] is None, verbose=False).input_ids)
-        )
+    token_ids: list[list[int]] = [[] for _ in rows]
+    for is_text in (True, False):
+        places = [place for place, row in enumerate(rows) if (row["messages"] is None) == is_text]
+        if places:
+            batch = tokenizer(
+                [texts[place] for place in places], add_special_tokens=is_text, padding=False, verbose=False
+            )
+            for place, ids in zip(places, batch.input_ids, strict=True):
+                token_ids[place] = list(ids)
     return texts, token_ids
 
 

@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
-from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
 from grpo.config import GenerateConfig
-from grpo.errors import DataError
-from grpo.generate.engine import Engine, Group, Request, Sample, Sampling, group_seed
+from grpo.generate.engine import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.engine_choice import choose_engine
 from grpo.generate.handover import Handover
 from grpo.generate.prompts import draw, encode
+from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
 from grpo.probe import LENGTH, read_probe
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "generate"
 OUTPUT = "rollouts"
-STAGE_VERSION = 1
+STAGE_VERSION = 2  # 2: the built-in engine batches rows otherwise, which may change bits
 
 
 @dataclass
@@ -72,6 +70,8 @@ def open_tool(run: Run) -> Iterator[Sampler]:
     name, why = choose_engine(run.config.generate.engine)
     device = best_device()
     run.console.say(f"engine: {name} on {device} ({why})")
+    if name != "vllm" and run.config.generate.engine_options:
+        run.console.say("generate.engine_options: are vLLM's; the built-in engine has none")
     start = run.policy_folder(0)
     config = load_config(start)
     prompts = run.require("prompts", None, "grpo run")
@@ -110,37 +110,40 @@ def make_engine(
 
 def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
     """Sample what is not committed yet, shard by shard, and commit `rollouts` of one iteration."""
-    config = run.config.generate
     with staging.clock("prompts"):
-        rows = draw(len(tool.prompts), run.config.seed, iteration, config.prompts_per_iteration)
-        drawn = tool.prompts.take(rows).to_pylist()
-        texts, token_ids = encode(drawn, tool.tokenizer)
+        draws = _draw(run, iteration, tool)
     names = [staging.file_name("part", index) for index in range(len(staging.plan.shards))]
     todo = [index for index, name in enumerate(names) if staging.committed(name) is None]
-    requests = [
-        [_request(run, iteration, group, token_ids[group]) for group in range(*staging.plan.shards[index])]
+    shards = [
+        [_request(run, iteration, group, draws) for group in range(*staging.plan.shards[index])]
         for index in todo
     ]
-    difference = _bring_policy(run, iteration, staging, tool) if requests else None
-    groups: dict[int, Group] = {}
-    with _sampling(run, iteration, requests, tool, staging) as sampled:
-        for group in sampled if requests else ():  # all committed, but for the manifest: no engine is loaded
-            groups[group.group_id] = group
-            for position, index in enumerate(todo):
-                members = range(*staging.plan.shards[index])
-                if group.group_id in members and all(member in groups for member in members):
-                    shard = [groups.pop(member) for member in members]
-                    with staging.clock("write"):
-                        data = _table(run, iteration, shard, requests[position], drawn, texts, tool)
-                        labels = _shard_numbers(shard)
-                        staging.write_table(OUTPUT, names[index], data, **labels)
-                    run.console.stop_requested()
+    difference = _bring_policy(run, iteration, staging, tool) if todo else None
+    place_of = {request.group_id: place for place, shard in enumerate(shards) for request in shard}
+    done: list[dict[int, Group]] = [{} for _ in shards]
+    with _sampling(run, iteration, shards, tool, staging) as sampled:
+        for group in sampled if todo else ():  # all committed, but for the manifest: no engine is loaded
+            place = place_of[group.group_id]
+            done[place][group.group_id] = group
+            if len(done[place]) == len(shards[place]):
+                groups = [done[place].pop(request.group_id) for request in shards[place]]
+                with staging.clock("write"):
+                    data = _table(run, iteration, shards[place], groups, draws, tool)
+                    staging.write_table(OUTPUT, names[todo[place]], data, **shard_numbers(groups))
+                run.console.stop_requested()
     records = [staging.committed(name) for name in names]
     held = [record for record in records if record is not None]
     assert len(held) == len(names), "the engine left groups out"
-    precision = tool.engine.precision if requests else None  # nothing was left to sample: no engine
+    precision = tool.engine.precision if todo else None  # nothing was left to sample: no engine
     engine = {"precision": precision, "probe_difference": difference}
     return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), **engine})
+
+
+def _draw(run: Run, iteration: int, tool: Sampler) -> Draws:
+    rows = draw(len(tool.prompts), run.config.seed, iteration, run.config.generate.prompts_per_iteration)
+    drawn = tool.prompts.take(rows).to_pylist()
+    texts, token_ids = encode(drawn, tool.tokenizer)
+    return Draws([row["prompt_id"] for row in drawn], texts, token_ids)
 
 
 def _bring_policy(run: Run, iteration: int, staging: Staging, tool: Sampler) -> float | None:
@@ -192,74 +195,27 @@ def _shards(run: Run) -> list[list[int]]:
     return [[start, min(start + size, count)] for start in range(0, count, size)]
 
 
-def _request(run: Run, iteration: int, group: int, prompt_token_ids: list[int]) -> Request:
+def _request(run: Run, iteration: int, group: int, draws: Draws) -> Request:
     seed = group_seed(run.config.seed, iteration, group)
-    return Request(group, prompt_token_ids, [seed + s for s in range(run.config.generate.samples_per_prompt)])
+    return Request(
+        group, draws.token_ids[group], [seed + s for s in range(run.config.generate.samples_per_prompt)]
+    )
 
 
 def _table(
-    run: Run,
-    iteration: int,
-    groups: list[Group],
-    requests: list[Request],
-    drawn: list[dict[str, Any]],
-    texts: list[str],
-    tool: Sampler,
+    run: Run, iteration: int, requests: list[Request], groups: list[Group], draws: Draws, tool: Sampler
 ) -> pa.Table:
-    """One shard of `rollouts`, checked."""
-    request_of = {request.group_id: request for request in requests}
-    for group in groups:
-        if len(group.samples) != (wanted := len(request_of[group.group_id].seeds)):
-            where = f"generate: group (iteration, group_id) {(iteration, group.group_id)}"
-            raise DataError(f"{where}: the engine gave {len(group.samples)} samples for {wanted} seeds")
-    places = [(group.group_id, s) for group in groups for s in range(len(group.samples))]
-    samples = [sample for group in groups for sample in group.samples]
-    for (group_id, sample_id), sample in zip(places, samples, strict=True):
-        _check(sample, (iteration, group_id, sample_id), tool.vocabulary_size)
-    lengths = [len(sample.token_ids) for sample in samples]
-    token_ids = [sample.token_ids.tolist() for sample in samples]
-    responses = tool.tokenizer.batch_decode(
-        token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    return rollouts_table(
+        requests,
+        groups,
+        draws,
+        tool.tokenizer,
+        tool.vocabulary_size,
+        iteration=iteration,
+        round=0,
+        policy_iteration=iteration,
+        temperature=run.config.generate.temperature,
     )
-    columns = {
-        "iteration": [iteration] * len(samples),
-        "group_id": [group for group, _ in places],
-        "sample_id": [sample for _, sample in places],
-        "prompt_id": [drawn[group]["prompt_id"] for group, _ in places],
-        "round": [0] * len(samples),
-        "prompt": [texts[group] for group, _ in places],
-        "response": responses,
-        "prompt_token_ids": [list(request_of[group].prompt_token_ids) for group, _ in places],
-        "response_token_ids": token_ids,
-        "old_logprobs": [sample.logprobs for sample in samples],
-        "response_mask": [[True] * length for length in lengths],
-        "finish_reason": [sample.finish_reason for sample in samples],
-        "response_tokens": lengths,
-        "policy_iteration": [iteration] * len(samples),
-        "temperature": [run.config.generate.temperature] * len(samples),
-        "seed": [request_of[group].seeds[sample] for group, sample in places],
-    }
-    return pa.table(columns, schema=tables.schema(OUTPUT))
-
-
-def _check(sample: Sample, key: tuple[int, int, int], vocabulary_size: int) -> None:
-    """Raise DataError (exit 3) for a sample that the learner could not trust."""
-    where = f"generate: rollout (iteration, group_id, sample_id) {key}"
-    if len(sample.logprobs) != len(sample.token_ids):
-        raise DataError(f"{where}: {len(sample.logprobs)} log-probs for {len(sample.token_ids)} tokens")
-    if not np.isfinite(sample.logprobs).all() or (sample.logprobs > 0).any():
-        raise DataError(f"{where}: a log-prob is not finite or above 0")
-    if len(sample.token_ids) and not 0 <= sample.token_ids.min() <= sample.token_ids.max() < vocabulary_size:
-        raise DataError(f"{where}: a token id outside the vocabulary of {vocabulary_size}")
-
-
-def _shard_numbers(groups: list[Group]) -> dict[str, Any]:
-    """What a shard adds to the summary."""
-    samples = [sample for group in groups for sample in group.samples]
-    return {
-        "response_tokens": sum(len(sample.token_ids) for sample in samples),
-        "truncated": sum(sample.finish_reason == "length" for sample in samples),
-    }
 
 
 def _summary(records: list[FileRecord]) -> dict[str, Any]:

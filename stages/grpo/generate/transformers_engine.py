@@ -1,8 +1,8 @@
 """transformers_engine: the built-in sampler, plain transformers and torch.
 
 Deliberately different from `model.generate`: a prompt goes through the model once for its K samples; a row
-that has ended leaves the batch at once; each sample draws from its own numbers, so its tokens do not depend on
-who shares its batch (up to float rounding); and the log-probability of a token is recorded as it is drawn.
+leaves the batch as it ends; each sample draws from its own numbers, so its tokens do not depend on who
+shares its batch (up to float rounding); and the log-probability of a token is recorded as it is drawn.
 A shard is sampled as a whole, in batches that its own requests alone determine: the same shard gives the
 same bytes.
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from grpo.errors import DataError, EngineError
-from grpo.generate.draw import draw
-from grpo.generate.engine import Group, Request, Sample, Sampling, uniforms
+from grpo.generate.draw import draw, uniforms
+from grpo.generate.engine import Group, Request, Sample, Sampling
 from grpo.generate.kv_cache import Move, move_rows, new_cache
 from grpo.logprobs import token_logprobs
 from grpo.model import context_length, eos_token_ids, load_model
@@ -155,7 +155,7 @@ class _Rows:
     visible_NL: Tensor | None  # bool, True where not padding, response room included; None: no padding
 
     def leave(self, ended_N: Tensor, tokens_N: Tensor) -> Tensor:
-        """Let the samples that have ended leave. Returns the tokens of those that stay, in their new order."""
+        """Let samples that have ended leave. Returns the tokens of those that stay, in their new order."""
         move = Move.out(ended_N)
         if move.num_left == len(ended_N):
             return tokens_N
@@ -205,7 +205,7 @@ def _prefill(model: PreTrainedModel, requests: Sequence[Request], max_new_tokens
         cache=cache,
         sample_N=torch.arange(len(samples), device=device),
         position_N=lengths_P[prompt_B],
-        uniforms_NT=torch.from_numpy(np.stack([uniforms(s, max_new_tokens) for _, s in samples])).to(device),
+        uniforms_NT=torch.from_numpy(uniforms([seed for _, seed in samples], max_new_tokens)).to(device),
         visible_NL=None if visible_PL is None else visible_PL[prompt_B],
     )
 
