@@ -31,7 +31,7 @@ from grpo.generate.engine import group_seed
 from grpo.generate.prompts import draw, encode
 from grpo.probe import measure, read_probe
 
-ROUNDS = 15
+ROUNDS = 21
 K = 8
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         print("\nvLLM: the generate stage against LLM.generate on the same engine (tokens/s)")
         for title, model, options in (
             ("starter 0.4M, 256 prompts, 8 tokens", folder / "starter", {"max_new_tokens": 8}),
-            ("Qwen2 19M, 32 prompts, 64 tokens", large, {"max_new_tokens": 64, "prompts_per_iteration": 32}),
+            ("Qwen2 19M, 8 prompts, 64 tokens", large, {"max_new_tokens": 64, "prompts_per_iteration": 8}),
         ):
             compare_stage(folder, title, model, options)
         print("\nvLLM: from a new checkpoint on disk to the first group (seconds)")

@@ -1,13 +1,12 @@
 """Whose log-probs are pi_old, and does it matter? The quickstart twice, side by side.
 
 `sampled`: update.old_logprobs=sampled, the sampler's. `corrected`: recomputed, the learner's own, with
-update.sampler_correction=truncate. Same seed, so where sampler and learner agree, the curves do too.
+update.sampler_correction=truncate. By vLLM in bfloat16, where sampler and learner do differ; the built-in
+engine computes what the learner does, and its two curves are one.
 
-Run: python benchmarks/sampler_correction.py [--engine transformers|vllm]
-Result: benchmarks/sampler_correction.txt and .png; of another engine sampler_correction_ENGINE.txt and .png
+Run: python benchmarks/sampler_correction.py        result: benchmarks/sampler_correction.txt and .png
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ RUNS = {
     "sampled": ["update.old_logprobs=sampled"],
     "corrected": ["update.old_logprobs=recomputed", "update.sampler_correction=truncate"],
 }
+ENGINE = ["generate.engine=vllm", "generate.engine_options.dtype=bfloat16"]
 COLUMNS = {"reward": "8.4f", "kl": "8.5f", "mismatch_mean": "9.2e", "over_cap_fraction": "8.4f"}
 TITLES = {"reward": "reward", "kl": "kl", "mismatch_mean": "mismatch", "over_cap_fraction": "over cap"}
 CURVE = """
@@ -39,18 +39,14 @@ EVERY = 5  # iterations between rows of the table; the picture has all
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
-    engine = parser.parse_args().engine
     curves, accuracies = {}, {}
     for name, settings in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            curves[name], accuracies[name] = _run(Path(folder), [*settings, f"generate.engine={engine}"])
-    stem = "sampler_correction" + ("" if engine == "transformers" else f"_{engine}")
-    text = "\n".join([f"quickstart, engine {engine}; {describe()}", *_table(curves, accuracies), ""])
-    (HERE / f"{stem}.txt").write_text(text)
+            curves[name], accuracies[name] = _run(Path(folder), [*settings, *ENGINE])
+    text = "\n".join([f"quickstart, vLLM in bfloat16; {describe()}", *_table(curves, accuracies), ""])
+    (HERE / "sampler_correction.txt").write_text(text)
     print(text, end="")
-    _draw(curves, HERE / f"{stem}.png")
+    _draw(curves, HERE / "sampler_correction.png")
 
 
 def _run(folder: Path, settings: list[str]) -> tuple[list[dict[str, Any]], dict[str, float]]:

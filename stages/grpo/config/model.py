@@ -113,8 +113,9 @@ class GenerateConfig(Section):
     allow_truncated_sampling: bool = False
     """true: allow top_p, top_k and min_p, though the importance ratio is then biased: the learner's log-probs
     are over the whole vocabulary (docs/math.md)."""
-    rollouts_per_shard: Count = 512
-    """Rollouts committed at a time, rounded down to whole groups: what a crash can cost at most."""
+    rollouts_per_shard: Count = 2048
+    """Rollouts committed at a time, rounded down to whole groups: what a crash can cost at most. One Parquet
+    file and row group each, which ~2k rows suit."""
     max_rows_per_batch: Count = 512
     """Rollouts the built-in engine samples at once; bounds its memory."""
 
