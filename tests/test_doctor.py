@@ -119,15 +119,15 @@ def test_more_threads_than_cores_is_a_warning() -> None:
 
 
 def test_vllm_that_is_not_installed(project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo.generate import vllm_engine
+    from grpo.generate import vllm_version
 
     def version(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(vllm_engine, "version", version)
+    monkeypatch.setattr(vllm_version, "version", version)
     code, checks, _ = doctor(grpo, "--set", "generate.engine=vllm")
     assert code == 8
-    assert problems(checks) == {"engine": f"generate.engine: vllm is not installed; {vllm_engine.INSTALL}"}
+    assert problems(checks) == {"engine": f"generate.engine: vllm is not installed; {vllm_version.INSTALL}"}
 
 
 @pytest.mark.slow

@@ -20,14 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo import probe, starter
-from grpo.errors import EngineError, UsageError
+from grpo.errors import DataError, EngineError, UsageError
 from grpo.generate.engine import Group, Request, Sampling, group_seed
 from grpo.generate.handover import Handover
 from grpo.logprobs import token_logprobs
 from grpo.model import context_length, load_model
 
 pytest.importorskip("vllm")
-from grpo.generate import vllm_engine
+from grpo.generate import vllm_engine, vllm_version
 
 pytestmark = pytest.mark.xdist_group("vllm")
 
@@ -218,6 +218,15 @@ def test_more_prompt_tokens_than_one_batch_holds(engine: vllm_engine.VllmEngine,
     assert largest_difference(checkpoint, wanted, sample(engine, wanted)) < 1e-5
 
 
+def test_a_response_that_does_not_fit_is_refused_not_cut(engine: vllm_engine.VllmEngine) -> None:
+    # 300 positions: 277 + 24 do not fit. vLLM would end such a response after 23 tokens, as if by `length`.
+    prompt = [i % 250 for i in range(MAX_LENGTH - MAX_NEW_TOKENS + 1)]
+    with pytest.raises(DataError, match=r"277 prompt tokens \+ max_new_tokens 24 do not fit the model's"):
+        sample(engine, requests([prompt]))
+    with pytest.raises(DataError, match="prompt token outside the model's vocabulary of 258"):
+        sample(engine, requests([[258]]))
+
+
 def test_groups_come_as_they_finish_and_tokens_are_counted(engine: vllm_engine.VllmEngine) -> None:
     counted: list[int] = []
     shards = [requests(SHORT)[:2], requests(SHORT)[2:]]
@@ -330,16 +339,16 @@ def test_a_missing_or_unfit_vllm_names_the_command(monkeypatch: pytest.MonkeyPat
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(vllm_engine, "version", missing)
+    monkeypatch.setattr(vllm_version, "version", missing)
     with pytest.raises(
         EngineError, match=r"vllm is not installed; pip install 'grpo-stages\[vllm\]' on a machine"
     ):
-        vllm_engine.check_version()
-    monkeypatch.setattr(vllm_engine, "version", lambda name: "0.23.1")
+        vllm_version.check_version()
+    monkeypatch.setattr(vllm_version, "version", lambda name: "0.23.1")
     with pytest.raises(EngineError, match=r"vllm 0.23.1 is installed, 0.24 to 0.32 is right; pip install"):
-        vllm_engine.check_version()
-    monkeypatch.setattr(vllm_engine, "version", lambda name: "0.25.1+cu130")
-    vllm_engine.check_version()
+        vllm_version.check_version()
+    monkeypatch.setattr(vllm_version, "version", lambda name: "0.25.1+cu130")
+    vllm_version.check_version()
 
 
 PIPELINE = """\

@@ -20,7 +20,7 @@ def check_engine(run: Run) -> list[Check]:
             Check("engine", f"{name} ({why})"),
             Check("engine options", options, "none: they are vLLM's", "warning", note),
         ]
-    from grpo.generate.vllm_engine import check_version
+    from grpo.generate.vllm_version import check_version
 
     try:
         check_version()

