@@ -29,6 +29,7 @@ from grpo.console import Console
 from grpo.generate import stage
 from grpo.generate.engine import group_seed
 from grpo.generate.prompts import draw, encode
+from grpo.model import eos_token_ids
 from grpo.probe import measure, read_probe
 
 ROUNDS = 21
@@ -41,7 +42,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         starter.ensure(folder / "starter", lambda line: None)
-        large = write_model(folder / "large")
+        large = folder / "qwen2"
+        generate_builtin.write_qwen2(large)
+        starter.build_tokenizer().save_pretrained(large)
         print("\nvLLM: the generate stage against LLM.generate on the same engine (tokens/s)")
         for title, model, options in (
             ("starter 0.4M, 256 prompts, 8 tokens", folder / "starter", {"max_new_tokens": 8}),
@@ -52,31 +55,6 @@ def main() -> None:
         compare_handover(folder, folder / "starter")
     print()
     generate_builtin.main()
-
-
-def write_model(folder: Path) -> Path:
-    """A random Qwen2 of 19M parameters, 8 layers, 512 wide, over bytes; it seldom ends early."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    tokenizer = starter.build_tokenizer()
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model: Any = Qwen2ForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def open_run(folder: Path, name: str, model: Path, options: dict[str, Any]) -> Run:
@@ -128,6 +106,7 @@ def raw_generate(run: Run, tool: stage.Sampler) -> Callable[[], int]:
     config = run.config.generate
     rows = draw(len(tool.prompts), run.config.seed, 0, config.prompts_per_iteration)
     token_ids = encode(tool.prompts.take(rows).to_pylist(), tool.tokenizer)[1]
+    stop_ids = sorted(eos_token_ids(run.policy_folder(0)))
     llm: Any = tool.engine._llm  # type: ignore[attr-defined]
 
     def call() -> int:
@@ -137,7 +116,7 @@ def raw_generate(run: Run, tool: stage.Sampler) -> Callable[[], int]:
                 seed=group_seed(run.config.seed, 0, group),
                 temperature=config.temperature,
                 max_tokens=config.max_new_tokens,
-                stop_token_ids=[tool.tokenizer.eos_token_id],
+                stop_token_ids=stop_ids,
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=False,

@@ -97,7 +97,10 @@ UPDATES: Columns = {
         pa.float64(),
         "(sum w)^2 / sum w^2 over tokens, as a share; first step taken only",
     ),
-    "over_cap_fraction": (pa.float64(), "share of tokens with w > 2, the default cap; first step taken only"),
+    "over_cap_fraction": (
+        pa.float64(),
+        "share of tokens with w over sampler_correction_cap (2 where it is not for tokens); first step only",
+    ),
 }
 
 LOGPROBS: Columns = {
@@ -106,7 +109,10 @@ LOGPROBS: Columns = {
     "step": (pa.int32(), "optimiser step that first read it"),
     "policy_logprobs": (pa.list_(pa.float32()), "the learner's own, when it first read the rollout"),
     "reference_logprobs": (pa.list_(pa.float32()), "of the reference; null without a KL term"),
-    "mismatch": (pa.float64(), "mean |policy_logprobs - old_logprobs| over the response"),
+    "mismatch": (
+        pa.float64(),
+        "mean |policy_logprobs - old_logprobs| over the response; of a later step with what training moved",
+    ),
 }
 
 TABLES: dict[str, Columns] = {

@@ -487,9 +487,10 @@ def test_update_equals_the_plain_restatement(
     assert deviation(gradients(learner.model), gradients(model)) <= 1e-5
     assert [row["step"] for row in stored] == [first_read[i] for i in range(len(rollouts))]
     rows = minibatches(rollouts.keys, steps, 0, 0, 0)[0]
-    gaps = restatement.mismatch(
-        [start[i].tolist() for i in rows], [rollouts.old_logprobs[i].tolist() for i in rows]
-    )
+    own, sampled = [start[i].tolist() for i in rows], [rollouts.old_logprobs[i].tolist() for i in rows]
+    by_token = correction.get("sampler_correction_level", "token") == "token"
+    cap = correction.get("sampler_correction_cap", 2.0) if by_token else 2.0
+    gaps = restatement.mismatch(own, sampled, cap)
     assert table[0]["mismatch_mean"] == pytest.approx(gaps.mean, rel=1e-5)
     assert table[0]["mismatch_max"] == pytest.approx(gaps.maximum, rel=1e-5)
     assert table[0]["mismatch_kl"] == pytest.approx(gaps.kl, rel=1e-4)
@@ -928,6 +929,7 @@ def test_mismatch_by_hand() -> None:
         "effective_sample_size": pytest.approx(1225 / 1780),
         "over_cap_fraction": 0.25,  # of 3, 1, 1/3 and 1.5 only 3 is over 2
     }
+    assert mismatch(policy, old, cap=1.2)["over_cap_fraction"] == 0.5  # 3 and 1.5
 
 
 def test_no_mismatch() -> None:

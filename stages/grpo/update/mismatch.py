@@ -10,11 +10,12 @@ import numpy as np
 
 from grpo.config.model import SAMPLER_CORRECTION_CAPS
 
-# The same in every run, also in one with a cap of its own: so that runs can be compared.
 TOKEN_CAP = SAMPLER_CORRECTION_CAPS["token"]
 
 
-def mismatch(policy_logprobs: Sequence[np.ndarray], old_logprobs: Sequence[np.ndarray]) -> dict[str, float]:
+def mismatch(
+    policy_logprobs: Sequence[np.ndarray], old_logprobs: Sequence[np.ndarray], cap: float = TOKEN_CAP
+) -> dict[str, float]:
     """The mismatch columns of `updates`, over all tokens of the rollouts given; each a float32 [T_i] array.
 
     With w = exp(policy - old): mean and max |policy - old|; the k3 estimate of KL(old || policy),
@@ -27,5 +28,5 @@ def mismatch(policy_logprobs: Sequence[np.ndarray], old_logprobs: Sequence[np.nd
         "mismatch_max": float(np.abs(d_N).max()),
         "mismatch_kl": float((w_N - 1 - d_N).mean()),
         "effective_sample_size": float(w_N.sum() ** 2 / (len(w_N) * np.square(w_N).sum())),
-        "over_cap_fraction": float((w_N > TOKEN_CAP).mean()),
+        "over_cap_fraction": float((w_N > cap).mean()),
     }

@@ -133,9 +133,8 @@ def _train(
                 denominators = Step(row["rollouts"], row["tokens"], max_new_tokens)
                 row |= learner.step(rollouts, rows, denominators, stored, number)
                 if not moved:  # until the first step that is taken, the weights are pi_old's
-                    row |= mismatch(
-                        [stored.policy[i] for i in rows], [rollouts.old_logprobs[i] for i in rows]
-                    )
+                    own = [stored.policy[i] for i in rows]
+                    row |= mismatch(own, [rollouts.old_logprobs[i] for i in rows], _token_cap(run))
                 moved = True
             table.append(row)
             advance(len(rows))
@@ -194,6 +193,14 @@ def _row(
         "tokens": int(rollouts.num_tokens[rows].sum()),
         "skipped": not (len(rows) and signal),
     }
+
+
+def _token_cap(run: Run) -> float:
+    """Cap of a token's weight: the configured one, where it is for tokens."""
+    from grpo.update.mismatch import TOKEN_CAP
+
+    config = run.config.update
+    return config.sampler_correction_cap if config.sampler_correction_level == "token" else TOKEN_CAP
 
 
 def _max_new_tokens(run: Run, iteration: int) -> int:
