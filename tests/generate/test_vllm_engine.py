@@ -431,7 +431,7 @@ def test_a_worker_killed_in_mid_shard_exits_8_and_the_rest_is_resumed(
     _, err = process.communicate(timeout=120)
     assert process.returncode == 8, err
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: generate: vLLM failed while sampling: ")
+    assert line.startswith("error: generate: vLLM failed while sampling: VllmWorker-0 died (exit code -9); ")
     assert "what is committed is kept" in line
     kept = {path.name: path.stat().st_ino for path in parquets(project)}
     assert 0 < len(sidecars(project)) < 3

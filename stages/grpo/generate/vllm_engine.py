@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,7 @@ class VllmEngine:
         check_options(options)
         self._settings = {**defaults(max_model_len), **options}
         self._llm: LLM | None = None
+        self._workers: list[BaseProcess] = []
         self._stop_ids: list[int] = []
         self._asleep = False
         self.precision = ""
@@ -60,9 +63,11 @@ class VllmEngine:
     def load(self, checkpoint: Path) -> None:
         """Open the engine at `checkpoint`, or give the open one its weights. Raises EngineError."""
         self._stop_ids = sorted(eos_token_ids(checkpoint))
-        with _failures("loading"):
+        with self._failures("loading"):
             if self._llm is None:
+                others = set(active_children())
                 self._llm = _open(checkpoint, self._settings)
+                self._workers = [child for child in active_children() if child not in others]
                 config = self._llm.llm_engine.model_config
                 self.precision = config.quantization or str(config.dtype).removeprefix("torch.")
                 return
@@ -133,13 +138,13 @@ class VllmEngine:
         engine = self._llm.llm_engine
         open_requests = set()
         try:
-            with _failures("sampling"):
+            with self._failures("sampling"):
                 for name, token_ids, params in requests:
                     params.output_kind = RequestOutputKind.FINAL_ONLY
                     engine.add_request(name, {"prompt_token_ids": list(token_ids)}, params)
                     open_requests.add(name)
             while open_requests:
-                with _failures("sampling"):
+                with self._failures("sampling"):
                     outputs = [output for output in engine.step() if output.finished]
                 for output in outputs:
                     open_requests.discard(output.request_id)
@@ -152,7 +157,7 @@ class VllmEngine:
         """Sleep at level 2 on a GPU: weights and caches are discarded. On a CPU there is nothing to leave."""
         if self._llm is None or self._asleep or not self._settings.get("enable_sleep_mode"):
             return
-        with _failures("sleeping"):
+        with self._failures("sleeping"):
             self._llm.sleep(level=2)
         self._asleep = True
 
@@ -162,11 +167,26 @@ class VllmEngine:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        with _failures("closing"):
+        with self._failures("closing"):
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             gc.collect()
             cleanup_dist_env_and_memory()
+
+    @contextmanager
+    def _failures(self, doing: str) -> Iterator[None]:
+        """Whatever vLLM raises is an engine failure; it raises bare Exception too."""
+        try:
+            yield
+        except GrpoError:
+            raise
+        except Exception as error:
+            dead = [f"{p.name} died (exit code {p.exitcode})" for p in self._workers if not p.is_alive()]
+            text = shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
+            raise EngineError(
+                f"generate: vLLM failed while {doing}: {', '.join(dead) or text}; what is committed is kept"
+                " (VLLM_LOGGING_LEVEL=INFO shows its own log)"
+            ) from error
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -270,18 +290,3 @@ def _sample(completion: Any) -> Sample:
         logprobs=np.array(completion.logprobs.logprobs, dtype=np.float32),
         finish_reason=completion.finish_reason,
     )
-
-
-@contextmanager
-def _failures(doing: str) -> Iterator[None]:
-    """Whatever vLLM raises is an engine failure; it raises bare Exception too: nothing narrower would do."""
-    try:
-        yield
-    except GrpoError:
-        raise
-    except Exception as error:
-        text = shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
-        raise EngineError(
-            f"generate: vLLM failed while {doing}: {text}; what is committed is kept"
-            " (VLLM_LOGGING_LEVEL=INFO shows its own log)"
-        ) from error
