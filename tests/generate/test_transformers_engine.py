@@ -205,7 +205,14 @@ def test_samples_differ_and_have_the_promised_types(qwen2: Path) -> None:
             assert sample.token_ids.dtype == np.dtype(np.int32)
             assert sample.logprobs.dtype == np.dtype(np.float32)
             assert len(sample.token_ids) == len(sample.logprobs)
-            assert sample.token_ids.base is None  # its own memory
+
+
+def test_samples_keep_no_padding_in_memory(qwen2: Path) -> None:
+    groups = sampled(opened(qwen2), [REQUESTS], Sampling(1.0, 20)).values()
+    arrays = [sample.token_ids for group in groups for sample in group.samples]
+    held = {id(array.base): array.base for array in arrays if array.base is not None}
+    assert held
+    assert sum(base.size for base in held.values()) == sum(map(len, arrays))
 
 
 def test_groups_of_different_sizes(qwen2: Path) -> None:

@@ -555,7 +555,7 @@ def test_a_corrected_gradient_does_not_depend_on_batches_or_order(
 
 
 @pytest.mark.parametrize(("objective", "correction"), CORRECTIONS)
-def test_a_correction_changes_loss_and_gradient_and_no_other_column(
+def test_a_correction_changes_loss_gradient_and_its_own_cap_alone(
     tmp_path: Path, untied: Path, other: Path, objective: str, correction: dict[str, Any]
 ) -> None:
     rollouts = make_rollouts()
@@ -568,7 +568,9 @@ def test_a_correction_changes_loss_and_gradient_and_no_other_column(
         tables_of.append(update(run, 0, Learner(config.update, "cpu")))
     [[without], [corrected]] = tables_of
     differing = {name for name in without if without[name] != corrected[name]}
-    assert differing == {"loss", "policy_loss", "grad_norm"}
+    capped = {"over_cap_fraction"} & differing  # of a cap of its own for tokens
+    assert bool(capped) == (correction.get("sampler_correction_level", "token") == "token")
+    assert differing - capped == {"loss", "policy_loss", "grad_norm"}
     assert (corrected["ratio_mean"], corrected["ratio_max"]) == (1, 1)
     assert corrected["loss"] == pytest.approx(corrected["policy_loss"] + 0.01 * corrected["kl"], rel=1e-6)
 

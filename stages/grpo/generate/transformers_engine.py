@@ -230,20 +230,20 @@ class _Record:
         )
 
     def groups(self, requests: Sequence[Request], eos_ids: frozenset[int]) -> list[Group]:
-        tokens_BT = self.tokens_BT.to("cpu", torch.int32).numpy()
-        logprobs_BT, num_tokens_B = self.logprobs_BT.cpu().numpy(), self.num_tokens_B.cpu().numpy()
+        steps_T = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device)
+        drawn_BT = steps_T < self.num_tokens_B.unsqueeze(-1)
+        tokens_N = self.tokens_BT[drawn_BT].to("cpu", torch.int32).numpy()
+        logprobs_N = self.logprobs_BT[drawn_BT].cpu().numpy()
+        ends = self.num_tokens_B.cumsum(0).tolist()
+        stopped = np.isin(tokens_N[np.array(ends) - 1], list(eos_ids)).tolist()
         samples = [
-            Sample(
-                token_ids=tokens_T[:num_tokens].copy(),  # a view would keep the whole batch alive
-                logprobs=logprobs_T[:num_tokens].copy(),
-                finish_reason="stop" if int(tokens_T[num_tokens - 1]) in eos_ids else "length",
-            )
-            for tokens_T, logprobs_T, num_tokens in zip(tokens_BT, logprobs_BT, num_tokens_B, strict=True)
+            Sample(tokens_N[start:end], logprobs_N[start:end], "stop" if has_stopped else "length")
+            for start, end, has_stopped in zip([0, *ends[:-1]], ends, stopped, strict=True)
         ]
-        ends = accumulate(len(request.seeds) for request in requests)
+        last = accumulate(len(request.seeds) for request in requests)
         return [
             Group(request.group_id, samples[end - len(request.seeds) : end])
-            for request, end in zip(requests, ends, strict=True)
+            for request, end in zip(requests, last, strict=True)
         ]
 
 
