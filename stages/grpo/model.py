@@ -208,6 +208,12 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def empty_cache(device: str) -> None:
+    """Give the GPU memory that torch keeps for later back to whoever comes next; nothing on a CPU."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def load_config(checkpoint: Path) -> PreTrainedConfig:
     """The configuration of `checkpoint`, without its weights. Raises InputError."""
     _require_file(checkpoint, ("config.json",), "a model")

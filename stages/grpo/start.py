@@ -83,11 +83,15 @@ def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None
 
 def probe_of(checkpoint: Path, rows: list[Row]) -> probe.Probe:
     """The probe of a starting policy: of the prompts `rows`, the first NUM_PROBE_PROMPTS of a run."""
-    from grpo.model import best_device, context_length, load_model, load_tokenizer
+    from grpo.model import best_device, context_length, empty_cache, load_model, load_tokenizer
 
-    model = load_model(checkpoint, best_device())
+    device = best_device()
+    model = load_model(checkpoint, device)
     token_ids = prompts.encode(rows, load_tokenizer(checkpoint))[1]
-    return probe.measure(model, probe.probe_sequences(token_ids, context_length(model.config)))
+    found = probe.measure(model, probe.probe_sequences(token_ids, context_length(model.config)))
+    del model
+    empty_cache(device)  # the engine asks for most of it
+    return found
 
 
 def _prompts(run: Run, created: bool) -> None:

@@ -93,13 +93,20 @@ def _stage_cell(state: str, seconds: float | None) -> str:
 def _print_reasons(console: Any, rows: list[dict[str, Any]]) -> None:
     """Say why something is not done: causes, and how many outputs follow from them."""
     following = 0
+    told: dict[str, list[int]] = {}
     for row in rows:
         for name, stage in row["stages"].items():
             if stage["why"].endswith(" is stale"):
                 following += 1
             elif stage["why"]:
-                text = f"iteration {row['iteration']}: {name} {stage['state']}: {stage['why']}"
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
+                told.setdefault(f"{name} {stage['state']}: {stage['why']}", []).append(row["iteration"])
+    for text, where in told.items():
+        place = (
+            f"iteration {where[0]}"
+            if len(where) == 1
+            else f"{len(where)} iterations, {where[0]} to {where[-1]}"
+        )
+        console.print(f"{place}: {text}", markup=False, highlight=False, soft_wrap=True)
     if following:
         console.print(f"{following} more are stale because they read what is stale", highlight=False)
     apart = [row["iteration"] for row in rows if (row["mismatch"] or 0) > MISMATCH_WARNING]

@@ -310,11 +310,19 @@ def test_a_small_step_is_followed(engine: vllm_engine.VllmEngine, checkpoint: Pa
         ({"seed": 1}, "seed: the pipeline sets it; leave it out"),
         ({"trust_remote_code": True}, "trust_remote_code: the pipeline sets it; leave it out"),
         ({"data_parallel_size": 2}, "data_parallel_size: 2, but the engine runs in this process"),
+        ({"max_num_seqs": "many"}, "max_num_seqs: 'many': Input should be a valid integer"),
+        ({"dtype": "floaty"}, "dtype: 'floaty': Input should be"),
+        ({"enable_chunked_prefill": True}, "enable_chunked_prefill: vLLM cannot split prefills with seeds"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size: 0; 1 or more is right"),
+        (
+            {"tensor_parallel_size": 2, "distributed_executor_backend": "uni"},
+            "uni is one worker, but tensor_parallel_size 2 needs more; use mp",
+        ),
     ],
 )
 def test_engine_options_are_checked_against_vllms_own(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=r"^generate\.engine_options\.") as refused:
-        vllm_engine.check_options(options)
+        vllm_engine.VllmEngine(options, MAX_LENGTH)
     assert message in str(refused.value)
 
 
@@ -331,6 +339,20 @@ def test_the_listed_options_are_vllms() -> None:
             "quantization": "fp8",
         }
     )
+
+
+def test_a_value_that_only_vllms_configuration_refuses_is_a_usage_error(checkpoint: Path) -> None:
+    engine = vllm_engine.VllmEngine({"max_num_seqs": 4, "gpu_memory_utilization": 5.0}, MAX_LENGTH)
+    with pytest.raises(UsageError, match=r"engine_options\.gpu_memory_utilization: 5\.0: Input should"):
+        engine.load(checkpoint)
+    engine.close()
+
+
+def test_several_workers_are_processes_of_their_own() -> None:
+    # In one process vLLM would wait for the second worker for ever.
+    engine = vllm_engine.VllmEngine({"tensor_parallel_size": 2}, MAX_LENGTH)
+    assert engine._settings["distributed_executor_backend"] == "mp"
+    assert vllm_engine.VllmEngine({}, MAX_LENGTH)._settings["distributed_executor_backend"] == "uni"
 
 
 def test_a_missing_or_unfit_vllm_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,10 @@ class Run:
         """The probe of policy `iteration`, verified: log-probs that whoever loads it must come to."""
         output, before = holder_of("policy", iteration)
         manifest = self.require(output, before, "grpo run")
-        [file] = [file for file in manifest.files if file.name == "probe.json"]
+        file = next((file for file in manifest.files if file.name == "probe.json"), None)
+        if file is None:
+            place = self.folder(output, before)
+            raise InputError(f"{place}: has no probe.json, from before there were probes; make a new `run:`")
         path = self.path_of(file, output, before)
         self.verify(file, path)
         return path

@@ -124,19 +124,21 @@ class GenerateConfig(Section):
     def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
         return plain(options)
 
+    def truncation(self) -> str:
+        """The key that cuts the distribution, the first of them; empty: none does."""
+        cuts = {"top_p": self.top_p < 1, "top_k": self.top_k is not None, "min_p": self.min_p > 0}
+        return next((name for name, does in cuts.items() if does), "")
+
     @model_validator(mode="after")
     def _whole_distribution(self) -> "GenerateConfig":
-        truncated = {"top_p": self.top_p < 1, "top_k": self.top_k is not None, "min_p": self.min_p > 0}
-        if given := [name for name, is_given in truncated.items() if is_given]:
+        if given := self.truncation():
             if not self.allow_truncated_sampling:
                 raise ValueError(
-                    f"{given[0]} cuts the distribution the policy is sampled from, which biases the"
+                    f"{given} cuts the distribution the policy is sampled from, which biases the"
                     " importance ratio; leave it out, or set allow_truncated_sampling: true"
                 )
             if self.engine == "transformers":
-                raise ValueError(
-                    f"{given[0]} needs engine: vllm; the built-in engine samples from all tokens"
-                )
+                raise ValueError(f"{given} needs engine: vllm; the built-in engine samples from all tokens")
         return self
 
 

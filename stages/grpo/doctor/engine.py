@@ -2,7 +2,7 @@
 
 from grpo.artifacts import Run
 from grpo.doctor.check import Check, failed
-from grpo.errors import GrpoError
+from grpo.errors import GrpoError, UsageError
 from grpo.generate.engine_choice import choose_engine
 from grpo.generate.stage import make_engine
 
@@ -12,6 +12,9 @@ def check_engine(run: Run) -> list[Check]:
     config = run.config.generate
     name, why = choose_engine(config.engine)
     options = ", ".join(config.engine_options)
+    if name != "vllm" and (cut := config.truncation()):
+        error = UsageError(f"generate.{cut}: needs engine: vllm; the built-in engine samples from all tokens")
+        return [failed("engine", f"{name} ({why})", "vllm", error)]
     if name != "vllm":
         if not options:
             return [Check("engine", f"{name} ({why})")]

@@ -67,7 +67,8 @@ def examine(run: Run, with_model: bool) -> Report:
     if config.update.reference is not None and config.update.kl_coefficient:
         check, reference = check_model(run, "reference", config.update.reference, with_model)
         report.checks.append(check)
-    report.checks += check_memory(run, policy, reference)
+    if not any(check.name == "engine options" and check.level == "failed" for check in report.checks):
+        report.checks += check_memory(run, policy, reference)
     report.checks += [*check_space(run, policy), *check_file_system(run)]
     check, rows = check_prompts(run, policy)
     report.checks += [check, *check_rewards(run, rows, with_model)]

@@ -18,6 +18,11 @@ def choose_engine(wanted: str) -> tuple[str, str]:
     return "vllm", "auto: vllm is installed and a GPU is there"
 
 
+def default_dtype() -> str:
+    """What vLLM computes in unless told: the learner's own type where nothing is gained by a shorter one."""
+    return "bfloat16" if gpu_is_there() else "float32"
+
+
 @cache
 def gpu_is_there() -> bool:
     """Whether this process may use a GPU, asked of the driver: torch would take seconds to say the same."""

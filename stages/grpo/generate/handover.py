@@ -38,12 +38,13 @@ class Handover:
         The copy, as large as the checkpoint, stands in `scratch` for the while. Raises EngineError (exit 8)
         when the engine does not follow.
         """
-        from grpo.model import load_model
+        from grpo.model import empty_cache, load_model
 
         with tempfile.TemporaryDirectory(dir=scratch) as name:
             perturbed = Path(name)
             write_perturbed(start, perturbed)
             moved = measure(load_model(perturbed, self._device), probe.sequences)
+            empty_cache(self._device)  # the engine asks for most of it
             self.engine.load(start)
             fresh = probe.difference(self.engine.score(probe.sequences))
             exact = self.engine.precision == "float32"

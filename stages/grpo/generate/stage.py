@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
 from grpo.config import GenerateConfig
+from grpo.errors import UsageError
 from grpo.generate.engine import Engine, Group, Request, Sampling, group_seed
-from grpo.generate.engine_choice import choose_engine
+from grpo.generate.engine_choice import choose_engine, default_dtype
 from grpo.generate.handover import Handover
 from grpo.generate.prompts import draw, encode
 from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
@@ -51,6 +52,8 @@ def plan(run: Run, iteration: int) -> Plan:
         run.require("update", iteration - 1, f"grpo update --iteration {iteration - 1}")
     references = ("prompts", f"policy@{iteration}")
     described = {**config.model_dump(), "engine": choose_engine(config.engine)[0]}
+    if described["engine"] == "vllm":
+        described["engine_options"] = {"dtype": default_dtype(), **config.engine_options}
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
@@ -68,6 +71,8 @@ def open_tool(run: Run) -> Iterator[Sampler]:
     from grpo.model import best_device, context_length, load_config, load_tokenizer
 
     name, why = choose_engine(run.config.generate.engine)
+    if name != "vllm" and (truncated := run.config.generate.truncation()):
+        raise UsageError(f"generate.{truncated}: needs engine: vllm, but {name} is taken ({why})")
     device = best_device()
     run.console.say(f"engine: {name} on {device} ({why})")
     if name != "vllm" and run.config.generate.engine_options:

@@ -26,7 +26,7 @@ from grpo.generate.draw import draw, uniforms
 from grpo.generate.engine import Group, Request, Sample, Sampling, check_requests
 from grpo.generate.kv_cache import Move, move_rows, new_cache
 from grpo.logprobs import token_logprobs
-from grpo.model import context_length, eos_token_ids, load_model
+from grpo.model import context_length, empty_cache, eos_token_ids, load_model
 
 
 class TransformersEngine:
@@ -81,8 +81,7 @@ class TransformersEngine:
     def release(self) -> None:
         """Drop the model, and hand what it took of a GPU's memory back to other users of it."""
         self._model = None
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self.device)
 
     def close(self) -> None:
         """Let go of the model."""

@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from grpo.errors import EngineError, GrpoError, UsageError
 from grpo.generate.engine import Group, Request, Sample, Sampling, check_requests
+from grpo.generate.engine_choice import default_dtype
 from grpo.generate.vllm_version import INSTALL, check_version
 from grpo.model import eos_token_ids
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 _OURS = {
     *("model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "seed", "logprobs_mode"),
     *("generation_config", "override_generation_config", "trust_remote_code", "enable_sleep_mode"),
+    *("max_model_len", "load_format", "model_impl"),
 }
 # Weights, caches and a CUDA graph pool; the rest is for what the learner leaves on a GPU they share.
 _GPU_SHARE = 0.85
@@ -53,7 +56,7 @@ class VllmEngine:
         check_version()
         _set_environment()
         check_options(options)
-        self._settings = {**defaults(max_model_len), **options}
+        self._settings = {**defaults(max_model_len), **_executor(options), **options}
         self._llm: LLM | None = None
         self._workers: list[BaseProcess] = []
         self._stop_ids: list[int] = []
@@ -180,6 +183,10 @@ class VllmEngine:
             yield
         except GrpoError:
             raise
+        except ValidationError as error:  # of vLLM's configuration, which only the user's options can upset
+            first = error.errors()[0]
+            where = ".".join(["generate.engine_options", *(str(part) for part in first["loc"][:1])])
+            raise UsageError(f"{where}: {first['input']!r}: {first['msg']}") from error
         except Exception as error:
             dead = [f"{p.name} died (exit code {p.exitcode})" for p in self._workers if not p.is_alive()]
             text = shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
@@ -199,7 +206,7 @@ def check_options(options: dict[str, Any]) -> None:
     except ImportError as error:  # a library of another build, often: vLLM's own dependencies are many
         message = f"vllm is installed but cannot be imported: {error}"
         raise EngineError(f"generate.engine: {message}; {INSTALL}") from error
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    known = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
     for name, value in options.items():
         where = f"generate.engine_options.{name}"
         if name not in known:
@@ -208,11 +215,23 @@ def check_options(options: dict[str, Any]) -> None:
             raise UsageError(f"{where}: vLLM has no such engine argument{hint}")
         if name in _OURS:
             raise UsageError(f"{where}: the pipeline sets it; leave it out")
+        _check_type(where, known[name], value)
+        if name == "enable_chunked_prefill" and value and not torch.cuda.is_available():
+            raise UsageError(f"{where}: vLLM cannot split prefills with seeds on a CPU; leave it out")
         if name == "data_parallel_size" and value != 1:
             raise UsageError(
                 f"{where}: {value}, but the engine runs in this process, where 1 is right;"
                 " use tensor_parallel_size"
             )
+
+
+def _check_type(where: str, kind: Any, value: Any) -> None:
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {value!r}: {error.errors()[0]['msg']}") from None
+    except PydanticUserError:  # a type of vLLM's own, or one named only for type checkers: vLLM checks it
+        return
 
 
 def _set_environment() -> None:
@@ -236,24 +255,40 @@ def _set_environment() -> None:
 def defaults(max_model_len: int) -> dict[str, Any]:
     """The engine arguments of this machine, before the user's own."""
     shared = {
+        "dtype": default_dtype(),
         "max_model_len": max_model_len,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # not the checkpoint's: sampling settings are the pipeline's
         "logprobs_mode": "processed_logprobs",
         "trust_remote_code": False,
+        "model_impl": "vllm",  # its other one patches transformers' classes, which the learner uses
         "seed": 0,  # unused: every request has its own
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
     if torch.cuda.is_available():
-        return shared | {"dtype": "bfloat16", "gpu_memory_utilization": _GPU_SHARE, "enable_sleep_mode": True}
+        return shared | {"gpu_memory_utilization": _GPU_SHARE, "enable_sleep_mode": True}
     return shared | {
-        "dtype": "float32",
         "enforce_eager": True,
-        "distributed_executor_backend": "uni",
         # With per-request seeds, a split prefill kills the engine ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
     }
+
+
+def _executor(options: dict[str, Any]) -> dict[str, str]:
+    """In this process where one worker is enough: opened in a third of the time."""
+    parts = {name: options.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+    for name, value in parts.items():
+        if value < 1:
+            raise UsageError(f"generate.engine_options.{name}: {value}; 1 or more is right")
+    backend = "uni" if set(parts.values()) == {1} else "mp"
+    if backend == "mp" and options.get("distributed_executor_backend") == "uni":  # vLLM would wait for ever
+        more = ", ".join(f"{name} {value}" for name, value in parts.items() if value != 1)
+        raise UsageError(
+            f"generate.engine_options.distributed_executor_backend: uni is one worker, but {more} needs more;"
+            " use mp"
+        )
+    return {"distributed_executor_backend": backend}
 
 
 def _open(checkpoint: Path, settings: dict[str, Any]) -> "LLM":

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from grpo.errors import CorruptError, InputError
-from grpo.model import context_length, load_tokenizer
+from grpo.model import context_length, empty_cache, load_tokenizer
 from grpo.score.outcome import Outcome, one_line
 from grpo.score.rewards import Text
 
@@ -45,6 +45,7 @@ class RewardModel:
     def release(self) -> None:
         """Leave the accelerator until the next score()."""
         self._model.to("cpu")
+        empty_cache(self._device)
 
     def score(
         self, prompts: Sequence[Text], completions: Sequence[Text], max_tokens_per_batch: int

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from grpo.config import UpdateConfig
 from grpo.errors import EngineError
 from grpo.logprobs import token_logprobs
-from grpo.model import copy_weights, load_model
+from grpo.model import copy_weights, empty_cache, load_model
 from grpo.update.batch import MicroBatch, Rollouts, gather, micro_batches
 from grpo.update.checkpoint import load_optimizer
 from grpo.update.loss import Step, aggregate_tokens, kl_estimate, policy_loss, sampler_weights
@@ -86,7 +86,7 @@ class Learner:
         if self.device == "cpu":
             return
         self._move("cpu")
-        torch.cuda.empty_cache()
+        empty_cache(self.device)
 
     def _move(self, device: str) -> None:
         for model in (self._model, self._reference):
