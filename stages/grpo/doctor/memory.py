@@ -119,7 +119,7 @@ def _engine_settings(run: Run) -> dict[str, Any]:
     config = run.config.generate
     if choose_engine(config.engine)[0] != "vllm":
         return {}
-    from grpo.generate.vllm_engine import defaults
+    from grpo.generate.vllm_settings import defaults
 
     return {**defaults(max_model_len=1), **config.engine_options}
 
@@ -127,7 +127,7 @@ def _engine_settings(run: Run) -> dict[str, Any]:
 def _engine_bytes(parameters: int, settings: dict[str, Any], on_gpu: bool) -> int:
     if not settings:  # the built-in engine
         return FLOAT32_BYTES * parameters
-    from grpo.generate.vllm_engine import CPU_CACHE_GIB
+    from grpo.generate.vllm_settings import CPU_CACHE_GIB
 
     width = FLOAT32_BYTES if settings.get("dtype") in ("float32", "float") else FLOAT32_BYTES // 2
     weights = width * parameters // int(settings.get("tensor_parallel_size", 1))

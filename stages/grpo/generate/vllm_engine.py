@@ -9,8 +9,6 @@ and nobody takes its word: handover.py compares what it computes.
 import dataclasses
 import difflib
 import gc
-import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from grpo.errors import EngineError, GrpoError, UsageError
 from grpo.generate.engine import Group, Request, Sample, Sampling, check_requests
-from grpo.generate.engine_choice import default_dtype
+from grpo.generate.vllm_settings import defaults, executor, set_environment
 from grpo.generate.vllm_version import INSTALL, check_version
 from grpo.model import eos_token_ids
 
@@ -41,9 +39,6 @@ _OURS = {
     *("generation_config", "override_generation_config", "trust_remote_code", "enable_sleep_mode"),
     *("max_model_len", "load_format", "model_impl"),
 }
-# Weights, caches and a CUDA graph pool; the rest is for what the learner leaves on a GPU they share.
-_GPU_SHARE = 0.85
-CPU_CACHE_GIB = "4"
 
 
 class VllmEngine:
@@ -54,9 +49,10 @@ class VllmEngine:
 
     def __init__(self, options: dict[str, Any], max_model_len: int) -> None:
         check_version()
-        _set_environment()
+        set_environment()
         check_options(options)
-        self._settings = {**defaults(max_model_len), **_executor(options), **options}
+        self._options = options
+        self._settings = {**defaults(max_model_len), **executor(options), **options}
         self._llm: LLM | None = None
         self._workers: list[BaseProcess] = []
         self._stop_ids: list[int] = []
@@ -183,17 +179,23 @@ class VllmEngine:
             yield
         except GrpoError:
             raise
-        except ValidationError as error:  # of vLLM's configuration, which only the user's options can upset
+        except ValidationError as error:  # of vLLM's configuration
             first = error.errors()[0]
-            where = ".".join(["generate.engine_options", *(str(part) for part in first["loc"][:1])])
-            raise UsageError(f"{where}: {first['input']!r}: {first['msg']}") from error
+            name = str(first["loc"][0]) if first["loc"] else ""
+            if name in self._options:
+                message = f"{self._options[name]!r}: {first['msg']}"
+                raise UsageError(f"generate.engine_options.{name}: {message}") from error
+            raise self._failure(doing, first["msg"]) from error
         except Exception as error:
-            dead = [f"{p.name} died (exit code {p.exitcode})" for p in self._workers if not p.is_alive()]
-            text = shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
-            raise EngineError(
-                f"generate: vLLM failed while {doing}: {', '.join(dead) or text}; what is committed is kept"
-                " (VLLM_LOGGING_LEVEL=INFO shows its own log)"
-            ) from error
+            raise self._failure(doing, str(error) or type(error).__name__) from error
+
+    def _failure(self, doing: str, text: str) -> EngineError:
+        dead = [f"{p.name} died (exit code {p.exitcode})" for p in self._workers if not p.is_alive()]
+        found = ", ".join(dead) or shorten(text, width=300, placeholder=" ...")
+        return EngineError(
+            f"generate: vLLM failed while {doing}: {found}; what is committed is kept"
+            " (VLLM_LOGGING_LEVEL=INFO shows its own log)"
+        )
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -232,63 +234,6 @@ def _check_type(where: str, kind: Any, value: Any) -> None:
         raise UsageError(f"{where}: {value!r}: {error.errors()[0]['msg']}") from None
     except PydanticUserError:  # a type of vLLM's own, or one named only for type checkers: vLLM checks it
         return
-
-
-def _set_environment() -> None:
-    """vLLM is steered by environment variables, read when it is imported; what the user set stays."""
-    settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: opened in seconds, killed with it
-        "VLLM_LOGGING_LEVEL": "CRITICAL",  # what goes wrong is raised, and becomes one line
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB,
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would pin the learner's threads too
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("vllm").addHandler(logging.NullHandler())  # for what it logs before it reads its level
-    if not torch.cuda.is_available():
-        # What vLLM compiles on a CPU is a count of ranks that nobody reads: 20 s, and it needs a compiler.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # for its workers
-        torch._dynamo.config.disable = True  # for this process
-
-
-def defaults(max_model_len: int) -> dict[str, Any]:
-    """The engine arguments of this machine, before the user's own."""
-    shared = {
-        "dtype": default_dtype(),
-        "max_model_len": max_model_len,
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # not the checkpoint's: sampling settings are the pipeline's
-        "logprobs_mode": "processed_logprobs",
-        "trust_remote_code": False,
-        "model_impl": "vllm",  # its other one patches transformers' classes, which the learner uses
-        "seed": 0,  # unused: every request has its own
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
-    if torch.cuda.is_available():
-        return shared | {"gpu_memory_utilization": _GPU_SHARE, "enable_sleep_mode": True}
-    return shared | {
-        "enforce_eager": True,
-        # With per-request seeds, a split prefill kills the engine ("CPU Generator does not use offset").
-        "enable_chunked_prefill": False,
-    }
-
-
-def _executor(options: dict[str, Any]) -> dict[str, str]:
-    """In this process where one worker is enough: opened in a third of the time."""
-    parts = {name: options.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
-    for name, value in parts.items():
-        if value < 1:
-            raise UsageError(f"generate.engine_options.{name}: {value}; 1 or more is right")
-    backend = "uni" if set(parts.values()) == {1} else "mp"
-    if backend == "mp" and options.get("distributed_executor_backend") == "uni":  # vLLM would wait for ever
-        more = ", ".join(f"{name} {value}" for name, value in parts.items() if value != 1)
-        raise UsageError(
-            f"generate.engine_options.distributed_executor_backend: uni is one worker, but {more} needs more;"
-            " use mp"
-        )
-    return {"distributed_executor_backend": backend}
 
 
 def _open(checkpoint: Path, settings: dict[str, Any]) -> "LLM":
