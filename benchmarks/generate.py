@@ -32,7 +32,7 @@ from grpo.generate.prompts import draw, encode
 from grpo.model import eos_token_ids
 from grpo.probe import measure, read_probe
 
-ROUNDS = 21
+ROUNDS = 15
 K = 8
 
 

@@ -66,6 +66,8 @@ class VllmEngine:
             if self._llm is None:
                 others = set(active_children())
                 self._llm = _open(checkpoint, self._settings)
+                gc.collect()
+                gc.freeze()  # as in vLLM's own engine process: the collector then skips its million objects
                 self._workers = [child for child in active_children() if child not in others]
                 config = self._llm.llm_engine.model_config
                 self.precision = config.quantization or str(config.dtype).removeprefix("torch.")
@@ -169,6 +171,7 @@ class VllmEngine:
         with self._failures("closing"):
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+            gc.unfreeze()
             gc.collect()
             cleanup_dist_env_and_memory()
 
