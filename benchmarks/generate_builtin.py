@@ -3,7 +3,7 @@
 Both sample K = 8 responses a prompt at temperature 1 from the same float32 sdpa model with the same number
 of threads. A token counts when it was sampled up to and including the end-of-sequence token. The engine
 also records each token's log-probability; `generate` is not asked for scores, so it does less.
-`generate` gets all prompts at once, left-padded, with num_return_sequences, cache and eos set.
+Both get all prompts at once, `generate` left-padded, with num_return_sequences, cache and eos set.
 
 The models: the starter on its own sums, and a random Qwen2 of 19M parameters, which finds all tokens about
 equally likely and of which 5 of 258 end a response: lengths of 1 to 128 that average about 50.
@@ -122,7 +122,7 @@ def write_qwen2(path: Path) -> None:
 def measured(case: Case) -> tuple[list[Run], list[Run]]:
     """Runs of model.generate and of the engine, alternating, after a short one of each to warm up."""
     model: Any = load_model(case.checkpoint, "cpu")
-    engine = TransformersEngine("cpu", max_rows_per_batch=512)
+    engine = TransformersEngine("cpu", max_rows_per_batch=NUM_SAMPLES * len(case.prompts))
     engine.load(case.checkpoint)
     eos_ids = eos_token_ids(case.checkpoint)
     theirs, ours = [], []
