@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from grpo.config import Config
-from grpo.config.model import OBJECTIVES
+from grpo.config.update import OBJECTIVES
 from grpo.tables import TABLES
 
 HERE = Path(__file__).parent
@@ -70,12 +70,12 @@ def _table(model: type[BaseModel], prefix: str, sections: bool = True) -> list[s
         key = f"{prefix}.{name}" if prefix else name
         if inner is not None and not sections:
             continue
+        if inner is None or field.default is None:  # a section that may be null is a key of its own too
+            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+            rows.append(f"| `{key}` | {_type(field)} | {_default(field)} | {meaning} |")
         if inner is not None:
             many = get_origin(field.annotation) is list
             rows += _table(inner, f"{key}[]" if many else key)[2:]
-        else:
-            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-            rows.append(f"| `{key}` | {_type(field)} | {_default(field)} | {meaning} |")
     return rows
 
 
@@ -102,6 +102,8 @@ def _type_name(annotation: Any) -> str:
     origin = get_origin(annotation)
     if annotation in names:
         return names[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (typing.Union, types.UnionType):

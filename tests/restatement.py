@@ -1,4 +1,4 @@
-"""The objectives `grpo` and `grpo_sequence`, once more: plain loops in float64.
+"""The objectives of `update`, once more: plain loops in float64.
 
 Written from the formulas, not from the code, and slow on purpose. `stages/grpo` does the same in SQL and in
 batched torch; the property tests hold the two together. Nothing here imports `grpo`.
@@ -134,7 +134,8 @@ def advantages(
 class Response:
     """One kept rollout as the loss sees it: one log-prob per response token.
 
-    `old` is pi_old; where that is recomputed, `sampled` is what the sampler stored.
+    `old` is pi_old; where that is recomputed, `sampled` is what the sampler stored. `entropy` is that of the
+    policy's distribution at each position, for an objective with an entropy term.
     """
 
     advantage: float
@@ -143,6 +144,7 @@ class Response:
     reference: list[float]
     mask: list[bool]
     sampled: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
 
     @property
     def counted(self) -> list[int]:
@@ -164,15 +166,30 @@ class Objective:
     correction: str = "none"
     correction_level: str = "token"
     correction_cap: float = 2.0
+    surrogate: str = "clip"
+    delta: float | None = None
+    kl_importance: bool = False
+    entropy_coefficient: float = 0.0
 
 
-GRPO = Objective()
-GRPO_SEQUENCE = Objective(ratio="sequence", aggregate="sequence_sum", kl_estimator="k1")
+OBJECTIVES = {
+    "grpo": Objective(),
+    "grpo_sequence": Objective(ratio="sequence", aggregate="sequence_sum", kl_estimator="k1"),
+    "dr_grpo": Objective(aggregate="constant", kl_coefficient=0),
+    "dapo": Objective(clip_high=0.28, aggregate="token_mean", kl_coefficient=0),
+    "gspo": Objective(ratio="sequence_mean", clip_low=3e-4, clip_high=4e-4, kl_coefficient=0),
+    "cispo": Objective(
+        surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token_mean", kl_coefficient=0
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of one optimiser step; `gradient[i][t]`: its derivative by policy log-prob t of i."""
+    """The loss of one optimiser step; `gradient[i][t]`: its derivative by policy log-prob t of i.
+
+    `entropy` is aggregated as the KL is; `entropy_gradient[i][t]`: the derivative by entropy t of i.
+    """
 
     loss: float
     policy_loss: float
@@ -180,17 +197,23 @@ class Loss:
     gradient: list[list[float]]
     clipped_low: float
     clipped_high: float
+    entropy: float
+    entropy_gradient: list[list[float]]
 
 
-def token_ratio(response: Response, position: int) -> float:
-    """rho_t = exp(d_t)."""
-    return exp(response.policy[position] - response.old[position])
-
-
-def whole_ratio(response: Response, ratio: str) -> float:
-    """exp(sum_t d_t), or exp(mean_t d_t)."""
-    difference = sum(response.policy[position] - response.old[position] for position in response.counted)
+def ratio_at(response: Response, position: int, ratio: str) -> float:
+    """rho of this token: exp(d_t) of its own, or of its whole response exp(sum_t d_t) or exp(mean_t d_t)."""
+    if ratio == "token":
+        return exp(response.policy[position] - response.old[position])
+    difference = sum(response.policy[t] - response.old[t] for t in response.counted)
     return exp(difference if ratio == "sequence" else difference / len(response.counted))
+
+
+def log_ratio_slope(response: Response, of: int, by: int, ratio: str) -> float:
+    """Derivative of the logarithm of the ratio at one token by the policy's log-prob at another."""
+    if ratio == "token":
+        return 1.0 if of == by else 0.0
+    return 1.0 if ratio == "sequence" else 1 / len(response.counted)
 
 
 def sampler_weight(response: Response, position: int, objective: Objective) -> float:
@@ -206,16 +229,35 @@ def sampler_weight(response: Response, position: int, objective: Objective) -> f
     return w if 1 / objective.correction_cap <= w <= objective.correction_cap else 0.0
 
 
-def surrogate(ratio: float, advantage: float, objective: Objective) -> tuple[float, float]:
-    """min(rho A, clip(rho) A), and its derivative with respect to rho."""
-    clipped = ratio
+def clip(ratio: float, objective: Objective) -> float:
+    """The ratio within 1 - clip_low and 1 + clip_high."""
     if objective.clip_low is not None:
-        clipped = max(clipped, 1 - objective.clip_low)
+        ratio = max(ratio, 1 - objective.clip_low)
     if objective.clip_high is not None:
-        clipped = min(clipped, 1 + objective.clip_high)
-    if ratio * advantage <= clipped * advantage:
-        return ratio * advantage, advantage
+        ratio = min(ratio, 1 + objective.clip_high)
+    return ratio
+
+
+def surrogate(ratio: float, advantage: float, logprob: float, objective: Objective) -> tuple[float, float]:
+    """The surrogate's value, and its derivative by log rho; for cispo by the token's log-prob."""
+    if objective.surrogate == "cispo":
+        constant = clip(ratio, objective) * advantage
+        return constant * logprob, constant
+    capped = ratio if objective.delta is None else min(ratio, objective.delta)
+    clipped = clip(capped, objective)
+    if capped * advantage <= clipped * advantage:
+        return capped * advantage, ratio * advantage if capped == ratio else 0.0
     return clipped * advantage, 0.0
+
+
+def clipped_sides(ratio: float, advantage: float, objective: Objective) -> tuple[bool, bool]:
+    """Whether the clip acts on a ratio from below, and from above."""
+    low = objective.clip_low is not None and ratio < 1 - objective.clip_low
+    high = objective.clip_high is not None and ratio > 1 + objective.clip_high
+    if objective.surrogate == "cispo":
+        return low, high
+    past = objective.delta is not None and ratio > objective.delta and advantage != 0
+    return low and advantage < 0, (high and advantage > 0) or past
 
 
 def kl_term(policy: float, reference: float, estimator: str) -> tuple[float, float]:
@@ -248,49 +290,61 @@ def loss(responses: list[Response], objective: Objective) -> Loss:
     """The loss of one optimiser step over all its kept rollouts."""
     rollouts = len(responses)
     all_tokens = sum(len(response.counted) for response in responses)
-    gain = 0.0
-    kl = 0.0
+    gain = kl = entropy = 0.0
     gradient = []
+    entropy_gradient = []
     low = high = 0
     for response in responses:
         tokens = len(response.counted)
         per_token = token_weight(objective.aggregate, tokens, rollouts, all_tokens, objective.max_new_tokens)
         per_rollout = rollout_weight(objective.aggregate, tokens, rollouts, all_tokens)
         slope = [0.0] * len(response.policy)
+        entropy_slope = [0.0] * len(response.policy)
 
-        if objective.ratio == "token":
-            for position in response.counted:
-                rho = token_ratio(response, position)
-                value, derivative = surrogate(rho, response.advantage, objective)
-                w = sampler_weight(response, position, objective)
-                gain += per_token * w * value
-                slope[position] -= per_token * w * derivative * rho
-        else:
-            rho = whole_ratio(response, objective.ratio)
-            value, derivative = surrogate(rho, response.advantage, objective)
-            w = sampler_weight(response, response.counted[0], objective)  # the same at every position
-            gain += per_rollout * w * value
-            for position in response.counted:
-                inner = 1.0 if objective.ratio == "sequence" else 1 / tokens
-                slope[position] -= per_rollout * w * derivative * rho * inner
+        # One value per token, or one per rollout: then that of its first token is that of every token.
+        values = response.counted if objective.ratio == "token" else response.counted[:1]
+        weight = per_token if objective.ratio == "token" else per_rollout
+        for position in values:
+            rho = ratio_at(response, position, objective.ratio)
+            value, derivative = surrogate(rho, response.advantage, response.policy[position], objective)
+            w = sampler_weight(response, position, objective)
+            gain += weight * w * value
+            for t in response.counted:
+                slope[t] -= weight * w * derivative * log_ratio_slope(response, position, t, objective.ratio)
 
         for position in response.counted:
-            rho = token_ratio(response, position)
-            if objective.ratio != "token":
-                rho = whole_ratio(response, objective.ratio)
-            if objective.clip_low is not None and rho < 1 - objective.clip_low and response.advantage < 0:
-                low += 1
-            if objective.clip_high is not None and rho > 1 + objective.clip_high and response.advantage > 0:
-                high += 1
+            rho = ratio_at(response, position, objective.ratio)
+            below, above = clipped_sides(rho, response.advantage, objective)
+            low += below
+            high += above
 
             value, derivative = kl_term(
                 response.policy[position], response.reference[position], objective.kl_estimator
             )
-            kl += per_token * value
-            slope[position] += objective.kl_coefficient * per_token * derivative
+            factor = rho if objective.kl_importance else 1.0
+            kl += per_token * factor * value
+            slope[position] += objective.kl_coefficient * per_token * factor * derivative
+            if objective.kl_importance:
+                for t in response.counted:
+                    through_rho = rho * log_ratio_slope(response, position, t, objective.ratio) * value
+                    slope[t] += objective.kl_coefficient * per_token * through_rho
+
+            if objective.entropy_coefficient:
+                entropy += per_token * response.entropy[position]
+                entropy_slope[position] -= objective.entropy_coefficient * per_token
         gradient.append(slope)
-    total = -gain + objective.kl_coefficient * kl
-    return Loss(total, -gain, kl, gradient, low / all_tokens, high / all_tokens)
+        entropy_gradient.append(entropy_slope)
+    total = -gain + objective.kl_coefficient * kl - objective.entropy_coefficient * entropy
+    return Loss(
+        total,
+        -gain,
+        kl,
+        gradient,
+        low / all_tokens,
+        high / all_tokens,
+        entropy,
+        entropy_gradient,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ mismatch

@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from grpo.config import Config, RewardConfig, differing_keys, flatten, load, overridden_keys
+from grpo.config import (
+    AdvantageConfig,
+    Config,
+    LoraConfig,
+    RewardConfig,
+    UpdateConfig,
+    differing_keys,
+    flatten,
+    load,
+    overridden_keys,
+)
+from grpo.config.update import OBJECTIVES
 from grpo.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -121,6 +132,14 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("score.rewards=[]", "list should have at least 1 item after validation, not 0"),
         ("update.learning_rate=-1e-6", "input should be greater than or equal to 0, found -1e-06"),
         ("update.clip_low=1.5", "input should be less than or equal to 1, found 1.5"),
+        ("update.delta=1", "input should be greater than 1, found 1"),
+        ("update.entropy_coefficient=-1", "input should be greater than or equal to 0, found -1"),
+        ("update.warmup_steps=-1", "input should be greater than or equal to 0, found -1"),
+        ("update.schedule=step", "input should be 'constant', 'linear' or 'cosine', found \"step\""),
+        ("update.precision=float16", "input should be 'float32' or 'bfloat16', found \"float16\""),
+        ("update.prompt_sharing=on", "input should be 'auto' or 'off', found true"),
+        ("update.surrogate=null", "input should be 'clip' or 'cispo', found null"),
+        ("update.lora=8", "expected a section with keys, found 8"),
         ("update.betas=[0.9]", "list should have at least 2 items after validation, not 1"),
         ("checkpoints.keep_optimizers=1", "input should be greater than or equal to 2, found 1"),
         ("iterations=0", "input should be greater than or equal to 1, found 0"),
@@ -135,6 +154,47 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
 def test_a_wrong_value_names_its_key(refusal: Refuse, override: str, message: str) -> None:
     key = override.partition("=")[0]
     assert refusal(SMALLEST, override) == f"pipeline.yaml: {key}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ("{}", "rank: is required and missing (and 1 more)"),
+        ("{rank: 0, alpha: 1}", "rank: input should be greater than or equal to 1, found 0"),
+        ("{rank: 8, alpha: 0}", "alpha: input should be greater than 0, found 0"),
+        ("{rank: 8, alpha: 16, target: [a]}", "target: unknown key; did you mean targets?"),
+        (
+            "{rank: 8, alpha: 16, targets: []}",
+            "targets: list should have at least 1 item after validation, not 0",
+        ),
+        (
+            "{rank: 8, alpha: 16, targets: q_proj}",
+            'targets: input should be a valid list, found "q_proj"',
+        ),
+        (
+            "{rank: 8, alpha: 16, targets: ['']}",
+            'targets[0]: string should have at least 1 character, found ""',
+        ),
+    ],
+)
+def test_a_wrong_adapter(refusal: Refuse, lora: str, message: str) -> None:
+    assert refusal(SMALLEST, f"update.lora={lora}") == f"pipeline.yaml: update.lora.{message}"
+
+
+def test_an_adapter_has_a_section_of_its_own(load_text: Load) -> None:
+    assert load_text().update.lora is None
+    config = load_text(SMALLEST, "update.lora={rank: 8, alpha: 16, targets: [q_proj, v_proj]}")
+    assert config.update.lora == LoraConfig(rank=8, alpha=16.0, targets=["q_proj", "v_proj"])
+    assert flatten(config.model_dump())["update.lora.alpha"] == 16.0
+    assert Config.model_validate(json.loads(json.dumps(config.model_dump()))) == config
+    every_layer = load_text(SMALLEST, "update.lora={rank: 1, alpha: 0.5}").update.lora
+    assert every_layer is not None
+    assert every_layer.targets is None
+
+
+@pytest.mark.parametrize("text", ["off", "'off'", "false"])
+def test_off_is_a_word_though_yaml_reads_it_as_false(load_text: Load, text: str) -> None:
+    assert load_text(SMALLEST, f"update.prompt_sharing={text}").update.prompt_sharing == "off"
 
 
 def test_a_wrong_item_of_a_list_names_its_place(refusal: Refuse) -> None:
@@ -221,6 +281,79 @@ def test_an_objective_sets_its_keys(load_text: Load) -> None:
     assert (update.clip_low, update.clip_high, update.kl_coefficient) == (0.2, 0.2, 0.01)
     assert (update.old_logprobs, sequence.advantage.scale) == ("recomputed", "group")
     assert overridden_keys(sequence) == []
+
+
+# ratio, surrogate, clip_low, clip_high, aggregate, kl_coefficient, kl_estimator, old_logprobs | advantage.
+TABLE = {
+    "grpo": ("token", "clip", 0.2, 0.2, "sequence_mean", 0.01, "k3", "sampled", "group", False),
+    "grpo_sequence": ("sequence", "clip", 0.2, 0.2, "sequence_sum", 0.01, "k1", "recomputed", "group", False),
+    "dr_grpo": ("token", "clip", 0.2, 0.2, "constant", 0.0, "k3", "sampled", "none", False),
+    "dapo": ("token", "clip", 0.2, 0.28, "token_mean", 0.0, "k3", "sampled", "group", True),
+    "gspo": ("sequence_mean", "clip", 3e-4, 4e-4, "sequence_mean", 0.0, "k3", "recomputed", "group", False),
+    "cispo": ("token", "cispo", None, 4.0, "token_mean", 0.0, "k3", "sampled", "group", False),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_objective_sets_the_same_keys(load_text: Load, name: str) -> None:
+    assert list(TABLE) == list(OBJECTIVES)
+    keys = list(flatten(OBJECTIVES["grpo"]))
+    assert list(flatten(OBJECTIVES[name])) == keys
+    config = load_text(SMALLEST, f"update.objective={name}")
+    values = flatten(config.model_dump())
+    assert tuple(values[key] for key in keys) == TABLE[name]
+    assert overridden_keys(config) == []
+
+
+def test_the_first_objective_is_what_the_fields_have_by_default() -> None:
+    assert {key: UpdateConfig.model_fields[key].default for key in OBJECTIVES["grpo"]["update"]} == (
+        OBJECTIVES["grpo"]["update"]
+    )
+    advantage = AdvantageConfig().model_dump()
+    assert {key: advantage[key] for key in OBJECTIVES["grpo"]["advantage"]} == OBJECTIVES["grpo"]["advantage"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["objective=cispo", "ratio=sequence"],
+            "surrogate: cispo weighs each token's log-prob by the token's own ratio, found ratio: sequence;"
+            " set ratio: token",
+        ),
+        (
+            ["surrogate=cispo", "delta=4"],
+            "delta: 4.0 is for surrogate: clip; the clip_high of cispo caps the ratio for advantages of both"
+            " signs: leave delta out",
+        ),
+        (
+            ["delta=1.2"],
+            "delta: 1.2 must be greater than 1 + clip_high = 1.2, where the ratio of a positive advantage is"
+            " already clipped",
+        ),
+        (
+            ["objective=dapo", "delta=1.25"],
+            "delta: 1.25 must be greater than 1 + clip_high = 1.28, where the ratio of a positive advantage"
+            " is already clipped",
+        ),
+    ],
+)
+def test_a_surrogate_that_does_not_fit(refusal: Refuse, overrides: list[str], message: str) -> None:
+    found = refusal(SMALLEST, *(f"update.{override}" for override in overrides))
+    assert found == f"pipeline.yaml: update: {message}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["delta=1.21"],
+        ["clip_high=null", "delta=1.01"],
+        ["surrogate=cispo"],
+        ["objective=gspo", "delta=1.001"],
+    ],
+)
+def test_a_surrogate_that_fits(load_text: Load, overrides: list[str]) -> None:
+    load_text(SMALLEST, *(f"update.{override}" for override in overrides))
 
 
 def test_a_key_of_the_user_wins_over_the_objective_and_so_does_null(load_text: Load) -> None:
@@ -408,7 +541,7 @@ def test_every_field_says_what_it_means() -> None:
                 names.append(f"{model.__name__}.{name}")
         return names
 
-    assert undescribed(Config) + undescribed(RewardConfig) == []
+    assert undescribed(Config) + undescribed(RewardConfig) + undescribed(LoraConfig) == []
 
 
 def test_flatten_dots_keys_and_numbers_lists_of_mappings() -> None:

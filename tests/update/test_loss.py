@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import pytest
@@ -13,16 +13,21 @@ from tests import restatement
 from tests.restatement import Objective, Response
 from torch import Tensor
 
+from grpo.config.update import OBJECTIVES
+from grpo.logprobs import token_logprobs
 from grpo.update.loss import (
     MAX_LOG_RATIO,
     Step,
     aggregate_rollouts,
     aggregate_tokens,
+    cispo_surrogate,
+    clip_surrogate,
+    clipped,
     kl_estimate,
+    kl_loss,
     log_ratio,
     policy_loss,
     sampler_weights,
-    surrogate,
 )
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -84,7 +89,7 @@ def test_ratios(ratio: str, expected: list[float]) -> None:
 def test_surrogate(
     ratio: float, advantage: float, clip_low: float | None, clip_high: float | None, expected: float
 ) -> None:
-    found = surrogate(doubles(ratio), doubles(advantage), clip_low, clip_high)
+    found = clip_surrogate(doubles(ratio), doubles(advantage), clip_low, clip_high)
     assert found.item() == pytest.approx(expected, rel=1e-14)
 
 
@@ -94,9 +99,74 @@ def test_surrogate(
 )
 def test_gradient_is_zero_where_the_clip_acts(ratio: float, advantage: float, slope: float) -> None:
     ratio_R = doubles(ratio).requires_grad_()
-    surrogate(ratio_R, doubles(advantage), 0.2, 0.2).sum().backward()  # type: ignore[no-untyped-call]
+    clip_surrogate(ratio_R, doubles(advantage), 0.2, 0.2).sum().backward()  # type: ignore[no-untyped-call]
     assert ratio_R.grad is not None
     assert ratio_R.grad.item() == slope
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "clip", "expected", "slope"),
+    [
+        (5.0, -2.0, 0.2, -6.0, 0.0),  # min(3 * -2, 1.2 * -2)
+        (2.5, -2.0, 0.2, -5.0, -2.0),  # below delta: min(-5.0, -2.4)
+        (0.5, -2.0, 0.2, -1.6, 0.0),
+        (5.0, 2.0, 0.2, 2.4, 0.0),  # A > 0: 1 + clip_high comes first
+        (1.1, 2.0, 0.2, 2.2, 2.0),
+        (5.0, -2.0, None, -6.0, 0.0),  # without a clip, delta is the only bound
+        (5.0, 2.0, None, 6.0, 0.0),
+        (2.5, -2.0, None, -5.0, -2.0),
+    ],
+)
+def test_delta_caps_the_ratio_for_either_sign(
+    ratio: float, advantage: float, clip: float | None, expected: float, slope: float
+) -> None:
+    ratio_R = doubles(ratio).requires_grad_()
+    found = clip_surrogate(ratio_R, doubles(advantage), clip, clip, delta=3.0)
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    assert ratio_R.grad is not None
+    assert found.item() == pytest.approx(expected, rel=1e-14)
+    assert ratio_R.grad.item() == slope
+
+
+@pytest.mark.parametrize(
+    ("clip_low", "clip_high", "weights"),
+    [
+        (None, 1.5, [2.0, 2.5, 0.5]),  # 3 is clipped to 1 + 1.5
+        (0.2, None, [2.0, 3.0, 0.8]),
+        (0.2, 0.2, [1.2, 1.2, 0.8]),
+        (None, None, [2.0, 3.0, 0.5]),
+    ],
+)
+def test_cispo_weighs_the_log_prob_by_the_clipped_ratio(
+    clip_low: float | None, clip_high: float | None, weights: list[float]
+) -> None:
+    # Ratios 2, 3, 0.5, A = 1, -2, -1, log-probs -1, -2, -1.5: weight * A * logprob, with gradient weight * A.
+    ratio_N, logprobs_N = doubles(2.0, 3.0, 0.5).requires_grad_(), doubles(-1.0, -2.0, -1.5).requires_grad_()
+    found = cispo_surrogate(ratio_N, logprobs_N, doubles(1.0, -2.0, -1.0), clip_low, clip_high)
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    assert found.tolist() == pytest.approx([-weights[0], 4 * weights[1], 1.5 * weights[2]], rel=1e-14)
+    assert logprobs_N.grad is not None
+    assert logprobs_N.grad.tolist() == pytest.approx([weights[0], -2 * weights[1], -weights[2]], rel=1e-14)
+    assert ratio_N.grad is None
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "clip_low", "clip_high", "delta", "expected"),
+    [
+        ("clip", 0.2, 0.2, None, (1, 2)),  # 0.5 with A < 0; 1.5 and 4 with A > 0
+        ("clip", 0.2, 0.2, 3.0, (1, 3)),  # and 4 with A < 0
+        ("clip", 0.2, None, 3.0, (1, 2)),  # 4 with either sign
+        ("clip", None, None, None, (0, 0)),
+        ("cispo", 0.2, 0.2, None, (2, 5)),  # 0.5, 0.5 | 1.5, 1.5, 4, 4, 4
+        ("cispo", None, 2.0, None, (0, 3)),
+    ],
+)
+def test_clipped_counts_what_the_clip_acted_on(
+    surrogate: str, clip_low: float | None, clip_high: float | None, delta: float | None, expected: Any
+) -> None:
+    ratio_R = doubles(0.5, 0.5, 1.0, 1.5, 1.5, 4.0, 4.0, 4.0)
+    advantages_R = doubles(1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 0.0)
+    assert clipped(ratio_R, advantages_R, clip_low, clip_high, surrogate, delta) == expected
 
 
 # ---- aggregates ----
@@ -151,6 +221,91 @@ def test_kl(estimator: str, expected: list[float]) -> None:
     assert found.tolist() == pytest.approx(expected, rel=1e-14, abs=1e-15)
 
 
+# POLICY and OLD have token ratios 2, 3 | 0.5 and sequence ratios 6 | 0.5; to this reference, k1 = 1, 2 | 4.
+REFERENCE = POLICY - doubles(1.0, 2.0, 4.0)
+
+
+def kl_of(policy: Tensor, *, importance: bool, ratio: str, aggregate: str = "sequence_mean") -> Tensor:
+    return kl_loss(
+        policy,
+        REFERENCE,
+        OLD,
+        lengths(2, 1),
+        estimator="k1",
+        importance=importance,
+        ratio=ratio,
+        aggregate=aggregate,
+        step=Step(num_rollouts=2, num_tokens=3, max_new_tokens=4),
+    )
+
+
+@pytest.mark.parametrize(
+    ("importance", "ratio", "aggregate", "expected"),
+    [
+        (False, "token", "sequence_mean", 2.75),  # (3 / 2 + 4) / 2
+        (False, "sequence", "token_mean", 7 / 3),
+        (True, "token", "sequence_mean", 3.0),  # 2, 6 | 2: (8 / 2 + 2) / 2
+        (True, "token", "token_mean", 10 / 3),
+        (True, "token", "constant", 1.25),  # 10 / (2 * 4)
+        (True, "sequence", "sequence_mean", 5.5),  # 6, 12 | 2: (18 / 2 + 2) / 2
+        (True, "sequence", "sequence_sum", 10.0),  # 20 / 2
+        (True, "sequence_mean", "sequence_sum", (3 * math.sqrt(6) + 2) / 2),
+    ],
+)
+def test_kl_loss(importance: bool, ratio: str, aggregate: str, expected: float) -> None:
+    found = kl_of(POLICY, importance=importance, ratio=ratio, aggregate=aggregate)
+    assert found.item() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("importance", "ratio", "expected"),
+    [
+        # A token weighs 1/4, 1/4 | 1/2 and the derivative of k1 is 1.
+        (False, "token", [0.25, 0.25, 0.5]),
+        (True, "token", [1.0, 2.25, 1.25]),  # weight * rho * (1 + k): 2 * 2 / 4, 3 * 3 / 4 | 0.5 * 5 / 2
+        (True, "sequence", [6.0, 6.0, 1.25]),  # rho * (weight + sum of weight * k): 6 * (1 / 4 + 3 / 4)
+        (True, "sequence_mean", [0.625 * math.sqrt(6), 0.625 * math.sqrt(6), 1.25]),  # 1 / 4 + 3 / 4 / 2
+    ],
+)
+def test_the_gradient_flows_through_the_ratio_of_the_kl(
+    importance: bool, ratio: str, expected: list[float]
+) -> None:
+    policy = POLICY.clone().requires_grad_()
+    kl_of(policy, importance=importance, ratio=ratio).backward()  # type: ignore[no-untyped-call]
+    assert policy.grad is not None
+    assert policy.grad.tolist() == pytest.approx(expected, rel=1e-13)
+
+
+# ---- entropy ----
+
+
+@pytest.mark.parametrize(
+    ("how", "weights"),
+    [
+        ("sequence_mean", [0.25, 0.25, 0.5]),
+        ("token_mean", [1 / 3, 1 / 3, 1 / 3]),
+        ("constant", [0.125, 0.125, 0.125]),  # 1 / (2 * 4)
+        ("sequence_sum", [0.5, 0.5, 0.5]),
+    ],
+)
+def test_the_entropy_is_aggregated_over_tokens_and_has_a_gradient(how: str, weights: list[float]) -> None:
+    # p = 3/4, 1/4: H = ln 4 - 3/4 ln 3, and dH / dlogit = -p (ln p + H) = -+3/16 ln 3. p = 1/2, 1/2: ln 2, 0.
+    logits_NV = doubles(LN3, 0.0, 0.0, 0.0, 0.0, LN3).reshape(3, 2).requires_grad_()
+    _, entropy_N = token_logprobs(
+        logits_NV, torch.zeros(3, dtype=torch.int64), torch.ones(3), with_entropy=True
+    )
+    assert entropy_N is not None
+    found = aggregate_tokens(entropy_N, lengths(2, 1), how, Step(2, 3, 4))
+    found.backward()  # type: ignore[no-untyped-call]
+    skewed, slope = 2 * LN2 - 0.75 * LN3, 3 / 16 * LN3
+    assert found.item() == pytest.approx(
+        weights[0] * skewed + weights[1] * LN2 + weights[2] * skewed, rel=1e-14
+    )
+    assert logits_NV.grad is not None
+    expected = [-weights[0] * slope, weights[0] * slope, 0.0, 0.0, weights[2] * slope, -weights[2] * slope]
+    assert logits_NV.grad.flatten().tolist() == pytest.approx(expected, rel=1e-13, abs=1e-15)
+
+
 # ---- the loss, worked ----
 
 
@@ -159,6 +314,7 @@ def loss_of(
     aggregate: str,
     advantages: tuple[float, float] = (1.0, -1.0),
     weights: Tensor | None = None,
+    delta: float | None = None,
 ) -> float:
     total, _ = policy_loss(
         POLICY,
@@ -170,6 +326,7 @@ def loss_of(
         clip_high=0.2,
         aggregate=aggregate,
         step=Step(num_rollouts=2, num_tokens=3, max_new_tokens=4),
+        delta=delta,
         weights_R=weights,
     )
     return float(total)
@@ -193,6 +350,42 @@ def loss_of(
 )
 def test_policy_loss(ratio: str, aggregate: str, expected: float) -> None:
     assert loss_of(ratio, aggregate) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("clip_low", "clip_high", "weights"), [(None, 1.5, (2.0, 2.5, 0.5)), (0.2, 1.5, (2.0, 2.5, 0.8))]
+)
+def test_policy_loss_of_cispo(
+    clip_low: float | None, clip_high: float, weights: tuple[float, float, float]
+) -> None:
+    # Ratios 2, 3 | 0.5; A = 2 | -1; minus the mean over 3 tokens of weight * A * logprob.
+    policy = POLICY.clone().requires_grad_()
+    total, ratio_R = policy_loss(
+        policy,
+        OLD,
+        doubles(2.0, -1.0),
+        lengths(2, 1),
+        ratio="token",
+        clip_low=clip_low,
+        clip_high=clip_high,
+        aggregate="token_mean",
+        step=Step(num_rollouts=2, num_tokens=3, max_new_tokens=4),
+        surrogate="cispo",
+    )
+    total.backward()  # type: ignore[no-untyped-call]
+    gains = [2 * weights[0] * (-1 + LN2), 2 * weights[1] * (-2 + LN3), -weights[2] * (-1.5 - LN2)]
+    assert total.item() == pytest.approx(-sum(gains) / 3, rel=1e-14)
+    assert ratio_R.tolist() == pytest.approx([2, 3, 0.5], rel=1e-14)  # as they were before the clip
+    assert policy.grad is not None
+    slopes = [-2 * weights[0] / 3, -2 * weights[1] / 3, weights[2] / 3]
+    assert policy.grad.tolist() == pytest.approx(slopes, rel=1e-14)
+
+
+def test_policy_loss_with_delta() -> None:
+    # A = -1, 1 with delta 2.5: min(-2, -1.2), min(-2.5, -1.2) | 0.5: -(-4.5 / 2 + 0.5) / 2
+    assert loss_of("token", "sequence_mean", (-1.0, 1.0), delta=2.5) == pytest.approx(0.875, rel=1e-14)
+    # rollouts min(-2.5, -1.2) | 0.5: -(-2.5 + 0.5) / 2
+    assert loss_of("sequence", "sequence_sum", (-1.0, 1.0), delta=2.5) == pytest.approx(1.0, rel=1e-14)
 
 
 def test_the_second_advantage_sign() -> None:
@@ -414,6 +607,53 @@ def test_huge_log_ratios_give_a_finite_loss_and_gradient(
     assert ratio_R.min().item() == pytest.approx(math.exp(-MAX_LOG_RATIO), rel=1e-6)
 
 
+# Log-probs of policy, pi_old and reference as far from one another as they go.
+EXTREMES = [(-0.5, -1000.0, -1000.0), (-1000.0, -0.5, -0.5), (-1000.0, -0.5, -2000.0), (-0.5, -0.5, -0.5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("delta", [None, 10.0])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_every_objective_is_finite_at_extreme_log_ratios(
+    dtype: torch.dtype, name: str, delta: float | None, estimator: str
+) -> None:
+    # Each twice, with A > 0 and with A < 0; then once more without the bound above.
+    objective = restatement.OBJECTIVES[name]
+    policy, old, reference = torch.tensor([*EXTREMES, *EXTREMES], dtype=dtype).unbind(dim=1)
+    policy = policy.clone().requires_grad_()
+    for clip_high in (objective.clip_high, None):
+        total, ratio_R = policy_loss(
+            policy,
+            old,
+            torch.tensor([1.0, -1.0], dtype=dtype).repeat_interleave(4),
+            lengths(*[1] * 8),
+            ratio=objective.ratio,
+            clip_low=objective.clip_low,
+            clip_high=clip_high,
+            aggregate=objective.aggregate,
+            step=Step(8, 8, 8),
+            surrogate=objective.surrogate,
+            delta=None if objective.surrogate == "cispo" else delta,
+        )
+        kl = kl_loss(
+            policy,
+            reference,
+            old,
+            lengths(*[1] * 8),
+            estimator=estimator,
+            importance=True,
+            ratio=objective.ratio,
+            aggregate=objective.aggregate,
+            step=Step(8, 8, 8),
+        )
+        (slopes,) = torch.autograd.grad(total + kl, policy)
+        assert math.isfinite(total.item())
+        assert math.isfinite(kl.item())
+        assert bool(slopes.isfinite().all())
+        assert ratio_R.max().item() == pytest.approx(math.exp(MAX_LOG_RATIO), rel=1e-6)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("d", [1000.0, -1000.0])
 def test_kl_of_a_huge_difference_is_finite_and_pulls_towards_the_reference(estimator: str, d: float) -> None:
@@ -443,14 +683,18 @@ def numbers(low: float, high: float) -> st.SearchStrategy[float]:
 def responses(draw: st.DrawFn) -> Response:
     advantage = draw(st.sampled_from([0.0, 1.0, -1.0]) | numbers(-3, 3))
     old = draw(st.lists(numbers(-8, -0.01), min_size=1, max_size=6))
-    policy = [value + draw(st.sampled_from([0.0, 0.5]) | numbers(-1.5, 1.5)) for value in old]
+    # e^1.8 = 6.05 is over every bound.
+    policy = [value + draw(st.sampled_from([0.0, 0.5, 1.8]) | numbers(-1.5, 1.5)) for value in old]
     reference = [value + draw(numbers(-2, 2)) for value in old]
     sampled = [value - draw(st.sampled_from([0.0, 0.005]) | numbers(-1.5, 1.5)) for value in old]
-    return Response(advantage, policy, old, reference, [True] * len(old), sampled)
+    entropy = [draw(numbers(0, 5)) for _ in old]
+    return Response(advantage, policy, old, reference, [True] * len(old), sampled, entropy)
 
 
 def fitting(objective: Objective) -> Objective:
-    """A sequence ratio has one surrogate value per rollout, and so one weight."""
+    """What the configuration lets pass: cispo is per token, a sequence ratio has one weight per rollout."""
+    if objective.surrogate == "cispo":
+        objective = replace(objective, ratio="token", delta=None)
     return objective if objective.ratio == "token" else replace(objective, correction_level="sequence_mean")
 
 
@@ -460,24 +704,32 @@ objectives = st.builds(
     correction_level=st.sampled_from(["token", "sequence_mean"]),
     correction_cap=st.sampled_from([2.0, 1.3, 1.01]),
     ratio=st.sampled_from(RATIOS),
+    surrogate=st.sampled_from(["clip", "clip", "cispo"]),
     clip_low=st.sampled_from([0.2, 0.1, None]),
     clip_high=st.sampled_from([0.2, 0.28, None]),
+    delta=st.sampled_from([None, 1.5, 3.0]),
     aggregate=st.sampled_from(AGGREGATES),
     kl_coefficient=st.sampled_from([0.01, 0.5]),
     kl_estimator=st.sampled_from(["k1", "k2", "k3"]),
+    kl_importance=st.booleans(),
+    entropy_coefficient=st.sampled_from([0.0, 0.1]),
 ).map(fitting)
 
 
 def ours(
     rows: list[Response], parts: list[list[int]], objective: Objective
 ) -> tuple[float, list[list[float]]]:
-    """Loss and gradient of `rows`, summed over micro-batches `parts` of row numbers."""
+    """Loss and gradient of `rows`, summed over micro-batches `parts` of row numbers.
+
+    A row of the gradient: by each log-prob, then by each entropy.
+    """
     step = Step(len(rows), sum(len(row.policy) for row in rows), objective.max_new_tokens)
     total = 0.0
     gradient: dict[int, list[float]] = {}
     for part in parts:
         chosen = [rows[i] for i in part]
         policy = doubles(*(x for row in chosen for x in row.policy)).requires_grad_()
+        entropy = doubles(*(x for row in chosen for x in row.entropy)).requires_grad_()
         reference = doubles(*(x for row in chosen for x in row.reference))
         lengths_B = lengths(*(len(row.policy) for row in chosen))
         old = doubles(*(x for row in chosen for x in row.old))
@@ -502,16 +754,32 @@ def ours(
             clip_high=objective.clip_high,
             aggregate=objective.aggregate,
             step=step,
+            surrogate=objective.surrogate,
+            delta=objective.delta,
             weights_R=weights_R,
         )
-        kl = aggregate_tokens(
-            kl_estimate(policy, reference, objective.kl_estimator), lengths_B, objective.aggregate, step
+        kl = kl_loss(
+            policy,
+            reference,
+            old,
+            lengths_B,
+            estimator=objective.kl_estimator,
+            importance=objective.kl_importance,
+            ratio=objective.ratio,
+            aggregate=objective.aggregate,
+            step=step,
         )
         loss = loss + objective.kl_coefficient * kl
+        loss = loss - objective.entropy_coefficient * aggregate_tokens(
+            entropy, lengths_B, objective.aggregate, step
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         assert policy.grad is not None
-        slopes = iter(policy.grad.tolist())
-        gradient |= {i: [next(slopes) for _ in rows[i].policy] for i in part}
+        assert entropy.grad is not None
+        slopes, entropy_slopes = iter(policy.grad.tolist()), iter(entropy.grad.tolist())
+        for i in part:
+            count = len(rows[i].policy)
+            gradient[i] = [*islice(slopes, count), *islice(entropy_slopes, count)]
         total += loss.item()
     return total, [gradient[i] for i in range(len(rows))]
 
@@ -523,20 +791,15 @@ def deviation(found: list[list[float]], expected: list[list[float]]) -> float:
     return float((a - b).norm()) / (size or 1.0)
 
 
-@settings(max_examples=80, deadline=None)
-@given(rows=st.lists(responses(), min_size=1, max_size=5), objective=objectives)
-def test_loss_and_gradient_equal_the_restatement(rows: list[Response], objective: Objective) -> None:
+def assert_equal_to_the_restatement(rows: list[Response], objective: Objective) -> None:
     expected = restatement.loss(rows, objective)
+    slopes = [[*a, *b] for a, b in zip(expected.gradient, expected.entropy_gradient, strict=True)]
     total, gradient = ours(rows, [list(range(len(rows)))], objective)
     assert total == pytest.approx(expected.loss, rel=1e-10, abs=1e-10)
-    assert deviation(gradient, expected.gradient) <= 1e-10
+    assert deviation(gradient, slopes) <= 1e-10
 
 
-@settings(max_examples=50, deadline=None)
-@given(data=st.data(), rows=st.lists(responses(), min_size=2, max_size=6), objective=objectives)
-def test_any_split_into_micro_batches_gives_the_same(
-    data: Any, rows: list[Response], objective: Objective
-) -> None:
+def assert_the_same_for_any_split(data: Any, rows: list[Response], objective: Objective) -> None:
     order = data.draw(st.permutations(range(len(rows))))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(rows) - 1))))
     edges = [0, *cuts, len(rows)]
@@ -547,37 +810,127 @@ def test_any_split_into_micro_batches_gives_the_same(
     assert deviation(gradients, gradient) <= 1e-10
 
 
+def test_the_objectives_of_the_restatement_are_those_of_the_configuration() -> None:
+    assert list(restatement.OBJECTIVES) == list(OBJECTIVES)
+    for name, objective in restatement.OBJECTIVES.items():
+        settings = {**OBJECTIVES[name]["update"]}
+        settings.pop("old_logprobs")  # whose log-probs Response.old are, no part of the loss
+        assert {key: getattr(objective, key) for key in settings} == settings
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(responses(), min_size=1, max_size=5))
+def test_each_objective_equals_the_restatement(name: str, rows: list[Response]) -> None:
+    assert_equal_to_the_restatement(rows, restatement.OBJECTIVES[name])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), rows=st.lists(responses(), min_size=2, max_size=6))
+def test_each_objective_is_the_same_for_any_split_into_micro_batches(
+    data: Any, name: str, rows: list[Response]
+) -> None:
+    assert_the_same_for_any_split(data, rows, restatement.OBJECTIVES[name])
+
+
+@settings(max_examples=120, deadline=None)
+@given(rows=st.lists(responses(), min_size=1, max_size=5), objective=objectives)
+def test_any_mixture_of_keys_equals_the_restatement(rows: list[Response], objective: Objective) -> None:
+    assert_equal_to_the_restatement(rows, objective)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), rows=st.lists(responses(), min_size=2, max_size=6), objective=objectives)
+def test_any_mixture_of_keys_is_the_same_for_any_split(
+    data: Any, rows: list[Response], objective: Objective
+) -> None:
+    assert_the_same_for_any_split(data, rows, objective)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.lists(responses(), min_size=1, max_size=5), objective=objectives)
+def test_clipped_counts_as_the_restatement_does(rows: list[Response], objective: Objective) -> None:
+    objective = replace(objective, ratio="token")
+    d_N = doubles(*(p - o for row in rows for p, o in zip(row.policy, row.old, strict=True)))
+    advantages_N = doubles(*(row.advantage for row in rows for _ in row.policy))
+    found = clipped(
+        d_N.exp(), advantages_N, objective.clip_low, objective.clip_high, objective.surrogate, objective.delta
+    )
+    expected = restatement.loss(rows, objective)
+    shares = [expected.clipped_low, expected.clipped_high]
+    assert [count / len(d_N) for count in found] == pytest.approx(shares, rel=1e-14)
+
+
+COUNTS, SEEN = [True, False, True], [-1.4, -2.0, -0.2]
+ROWS = [
+    Response(0.8, [-1.0, -2.0, -0.3], [-1.1, -2.6, -0.2], [-1.3, -1.9, -0.5], COUNTS, SEEN, [1.0] * 3),
+    Response(-1.2, [-0.7, -1.4], [-0.6, -0.9], [-0.8, -1.1], [True, True], [-0.8, -0.7], [1.0] * 2),
+    # Ratios 2.2 and 2.5, 5.5 and 2.3 for the whole.
+    Response(-0.9, [-0.4, -1.0], [-1.2, -1.9], [-0.9, -0.7], [True, True], [-1.1, -2.0], [1.0] * 2),
+]
+
+
+def moved(values: list[float], t: int, by: float) -> list[float]:
+    return [*values[:t], values[t] + by, *values[t + 1 :]]
+
+
+def central_difference(objective: Objective, i: int, t: int, *names: str) -> float:
+    """Derivative of the restatement's loss by value t of the lists `names` of row i, moved together."""
+    ends = []
+    for h in (1e-6, -1e-6):
+        changed = [*ROWS]
+        lists: dict[str, Any] = {name: moved(getattr(ROWS[i], name), t, h) for name in names}
+        changed[i] = replace(ROWS[i], **lists)
+        ends.append(restatement.loss(changed, objective).loss)
+    return (ends[0] - ends[1]) / 2e-6
+
+
 @pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("delta", [None, 2.25])
+@pytest.mark.parametrize("importance", [False, True])
 @pytest.mark.parametrize(
     ("estimator", "correction"), [("k1", "none"), ("k2", "truncate"), ("k3", "mask"), ("k3", "none")]
 )
 def test_the_gradient_of_the_restatement_is_that_of_its_loss(
-    ratio: str, estimator: str, correction: str
+    ratio: str, delta: float | None, importance: bool, estimator: str, correction: str
 ) -> None:
     # Central differences, so that the two sides of the property tests do not share a mistake.
-    counts, seen = [True, False, True], [-1.4, -2.0, -0.2]
-    rows = [
-        Response(0.8, [-1.0, -2.0, -0.3], [-1.1, -2.6, -0.2], [-1.3, -1.9, -0.5], counts, seen),
-        Response(-1.2, [-0.7, -1.4], [-0.6, -0.9], [-0.8, -1.1], [True, True], [-0.8, -0.7]),
-    ]
     for aggregate in AGGREGATES:
         objective = fitting(
             Objective(
                 ratio=ratio,
+                delta=delta,
                 aggregate=aggregate,
                 kl_estimator=estimator,
+                kl_importance=importance,
                 kl_coefficient=0.3,
                 correction=correction,
                 correction_cap=1.25,
+                entropy_coefficient=0.2,
             )
         )
-        gradient = restatement.loss(rows, objective).gradient
-        for i, row in enumerate(rows):
+        found = restatement.loss(ROWS, objective)
+        for i, row in enumerate(ROWS):
             for t in range(len(row.policy)):
-                ends = []
-                for h in (1e-6, -1e-6):
-                    moved = [*row.policy[:t], row.policy[t] + h, *row.policy[t + 1 :]]
-                    changed = [*rows]
-                    changed[i] = replace(row, policy=moved)
-                    ends.append(restatement.loss(changed, objective).loss)
-                assert gradient[i][t] == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6, abs=1e-9)
+                by_policy = central_difference(objective, i, t, "policy")
+                assert found.gradient[i][t] == pytest.approx(by_policy, rel=1e-6, abs=1e-9)
+                by_entropy = central_difference(objective, i, t, "entropy")
+                assert found.entropy_gradient[i][t] == pytest.approx(by_entropy, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("clip_low", [None, 0.2])
+@pytest.mark.parametrize("correction", ["none", "truncate"])
+def test_the_gradient_of_cispo_is_that_of_its_loss_at_a_constant_ratio(
+    clip_low: float | None, correction: str
+) -> None:
+    for aggregate in AGGREGATES:
+        objective = Objective(
+            surrogate="cispo", clip_low=clip_low, clip_high=1.3, aggregate=aggregate, correction=correction
+        )
+        gradient = restatement.loss(ROWS, objective).gradient
+        for i, row in enumerate(ROWS):
+            for t in range(len(row.policy)):
+                # pi_old and the sampler move along, so that neither ratio nor weight does.
+                expected = central_difference(objective, i, t, "policy", "old", "sampled")
+                assert gradient[i][t] == pytest.approx(expected, rel=1e-6, abs=1e-9)

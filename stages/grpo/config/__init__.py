@@ -9,14 +9,15 @@ from grpo.config.model import (
     PromptsConfig,
     RewardConfig,
     ScoreConfig,
-    UpdateConfig,
 )
+from grpo.config.update import LoraConfig, UpdateConfig
 
 __all__ = [
     "AdvantageConfig",
     "ColumnsConfig",
     "Config",
     "GenerateConfig",
+    "LoraConfig",
     "PromptsConfig",
     "RewardConfig",
     "ScoreConfig",

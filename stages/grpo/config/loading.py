@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from grpo.config.model import OBJECTIVES, Config
+from grpo.config.model import Config
+from grpo.config.update import OBJECTIVES
 from grpo.errors import UsageError
 
 

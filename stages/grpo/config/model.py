@@ -1,65 +1,15 @@
 """config.model: the pydantic mirror of pipeline.yaml, one class per section, in stage order.
 
 Every field says its unit, range and what an extreme value means; a field without a default must be given.
-`null` is a value described at its field, never "default".
+`null` is a value described at its field, never "default". The section `update` is in update.py.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-# What an objective sets, by section (docs/math.md). A key written by the user wins.
-OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
-    "grpo": {
-        "update": {
-            "ratio": "token",
-            "clip_low": 0.2,
-            "clip_high": 0.2,
-            "aggregate": "sequence_mean",
-            "kl_coefficient": 0.01,
-            "kl_estimator": "k3",
-            "old_logprobs": "sampled",
-        },
-        "advantage": {"scale": "group"},
-    },
-    "grpo_sequence": {
-        "update": {
-            "ratio": "sequence",
-            "clip_low": 0.2,
-            "clip_high": 0.2,
-            "aggregate": "sequence_sum",
-            "kl_coefficient": 0.01,
-            "kl_estimator": "k1",
-            "old_logprobs": "recomputed",
-        },
-        "advantage": {"scale": "group"},
-    },
-}
-
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
-
-
-class Section(BaseModel):
-    """A section of pipeline.yaml: strict types, no unknown keys, no nan or inf, immutable."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, if they survive being written as JSON: they become part of a fingerprint."""
-    try:
-        same = json.loads(json.dumps(values, allow_nan=False)) == values
-    except (TypeError, ValueError):
-        same = False
-    if not same:
-        raise ValueError("may hold text, finite numbers, true, false, null, lists and mappings by text")
-    return values
+from grpo.config.section import Count, NonNegative, Positive, Section, plain
+from grpo.config.update import OBJECTIVES, UpdateConfig
 
 
 class ColumnsConfig(Section):
@@ -93,7 +43,7 @@ class GenerateConfig(Section):
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """auto: vllm where it is installed and a GPU is there, else transformers, the built-in engine."""
-    engine_options: dict[str, Any] = {}
+    engine_options: dict[str, Any] = Field({})
     """vLLM's own engine arguments, such as gpu_memory_utilization, tensor_parallel_size, max_num_seqs, dtype
     or quantization. dtype: float32 on a CPU and bfloat16 on a GPU unless given."""
     prompts_per_iteration: Count = 32
@@ -153,7 +103,7 @@ class RewardConfig(Section):
     """Name in the tables; empty: the function's or the directory's name. Unique."""
     weight: float = 1.0
     """Weight in the sum. 0: computed and stored, changes nothing: the way to compare rewards."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field({})
     """Keyword arguments handed to the function."""
     timeout_s: Positive = 60.0
     """Seconds a call for one group may take before its rollouts are tried one by one."""
@@ -220,81 +170,6 @@ class AdvantageConfig(Section):
     """SQL condition over `samples`; a rollout that does not meet it is not trained on. null: all."""
     sql: str | None = None
     """File with a query that returns iteration, group_id, sample_id, advantage. null: advantage.sql."""
-
-
-# The cap of the sampler correction by its level, unless one is given: a mean over tokens strays far less.
-SAMPLER_CORRECTION_CAPS = {"token": 2.0, "sequence_mean": 1.01}
-
-
-class UpdateConfig(Section):
-    """update: policy + rollouts + advantages -> next policy, updates, logprobs."""
-
-    objective: Literal["grpo", "grpo_sequence"] = "grpo"
-    """Sets the keys below that are marked (objective), and advantage.scale; a key written here wins."""
-    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
-    """(objective) Importance ratio pi / pi_old: per token, of the sequence, or its geometric mean."""
-    clip_low: Annotated[float, Field(ge=0, le=1)] | None = 0.2
-    """(objective) The ratio is clipped at 1 - clip_low; null: not on this side."""
-    clip_high: NonNegative | None = 0.2
-    """(objective) The ratio is clipped at 1 + clip_high; null: not on this side."""
-    aggregate: Literal["sequence_mean", "token_mean", "constant", "sequence_sum"] = "sequence_mean"
-    """(objective) How tokens and rollouts of an optimiser step are averaged (docs/math.md)."""
-    kl_coefficient: NonNegative = 0.01
-    """(objective) Weight of the KL term; 0 loads no reference."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """(objective) Estimator of the KL per token."""
-    old_logprobs: Literal["sampled", "recomputed"] = "sampled"
-    """(objective) pi_old: the stored log-probs, or the learner's own before its first step."""
-    sampler_correction: Literal["none", "truncate", "mask"] = "none"
-    """Weight w = pi_old / sampler on the surrogate: none, min(w, cap), or w where it lies in [1 / cap, cap]
-    and 0 elsewhere. Needs old_logprobs: recomputed."""
-    sampler_correction_level: Literal["token", "sequence_mean"] = "token"
-    """One weight per token, or the geometric mean of a rollout's; a sequence ratio needs the latter."""
-    sampler_correction_cap: Annotated[float, Field(gt=1)] = SAMPLER_CORRECTION_CAPS["token"]
-    """Cap of the weight, > 1. Left out: 2.0 for level token, 1.01 for sequence_mean."""
-    reference: str | None = None
-    """Checkpoint of the KL term; null: the starting policy. Fixed for a run."""
-    learning_rate: NonNegative = 5e-7
-    """Learning rate of AdamW."""
-    betas: Betas = [0.9, 0.999]
-    """AdamW's decay rates of the first and second moment."""
-    adam_epsilon: Positive = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: NonNegative = 0.0
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: Positive | None = 1.0
-    """The gradient is scaled down to this norm; null: never."""
-    epochs: Count = 1
-    """Passes over the kept rollouts of an iteration."""
-    steps_per_iteration: Count = 1
-    """Optimiser steps per epoch; whole groups are dealt out evenly."""
-    max_tokens_per_batch: Count = 16384
-    """Tokens of a micro-batch, padding included. Bounds memory, never changes the result."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _cap_of_the_level(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        level = str(data.get("sampler_correction_level", "token"))
-        cap = SAMPLER_CORRECTION_CAPS.get(level, SAMPLER_CORRECTION_CAPS["token"])
-        return {"sampler_correction_cap": cap, **data}
-
-    @model_validator(mode="after")
-    def _correction_fits(self) -> "UpdateConfig":
-        if self.sampler_correction == "none":
-            return self
-        if self.old_logprobs == "sampled":
-            raise ValueError(
-                f"sampler_correction: {self.sampler_correction} needs old_logprobs: recomputed; with sampled"
-                " the ratio itself is to the sampler, and a weight of 1 is right: sampler_correction: none"
-            )
-        if self.ratio != "token" and self.sampler_correction_level == "token":
-            raise ValueError(
-                f"ratio: {self.ratio} has one surrogate value per rollout, which weights per token do not"
-                " fit; set sampler_correction_level: sequence_mean"
-            )
-        return self
 
 
 class CheckpointsConfig(Section):

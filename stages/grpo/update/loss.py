@@ -7,6 +7,7 @@ Every denominator is that of the whole optimiser step and comes from the table, 
 pass: so the sum over micro-batches does not depend on how the step is cut.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,15 +49,64 @@ def log_ratio(logprobs_N: Tensor, old_logprobs_N: Tensor, lengths_B: Tensor, rat
     return log_ratio_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def surrogate(
-    ratio_R: Tensor, advantages_R: Tensor, clip_low: float | None, clip_high: float | None
+def clip_surrogate(
+    ratio_R: Tensor,
+    advantages_R: Tensor,
+    clip_low: float | None,
+    clip_high: float | None,
+    delta: float | None = None,
 ) -> Tensor:
-    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), [R]; None leaves that side unclipped."""
-    if clip_low is None and clip_high is None:
-        return ratio_R * advantages_R
-    low = None if clip_low is None else 1 - clip_low
-    high = None if clip_high is None else 1 + clip_high
-    return torch.minimum(ratio_R * advantages_R, ratio_R.clamp(low, high) * advantages_R)
+    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), [R]; None leaves that side unclipped.
+
+    delta caps rho itself, which bounds the value for A < 0 too (two-sided clipping, arXiv 2505.07291).
+    """
+    capped_R = ratio_R.clamp(max=_cap(delta))
+    return torch.minimum(
+        capped_R * advantages_R, capped_R.clamp(*_bounds(clip_low, clip_high)) * advantages_R
+    )
+
+
+def cispo_surrogate(
+    ratio_N: Tensor,
+    logprobs_N: Tensor,
+    advantages_N: Tensor,
+    clip_low: float | None,
+    clip_high: float | None,
+) -> Tensor:
+    """clip(rho, 1 - clip_low, 1 + clip_high) A logprob, [N], with rho held constant (arXiv 2506.13585)."""
+    return ratio_N.detach().clamp(*_bounds(clip_low, clip_high)) * advantages_N * logprobs_N
+
+
+def clipped(
+    ratio_R: Tensor,
+    advantages_R: Tensor,
+    clip_low: float | None,
+    clip_high: float | None,
+    surrogate: str,
+    delta: float | None,
+) -> tuple[int, int]:
+    """How many values were clipped, below and above.
+
+    `clip`: those out of the gradient, which depends on the sign of the advantage, above delta for either
+    sign. `cispo`: every ratio outside the bounds; its token keeps a gradient, with the bound as its weight.
+    """
+    low, high = _bounds(clip_low, clip_high)
+    below_R, above_R = ratio_R < low, ratio_R > high
+    if surrogate == "clip":
+        below_R = below_R & (advantages_R < 0)
+        above_R = (above_R & (advantages_R > 0)) | ((ratio_R > _cap(delta)) & (advantages_R != 0))
+    return int(below_R.sum()), int(above_R.sum())
+
+
+def _bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
+    """What the ratio is clipped to; infinite on a side that is not clipped."""
+    low = -math.inf if clip_low is None else 1 - clip_low
+    high = math.inf if clip_high is None else 1 + clip_high
+    return low, high
+
+
+def _cap(delta: float | None) -> float:
+    return math.inf if delta is None else delta
 
 
 def sampler_weights(
@@ -118,6 +168,30 @@ def kl_estimate(logprobs_N: Tensor, reference_logprobs_N: Tensor, estimator: str
     return torch.exp(-bounded_N) + bounded_N - 1
 
 
+def kl_loss(
+    logprobs_N: Tensor,
+    reference_logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    lengths_B: Tensor,
+    *,
+    estimator: str,
+    importance: bool,
+    ratio: str,
+    aggregate: str,
+    step: Step,
+) -> Tensor:
+    """The aggregated KL to the reference (scalar, this micro-batch's part), not yet times its coefficient.
+
+    importance: each token's estimate is multiplied by its importance ratio, or its rollout's, through which
+    the gradient flows. Finite in float32: the ratio and exp(-d) of k3 are at most e^20 each.
+    """
+    k_N = kl_estimate(logprobs_N, reference_logprobs_N, estimator)
+    if importance:
+        ratio_R = torch.exp(log_ratio(logprobs_N, old_logprobs_N, lengths_B, ratio))
+        k_N = k_N * (ratio_R if ratio == "token" else torch.repeat_interleave(ratio_R, lengths_B))
+    return aggregate_tokens(k_N, lengths_B, aggregate, step)
+
+
 def policy_loss(
     logprobs_N: Tensor,
     old_logprobs_N: Tensor,
@@ -129,17 +203,25 @@ def policy_loss(
     clip_high: float | None,
     aggregate: str,
     step: Step,
+    surrogate: str = "clip",
+    delta: float | None = None,
     weights_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Minus the aggregated surrogate (scalar, this micro-batch's part), and the ratios [R], detached.
 
-    old_logprobs_N are pi_old's. weights_R: sampler_weights(), which change no denominator; None: no
-    correction.
+    old_logprobs_N are pi_old's. surrogate: `clip`, or `cispo`, which has ratio `token` and no delta.
+    weights_R: sampler_weights(), which change no denominator; None: no correction.
     """
     ratio_R = torch.exp(log_ratio(logprobs_N, old_logprobs_N, lengths_B, ratio))
     per_token = ratio == "token"
     advantages_R = torch.repeat_interleave(advantages_B, lengths_B) if per_token else advantages_B
-    value_R = surrogate(ratio_R, advantages_R, clip_low, clip_high)
+    if surrogate == "cispo":
+        assert per_token, ratio
+        assert delta is None, delta
+        value_R = cispo_surrogate(ratio_R, logprobs_N, advantages_R, clip_low, clip_high)
+    else:
+        assert surrogate == "clip", surrogate
+        value_R = clip_surrogate(ratio_R, advantages_R, clip_low, clip_high, delta)
     if weights_R is not None:
         value_R = weights_R * value_R
     add_up = aggregate_tokens if per_token else aggregate_rollouts

@@ -1,0 +1,201 @@
+"""config.update: the update section of pipeline.yaml, and what an objective sets (docs/math.md)."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from grpo.config.section import Count, NonNegative, Positive, Section
+
+# The keys an objective sets; the others of OBJECTIVES are written as what differs from it.
+_GRPO: dict[str, Any] = {
+    "ratio": "token",
+    "surrogate": "clip",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "aggregate": "sequence_mean",
+    "kl_coefficient": 0.01,
+    "kl_estimator": "k3",
+    "old_logprobs": "sampled",
+}
+_BY_GROUP: dict[str, Any] = {"scale": "group", "drop_zero_variance": False}
+
+# What an objective sets, by section: the same keys for each. A key written by the user wins.
+OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
+    "grpo": {"update": _GRPO, "advantage": _BY_GROUP},
+    "grpo_sequence": {
+        "update": {
+            **_GRPO,
+            "ratio": "sequence",
+            "aggregate": "sequence_sum",
+            "kl_estimator": "k1",
+            "old_logprobs": "recomputed",
+        },
+        "advantage": _BY_GROUP,
+    },
+    "dr_grpo": {
+        "update": {**_GRPO, "aggregate": "constant", "kl_coefficient": 0.0},
+        "advantage": {**_BY_GROUP, "scale": "none"},
+    },
+    "dapo": {
+        "update": {**_GRPO, "clip_high": 0.28, "aggregate": "token_mean", "kl_coefficient": 0.0},
+        "advantage": {**_BY_GROUP, "drop_zero_variance": True},
+    },
+    "gspo": {
+        "update": {
+            **_GRPO,
+            "ratio": "sequence_mean",
+            "clip_low": 3e-4,
+            "clip_high": 4e-4,
+            "kl_coefficient": 0.0,
+            "old_logprobs": "recomputed",
+        },
+        "advantage": _BY_GROUP,
+    },
+    "cispo": {
+        "update": {
+            **_GRPO,
+            "surrogate": "cispo",
+            "clip_low": None,
+            "clip_high": 4.0,
+            "aggregate": "token_mean",
+            "kl_coefficient": 0.0,
+        },
+        "advantage": _BY_GROUP,
+    },
+}
+
+# The cap of the sampler correction by its level, unless one is given: a mean over tokens strays far less.
+SAMPLER_CORRECTION_CAPS = {"token": 2.0, "sequence_mean": 1.01}
+
+Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters that are trained in place of the weights (arXiv 2106.09685)."""
+
+    rank: Count
+    """Rank of the two matrices of an adapter, >= 1."""
+    alpha: Positive
+    """An adapter's output is scaled by alpha / rank; > 0."""
+    targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    """Names of the modules that get an adapter, such as q_proj; null: every linear layer but the output's."""
+
+
+class UpdateConfig(Section):
+    """update: policy + rollouts + advantages -> next policy, updates, logprobs."""
+
+    objective: Literal["grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    """Sets the keys below that are marked (objective), advantage.scale and advantage.drop_zero_variance; a
+    key written here wins."""
+    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
+    """(objective) Importance ratio pi / pi_old: per token, of the sequence, or its geometric mean."""
+    surrogate: Literal["clip", "cispo"] = "clip"
+    """(objective) clip: min(ratio A, clipped ratio A). cispo: clipped ratio, held constant, times A logprob,
+    so that a clipped token keeps its gradient; needs ratio: token."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] | None = 0.2
+    """(objective) The ratio is clipped at 1 - clip_low, 0 <= clip_low <= 1; null: not on this side."""
+    clip_high: NonNegative | None = 0.2
+    """(objective) The ratio is clipped at 1 + clip_high, clip_high >= 0; null: not on this side."""
+    delta: Annotated[float, Field(gt=1)] | None = None
+    """Two-sided clipping: the ratio is capped here for negative advantages too; > 1 + clip_high. null: their
+    ratios have no cap. Needs surrogate: clip."""
+    aggregate: Literal["sequence_mean", "token_mean", "constant", "sequence_sum"] = "sequence_mean"
+    """(objective) How tokens and rollouts of an optimiser step are averaged (docs/math.md)."""
+    kl_coefficient: NonNegative = 0.01
+    """(objective) Weight of the KL term; 0 loads no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """(objective) Estimator of the KL per token."""
+    kl_importance: bool = False
+    """true: each token's KL is multiplied by its importance ratio, through which the gradient flows too."""
+    entropy_coefficient: NonNegative = 0.0
+    """Weight of the entropy, aggregated as the KL is, which the loss subtracts; 0: no such term."""
+    old_logprobs: Literal["sampled", "recomputed"] = "sampled"
+    """(objective) pi_old: the stored log-probs, or the learner's own before its first step."""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weight w = pi_old / sampler on the surrogate: none, min(w, cap), or w where it lies in [1 / cap, cap]
+    and 0 elsewhere. Needs old_logprobs: recomputed."""
+    sampler_correction_level: Literal["token", "sequence_mean"] = "token"
+    """One weight per token, or the geometric mean of a rollout's; a sequence ratio needs the latter."""
+    sampler_correction_cap: Annotated[float, Field(gt=1)] = SAMPLER_CORRECTION_CAPS["token"]
+    """Cap of the weight, > 1. Left out: 2.0 for level token, 1.01 for sequence_mean."""
+    reference: str | None = None
+    """Checkpoint of the KL term; null: the starting policy. Fixed for a run."""
+    learning_rate: NonNegative = 5e-7
+    """Learning rate of AdamW: the highest of the run, where warm-up ends and the schedule begins."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after warm-up, over all optimiser steps of the run: as it is, or falling to 0 in a
+    line or in half a cosine."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps over which the learning rate rises linearly from 0; 0: none."""
+    betas: Betas = Field([0.9, 0.999])
+    """AdamW's decay rates of the first and second moment."""
+    adam_epsilon: Positive = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Positive | None = 1.0
+    """The gradient is scaled down to this norm; null: never."""
+    epochs: Count = 1
+    """Passes over the kept rollouts of an iteration."""
+    steps_per_iteration: Count = 1
+    """Optimiser steps per epoch; whole groups are dealt out evenly."""
+    max_tokens_per_batch: Count = 16384
+    """Tokens of a micro-batch, padding included. Bounds memory, never changes the result."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the model's matrix products. bfloat16: autocast; weights and optimiser state stay float32."""
+    gradient_checkpointing: bool = False
+    """true: activations are computed again in the backward pass: less memory, more time, the same result."""
+    prompt_sharing: Literal["auto", "off"] = "auto"
+    """auto: a group's prompt goes through the model once for its K responses, where the model allows it.
+    off: once for each."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters; null: all weights."""
+
+    @field_validator("prompt_sharing", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cap_of_the_level(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        level = str(data.get("sampler_correction_level", "token"))
+        cap = SAMPLER_CORRECTION_CAPS.get(level, SAMPLER_CORRECTION_CAPS["token"])
+        return {"sampler_correction_cap": cap, **data}
+
+    @model_validator(mode="after")
+    def _surrogate_fits(self) -> "UpdateConfig":
+        if self.surrogate == "cispo" and self.ratio != "token":
+            raise ValueError(
+                f"surrogate: cispo weighs each token's log-prob by the token's own ratio, found ratio:"
+                f" {self.ratio}; set ratio: token"
+            )
+        if self.surrogate == "cispo" and self.delta is not None:
+            raise ValueError(
+                f"delta: {self.delta} is for surrogate: clip; the clip_high of cispo caps the ratio for"
+                " advantages of both signs: leave delta out"
+            )
+        if self.delta is not None and self.clip_high is not None and self.delta <= 1 + self.clip_high:
+            raise ValueError(
+                f"delta: {self.delta} must be greater than 1 + clip_high = {1 + self.clip_high:g}, where the"
+                " ratio of a positive advantage is already clipped"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _correction_fits(self) -> "UpdateConfig":
+        if self.sampler_correction == "none":
+            return self
+        if self.old_logprobs == "sampled":
+            raise ValueError(
+                f"sampler_correction: {self.sampler_correction} needs old_logprobs: recomputed; with sampled"
+                " the ratio itself is to the sampler, and a weight of 1 is right: sampler_correction: none"
+            )
+        if self.ratio != "token" and self.sampler_correction_level == "token":
+            raise ValueError(
+                f"ratio: {self.ratio} has one surrogate value per rollout, which weights per token do not"
+                " fit; set sampler_correction_level: sequence_mean"
+            )
+        return self
