@@ -17,7 +17,7 @@ RANKS = (
     ("tables", "config"),
     ("artifacts",),
     ("sql", "model", "logprobs"),
-    ("probe",),
+    ("probe", "head"),
     STAGES,
     ("runner", "starter", "evaluate"),
     ("start", "status", "show"),

@@ -1,16 +1,21 @@
-import math
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from grpo import tables
 from grpo.errors import CorruptError
-from grpo.update.batch import Rollouts, gather, kept_rollouts, micro_batches, minibatches
+from grpo.update.batch import (
+    Rollouts,
+    Rows,
+    gather,
+    kept_rollouts,
+    longest_pair,
+    made_up_pair,
+    minibatches,
+)
 
 
 def keys_of(group_sizes: list[int], iteration: int = 0) -> np.ndarray:
@@ -18,21 +23,6 @@ def keys_of(group_sizes: list[int], iteration: int = 0) -> np.ndarray:
     return np.array(
         [[iteration, g, s] for g, size in enumerate(group_sizes) for s in range(size)], dtype=np.int64
     ).reshape(-1, 3)
-
-
-def make_rollouts(shapes: list[tuple[int, list[bool]]]) -> Rollouts:
-    """One rollout per (prompt tokens, mask); every token id is different: 100 * row + position."""
-    ids = [np.arange(p + len(mask)) + 100 * i for i, (p, mask) in enumerate(shapes)]
-    masks = [np.array(mask) for _, mask in shapes]
-    return Rollouts(
-        keys=keys_of([1] * len(shapes)),
-        prompts=[row[:p] for row, (p, _) in zip(ids, shapes, strict=True)],
-        responses=[row[p:] for row, (p, _) in zip(ids, shapes, strict=True)],
-        masks=masks,
-        old_logprobs=[np.full(mask.sum(), -1.0, dtype=np.float32) for mask in masks],
-        advantages=np.arange(len(shapes), dtype=np.float64),
-        temperatures=0.5 + np.arange(len(shapes)) / 4,
-    )
 
 
 # ---- minibatches ----
@@ -90,63 +80,6 @@ def test_nothing_kept_is_one_step_without_rows() -> None:
     assert [rows.tolist() for rows in steps] == [[]]
 
 
-# ---- micro-batches ----
-
-shapes = st.lists(
-    st.tuples(st.integers(1, 9), st.lists(st.booleans(), min_size=1, max_size=9).map(lambda m: [True, *m])),
-    min_size=1,
-    max_size=12,
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(data=st.data(), shape=shapes, max_tokens=st.integers(1, 80))
-def test_micro_batches_cover_each_row_once_within_the_budget(
-    data: Any, shape: list[tuple[int, list[bool]]], max_tokens: int
-) -> None:
-    rollouts = make_rollouts(shape)
-    rows = np.array(data.draw(st.permutations(range(len(rollouts)))), dtype=np.int64)
-    batches = micro_batches(rollouts, rows, max_tokens, "cpu")
-    assert sorted(np.concatenate([batch.rows for batch in batches]).tolist()) == list(range(len(rollouts)))
-    widths = [batch.input_ids_BL.shape[1] for batch in batches]
-    assert widths == sorted(widths, reverse=True)
-    for batch in batches:
-        assert len(batch.rows) == 1 or batch.input_ids_BL.numel() <= max_tokens
-        lengths = [len(rollouts.prompts[i]) + len(rollouts.responses[i]) for i in batch.rows]
-        assert batch.input_ids_BL.shape == (len(batch.rows), max(lengths))
-        for b, i in enumerate(batch.rows):
-            whole = [*rollouts.prompts[i], *rollouts.responses[i]]
-            assert batch.input_ids_BL[b, : lengths[b]].tolist() == whole
-        expected = [rollouts.responses[i][rollouts.masks[i]] for i in batch.rows]
-        assert batch.targets_N.tolist() == np.concatenate(expected).tolist()
-        assert batch.lengths_B.tolist() == [len(tokens) for tokens in expected]
-        # The ids of a row count up, so the token that predicts is the one before.
-        assert (batch.input_ids_BL[batch.rows_N, batch.columns_N] + 1).tolist() == batch.targets_N.tolist()
-        assert batch.temperature_N.tolist() == [
-            rollouts.temperatures[i] for i, tokens in zip(batch.rows, expected, strict=True) for _ in tokens
-        ]
-
-
-def test_a_micro_batch_by_hand() -> None:
-    rollouts = make_rollouts([(2, [True]), (1, [True, False, True])])
-    [batch] = micro_batches(rollouts, np.array([0, 1]), 100, "cpu")
-    # The longer row comes first; row 0 is 0 1 | 2, row 1 is 100 | 101 (102) 103.
-    assert batch.rows.tolist() == [1, 0]
-    assert batch.input_ids_BL[0].tolist() == [100, 101, 102, 103]
-    assert batch.input_ids_BL[1, :3].tolist() == [0, 1, 2]
-    assert batch.rows_N.tolist() == [0, 0, 1]
-    assert batch.columns_N.tolist() == [0, 2, 1]
-    assert batch.targets_N.tolist() == [101, 103, 2]
-    assert batch.lengths_B.tolist() == [2, 1]
-    assert batch.temperature_N.tolist() == [0.75, 0.75, 0.5]
-
-
-def test_a_rollout_longer_than_the_budget_goes_alone() -> None:
-    rollouts = make_rollouts([(5, [True] * 5), (2, [True]), (2, [True])])
-    batches = micro_batches(rollouts, np.arange(3), 6, "cpu")
-    assert [batch.rows.tolist() for batch in batches] == [[0], [1, 2]]
-
-
 def test_gather() -> None:
     values = [np.array([1.0, 2.0]), np.array([3.0]), np.array([4.0, 5.0])]
     found = gather(values, np.array([2, 0]), "cpu")
@@ -181,40 +114,47 @@ def advantages_table(keys: list[tuple[int, int, int]], values: list[float | None
     return pa.Table.from_pylist(rows, schema=tables.schema("advantages"))
 
 
+def lists(rows: Rows) -> list[list[float]]:
+    return [row.tolist() for row in rows]
+
+
 KEYS = [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
 
 
-def test_kept_rollouts() -> None:
-    found = kept_rollouts(rollouts_table(KEYS), advantages_table(KEYS, [None, 0.5, -0.25]))
+def test_kept_rollouts(tmp_path: Path) -> None:
+    found = kept_rollouts([rollouts_table(KEYS)], advantages_table(KEYS, [None, 0.5, -0.25]), tmp_path)
     assert len(found) == 2
     assert found.keys.tolist() == [[0, 0, 1], [0, 1, 0]]
-    assert [row.tolist() for row in found.prompts] == [[11], [12]]
-    assert [row.tolist() for row in found.responses] == [[21, 22, 23], [22, 23, 24]]
-    assert [row.tolist() for row in found.masks] == [[True, False, True], [True, True, True]]
+    assert lists(found.prompts) == [[11], [12]]
+    assert lists(found.responses) == [[21, 22, 23], [22, 23, 24]]
+    assert lists(found.masks) == [[True, False, True], [True, True, True]]
     # One log-prob per token that counts.
-    assert [row.tolist() for row in found.old_logprobs] == [[-1.25, -1.75], [-2.25, -2.5, -2.75]]
+    assert lists(found.old_logprobs) == [[-1.25, -1.75], [-2.25, -2.5, -2.75]]
     assert found.advantages.tolist() == [0.5, -0.25]
     assert found.temperatures.tolist() == [2.0, 3.0]
     assert found.num_tokens.tolist() == [2, 3]
 
 
-def test_kept_rollouts_of_tables_in_several_chunks() -> None:
+def test_kept_rollouts_of_several_shards(tmp_path: Path) -> None:
     rollouts, advantages = rollouts_table(KEYS), advantages_table(KEYS, [1.0, None, 2.0])
     found = kept_rollouts(
-        pa.concat_tables([rollouts.slice(0, 2), rollouts.slice(2)]),
+        [rollouts.slice(0, 2), rollouts.slice(2)],
         pa.concat_tables([advantages.slice(0, 1), advantages.slice(1)]),
+        tmp_path,
     )
-    assert [row.tolist() for row in found.responses] == [[20, 21, 22], [22, 23, 24]]
+    assert lists(found.responses) == [[20, 21, 22], [22, 23, 24]]
     assert found.advantages.tolist() == [1.0, 2.0]
+    assert found.temperatures.tolist() == [1.0, 3.0]
+    assert list(tmp_path.iterdir()) == []  # its files have no names
 
 
 @pytest.mark.parametrize("keys", [[], KEYS])
-def test_nothing_kept(keys: list[tuple[int, int, int]]) -> None:
-    found = kept_rollouts(rollouts_table(keys), advantages_table(keys, [None] * len(keys)))
+def test_nothing_kept(tmp_path: Path, keys: list[tuple[int, int, int]]) -> None:
+    found = kept_rollouts([rollouts_table(keys)], advantages_table(keys, [None] * len(keys)), tmp_path)
     assert len(found) == 0
     assert found.keys.shape == (0, 3)
     assert found.num_tokens.tolist() == []
-    assert found.responses == []
+    assert len(found.responses) == 0
 
 
 @pytest.mark.parametrize(
@@ -228,16 +168,34 @@ def test_nothing_kept(keys: list[tuple[int, int, int]]) -> None:
         [],
     ],
 )
-def test_other_keys_are_refused(keys: list[tuple[int, int, int]]) -> None:
+def test_other_keys_are_refused(tmp_path: Path, keys: list[tuple[int, int, int]]) -> None:
     message = r"^advantages are not of these rollouts: their keys differ; run `grpo advantage`$"
     with pytest.raises(CorruptError, match=message) as caught:
-        kept_rollouts(rollouts_table(KEYS), advantages_table(keys, [1.0] * len(keys)))
+        kept_rollouts([rollouts_table(KEYS)], advantages_table(keys, [1.0] * len(keys)), tmp_path)
     assert caught.value.exit_code == 6
 
 
-def test_the_numbers_of_a_budget() -> None:
-    # 7 rollouts of 3 tokens in a budget of 10: 3 + 3 + 1
-    rollouts = make_rollouts([(2, [True])] * 7)
-    batches = micro_batches(rollouts, np.arange(7), 10, "cpu")
-    assert [len(batch.rows) for batch in batches] == [3, 3, 1]
-    assert math.prod(batches[0].input_ids_BL.shape) == 9
+# ---- what the layout is checked on ----
+
+
+def test_the_longest_pair() -> None:
+    # prompt + response: 2 + 3, 2 + 1 | 4 + 2, 4 + 6, 4 + 1 | 9 + 0 is shorter than 10
+    prompts, responses = [2, 2, 4, 4, 4, 8], [3, 1, 2, 6, 1, 1]
+    rollouts = Rollouts(
+        keys=keys_of([2, 3, 1]),
+        prompts=[np.zeros(n) for n in prompts],
+        responses=[np.zeros(n) for n in responses],
+        masks=[np.ones(n, dtype=bool) for n in responses],
+        old_logprobs=[np.zeros(n) for n in responses],
+        advantages=np.zeros(6),
+        temperatures=np.ones(6),
+    )
+    assert longest_pair(rollouts).tolist() == [4, 3]
+
+
+def test_a_made_up_pair() -> None:
+    found = made_up_pair(5, 7, vocabulary=11)
+    assert [len(prompt) for prompt in found.prompts] == [5, 5]
+    assert found.num_tokens.tolist() == [1, 7]
+    assert all(0 <= token < 11 for token in found.responses[1])
+    assert found.prompts[0].tolist() == found.prompts[1].tolist()

@@ -23,11 +23,12 @@ from grpo.console import Console
 from grpo.errors import CorruptError, EngineError
 from grpo.model import load_model
 from grpo.update import stage
-from grpo.update.batch import Rollouts, kept_rollouts, minibatches
+from grpo.update.batch import Rollouts, Rows, kept_rollouts, minibatches
 from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
-from grpo.update.learner import Learner, Stored
+from grpo.update.learner import Learner
 from grpo.update.loss import Step
 from grpo.update.mismatch import mismatch
+from grpo.update.objective import Stored
 
 VOCAB, EOS, MAX_NEW_TOKENS = 50, 2, 8
 RARE = 41  # a token that only one rollout holds
@@ -198,7 +199,7 @@ def plain(
     model: Any,
     rollouts: Rollouts,
     rows: np.ndarray,
-    old: list[np.ndarray] | None,
+    old: Rows | None,
     reference: list[np.ndarray],
     objective: Objective,
 ) -> restatement.Loss:
@@ -302,7 +303,8 @@ def test_kl_of_the_policy_to_itself_is_zero(untied: Path, objective: str, estima
     assert row["kl"] == 0
     assert row["loss"] == row["policy_loss"]
     without, gradient, _ = step_gradient(untied, settings(objective, kl_coefficient=0.0), rollouts)
-    assert row["policy_loss"] == without["policy_loss"]
+    # Without a KL term the rollout of advantage 0 takes no forward pass: other batches, other rounding.
+    assert row["policy_loss"] == pytest.approx(without["policy_loss"], rel=1e-6)
     if estimator != "k1":  # at d = 0 the gradient of k2 and k3 is 0; that of k1 never is
         assert deviation(found, gradient) <= 1e-5
     else:
@@ -313,7 +315,7 @@ def test_kl_of_the_policy_to_itself_is_zero(untied: Path, objective: str, estima
 
 
 def permuted(rollouts: Rollouts, order: np.ndarray) -> Rollouts:
-    def lists(values: list[np.ndarray]) -> list[np.ndarray]:
+    def lists(values: Rows) -> list[np.ndarray]:
         return [values[i] for i in order]
 
     return Rollouts(
@@ -374,6 +376,8 @@ def make_run(root: Path, config: Config, policy: Path, reference: Path) -> Run:
     sequences = probe.probe_sequences([range(10)], context=None)
     record = staging.write_bytes("", probe.FILE, probe.measure(load_model(policy, "cpu"), sequences).encode())
     staging.commit({"policy": "start", "reference": "reference"}, [record], {})
+    staging = Staging(run, Plan("prompts", 1, "prompts", None, {}, {}), 0)
+    staging.commit({"prompts": "prompts"}, [], {"longest_prompt_tokens": 6})
     run.start = {"policy": policy, "reference": reference}
     return run
 
@@ -516,7 +520,7 @@ def test_one_step_equals_the_plain_restatement_closely(
     if old_logprobs == "recomputed":
         old = [stored.policy[i] for i in range(len(rollouts))]
     expected = plain(model, rollouts, np.arange(len(rollouts)), old, reference, objective_of(config))
-    tolerance = 1e-6 if correction else 1e-7  # the weights are made of stored float32 log-probs, in float32
+    tolerance = 1e-6 if correction else 2e-7  # the weights are made of stored float32 log-probs, in float32
     assert deviation(found, gradients(model)) <= tolerance
     assert row["loss"] == pytest.approx(expected.loss, rel=tolerance, abs=tolerance)
     assert row["kl"] == pytest.approx(expected.kl, rel=1e-7)
@@ -751,7 +755,7 @@ def test_nan_weights_everywhere_name_the_first_rollouts(untied: Path) -> None:
     learner = make_learner(untied, settings(kl_coefficient=0.0))
     with torch.no_grad():
         weights_of(learner)["lm_head.weight"].fill_(math.nan)
-    expect_error(learner, make_rollouts(), Stored(), r"\(0, \d, \d\), .* and 6 more; nothing was committed$")
+    expect_error(learner, make_rollouts(), Stored(), r"\(0, \d, \d\), .* and 5 more; nothing was committed$")
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
@@ -922,7 +926,7 @@ def test_mismatch_by_hand() -> None:
     a, b = math.log(3), math.log(1.5)
     policy = [np.array([-1.0 + a, -2.0]), np.array([-2.0 - a, -1.0 + b])]
     old = [np.array([-1.0, -2.0]), np.array([-2.0, -1.0])]
-    found = mismatch(policy, old)
+    found = mismatch(zip(policy, old, strict=True))
     assert found == {
         "mismatch_mean": pytest.approx((2 * a + b) / 4),
         "mismatch_max": pytest.approx(a),
@@ -931,12 +935,12 @@ def test_mismatch_by_hand() -> None:
         "effective_sample_size": pytest.approx(1225 / 1780),
         "over_cap_fraction": 0.25,  # of 3, 1, 1/3 and 1.5 only 3 is over 2
     }
-    assert mismatch(policy, old, cap=1.2)["over_cap_fraction"] == 0.5  # 3 and 1.5
+    assert mismatch(zip(policy, old, strict=True), cap=1.2)["over_cap_fraction"] == 0.5  # 3 and 1.5
 
 
 def test_no_mismatch() -> None:
     same = [np.array([-1.0, -2.0], dtype=np.float32)]
-    assert mismatch(same, same) == {
+    assert mismatch(zip(same, same, strict=True)) == {
         "mismatch_mean": 0,
         "mismatch_max": 0,
         "mismatch_kl": 0,
@@ -946,7 +950,7 @@ def test_no_mismatch() -> None:
 
 
 def test_mismatch_of_policies_with_nothing_in_common_is_finite() -> None:
-    found = mismatch([np.array([-1.0, -900.0, -1.0])], [np.array([-900.0, -1.0, -1.0])])
+    found = mismatch([(np.array([-1.0, -900.0, -1.0]), np.array([-900.0, -1.0, -1.0]))])
     assert all(math.isfinite(value) for value in found.values())
     assert found["effective_sample_size"] == pytest.approx(1 / 3)  # one weight outweighs all
     assert found["over_cap_fraction"] == pytest.approx(1 / 3)
@@ -963,9 +967,9 @@ def test_at_learning_rate_zero_the_mismatch_stays(tmp_path: Path, untied: Path) 
     assert table[0]["effective_sample_size"] == pytest.approx(1, abs=1e-9)
     assert [row["loss"] for row in table] == [table[0]["loss"]] * 2
     stored = run.read("logprobs", 0).to_pylist()
-    assert len(stored) == ROWS
+    assert len(stored) == ROWS - 1  # without a KL term, the rollout of advantage 0 is not read
     assert {row["step"] for row in stored} == {0}
     assert all(row["reference_logprobs"] is None for row in stored)
-    assert kept_rollouts(run.read("rollouts", 0), run.read("advantages", 0)).num_tokens.tolist() == [
-        len(row["policy_logprobs"]) for row in stored
-    ]
+    kept = kept_rollouts(run.read_shards("rollouts", 0), run.read("advantages", 0), tmp_path)
+    read = kept.num_tokens[kept.advantages != 0]
+    assert read.tolist() == [len(row["policy_logprobs"]) for row in stored]

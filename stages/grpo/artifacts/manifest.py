@@ -29,7 +29,7 @@ class FileRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: FileName
-    part: Literal["", "policy", "optimizer"] = ""
+    part: Literal["", "policy", "optimizer", "adapter"] = ""
     """Folder within the output."""
     bytes: int
     sha256: str

@@ -151,13 +151,22 @@ class Run:
         """All rows of a committed table in key order, verified. Raises InputError when it is missing."""
         from grpo import tables
 
+        return tables.decode(table, self._contents(table, iteration), columns)
+
+    def read_shards(
+        self, table: str, iteration: int | None, columns: list[str] | None = None
+    ) -> "Iterator[pa.Table]":
+        """The same, a shard at a time."""
+        from grpo import tables
+
+        for content in self._contents(table, iteration):
+            yield tables.decode(table, [content], columns)
+
+    def _contents(self, table: str, iteration: int | None) -> Iterator[tuple[Path, bytes]]:
         output = "update" if table in ("updates", "logprobs") else table
         manifest = self.manifest(output, iteration)
         if manifest is None:
             raise InputError(f"{self.folder(output, iteration)}: missing")
-        return tables.decode(table, self._contents(manifest, output, table), columns)
-
-    def _contents(self, manifest: Manifest, output: str, table: str) -> Iterator[tuple[Path, bytes]]:
         for file in manifest.files:
             if file.table == table:
                 path = self.path_of(file, output, manifest.iteration)
@@ -204,12 +213,12 @@ def iteration_folder(iteration: int) -> str:
 
 
 def holder_of(name: str, iteration: int | None) -> tuple[str, int | None]:
-    """The output that holds a named thing. The policy and optimiser of iteration i come from update i-1."""
+    """The output that holds a named thing. Policy, optimiser and adapter of iteration i are of update i-1."""
     if name in ("prompts", "reference"):
         return ("prompts" if name == "prompts" else "policy"), None
     if iteration is None:
         raise AssertionError(f"{name} belongs to an iteration")
-    if name in ("policy", "optimizer"):
+    if name in ("policy", "optimizer", "adapter"):
         return ("policy", None) if iteration == 0 else ("update", iteration - 1)
     return ("rewards" if name.startswith("reward/") else name), iteration
 

@@ -108,10 +108,11 @@ def _compare(
     learner.load(checkpoint, None, ("starting policy", None))
     found = learner.policy_logprobs(rollouts, np.arange(len(rollouts)))
     own = [found[row] for row in range(len(rollouts))]
-    ratio_N = np.exp(np.concatenate(own).astype(np.float64) - np.concatenate(rollouts.old_logprobs))
+    old = [sample.logprobs for _, _, sample in taken]
+    ratio_N = np.exp(np.concatenate(own).astype(np.float64) - np.concatenate(old))
     return {
         "tokens": int(rollouts.num_tokens.sum()),
-        **mismatch(own, rollouts.old_logprobs),
+        **mismatch(zip(own, old, strict=True)),
         "largest_ratio_error": float(np.abs(ratio_N - 1).max()),
     }
 

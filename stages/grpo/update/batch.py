@@ -1,11 +1,12 @@
-"""batch: which rollouts an optimiser step reads, and how they are cut into micro-batches.
+"""batch: which rollouts an iteration trains on, and which of them each optimiser step reads.
 
-Steps are made of whole groups and decided by (seed, iteration, epoch) alone; micro-batches bound memory and
-change nothing. Shapes: B rollouts, L tokens of the longest row, N response tokens.
+Steps are made of whole groups and decided by (seed, iteration, epoch) alone. Tokens and log-probs stay on
+disk until a micro-batch needs them: memory holds a few numbers of each rollout.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from grpo.errors import CorruptError
 from grpo.tables import KEY
+from grpo.update.scratch import Ragged
 
 # Columns of `rollouts` that training needs.
 READ = [
@@ -25,77 +27,86 @@ READ = [
     "old_logprobs",
     "temperature",
 ]
+_OTHER_KEYS = "advantages are not of these rollouts: their keys differ; run `grpo advantage`"
+
+Rows = Sequence[np.ndarray] | Ragged
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The kept rollouts of an iteration in key order; `sequences[i]` belongs to `keys[i]`.
+    """The kept rollouts of an iteration in key order; `responses[i]` belongs to `keys[i]`.
 
-    keys: int64 [B, 3] (iteration, group_id, sample_id); prompts, responses: int64 token ids per rollout;
-    masks: bool per response token, true where the policy sampled it; old_logprobs: float32, one per true
-    of the mask; advantages: float64 [B]; temperatures: float64 [B].
+    keys: int64 [B, 3] (iteration, group_id, sample_id); prompts, responses: token ids per rollout; masks:
+    bool per response token, true where the policy sampled it; old_logprobs: float32, one per true of the
+    mask; advantages: float64 [B]; temperatures: float64 [B]; num_tokens: T_i, response tokens that count,
+    int64 [B].
     """
 
     keys: np.ndarray
-    prompts: list[np.ndarray]
-    responses: list[np.ndarray]
-    masks: list[np.ndarray]
-    old_logprobs: list[np.ndarray]
+    prompts: Rows
+    responses: Rows
+    masks: Rows
+    old_logprobs: Rows
     advantages: np.ndarray
     temperatures: np.ndarray
+    num_tokens: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        counts = [int(mask.sum()) for mask in self.masks]
+        object.__setattr__(self, "num_tokens", np.array(counts, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
-    def num_tokens(self) -> np.ndarray:
-        """T_i: response tokens that count, int64 [B]."""
-        return np.array([mask.sum() for mask in self.masks], dtype=np.int64)
 
+def kept_rollouts(shards: Iterable[pa.Table], advantages: pa.Table, folder: Path) -> Rollouts:
+    """Join what was sampled, shard by shard, with what is trained on; lists go to unnamed files in `folder`.
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows of one forward pass, padded on the right; causal attention never sees the padding.
-
-    rows: int64 [B], positions in Rollouts. input_ids_BL. rows_N, columns_N: where the logits that predict
-    the N counted response tokens are. targets_N: those tokens. lengths_B: how many of them each row has.
+    Raises CorruptError when the keys do not match.
     """
-
-    rows: np.ndarray
-    input_ids_BL: Tensor
-    rows_N: Tensor
-    columns_N: Tensor
-    targets_N: Tensor
-    lengths_B: Tensor
-    temperature_N: Tensor
-
-
-def kept_rollouts(rollouts: pa.Table, advantages: pa.Table) -> Rollouts:
-    """Join what was sampled with what is trained on. Raises CorruptError when the keys do not match."""
-    same_keys = len(rollouts) == len(advantages) and all(
-        rollouts[name].combine_chunks().equals(advantages[name].combine_chunks()) for name in KEY
-    )
-    if not same_keys:
-        raise CorruptError("advantages are not of these rollouts: their keys differ; run `grpo advantage`")
-    kept = rollouts.filter(advantages["keep"])
-    masks = _lists(kept["response_mask"])
-    old = _lists(kept["old_logprobs"])
+    prompts, responses = Ragged(folder, np.int32), Ragged(folder, np.int32)
+    masks, old_logprobs = Ragged(folder, np.bool_), Ragged(folder, np.float32)
+    temperatures = [np.zeros(0)]
+    start = 0
+    for shard in shards:
+        mine = advantages.slice(start, len(shard))
+        start += len(shard)
+        if not _same_keys(shard, mine):
+            raise CorruptError(_OTHER_KEYS)
+        kept = shard.filter(mine["keep"])
+        mask, lengths = _flat(kept["response_mask"])
+        old, _ = _flat(kept["old_logprobs"])
+        prompts.extend(*_flat(kept["prompt_token_ids"]))
+        responses.extend(*_flat(kept["response_token_ids"]))
+        masks.extend(mask, lengths)
+        counted = np.concatenate([[0], np.cumsum(mask)])[np.cumsum(lengths)]
+        old_logprobs.extend(old[mask], np.diff(counted, prepend=0))
+        temperatures.append(kept["temperature"].to_numpy())
+    if start != len(advantages):
+        raise CorruptError(_OTHER_KEYS)
+    kept = advantages.filter(advantages["keep"])
     return Rollouts(
         keys=np.stack([kept[name].to_numpy() for name in KEY], axis=1).astype(np.int64),
-        prompts=[ids.astype(np.int64) for ids in _lists(kept["prompt_token_ids"])],
-        responses=[ids.astype(np.int64) for ids in _lists(kept["response_token_ids"])],
+        prompts=prompts,
+        responses=responses,
         masks=masks,
-        old_logprobs=[values[mask] for values, mask in zip(old, masks, strict=True)],
-        advantages=pc.drop_null(advantages["advantage"]).to_numpy(),
-        temperatures=kept["temperature"].to_numpy(),
+        old_logprobs=old_logprobs,
+        advantages=kept["advantage"].to_numpy(),
+        temperatures=np.concatenate(temperatures),
     )
 
 
-def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+def _same_keys(rollouts: pa.Table, advantages: pa.Table) -> bool:
+    return len(rollouts) == len(advantages) and all(
+        rollouts[name].combine_chunks().equals(advantages[name].combine_chunks()) for name in KEY
+    )
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a list column one behind another, and how many each row has."""
     array = column.combine_chunks()
-    values = array.flatten().to_numpy(zero_copy_only=False)
-    ends = np.cumsum(pc.list_value_length(array).to_numpy(zero_copy_only=False))
-    return np.split(values, ends[:-1]) if len(array) else []
+    lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False).astype(np.int64)
+    return array.flatten().to_numpy(zero_copy_only=False), lengths
 
 
 def minibatches(keys: np.ndarray, num_steps: int, seed: int, iteration: int, epoch: int) -> list[np.ndarray]:
@@ -111,49 +122,36 @@ def minibatches(keys: np.ndarray, num_steps: int, seed: int, iteration: int, epo
     return [np.flatnonzero(np.isin(group_of_row, part)) for part in parts]
 
 
-def micro_batches(rollouts: Rollouts, rows: np.ndarray, max_tokens: int, device: str) -> list[MicroBatch]:
-    """Cut `rows` into batches of at most `max_tokens` padded tokens (one rollout may exceed it alone).
-
-    Sorted by length, longest first, so that little is padding and memory runs out at once or never.
-    """
-    lengths = np.array([len(rollouts.prompts[i]) + len(rollouts.responses[i]) for i in rows], dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    batches: list[MicroBatch] = []
-    start = 0
-    while start < len(order):
-        width = int(lengths[order[start]])
-        count = max(1, max_tokens // width)
-        chosen = rows[order[start : start + count]]
-        batches.append(_pad(rollouts, chosen, width, device))
-        start += count
-    return batches
-
-
-def _pad(rollouts: Rollouts, rows: np.ndarray, width: int, device: str) -> MicroBatch:
-    input_ids_BL = np.zeros(
-        (len(rows), width), dtype=np.int64
-    )  # any id will do for padding: nothing reads it
-    places: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for b, i in enumerate(rows):
-        prompt, response = rollouts.prompts[i], rollouts.responses[i]
-        input_ids_BL[b, : len(prompt) + len(response)] = np.concatenate([prompt, response])
-        counted = np.flatnonzero(rollouts.masks[i])
-        columns = len(prompt) - 1 + counted  # the token before predicts it
-        places.append((np.full(len(counted), b), columns, response[counted]))
-    rows_N, columns_N, targets_N = (np.concatenate(part) for part in zip(*places, strict=True))
-    lengths_B = rollouts.num_tokens[rows]
-    temperature_N = np.repeat(rollouts.temperatures[rows], lengths_B)
-    return MicroBatch(
-        rows=rows,
-        input_ids_BL=torch.from_numpy(input_ids_BL).to(device),
-        rows_N=torch.from_numpy(rows_N).to(device),
-        columns_N=torch.from_numpy(columns_N).to(device),
-        targets_N=torch.from_numpy(targets_N).to(device),
-        lengths_B=torch.from_numpy(lengths_B).to(device),
-        temperature_N=torch.from_numpy(temperature_N).float().to(device),
-    )
-
-
-def gather(values: Sequence[np.ndarray] | Mapping[int, np.ndarray], rows: np.ndarray, device: str) -> Tensor:
+def gather(values: Rows | Mapping[int, np.ndarray], rows: np.ndarray, device: str) -> Tensor:
     """Ragged values of `rows`, one after another, as float32 [N]."""
     return torch.from_numpy(np.concatenate([values[int(i)] for i in rows]).astype(np.float32)).to(device)
+
+
+def longest_pair(rollouts: Rollouts) -> np.ndarray:
+    """Rows of the shortest and the longest response of the group of the longest rollout, in that order.
+
+    One row where that group has one.
+    """
+    lengths = np.array([len(response) for response in rollouts.responses])
+    prompts = np.array([len(prompt) for prompt in rollouts.prompts])
+    longest = int(np.argmax(prompts + lengths))
+    others = (rollouts.keys[:, :2] == rollouts.keys[longest, :2]).all(axis=1)
+    others[longest] = False
+    rows = np.flatnonzero(others)
+    return np.array([*rows[np.argsort(lengths[rows], kind="stable")][:1], longest])
+
+
+def made_up_pair(prompt_tokens: int, response_tokens: int, vocabulary: int) -> Rollouts:
+    """A group of a response of one token and one of `response_tokens`, of random tokens."""
+    draw = np.random.default_rng(0)
+    lengths = (1, response_tokens)
+    prompt = draw.integers(vocabulary, size=prompt_tokens)
+    return Rollouts(
+        keys=np.array([[0, 0, 0], [0, 0, 1]]),
+        prompts=[prompt, prompt],
+        responses=[draw.integers(vocabulary, size=length) for length in lengths],
+        masks=[np.ones(length, dtype=bool) for length in lengths],
+        old_logprobs=[np.zeros(length, dtype=np.float32) for length in lengths],
+        advantages=np.zeros(2),
+        temperatures=np.ones(2),
+    )

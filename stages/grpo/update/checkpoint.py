@@ -7,37 +7,64 @@ with, and every other file of the checkpoint the run started from, byte for byte
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from grpo.artifacts import checkpoint_files, is_weight_file
 from grpo.errors import CorruptError
+from grpo.update.adapter import holds_adapted, merged, plain_state
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _SHARD_BYTES = 2**31  # a file is hashed and written from memory, so this is what a checkpoint costs in memory
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
-def policy_files(model: PreTrainedModel, start: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each file of a checkpoint of `model`, which was loaded from a copy of `start`."""
+def policy_files(
+    model: PreTrainedModel, start: Path, adapter: "PeftModel | None" = None
+) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each file of a checkpoint of `model`, which was loaded from a copy of `start`.
+
+    With an adapter on it, of what the two make together; weights are merged a file at a time.
+    """
     for path in checkpoint_files(start):
         if not is_weight_file(path.name):
             yield path.name, path.read_bytes()
-    own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in own}  # tied ones once
-    state = revert_weight_conversion(model, state)
+    state = _published(model) if adapter is None else _published_with(adapter, model)
     split = split_torch_state_dict_into_shards(state, max_shard_size=_SHARD_BYTES)
     for name, members in split.filename_to_tensors.items():
-        tensors = {member: state[member].detach().cpu().contiguous() for member in members}
+        shard = {member: state[member] for member in members}
+        shard = shard if adapter is None else dict(merged(adapter, shard))
+        tensors = {member: tensor.detach().cpu().contiguous() for member, tensor in shard.items()}
         yield name, save(tensors, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         yield "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True).encode()
+
+
+def _published(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's tensors under the names its architecture is published with, tied ones once."""
+    own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
+    published: dict[str, Tensor] = revert_weight_conversion(model, state)
+    return published
+
+
+def _published_with(adapter: "PeftModel", model: PreTrainedModel) -> dict[str, Tensor]:
+    """The same of an adapter's base, to be merged; merged where the published form splits or fuses them."""
+    state: dict[str, Tensor] = revert_weight_conversion(model, plain_state(adapter))
+    if not holds_adapted(adapter, state):
+        state = revert_weight_conversion(model, dict(merged(adapter, plain_state(adapter))))
+    return state
 
 
 def optimizer_file(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> bytes:
@@ -60,7 +87,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel, pat
     optimizer.state.clear()
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
-        parameters = dict(model.named_parameters())
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         expected = {f"{moment}.{name}" for moment in _MOMENTS for name in parameters}
         if names and names != expected:
             raise CorruptError(f"{path}: not the optimiser state of this model: see {min(names ^ expected)}")

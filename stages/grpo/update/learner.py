@@ -1,56 +1,60 @@
 """learner: the policy in training, its optimiser and the frozen reference, kept between iterations.
 
-What is in memory is always what is on disk: `holds` names the ids of the policy and optimiser that were
-last loaded or saved, and anything else is loaded again. So an interrupted run goes on with the same bits.
+What is in memory is always what is on disk: `holds` names the ids of what was last loaded or saved, and
+anything else is loaded again. So an interrupted run goes on with the same bits.
+
+In a torch.distributed group each process takes its share of every step, and all of them the same step.
 """
 
 import math
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.config import UpdateConfig
 from grpo.errors import EngineError
-from grpo.logprobs import token_logprobs
 from grpo.model import copy_weights, empty_cache, load_model
-from grpo.update.batch import MicroBatch, Rollouts, gather, micro_batches
+from grpo.update import processes
+from grpo.update.adapter import adapter_off, add_adapter, load_adapter, reset_adapter
+from grpo.update.batch import Rollouts, longest_pair, made_up_pair
 from grpo.update.checkpoint import load_optimizer
-from grpo.update.loss import Step, aggregate_tokens, kl_estimate, policy_loss, sampler_weights
+from grpo.update.layout import MicroBatch, build, micro_batches, tree_of
+from grpo.update.loss import Step
+from grpo.update.network import TOLERANCE, Network
+from grpo.update.objective import Stored, Sums, check_finite, name_keys, needed, objective
 
-_MAX_KEYS_NAMED = 8
-
-
-@dataclass
-class Stored:
-    """Log-probs of an iteration's kept rollouts, by row of Rollouts; float32, one per counted token."""
-
-    policy: dict[int, np.ndarray] = field(default_factory=dict)
-    """The learner's own when it first read the rollout: before its first step, where pi_old is recomputed."""
-    reference: dict[int, np.ndarray] = field(default_factory=dict)
-    first_step: dict[int, int] = field(default_factory=dict)
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class Learner:
     """Weights, AdamW and the reference. `config` is fixed for the life of the object."""
 
-    def __init__(self, config: UpdateConfig, device: str) -> None:
+    def __init__(self, config: UpdateConfig, device: str, seed: int = 0) -> None:
         self.config = config
         self.device = device
+        self.seed = seed  # of a new adapter
         self.holds: tuple[str | None, str | None] = (None, None)
-        self._model: PreTrainedModel | None = None
+        self._network: Network | None = None
         self._optimizer: torch.optim.AdamW | None = None
-        self._reference: PreTrainedModel | None = None
+        self._adapter: PeftModel | None = None
+        self._reference: Network | None = None
+        self._checked = False
+
+    @property
+    def network(self) -> Network:
+        """The policy; load() must have been called."""
+        assert self._network is not None
+        return self._network
 
     @property
     def model(self) -> PreTrainedModel:
-        """The policy; load() must have been called."""
-        assert self._model is not None
-        return self._model
+        """The policy's model."""
+        return self.network.model
 
     @property
     def optimizer(self) -> torch.optim.AdamW:
@@ -58,28 +62,69 @@ class Learner:
         assert self._optimizer is not None
         return self._optimizer
 
-    def load(self, policy: Path, optimizer: Path | None, ids: tuple[str, str | None]) -> None:
-        """Take the policy and optimiser state `ids` from disk, unless they are what is in memory."""
+    @property
+    def adapter(self) -> "PeftModel | None":
+        """The adapter in training on the policy's frozen weights; None where these train themselves."""
+        return self._adapter
+
+    def load(
+        self,
+        policy: Path,
+        optimizer: Path | None,
+        ids: tuple[str | None, str | None],
+        adapter: Path | None = None,
+    ) -> None:
+        """Take the policy and optimiser state `ids` from disk, unless they are what is in memory.
+
+        With update.lora, `policy` is the starting policy, and `adapter` what was trained on it since.
+        """
         self._move(self.device)
         if self.holds == ids:
             return
         self.holds = (None, None)
-        if self._model is None:
-            self._model = load_model(policy, self.device)
+        if self._network is None:
+            self._network = self._open_policy(policy)
             self._optimizer = torch.optim.AdamW(
-                self._model.parameters(),
+                [p for p in self.model.parameters() if p.requires_grad],
                 lr=self.config.learning_rate,
                 betas=(self.config.betas[0], self.config.betas[1]),
                 eps=self.config.adam_epsilon,
                 weight_decay=self.config.weight_decay,
                 fused=True,
             )
-        else:
-            copy_weights(self._model, policy)
+        elif self._adapter is None:
+            copy_weights(self.model, policy)
+        if self._adapter is not None:
+            if adapter is None:
+                reset_adapter(self._adapter, self.seed)
+            else:
+                load_adapter(self._adapter, adapter)
         self.optimizer.state.clear()
         if optimizer is not None:
             load_optimizer(self.optimizer, self.model, optimizer)
         self.holds = ids
+
+    def load_reference(self, checkpoint: Path, *, is_start: bool = False) -> None:
+        """Load the frozen reference once. is_start: it is the starting policy, which an adapter's base is."""
+        if self._reference is not None:
+            return
+        if is_start and self._adapter is not None:
+            self._reference = self.network
+            return
+        model = load_model(checkpoint, self.device).requires_grad_(False)
+        self._reference = self._open(model)
+
+    def _open_policy(self, checkpoint: Path) -> Network:
+        model = load_model(checkpoint, self.device)
+        if lora := self.config.lora:
+            self._adapter = add_adapter(model, lora.rank, lora.alpha, lora.targets, self.seed)
+        network = self._open(model)
+        if self.config.gradient_checkpointing:
+            network.checkpoint_gradients()
+        return network
+
+    def _open(self, model: PreTrainedModel) -> Network:
+        return Network(model, self.config.precision, share_prompts=self.config.prompt_sharing == "auto")
 
     def release(self) -> None:
         """Leave the accelerator until the next load(); what is held stays as it is, in main memory."""
@@ -89,138 +134,126 @@ class Learner:
         empty_cache(self.device)
 
     def _move(self, device: str) -> None:
-        for model in (self._model, self._reference):
-            if model is not None:
-                model.zero_grad(set_to_none=True)
-                torch.nn.Module.to(model, device)
+        for network in (self._network, self._reference):
+            if network is not None:
+                network.model.zero_grad(set_to_none=True)
+                torch.nn.Module.to(network.model, device)
         for moments in self._optimizer.state.values() if self._optimizer is not None else ():
             for name, tensor in moments.items():
                 moments[name] = tensor.to(device)
 
-    def load_reference(self, checkpoint: Path) -> None:
-        """Load the frozen reference once."""
-        if self._reference is None:
-            self._reference = load_model(checkpoint, self.device).requires_grad_(False)
+    def check_layout(self, rollouts: Rollouts, longest: tuple[int, int]) -> dict[str, Any]:
+        """Compare how groups are read with reading a rollout alone, and read them alone where that differs.
 
-    def reference_logprobs(self, rollouts: Rollouts, rows: np.ndarray) -> dict[int, np.ndarray]:
-        """Log-probs of the reference for each of `rows`."""
+        Compared are the longest rollout and, once, one of made-up tokens that is as long as the run allows:
+        `longest` tokens of prompt and response. Returns the layout, and the largest difference of a log-prob.
+        """
+        limit = max(self.config.max_tokens_per_batch // 2, 1)  # no tree is larger than a micro-batch
+        pairs = [(rollouts, longest_pair(rollouts))] if len(rollouts) else []
+        if not self._checked:
+            vocabulary = int(self.model.config.get_text_config(decoder=True).vocab_size)
+            made_up = made_up_pair(min(longest[0], limit), min(longest[1], limit), vocabulary)
+            pairs.append((made_up, np.arange(2)))
+        self._checked = True
+        found: dict[str, Any] = {}
+        reference = None if self._reference is self._network else self._reference
+        for name, network in (("policy", self._network), ("reference", reference)):
+            if network is None or network.layout == "rows" or not pairs:
+                continue
+            difference = max(network.difference(*pair) for pair in pairs)
+            found[f"{name}_layout_difference"] = difference
+            if not difference <= TOLERANCE:  # NaN too
+                found[f"{name}_layout_refused"] = network.layout
+                network.fall_back()
+        return {"layout": self.network.layout, **found}
+
+    def reference_logprobs(self, rollouts: Rollouts, rows: np.ndarray, into: Any = None) -> Any:
+        """Log-probs of the reference for each of `rows`, put `into` a mapping by row (default: a new one)."""
         assert self._reference is not None
-        return self._no_grad_logprobs(self._reference, rollouts, rows)
+        shares_base = self._adapter is not None and self._reference is self._network
+        with adapter_off(self._adapter) if shares_base else nullcontext():
+            return self._no_grad_logprobs(self._reference, rollouts, rows, into)
 
-    def policy_logprobs(self, rollouts: Rollouts, rows: np.ndarray) -> dict[int, np.ndarray]:
-        """Log-probs of the policy as it is now for each of `rows`."""
-        return self._no_grad_logprobs(self.model, rollouts, rows)
+    def policy_logprobs(self, rollouts: Rollouts, rows: np.ndarray, into: Any = None) -> Any:
+        """Log-probs of the policy as it is now for each of `rows`, likewise."""
+        return self._no_grad_logprobs(self.network, rollouts, rows, into)
 
-    @torch.inference_mode()
-    def _no_grad_logprobs(
-        self, model: PreTrainedModel, rollouts: Rollouts, rows: np.ndarray
-    ) -> dict[int, np.ndarray]:
-        found: dict[int, np.ndarray] = {}
-        for batch in micro_batches(rollouts, rows, self.config.max_tokens_per_batch, self.device):
-            logprobs_N, _ = _forward(model, batch, with_entropy=False)
-            found |= _by_row(batch, logprobs_N)
+    @torch.no_grad()
+    def _no_grad_logprobs(self, network: Network, rollouts: Rollouts, rows: np.ndarray, into: Any) -> Any:
+        found = {} if into is None else into
+        for batch in self._micro_batches(network, rollouts, rows):
+            logprobs_N, _ = network.logprobs(batch)
+            found.update(by_row(batch, logprobs_N))
         return found
 
+    def _micro_batches(self, network: Network, rollouts: Rollouts, rows: np.ndarray) -> Any:
+        return micro_batches(
+            rollouts,
+            rows,
+            self.config.max_tokens_per_batch,
+            network.layout,
+            network.cost,
+            self.device,
+            processes.share(),
+        )
+
     def step(
-        self, rollouts: Rollouts, rows: np.ndarray, step: Step, stored: Stored, number: int
+        self,
+        rollouts: Rollouts,
+        rows: np.ndarray,
+        step: Step,
+        stored: Stored,
+        number: int,
+        learning_rate: float | None = None,
     ) -> dict[str, Any]:
         """One optimiser step on `rows`; returns its columns of `updates` (numbers, not yet the mismatch).
 
-        `stored` gains the policy's log-probs of rows that are read for the first time. Raises EngineError
-        (exit 8) naming the rollouts when the loss or the gradient is not finite; no step is taken.
+        learning_rate: None leaves the configured one. `stored` gains the policy's log-probs of rows that are
+        read for the first time. Raises EngineError (exit 8) naming the rollouts when the loss or the gradient
+        is not finite; no step is taken.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        sums = dict.fromkeys(("policy_loss", "kl", "entropy", "ratio", "ratios", "low", "high"), 0.0)
-        largest = 0.0
-        for batch in micro_batches(rollouts, rows, self.config.max_tokens_per_batch, self.device):
-            part, ratio_R = self._backward(rollouts, batch, step, stored, number)
-            advantage_R = _advantages(rollouts, batch, ratio_R)
-            sums["ratio"] += ratio_R.sum(dtype=torch.float64).item()
-            sums["ratios"] += len(ratio_R)
-            largest = max(largest, ratio_R.max().item())
-            for side, clipped in zip(("low", "high"), self._clipped(ratio_R, advantage_R), strict=True):
-                sums[side] += clipped
-            for name, value in part.items():
-                sums[name] += value
-        grad_norm = self._clip_gradient(rollouts, rows, step, stored, number)
+        sums = Sums()
+        read = needed(self.config, rollouts, rows)
+        for batch in self._micro_batches(self.network, rollouts, read):
+            sums.add(self._backward(rollouts, batch, step, stored, number))
+        processes.add_up_gradients(self.model)
+        grad_norm = self._clip_gradient(rollouts, read, step, stored, number)
+        if learning_rate is not None:
+            self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
-        kl = sums["kl"] if self.config.kl_coefficient else None
-        return {
-            "loss": sums["policy_loss"] + self.config.kl_coefficient * sums["kl"],
-            "policy_loss": sums["policy_loss"],
-            "kl": kl,
-            "entropy": sums["entropy"] / step.num_tokens,
-            "ratio_mean": sums["ratio"] / sums["ratios"],
-            "ratio_max": largest,
-            "clip_fraction_low": sums["low"] / sums["ratios"],
-            "clip_fraction_high": sums["high"] / sums["ratios"],
-            "grad_norm": grad_norm,
-        }
+        return {**processes.total(sums).row(self.config), "grad_norm": grad_norm}
 
     def _backward(
         self, rollouts: Rollouts, batch: MicroBatch, step: Step, stored: Stored, number: int
-    ) -> tuple[dict[str, float], Tensor]:
-        """Add this micro-batch's gradient; returns its parts of the step's sums, and its ratios [R]."""
-        config = self.config
-        logprobs_N, entropy_N = _forward(self.model, batch, with_entropy=True)
-        own = _by_row(batch, logprobs_N)
-        _check_finite(rollouts, own, stored)
-        for row in own:
-            stored.policy.setdefault(row, own[row])
-            stored.first_step.setdefault(row, number)
-        policy_term, ratio_R = policy_loss(
-            logprobs_N,
-            self._old_logprobs(rollouts, batch, stored),
-            torch.from_numpy(rollouts.advantages[batch.rows]).float().to(self.device),
-            batch.lengths_B,
-            ratio=config.ratio,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            aggregate=config.aggregate,
-            step=step,
-            weights_R=self._sampler_weights(rollouts, batch, stored),
-        )
-        loss, kl = policy_term, 0.0
-        if config.kl_coefficient:
-            reference_N = gather(stored.reference, batch.rows, self.device)
-            kl_N = kl_estimate(logprobs_N, reference_N, config.kl_estimator)
-            kl_term = aggregate_tokens(kl_N, batch.lengths_B, config.aggregate, step)
-            loss, kl = policy_term + config.kl_coefficient * kl_term, kl_term.item()
-        if not math.isfinite(loss.item()):
-            raise EngineError(
-                f"update: the loss is {loss.item()} on {_name_keys(rollouts, list(batch.rows))}"
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
+    ) -> Sums:
+        """Add this micro-batch's gradient; returns its part of the step's numbers."""
+        logprobs_N, entropy_N = self.network.logprobs(batch, with_entropy=True)
         assert entropy_N is not None
-        entropy = entropy_N.detach().sum(dtype=torch.float64).item()
-        return {"policy_loss": policy_term.item(), "kl": kl, "entropy": entropy}, ratio_R
+        own = by_row(batch, logprobs_N)
+        if not bool(logprobs_N.isfinite().all()):
+            own = (
+                self._alone(rollouts, batch) or own
+            )  # NaN reaches what it shares a sequence with, masked or not
+        check_finite(rollouts, own, stored)
+        for row in own:
+            if row not in stored.first_step:
+                stored.policy.setdefault(row, own[row])
+                stored.first_step[row] = number
+        loss, part = objective(self.config, rollouts, batch, stored, step, logprobs_N, entropy_N)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return part
 
-    def _old_logprobs(self, rollouts: Rollouts, batch: MicroBatch, stored: Stored) -> Tensor:
-        """pi_old of the batch, [N]: what the sampler stored, or the learner's own before its first step."""
-        source = rollouts.old_logprobs if self.config.old_logprobs == "sampled" else stored.policy
-        return gather(source, batch.rows, self.device)
-
-    def _sampler_weights(self, rollouts: Rollouts, batch: MicroBatch, stored: Stored) -> Tensor | None:
-        """Weight of each surrogate value of the batch, [R]; None without a correction."""
-        config = self.config
-        if config.sampler_correction == "none":
-            return None
-        return sampler_weights(
-            gather(stored.policy, batch.rows, self.device),
-            gather(rollouts.old_logprobs, batch.rows, self.device),
-            batch.lengths_B,
-            ratio=config.ratio,
-            correction=config.sampler_correction,
-            level=config.sampler_correction_level,
-            cap=config.sampler_correction_cap,
-        )
-
-    def _clipped(self, ratio_R: Tensor, advantage_R: Tensor) -> tuple[float, float]:
-        """How many ratios the clip took out of the gradient, below and above."""
-        low, high = self.config.clip_low, self.config.clip_high
-        below = 0 if low is None else int(((ratio_R < 1 - low) & (advantage_R < 0)).sum())
-        above = 0 if high is None else int(((ratio_R > 1 + high) & (advantage_R > 0)).sum())
-        return float(below), float(above)
+    @torch.no_grad()
+    def _alone(self, rollouts: Rollouts, batch: MicroBatch) -> dict[int, np.ndarray]:
+        """Log-probs of those rollouts of the batch that are not finite when each is read by itself."""
+        found: dict[int, np.ndarray] = {}
+        for row in batch.rows.tolist():
+            single = build(rollouts, [[tree_of(rollouts, [row])]], self.device)
+            logprobs_N, _ = self.network.logprobs(single)
+            if not bool(logprobs_N.isfinite().all()):
+                found |= by_row(single, logprobs_N)
+        return found
 
     def _clip_gradient(
         self, rollouts: Rollouts, rows: np.ndarray, step: Step, stored: Stored, number: int
@@ -233,7 +266,7 @@ class Learner:
                 row for row in rows if not self._gradient_is_finite(rollouts, row, step, stored, number)
             ]
             raise EngineError(
-                f"update: the gradient is {norm} on {_name_keys(rollouts, broken or list(rows))}"
+                f"update: the gradient is {norm} on {name_keys(rollouts, broken or list(rows))}"
             )
         return norm
 
@@ -241,47 +274,13 @@ class Learner:
         self, rollouts: Rollouts, row: int, step: Step, stored: Stored, number: int
     ) -> bool:
         self.optimizer.zero_grad(set_to_none=True)
-        [batch] = micro_batches(rollouts, np.array([row]), self.config.max_tokens_per_batch, self.device)
-        self._backward(rollouts, batch, step, stored, number)
+        for batch in self._micro_batches(self.network, rollouts, np.array([row])):
+            self._backward(rollouts, batch, step, stored, number)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
-def _forward(
-    model: PreTrainedModel, batch: MicroBatch, *, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropy of the batch's counted tokens, float32 [N]."""
-    # Right padding under causal attention: no real token ever sees it, so no mask is needed.
-    logits_BLV = model(input_ids=batch.input_ids_BL, use_cache=False).logits
-    logits_NV = logits_BLV[batch.rows_N, batch.columns_N]
-    return token_logprobs(logits_NV, batch.targets_N, batch.temperature_N, with_entropy=with_entropy)
-
-
-def _check_finite(rollouts: Rollouts, own: dict[int, np.ndarray], stored: Stored) -> None:
-    """Raise EngineError naming rollouts with a log-prob that is not finite: clipping would hide it."""
-    old = {row: rollouts.old_logprobs[row] for row in own}
-    reference = {row: stored.reference[row] for row in own if row in stored.reference}
-    for name, values in (("policy", own), ("old", old), ("reference", reference)):
-        if broken := [row for row in values if not np.isfinite(values[row]).all()]:
-            raise EngineError(f"update: {name}_logprobs are not finite on {_name_keys(rollouts, broken)}")
-
-
-def _by_row(batch: MicroBatch, values_N: Tensor) -> dict[int, np.ndarray]:
+def by_row(batch: MicroBatch, values_N: torch.Tensor) -> dict[int, np.ndarray]:
     """Split values of a micro-batch by rollout."""
     parts = np.split(values_N.detach().float().cpu().numpy(), np.cumsum(batch.lengths_B.cpu().numpy())[:-1])
     return {int(row): part for row, part in zip(batch.rows, parts, strict=True)}
-
-
-def _advantages(rollouts: Rollouts, batch: MicroBatch, ratio_R: Tensor) -> Tensor:
-    """Advantage belonging to each ratio."""
-    advantages_B = torch.from_numpy(rollouts.advantages[batch.rows]).to(ratio_R.device)
-    per_rollout = len(ratio_R) == len(advantages_B)
-    return advantages_B if per_rollout else torch.repeat_interleave(advantages_B, batch.lengths_B)
-
-
-def _name_keys(rollouts: Rollouts, rows: list[int]) -> str:
-    keys = [tuple(int(part) for part in rollouts.keys[row]) for row in rows[:_MAX_KEYS_NAMED]]
-    more = f" and {len(rows) - len(keys)} more" if len(rows) > len(keys) else ""
-    return (
-        f"rollouts (iteration, group_id, sample_id) {', '.join(map(str, keys))}{more}; nothing was committed"
-    )

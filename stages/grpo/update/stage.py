@@ -6,25 +6,29 @@ cannot disagree. Everything that is read or written is a committed table or chec
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
-from grpo.errors import InputError
+from grpo.errors import InputError, UsageError
 from grpo.probe import FILE, measure, read_probe
 
 if TYPE_CHECKING:
     import numpy as np
 
     from grpo.update.batch import Rollouts
-    from grpo.update.learner import Learner, Stored
+    from grpo.update.learner import Learner
+    from grpo.update.objective import Stored
 
 NAME = "update"
 OUTPUT = "update"
-STAGE_VERSION = 1
-_NOT_RESULT = {"max_tokens_per_batch", "reference"}  # memory only; the reference counts by its id
+STAGE_VERSION = 2
+# Memory and time only, but for rounding; the reference counts by its id.
+_NOT_RESULT = {"max_tokens_per_batch", "gradient_checkpointing", "prompt_sharing", "reference"}
+_ROWS_PER_SHARD = 2048  # of `logprobs`, one Parquet file and row group each
 
 
 def plan(run: Run, iteration: int) -> Plan:
@@ -34,14 +38,20 @@ def plan(run: Run, iteration: int) -> Plan:
     references = [f"policy@{iteration}", f"rollouts@{iteration}", f"advantages@{iteration}"]
     if iteration > 0:
         references.append(f"optimizer@{iteration}")
-    if run.config.update.kl_coefficient:
+        if run.config.update.lora:
+            references.append(f"adapter@{iteration}")
+    update = run.config.update
+    if update.kl_coefficient:
         references.append("reference")
+    config = {"seed": run.config.seed, "update": update.model_dump(exclude=_NOT_RESULT)}
+    if update.schedule != "constant":
+        config["iterations"] = run.config.iterations  # over which the learning rate falls
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
         output=OUTPUT,
         iteration=iteration,
-        config={"seed": run.config.seed, "update": run.config.update.model_dump(exclude=_NOT_RESULT)},
+        config=config,
         reads={reference: run.id_of(reference) or "" for reference in references},
     )
 
@@ -52,7 +62,7 @@ def open_tool(run: Run) -> "Iterator[Learner]":
     from grpo.model import best_device
     from grpo.update.learner import Learner
 
-    yield Learner(run.config.update, best_device())
+    yield Learner(run.config.update, best_device(), run.config.seed)
 
 
 def release(tool: "Learner") -> None:
@@ -67,21 +77,27 @@ def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest
     clock = staging.clock
     with clock("load"):
         _load(run, iteration, staging.plan, tool)
-        sampled = run.read("rollouts", iteration, READ)
-        rollouts = kept_rollouts(sampled, run.read("advantages", iteration))
+        shards = run.read_shards("rollouts", iteration, READ)
+        rollouts = kept_rollouts(shards, run.read("advantages", iteration), staging.folder)
+    with clock("check"):
+        layout = tool.check_layout(rollouts, _longest(run, iteration))
+        _say_refused(run, iteration, layout)
     tool.holds = (None, None)  # until the commit has happened, memory is ahead of the disk
     rows, stored = _train(run, iteration, rollouts, tool, staging)
     with clock("write"):
-        records = _write_tables(iteration, rollouts, rows, stored, staging)
-        policy, optimizer = _write_checkpoint(run, tool, staging)
+        updates = _write_updates(rows, staging)
+        logprobs = _write_logprobs(iteration, rollouts, stored, staging)
+        policy, adapter, optimizer = _write_checkpoint(run, tool, staging)
         probe = _write_probe(run, tool, staging)
         ids = {
             "policy": id_of(sorted(policy, key=lambda record: record.name)),
             "optimizer": id_of([optimizer]),
-            "updates": id_of(records[:1]),
-            "logprobs": id_of(records[1:]),
+            "updates": id_of([updates]),
+            "logprobs": id_of(logprobs),
+            **({"adapter": id_of(adapter)} if adapter else {}),
         }
-    manifest = staging.commit(ids, [*records, *policy, probe, optimizer], _summary(rows))
+    held = [updates, *logprobs, *policy, *adapter, probe, optimizer]
+    manifest = staging.commit(ids, held, {**_summary(rows), **layout})
     tool.holds = (ids["policy"], ids["optimizer"])
     return manifest
 
@@ -97,17 +113,42 @@ def require_optimizer(run: Run, iteration: int) -> None:
 
 
 def _load(run: Run, iteration: int, plan: Plan, learner: "Learner") -> None:
-    optimizer_path = None
+    optimizer = adapter = None
+    policy = run.policy_folder(iteration)
     if iteration > 0:
         manifest = run.require(OUTPUT, iteration - 1, f"grpo update --iteration {iteration - 1}")
-        [record] = [file for file in manifest.files if file.part == "optimizer"]
-        optimizer_path = run.path_of(record, OUTPUT, iteration - 1)
         require_optimizer(run, iteration)
-        run.verify(record, optimizer_path)
+        [optimizer] = _verified(run, manifest, "optimizer")
+        weights = _verified(run, manifest, "adapter")
+        if bool(weights) != bool(run.config.update.lora):
+            trained = "an adapter" if weights else "all weights"
+            raise InputError(f"update.lora: {run.name} trains {trained}; what trains is fixed for a run")
+        if weights:
+            policy, adapter = run.start["policy"], weights[0].parent
     ids = (plan.reads[f"policy@{iteration}"], plan.reads.get(f"optimizer@{iteration}"))
-    learner.load(run.policy_folder(iteration), optimizer_path, ids)
+    learner.load(policy, optimizer, ids, adapter)
     if run.config.update.kl_coefficient:
-        learner.load_reference(run.start["reference"])
+        is_start = run.id_of("reference") == run.id_of("policy@0")
+        learner.load_reference(run.start["reference"], is_start=is_start)
+
+
+def _verified(run: Run, manifest: Manifest, part: str) -> list[Path]:
+    """The files of a part of an update, once they are known to be as they were written."""
+    paths = []
+    for record in (record for record in manifest.files if record.part == part):
+        paths.append(run.path_of(record, OUTPUT, manifest.iteration))
+        run.verify(record, paths[-1])
+    return paths
+
+
+def _say_refused(run: Run, iteration: int, layout: dict[str, Any]) -> None:
+    for model in ("policy", "reference"):
+        if refused := layout.get(f"{model}_layout_refused"):
+            difference = layout[f"{model}_layout_difference"]
+            run.console.say(
+                f"update {iteration}: the {model}'s log-probs in the layout `{refused}` are {difference:.1e} off;"
+                " from here on each rollout is read by itself, which is right and slower"
+            )
 
 
 def _train(
@@ -119,8 +160,9 @@ def _train(
 
     steps = _steps(run, iteration, rollouts)
     stored = _stored_before(run, rollouts, learner, staging, len(steps))
-    max_new_tokens = _max_new_tokens(run, iteration)
-    table, moved = [], False
+    _, max_new_tokens = _longest(run, iteration)
+    table: list[dict[str, Any]] = []
+    taken = 0
     total = sum(len(rows) for _, rows in steps)
     with (
         staging.clock("train"),
@@ -131,11 +173,12 @@ def _train(
             row = _row(run, rollouts, rows, iteration, epoch, number)
             if not row["skipped"]:
                 denominators = Step(row["rollouts"], row["tokens"], max_new_tokens)
-                row |= learner.step(rollouts, rows, denominators, stored, number)
-                if not moved:  # until the first step that is taken, the weights are pi_old's
-                    own = [stored.policy[i] for i in rows]
-                    row |= mismatch(own, [rollouts.old_logprobs[i] for i in rows], _token_cap(run))
-                moved = True
+                row |= learner.step(rollouts, rows, denominators, stored, number, row["learning_rate"])
+                if not taken:  # until the first step that is taken, the weights are pi_old's
+                    read = [i for i in rows.tolist() if i in stored.first_step]
+                    pairs = ((stored.policy[i], rollouts.old_logprobs[i]) for i in read)
+                    row |= mismatch(pairs, _token_cap(run))
+                taken += 1
             table.append(row)
             advance(len(rows))
     return table, stored
@@ -165,16 +208,19 @@ def _stored_before(
     """Log-probs that are needed before the first step: the reference's, and pi_old where it is recomputed."""
     import numpy as np
 
-    from grpo.update.learner import Stored
+    from grpo.update.objective import Stored, needed
+    from grpo.update.scratch import LogprobStore
 
-    config, everything = run.config.update, np.arange(len(rollouts))
-    stored = Stored()
-    if config.kl_coefficient and len(rollouts):
+    config = run.config.update
+    counts = rollouts.num_tokens
+    stored = Stored(LogprobStore(staging.folder, counts), LogprobStore(staging.folder, counts))
+    read = needed(config, rollouts, np.arange(len(rollouts)))
+    if config.kl_coefficient and len(read):
         with staging.clock("reference"):
-            stored.reference = learner.reference_logprobs(rollouts, everything)
-    if config.old_logprobs == "recomputed" and num_steps > 1 and len(rollouts):
+            learner.reference_logprobs(rollouts, read, into=stored.reference)
+    if config.old_logprobs == "recomputed" and num_steps > 1 and len(read):
         with staging.clock("recompute"):
-            stored.policy = learner.policy_logprobs(rollouts, everything)
+            learner.policy_logprobs(rollouts, read, into=stored.policy)
     return stored
 
 
@@ -182,17 +228,33 @@ def _row(
     run: Run, rollouts: "Rollouts", rows: "np.ndarray", iteration: int, epoch: int, number: int
 ) -> dict[str, Any]:
     """The columns of `updates` that are known before the step."""
-    config = run.config.update
-    signal = bool(config.kl_coefficient) or bool(rollouts.advantages[rows].any())
+    from grpo.update.objective import needed
+
     return {
         "iteration": iteration,
         "epoch": epoch,
         "step": number,
-        "learning_rate": config.learning_rate,
+        "learning_rate": _learning_rate(run, iteration, number),
         "rollouts": len(rows),
         "tokens": int(rollouts.num_tokens[rows].sum()),
-        "skipped": not (len(rows) and signal),
+        "skipped": not len(needed(run.config.update, rollouts, rows)),
     }
+
+
+def _learning_rate(run: Run, iteration: int, number: int) -> float:
+    """Learning rate of a step; the schedule counts the steps that are configured, taken or not."""
+    from grpo.update.schedule import learning_rate
+
+    config = run.config.update
+    per_iteration = config.epochs * config.steps_per_iteration
+    if config.schedule != "constant" and iteration >= run.config.iterations:
+        raise UsageError(
+            f"update.schedule: {config.schedule} reaches 0 after iterations: {run.config.iterations};"
+            f" found iteration {iteration}; raise `iterations`, or set schedule: constant"
+        )
+    num_steps = max(run.config.iterations, iteration + 1) * per_iteration
+    step = iteration * per_iteration + number
+    return learning_rate(config.learning_rate, config.schedule, step, num_steps, config.warmup_steps)
 
 
 def _token_cap(run: Run) -> float:
@@ -203,19 +265,37 @@ def _token_cap(run: Run) -> float:
     return config.sampler_correction_cap if config.sampler_correction_level == "token" else TOKEN_CAP
 
 
-def _max_new_tokens(run: Run, iteration: int) -> int:
-    """What the rollouts were sampled with; the configuration may have changed since."""
-    manifest = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
-    return int(manifest.config["generate"]["max_new_tokens"])
+def _longest(run: Run, iteration: int) -> tuple[int, int]:
+    """Tokens of the run's longest prompt, and max_new_tokens of the rollouts: it may have changed since."""
+    prompts = run.require("prompts", None, "grpo run")
+    rollouts = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
+    return int(prompts.summary["longest_prompt_tokens"]), int(rollouts.config["generate"]["max_new_tokens"])
 
 
-def _write_tables(
-    iteration: int, rollouts: "Rollouts", rows: list[dict[str, Any]], stored: "Stored", staging: Staging
+def _write_updates(rows: list[dict[str, Any]], staging: Staging) -> FileRecord:
+    updates = pa.Table.from_pylist(rows, schema=tables.schema("updates"))
+    return staging.write_table("updates", staging.file_name("updates", 0), updates)
+
+
+def _write_logprobs(
+    iteration: int, rollouts: "Rollouts", stored: "Stored", staging: Staging
 ) -> list[FileRecord]:
+    """The shards of `logprobs`, in key order; one without rows where nothing was read."""
+    read = sorted(stored.first_step)
+    starts = range(0, max(len(read), 1), _ROWS_PER_SHARD)
+    return [
+        staging.write_table(
+            "logprobs",
+            staging.file_name("logprobs", shard),
+            _logprobs(iteration, rollouts, stored, read[start : start + _ROWS_PER_SHARD]),
+        )
+        for shard, start in enumerate(starts)
+    ]
+
+
+def _logprobs(iteration: int, rollouts: "Rollouts", stored: "Stored", read: list[int]) -> pa.Table:
     import numpy as np
 
-    updates = pa.Table.from_pylist(rows, schema=tables.schema("updates"))
-    read = sorted(stored.first_step)
     gaps = [
         float(np.abs(stored.policy[i].astype(np.float64) - rollouts.old_logprobs[i]).mean()) for i in read
     ]
@@ -227,22 +307,24 @@ def _write_tables(
         "reference_logprobs": [stored.reference.get(i) for i in read],
         "mismatch": gaps,
     }
-    logprobs = pa.table(columns, schema=tables.schema("logprobs"))
-    return [
-        staging.write_table("updates", staging.file_name("updates", 0), updates),
-        staging.write_table("logprobs", staging.file_name("logprobs", 0), logprobs),
-    ]
+    return pa.table(columns, schema=tables.schema("logprobs"))
 
 
-def _write_checkpoint(run: Run, learner: "Learner", staging: Staging) -> tuple[list[FileRecord], FileRecord]:
+def _write_checkpoint(
+    run: Run, learner: "Learner", staging: Staging
+) -> tuple[list[FileRecord], list[FileRecord], FileRecord]:
+    """The policy, the adapter where one trains, and the optimiser state."""
+    from grpo.update.adapter import adapter_files
     from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
 
     policy = [
         staging.write_bytes("policy", name, content)
-        for name, content in policy_files(learner.model, run.policy_folder(0))
+        for name, content in policy_files(learner.model, run.policy_folder(0), learner.adapter)
     ]
+    files = adapter_files(learner.adapter) if learner.adapter is not None else ()
+    adapter = [staging.write_bytes("adapter", name, content) for name, content in files]
     moments = optimizer_file(learner.optimizer, learner.model)
-    return policy, staging.write_bytes("optimizer", OPTIMIZER_FILE, moments)
+    return policy, adapter, staging.write_bytes("optimizer", OPTIMIZER_FILE, moments)
 
 
 def _write_probe(run: Run, learner: "Learner", staging: Staging) -> FileRecord:

@@ -1,0 +1,216 @@
+"""adapter: a LoRA adapter in training on a frozen base, and the plain model that the two make together.
+
+The base is never merged in place: what is added to a weight and taken away again leaves another weight
+behind, in bfloat16 soon a visible one (trl#6688). Every merged weight is a fresh tensor, computed from the
+base as it was loaded.
+
+Shapes: R rank, I and O the features a linear module takes and gives.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from grpo.errors import CorruptError, EngineError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_NAME = "default"  # what peft calls an adapter without a name
+_FIXED = ("r", "lora_alpha", "target_modules")  # other values make another policy of the same tensors
+
+
+def add_adapter(
+    model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str] | None, seed: int
+) -> "PeftModel":
+    """A trainable adapter on `model`: W + alpha / rank B A for each targeted weight W (arXiv 2106.09685).
+
+    Layers of `model`, which is get_base_model() of the result, are replaced in place: it computes with the
+    adapter however it is called. All is in eval mode and frozen, but A_RI and B_OR, which train.
+    `targets` are names of linear modules or their last parts; None is all but the output head, which takes
+    no adapter. Raises EngineError (exit 8) without peft, UsageError (exit 2) for a target that cannot be had.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        message = f"update.lora: peft cannot be imported: {error}"
+        raise EngineError(f"{message}; pip install 'grpo-stages[lora]'") from error
+    modules = _targeted(model, targets)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(modules),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+        task_type="CAUSAL_LM",
+    )
+    # peft draws too; and it warns of how it calls transformers, which no user can change.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+        try:
+            adapter: PeftModel = get_peft_model(model, config, adapter_name=_NAME)
+        except ValueError as error:
+            raise UsageError(f"update.lora: peft refuses this model: {error}") from error
+    if others := sorted(modules.keys() - _layers(adapter).keys()):
+        # In some mixtures of experts peft takes the names of a dense layer for those of the fused experts.
+        message = f"update.lora.targets: peft would adapt the fused experts in place of {others[0]}"
+        raise UsageError(f"{message}; name only modules that no expert has, such as q_proj")
+    assert _layers(adapter).keys() == modules.keys()
+    reset_adapter(adapter, seed)
+    return adapter.eval()
+
+
+@torch.no_grad()
+def reset_adapter(model: "PeftModel", seed: int) -> None:
+    """Start again: A as a linear layer's weight, from `seed` alone; B zero, so that nothing changes."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in _layers(model).values():
+        A_RI, B_OR = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+        drawn_RI = torch.empty(A_RI.shape)  # in main memory: the same on every device
+        A_RI.copy_(nn.init.kaiming_uniform_(drawn_RI, a=math.sqrt(5), generator=generator))
+        B_OR.zero_()
+
+
+def adapter_off(model: "PeftModel") -> AbstractContextManager[None]:
+    """Within it `model` computes what its base does, to the bit, and nothing of it trains."""
+    off: AbstractContextManager[None] = model.disable_adapter()
+    return off
+
+
+def plain_state(model: "PeftModel") -> dict[str, Tensor]:
+    """The base's weights under the names of the model without an adapter, tied ones once; no copies."""
+    base, layers = model.get_base_model(), _layers(model)
+    own = {name for name, _ in chain(base.named_parameters(), base.named_buffers())}
+    state = {}
+    for name, tensor in base.state_dict().items():
+        layer, _, rest = name.rpartition(".base_layer.")
+        if layer in layers:
+            state[f"{layer}.{rest}"] = tensor
+        elif name in own and name.rpartition(".lora_")[0] not in layers:
+            state[name] = tensor
+    return state
+
+
+@torch.no_grad()
+def merged(model: "PeftModel", state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """`state` one by one, each weight of the base that has an adapter as a fresh tensor W + alpha / rank B A.
+
+    `state` holds tensors of plain_state() under any names; others pass as they are.
+    """
+    layers = {_address(layer.get_base_layer().weight): layer for layer in _layers(model).values()}
+    for name, tensor in state.items():
+        layer = layers.get(_address(tensor))
+        yield name, tensor if layer is None else tensor + layer.get_delta_weight(_NAME)
+
+
+def holds_adapted(model: "PeftModel", state: Mapping[str, Tensor]) -> bool:
+    """Whether every weight that has an adapter is in `state`, itself and whole, so that merged() finds it."""
+    found = {_address(tensor) for tensor in state.values()}
+    return all(_address(layer.get_base_layer().weight) in found for layer in _layers(model).values())
+
+
+def adapter_files(model: "PeftModel") -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the adapter's files as peft writes them, without the path of the base."""
+    yield CONFIG_FILE, json.dumps(_config(model), indent=2, sort_keys=True).encode()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _weights(model).items()}
+    yield WEIGHTS_FILE, save(tensors, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_adapter(model: "PeftModel", folder: Path) -> None:
+    """Put the weights of adapter_files() in `folder` into the adapter, in place and bit for bit.
+
+    Raises InputError (exit 4) when its rank, alpha or targets are not the configured ones, CorruptError
+    (exit 6) when its weights are not those of this adapter; the adapter is then as it was.
+    """
+    path, weights = folder / WEIGHTS_FILE, _weights(model)
+    saved, config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), _config(model)
+    for name in _FIXED:
+        if saved[name] != config[name]:
+            message = f"{folder / CONFIG_FILE}: {name} is {saved[name]}; update.lora asks for {config[name]}"
+            raise InputError(f"{message}; they are fixed for a run")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    if names := tensors.keys() ^ weights.keys():
+        raise CorruptError(f"{path}: not the weights of this adapter: see {min(names)}")
+    for name, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype) != (weights[name].shape, weights[name].dtype):
+            raise CorruptError(f"{path}: {name} is {tensor.dtype} of the shape {list(tensor.shape)}")
+    for name, tensor in tensors.items():
+        weights[name].copy_(tensor)
+
+
+def _targeted(model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Linear modules by name. The output head is none: log-probs are computed from its weight alone."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    exist = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
+    found = dict(linear) if targets is None else {}
+    for target in targets or ():
+        matching = {name: module for name, module in linear.items() if f".{name}".endswith(f".{target}")}
+        if not matching:
+            message = f"update.lora.targets: {target!r} is no linear module that can take an adapter"
+            raise UsageError(f"{message}; of this model these can: {exist}")
+        found |= matching
+    if not found:
+        raise UsageError(f"update.lora.targets: nothing is targeted; of this model these can be: {exist}")
+    _check_not_shared(model, found)
+    return found
+
+
+def _check_not_shared(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
+    """One weight used in two places would have to be two after merging."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and {name.rpartition(".")[0], other.rpartition(".")[0]} & modules.keys():
+            message = f"update.lora.targets: {other} and {name} are one weight"
+            raise UsageError(f"{message}, which cannot take an adapter; name other targets")
+
+
+def _layers(model: "PeftModel") -> "dict[str, LoraLayer]":
+    """Layers with an adapter, by their names in the base and in its order."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _weights(model: "PeftModel") -> dict[str, Tensor]:
+    """The adapter's own tensors under peft's names on disk; no copies."""
+    from peft import get_peft_model_state_dict
+
+    # Without the False, peft looks for the base's configuration on disk and on the hub.
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return weights
+
+
+def _config(model: "PeftModel") -> dict[str, Any]:
+    """adapter_config.json: the same on every machine, in every process."""
+    config = model.peft_config[_NAME].to_dict()
+    config |= {"base_model_name_or_path": None, "inference_mode": True}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+
+def _address(tensor: Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape

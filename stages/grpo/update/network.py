@@ -1,0 +1,155 @@
+"""network: a causal language model as the learner reads it: a micro-batch -> log-probs of its counted tokens.
+
+Which layout a model can be trusted with comes from its configuration, and is then checked by what it computes
+(Network.difference): a window that the configuration does not name would be silently ignored under the mask
+of a tree, and log-probs beyond it be wrong.
+
+Shapes: S sequences, L tokens of the longest, N counted response tokens, D hidden.
+"""
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from grpo.errors import UsageError
+from grpo.head import head_logprobs, split_head
+from grpo.logprobs import token_logprobs
+from grpo.update.batch import Rollouts
+from grpo.update.layout import PROMPT, Cost, Layout, MicroBatch, build, tree_of
+
+# Largest |difference| of a log-prob between two layouts in float32. Rounding gives 1e-5; a mask that is not
+# the model's own gives 0.1 and more.
+TOLERANCE = 1e-3
+
+
+class Network:
+    """A model, what it consists of, and the layout it is read in. Nothing is copied."""
+
+    def __init__(self, model: PreTrainedModel, precision: str, *, share_prompts: bool) -> None:
+        self.model = model
+        self.precision = precision
+        self.device = str(model.device)
+        self.parts = split_head(model)
+        self.layout: Layout = layout_of(model, share_prompts=share_prompts)
+        if self.layout == "shared" and model.device.type == "cuda":
+            model.set_attn_implementation("flex_attention")
+        self.cost = cost_of(model)
+
+    def fall_back(self) -> None:
+        """From now on, one sequence a rollout."""
+        self.layout = "rows"
+        self.model.set_attn_implementation("sdpa")
+
+    def logprobs(
+        self, batch: MicroBatch, *, with_entropy: bool = False, exactly: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropy of the counted tokens, float32 [N]. exactly: without autocast."""
+        with nullcontext() if exactly else self._autocast():
+            if self.parts is None:
+                logits_SLV = self.model(**self._inputs(batch)).logits
+                logits_NV = logits_SLV.flatten(0, 1)[batch.places_N]
+                return token_logprobs(
+                    logits_NV, batch.targets_N, batch.temperature_N, with_entropy=with_entropy
+                )
+            trunk, head = self.parts
+            hidden_SLD = trunk(**self._inputs(batch)).last_hidden_state
+            hidden_ND = hidden_SLD.flatten(0, 1)[batch.places_N]
+            return head_logprobs(
+                hidden_ND, head, batch.targets_N, batch.temperature_N, with_entropy=with_entropy
+            )
+
+    @torch.no_grad()
+    def difference(self, rollouts: Rollouts, rows: np.ndarray) -> float:
+        """Largest |difference| of the last of `rows`, all of one group, read with the others and read alone.
+
+        Both in float32. The last is the longest of them.
+        """
+        apart = [tree_of(rollouts, [row]) for row in rows.tolist()]
+        expected_N, _ = self.logprobs(build(rollouts, [apart[-1:]], self.device), exactly=True)
+        trees = [tree_of(rollouts, rows.tolist())] if self.layout == "shared" else apart
+        found_N, _ = self.logprobs(build(rollouts, [trees], self.device), exactly=True)
+        return float((found_N[-len(expected_N) :] - expected_N).abs().max())
+
+    def checkpoint_gradients(self) -> None:
+        """Compute each layer again in the backward pass instead of keeping what it computed."""
+        for name, value in self.model.config.get_text_config(decoder=True).to_dict().items():
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0:
+                raise UsageError(
+                    f"update.gradient_checkpointing: the model has {name} {value}, which transformers would"
+                    " switch on with it; set it to 0 in the checkpoint's config.json"
+                )
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # transformers checkpoints only then; its parts stay in eval mode
+
+    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids_SL, "use_cache": False}
+        if self.layout == "rows" or len(batch.rows) == 1:
+            return inputs  # right padding under causal attention: no real token ever sees it
+        inputs["position_ids"] = batch.position_ids_SL
+        if self.layout == "shared":
+            flex = self.model.config._attn_implementation == "flex_attention"
+            inputs["attention_mask"] = block_mask(batch) if flex else tree_mask(batch)
+        return inputs
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        enabled = self.precision == "bfloat16"
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def layout_of(model: PreTrainedModel, *, share_prompts: bool) -> Layout:
+    """The best layout that the model's configuration allows."""
+    # transformers makes the kind of cache that each layer's attention needs.
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer} or not _takes_positions(model):
+        return "rows"
+    full = kinds == {DynamicLayer} and model.config._attn_implementation in ("sdpa", "flex_attention")
+    return "shared" if full and share_prompts else "packed"
+
+
+def cost_of(model: PreTrainedModel) -> Cost:
+    """In multiply-adds: a token meets each weight but the embeddings, and each position in each layer."""
+    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    outside = {id(p): p.numel() for module in embeddings if module is not None for p in module.parameters()}
+    weights = sum(p.numel() for p in model.parameters()) - sum(
+        outside.values()
+    )  # tied ones are one parameter
+    attention = 2 * config.hidden_size * config.num_hidden_layers
+    dense = model.config._attn_implementation != "flex_attention"
+    return Cost(per_token=weights, per_position=attention if dense else 0)
+
+
+def tree_mask(batch: MicroBatch) -> Tensor:
+    """bool [S, 1, L, L], True where a query (third) sees a key (fourth): itself, its own past, its prompt."""
+    tree, branch = batch.tree_SL, batch.branch_SL
+    mask_SLL = tree.unsqueeze(2) == tree.unsqueeze(1)
+    mask_SLL &= (branch.unsqueeze(1) == PROMPT) | (branch.unsqueeze(2) == branch.unsqueeze(1))
+    return mask_SLL.tril_().unsqueeze(1)
+
+
+def block_mask(batch: MicroBatch) -> Any:
+    """The same for flex_attention, which leaves out the blocks in which nothing is seen."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tree, branch = batch.tree_SL, batch.branch_SL
+
+    def sees(s: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (branch[s, key] == PROMPT) | (branch[s, key] == branch[s, query])
+        return (query >= key) & (tree[s, query] == tree[s, key]) & own
+
+    num_sequences, length = tree.shape
+    return create_block_mask(sees, num_sequences, None, length, length, device=str(tree.device))
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    accepted = inspect.signature(model.forward).parameters
+    return "position_ids" in accepted and "attention_mask" in accepted
