@@ -14,13 +14,13 @@ import torch
 from tests import restatement, tiny
 from tests.restatement import Objective, Response
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
 
 from grpo import probe, tables
 from grpo.artifacts import Plan, Run, Staging, id_of
 from grpo.config import Config, UpdateConfig
 from grpo.console import Console
-from grpo.errors import CorruptError, EngineError
+from grpo.errors import CorruptError, EngineError, UsageError
 from grpo.model import load_model
 from grpo.update import stage
 from grpo.update.batch import Rollouts, Rows, kept_rollouts, minibatches
@@ -28,6 +28,7 @@ from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
 from grpo.update.learner import Learner
 from grpo.update.loss import Step
 from grpo.update.mismatch import mismatch
+from grpo.update.network import TOLERANCE
 from grpo.update.objective import Stored
 
 VOCAB, EOS, MAX_NEW_TOKENS = 50, 2, 8
@@ -36,13 +37,13 @@ ROWS = 14  # of make_rollouts()
 Gradient = dict[str, Tensor]
 
 
-def save_checkpoint(folder: Path, *, tied: bool = False, seed: int = 0) -> Path:
-    """A Qwen2 with random weights; its dropout of 0.5 must never act."""
+def save_checkpoint(folder: Path, *, tied: bool = False, seed: int = 0, dropout: float = 0.5) -> Path:
+    """A Qwen2 with random weights; its dropout must never act."""
     config = tiny.qwen2(
         vocab_size=VOCAB,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
-        attention_dropout=0.5,
+        attention_dropout=dropout,
         initializer_range=0.2,
         eos_token_id=EOS,
         pad_token_id=EOS,
@@ -67,6 +68,12 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reference that is not the policy."""
     return save_checkpoint(tmp_path_factory.mktemp("model") / "other", seed=1)
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout, which gradient checkpointing would switch on."""
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "still", dropout=0.0)
 
 
 def settings(objective: str = "grpo", **update: Any) -> UpdateConfig:
@@ -138,14 +145,20 @@ def make_rollouts(seed: int = 0) -> Rollouts:
     )
 
 
-def one_logprobs(model: Any, rollouts: Rollouts, i: int) -> Tensor:
-    """Log-probs of the counted tokens of one rollout: its own forward pass, no padding."""
+def one_rollout(model: Any, rollouts: Rollouts, i: int) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the counted tokens of one rollout: its own forward pass, no padding."""
     tokens = np.concatenate([rollouts.prompts[i], rollouts.responses[i]])
     logits = model(input_ids=torch.from_numpy(tokens)[None]).logits[0]
     logprobs = torch.log_softmax(logits / rollouts.temperatures[i], dim=-1)
     start = len(rollouts.prompts[i])
     places = [start + t for t, counts in enumerate(rollouts.masks[i]) if counts]
-    return torch.stack([logprobs[place - 1, tokens[place]] for place in places])
+    before = torch.stack([logprobs[place - 1] for place in places])
+    chosen = torch.stack([logprobs[place - 1, tokens[place]] for place in places])
+    return chosen, -(before.exp() * before).sum(dim=-1)
+
+
+def one_logprobs(model: Any, rollouts: Rollouts, i: int) -> Tensor:
+    return one_rollout(model, rollouts, i)[0]
 
 
 def all_logprobs(model: Any, rollouts: Rollouts) -> list[np.ndarray]:
@@ -181,14 +194,17 @@ def step_gradient(
     checkpoint: Path,
     config: UpdateConfig,
     rollouts: Rollouts,
-    reference: Path | None = None,
+    reference: Path | list[np.ndarray] | None = None,
     *,
     double: bool = False,
 ) -> tuple[dict[str, Any], Gradient, Stored]:
-    """One step on all rows of `rollouts`, from the checkpoint."""
+    """One step on all rows of `rollouts`, from the checkpoint. reference: a checkpoint, or its log-probs."""
     learner = make_learner(checkpoint, config, double=double)
     everything, stored = np.arange(len(rollouts)), Stored()
-    if config.kl_coefficient:
+    if config.kl_coefficient and isinstance(reference, list):
+        stored.reference = dict(enumerate(reference))
+    elif config.kl_coefficient:
+        assert not isinstance(reference, list)
         learner.load_reference(reference or checkpoint)
         stored.reference = learner.reference_logprobs(rollouts, everything)
     row = learner.step(rollouts, everything, whole_step(rollouts), stored, 0)
@@ -204,8 +220,10 @@ def plain(
     objective: Objective,
 ) -> restatement.Loss:
     """Loss of the plain restatement; puts its gradient into `model`. `old` None: its own log-probs."""
-    logprobs = [one_logprobs(model, rollouts, i) for i in rows]
-    values = [row.detach().numpy().astype(np.float64).tolist() for row in logprobs]
+    read = [one_rollout(model, rollouts, i) for i in rows]
+    values, entropies = (
+        [pair[part].detach().numpy().astype(np.float64).tolist() for pair in read] for part in (0, 1)
+    )
     given = values if old is None else [[float(x) for x in old[i]] for i in rows]
     responses = [
         Response(
@@ -215,15 +233,17 @@ def plain(
             [float(x) for x in reference[i]],
             [True] * len(values[n]),
             [float(x) for x in rollouts.old_logprobs[i]],
+            entropies[n],
         )
         for n, i in enumerate(rows)
     ]
     found = restatement.loss(responses, objective)
     model.zero_grad()
+    slopes = zip(found.gradient, found.entropy_gradient, strict=True)
     torch.stack(
         [
-            (row * torch.tensor(slope, dtype=row.dtype)).sum()
-            for row, slope in zip(logprobs, found.gradient, strict=True)
+            (logprobs * logprobs.new_tensor(slope)).sum() + (entropy * entropy.new_tensor(by_entropy)).sum()
+            for (logprobs, entropy), (slope, by_entropy) in zip(read, slopes, strict=True)
         ]
     ).sum().backward()  # type: ignore[no-untyped-call]
     return found
@@ -231,16 +251,20 @@ def plain(
 
 def objective_of(config: UpdateConfig) -> Objective:
     return Objective(
-        config.ratio,
-        config.clip_low,
-        config.clip_high,
-        config.aggregate,
-        config.kl_coefficient,
-        config.kl_estimator,
-        MAX_NEW_TOKENS,
-        config.sampler_correction,
-        config.sampler_correction_level,
-        config.sampler_correction_cap,
+        ratio=config.ratio,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        aggregate=config.aggregate,
+        kl_coefficient=config.kl_coefficient,
+        kl_estimator=config.kl_estimator,
+        max_new_tokens=MAX_NEW_TOKENS,
+        correction=config.sampler_correction,
+        correction_level=config.sampler_correction_level,
+        correction_cap=config.sampler_correction_cap,
+        surrogate=config.surrogate,
+        delta=config.delta,
+        kl_importance=config.kl_importance,
+        entropy_coefficient=config.entropy_coefficient,
     )
 
 
@@ -248,7 +272,7 @@ def objective_of(config: UpdateConfig) -> Objective:
 TRUNCATE: dict[str, Any] = {"sampler_correction": "truncate", "sampler_correction_cap": 1.1}
 MASK: dict[str, Any] = {"sampler_correction": "mask", "sampler_correction_cap": 1.1}
 BY_ROLLOUT: dict[str, Any] = {"sampler_correction_level": "sequence_mean"}
-PI_OLD: list[tuple[str, str, dict[str, Any]]] = [
+CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("grpo", "sampled", {}),
     ("grpo", "recomputed", {}),
     ("grpo_sequence", "sampled", {}),
@@ -256,7 +280,19 @@ PI_OLD: list[tuple[str, str, dict[str, Any]]] = [
     ("grpo", "recomputed", TRUNCATE),
     ("grpo", "recomputed", MASK | BY_ROLLOUT),
     ("grpo_sequence", "recomputed", TRUNCATE | BY_ROLLOUT),
+    ("dr_grpo", "sampled", {}),
+    ("dapo", "sampled", {}),
+    ("gspo", "sampled", {}),
+    ("gspo", "recomputed", {}),
+    ("cispo", "sampled", {"clip_high": 0.1}),  # its own 4.0 is out of reach under this noise
+    ("grpo", "sampled", {"delta": 1.25}),
+    ("grpo", "sampled", {"kl_importance": True}),
+    ("grpo_sequence", "recomputed", {"kl_importance": True}),
+    ("dapo", "sampled", {"entropy_coefficient": 0.1}),
+    ("gspo", "recomputed", {"entropy_coefficient": 0.1}),
+    ("dr_grpo", "sampled", {"delta": 1.25, "kl_importance": True, "entropy_coefficient": 0.1}),
 ]
+OBJECTIVES = ["grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo"]
 
 
 # ---- policy = old policy, policy = reference ----
@@ -331,32 +367,45 @@ def permuted(rollouts: Rollouts, order: np.ndarray) -> Rollouts:
 
 @pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-5), (True, 1e-7)])
 @pytest.mark.parametrize(
-    ("objective", "aggregate"),
+    ("objective", "changes"),
     [
-        ("grpo", "sequence_mean"),
-        ("grpo", "token_mean"),
-        ("grpo", "constant"),
-        ("grpo_sequence", "sequence_sum"),
-        ("grpo_sequence", "token_mean"),
+        *((objective, {}) for objective in OBJECTIVES),
+        ("grpo", {"aggregate": "token_mean", "kl_importance": True}),
+        ("grpo_sequence", {"aggregate": "token_mean"}),
+        ("dr_grpo", {"kl_coefficient": 0.1, "entropy_coefficient": 0.1}),
     ],
 )
-def test_loss_and_gradient_do_not_depend_on_batches_or_order(
-    untied: Path, other: Path, objective: str, aggregate: str, double: bool, tolerance: float
+def test_loss_and_gradient_do_not_depend_on_how_they_are_computed(
+    still: Path, other: Path, objective: str, changes: dict[str, Any], double: bool, tolerance: float
 ) -> None:
     rollouts = make_rollouts()
-    rollouts = replace(rollouts, old_logprobs=as_old(all_logprobs(in_double(untied), rollouts), 0.3))
+    rollouts = replace(rollouts, old_logprobs=as_old(all_logprobs(in_double(still), rollouts), 0.3))
     order = np.random.default_rng(4).permutation(len(rollouts))
-    whole = settings(objective, aggregate=aggregate, old_logprobs="sampled", kl_estimator="k3")
-    row, expected, _ = step_gradient(untied, whole, rollouts, other, double=double)
-    for max_tokens, rows in [(1, rollouts), (20, rollouts), (33, permuted(rollouts, order))]:
-        config = whole.model_copy(update={"max_tokens_per_batch": max_tokens})
-        again, found, _ = step_gradient(untied, config, rows, other, double=double)
-        assert deviation(found, expected) <= tolerance
+    whole = settings(objective, old_logprobs="sampled", kl_estimator="k3", **changes)
+    # In double the reference's log-probs are given: it would compute them in float32.
+    given = as_old(all_logprobs(in_double(other), rollouts)) if double else None
+    row, expected, _ = step_gradient(still, whole, rollouts, given or other, double=double)
+    ways: list[tuple[dict[str, Any], Rollouts]] = [
+        ({"max_tokens_per_batch": 1}, rollouts),
+        ({"max_tokens_per_batch": 20}, rollouts),
+        ({"max_tokens_per_batch": 33}, permuted(rollouts, order)),
+        ({"prompt_sharing": "off"}, rollouts),
+        ({"prompt_sharing": "off", "max_tokens_per_batch": 33}, permuted(rollouts, order)),
+        ({"gradient_checkpointing": True}, rollouts),
+        ({"gradient_checkpointing": True, "prompt_sharing": "off", "max_tokens_per_batch": 20}, rollouts),
+    ]
+    for keys, rows in ways:
+        config = whole.model_copy(update=keys)
+        mine = given and (given if rows is rollouts else [given[i] for i in order])
+        again, found, _ = step_gradient(still, config, rows, mine or other, double=double)
+        assert deviation(found, expected) <= tolerance, keys
         for name in ("loss", "policy_loss", "kl", "entropy", "ratio_mean", "ratio_max", "grad_norm"):
-            assert again[name] == pytest.approx(row[name], rel=1e-5, abs=1e-6), name
+            close = row[name] if row[name] is None else pytest.approx(row[name], rel=1e-5, abs=1e-6)
+            assert again[name] == close, (keys, name)
         for name in ("clip_fraction_low", "clip_fraction_high"):
-            assert again[name] == row[name]
-    assert row["clip_fraction_low"] + row["clip_fraction_high"] > 0
+            assert again[name] == row[name], (keys, name)
+    clipped = row["clip_fraction_low"] + row["clip_fraction_high"]
+    assert (clipped > 0) == (objective != "cispo")  # a ratio of 5 is out of reach
 
 
 # ---- the whole update against the plain restatement ----
@@ -418,14 +467,14 @@ def update(run: Run, iteration: int, learner: Learner) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (2, 1), (1, 3), (2, 3)])
-@pytest.mark.parametrize(("objective", "old_logprobs", "correction"), PI_OLD)
+@pytest.mark.parametrize(("objective", "old_logprobs", "changes"), CASES)
 def test_update_equals_the_plain_restatement(
     tmp_path: Path,
     untied: Path,
     other: Path,
     objective: str,
     old_logprobs: str,
-    correction: dict[str, Any],
+    changes: dict[str, Any],
     epochs: int,
     steps: int,
 ) -> None:
@@ -440,7 +489,7 @@ def test_update_equals_the_plain_restatement(
         max_tokens_per_batch=40,
         learning_rate=0.003,
         kl_coefficient=0.2,
-        **correction,
+        **changes,
     )
     run = make_run(tmp_path, config, untied, other)
     commit_rollouts(run, 0, rollouts, unkept=permuted(rollouts, np.arange(2)))
@@ -461,6 +510,7 @@ def test_update_equals_the_plain_restatement(
     )
     old = rollouts.old_logprobs if old_logprobs == "sampled" else recomputed
     first_read: dict[int, int] = {}
+    corrected = "sampler_correction" in changes
     number = 0
     for epoch in range(epochs):
         for rows in minibatches(rollouts.keys, steps, 0, 0, epoch):
@@ -475,11 +525,14 @@ def test_update_equals_the_plain_restatement(
             row = table[number]
             # AdamW turns rounding into moves, so later steps are a little further off; and sampler weights,
             # made of stored log-probs, are in float32 from the first step on.
-            tolerance = (1e-6 if correction else 1e-7) if number == 0 else (1e-5 if correction else 1e-6)
+            tolerance = (1e-6 if corrected else 1e-7) if number == 0 else 1e-5
             close = partial(pytest.approx, rel=tolerance, abs=tolerance)
             assert row["loss"] == close(expected.loss)
             assert row["policy_loss"] == close(expected.policy_loss)
             assert row["kl"] == close(expected.kl)
+            if config.update.entropy_coefficient:
+                rest = row["policy_loss"] + 0.2 * row["kl"] - row["loss"]
+                assert rest == close(config.update.entropy_coefficient * expected.entropy)
             norm = math.sqrt(sum(g.square().sum().item() for g in gradients(model).values()))
             assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
             assert (row["epoch"], row["step"], row["skipped"]) == (epoch, number, False)
@@ -492,8 +545,8 @@ def test_update_equals_the_plain_restatement(
     assert [row["step"] for row in stored] == [first_read[i] for i in range(len(rollouts))]
     rows = minibatches(rollouts.keys, steps, 0, 0, 0)[0]
     own, sampled = [start[i].tolist() for i in rows], [rollouts.old_logprobs[i].tolist() for i in rows]
-    by_token = correction.get("sampler_correction_level", "token") == "token"
-    cap = correction.get("sampler_correction_cap", 2.0) if by_token else 2.0
+    by_token = changes.get("sampler_correction_level", "token") == "token"
+    cap = changes.get("sampler_correction_cap", 2.0) if by_token else 2.0
     gaps = restatement.mismatch(own, sampled, cap)
     assert table[0]["mismatch_mean"] == pytest.approx(gaps.mean, rel=1e-5)
     assert table[0]["mismatch_max"] == pytest.approx(gaps.maximum, rel=1e-5)
@@ -502,31 +555,44 @@ def test_update_equals_the_plain_restatement(
     assert table[0]["over_cap_fraction"] == gaps.over_cap
 
 
-@pytest.mark.parametrize(("objective", "old_logprobs", "correction"), PI_OLD)
+@pytest.mark.parametrize("kl_coefficient", [None, 0.2])
+@pytest.mark.parametrize(("objective", "old_logprobs", "changes"), CASES)
 def test_one_step_equals_the_plain_restatement_closely(
-    untied: Path, other: Path, objective: str, old_logprobs: str, correction: dict[str, Any]
+    untied: Path,
+    other: Path,
+    objective: str,
+    old_logprobs: str,
+    changes: dict[str, Any],
+    kl_coefficient: float | None,
 ) -> None:
+    """kl_coefficient None: the objective's own, which is 0 for most."""
     rollouts = make_rollouts()
     start = all_logprobs(in_double(untied), rollouts)
     rollouts = replace(rollouts, old_logprobs=as_old(start, 0.2))
-    config = settings(
-        objective, old_logprobs=old_logprobs, kl_coefficient=0.2, max_tokens_per_batch=40, **correction
-    )
+    keys = changes if kl_coefficient is None else changes | {"kl_coefficient": kl_coefficient}
+    config = settings(objective, old_logprobs=old_logprobs, max_tokens_per_batch=40, **keys)
     row, found, stored = step_gradient(untied, config, rollouts, other, double=True)
-    reference = [stored.reference[i] for i in range(len(rollouts))]
+    read = sorted(stored.policy)
+    assert len(read) == (ROWS if config.kl_coefficient or config.entropy_coefficient else ROWS - 1)
+    reference = [stored.reference.get(i, start[i]) for i in range(ROWS)]
     model = in_double(untied)
     # pi_old is in float32 either way: the learner's own as it stored them.
     old = rollouts.old_logprobs
     if old_logprobs == "recomputed":
-        old = [stored.policy[i] for i in range(len(rollouts))]
-    expected = plain(model, rollouts, np.arange(len(rollouts)), old, reference, objective_of(config))
-    tolerance = 1e-6 if correction else 2e-7  # the weights are made of stored float32 log-probs, in float32
+        old = [stored.policy.get(i, start[i]) for i in range(ROWS)]
+    expected = plain(model, rollouts, np.arange(ROWS), old, reference, objective_of(config))
+    # The weights are made of stored float32 log-probs, in float32.
+    tolerance = 1e-6 if "sampler_correction" in changes else 2e-7
     assert deviation(found, gradients(model)) <= tolerance
     assert row["loss"] == pytest.approx(expected.loss, rel=tolerance, abs=tolerance)
-    assert row["kl"] == pytest.approx(expected.kl, rel=1e-7)
-    if objective == "grpo":
-        assert row["clip_fraction_low"] == expected.clipped_low
-        assert row["clip_fraction_high"] == expected.clipped_high
+    assert row["kl"] == (pytest.approx(expected.kl, rel=1e-7) if config.kl_coefficient else None)
+    entropy = torch.cat([one_rollout(model, rollouts, i)[1] for i in read]).mean().item()
+    assert row["entropy"] == pytest.approx(entropy, rel=1e-7)
+    if config.ratio == "token":  # fractions are of what was read
+        share = rollouts.num_tokens.sum() / rollouts.num_tokens[read].sum()
+        if len(read) == ROWS or objective != "cispo":  # which counts tokens of advantage 0 too
+            assert row["clip_fraction_low"] == pytest.approx(expected.clipped_low * share)
+            assert row["clip_fraction_high"] == pytest.approx(expected.clipped_high * share)
         assert (old_logprobs == "sampled") == (expected.clipped_low + expected.clipped_high > 0)
 
 
@@ -721,6 +787,177 @@ def test_with_a_kl_term_advantages_of_zero_are_not_skipped(tmp_path: Path, untie
     assert row["loss"] == pytest.approx(0.1 * row["kl"], rel=1e-6)
     assert row["kl"] > 0
     assert row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("objective", ["dr_grpo", "dapo", "gspo", "cispo"])
+def test_advantages_of_zero_take_no_forward_pass_but_count(untied: Path, objective: str) -> None:
+    rollouts = make_rollouts()
+    silent = np.isin(np.arange(ROWS), [0, 3, 4, 5, 6, 11])  # 3 of group 0, all of group 1 ...
+    rollouts = replace(
+        rollouts,
+        advantages=np.where(silent, 0.0, rollouts.advantages),
+        old_logprobs=as_old(all_logprobs(in_double(untied), rollouts), 0.2),
+    )
+    config = settings(objective, old_logprobs="sampled")
+    row, found, stored = step_gradient(untied, config, rollouts)
+    assert sorted(stored.policy) == sorted(stored.first_step) == np.flatnonzero(~silent).tolist()
+    # Read with the others, they change nothing: their entropy is asked for, at a coefficient that rounds off.
+    everything = config.model_copy(update={"entropy_coefficient": 1e-30})
+    again, expected, all_of_them = step_gradient(untied, everything, rollouts)
+    assert sorted(all_of_them.policy) == list(range(ROWS))
+    assert deviation(found, expected) <= 1e-5
+    assert row["policy_loss"] == pytest.approx(again["policy_loss"], rel=1e-5)
+    # Left out of the step they would count in no denominator: 14 rollouts would be 8.
+    signal = permuted(rollouts, np.flatnonzero(~silent))
+    _, alone, _ = step_gradient(untied, config, signal)
+    tokens = int(signal.num_tokens.sum()) / int(rollouts.num_tokens.sum())
+    share = 8 / 14 if objective in ("dr_grpo", "gspo") else tokens
+    assert deviation({name: g / share for name, g in found.items()}, alone) <= 1e-5
+
+
+# ---- the learning rate ----
+
+
+def with_iterations(config: Config, iterations: int) -> Config:
+    return config.model_copy(update={"iterations": iterations})
+
+
+def test_the_learning_rate_of_each_step_is_in_the_table(tmp_path: Path, untied: Path) -> None:
+    keys: dict[str, Any] = {
+        "schedule": "linear",
+        "warmup_steps": 2,
+        "learning_rate": 0.01,
+        "steps_per_iteration": 3,
+    }
+    config = with_iterations(configuration(kl_coefficient=0.0, **keys), 2)
+    run = make_run(tmp_path, config, untied, untied)
+    learner = Learner(config.update, "cpu")
+    found = []
+    for iteration in range(2):
+        commit_rollouts(run, iteration, make_rollouts())
+        found += [row["learning_rate"] for row in update(run, iteration, learner)]
+        assert learner.optimizer.param_groups[0]["lr"] == found[-1]
+    # Up in two steps, then down by a quarter of 0.01 a step, so as to be 0 at the seventh.
+    assert found == pytest.approx([0, 0.005, 0.01, 0.0075, 0.005, 0.0025], rel=1e-12)
+    commit_rollouts(run, 2, make_rollouts())
+    message = (
+        r"^update\.schedule: linear reaches 0 after iterations: 2; found iteration 2; raise `iterations`, or"
+        r" set schedule: constant$"
+    )
+    with pytest.raises(UsageError, match=message):
+        update(run, 2, learner)
+
+
+def test_the_first_step_of_a_warm_up_moves_no_weight(tmp_path: Path, untied: Path) -> None:
+    config = configuration(kl_coefficient=0.0, warmup_steps=1, learning_rate=0.01, weight_decay=0.1)
+    run = make_run(tmp_path, config, untied, untied)
+    learner = Learner(config.update, "cpu")
+    start = load(untied, torch.float32).state_dict()
+    rates = []
+    for iteration, moved in enumerate((False, True)):
+        commit_rollouts(run, iteration, make_rollouts())
+        [row] = update(run, iteration, learner)
+        rates.append(row["learning_rate"])
+        assert row["grad_norm"] > 0
+        same = [torch.equal(tensor, start[name]) for name, tensor in learner.model.state_dict().items()]
+        assert all(same) != moved
+    assert rates == [0, 0.01]
+    assert len(learner.optimizer.state) == len(list(learner.model.parameters()))  # moments from step 0 on
+
+
+# ---- which layout ----
+
+
+def save_mistral(folder: Path) -> Path:
+    """Attention reaches back 8 tokens: make_rollouts() has sequences of up to 14."""
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        sliding_window=8,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MistralForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    return folder
+
+
+def test_a_layout_that_is_right_is_kept(untied: Path, other: Path) -> None:
+    rollouts = make_rollouts()
+    learner = make_learner(untied, settings())
+    learner.load_reference(other)
+    found = learner.check_layout(rollouts, (30, 30))
+    assert found.keys() == {"layout", "policy_layout_difference", "reference_layout_difference"}
+    assert found["layout"] == "shared"
+    assert 0 < found["policy_layout_difference"] <= 1e-5
+    assert 0 < found["reference_layout_difference"] <= 1e-5
+    apart = make_learner(untied, settings(prompt_sharing="off"))
+    found = apart.check_layout(rollouts, (30, 30))
+    assert found.keys() == {"layout", "policy_layout_difference"}
+    assert found["layout"] == "packed"
+    assert found["policy_layout_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("long", ["the rollouts", "what the run allows"])
+def test_a_layout_that_is_wrong_is_left(tmp_path: Path, long: str) -> None:
+    rollouts = make_rollouts()
+    learner = make_learner(save_mistral(tmp_path / "mistral"), settings())
+    assert learner.check_layout(rollouts, (6, 8))["layout"] == "packed"
+    learner = make_learner(tmp_path / "mistral", settings())
+    learner.network.best = "shared"  # as if its configuration did not say that it has a window
+    sizes = [len(rollouts.prompts[i]) + len(rollouts.responses[i]) for i in range(ROWS)]
+    of_group = np.array([max(sizes[i] for i in range(ROWS) if g == rollouts.keys[i, 1]) for g in range(5)])
+    short = permuted(rollouts, np.flatnonzero(of_group[rollouts.keys[:, 1]] <= 8))
+    assert 1 < len(short) < ROWS
+    if long == "the rollouts":
+        found = learner.check_layout(rollouts, (3, 4))
+    else:
+        found = learner.check_layout(short, (6, 8))
+    assert found.pop("policy_layout_difference") > 10 * TOLERANCE
+    assert found.pop("policy_layout_refused") == "shared"
+    assert found == {"layout": "rows"}
+    read = learner.policy_logprobs(rollouts, np.arange(ROWS))
+    for i, row in enumerate(all_logprobs(in_double(tmp_path / "mistral"), rollouts)):
+        np.testing.assert_allclose(read[i], row, atol=5e-6)
+    # Below the window nothing shows.
+    learner = make_learner(tmp_path / "mistral", settings())
+    learner.network.best = "shared"
+    found = learner.check_layout(short, (3, 4))
+    assert found["layout"] == "shared"
+    assert found["policy_layout_difference"] <= 1e-5
+
+
+# ---- shards of logprobs ----
+
+
+def test_logprobs_in_several_shards_are_in_key_order(
+    tmp_path: Path, untied: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts = make_rollouts()
+    config = configuration(steps_per_iteration=3, learning_rate=0.01)  # read in another order than stored
+    shards, stored = [], []
+    for name, num_rows in (("one", 2048), ("four", 4)):
+        monkeypatch.setattr(stage, "_ROWS_PER_SHARD", num_rows)
+        run = make_run(tmp_path / name, config, untied, other)
+        commit_rollouts(run, 0, rollouts)
+        update(run, 0, Learner(config.update, "cpu"))
+        shards.append([len(shard) for shard in run.read_shards("logprobs", 0)])
+        table = run.read("logprobs", 0)
+        stored.append(table.to_pylist())
+        keys = np.stack([table[key].to_numpy() for key in tables.KEY], axis=1)
+        assert keys.tolist() == rollouts.keys.tolist()
+    assert shards == [[14], [4, 4, 4, 2]]
+    assert stored[0] == stored[1]
+    assert {row["step"] for row in stored[0]} == {0, 1, 2}
+    assert all(row["reference_logprobs"] is not None for row in stored[0])
 
 
 # ---- what is not finite ----

@@ -151,7 +151,7 @@ def made_up_pair(prompt_tokens: int, response_tokens: int, vocabulary: int) -> R
         prompts=[prompt, prompt],
         responses=[draw.integers(vocabulary, size=length) for length in lengths],
         masks=[np.ones(length, dtype=bool) for length in lengths],
-        old_logprobs=[np.zeros(length, dtype=np.float32) for length in lengths],
+        old_logprobs=[np.full(length, np.nan, dtype=np.float32) for length in lengths],  # nobody sampled it
         advantages=np.zeros(2),
         temperatures=np.ones(2),
     )

@@ -7,6 +7,7 @@ In a torch.distributed group each process takes its share of every step, and all
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,6 @@ class Learner:
         self._optimizer: torch.optim.AdamW | None = None
         self._adapter: PeftModel | None = None
         self._reference: Network | None = None
-        self._checked = False
 
     @property
     def network(self) -> Network:
@@ -145,26 +145,29 @@ class Learner:
     def check_layout(self, rollouts: Rollouts, longest: tuple[int, int]) -> dict[str, Any]:
         """Compare how groups are read with reading a rollout alone, and read them alone where that differs.
 
-        Compared are the longest rollout and, once, one of made-up tokens that is as long as the run allows:
-        `longest` tokens of prompt and response. Returns the layout, and the largest difference of a log-prob.
+        Compared are the longest rollout and, until that agrees, one of made-up tokens that is as long as the
+        run allows: `longest` tokens of prompt and response. For the reference, whose weights stay, that one
+        is enough. What an iteration does depends on it alone, not on those before.
+        Returns the layout, and the largest difference of a log-prob.
         """
         limit = max(self.config.max_tokens_per_batch // 2, 1)  # no tree is larger than a micro-batch
-        pairs = [(rollouts, longest_pair(rollouts))] if len(rollouts) else []
-        if not self._checked:
-            vocabulary = int(self.model.config.get_text_config(decoder=True).vocab_size)
-            made_up = made_up_pair(min(longest[0], limit), min(longest[1], limit), vocabulary)
-            pairs.append((made_up, np.arange(2)))
-        self._checked = True
+        vocabulary = int(self.model.config.get_text_config(decoder=True).vocab_size)
+        made_up = made_up_pair(min(longest[0], limit), min(longest[1], limit), vocabulary)
         found: dict[str, Any] = {}
         reference = None if self._reference is self._network else self._reference
         for name, network in (("policy", self._network), ("reference", reference)):
-            if network is None or network.layout == "rows" or not pairs:
+            if network is None or network.best == "rows":
                 continue
-            difference = max(network.difference(*pair) for pair in pairs)
-            found[f"{name}_layout_difference"] = difference
-            if not difference <= TOLERANCE:  # NaN too
-                found[f"{name}_layout_refused"] = network.layout
-                network.fall_back()
+            network.use(network.best)
+            pairs = [] if network.agreed else [(made_up, np.arange(2))]
+            if name == "policy" and len(rollouts):
+                pairs.append((rollouts, longest_pair(rollouts)))
+            differences = [network.difference(*pair) for pair in pairs]
+            found[f"{name}_layout_difference"] = max(differences, default=None)
+            network.agreed = all(difference <= TOLERANCE for difference in differences)  # NaN is not
+            if not network.agreed:
+                found[f"{name}_layout_refused"] = network.best
+                network.use("rows")
         return {"layout": self.network.layout, **found}
 
     def reference_logprobs(self, rollouts: Rollouts, rows: np.ndarray, into: Any = None) -> Any:
@@ -184,9 +187,12 @@ class Learner:
         for batch in self._micro_batches(network, rollouts, rows):
             logprobs_N, _ = network.logprobs(batch)
             found.update(by_row(batch, logprobs_N))
+        processes.exchange(found)
         return found
 
-    def _micro_batches(self, network: Network, rollouts: Rollouts, rows: np.ndarray) -> Any:
+    def _micro_batches(
+        self, network: Network, rollouts: Rollouts, rows: np.ndarray, share: tuple[int, int] | None = None
+    ) -> Iterator[MicroBatch]:
         return micro_batches(
             rollouts,
             rows,
@@ -194,7 +200,7 @@ class Learner:
             network.layout,
             network.cost,
             self.device,
-            processes.share(),
+            share or processes.share(),
         )
 
     def step(
@@ -274,7 +280,7 @@ class Learner:
         self, rollouts: Rollouts, row: int, step: Step, stored: Stored, number: int
     ) -> bool:
         self.optimizer.zero_grad(set_to_none=True)
-        for batch in self._micro_batches(self.network, rollouts, np.array([row])):
+        for batch in self._micro_batches(self.network, rollouts, np.array([row]), share=(0, 1)):
             self._backward(rollouts, batch, step, stored, number)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return all(bool(gradient.isfinite().all()) for gradient in gradients)

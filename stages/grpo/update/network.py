@@ -37,15 +37,20 @@ class Network:
         self.precision = precision
         self.device = str(model.device)
         self.parts = split_head(model)
-        self.layout: Layout = layout_of(model, share_prompts=share_prompts)
-        if self.layout == "shared" and model.device.type == "cuda":
-            model.set_attn_implementation("flex_attention")
-        self.cost = cost_of(model)
+        self._attention = model.config._attn_implementation
+        self.best = layout_of(model, share_prompts=share_prompts)
+        self.agreed = False  # whether `best` was right when last compared with reading a rollout alone
+        self.use(self.best)
 
-    def fall_back(self) -> None:
-        """From now on, one sequence a rollout."""
-        self.layout = "rows"
-        self.model.set_attn_implementation("sdpa")
+    def use(self, layout: Layout) -> None:
+        """Read in `layout` from now on."""
+        self.layout = layout
+        # sdpa computes what a mask hides, flex_attention leaves it out; it has no backward pass on a CPU.
+        flex = layout == "shared" and self.model.device.type == "cuda"
+        attention = "flex_attention" if flex else self._attention
+        if self.model.config._attn_implementation != attention:
+            self.model.set_attn_implementation(attention)
+        self.cost = cost_of(self.model)
 
     def logprobs(
         self, batch: MicroBatch, *, with_entropy: bool = False, exactly: bool = False
@@ -69,18 +74,26 @@ class Network:
     def difference(self, rollouts: Rollouts, rows: np.ndarray) -> float:
         """Largest |difference| of the last of `rows`, all of one group, read with the others and read alone.
 
-        Both in float32. The last is the longest of them.
+        Both in float32. The last is the longest of them. The sampler read it alone too, with the same weights
+        on-policy: where its log-probs agree, reading it alone again would only say the same.
         """
         apart = [tree_of(rollouts, [row]) for row in rows.tolist()]
-        expected_N, _ = self.logprobs(build(rollouts, [apart[-1:]], self.device), exactly=True)
-        trees = [tree_of(rollouts, rows.tolist())] if self.layout == "shared" else apart
+        shared = self.layout == "shared"
+        trees = [tree_of(rollouts, rows.tolist())] if shared else [apart[-1], *apart]
         found_N, _ = self.logprobs(build(rollouts, [trees], self.device), exactly=True)
-        return float((found_N[-len(expected_N) :] - expected_N).abs().max())
+        sampled_T = torch.tensor(rollouts.old_logprobs[int(rows[-1])]).to(found_N)
+        found_T = found_N[-len(sampled_T) :]
+        difference = float((found_T - sampled_T).abs().max())
+        if difference <= TOLERANCE:
+            return difference
+        expected_T, _ = self.logprobs(build(rollouts, [apart[-1:]], self.device), exactly=True)
+        return float((found_T - expected_T).abs().max())
 
     def checkpoint_gradients(self) -> None:
         """Compute each layer again in the backward pass instead of keeping what it computed."""
         for name, value in self.model.config.get_text_config(decoder=True).to_dict().items():
-            if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0:
+            is_dropout = ("dropout" in name or "pdrop" in name) and not name.startswith("summary_")
+            if is_dropout and isinstance(value, float) and value > 0:
                 raise UsageError(
                     f"update.gradient_checkpointing: the model has {name} {value}, which transformers would"
                     " switch on with it; set it to 0 in the checkpoint's config.json"
@@ -107,9 +120,14 @@ class Network:
 
 def layout_of(model: PreTrainedModel, *, share_prompts: bool) -> Layout:
     """The best layout that the model's configuration allows."""
+    config = model.config.get_text_config(decoder=True)
     # transformers makes the kind of cache that each layer's attention needs.
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer} or not _takes_positions(model):
+        return "rows"
+    # transformers 5.19 counts chunks from the start of a packed sequence; alibi counts places, not positions.
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    if chunked or getattr(config, "attention_chunk_size", None) or getattr(config, "alibi", False):
         return "rows"
     full = kinds == {DynamicLayer} and model.config._attn_implementation in ("sdpa", "flex_attention")
     return "shared" if full and share_prompts else "packed"

@@ -4,6 +4,9 @@ Without such a group, everything here is what one process does. Denominators are
 gradients and numbers of the shares are added, not averaged.
 """
 
+from collections.abc import MutableMapping
+
+import numpy as np
 import torch
 from torch import distributed
 
@@ -24,6 +27,16 @@ def add_up_gradients(model: torch.nn.Module) -> None:
             if parameter.grad is None:  # this share did not need it
                 parameter.grad = torch.zeros_like(parameter)
             distributed.all_reduce(parameter.grad)
+
+
+def exchange(found: MutableMapping[int, np.ndarray]) -> None:
+    """Give every process what all of them found, by row: shares of another cut need other rows."""
+    if not distributed.is_initialized():
+        return
+    parts: list[dict[int, np.ndarray]] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(parts, dict(found))
+    for part in parts:
+        found.update(part)
 
 
 def total(sums: Sums) -> Sums:

@@ -146,8 +146,8 @@ def _say_refused(run: Run, iteration: int, layout: dict[str, Any]) -> None:
         if refused := layout.get(f"{model}_layout_refused"):
             difference = layout[f"{model}_layout_difference"]
             run.console.say(
-                f"update {iteration}: the {model}'s log-probs in the layout `{refused}` are {difference:.1e} off;"
-                " from here on each rollout is read by itself, which is right and slower"
+                f"update {iteration}: log-probs of the {model} in the layout `{refused}` are {difference:.1e}"
+                " off; each rollout is read by itself, which is right and slower"
             )
 
 
