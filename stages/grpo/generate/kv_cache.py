@@ -79,9 +79,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def move_rows(cache: DynamicCache, move: Move) -> None:
-    """Let rows leave a cache of new_cache that holds their prompts."""
+    """Let rows leave a cache of new_cache."""
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer)
+        if not layer.is_initialized:
+            continue  # it holds no position yet
         assert layer.keys is not None
         assert layer.values is not None
         layer.keys, layer.values = move.apply(layer.keys), move.apply(layer.values)

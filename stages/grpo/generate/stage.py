@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NAME = "generate"
 OUTPUT = "rollouts"
-STAGE_VERSION = 2  # 2: the built-in engine batches rows otherwise, which may change bits
+STAGE_VERSION = 3  # 3: the built-in engine adds up attention otherwise, which may change bits
 
 
 @dataclass

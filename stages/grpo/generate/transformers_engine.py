@@ -1,8 +1,9 @@
 """transformers_engine: the built-in sampler, plain transformers and torch.
 
-Deliberately different from `model.generate`: a prompt goes through the model once for its K samples; a row
-leaves the batch as it ends; each sample draws from its own numbers, so its tokens do not depend on who
-shares its batch (up to float rounding); and the log-probability of a token is recorded as it is drawn.
+Deliberately different from `model.generate`: a prompt goes through the model once for its K samples, which
+share its keys and values where the model's attention allows (prefix_attention.py); a row leaves the batch as
+it ends; each sample draws from its own numbers, so its tokens do not depend on who shares its batch (up to
+float rounding); and the log-probability of a token is recorded as it is drawn.
 A shard is sampled as a whole, in batches that its own requests alone determine: the same shard gives the
 same bytes.
 
@@ -12,6 +13,7 @@ Shapes: P prompts, B samples of a batch, N samples still in the batch (N <= B), 
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +27,7 @@ from grpo.errors import EngineError
 from grpo.generate.draw import draw, uniforms
 from grpo.generate.engine import Group, Request, Sample, Sampling, check_requests
 from grpo.generate.kv_cache import Move, move_rows, new_cache
+from grpo.generate.prefix_attention import Prefix, attending_to_prefix, takes_prefix
 from grpo.logprobs import token_logprobs
 from grpo.model import context_length, empty_cache, eos_token_ids, load_model
 
@@ -42,6 +45,7 @@ class TransformersEngine:
         self.device = device
         self.max_rows_per_batch = max_rows_per_batch
         self._model: PreTrainedModel | None = None
+        self._takes_prefix = False
         self._eos_ids: frozenset[int] = frozenset()
 
     def load(self, checkpoint: Path) -> None:
@@ -52,6 +56,7 @@ class TransformersEngine:
         self.release()  # first: two policies need not fit into memory
         model = load_model(checkpoint, self.device)
         _check_forward(model)
+        self._takes_prefix = takes_prefix(model)
         self._eos_ids = eos_token_ids(checkpoint)
         self._model = model
 
@@ -76,7 +81,9 @@ class TransformersEngine:
             vocabulary = config.get_text_config(decoder=True).vocab_size
             check_requests(shard, sampling, vocabulary, context_length(config))
             for batch in plan_batches(shard, self.max_rows_per_batch):
-                yield from sample_batch(self._model, batch, sampling, self._eos_ids, on_tokens)
+                # A sample that has its prompt to itself shares nothing.
+                shares = self._takes_prefix and min(len(request.seeds) for request in batch) > 1
+                yield from sample_batch(self._model, batch, sampling, self._eos_ids, on_tokens, shares)
 
     def release(self) -> None:
         """Drop the model, and hand what it took of a GPU's memory back to other users of it."""
@@ -126,21 +133,26 @@ def sample_batch(
     sampling: Sampling,
     eos_ids: frozenset[int],
     on_tokens: Callable[[int], None],
+    shares_prompts: bool,
 ) -> list[Group]:
-    """Sample all groups of one batch together, to their ends."""
-    rows = _prefill(model, requests, sampling.max_new_tokens)
+    """Sample all groups of one batch together, to their ends.
+
+    shares_prompts: keep the keys and values of a prompt once, not per sample; needs takes_prefix(model).
+    """
+    rows = _prefill(model, requests, sampling.max_new_tokens, shares_prompts)
     eos_E = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
     record = _Record.empty(len(rows.sample_N), sampling.max_new_tokens, model.device)
-    for step in range(sampling.max_new_tokens):
-        tokens_N, logprobs_N = draw(rows.logits_NV, rows.uniforms_NT[:, step], sampling.temperature)
-        record.tokens_BT[rows.sample_N, step] = tokens_N
-        record.logprobs_BT[rows.sample_N, step] = logprobs_N
-        record.num_tokens_B[rows.sample_N] = step + 1
-        on_tokens(len(tokens_N))
-        tokens_N = rows.leave(torch.isin(tokens_N, eos_E), tokens_N)
-        if len(tokens_N) == 0 or step + 1 == sampling.max_new_tokens:
-            break
-        rows.advance(model, tokens_N)
+    with attending_to_prefix(model) if shares_prompts else nullcontext():
+        for step in range(sampling.max_new_tokens):
+            tokens_N, logprobs_N = draw(rows.logits_NV, rows.uniforms_NT[:, step], sampling.temperature)
+            record.tokens_BT[rows.sample_N, step] = tokens_N
+            record.logprobs_BT[rows.sample_N, step] = logprobs_N
+            record.num_tokens_B[rows.sample_N] = step + 1
+            on_tokens(len(tokens_N))
+            tokens_N = rows.leave(torch.isin(tokens_N, eos_E), tokens_N)
+            if len(tokens_N) == 0 or step + 1 == sampling.max_new_tokens:
+                break
+            rows.advance(model, tokens_N)
     return record.groups(requests, eos_ids)
 
 
@@ -150,6 +162,7 @@ class _Rows:
 
     logits_NV: Tensor  # of the next token
     cache: DynamicCache
+    prefix: Prefix | None  # the prompts, where the cache holds the responses alone
     sample_N: Tensor  # int64, which of the B samples
     position_N: Tensor  # int64, of the next token, padding not counted
     uniforms_NT: Tensor  # float64
@@ -161,6 +174,8 @@ class _Rows:
         if move.num_left == len(ended_N):
             return tokens_N
         move_rows(self.cache, move)
+        if self.prefix is not None:
+            self.prefix.leave(move)
         self.sample_N, self.position_N = move.apply(self.sample_N), move.apply(self.position_N)
         self.uniforms_NT = move.apply(self.uniforms_NT)
         self.visible_NL = None if self.visible_NL is None else move.apply(self.visible_NL)
@@ -169,6 +184,7 @@ class _Rows:
     def advance(self, model: PreTrainedModel, tokens_N: Tensor) -> None:
         """Put one token of each row through the model."""
         width = self.cache.get_seq_length() + 1
+        prefix = {} if self.prefix is None else {"prefix": self.prefix}
         self.logits_NV = model(
             input_ids=tokens_N.unsqueeze(-1),
             attention_mask=None if self.visible_NL is None else self.visible_NL[:, :width],
@@ -176,11 +192,14 @@ class _Rows:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **prefix,
         ).logits[:, -1]
         self.position_N = self.position_N + 1
 
 
-def _prefill(model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int) -> _Rows:
+def _prefill(
+    model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int, shares_prompts: bool
+) -> _Rows:
     """Put each prompt through the model once, then give each of its samples a row."""
     device = model.device
     lengths_P = torch.tensor([len(request.prompt_token_ids) for request in requests], device=device)
@@ -200,10 +219,17 @@ def _prefill(model: PreTrainedModel, requests: Sequence[Request], max_new_tokens
     ).logits[:, -1]
     samples = [(prompt, seed) for prompt, request in enumerate(requests) for seed in request.seeds]
     prompt_B = torch.tensor([prompt for prompt, _ in samples], device=device)
-    cache.batch_select_indices(prompt_B)
+    prefix = None
+    if shares_prompts:
+        prompts, cache = cache, new_cache(model.config, max_new_tokens)
+        prefix = Prefix(prompts, cache, None if visible_PL is None else visible_PL[:, :width], prompt_B)
+        visible_PL = None
+    else:
+        cache.batch_select_indices(prompt_B)
     return _Rows(
         logits_NV=logits_PV[prompt_B],
         cache=cache,
+        prefix=prefix,
         sample_N=torch.arange(len(samples), device=device),
         position_N=lengths_P[prompt_B],
         uniforms_NT=torch.from_numpy(uniforms([seed for _, seed in samples], max_new_tokens)).to(device),
