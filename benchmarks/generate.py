@@ -145,7 +145,7 @@ def compare_handover(folder: Path, model: Path) -> None:
     other = folder / "other"
     other.mkdir()
     for name, content in policy_files(changed, model):
-        (other / name).write_bytes(content)
+        (other / name).write_bytes(b"".join(content))
     sequences = read_probe(run.probe_path(0)).sequences
     policies = [(path, measure(load_model(path, "cpu"), sequences)) for path in (other, model)]
     with stage.open_tool(run) as tool:

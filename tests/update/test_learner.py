@@ -1055,8 +1055,8 @@ def test_nothing_is_committed_after_an_error(tmp_path: Path, untied: Path) -> No
 def save(learner: Learner, start: Path, folder: Path) -> Path:
     (folder / "policy").mkdir(parents=True)
     for name, content in policy_files(learner.model, start):
-        (folder / "policy" / name).write_bytes(content)
-    (folder / OPTIMIZER_FILE).write_bytes(optimizer_file(learner.optimizer, learner.model))
+        (folder / "policy" / name).write_bytes(b"".join(content))
+    (folder / OPTIMIZER_FILE).write_bytes(b"".join(optimizer_file(learner.optimizer, learner.model)))
     return folder
 
 

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,13 +46,23 @@ def _free_space(path: Path) -> str:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write `content` under `path`, complete and synced, or not at all."""
+    write_chunks(path, [content])
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """The same of a content that comes in pieces; returns its length in bytes and its sha256."""
     temporary = path.with_name(path.name + ".tmp")
+    num_bytes, digest = 0, hashlib.sha256()
     with resource_errors(path):
         with temporary.open("wb") as file:
-            file.write(content)
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                num_bytes += len(chunk)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    return num_bytes, digest.hexdigest()
 
 
 def link_file(source: Path, target: Path) -> None:

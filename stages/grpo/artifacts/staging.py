@@ -4,12 +4,11 @@ A shard is committed by the sidecar beside it, the whole output by its manifest 
 anywhere leaves either the old output or the new one; what was half done is found again by its fingerprint.
 """
 
-import hashlib
 import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import distributions, version
@@ -94,19 +93,17 @@ class Staging:
         files.link_file(source, self.folder / name)
         return self._commit_shard(record.model_copy(update={"name": name}))
 
-    def write_bytes(self, part: str, name: str, content: bytes) -> FileRecord:
-        """Write a file that is no shard; it is committed with the whole output."""
+    def write_bytes(self, part: str, name: str, content: bytes | Iterable[bytes | memoryview]) -> FileRecord:
+        """Write a file that is no shard, whole or in pieces; it is committed with the whole output."""
         files.make_folder(self.folder / part)
         record = self._write(part, name, content)
         self._records[f"{part}/{name}"] = record
         return record
 
-    def _write(self, part: str, name: str, content: bytes) -> FileRecord:
-        files.write_file(self.folder / part / name, content)
-        digest = hashlib.sha256(content).hexdigest()
-        return FileRecord.model_validate(
-            {"name": name, "part": part, "bytes": len(content), "sha256": digest}
-        )
+    def _write(self, part: str, name: str, content: bytes | Iterable[bytes | memoryview]) -> FileRecord:
+        chunks = [content] if isinstance(content, bytes) else content
+        num_bytes, digest = files.write_chunks(self.folder / part / name, chunks)
+        return FileRecord.model_validate({"name": name, "part": part, "bytes": num_bytes, "sha256": digest})
 
     def _commit_shard(self, record: FileRecord) -> FileRecord:
         files.sync_folder(self.folder)  # the shard's name must be on disk before the sidecar vouches for it

@@ -5,14 +5,13 @@ with, and every other file of the checkpoint the run started from, byte for byte
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -24,31 +23,43 @@ from grpo.update.adapter import holds_adapted, merged, plain_state
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_SHARD_BYTES = 2**31  # a file is hashed and written from memory, so this is what a checkpoint costs in memory
+_SHARD_BYTES = 2**31  # with an adapter, what is merged at a time and so what a checkpoint costs in memory
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 OPTIMIZER_FILE = "optimizer.safetensors"
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+Chunks = Iterable[bytes | memoryview]  # a file's content in pieces
 
 
 def policy_files(
     model: PreTrainedModel, start: Path, adapter: "PeftModel | None" = None
-) -> Iterator[tuple[str, bytes]]:
+) -> Iterator[tuple[str, Chunks]]:
     """(name, content) of each file of a checkpoint of `model`, which was loaded from a copy of `start`.
 
     With an adapter on it, of what the two make together; weights are merged a file at a time.
     """
     for path in checkpoint_files(start):
         if not is_weight_file(path.name):
-            yield path.name, path.read_bytes()
+            yield path.name, [path.read_bytes()]
     state = _published(model) if adapter is None else _published_with(adapter, model)
     split = split_torch_state_dict_into_shards(state, max_shard_size=_SHARD_BYTES)
     for name, members in split.filename_to_tensors.items():
         shard = {member: state[member] for member in members}
         shard = shard if adapter is None else dict(merged(adapter, shard))
-        tensors = {member: tensor.detach().cpu().contiguous() for member, tensor in shard.items()}
-        yield name, save(tensors, metadata={"format": "pt"})
+        yield name, _safetensors(shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        yield "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True).encode()
+        yield "model.safetensors.index.json", [json.dumps(index, indent=1, sort_keys=True).encode()]
 
 
 def _published(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -67,16 +78,38 @@ def _published_with(adapter: "PeftModel", model: PreTrainedModel) -> dict[str, T
     return state
 
 
-def optimizer_file(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> bytes:
+def optimizer_file(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> Chunks:
     """AdamW's moments as safetensors, named `<moment>.<parameter>`; empty before the first step."""
-    tensors = {
-        f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for moment in _MOMENTS
-    }
-    content: bytes = save(tensors, metadata={"format": "pt"})
-    return content
+    return _safetensors(
+        {
+            f"{moment}.{name}": optimizer.state[parameter][moment]
+            for name, parameter in model.named_parameters()
+            if parameter in optimizer.state
+            for moment in _MOMENTS
+        }
+    )
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Chunks:
+    """A safetensors file in pieces (github.com/huggingface/safetensors, Format).
+
+    The library's own save() makes two copies of everything, which took longer than writing it to disk.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        plain = tensor.detach().cpu().contiguous()
+        yield plain.flatten().view(torch.uint8).numpy().data
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel, path: Path) -> None:
