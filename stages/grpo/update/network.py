@@ -98,8 +98,9 @@ class Network:
                     f"update.gradient_checkpointing: the model has {name} {value}, which transformers would"
                     " switch on with it; set it to 0 in the checkpoint's config.json"
                 )
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in self.model.modules():
+        model: Any = self.model
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # transformers checkpoints only then; its parts stay in eval mode
 
