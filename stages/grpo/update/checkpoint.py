@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 _SHARD_BYTES = 2**31  # with an adapter, what is merged at a time and so what a checkpoint costs in memory
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 OPTIMIZER_FILE = "optimizer.safetensors"
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
+_DTYPES = {  # in the order in which the library writes them
     torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -56,7 +56,7 @@ def policy_files(
     for name, members in split.filename_to_tensors.items():
         shard = {member: state[member] for member in members}
         shard = shard if adapter is None else dict(merged(adapter, shard))
-        yield name, _safetensors(shard)
+        yield name, safetensors_file(shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         yield "model.safetensors.index.json", [json.dumps(index, indent=1, sort_keys=True).encode()]
@@ -80,7 +80,7 @@ def _published_with(adapter: "PeftModel", model: PreTrainedModel) -> dict[str, T
 
 def optimizer_file(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> Chunks:
     """AdamW's moments as safetensors, named `<moment>.<parameter>`; empty before the first step."""
-    return _safetensors(
+    return safetensors_file(
         {
             f"{moment}.{name}": optimizer.state[parameter][moment]
             for name, parameter in model.named_parameters()
@@ -90,24 +90,27 @@ def optimizer_file(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> 
     )
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> Chunks:
+def safetensors_file(tensors: Mapping[str, Tensor]) -> Chunks:
     """A safetensors file in pieces (github.com/huggingface/safetensors, Format).
 
-    The library's own save() makes two copies of everything, which took longer than writing it to disk.
+    The library's own save() makes two copies of everything, which took longer than writing it to disk. These
+    are its bytes, wide types first and by name: weights that did not change keep their digest.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in tensors.items():
+    order = {name: place for place, name in enumerate(_DTYPES.values())}
+    ordered = sorted(tensors.items(), key=lambda item: (order[_DTYPES[item[1].dtype]], item[0]))
+    for name, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.itemsize
         header[name] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
+    for _, tensor in ordered:
         plain = tensor.detach().cpu().contiguous()
         yield plain.flatten().view(torch.uint8).numpy().data
 
