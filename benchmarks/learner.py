@@ -2,8 +2,8 @@
 
 update    One optimiser step and the reference pass of a 19M-parameter Qwen2 in float32, K = 8, with long
           prompts and with short ones. Its own operations: 6 x parameters x tokens that go through the model
-          (each prompt once a tree) for the step, 2 x for the reference, and attention over the whole square
-          of each sequence, masked or not, at the rate of the largest matmul that this process reaches.
+          (each prompt once a tree) for the step, 2 x for the reference, and attention over each pair of a
+          token and one that it sees, at the rate of the largest matmul that this process reaches.
 memory    Peak memory of an update by the number of rollouts, each in a process of its own.
 whole     A step of a 0.5B-parameter model (151,936 tokens of vocabulary) with the head in chunks and with
           all logits at once, alternating.
@@ -33,9 +33,9 @@ from grpo.update.batch import READ, Rollouts, kept_rollouts
 from grpo.update.layout import PADDING, micro_batches
 from grpo.update.learner import Learner
 from grpo.update.loss import Step
-from grpo.update.network import tree_mask
 from grpo.update.objective import Stored
 from grpo.update.scratch import LogprobStore
+from grpo.update.tree_attention import Place
 
 K = 8
 VOCABULARY = 258
@@ -80,27 +80,32 @@ def update() -> None:
 def report(name: str, learner: Learner, rollouts: Rollouts, seconds: float, peak: float) -> None:
     config = learner.model.config
     weights = sum(p.numel() for p in learner.model.parameters())
-    tokens = computed = seen = 0
+    tokens = pairs = 0
     rows, network = np.arange(len(rollouts)), learner.network
     budget = learner.config.max_tokens_per_batch
     for batch in micro_batches(rollouts, rows, budget, network.layout, network.cost, "cpu"):
         tokens += int((batch.tree_SL != PADDING).sum())
-        mask = tree_mask(batch)
-        computed += mask.numel()
-        seen += int(mask.sum())
+        pairs += sum(map(pairs_seen, batch.trees))
     linear = 8 * weights * tokens
     # QK' and AV: two products of 2 x hidden per pair and layer; twice that again backward; and the reference.
-    attention = 4 * 4 * config.hidden_size * config.num_hidden_layers * computed
+    attention = 4 * 4 * config.hidden_size * config.num_hidden_layers * pairs
     operations = linear + attention
     apart = sum(len(rollouts.prompts[i]) + len(rollouts.responses[i]) for i in range(len(rows)))
-    masked = f"{attention / operations:.0%} attention, {1 - seen / computed:.0%} of that masked"
     print(f"  {name}")
     print(f"    tokens through the model  {tokens:,} ({apart:,} without sharing)")
     print(f"    tokens of rollouts/s      {apart / seconds:,.0f}")
     print(f"    matmul peak               {peak / 1e9:.0f} GFLOP/s")
-    print(f"    operations                {operations / 1e12:.2f} TFLOP ({masked})")
+    share = f"{attention / operations:.0%} attention"
+    print(f"    operations                {operations / 1e12:.2f} TFLOP ({share})")
     print(f"    seconds                   {seconds:.2f}; {operations / peak:.2f} at the peak")
     print(f"    ratio                     {seconds * peak / operations:.2f}", flush=True)
+
+
+def pairs_seen(tree: Place) -> int:
+    """Pairs of a token and one that it sees; nothing masked is computed but within the kernel's own tiles."""
+    prompt, *responses = (part.stop - part.start for part in (tree.prompt, *tree.responses))
+    own = sum(length * (length + 1) // 2 for length in (prompt, *responses))
+    return int(own + sum(responses) * prompt)
 
 
 def memory() -> None:

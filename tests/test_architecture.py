@@ -16,7 +16,7 @@ RANKS = (
     ("console",),
     ("tables", "config"),
     ("artifacts",),
-    ("sql", "model", "logprobs"),
+    ("sql", "model", "logprobs", "attention"),
     ("probe", "head"),
     STAGES,
     ("runner", "starter", "evaluate"),

@@ -236,6 +236,14 @@ def test_a_model_too_large_for_memory_and_disk(project: Path, grpo: Grpo) -> Non
     assert "since checkpoints of 768.0 GiB each stay" in checks["disk space"]["note"]
     _, checks, _ = doctor(grpo, "--set", "generate.engine=transformers", "--set", "update.kl_coefficient=0")
     assert checks["memory"]["needed"] == "1,280.0 GiB: learner 1,024.0 GiB, engine 256.0 GiB"
+    lora = ["--set", "update.lora.rank=8", "--set", "update.lora.alpha=16"]
+    _, checks, _ = doctor(grpo, "--set", "generate.engine=transformers", *lora)
+    assert checks["memory"]["needed"] == "512.0 GiB: learner 256.0 GiB, engine 256.0 GiB"
+    assert checks["disk space"]["needed"] == "512.0 GiB: 2 iterations to come"
+    _, checks, _ = doctor(
+        grpo, "--set", "generate.engine=transformers", *lora, "--set", "update.reference=model"
+    )
+    assert checks["memory"]["needed"].endswith(": learner 256.0 GiB, reference 256.0 GiB, engine 256.0 GiB")
 
 
 def test_what_is_on_disk_already_is_not_needed_again(finished: Path, grpo: Grpo) -> None:

@@ -111,9 +111,9 @@ def test_an_argument_that_changes_the_result_is_refused() -> None:
     tensor = torch.zeros(1, 1, 1, 1)
     prefix = Prefix(filled_cache(), filled_cache(), None, torch.zeros(1, dtype=torch.int64))
     for name in ("softcap", "s_aux", "sliding_window", "position_bias"):
-        with pytest.raises(TypeError, match=f"^prefix_attention takes no {name}$"):
+        with pytest.raises(TypeError, match=f"^grpo_prefix takes no {name}$"):
             prefix_attention(module, tensor, tensor, tensor, None, prefix, 1.0, **{name: 1.0})
-    with pytest.raises(TypeError, match=r"^prefix_attention takes no attention_mask$"):
+    with pytest.raises(TypeError, match=r"^grpo_prefix takes no attention_mask$"):
         prefix_attention(module, tensor, tensor, tensor, tensor, prefix, 1.0)
     module.layer_idx = 0
     with pytest.raises(

@@ -1,5 +1,6 @@
 """The layouts on tiny models of many kinds: what goes through together equals what goes through alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 import transformers
 from tests import tiny
+from tests.update.examples import tree_mask
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from grpo.errors import UsageError
 from grpo.update.batch import Rollouts, made_up_pair
 from grpo.update.layout import Cost, MicroBatch, build, groups_of, plan, tree_of
-from grpo.update.network import TOLERANCE, Network, block_mask, cost_of, tree_mask
+from grpo.update.network import CPU_TOKENS, TOLERANCE, Network, block_mask, cost_of
 
 VOCAB = 50
 WINDOW = 8  # of the models that have one
@@ -205,8 +207,6 @@ def test_under_eager_attention_nothing_is_shared() -> None:
     batch = one_batch(rollouts, "packed")
     found_N, _ = network.logprobs(batch)
     assert largest(found_N, all_alone(model, rollouts, batch)) <= 5e-5
-    network.use("shared")
-    assert network.difference(made_up_pair(3, 4, VOCAB), np.arange(2)) > 0.1
 
 
 # ---- where sharing would be wrong without a word ----
@@ -229,8 +229,21 @@ def test_windows_are_respected(kind: str) -> None:
     assert largest(found_N, all_alone(network.model, rollouts, batch)) <= 5e-5
 
 
-@pytest.mark.parametrize("kind", WINDOWED)
-def test_sharing_in_spite_of_a_window_shows_only_beyond_it(kind: str) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in WINDOWED if kind != "Llama4Text"])
+def test_a_window_that_the_configuration_does_not_show_is_refused(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make_network(kind, WINDOWED[kind])
+    network.use("shared")
+    with pytest.raises(TypeError, match=r"^grpo_trees takes no sliding_window$"):
+        network.difference(made_up_pair(3, 6, VOCAB), np.arange(2))
+    monkeypatch.setattr("grpo.update.network.layout_of", lambda model, share_prompts: "shared")
+    assert make_network(kind, WINDOWED[kind]).layout == "packed"
+
+
+def test_sharing_in_spite_of_a_window_shows_only_beyond_it() -> None:
+    # Only the mask knows of chunks, and under shared prompts the model makes none: nothing refuses.
+    kind = "Llama4Text"
     network = make_network(kind, WINDOWED[kind])
     network.use("shared")
     # Of 9 tokens the last is predicted from 8, all of which its window of 8 holds; of 10 from 9.
@@ -331,13 +344,19 @@ def test_the_block_mask_is_the_tree_mask() -> None:
     assert found[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
 
 
-def test_flex_attention_under_the_block_mask_gives_the_same() -> None:
+def under_flex_attention(batch: MicroBatch) -> tuple[str, dict[str, Any]]:
+    """As on a GPU."""
+    inputs = {"input_ids": batch.input_ids_SL, "position_ids": batch.position_ids_SL, "use_cache": False}
+    return "flex_attention", inputs | {"attention_mask": block_mask(batch)}
+
+
+def test_flex_attention_under_the_block_mask_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     # Not compiled: the same in a second instead of twenty. On a CPU it has no backward pass.
     network, rollouts = make_network("Qwen2", {}), make_rollouts(SHAPES)
     batch = one_batch(rollouts, "shared")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected_N, _ = network.logprobs(batch)
-        network.model.set_attn_implementation("flex_attention")
+        monkeypatch.setattr(network, "_inputs", under_flex_attention)
         found_N, _ = network.logprobs(batch)
     assert largest(found_N, expected_N) <= 5e-5
 
@@ -347,9 +366,9 @@ def test_what_a_token_and_a_position_cost() -> None:
     layer = 1056 + 1056 + 1024 + 4608 + 64
     tied, untied = (make_model("Qwen2", {"tie_word_embeddings": tie}) for tie in (True, False))
     # Scores and their sum over values: 2 products of 32 numbers a position, in 2 layers.
-    assert cost_of(untied) == cost_of(tied) == Cost(per_token=2 * layer + 32, per_position=128)
-    untied.set_attn_implementation("flex_attention")
-    assert cost_of(untied).per_position == 0
+    expected = Cost(per_token=2 * layer + 32, per_position=128, max_tokens=CPU_TOKENS)
+    assert cost_of(untied, "packed") == cost_of(tied, "packed") == expected
+    assert cost_of(untied, "shared") == replace(expected, per_position=0)
 
 
 # ---- gradient checkpointing ----

@@ -36,11 +36,13 @@ def check_space(run: Run, policy: Checkpoint) -> list[Check]:
     keep = run.config.checkpoints.keep_optimizers
     # One more optimiser state than is kept: the oldest goes when the newest is committed.
     states = left if keep is None else min(left, keep + 1)
-    need = (WEIGHT_BYTES * left + OPTIMIZER_BYTES * states) * policy.parameters
+    # That of an adapter is left out: it is a small part of the weights.
+    optimizer_bytes = 0 if run.config.update.lora else OPTIMIZER_BYTES
+    need = (WEIGHT_BYTES * left + optimizer_bytes * states) * policy.parameters
     found, needed = f"{gib(free)} free at {place}", f"{gib(need)}: {left} iterations to come"
     if need <= free:
         return [Check("disk space", found, needed, note="left out: the tables, about 4 bytes per token")]
-    each = gib((WEIGHT_BYTES + OPTIMIZER_BYTES) * policy.parameters)
+    each = gib((WEIGHT_BYTES + optimizer_bytes) * policy.parameters)
     text = f"{place}: {gib(free)} free, {gib(need)} needed, since checkpoints of {each} each stay"
     return [failed("disk space", found, needed, ResourceError(f"{text}; free some, or lower iterations"))]
 

@@ -2,6 +2,7 @@
 
 Learner and engine take turns on a GPU; on a CPU they are in memory together. P parameters: the learner holds
 float32 weights, gradients and AdamW's two moments, 16 bytes each; the reference float32 weights, 4 bytes.
+With update.lora the weights alone: they have no gradient, and with the adapter off are the reference too.
 """
 
 import os
@@ -18,7 +19,9 @@ from grpo.generate.engine_choice import choose_engine
 LEARNER_BYTES = 16
 RELEASED_BYTES = 12  # the learner in main memory while the engine has the GPU: no gradients then
 FLOAT32_BYTES = 4
-LEFT_OUT = "left out: activations, logits, the built-in engine's key-value cache, the libraries themselves"
+LEFT_OUT = (
+    "left out: activations, the built-in engine's key-value cache, an adapter, the libraries themselves"
+)
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -38,16 +41,19 @@ def check_memory(run: Run, policy: Checkpoint, reference: Checkpoint) -> list[Ch
     """GPU and main memory, or main memory alone; nothing where a size is not known."""
     import torch
 
-    with_reference = bool(run.config.update.kl_coefficient)
+    update = run.config.update
+    shares_base = update.lora is not None and update.reference is None
+    with_reference = bool(update.kl_coefficient) and not shares_base
     if policy.parameters is None or (with_reference and reference.parameters is None):
         return []
     on_gpu = torch.cuda.is_available()
     num_reference = reference.parameters or 0 if with_reference else 0
     settings = _engine_settings(run)
     estimate = Estimate(
-        learner=LEARNER_BYTES * policy.parameters,
+        learner=(FLOAT32_BYTES if update.lora else LEARNER_BYTES) * policy.parameters,
         reference=FLOAT32_BYTES * num_reference,
-        waiting=RELEASED_BYTES * policy.parameters + FLOAT32_BYTES * num_reference,
+        waiting=(FLOAT32_BYTES if update.lora else RELEASED_BYTES) * policy.parameters
+        + FLOAT32_BYTES * num_reference,
         engine=_engine_bytes(policy.parameters, settings, on_gpu),
     )
     if not on_gpu:

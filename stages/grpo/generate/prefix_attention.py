@@ -2,8 +2,7 @@
 
 The samples of a prompt see the same prompt: a step of decoding reads its keys and values once, not once per
 sample. Otherwise it is plain full attention: one softmax over the prompt and the sample's own response.
-transformers calls it as an attention function (huggingface.co/docs/transformers/attention_interface). The
-responses come from the model's cache, the prompts from an argument that the model hands on.
+The responses come from the model's cache, the prompts from an argument that the model hands on.
 
 Shapes: P prompts, N rows (samples still in the batch), K slots of a prompt (as many as any prompt has rows;
 those a prompt does not need compute row 0 again, and nobody reads them), H heads of keys and values,
@@ -11,30 +10,17 @@ R heads of queries to each, Q = K * R queries, L prompt positions, T response po
 D head dimension, X any.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from grpo.attention import attending, refuse_others
 from grpo.generate.kv_cache import GrowingLayer, Move, new_cache
 
 NAME = "grpo_prefix"  # of the attention function; no mask is made for a name transformers does not know
-# What models hand to an attention function and inference on one token per row need not know. Anything else
-# that is not None (a mask, a window, a softcap, sinks, a bias) may change the result.
-IGNORED = frozenset(
-    {
-        "dropout",
-        "is_causal",
-        "position_ids",
-        "cache_position",
-        "use_cache",
-        "output_attentions",
-        "output_router_logits",
-    }
-)
 
 
 class Prefix:
@@ -132,10 +118,7 @@ def prefix_attention(
 
     Raises TypeError for an argument that it does not know and that would change the result.
     """
-    others["attention_mask"] = attention_mask
-    for name, argument in others.items():
-        if argument is not None and name not in IGNORED:
-            raise TypeError(f"prefix_attention takes no {name}")
+    refuse_others(NAME, {**others, "attention_mask": attention_mask})
     assert isinstance(module.layer_idx, int)
     layer = prefix.responses.layers[module.layer_idx]
     assert isinstance(layer, GrowingLayer)
@@ -149,16 +132,9 @@ def prefix_attention(
     return found_NHRD.reshape(rows, 1, -1, value.shape[-1]), None
 
 
-@contextmanager
-def attending_to_prefix(model: PreTrainedModel) -> Iterator[None]:
+def attending_to_prefix(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within, the model's attention is prefix_attention: forward() needs the argument `prefix`."""
-    before = model.config._attn_implementation
-    AttentionInterface.register(NAME, prefix_attention)
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return attending(model, NAME, prefix_attention)
 
 
 @torch.inference_mode()
@@ -177,9 +153,7 @@ def takes_prefix(model: PreTrainedModel) -> bool:
     try:
         with attending_to_prefix(model):
             model(input_ids=token, position_ids=token + 1, past_key_values=responses, prefix=prefix)
-    except (
-        TypeError
-    ):  # a module on the way takes no such argument, or prefix_attention takes not all of its own
+    except TypeError:  # a module on the way takes no such argument, or prefix_attention not all of its own
         return False
     return prefix.asked == set(range(len(prompts.layers)))
 

@@ -4,7 +4,7 @@ The K responses of a group share their prompt: a tree is one copy of a prompt wi
 of which sees the prompt and itself. Trees are packed into sequences, first-fit decreasing, and sequences into
 micro-batches. How it is done changes memory and time, never the result but for rounding.
 
-`shared`  trees under an explicit mask, for models in which every layer is full attention.
+`shared`  trees, for models in which every layer is full attention, which is then told what a token sees.
 `packed`  rollouts one behind another; position_ids that begin anew tell the model where, and it makes its own
           masks, so windows and chunks are respected.
 `rows`    one rollout a sequence, padded on the right: right for every causal model.
@@ -21,23 +21,23 @@ import torch
 from torch import Tensor
 
 from grpo.update.batch import Rollouts
+from grpo.update.tree_attention import Place
 
 Layout = Literal["shared", "packed", "rows"]
 PROMPT, PADDING = 0, -1  # branch of a prompt's tokens; tree of padding
-# On a CPU more sequences at once are no faster, and what they compute is too large for the heap to keep: each
-# tensor is then new pages of the system's, which made a step 1.3 times as long.
-CPU_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Cost:
     """Relative cost of a forward pass: of a token, and of each position that its attention computes.
 
-    per_position 0: attention computes only what its mask shows (flex_attention).
+    per_position 0: attention computes only what is seen. max_tokens: more at once are no faster, so that only
+    a tree may be larger.
     """
 
     per_token: float
     per_position: float
+    max_tokens: int = 2**31
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MicroBatch:
     tree of its sequence a token belongs to, PADDING for none. branch_SL: PROMPT, or 1, 2, ... for the
     responses of a tree. places_N: where, in [S * L], the hidden states are that predict the counted tokens,
     one rollout after another in the order of rows; a prompt's last token predicts the first of each of its
-    responses. targets_N: those tokens. lengths_B: how many each rollout has.
+    responses. targets_N: those tokens. lengths_B: how many each rollout has. trees: where each one is.
     """
 
     rows: np.ndarray
@@ -68,6 +68,7 @@ class MicroBatch:
     targets_N: Tensor
     lengths_B: Tensor
     temperature_N: Tensor
+    trees: list[Place]
 
 
 def micro_batches(
@@ -85,8 +86,7 @@ def micro_batches(
     share: (n, of): every of-th tree from the n-th on, this process's part of the step.
     """
     for sequences in plan(rollouts, rows, max_tokens, layout, cost, share):
-        for some in _batches(sequences, CPU_TOKENS) if device == "cpu" else [sequences]:
-            yield build(rollouts, some, device)
+        yield build(rollouts, sequences, device)
 
 
 def plan(
@@ -99,8 +99,8 @@ def plan(
 ) -> list[list[list[Tree]]]:
     """The trees of each sequence of each micro-batch: the cheapest of a few ways to cut and pack them.
 
-    Few responses a tree repeat the prompt; many widen the square that dense attention computes. Short
-    sequences leave room unused; long ones widen the square too.
+    Few responses a tree repeat the prompt; many widen the square that attention under a dense mask computes.
+    Short sequences leave room unused; long ones widen the square too.
     """
     groups = groups_of(rollouts, rows)
     cuts = []
@@ -168,7 +168,7 @@ def build(rollouts: Rollouts, sequences: Sequence[Sequence[Tree]], device: str) 
     shape = (len(sequences), width)
     input_ids_SL, position_ids_SL, branch_SL = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     tree_SL = np.full(shape, PADDING, dtype=np.int64)
-    rows, places, targets = [], [], []
+    rows, places, targets, trees = [], [], [], []
     for s, sequence in enumerate(sequences):
         end = 0
         for t, tree in enumerate(sequence):
@@ -176,12 +176,14 @@ def build(rollouts: Rollouts, sequences: Sequence[Sequence[Tree]], device: str) 
             root, end = end, end + len(prompt)
             input_ids_SL[s, root:end] = prompt
             position_ids_SL[s, root:end] = np.arange(len(prompt))
+            branches = []
             for branch, row in enumerate(tree.rows, PROMPT + 1):
                 response = rollouts.responses[row]
                 start, end = end, end + len(response)
                 input_ids_SL[s, start:end] = response
                 position_ids_SL[s, start:end] = len(prompt) + np.arange(len(response))
                 branch_SL[s, start:end] = branch
+                branches.append(slice(start, end))
                 counted = np.flatnonzero(rollouts.masks[row])
                 before = start - 1 + counted
                 before[counted == 0] = root + len(prompt) - 1
@@ -189,6 +191,7 @@ def build(rollouts: Rollouts, sequences: Sequence[Sequence[Tree]], device: str) 
                 places.append(s * width + before)
                 targets.append(response[counted])
             tree_SL[s, root:end] = t
+            trees.append(Place(s, slice(root, root + len(prompt)), tuple(branches)))
     index = np.array(rows, dtype=np.int64)
     lengths_B = rollouts.num_tokens[index]
     return MicroBatch(
@@ -201,6 +204,7 @@ def build(rollouts: Rollouts, sequences: Sequence[Sequence[Tree]], device: str) 
         targets_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
         lengths_B=torch.from_numpy(lengths_B).to(device),
         temperature_N=torch.from_numpy(np.repeat(rollouts.temperatures[index], lengths_B)).float().to(device),
+        trees=trees,
     )
 
 
@@ -221,8 +225,9 @@ def _cheapest(
 ) -> tuple[float, list[list[list[Tree]]]]:
     """The least cost of packing `trees` into sequences of one of the capacities, and how that is done."""
     ways = []
-    for capacity in _capacities(trees, max_tokens) if layout != "rows" else [0]:
-        batches = _batches(first_fit(trees, capacity), max_tokens)
+    at_once = min(max_tokens, cost.max_tokens)
+    for capacity in _capacities(trees, at_once) if layout != "rows" else [0]:
+        batches = _batches(first_fit(trees, capacity), at_once)
         ways.append((sum(_cost(batch, cost) for batch in batches), batches))
     return min(ways, key=lambda way: way[0])
 

@@ -238,9 +238,8 @@ class Learner:
         assert entropy_N is not None
         own = by_row(batch, logprobs_N)
         if not bool(logprobs_N.isfinite().all()):
-            own = (
-                self._alone(rollouts, batch) or own
-            )  # NaN reaches what it shares a sequence with, masked or not
+            # NaN reaches what it shares a sequence with, masked or not.
+            own = self._alone(rollouts, batch) or own
         check_finite(rollouts, own, stored)
         for row in own:
             if row not in stored.first_step:

@@ -18,15 +18,20 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from grpo.attention import attending
 from grpo.errors import UsageError
 from grpo.head import head_logprobs, split_head
 from grpo.logprobs import token_logprobs
-from grpo.update.batch import Rollouts
+from grpo.update import tree_attention
+from grpo.update.batch import Rollouts, made_up_pair
 from grpo.update.layout import PROMPT, Cost, Layout, MicroBatch, build, tree_of
 
 # Largest |difference| of a log-prob between two layouts in float32. Rounding gives 1e-5; a mask that is not
 # the model's own gives 0.1 and more.
 TOLERANCE = 1e-3
+# On a CPU more tokens at once are no faster, and what they compute is too large for the heap to keep: each
+# tensor is then new pages of the system's, which made a step 1.3 times as long.
+CPU_TOKENS = 4096
 
 
 class Network:
@@ -37,34 +42,43 @@ class Network:
         self.precision = precision
         self.device = str(model.device)
         self.parts = split_head(model)
-        self._attention = model.config._attn_implementation
+        self._own_attention = model.config._attn_implementation
         self.best = layout_of(model, share_prompts=share_prompts)
+        if self.best == "shared" and not self._takes_trees():
+            self.best = "packed"
         self.agreed = False  # whether `best` was right when last compared with reading a rollout alone
         self.use(self.best)
 
     def use(self, layout: Layout) -> None:
         """Read in `layout` from now on."""
         self.layout = layout
-        # sdpa computes what a mask hides, flex_attention leaves it out; it has no backward pass on a CPU.
-        flex = layout == "shared" and self.model.device.type == "cuda"
-        attention = "flex_attention" if flex else self._attention
-        if self.model.config._attn_implementation != attention:
-            self.model.set_attn_implementation(attention)
-        self.cost = cost_of(self.model)
+        self.cost = cost_of(self.model, layout)
+
+    @torch.no_grad()
+    def _takes_trees(self) -> bool:
+        """Whether the model hands trees on to its attention, and nothing that this does not compute."""
+        pair = made_up_pair(1, 1, vocabulary=1)
+        self.use("shared")
+        try:
+            self.logprobs(build(pair, [[tree_of(pair, [0, 1])]], self.device), exactly=True)
+        except TypeError:
+            return False
+        return True
 
     def logprobs(
         self, batch: MicroBatch, *, with_entropy: bool = False, exactly: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropy of the counted tokens, float32 [N]. exactly: without autocast."""
-        with nullcontext() if exactly else self._autocast():
+        attention, inputs = self._inputs(batch)
+        with self._attending(attention), nullcontext() if exactly else self._autocast():
             if self.parts is None:
-                logits_SLV = self.model(**self._inputs(batch)).logits
+                logits_SLV = self.model(**inputs).logits
                 logits_NV = logits_SLV.flatten(0, 1)[batch.places_N]
                 return token_logprobs(
                     logits_NV, batch.targets_N, batch.temperature_N, with_entropy=with_entropy
                 )
             trunk, head = self.parts
-            hidden_SLD = trunk(**self._inputs(batch)).last_hidden_state
+            hidden_SLD = trunk(**inputs).last_hidden_state
             hidden_ND = hidden_SLD.flatten(0, 1)[batch.places_N]
             return head_logprobs(
                 hidden_ND, head, batch.targets_N, batch.temperature_N, with_entropy=with_entropy
@@ -99,20 +113,34 @@ class Network:
                     " switch on with it; set it to 0 in the checkpoint's config.json"
                 )
         model: Any = self.model
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            # Computed again with the attention that it is computed with now.
+            return nullcontext(), self._attending(model.config._attn_implementation)
+
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # transformers checkpoints only then; its parts stay in eval mode
 
-    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
+    def _inputs(self, batch: MicroBatch) -> tuple[str, dict[str, Any]]:
+        """The attention to read the batch with, and the arguments of forward()."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_SL, "use_cache": False}
         if self.layout == "rows" or len(batch.rows) == 1:
-            return inputs  # right padding under causal attention: no real token ever sees it
+            return self._own_attention, inputs  # right padding: no real token ever sees it
         inputs["position_ids"] = batch.position_ids_SL
-        if self.layout == "shared":
-            flex = self.model.config._attn_implementation == "flex_attention"
-            inputs["attention_mask"] = block_mask(batch) if flex else tree_mask(batch)
-        return inputs
+        if self.layout == "packed":
+            return self._own_attention, inputs
+        if self.model.device.type == "cuda":
+            return "flex_attention", inputs | {"attention_mask": block_mask(batch)}
+        return tree_attention.NAME, inputs | {"trees": batch.trees}
+
+    def _attending(self, attention: str) -> AbstractContextManager[Any]:
+        """Within, the model has `attention`; after it, its own again, for whoever else reads with it."""
+        if attention == self._own_attention:
+            return nullcontext()
+        function = tree_attention.tree_attention if attention == tree_attention.NAME else None
+        return attending(self.model, attention, function)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         enabled = self.precision == "bfloat16"
@@ -131,32 +159,26 @@ def layout_of(model: PreTrainedModel, *, share_prompts: bool) -> Layout:
     if chunked or getattr(config, "attention_chunk_size", None) or getattr(config, "alibi", False):
         return "rows"
     full = kinds == {DynamicLayer} and model.config._attn_implementation in ("sdpa", "flex_attention")
-    return "shared" if full and share_prompts else "packed"
+    return "shared" if full and share_prompts and model._supports_attention_backend else "packed"
 
 
-def cost_of(model: PreTrainedModel) -> Cost:
+def cost_of(model: PreTrainedModel, layout: Layout) -> Cost:
     """In multiply-adds: a token meets each weight but the embeddings, and each position in each layer."""
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
-    outside = {id(p): p.numel() for module in embeddings if module is not None for p in module.parameters()}
-    weights = sum(p.numel() for p in model.parameters()) - sum(
-        outside.values()
-    )  # tied ones are one parameter
+    # By identity: tied ones are one parameter.
+    outside = {id(p) for module in embeddings if module is not None for p in module.parameters()}
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in outside)
     attention = 2 * config.hidden_size * config.num_hidden_layers
-    dense = model.config._attn_implementation != "flex_attention"
-    return Cost(per_token=weights, per_position=attention if dense else 0)
-
-
-def tree_mask(batch: MicroBatch) -> Tensor:
-    """bool [S, 1, L, L], True where a query (third) sees a key (fourth): itself, its own past, its prompt."""
-    tree, branch = batch.tree_SL, batch.branch_SL
-    mask_SLL = tree.unsqueeze(2) == tree.unsqueeze(1)
-    mask_SLL &= (branch.unsqueeze(1) == PROMPT) | (branch.unsqueeze(2) == branch.unsqueeze(1))
-    return mask_SLL.tril_().unsqueeze(1)
+    return Cost(
+        per_token=weights,
+        per_position=attention if layout == "packed" else 0,
+        max_tokens=CPU_TOKENS if model.device.type == "cpu" else Cost.max_tokens,
+    )
 
 
 def block_mask(batch: MicroBatch) -> Any:
-    """The same for flex_attention, which leaves out the blocks in which nothing is seen."""
+    """Of flex_attention, which leaves out blocks with nothing to see; a token sees its prompt and past."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     tree, branch = batch.tree_SL, batch.branch_SL

@@ -1,0 +1,146 @@
+"""tree_attention: attention of trees on a CPU. A token meets its prompt and its own past, and nothing else.
+
+Under a mask, sdpa computes what the mask hides: more than half of it here. So each tree is done in parts: the
+prompt, each response with itself, and all responses with the prompt, each by torch's own kernel. Softmaxes
+over parts of the keys make one over all of them by their sums of exponentials; backward, the sum over all
+keys makes each part's gradient that of the whole (FlashAttention, arXiv 2205.14135, section 3.1).
+
+Shapes: S sequences, H heads, L tokens of a sequence, D head dimension.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from grpo.attention import refuse_others
+
+NAME = "grpo_trees"  # of the attention function
+# The kernel behind scaled_dot_product_attention, which does not give the sums of exponentials.
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tree is: its sequence, its prompt there, and its responses, one behind another."""
+
+    sequence: int
+    prompt: slice
+    responses: tuple[slice, ...]
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    trees: list[Place],
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query [S, heads, L, D], key and value of as many heads or a divisor -> [S, L, heads, D of value].
+
+    Tokens of no tree (padding) get 0. Raises TypeError for an argument that would change the result.
+    """
+    refuse_others(NAME, {**others, "attention_mask": attention_mask})
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    width = value.shape[-1]
+    heads, dimension = query.shape[1], max(query.shape[-1], width)
+    query_SHLD, key_SHLD, value_SHLD = (_same_shape(x, heads, dimension) for x in (query, key, value))
+    found_SHLD = _TreeAttention.apply(query_SHLD, key_SHLD, value_SHLD, trees, scale)  # type: ignore[no-untyped-call]
+    return found_SHLD[..., :width].transpose(1, 2).contiguous(), None
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query_SHLD: Tensor, key_SHLD: Tensor, value_SHLD: Tensor, trees: list[Place], scale: float
+    ) -> Tensor:
+        found_SHLD = _zeros_of_token_major(query_SHLD)
+        dtype = torch.promote_types(query_SHLD.dtype, torch.float32)
+        logsumexp_SHL = query_SHLD.new_zeros(query_SHLD.shape[:3], dtype=dtype)
+        for part in _parts(trees):
+            here, there = (part.sequence, slice(None), part.queries), (part.sequence, slice(None), part.keys)
+            new_HLD, new_HL = (
+                x[0]
+                for x in _attend(
+                    query_SHLD[here][None],
+                    key_SHLD[there][None],
+                    value_SHLD[there][None],
+                    is_causal=part.own,
+                    scale=scale,
+                )
+            )
+            if not part.own:  # the queries have met their own keys already
+                sum_HL = torch.logaddexp(logsumexp_SHL[here], new_HL)
+                share_HL1 = (new_HL - sum_HL).exp()[..., None]  # both are finite: a query meets some key
+                new_HLD = torch.lerp(found_SHLD[here].to(dtype), new_HLD.to(dtype), share_HL1)
+                new_HL = sum_HL
+            found_SHLD[here] = new_HLD
+            logsumexp_SHL[here] = new_HL
+        ctx.save_for_backward(query_SHLD, key_SHLD, value_SHLD, found_SHLD, logsumexp_SHL)
+        ctx.trees, ctx.scale = trees, scale
+        return found_SHLD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SHLD: Tensor) -> tuple[Tensor | None, ...]:
+        query_SHLD, key_SHLD, value_SHLD, found_SHLD, logsumexp_SHL = ctx.saved_tensors
+        grads = [_zeros_of_token_major(x) for x in (query_SHLD, key_SHLD, value_SHLD)]
+        for part in _parts(ctx.trees):
+            here, there = (part.sequence, slice(None), part.queries), (part.sequence, slice(None), part.keys)
+            found = _attend_backward(
+                grad_SHLD[here][None],
+                query_SHLD[here][None],
+                key_SHLD[there][None],
+                value_SHLD[there][None],
+                found_SHLD[here][None],
+                logsumexp_SHL[here][None],
+                0.0,
+                part.own,
+                scale=ctx.scale,
+            )
+            for grad, place, more in zip(grads, (here, there, there), found, strict=True):
+                grad[place] += more[0]
+        return (*grads, None, None)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Queries that meet keys: their own, each those up to itself, or others, each all of them."""
+
+    sequence: int
+    queries: slice
+    keys: slice
+    own: bool
+
+
+def _parts(trees: list[Place]) -> Iterator[_Part]:
+    for tree in trees:
+        for branch in (tree.prompt, *tree.responses):
+            yield _Part(tree.sequence, branch, branch, own=True)
+        responses = slice(tree.prompt.stop, tree.responses[-1].stop)
+        yield _Part(tree.sequence, responses, tree.prompt, own=False)
+
+
+def _same_shape(x_SHLD: Tensor, heads: int, dimension: int) -> Tensor:
+    """A head of keys and values for each of the queries', which share them in groups; zeros added to D."""
+    if x_SHLD.shape[1] < heads:
+        x_SHLD = x_SHLD.repeat_interleave(heads // x_SHLD.shape[1], dim=1)
+    missing = dimension - x_SHLD.shape[-1]
+    return pad(x_SHLD, (0, missing)) if missing else x_SHLD  # zeros change no product
+
+
+def _zeros_of_token_major(like_SHLD: Tensor) -> Tensor:
+    """[S, H, L, D] of zeros, in memory token by token, as the layers before and after have it."""
+    return torch.zeros_like(like_SHLD.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
