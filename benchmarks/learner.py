@@ -2,8 +2,8 @@
 
 update    One optimiser step and the reference pass of a 19M-parameter Qwen2 in float32, K = 8, with long
           prompts and with short ones. Its own operations: 6 x parameters x tokens that go through the model
-          (each prompt once a tree) for the step, 2 x for the reference, and attention over each pair of a
-          token and one that it sees, at the rate of the largest matmul that this process reaches.
+          (each prompt once a tree) for the step, 2 x for the reference, and attention over the tiles that
+          are computed, at the rate of the largest matmul that this process reaches in the same round.
 memory    Peak memory of an update by the number of rollouts, each in a process of its own.
 whole     A step of a 0.5B-parameter model (151,936 tokens of vocabulary) with the head in chunks and with
           all logits at once, alternating.
@@ -11,7 +11,6 @@ whole     A step of a 0.5B-parameter model (151,936 tokens of vocabulary) with t
 python benchmarks/learner.py [update | memory | whole]... > benchmarks/learner.txt
 """
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from grpo.update.tree_attention import Place
 K = 8
 VOCABULARY = 258
 ROUNDS = 7
+KEY_TILE = 512  # keys that torch's attention on a CPU takes at a time; masked ones in the last are computed
 # Name, prompts, tokens of a prompt, tokens of the shortest and of the longest response.
 SHAPES = [
     ("4 prompts of 384 tokens, responses of 48", 4, 384, 48, 48),
@@ -74,38 +74,47 @@ def update() -> None:
                 stored = step(learner, rollouts, Stored())
                 seconds.append(time.perf_counter() - started)
             assert len(stored.policy) == len(rollouts)
-            report(name, learner, rollouts, statistics.median(seconds), max(peaks))
+            report(name, learner, rollouts, seconds, peaks)
 
 
-def report(name: str, learner: Learner, rollouts: Rollouts, seconds: float, peak: float) -> None:
+def report(
+    name: str, learner: Learner, rollouts: Rollouts, all_seconds: list[float], peaks: list[float]
+) -> None:
     config = learner.model.config
     weights = sum(p.numel() for p in learner.model.parameters())
-    tokens = pairs = 0
+    tokens = computed = seen = 0
     rows, network = np.arange(len(rollouts)), learner.network
     budget = learner.config.max_tokens_per_batch
     for batch in micro_batches(rollouts, rows, budget, network.layout, network.cost, "cpu"):
         tokens += int((batch.tree_SL != PADDING).sum())
-        pairs += sum(map(pairs_seen, batch.trees))
+        computed += sum(pairs(tree, KEY_TILE) for tree in batch.trees)
+        seen += sum(pairs(tree, 1) for tree in batch.trees)
     linear = 8 * weights * tokens
     # QK' and AV: two products of 2 x hidden per pair and layer; twice that again backward; and the reference.
-    attention = 4 * 4 * config.hidden_size * config.num_hidden_layers * pairs
+    attention = 4 * 4 * config.hidden_size * config.num_hidden_layers * computed
     operations = linear + attention
+    seconds, peak = statistics.median(all_seconds), statistics.median(peaks)
+    ratios = [s * p / operations for s, p in zip(all_seconds, peaks, strict=True)]
     apart = sum(len(rollouts.prompts[i]) + len(rollouts.responses[i]) for i in range(len(rows)))
     print(f"  {name}")
     print(f"    tokens through the model  {tokens:,} ({apart:,} without sharing)")
     print(f"    tokens of rollouts/s      {apart / seconds:,.0f}")
     print(f"    matmul peak               {peak / 1e9:.0f} GFLOP/s")
-    share = f"{attention / operations:.0%} attention"
+    share = f"{attention / operations:.0%} attention, {1 - seen / computed:.0%} of that masked"
     print(f"    operations                {operations / 1e12:.2f} TFLOP ({share})")
     print(f"    seconds                   {seconds:.2f}; {operations / peak:.2f} at the peak")
-    print(f"    ratio                     {seconds * peak / operations:.2f}", flush=True)
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"    ratio                     {statistics.median(ratios):.2f} ({spread})", flush=True)
 
 
-def pairs_seen(tree: Place) -> int:
-    """Pairs of a token and one that it sees; nothing masked is computed but within the kernel's own tiles."""
+def pairs(tree: Place, tile: int) -> int:
+    """Pairs of a query and a key where a query meets keys by tiles of `tile`, up to the one it is in."""
+
+    def own(length: int) -> int:
+        return sum(min(length, -(-(query + 1) // tile) * tile) for query in range(length))
+
     prompt, *responses = (part.stop - part.start for part in (tree.prompt, *tree.responses))
-    own = sum(length * (length + 1) // 2 for length in (prompt, *responses))
-    return int(own + sum(responses) * prompt)
+    return sum(map(own, (prompt, *responses))) + sum(responses) * prompt
 
 
 def memory() -> None:
@@ -129,7 +138,9 @@ def peak_memory(num_prompts: int, prompt: int, response: int) -> float:
         rollouts = kept_rollouts(shards, advantages(num_prompts), folder)
         policy, reference = (LogprobStore(folder, rollouts.num_tokens) for _ in range(2))
         step(learner, rollouts, Stored(policy, reference))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss: a process inherits that of the one that started it.
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
 
 
 def whole() -> None:
