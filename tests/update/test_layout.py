@@ -1,5 +1,6 @@
 """How rollouts become sequences: every token once, in its place, within the budget."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -114,20 +115,19 @@ def vars_of(rollouts: Rollouts) -> dict[str, Any]:
 # ---- what is cheapest ----
 
 
-def test_a_long_prompt_is_shared_by_all_its_responses() -> None:
+def test_all_responses_of_a_group_are_one_tree() -> None:
     rollouts = plain_groups([(100, [10] * 8)])
-    [batch] = plan(rollouts, np.arange(8), 10**6, "shared", Cost(per_token=1000, per_position=1))
+    [batch] = plan(rollouts, np.arange(8), 10**6, "shared", LINEAR)
     assert [tree.rows for sequence in batch for tree in sequence] == [(7, 6, 5, 4, 3, 2, 1, 0)]
+    [batch] = plan(rollouts, np.arange(8), 10**6, "packed", LINEAR)
+    assert {tree.rows for sequence in batch for tree in sequence} == {(row,) for row in range(8)}
 
 
-def test_long_responses_are_not_put_into_one_square() -> None:
-    # One tree: 1 + 8 * 500 = 4001 tokens, each against 4001. One response a tree: 8 * 501 against 501.
-    rollouts = plain_groups([(1, [500] * 8)])
-    [batch] = plan(rollouts, np.arange(8), 10**6, "shared", Cost(per_token=1000, per_position=1))
-    assert {len(tree.rows) for sequence in batch for tree in sequence} == {1}
-    # Where attention leaves out what is masked, one tree is cheapest.
-    [batch] = plan(rollouts, np.arange(8), 10**6, "shared", Cost(per_token=1000, per_position=0))
-    assert {len(tree.rows) for sequence in batch for tree in sequence} == {8}
+def test_more_tokens_at_once_than_are_useful_are_not_put_together_but_in_a_tree() -> None:
+    rollouts = plain_groups([(1, [500] * 8), (1, [9]), (1, [9])])
+    batches = plan(rollouts, np.arange(10), 10**6, "shared", replace(LINEAR, max_tokens=600))
+    # 1 + 8 * 500 = 4001 tokens of one tree alone; then the two of 10.
+    assert [sum(tree.num_tokens for tree in sequence) for [sequence] in batches] == [4001, 20]
 
 
 def test_little_is_padding_where_lengths_differ() -> None:

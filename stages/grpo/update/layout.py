@@ -97,19 +97,20 @@ def plan(
     cost: Cost,
     share: tuple[int, int] = (0, 1),
 ) -> list[list[list[Tree]]]:
-    """The trees of each sequence of each micro-batch: the cheapest of a few ways to cut and pack them.
+    """The trees of each sequence of each micro-batch: the cheapest of a few ways to pack them.
 
-    Few responses a tree repeat the prompt; many widen the square that attention under a dense mask computes.
-    Short sequences leave room unused; long ones widen the square too.
+    Short sequences leave room unused; long ones widen the square that attention under a dense mask computes.
     """
-    groups = groups_of(rollouts, rows)
-    cuts = []
-    for num_responses in _halvings(groups) if layout == "shared" else [1]:
-        trees = [tree for group in groups for tree in trees_of(rollouts, group, max_tokens, num_responses)]
-        cuts.append(sorted(trees, key=lambda tree: -tree.num_tokens))  # stable
-    # The cut is that of the whole step, so that all processes make the same one.
-    trees = min(cuts, key=lambda trees: _cheapest(trees, max_tokens, layout, cost)[0])
-    return _cheapest(trees[share[0] :: share[1]], max_tokens, layout, cost)[1]
+    groups = groups_of(rollouts, rows) if layout == "shared" else [[row] for row in rows.tolist()]
+    trees = [tree for group in groups for tree in trees_of(rollouts, group, max_tokens)]
+    trees.sort(key=lambda tree: -tree.num_tokens)  # stable
+    trees = trees[share[0] :: share[1]]
+    ways = []
+    at_once = min(max_tokens, cost.max_tokens)
+    for capacity in _capacities(trees, at_once) if layout != "rows" else [0]:
+        batches = _batches(first_fit(trees, capacity), at_once)
+        ways.append((sum(_cost(batch, cost) for batch in batches), batches))
+    return min(ways, key=lambda way: way[0])[1]
 
 
 def groups_of(rollouts: Rollouts, rows: np.ndarray) -> list[list[int]]:
@@ -120,10 +121,8 @@ def groups_of(rollouts: Rollouts, rows: np.ndarray) -> list[list[int]]:
     return list(groups.values())
 
 
-def trees_of(
-    rollouts: Rollouts, group: Sequence[int], max_tokens: int, num_responses: int = 2**31
-) -> list[Tree]:
-    """One group as trees of at most num_responses responses and max_tokens tokens (or of one response).
+def trees_of(rollouts: Rollouts, group: Sequence[int], max_tokens: int) -> list[Tree]:
+    """One group as trees of at most max_tokens tokens (or of one response).
 
     Responses are dealt out longest first, so that those of a tree are of like length; in it, the longest is
     last, as far from its prompt as any.
@@ -133,7 +132,7 @@ def trees_of(
     used = prompt
     for row in sorted(group, key=lambda row: -len(rollouts.responses[row])):  # stable
         size = len(rollouts.responses[row])
-        if dealt[-1] and (len(dealt[-1]) == num_responses or used + size > max_tokens):
+        if dealt[-1] and used + size > max_tokens:
             dealt.append([])
             used = prompt
         dealt[-1].append(row)
@@ -208,28 +207,10 @@ def build(rollouts: Rollouts, sequences: Sequence[Sequence[Tree]], device: str) 
     )
 
 
-def _halvings(groups: list[list[int]]) -> list[int]:
-    """K, K / 2, ... 1 responses a tree, K being the largest group."""
-    largest = max(map(len, groups), default=1)
-    return [largest >> halved for halved in range(largest.bit_length())]
-
-
 def _capacities(trees: list[Tree], max_tokens: int) -> list[int]:
     """Sequence lengths to try: of the largest tree, its multiples, and all that may go through at once."""
     longest = max((tree.num_tokens for tree in trees), default=0)
     return sorted({min(multiple * longest, max_tokens) for multiple in (1, 2, 4, 8)} | {max_tokens})
-
-
-def _cheapest(
-    trees: list[Tree], max_tokens: int, layout: Layout, cost: Cost
-) -> tuple[float, list[list[list[Tree]]]]:
-    """The least cost of packing `trees` into sequences of one of the capacities, and how that is done."""
-    ways = []
-    at_once = min(max_tokens, cost.max_tokens)
-    for capacity in _capacities(trees, at_once) if layout != "rows" else [0]:
-        batches = _batches(first_fit(trees, capacity), at_once)
-        ways.append((sum(_cost(batch, cost) for batch in batches), batches))
-    return min(ways, key=lambda way: way[0])
 
 
 def _batches(sequences: list[list[Tree]], max_tokens: int) -> list[list[list[Tree]]]:
