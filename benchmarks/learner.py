@@ -113,7 +113,7 @@ def pairs(tree: Place, tile: int) -> int:
     def own(length: int) -> int:
         return sum(min(length, -(-(query + 1) // tile) * tile) for query in range(length))
 
-    prompt, *responses = (part.stop - part.start for part in (tree.prompt, *tree.responses))
+    prompt, *responses = (int(part.stop - part.start) for part in (tree.prompt, *tree.responses))
     return sum(map(own, (prompt, *responses))) + sum(responses) * prompt
 
 
