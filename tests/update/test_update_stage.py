@@ -318,6 +318,20 @@ def test_nothing_is_committed_after_an_error(tmp_path: Path, untied: Path) -> No
     assert row["skipped"] is False
 
 
+def test_a_step_that_ruins_the_policy_commits_nothing(tmp_path: Path, untied: Path) -> None:
+    config = configuration(kl_coefficient=0.0, learning_rate=0.1, weight_decay=1e300)
+    run = make_run(tmp_path, config, untied, untied)
+    commit_rollouts(run, 0, make_rollouts())
+    message = (
+        r"^update: the log-probs of the new policy are not finite; lower update\.learning_rate or"
+        r" update\.weight_decay; nothing was committed$"
+    )
+    with pytest.raises(EngineError, match=message) as caught:
+        update(run, 0, Learner(config.update, "cpu"))
+    assert caught.value.exit_code == 8
+    assert run.manifest("update", 0) is None
+
+
 def test_at_learning_rate_zero_the_mismatch_stays(tmp_path: Path, untied: Path) -> None:
     config = configuration(kl_coefficient=0.0, learning_rate=0.0, epochs=2, max_tokens_per_batch=1)
     run = make_run(tmp_path, config, untied, untied)

@@ -118,7 +118,7 @@ class UpdateConfig(Section):
     """One weight per token, or the geometric mean of a rollout's; a sequence ratio needs the latter."""
     sampler_correction_cap: Annotated[float, Field(gt=1)] = SAMPLER_CORRECTION_CAPS["token"]
     """Cap of the weight, > 1. Left out: 2.0 for level token, 1.01 for sequence_mean."""
-    reference: str | None = None
+    reference: Annotated[str, Field(min_length=1)] | None = None
     """Checkpoint of the KL term; null: the starting policy. Fixed for a run."""
     learning_rate: NonNegative = 5e-7
     """Learning rate of AdamW: the highest of the run, where warm-up ends and the schedule begins."""
@@ -140,7 +140,8 @@ class UpdateConfig(Section):
     steps_per_iteration: Count = 1
     """Optimiser steps per epoch; whole groups are dealt out evenly."""
     max_tokens_per_batch: Count = 16384
-    """Tokens of a micro-batch, padding included. Bounds memory, never changes the result."""
+    """Tokens of a micro-batch, padding included. Bounds memory, never changes the result. On a CPU more than
+    4,096 go through together only where one group with its prompt is longer."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the model's matrix products. bfloat16: autocast; weights and optimiser state stay float32."""
     gradient_checkpointing: bool = False

@@ -89,7 +89,8 @@ class Network:
         """Largest |difference| of the last of `rows`, all of one group, read with the others and read alone.
 
         Both in float32. The last is the longest of them. The sampler read it alone too, with the same weights
-        on-policy: where its log-probs agree, reading it alone again would only say the same.
+        on-policy: where its stored log-probs agree, the difference is to those, and reading it alone again
+        would only say the same. One row alone has no others to be read with.
         """
         apart = [tree_of(rollouts, [row]) for row in rows.tolist()]
         shared = self.layout == "shared"

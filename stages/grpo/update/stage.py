@@ -4,6 +4,7 @@ The clipped objective on stored old log-probs. Weights, optimiser state and tabl
 cannot disagree. Everything that is read or written is a committed table or checkpoint.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
-from grpo.errors import InputError, UsageError
+from grpo.errors import EngineError, InputError, UsageError
 from grpo.probe import FILE, measure, read_probe
 
 if TYPE_CHECKING:
@@ -328,9 +329,17 @@ def _write_checkpoint(
 
 
 def _write_probe(run: Run, learner: "Learner", staging: Staging) -> FileRecord:
-    """Probe the new policy with the sequences of the starting one's probe."""
-    sequences = read_probe(run.probe_path(0)).sequences
-    return staging.write_bytes("policy", FILE, measure(learner.model, sequences).encode())
+    """Probe the new policy with the sequences of the starting one's probe.
+
+    Raises EngineError (exit 8) when it has no finite log-probs: then the steps have ruined it.
+    """
+    probe = measure(learner.model, read_probe(run.probe_path(0)).sequences)
+    if not all(math.isfinite(logprob) for row in probe.logprobs for logprob in row):
+        raise EngineError(
+            "update: the log-probs of the new policy are not finite; lower update.learning_rate or"
+            " update.weight_decay; nothing was committed"
+        )
+    return staging.write_bytes("policy", FILE, probe.encode())
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

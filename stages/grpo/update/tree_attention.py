@@ -128,7 +128,8 @@ class _Part:
 def _parts(trees: list[Place]) -> Iterator[_Part]:
     for tree in trees:
         for branch in (tree.prompt, *tree.responses):
-            yield _Part(tree.sequence, branch, branch, own=True)
+            if branch.stop > branch.start:  # the kernel divides by it
+                yield _Part(tree.sequence, branch, branch, own=True)
         responses = slice(tree.prompt.stop, tree.responses[-1].stop)
         yield _Part(tree.sequence, responses, tree.prompt, own=False)
 
