@@ -20,7 +20,8 @@ RANKS = (
     ("probe", "head"),
     STAGES,
     ("runner", "starter", "evaluate"),
-    ("start", "status", "show"),
+    ("start", "status", "show", "verify", "collect"),
+    ("fork",),
     ("commands", "query", "doctor"),
     ("cli",),
 )

@@ -26,8 +26,9 @@ from grpo.artifacts import (
     files,
     id_of,
     open_run,
-    prune_optimizers,
+    prune,
     roll_forward,
+    seal,
     staged_attempts,
 )
 from grpo.config import Config
@@ -612,11 +613,14 @@ def test_an_unknown_run_names_those_that_are_there(run: Run) -> None:
     assert str(caught.value) == f"{run.root / 'zzz'}: no such run; no run is there yet; `grpo run` makes one"
     for name in ("b", "a"):
         (run.root / name).mkdir()
-        (run.root / name / "run.json").write_text('{"config": {}}')
+        (run.root / name / "run.json").write_bytes(seal({"config": {}}))
     with pytest.raises(UsageError) as caught:
         open_run("zzz", run.root)
     assert str(caught.value) == f"{run.root / 'zzz'}: no such run; runs there: a, b"
     assert open_run("a", run.root) == {"config": {}}
+    (run.root / "a" / "run.json").write_bytes(seal({"config": {}}).replace(b"{}", b"[]"))
+    with pytest.raises(CorruptError, match=r"run\.json: content changed since it was committed"):
+        open_run("a", run.root)
     (run.root / "a" / "run.json").write_text('{"config"')
     with pytest.raises(CorruptError, match=r"run\.json: is not JSON: Expecting ':' delimiter"):
         open_run("a", run.root)
@@ -625,40 +629,59 @@ def test_an_unknown_run_names_those_that_are_there(run: Run) -> None:
 def commit_update(run: Run, iteration: int) -> None:
     staging = Staging(run, Plan("update", 1, "update", iteration, {}, {}), 0)
     policy = staging.write_bytes("policy", "model.safetensors", b"weights")
+    probe = staging.write_bytes("policy", "probe.json", b"{}")
     optimizer = staging.write_bytes("optimizer", "optimizer.safetensors", b"moments")
     ids = {"policy": id_of([policy]), "optimizer": id_of([optimizer])}
-    staging.commit(ids, [policy, optimizer], {})
+    staging.commit(ids, [policy, probe, optimizer], {})
 
 
-def test_only_the_newest_optimisers_are_kept_and_ids_and_weights_stay(run: Run) -> None:
-    for iteration in range(4):
+def keeping(run: Run, keep_last: int | None, keep_every: int | None) -> Run:
+    """The run with another `checkpoints`."""
+    checkpoints = {"keep_last": keep_last, "keep_every": keep_every}
+    return Run(
+        run.root, Config.model_validate({**CONFIG, "checkpoints": checkpoints}), run.imports, run.console
+    )
+
+
+def test_the_newest_checkpoints_and_every_nth_are_kept_and_all_ids_stay(run: Run) -> None:
+    run = keeping(run, keep_last=2, keep_every=3)
+    for iteration in range(8):
         commit_update(run, iteration)
-        prune_optimizers(run)
-    assert [n for n in run.iterations() if run.has_optimizer(n)] == [2, 3]  # keep_optimizers is 2
-    for iteration in (0, 1):
+        prune(run)
+    # Updates 6 and 7 are the newest; updates 2 and 5 wrote the policies 3 and 6.
+    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [2, 5, 6, 7]
+    for iteration in (0, 1, 3, 4):
         folder = run.folder("update", iteration)
-        assert tree(folder) == ["manifest.json", "policy/model.safetensors", "pruned.json", "timings.json"]
-        assert json.loads((folder / "pruned.json").read_bytes()) == {"parts": ["optimizer"]}
-        assert run.id_of(f"optimizer@{iteration + 1}") == run.id_of("optimizer@4") is not None
+        assert tree(folder) == ["manifest.json", "policy/probe.json", "pruned.json", "timings.json"]
+        parts = ["policy", "adapter", "optimizer"]
+        assert json.loads((folder / "pruned.json").read_bytes()) == {"parts": parts}
+        assert run.id_of(f"optimizer@{iteration + 1}") == run.id_of("optimizer@8") is not None
+        with pytest.raises(InputError) as caught:
+            run.policy_folder(iteration + 1)
+        nearest = {0: 0, 1: 3, 3: 3, 4: 6}[iteration]
+        assert str(caught.value) == (
+            f"{folder}: policy {iteration + 1} was pruned (checkpoints.keep_last, keep_every); there are"
+            f" policies 0, 3, 6, 7, 8, the nearest is {nearest}"
+        )
     assert "optimizer/optimizer.safetensors" in tree(run.folder("update", 2))
 
 
-def test_an_optimiser_left_by_a_crash_while_pruning_goes_at_the_next(run: Run) -> None:
+def test_a_checkpoint_left_by_a_crash_while_pruning_goes_at_the_next(run: Run) -> None:
+    run = keeping(run, keep_last=2, keep_every=None)
     for iteration in range(3):
         commit_update(run, iteration)
     (run.folder("update", 0) / "pruned.json").write_text("{}")  # committed, and then the crash
-    prune_optimizers(run)
+    prune(run)
     assert "optimizer/optimizer.safetensors" not in tree(run.folder("update", 0))
-    assert [n for n in run.iterations() if run.has_optimizer(n)] == [1, 2]
+    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [1, 2]
 
 
-def test_null_keeps_every_optimiser(run: Run) -> None:
-    all_kept = Config.model_validate({**CONFIG, "checkpoints": {"keep_optimizers": None}})
-    keeping = Run(run.root, all_kept, run.imports, run.console)
+def test_null_keeps_every_checkpoint(run: Run) -> None:
+    run = keeping(run, keep_last=None, keep_every=10)
     for iteration in range(4):
-        commit_update(keeping, iteration)
-        prune_optimizers(keeping)
-    assert [n for n in run.iterations() if run.has_optimizer(n)] == [0, 1, 2, 3]
+        commit_update(run, iteration)
+        prune(run)
+    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [0, 1, 2, 3]
 
 
 def test_what_is_discarded_never_hides_what_was_discarded_before(run: Run) -> None:

@@ -293,11 +293,7 @@ def test_an_edited_key_is_named_and_changes_only_what_comes_next(finished: Path,
     assert code == 0
     assert err.splitlines()[0] == "from iteration 2: update.learning_rate: 0.01 -> 0.02"
     after = digests()
-    # Every table and policy is as it was; of optimiser states the newest two are kept.
-    assert [name for name in before if name not in after] == [
-        "iteration=000000/update/optimizer/optimizer.safetensors"
-    ]
-    assert {name for name in after if name in before and after[name] != before[name]} == set()
+    assert {name: digest for name, digest in after.items() if name in before} == before
     query = "select iteration, learning_rate from updates order by all"
     rates = [row["learning_rate"] for row in json.loads(grpo("sql", query, "--json")[1])]
     assert rates == [0.01, 0.01, 0.02]
@@ -487,30 +483,35 @@ def test_from_killed_half_way_is_finished_by_the_next_run(
     assert rates == [0.02, 0.02]
 
 
-def test_a_pruned_optimiser_is_named_with_where_update_can_go_on(finished: Path, grpo: Grpo) -> None:
-    assert grpo("run", "--set", "iterations=4")[0] == 0
-    path = ARTIFACTS / "iteration=000000/update/optimizer"
-    assert not list(path.iterdir())
-    code, _, err = grpo("update", "--iteration", "1", "--force")
-    # The states of updates 2 and 3 are kept; update 0 starts without one.
-    message = f"{path}: pruned (checkpoints.keep_optimizers); update can go on from iteration 0, 3, 4"
+PRUNING = ["--set", "iterations=4", "--set", "checkpoints={keep_last: 2, keep_every: null}"]
+
+
+def test_a_pruned_checkpoint_is_named_with_those_that_are_there(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", *PRUNING)[0] == 0
+    place = ARTIFACTS / "iteration=000000/update"
+    code, _, err = grpo("update", "--iteration", "1", "--force", *PRUNING)
+    message = (
+        f"{place}: policy 1 was pruned (checkpoints.keep_last, keep_every); there are policies 0, 3, 4,"
+        " the nearest is 0"
+    )
     assert (code, err.splitlines()[-1]) == (4, f"error: {message}")
-    assert states(grpo, "--set", "iterations=4") == DONE * 2
+    assert states(grpo, *PRUNING) == DONE * 2
 
 
-def test_from_refuses_before_it_moves_anything_when_the_optimiser_is_pruned(
+def test_from_refuses_before_it_moves_anything_when_the_checkpoint_is_pruned(
     finished: Path, grpo: Grpo
 ) -> None:
-    assert grpo("run", "--set", "iterations=4")[0] == 0
+    assert grpo("run", *PRUNING)[0] == 0
     before = digests()
-    pruned = "optimizer: pruned (checkpoints.keep_optimizers); update can go on from iteration 0, 3, 4\n"
-    # With another learning rate update 1 needs the state of update 0; as it is, update 2 needs that of 1.
-    for options, iteration in ((["--set", "update.learning_rate=0.02"], 0), ([], 1)):
-        folder = ARTIFACTS / f"iteration=00000{iteration}/update"
-        found = grpo("run", "--from", "1", "--set", "iterations=4", *options)
-        assert found == (4, "", f"error: {folder}/{pruned}")
+    # With another learning rate update 1 needs policy 1; as it is, iteration 2 needs policy 2.
+    for options, policy, nearest in ((["--set", "update.learning_rate=0.02"], 1, 0), ([], 2, 3)):
+        place = ARTIFACTS / f"iteration=00000{policy - 1}/update"
+        code, out, err = grpo("run", "--from", "1", *PRUNING, *options)
+        assert (code, out) == (4, "")
+        assert err.startswith(f"error: {place}: policy {policy} was pruned")
+        assert err.endswith(f"the nearest is {nearest}\n")
     assert digests() == before
-    code, _, err = grpo("run", "--from", "2", "--set", "iterations=4")
+    code, _, err = grpo("run", "--from", "2", *PRUNING)
     assert code == 0, err
     assert digests() == before
 
@@ -662,10 +663,13 @@ def test_every_stage_releases_its_tool_once_an_iteration(
 # Killed
 
 
+SIX = ["--set", "iterations=6", "--set", "checkpoints.keep_last=null"]
+
+
 def start_run(folder: Path) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     code = "from grpo.cli import main; main()"
-    command = [sys.executable, "-c", code, "run", "--set", "iterations=6"]
+    command = [sys.executable, "-c", code, "run", *SIX]
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -675,7 +679,7 @@ def test_killed_at_random_times_a_run_ends_with_the_same_bytes(
 ) -> None:
     undisturbed, killed = write_project(tmp_path / "undisturbed"), write_project(tmp_path / "killed")
     monkeypatch.chdir(undisturbed)
-    assert grpo("run", "--set", "iterations=6")[0] == 0
+    assert grpo("run", *SIX)[0] == 0
     chance = random.Random(0)
     lock = killed / ARTIFACTS / ".lock"
     kills = 0

@@ -5,9 +5,10 @@ Nothing heavy is imported before a command runs.
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,6 +157,70 @@ def doctor(
     raise typer.Exit(report.exit_code)
 
 
+@app.command()
+def verify(
+    name: RunArgument = "",
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    discard: Annotated[bool, typer.Option("--discard", help="Move what is damaged to .trash.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Every hash, schema and invariant of a run; what is damaged, and what to do about it."""
+    from grpo import verify as verify_module
+
+    opened = _reading(name, config, set_, damaged=True)
+    with _locked(opened) if discard else nullcontext():
+        report = verify_module.verify(opened)
+        if discard:
+            verify_module.discard_damaged(opened, report)
+    if as_json:
+        _print_json({"run": opened.name, **report.describe()})
+    else:
+        verify_module.print_report(opened, report, discard)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def gc(
+    name: RunArgument = "",
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option(help="Show it, remove nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove the trash, abandoned staging, and checkpoints that `checkpoints` does not keep."""
+    from grpo import collect
+
+    opened = _reading(name, config, set_)
+    with nullcontext() if dry_run else _locked(opened):
+        found = collect.garbage(opened) if dry_run else collect.collect(opened)
+    if as_json:
+        _print_json(collect.describe(found, opened))
+    else:
+        collect.print_garbage(found, opened, dry_run)
+
+
+@app.command()
+def fork(
+    source: Annotated[str, typer.Argument(help="Name of the run to begin as.")],
+    new: Annotated[str, typer.Argument(help="Name of the new run.")],
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    iteration: Annotated[int | None, typer.Option(help="The first to differ; default: the next one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A run that shares another one's first iterations, by hard links, and goes on in its own way."""
+    from grpo import fork as fork_module
+
+    forked = _run(config, [*set_, f"run={new}"], as_json)
+    result = fork_module.fork(_reading(source, config, []), forked, iteration)
+    if as_json:
+        _print_json({"run": new, "from": source, **result})
+    else:
+        options = " ".join(["--set", f"run={new}", *(shlex.join(["--set", text]) for text in set_)])
+        forked.console.say(f"{fork_module.describe(source, new, result)}; go on with: grpo run {options}")
+
+
 def _run(path: Path, overrides: list[str], quiet: bool) -> "Run":
     from grpo.artifacts import ARTIFACTS, Run
     from grpo.config import load
@@ -168,19 +233,30 @@ def _run(path: Path, overrides: list[str], quiet: bool) -> "Run":
 def _working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
     """The run of a configuration, locked and prepared for work."""
     from grpo import runner, start
-    from grpo.artifacts import roll_forward
 
     opened = _run(path, overrides, quiet)
-    with opened.lock(), opened.console.signals():
-        roll_forward(opened)
+    with _locked(opened):
         start.prepare(opened)
         runner.finish_start_over(opened)
         yield opened
 
 
-def _reading(name: str, path: Path, overrides: list[str]) -> "Run":
-    """A run to read: that of the configuration, or by name with the configuration it was created with."""
-    from grpo.artifacts import ARTIFACTS, Run, open_run
+@contextmanager
+def _locked(opened: "Run") -> Iterator[None]:
+    """A run that nobody else works on, with every commit finished that a crash cut off."""
+    from grpo.artifacts import roll_forward
+
+    with opened.lock(), opened.console.signals():
+        roll_forward(opened)
+        yield
+
+
+def _reading(name: str, path: Path, overrides: list[str], damaged: bool = False) -> "Run":
+    """A run to read: that of the configuration, or by name with the configuration it was created with.
+
+    damaged: of the former, run.json need only be there.
+    """
+    from grpo.artifacts import ARTIFACTS, Run, open_run, require_run
     from grpo.config import Config
     from grpo.console import Console
 
@@ -188,7 +264,7 @@ def _reading(name: str, path: Path, overrides: list[str]) -> "Run":
         if not name and not path.exists():
             raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
         configured = _run(path, overrides, False)
-        open_run(configured.name)
+        require_run(configured.name) if damaged else open_run(configured.name)
         return configured
     created = Config.model_validate(open_run(name)["config"])
     return Run(ARTIFACTS, created, path.absolute().parent, Console())

@@ -20,8 +20,9 @@ from grpo.artifacts import (
     discard,
     files,
     holder_of,
-    prune_optimizers,
+    prune,
     read_json,
+    require_space,
     staged_attempts,
 )
 from grpo.errors import InputError, UsageError
@@ -90,10 +91,11 @@ def perform(run: Run, stage: Stage, iteration: int, tools: Tools, force: bool = 
     attempt = choose_attempt(run, plan, committed, force)
     if committed is not None and committed.fingerprint == plan.fingerprint(attempt):
         return committed
+    require_space(run, stage.output, iteration)
     tool = tools.get(stage)
     manifest = stage.run(run, iteration, Staging(run, plan, attempt), tool)
     if stage.output == update.OUTPUT:
-        prune_optimizers(run)
+        prune(run)
     return manifest
 
 
@@ -222,10 +224,10 @@ def inputs_changed(run: Run, manifest: Manifest) -> bool:
 def start_over(run: Run, iteration: int) -> None:
     """`--from N`: note the intent, then clear the way; a killed one is finished by the next run.
 
-    Raises InputError (exit 4), with nothing moved, when the optimiser state to go on from was pruned.
+    Raises InputError (exit 4), with nothing moved, when the checkpoint to go on from was pruned.
     """
     redone = any(state.name != "done" for state in states(run)[iteration].values())
-    update.require_optimizer(run, iteration if redone else iteration + 1)
+    run.require_checkpoint(iteration if redone else iteration + 1)
     files.write_file(run.path / _INTENT, json.dumps({"from": iteration}).encode())
     files.sync_folder(run.path)
     finish_start_over(run)

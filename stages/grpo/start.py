@@ -1,11 +1,10 @@
 """start: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from grpo import probe
-from grpo.artifacts import Manifest, Plan, Run, Staging, files, open_run, versions
+from grpo.artifacts import Manifest, Plan, Run, Staging, files, open_run, seal, versions
 from grpo.config import Config, overridden_keys
 from grpo.errors import InputError, UsageError
 from grpo.generate import prompts
@@ -38,7 +37,7 @@ def prepare(run: Run) -> None:
     if not created:
         for line in overridden_keys(run.config):
             run.console.say(f"differs from its objective: {line}")
-        files.write_file(run.path / "run.json", _run_json(run.config))
+        files.write_file(run.path / "run.json", run_json(run.config))
         files.sync_folder(run.path)
 
 
@@ -128,5 +127,6 @@ def _fixed(run: Run, key: str, old: object, new: object) -> str:
     )
 
 
-def _run_json(config: Config) -> bytes:
-    return (json.dumps({"config": config.model_dump(), "versions": versions()}, indent=1) + "\n").encode()
+def run_json(config: Config) -> bytes:
+    """The content of run.json: the configuration at creation, every value, and who made it."""
+    return seal({"config": config.model_dump(), "versions": versions()})

@@ -2,9 +2,10 @@
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
-from grpo.artifacts.manifest import FileRecord, Manifest, Plan, digest, id_of
-from grpo.artifacts.retention import prune_optimizers
-from grpo.artifacts.run import ARTIFACTS, STAGE_OUTPUTS, Run, holder_of, open_run, read_json
+from grpo.artifacts.manifest import FileRecord, Manifest, Plan, digest, id_of, seal
+from grpo.artifacts.retention import prunable, prune, pruned_files
+from grpo.artifacts.run import ARTIFACTS, STAGE_OUTPUTS, Run, holder_of, open_run, read_json, require_run
+from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import Staging, choose_attempt, discard, roll_forward, staged_attempts, versions
 
 __all__ = [
@@ -26,9 +27,14 @@ __all__ = [
     "is_hub_id",
     "is_weight_file",
     "open_run",
-    "prune_optimizers",
+    "prunable",
+    "prune",
+    "pruned_files",
     "read_json",
+    "require_run",
+    "require_space",
     "roll_forward",
+    "seal",
     "staged_attempts",
     "versions",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from grpo.artifacts.faults import operation
 from grpo.errors import ResourceError
 
 _CHUNK_BYTES = 2**22
@@ -54,13 +55,16 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int,
     temporary = path.with_name(path.name + ".tmp")
     num_bytes, digest = 0, hashlib.sha256()
     with resource_errors(path):
+        operation("write", temporary)
         with temporary.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
                 digest.update(chunk)
                 num_bytes += len(chunk)
             file.flush()
+            operation("fsync", temporary)
             os.fsync(file.fileno())
+        operation("rename", temporary, path)
         temporary.replace(path)
     return num_bytes, digest.hexdigest()
 
@@ -70,7 +74,9 @@ def link_file(source: Path, target: Path) -> None:
     temporary = target.with_name(target.name + ".tmp")
     with resource_errors(target):
         temporary.unlink(missing_ok=True)
+        operation("link", source, temporary)
         os.link(source, temporary)
+        operation("rename", temporary, target)
         temporary.replace(target)
 
 
@@ -79,6 +85,7 @@ def make_folder(path: Path) -> None:
     with resource_errors(path):
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         for folder in reversed(missing):
+            operation("mkdir", folder)
             folder.mkdir(exist_ok=True)
             sync_folder(folder.parent)
 
@@ -88,6 +95,7 @@ def sync_folder(path: Path) -> None:
     with resource_errors(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
+            operation("fsync_folder", path)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -96,20 +104,30 @@ def sync_folder(path: Path) -> None:
 def move(source: Path, target: Path) -> None:
     """Rename `source` to `target`, which must not exist."""
     with resource_errors(target):
+        operation("rename", source, target)
         source.rename(target)
 
 
 def remove_file(path: Path) -> None:
     """Remove a file if it is there."""
     with resource_errors(path):
+        operation("unlink", path)
         path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder and what is in it, if it is there."""
+    for folder, folders, names in os.walk(path, topdown=False):
+        for name in names:
+            remove_file(Path(folder) / name)
+        with resource_errors(path):
+            for name in folders:
+                operation("rmdir", Path(folder) / name)
+                (Path(folder) / name).rmdir()
     if path.exists():
         with resource_errors(path):
-            shutil.rmtree(path)
+            operation("rmdir", path)
+            path.rmdir()
 
 
 def sha256_of(path: Path) -> str:

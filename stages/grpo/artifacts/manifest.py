@@ -114,10 +114,17 @@ def id_of(files: list[FileRecord]) -> str:
     return digest([file.sha256 for file in files])
 
 
-def encode(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json: its fields, and the digest of them that finds damage."""
-    data = manifest.model_dump()
+def seal(data: dict[str, Any]) -> bytes:
+    """A JSON file of `data` and the digest of it that finds damage."""
     return (json.dumps({**data, "sha256": digest(data)}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def unseal(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """What seal() was given, from the parsed file at `path`. Raises CorruptError (exit 6) when it changed."""
+    held = {key: value for key, value in data.items() if key != "sha256"}
+    if data.get("sha256") != digest(held):
+        raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
+    return held
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -137,10 +144,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise InputError(
             f"{path}: written by a newer grpo (schema {version}, this one reads up to {SCHEMA_VERSION})"
         )
-    if not isinstance(data, dict) or data.pop("sha256", None) != digest(data):
-        raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
     try:
-        return Manifest.model_validate(data)
+        return Manifest.model_validate(unseal(path, data if isinstance(data, dict) else {}))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

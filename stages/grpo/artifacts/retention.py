@@ -1,28 +1,47 @@
-"""artifacts.retention: what is dropped from committed outputs to save space. Tables are never dropped."""
+"""artifacts.retention: what is dropped from committed outputs to save space. Tables are never dropped.
+
+A checkpoint is what an update wrote for its successor: weights, adapter and optimiser state. `pruned.json` is
+committed before the files go, so that their absence is never taken for damage.
+"""
 
 import json
 
 from grpo.artifacts import files
-from grpo.artifacts.run import Run
+from grpo.artifacts.manifest import FileRecord
+from grpo.artifacts.run import PRUNED, Run
+
+_PARTS = ("policy", "adapter", "optimizer")
+_KEPT = "probe.json"  # a few kilobytes that say what the policy computed
 
 
-def prune_optimizers(run: Run) -> None:
-    """Drop all but the newest `checkpoints.keep_optimizers` optimiser states.
+def prunable(run: Run) -> list[int]:
+    """Updates whose checkpoint `checkpoints` does not keep, oldest first. Never one of the newest two."""
+    config = run.config.checkpoints
+    have = [iteration for iteration in run.iterations() if run.has_checkpoint(iteration)]
+    if config.keep_last is None:
+        return []
+    # Update i writes policy i + 1, and it is policies that people count.
+    every = config.keep_every
+    return [i for i in have[: -config.keep_last] if every is None or (i + 1) % every]
 
-    `pruned.json` is committed before the files go, so that their absence is never taken for damage.
-    """
-    keep = run.config.checkpoints.keep_optimizers
-    if keep is None:
-        return
-    for iteration in [number for number in run.iterations() if run.has_optimizer(number)][:-keep]:
+
+def prune(run: Run) -> None:
+    """Drop the checkpoints that are not kept, and what a crash left of such."""
+    for iteration in prunable(run):
         folder = run.folder("update", iteration)
-        content = json.dumps({"parts": ["optimizer"]})
-        files.write_file(folder / "pruned.json", content.encode())
+        files.write_file(folder / PRUNED, json.dumps({"parts": _PARTS}).encode())
         files.sync_folder(folder)
     for iteration in run.iterations():
-        manifest = run.manifest("update", iteration)
-        if manifest is None or run.has_optimizer(iteration):
+        if run.manifest("update", iteration) is None or run.has_checkpoint(iteration):
             continue
-        folder = run.folder("update", iteration)
-        for file in (file for file in manifest.files if file.part == "optimizer"):
-            files.remove_file(folder / file.part / file.name)
+        for file in pruned_files(run, iteration):
+            path = run.path_of(file, "update", iteration)
+            if path.exists():
+                files.remove_file(path)
+
+
+def pruned_files(run: Run, iteration: int) -> list[FileRecord]:
+    """Files of an update that are gone, or go, when its checkpoint is pruned."""
+    manifest = run.manifest("update", iteration)
+    held = manifest.files if manifest else []
+    return [file for file in held if file.part in _PARTS and file.name != _KEPT]

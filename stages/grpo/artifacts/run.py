@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
-from grpo.artifacts.manifest import FileRecord, Manifest, read_manifest
+from grpo.artifacts.manifest import FileRecord, Manifest, read_manifest, unseal
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import CorruptError, InputError, LockedError, UsageError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ARTIFACTS = Path("artifacts")
 STAGE_OUTPUTS = ("rollouts", "rewards", "advantages", "update")
+PRUNED = "pruned.json"
 
 
 class Run:
@@ -95,6 +96,7 @@ class Run:
         if iteration == 0:
             return self.start["policy"]
         manifest = self.require("update", iteration - 1, f"grpo update --iteration {iteration - 1}")
+        self.require_checkpoint(iteration)
         for file in manifest.files:
             if file.part == "policy":
                 self.verify(file, self.path_of(file, "update", iteration - 1))
@@ -126,10 +128,22 @@ class Run:
         """Whether rewards of an output failed and have to be scored again before anything goes on."""
         return bool(manifest and manifest.summary.get("failed") and self.config.score.on_error == "stop")
 
-    def has_optimizer(self, iteration: int) -> bool:
-        """Whether the optimiser state that update wrote in `iteration` is still there."""
+    def has_checkpoint(self, iteration: int) -> bool:
+        """Whether the weights and the optimiser state that update wrote in `iteration` are still there."""
         folder = self.folder("update", iteration)
-        return (folder / "manifest.json").exists() and not (folder / "pruned.json").exists()
+        return (folder / "manifest.json").exists() and not (folder / PRUNED).exists()
+
+    def require_checkpoint(self, iteration: int) -> None:
+        """Raise InputError (exit 4) when policy `iteration`, once there, was pruned."""
+        folder = self.folder("update", iteration - 1)
+        if iteration == 0 or not (folder / PRUNED).exists():
+            return
+        have = [0, *(number + 1 for number in self.iterations() if self.has_checkpoint(number))]
+        nearest = min(have, key=lambda number: (abs(number - iteration), number))
+        raise InputError(
+            f"{folder}: policy {iteration} was pruned (checkpoints.keep_last, keep_every); there are policies"
+            f" {', '.join(map(str, have))}, the nearest is {nearest}"
+        )
 
     def verify(self, file: FileRecord, path: Path) -> None:
         """Raise CorruptError (exit 6) unless `path` has the recorded size and sha256.
@@ -234,10 +248,16 @@ def check_size(file: FileRecord, path: Path) -> None:
 
 
 def open_run(name: str, root: Path = ARTIFACTS) -> dict[str, Any]:
+    """What `run.json` of an existing run holds; errors as require_run's, CorruptError where it changed."""
+    path = require_run(name, root)
+    return unseal(path, read_json(path, "config"))
+
+
+def require_run(name: str, root: Path = ARTIFACTS) -> Path:
     """The `run.json` of an existing run. Raises UsageError (exit 2) naming the runs that are there."""
     path = root / name / "run.json"
     if Path(name).name != name or not path.exists():
         known = sorted(found.parent.name for found in root.glob("*/run.json"))
         there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
         raise UsageError(f"{root / name}: no such run; {there}")
-    return read_json(path, "config")
+    return path

@@ -25,8 +25,8 @@ from grpo.artifacts.manifest import (
     FileRecord,
     Manifest,
     Plan,
-    encode,
     read_manifest,
+    seal,
 )
 from grpo.artifacts.run import Run, check_size, read_json
 from grpo.errors import CorruptError
@@ -133,7 +133,7 @@ class Staging:
         )
         seconds = {part: round(value, 6) for part, value in self.seconds.items()}
         files.write_file(self.folder / "timings.json", json.dumps({"seconds": seconds}).encode())
-        files.write_file(self.folder / MANIFEST, encode(manifest))
+        files.write_file(self.folder / MANIFEST, seal(manifest.model_dump()))
         target = _finish(self.run, self.folder, manifest, plan.output)
         for record in files_held:
             self.run.trust(record, target / record.part / record.name)

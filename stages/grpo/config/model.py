@@ -175,8 +175,10 @@ class AdvantageConfig(Section):
 class CheckpointsConfig(Section):
     """What stays on disk. In no stage's fingerprint."""
 
-    keep_optimizers: Annotated[int, Field(ge=2)] | None = 2
-    """Optimiser states kept, the newest ones; null: all. `run --from N` needs the one before N."""
+    keep_last: Annotated[int, Field(ge=2)] | None = 3
+    """Checkpoints kept, the newest ones, each with its optimiser state; null: all."""
+    keep_every: Count | None = 10
+    """Policies whose number is a multiple of this are kept too; null: none of the older ones."""
 
 
 class Config(Section):

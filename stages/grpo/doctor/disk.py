@@ -33,12 +33,14 @@ def check_space(run: Run, policy: Checkpoint) -> list[Check]:
     free = shutil.disk_usage(place).free
     done = sum(run.manifest("update", iteration) is not None for iteration in run.iterations())
     left = max(0, run.config.iterations - done)
-    keep = run.config.checkpoints.keep_optimizers
-    # One more optimiser state than is kept: the oldest goes when the newest is committed.
-    states = left if keep is None else min(left, keep + 1)
+    config = run.config.checkpoints
+    stay = left
+    if config.keep_last is not None:
+        # One more than is kept: the oldest goes when the newest is committed.
+        stay = min(left, config.keep_last + 1 + (left // config.keep_every if config.keep_every else 0))
     # That of an adapter is left out: it is a small part of the weights.
     optimizer_bytes = 0 if run.config.update.lora else OPTIMIZER_BYTES
-    need = (WEIGHT_BYTES * left + optimizer_bytes * states) * policy.parameters
+    need = stay * (WEIGHT_BYTES + optimizer_bytes) * policy.parameters
     found, needed = f"{gib(free)} free at {place}", f"{gib(need)}: {left} iterations to come"
     if need <= free:
         return [Check("disk space", found, needed, note="left out: the tables, about 4 bytes per token")]

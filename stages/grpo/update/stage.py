@@ -103,22 +103,11 @@ def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest
     return manifest
 
 
-def require_optimizer(run: Run, iteration: int) -> None:
-    """Raise InputError (exit 4) when the optimiser state that `iteration` starts from was pruned."""
-    if iteration > 0 and (run.folder(OUTPUT, iteration - 1) / "pruned.json").exists():
-        have = [number for number in run.iterations() if run.has_optimizer(number)]
-        raise InputError(
-            f"{run.folder(OUTPUT, iteration - 1) / 'optimizer'}: pruned (checkpoints.keep_optimizers);"
-            " update can go on from iteration 0" + "".join(f", {number + 1}" for number in have)
-        )
-
-
 def _load(run: Run, iteration: int, plan: Plan, learner: "Learner") -> None:
     optimizer = adapter = None
     policy = run.policy_folder(iteration)
     if iteration > 0:
         manifest = run.require(OUTPUT, iteration - 1, f"grpo update --iteration {iteration - 1}")
-        require_optimizer(run, iteration)
         [optimizer] = _verified(run, manifest, "optimizer")
         weights = _verified(run, manifest, "adapter")
         if bool(weights) != bool(run.config.update.lora):

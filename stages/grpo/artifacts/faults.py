@@ -1,0 +1,40 @@
+"""artifacts.faults: what tests let happen at the n-th operation of the file layer.
+
+GRPO_FAULT=kill:17 ends the process by SIGKILL in place of operation 17, GRPO_FAULT=ENOSPC:17 (or another name
+of errno) lets it fail so, and GRPO_FAULT=record:FILE appends each operation to FILE, a JSON array a line:
+kind, path, other path or null, and the function and line that asked for it. What is synced in line n is kept
+as FILE.n.
+"""
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+VARIABLE = "GRPO_FAULT"
+_numbers = itertools.count(1)  # of this process's operations while a fault is planned
+
+
+def operation(kind: str, path: Path, other: Path | None = None) -> None:
+    """Every change that artifacts.files is about to make on disk passes here first."""
+    planned = os.environ.get(VARIABLE)
+    if planned is None:
+        return
+    fault, _, at = planned.partition(":")
+    if fault == "record":
+        caller = sys._getframe(2)
+        place = f"{caller.f_code.co_name}:{caller.f_lineno}"
+        with Path(at).open("a") as log:
+            log.write(json.dumps([kind, str(path), other and str(other), place]) + "\n")
+        number = next(_numbers)
+        if kind == "fsync":
+            shutil.copyfile(path, f"{at}.{number}")
+    elif next(_numbers) == int(at):
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        number = getattr(errno, fault)
+        raise OSError(number, os.strerror(number), str(path))

@@ -1,0 +1,97 @@
+"""collect: `grpo gc`, what a run no longer needs: trash, abandoned staging, checkpoints that are not kept."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.artifacts import Run, files, prunable, prune, pruned_files, staged_attempts
+from grpo.console import stdout_console
+from grpo.errors import InputError, UsageError
+from grpo.runner import STAGES
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something to remove: a folder, or the checkpoint of an update (`path` is then the update's)."""
+
+    what: str
+    path: Path
+    bytes: int
+
+
+def garbage(run: Run) -> list[Garbage]:
+    """All that `grpo gc` would remove, in the order in which it does."""
+    found = [Garbage("trash", path, _size(path)) for path in _entries(run.trash)]
+    found += [Garbage("abandoned staging", path, _size(path)) for path in abandoned(run)]
+    for iteration in prunable(run):
+        paths = [run.path_of(file, "update", iteration) for file in pruned_files(run, iteration)]
+        size = sum(_size(path) for path in paths if path.exists())
+        found.append(Garbage("checkpoint", run.folder("update", iteration), size))
+    return found
+
+
+def collect(run: Run) -> list[Garbage]:
+    """Remove it, and return what was removed. Needs the lock."""
+    found = garbage(run)
+    for each in found:
+        if each.what != "checkpoint":
+            _remove(each.path)
+    prune(run)
+    for folder in sorted((run.path / ".staging").glob("iteration=*")):
+        if not any(folder.iterdir()):
+            files.remove_folder(folder)
+    return found
+
+
+def abandoned(run: Run) -> list[Path]:
+    """Staged work that no command would go on with: of a plan that is no longer the configured one."""
+    root = run.path / ".staging"
+    wanted: set[Path] = set()
+    for iteration in {*run.iterations(), *_staged_iterations(root)}:
+        for stage in STAGES:
+            try:
+                plan = stage.plan(run, iteration)
+            except (InputError, UsageError):
+                continue  # what it reads is not there yet, so nothing of it is staged at this plan
+            for attempt in staged_attempts(run, plan):
+                wanted.add(run.staging_root(iteration) / f"{plan.output}-{plan.fingerprint(attempt)[:16]}")
+    found = [path for path in _entries(root) if not path.name.startswith("iteration=")]
+    found += [path for folder in sorted(root.glob("iteration=*")) for path in _entries(folder)]
+    return [path for path in found if path not in wanted]
+
+
+def describe(found: list[Garbage], run: Run) -> dict[str, Any]:
+    """The list as plain data."""
+    rows = [{"what": each.what, "path": str(each.path), "bytes": each.bytes} for each in found]
+    return {"run": run.name, "removed": rows, "bytes": sum(each.bytes for each in found)}
+
+
+def print_garbage(found: list[Garbage], run: Run, dry_run: bool) -> None:
+    """The list as a person reads it."""
+    out = stdout_console()
+    for each in found:
+        place = each.path.relative_to(run.path)
+        out.print(f"{each.bytes / 2**20:10,.1f} MiB  {each.what:<18} {place}", markup=False, highlight=False)
+    total = sum(each.bytes for each in found) / 2**20
+    verb = "would be removed" if dry_run else "removed"
+    out.print(f"{total:10,.1f} MiB  {verb} from run {run.name}", highlight=False)
+
+
+def _staged_iterations(root: Path) -> list[int]:
+    return [int(path.name.removeprefix("iteration=")) for path in root.glob("iteration=*")]
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def _size(path: Path) -> int:
+    every = path.rglob("*") if path.is_dir() else [path]
+    return sum(found.stat().st_size for found in every if found.is_file())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        files.remove_folder(path)
+    else:
+        files.remove_file(path)

@@ -1,0 +1,96 @@
+"""fork: a run that begins as another one did, by hard links: nothing is copied, the other stays as it is.
+
+Committed files are never written again, only replaced, so that two runs can share them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from grpo.artifacts import STAGE_OUTPUTS, Run, files, open_run
+from grpo.config import Config
+from grpo.errors import InputError, UsageError
+from grpo.runner import STAGES, differences_of
+from grpo.start import run_json
+
+
+def fork(source: Run, new: Run, iteration: int | None) -> dict[str, Any]:
+    """Make the run `new`, with a configuration of its own, from iterations of `source` before `iteration`.
+
+    Of that iteration the outputs are taken over that `new` would make in the same way, up to the first that
+    it would not. None: the iteration after the last one that `source` has completed. Raises UsageError (exit
+    2) when `new` is there already or `source` has no such iteration, InputError (exit 4) when the checkpoint
+    to go on from was pruned.
+    """
+    if new.path.exists():
+        raise UsageError(f"{new.path}: is there already; give the fork another name")
+    _check_fixed(source, new)
+    done = [number for number in source.iterations() if source.manifest("update", number)]
+    first = (done[-1] + 1 if done else 0) if iteration is None else iteration
+    if not 0 <= first <= (done[-1] + 1 if done else 0):
+        have = f"completed iterations {done[0]} to {done[-1]}" if done else "completed no iteration"
+        raise UsageError(f"--iteration {first}: run {source.name} has {have}")
+    source.require_checkpoint(first)
+    staged = Run(
+        source.root, new.config.model_copy(update={"run": f".fork-{new.name}"}), new.imports, new.console
+    )
+    files.remove_folder(staged.path)  # of a fork that was killed
+    try:
+        for output in ("prompts", "policy"):
+            _link(source.folder(output, None), staged.folder(output, None))
+        for number in range(first):
+            for output in STAGE_OUTPUTS:
+                _link(source.folder(output, number), staged.folder(output, number))
+        taken = _take_over(source, staged, first)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{error.filename}: gone while it was linked; is {source.name} in use? try again"
+        ) from None
+    files.write_file(staged.path / "run.json", run_json(new.config))
+    files.sync_folder(staged.path)
+    files.move(staged.path, new.path)
+    files.sync_folder(new.root)
+    return {"iterations": first, "taken": taken}
+
+
+def _check_fixed(source: Run, new: Run) -> None:
+    """Raise UsageError for what every iteration of `source` stands on and `new` would have otherwise."""
+    created = Config.model_validate(open_run(source.name, source.root)["config"])
+    for key, before, after in (
+        ("model", created.model, new.config.model),
+        ("prompts", created.prompts, new.config.prompts),
+        ("update.reference", created.update.reference, new.config.update.reference),
+    ):
+        if before != after:
+            raise UsageError(f"{key}: a fork shares it with {source.name}; a new `run:` can have another")
+
+
+def describe(source: str, new: str, result: dict[str, Any]) -> str:
+    """What a fork has in common with the other run, in words."""
+    first, taken = result["iterations"], result["taken"]
+    shared = f"{first} iterations" + (f", and of iteration {first} {', '.join(taken)}" if taken else "")
+    return f"{new} begins as {source}: {shared}"
+
+
+def _take_over(source: Run, staged: Run, iteration: int) -> list[str]:
+    """Link the stages of `iteration` whose plan is the same, in order; returns their names."""
+    taken = []
+    for stage in STAGES:
+        manifest = source.manifest(stage.output, iteration)
+        if manifest is None or source.partial(manifest) or differences_of(staged, stage, manifest):
+            break
+        _link(source.folder(stage.output, iteration), staged.folder(stage.output, iteration))
+        taken.append(stage.name)
+    return taken
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link a committed output; its manifest last, as a commit would have it."""
+    if not (source / "manifest.json").exists():
+        raise InputError(f"{source}: missing")
+    paths = [path for path in sorted(source.rglob("*")) if path.is_file() and path.suffix != ".tmp"]
+    for path in sorted(paths, key=lambda path: path.name == "manifest.json"):
+        place = target / path.relative_to(source)
+        files.make_folder(place.parent)
+        files.link_file(path, place)
+    for folder in {target, *((target / path.relative_to(source)).parent for path in paths)}:
+        files.sync_folder(folder)

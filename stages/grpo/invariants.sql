@@ -1,0 +1,169 @@
+-- What must hold of the tables of a run, whatever made them.
+-- Grain: one row per invariant that is broken, with the number of rows that break it.
+-- Of two tables it is asked where an iteration has both: one may have been set aside.
+with
+
+rollouts_twice as (
+    select count(*) - count(distinct (iteration, group_id, sample_id)) as rows
+    from rollouts
+),
+
+ragged as (
+    select count(*) as rows
+    from rollouts
+    where
+        response_tokens != len(response_token_ids)
+        or response_tokens != len(old_logprobs)
+        or response_tokens != len(response_mask)
+),
+
+wrong_logprobs as (
+    select count(*) as rows
+    from rollouts
+    where
+        len(list_filter(
+            old_logprobs,
+            lambda x: x is null or isnan(x) or isinf(x) or x > 0
+        )) > 0
+),
+
+samples_missing as (
+    select count(*) as rows
+    from (
+        select max(sample_id) + 1 - count(*) as missing
+        from rollouts
+        group by iteration, group_id
+    )
+    where missing != 0
+),
+
+rewards_twice as (
+    select count(*) - count(distinct (iteration, group_id, sample_id, name)) as rows
+    from rewards
+),
+
+rewards_of_nothing as (
+    select count(*) as rows
+    from rewards
+    semi join (select distinct iteration from rollouts) using (iteration)
+    anti join rollouts using (iteration, group_id, sample_id)
+),
+
+values_without_ok as (
+    select count(*) as rows
+    from rewards
+    where (status = 'ok') != (value is not null)
+),
+
+unscored_without_row as (
+    select count(*) as rows
+    from (
+        select iteration, name, count(*) as scored
+        from rewards
+        group by iteration, name
+    )
+    join (
+        select iteration, count(*) as sampled
+        from rollouts
+        group by iteration
+    ) using (iteration)
+    where scored != sampled
+),
+
+advantages_not_of_rollouts as (
+    select count(*) as rows
+    from (
+        select iteration, count(*) as judged
+        from advantages
+        group by iteration
+    )
+    join (
+        select
+            iteration,
+            count(distinct (group_id, sample_id)) as sampled
+        from rollouts
+        group by iteration
+    ) using (iteration)
+    where judged != sampled
+),
+
+advantages_of_nothing as (
+    select count(*) as rows
+    from advantages
+    semi join (select distinct iteration from rollouts) using (iteration)
+    anti join rollouts using (iteration, group_id, sample_id)
+),
+
+kept_without_advantage as (
+    select count(*) as rows
+    from advantages
+    where
+        keep != (reason is null)
+        or keep != (advantage is not null)
+        or not coalesce(isfinite(advantage), true)
+),
+
+steps_not_counted as (
+    select count(*) as rows
+    from (
+        select max(step) + 1 - count(distinct step) as missing, count(*) as rows,
+            count(distinct step) as steps
+        from updates
+        group by iteration
+    )
+    where missing != 0 or rows != steps
+),
+
+learned_though_not_kept as (
+    select count(*) as rows
+    from logprobs
+    semi join (select distinct iteration from advantages) using (iteration)
+    anti join (select * from advantages where keep)
+        using (iteration, group_id, sample_id)
+),
+
+final as (
+    select 'rollouts: a key stands twice' as invariant, rows
+    from rollouts_twice
+    union all
+    select 'rollouts: lists are not as long as the response', rows
+    from ragged
+    union all
+    select 'rollouts: a log-prob is not finite, or above 0', rows
+    from wrong_logprobs
+    union all
+    select 'rollouts: a sample of a group is missing', rows
+    from samples_missing
+    union all
+    select 'rewards: a key stands twice', rows
+    from rewards_twice
+    union all
+    select 'rewards: of a rollout that is not there', rows
+    from rewards_of_nothing
+    union all
+    select 'rewards: a value without status ok, or the reverse', rows
+    from values_without_ok
+    union all
+    select 'rewards: not one row per rollout and reward', rows
+    from unscored_without_row
+    union all
+    select 'advantages: not one row per rollout', rows
+    from advantages_not_of_rollouts
+    union all
+    select 'advantages: of a rollout that is not there', rows
+    from advantages_of_nothing
+    union all
+    select 'advantages: kept without an advantage, or the reverse', rows
+    from kept_without_advantage
+    union all
+    select 'updates: steps are not 0, 1, 2 ... once each', rows
+    from steps_not_counted
+    union all
+    select 'logprobs: of a rollout that is not kept', rows
+    from learned_though_not_kept
+)
+
+select *
+from final
+where rows > 0
+order by invariant

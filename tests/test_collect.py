@@ -1,0 +1,72 @@
+"""What `grpo gc` removes, and what it leaves."""
+
+import json
+from pathlib import Path
+
+from tests import crash
+from tests.conftest import Grpo
+
+RUN = crash.RUN
+
+
+def removed(grpo: Grpo, *options: str) -> list[tuple[str, str]]:
+    code, out, err = grpo("gc", "--json", *options)
+    assert (code, err) == (0, "")
+    return [(row["what"], str(Path(row["path"]).relative_to(RUN))) for row in json.loads(out)["removed"]]
+
+
+def test_nothing_to_remove(finished: Path, grpo: Grpo) -> None:
+    assert removed(grpo) == []
+
+
+def test_trash_and_abandoned_staging_go_and_work_to_go_on_with_stays(finished: Path, grpo: Grpo) -> None:
+    assert grpo("advantage", "--iteration", "1", "--force")[0] == 0
+    before = crash.contents(Path())
+    folder = Path()
+    # Killed at the third operation of each: staged work of the present configuration, and of another one.
+    code, _ = crash.in_child(folder, ["run", "--set", "iterations=3"], "kill:12")
+    assert code == -9
+    [begun] = (RUN / ".staging/iteration=000002").iterdir()
+    options = ["--iteration", "0", "--force", "--set", "advantage.scale=none"]
+    code, _ = crash.in_child(folder, ["advantage", *options], "kill:5")
+    assert code == -9
+    [other] = (RUN / ".staging/iteration=000000").iterdir()
+    (RUN / ".staging/perturbed").mkdir()
+    expected = [
+        ("trash", ".trash/iteration=000001-advantages.0"),
+        ("abandoned staging", ".staging/perturbed"),
+        ("abandoned staging", str(other.relative_to(RUN))),
+    ]
+    assert removed(grpo, "--dry-run") == expected
+    assert other.exists()
+    assert removed(grpo) == expected
+    assert not other.exists()
+    assert not (RUN / ".staging/iteration=000000").exists()
+    assert begun.exists()
+    assert crash.contents(Path()) == before
+    assert removed(grpo) == []
+
+
+def test_a_checkpoint_that_is_no_longer_kept_goes(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", "--set", "iterations=5", "--set", "checkpoints.keep_last=null")[0] == 0
+    keep = ["--set", "checkpoints={keep_last: 2, keep_every: 2}"]
+    # Policies 1 to 5; 4 and 5 are the newest, 2 is a multiple of 2.
+    expected = [("checkpoint", f"iteration={number:06d}/update") for number in (0, 2)]
+    assert removed(grpo, "--dry-run", *keep) == expected
+    assert removed(grpo, *keep) == expected
+    for number in range(5):
+        weights = RUN / f"iteration={number:06d}/update/policy/model.safetensors"
+        assert weights.exists() == (number not in (0, 2))
+        assert (weights.parent / "probe.json").exists()
+    assert grpo("verify")[0] == 0
+    assert json.loads(grpo("verify", "--json")[1])["pruned"] > 0
+
+
+def test_it_does_not_run_beside_another_process(finished: Path, grpo: Grpo) -> None:
+    from filelock import FileLock
+
+    lock = FileLock(RUN / ".lock")
+    with lock:
+        code, _, err = grpo("gc")
+        assert (code, err.startswith(f"error: {RUN}: in use by")) == (5, True)
+        assert grpo("gc", "--dry-run")[0] == 0

@@ -1,0 +1,139 @@
+"""Every key of the configuration, one by one: which stages differ when it changes, and no others."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+from tests.conftest import Grpo
+
+from grpo.config import Config
+
+FIXED = "fixed for the run"
+NOTHING: set[str] = set()
+UPDATE, GENERATE, SCORE, ADVANTAGE = {"update"}, {"generate"}, {"score"}, {"advantage"}
+# Key -> (settings that change it, stages that differ then; FIXED: the run refuses them).
+KEYS: dict[str, tuple[list[str], set[str] | str]] = {
+    "run": ([], NOTHING),  # another run
+    "iterations": (["iterations=3"], NOTHING),
+    "seed": (["seed=1"], FIXED),
+    "model": (["model=other"], FIXED),
+    "prompts.source": (["prompts.source=other.jsonl"], FIXED),
+    "prompts.columns.prompt": (["prompts.columns.prompt=answer"], FIXED),
+    "prompts.columns.messages": (["prompts.columns.messages=other"], FIXED),
+    "prompts.columns.answer": (["prompts.columns.answer=other"], FIXED),
+    "prompts.chat": (["prompts.chat=true"], FIXED),
+    "prompts.system": (["prompts.system=Add."], FIXED),
+    "prompts.on_long_prompt": (["prompts.on_long_prompt=skip"], FIXED),
+    "generate.engine": (["generate.engine=transformers"], NOTHING),  # the one that `auto` takes without a GPU
+    "generate.engine_options": (["generate.engine_options={dtype: float32}"], GENERATE),
+    "generate.prompts_per_iteration": (["generate.prompts_per_iteration=4"], GENERATE),
+    "generate.samples_per_prompt": (["generate.samples_per_prompt=3"], GENERATE),
+    "generate.max_new_tokens": (["generate.max_new_tokens=5"], GENERATE),
+    "generate.temperature": (["generate.temperature=0.9"], GENERATE),
+    "generate.top_p": (["generate.top_p=0.9", "generate.allow_truncated_sampling=true"], GENERATE),
+    "generate.top_k": (["generate.top_k=9", "generate.allow_truncated_sampling=true"], GENERATE),
+    "generate.min_p": (["generate.min_p=0.1", "generate.allow_truncated_sampling=true"], GENERATE),
+    "generate.allow_truncated_sampling": (["generate.allow_truncated_sampling=true"], GENERATE),
+    "generate.rollouts_per_shard": (["generate.rollouts_per_shard=2"], GENERATE),
+    "generate.max_rows_per_batch": (["generate.max_rows_per_batch=2"], GENERATE),  # rounding
+    "score.rewards.function": (["score.rewards[0].function=reward:length"], SCORE),
+    "score.rewards.model": (["score.rewards=[{model: judge}]"], SCORE),
+    "score.rewards.name": (["score.rewards[0].name=other"], SCORE),
+    "score.rewards.weight": (["score.rewards[0].weight=2.0"], SCORE),
+    "score.rewards.arguments": (["score.rewards[0].arguments={a: 1}"], SCORE),
+    "score.rewards.timeout_s": (["score.rewards[0].timeout_s=9.0"], SCORE),
+    "score.on_error": (["score.on_error=drop"], NOTHING),
+    "score.workers": (["score.workers=2"], NOTHING),
+    "score.max_tokens_per_batch": (["score.max_tokens_per_batch=9"], NOTHING),
+    "advantage.scale": (["advantage.scale=none"], ADVANTAGE),
+    "advantage.epsilon": (["advantage.epsilon=0.1"], ADVANTAGE),
+    "advantage.drop_zero_variance": (["advantage.drop_zero_variance=true"], ADVANTAGE),
+    "advantage.truncated": (["advantage.truncated=drop"], ADVANTAGE),
+    "advantage.where": (["advantage.where=reward > 0"], ADVANTAGE),
+    "advantage.sql": (["advantage.sql=my.sql"], ADVANTAGE),
+    "update.objective": (["update.objective=grpo_sequence"], UPDATE),
+    "update.ratio": (["update.ratio=sequence"], UPDATE),
+    "update.surrogate": (["update.surrogate=cispo"], UPDATE),
+    "update.clip_low": (["update.clip_low=0.1"], UPDATE),
+    "update.clip_high": (["update.clip_high=0.1"], UPDATE),
+    "update.delta": (["update.delta=2.0"], UPDATE),
+    "update.aggregate": (["update.aggregate=constant"], UPDATE),
+    "update.kl_coefficient": (["update.kl_coefficient=0.1"], UPDATE),
+    "update.kl_estimator": (["update.kl_estimator=k2"], UPDATE),
+    "update.kl_importance": (["update.kl_importance=true"], UPDATE),
+    "update.entropy_coefficient": (["update.entropy_coefficient=0.1"], UPDATE),
+    "update.old_logprobs": (["update.old_logprobs=recomputed"], UPDATE),
+    "update.sampler_correction": (
+        ["update.sampler_correction=mask", "update.old_logprobs=recomputed"],
+        UPDATE,
+    ),
+    "update.sampler_correction_level": (["update.sampler_correction_level=sequence_mean"], UPDATE),
+    "update.sampler_correction_cap": (["update.sampler_correction_cap=3.0"], UPDATE),
+    "update.reference": (["update.reference=other"], FIXED),
+    "update.learning_rate": (["update.learning_rate=0.1"], UPDATE),
+    "update.schedule": (["update.schedule=linear"], UPDATE),
+    "update.warmup_steps": (["update.warmup_steps=1"], UPDATE),
+    "update.betas": (["update.betas=[0.5, 0.9]"], UPDATE),
+    "update.adam_epsilon": (["update.adam_epsilon=0.1"], UPDATE),
+    "update.weight_decay": (["update.weight_decay=0.1"], UPDATE),
+    "update.max_grad_norm": (["update.max_grad_norm=null"], UPDATE),
+    "update.epochs": (["update.epochs=2"], UPDATE),
+    "update.steps_per_iteration": (["update.steps_per_iteration=2"], UPDATE),
+    "update.max_tokens_per_batch": (["update.max_tokens_per_batch=9"], NOTHING),
+    "update.precision": (["update.precision=bfloat16"], UPDATE),
+    "update.gradient_checkpointing": (["update.gradient_checkpointing=true"], NOTHING),
+    "update.prompt_sharing": (["update.prompt_sharing='off'"], NOTHING),
+    "update.lora.rank": (["update.lora={rank: 4, alpha: 8.0}"], UPDATE),
+    "update.lora.alpha": (["update.lora={rank: 4, alpha: 8.0}"], UPDATE),
+    "update.lora.targets": (["update.lora={rank: 4, alpha: 8.0, targets: [q_proj]}"], UPDATE),
+    "checkpoints.keep_last": (["checkpoints.keep_last=2"], NOTHING),
+    "checkpoints.keep_every": (["checkpoints.keep_every=null"], NOTHING),
+}
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key below a section, sections in lists and optional ones included."""
+    found = []
+    for name, field in model.model_fields.items():
+        sections = [t for t in flat(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+        found += keys_of(sections[0], f"{prefix}{name}.") if sections else [f"{prefix}{name}"]
+    return found
+
+
+def flat(annotation: object) -> list[object]:
+    """A type and all that it is made of."""
+    parts = getattr(annotation, "__args__", ())
+    return [annotation, *(inner for part in parts for inner in flat(part))]
+
+
+def test_every_key_is_classified() -> None:
+    assert keys_of(Config) == list(KEYS)
+
+
+@pytest.mark.parametrize("key", [key for key, (settings, _) in KEYS.items() if settings])
+def test_exactly_the_expected_stages_differ(finished: Path, grpo: Grpo, key: str) -> None:
+    settings, expected = KEYS[key]
+    if key in ("model", "update.reference", "score.rewards.model"):
+        copied = Path("judge" if key.startswith("score") else "other")
+        copied.mkdir()
+        for path in Path("model").iterdir():
+            (copied / path.name).write_bytes(path.read_bytes())
+        config = json.loads((copied / "config.json").read_text())
+        (copied / "config.json").write_text(json.dumps({**config, "changed": True}))
+    if key == "prompts.source":
+        Path("other.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    if key == "advantage.sql":
+        Path("my.sql").write_text(
+            "select iteration, group_id, sample_id, reward as advantage from advantages"
+        )
+    options = [part for setting in settings for part in ("--set", setting)]
+    if expected == FIXED:
+        code, _, err = grpo("run", *options)
+        assert (code, FIXED in err) == (4, True), err
+        return
+    code, out, err = grpo("status", "--json", *options)
+    assert code == 0, err
+    for row in json.loads(out)["iterations"]:
+        differing = {name for name, stage in row["stages"].items() if stage["state"] != "done"}
+        assert differing == expected, row

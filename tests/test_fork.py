@@ -1,0 +1,96 @@
+"""A fork shares what came before, and nothing of what it does shows in the other run."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from tests import crash
+from tests.conftest import Grpo
+
+RUN, FORK = crash.RUN, Path("artifacts/other")
+
+
+def states(grpo: Grpo, name: str, *options: str) -> list[list[str]]:
+    rows = json.loads(grpo("status", name, "--json", *options)[1])["iterations"]
+    return [[stage["state"] for stage in row["stages"].values()] for row in rows]
+
+
+def test_a_fork_is_made_of_links_and_goes_on_in_its_own_way(finished: Path, grpo: Grpo) -> None:
+    before = crash.contents(Path())
+    code, out, err = grpo("fork", "tiny", "other", "--iteration", "1", "--set", crash.NEW_REWARD)
+    assert (code, out) == (0, "")
+    command = shlex.join(["grpo", "run", "--set", "run=other", "--set", crash.NEW_REWARD])
+    shared = "1 iterations, and of iteration 1 generate"
+    assert err == f"other begins as tiny: {shared}; go on with: {command}\n"
+    for path in FORK.rglob("*.parquet"):
+        assert path.samefile(RUN / path.relative_to(FORK))
+    assert not (FORK / "iteration=000001/rewards").exists()
+    options = ["--set", "run=other", "--set", crash.NEW_REWARD]
+    assert states(grpo, "other", *options) == [
+        ["done", "differs", "done", "done"],
+        ["done", *["missing"] * 3],
+    ]
+    assert grpo("run", *options, "--set", "iterations=3")[0] == 0
+    assert {
+        name: value for name, value in crash.contents(Path()).items() if name.startswith("tiny/")
+    } == before
+    assert grpo("verify", "other")[0] == grpo("verify", "tiny")[0] == 0
+    query = "select run, count(*) as n from samples where iteration = 1 group by run order by run"
+    rows = json.loads(grpo("sql", query, "--run", "tiny", "--run", "other", "--json")[1])
+    assert rows == [{"run": "other", "n": 6}, {"run": "tiny", "n": 6}]
+
+
+def test_without_a_change_the_whole_run_is_taken_over(finished: Path, grpo: Grpo) -> None:
+    code, out, _ = grpo("fork", "tiny", "other", "--json")
+    assert (code, json.loads(out)) == (0, {"run": "other", "from": "tiny", "iterations": 2, "taken": []})
+    code, _, err = grpo("run", "--set", "run=other")
+    assert (code, err) == (0, "run other: 2 iterations are complete; nothing to do\n")
+    assert json.loads((FORK / "run.json").read_text())["config"]["run"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["tiny", "tiny"], 2, f"{RUN}: is there already; give the fork another name"),
+        (["tiny", "../x"], 2, "run: "),
+        (["none", "other"], 2, "artifacts/none: no such run; runs there: tiny"),
+        (["tiny", "other", "--iteration", "3"], 2, "--iteration 3: run tiny has completed iterations 0 to 1"),
+        (
+            ["tiny", "other", "--iteration", "-1"],
+            2,
+            "--iteration -1: run tiny has completed iterations 0 to 1",
+        ),
+        (["tiny", "other", "--set", "model=else"], 2, "model: a fork shares it with tiny; a new `run:` can"),
+    ],
+)
+def test_what_cannot_be_forked(
+    finished: Path, grpo: Grpo, arguments: list[str], code: int, message: str
+) -> None:
+    found, out, err = grpo("fork", *arguments)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert not FORK.exists()
+
+
+def test_a_pruned_checkpoint_cannot_be_gone_on_from(finished: Path, grpo: Grpo) -> None:
+    options = ["--set", "iterations=5", "--set", "checkpoints={keep_last: 2, keep_every: null}"]
+    assert grpo("run", *options)[0] == 0
+    code, _, err = grpo("fork", "tiny", "other", "--iteration", "2")
+    place = RUN / "iteration=000001/update"
+    assert (code, err) == (
+        4,
+        f"error: {place}: policy 2 was pruned (checkpoints.keep_last, keep_every); there are policies"
+        " 0, 4, 5, the nearest is 0\n",
+    )
+    assert grpo("fork", "tiny", "other", "--iteration", "4")[0] == 0
+    assert grpo("run", "--set", "run=other", *options)[0] == 0
+    mine, theirs = (
+        {
+            name.partition("/")[2]: value
+            for name, value in crash.contents(Path()).items()
+            if name.startswith(run)
+        }
+        for run in ("other/", "tiny/")
+    )
+    assert mine == theirs

@@ -1,0 +1,175 @@
+"""Whatever is done to a run, in whatever order: it is never silently wrong, and can always be completed."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from tests import crash
+
+pytestmark = pytest.mark.slow
+STAGES = ("generate", "score", "advantage", "update")
+EXIT_CODES = {0, 2, 3, 4, 6, 7, 8}  # never 1, a bug of ours, nor a signal
+CONFIGURATIONS = (
+    [],
+    ["--set", crash.NEW_REWARD],
+    ["--set", "update.learning_rate=0.02"],
+    ["--set", "advantage.scale=none"],
+    ["--set", "generate.temperature=0.8"],
+    ["--set", "checkpoints={keep_last: 2, keep_every: null}"],
+)
+configurations = st.sampled_from(CONFIGURATIONS)
+iterations = st.integers(0, 3)
+
+
+class Machine(RuleBasedStateMachine):
+    """A project whose run anything may happen to. `project` is a copy that is not begun."""
+
+    project: Path
+    runs = Bundle("runs")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.home = Path(tempfile.mkdtemp())
+        self.folder = crash.copy(self.project, self.home / "project")
+        self.options: list[str] = []
+        self.damaged: set[Path] = set()
+        self.forks = 0
+
+    def teardown(self) -> None:
+        """What is damaged is set aside, what is missing or stale done again: then all of it holds."""
+        try:
+            self.complete()
+        finally:
+            shutil.rmtree(self.home)
+
+    def complete(self) -> None:
+        for _ in range(4):  # what is set aside may uncover what it had hidden
+            code, err = self.do(["verify", "--discard"])
+            if code != 6:
+                break
+        assert code in (0, 2), err  # 2: no run was begun
+        code, err = self.do(["run", "--until", "2"])
+        if code == 4:
+            code, err = self.do(["run", "--from", "0", "--until", "2"])
+        if code == 4 and "missing" not in err:
+            raise AssertionError(err)
+        assert code == 0, err
+        code, err = crash.in_child(self.folder, ["verify", *self.options])
+        assert code == 0, err
+
+    def do(self, command: list[str], fault: str | None = None) -> tuple[int, str]:
+        code, err = crash.in_child(self.folder, [*command, *self.options], fault)
+        assert "Traceback" not in err, err
+        return code, err
+
+    def expect(self, command: list[str]) -> int:
+        code, err = self.do(command)
+        assert code in EXIT_CODES, (command, code, err)
+        if code == 6:
+            assert self.damaged, err  # never without a cause
+        return code
+
+    @initialize()
+    def begin(self) -> None:
+        assert self.expect(["run", "--until", "1"]) == 0
+
+    @rule(options=configurations)
+    def edit_configuration(self, options: list[str]) -> None:
+        self.options = options
+
+    @rule(stage=st.sampled_from(STAGES), iteration=iterations, force=st.booleans())
+    def stage(self, stage: str, iteration: int, force: bool) -> None:
+        self.expect([stage, "--iteration", str(iteration), *(["--force"] if force else [])])
+
+    @rule(until=st.integers(1, 3))
+    def run(self, until: int) -> None:
+        before = crash.contents(self.folder)
+        self.expect(["run", "--until", str(until)])
+        after = crash.contents(self.folder)
+        replaced = {name for name in before if name in after and after[name] != before[name]}
+        assert not replaced  # it never replaces a committed output
+        gone = {name for name in before if name not in after}
+        assert all(name.endswith(".safetensors") for name in gone)  # pruned
+
+    @rule(iteration=iterations)
+    def run_from(self, iteration: int) -> None:
+        self.expect(["run", "--from", str(iteration), "--until", "2"])
+
+    @rule(
+        command=st.sampled_from([["run", "--until", "3"], ["run", "--from", "0", "--until", "1"], ["gc"]]),
+        number=st.integers(1, 120),
+    )
+    def kill(self, command: list[str], number: int) -> None:
+        code, err = self.do(command, f"kill:{number}")
+        assert code in {*EXIT_CODES, -9}, err
+
+    @rule(choice=st.integers(0, 10**6), delete=st.booleans())
+    def damage(self, choice: int, delete: bool) -> None:
+        root = self.folder / crash.RUN
+        found = sorted(path for path in root.glob("iteration=*/*/*.parquet"))
+        if not found:
+            return
+        path = found[choice % len(found)]
+        if delete:
+            path.unlink()
+        else:
+            content = bytearray(path.read_bytes())
+            content[choice % len(content)] ^= 1 << (choice % 8)
+            path.unlink()  # a hard link of a fork stays as it is
+            path.write_bytes(content)
+        self.damaged.add(path)
+
+    @rule()
+    def repair(self) -> None:
+        code, err = self.do(["verify", "--discard"])
+        assert code in (0, 6), err
+        self.damaged = {path for path in self.damaged if path.exists()} if code == 6 else self.damaged
+
+    @rule()
+    def gc(self) -> None:
+        assert self.expect(["gc"]) in (0, 6)
+
+    @rule(iteration=st.integers(0, 2))
+    def fork(self, iteration: int) -> None:
+        self.forks += 1
+        name = f"fork{self.forks}"
+        code = self.expect(["fork", "tiny", name, "--iteration", str(iteration)])
+        assert (self.folder / "artifacts" / name).exists() == (code == 0)
+
+    @rule()
+    def sql(self) -> None:
+        self.expect(["sql", "select count(*) from samples"])
+
+    @invariant()
+    def what_verify_finds_is_what_was_damaged(self) -> None:
+        if not (self.folder / crash.RUN / "run.json").exists():
+            return
+        code, err = crash.in_child(self.folder, ["verify", *self.options])
+        assert code == 0 or (code == 6 and self.damaged), err
+
+
+def test_whatever_happens_a_run_can_be_completed(write_project: object, tmp_path: Path) -> None:
+    Machine.project = write_project(tmp_path / "project")  # type: ignore[operator]
+    examples, steps = (200, 30) if crash.LONG else (4, 8)
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=not crash.LONG,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    print(f"state machine: {examples} runs of up to {steps} steps")
