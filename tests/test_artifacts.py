@@ -214,9 +214,9 @@ POINTS = [
     ("remove_file", 1, "old"),  # the manifest is there; so are plan.json and two sidecars
     ("remove_file", 3, "old"),
     ("move", 1, "old"),  # before the old output goes
-    ("sync_folder", 3, "none"),  # it is gone; 1 was of the staging folder, 2 of the new .trash
+    ("sync_folder", 4, "none"),  # it is gone; before that staging was synced twice, and the new .trash
     ("move", 2, "none"),  # between the two renames
-    ("sync_folder", 5, "new"),  # in place, not yet synced
+    ("sync_folder", 6, "new"),  # in place, not yet synced
 ]
 
 

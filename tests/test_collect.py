@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from tests import crash
 from tests.conftest import Grpo
+from tests.faults import crash
 
 RUN = crash.RUN
 

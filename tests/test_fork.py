@@ -5,8 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tests import crash
 from tests.conftest import Grpo
+from tests.faults import crash
 
 RUN, FORK = crash.RUN, Path("artifacts/other")
 

@@ -2,21 +2,14 @@
 
 import hashlib
 import json
-import os
-import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from grpo import runner
@@ -658,49 +651,3 @@ def test_every_stage_releases_its_tool_once_an_iteration(
     iteration = ["generate", "-generate", "score", "-score", "advantage", "-advantage", "update"]
     # The rewards are looked at before anything is sampled; what is last has nobody to leave for.
     assert happened == ["-score", *iteration, "-update", *iteration]
-
-
-# Killed
-
-
-SIX = ["--set", "iterations=6", "--set", "checkpoints.keep_last=null"]
-
-
-def start_run(folder: Path) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    code = "from grpo.cli import main; main()"
-    command = [sys.executable, "-c", code, "run", *SIX]
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_killed_at_random_times_a_run_ends_with_the_same_bytes(
-    write_project: Callable[[Path], Path], tmp_path: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undisturbed, killed = write_project(tmp_path / "undisturbed"), write_project(tmp_path / "killed")
-    monkeypatch.chdir(undisturbed)
-    assert grpo("run", *SIX)[0] == 0
-    chance = random.Random(0)
-    lock = killed / ARTIFACTS / ".lock"
-    kills = 0
-    for _ in range(5):
-        process = start_run(killed)
-        while process.poll() is None and f"pid {process.pid} on" not in (
-            lock.read_text() if lock.exists() else ""
-        ):
-            time.sleep(0.005)  # until the imports are over and it works
-        time.sleep(chance.uniform(0.0, 1.2))
-        process.send_signal(signal.SIGKILL)
-        _, err = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), err
-        kills += process.returncode != 0
-    assert kills >= 3
-    process = start_run(killed)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    found, expected = digests(killed / ARTIFACTS), digests(undisturbed / ARTIFACTS)
-    assert len([name for name in expected if name.endswith("policy/model.safetensors")]) == 6
-    assert found == expected
-    assert not list((killed / ARTIFACTS).glob(".staging/**/*.parquet"))
-    for path in sorted((killed / ARTIFACTS).glob("iteration=*/rollouts/*.parquet")):
-        assert pq.read_metadata(path).num_rows in (4, 2)

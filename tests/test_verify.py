@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tests import crash
 from tests.conftest import Grpo
+from tests.faults import crash
 
 from grpo import tables
 from grpo.artifacts.manifest import digest
@@ -41,64 +41,6 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])  # the last byte of JSON is a newline, which nobody misses
-
-
-def zero(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 512] = bytes(len(content[middle : middle + 512]))
-    path.write_bytes(content)
-
-
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "bit": flip,
-    "truncated": cut,
-    "zeroed": zero,
-    "deleted": Path.unlink,
-}
-
-
-def committed_files(run: Path) -> list[Path]:
-    """Every file whose content matters, by name."""
-    left_out = ("timings.json", ".lock")
-    found = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name not in left_out]
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(run).parts)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_is_found_and_undone(complete: Path, tmp_path: Path, damage: str) -> None:
-    names = [path.relative_to(complete) for path in committed_files(complete / RUN)]
-    expected = crash.contents(complete)
-    tried = names if crash.LONG else names[:: len(names) // 6]
-    for name in tried:
-        folder = crash.copy(complete, tmp_path / "damaged")
-        DAMAGES[damage](folder / name)
-        if name.name in ("run.json", "manifest.json") and damage == "deleted":
-            continue  # nothing is committed there any more, which is no damage
-        code, _ = crash.in_child(folder, ["verify"])
-        assert code == 6, name
-        code, err = crash.in_child(folder, ["verify", "--discard"])
-        assert code == 6, err
-        redo(folder)
-        assert crash.contents(folder) == expected, name
-    print(f"{damage}: {len(tried)} of {len(names)} files tried, all found and made again")
-
-
-def redo(folder: Path) -> None:
-    """What the messages say, until all is there again."""
-    for iteration in range(2):
-        for stage in ("generate", "score", "advantage", "update"):
-            code, err = crash.in_child(folder, [stage, "--iteration", str(iteration)])
-            assert code == 0, err
-    code, err = crash.in_child(folder, ["run"])
-    assert code == 0, err
-    code, err = crash.in_child(folder, ["verify"])
-    assert code == 0, err
 
 
 def test_what_is_damaged_is_named_with_what_to_do(finished: Path, grpo: Grpo) -> None:

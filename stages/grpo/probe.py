@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from grpo.artifacts import checkpoint_files, is_weight_file, read_json
+from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
+from grpo.errors import ResourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,16 +84,22 @@ def write_perturbed(checkpoint: Path, folder: Path) -> None:
     import shutil
 
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     generator = torch.Generator().manual_seed(0)
     for path in checkpoint_files(checkpoint):
+        target = folder / path.name
         if not is_weight_file(path.name) or path.suffix == ".json":
-            shutil.copyfile(path, folder / path.name)
+            with files.resource_errors(target):
+                shutil.copyfile(path, target)
             continue
         tensors = load_file(path)
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 noise = torch.randn(tensor.shape, generator=generator) * PERTURBATION
                 tensors[name] = (tensor.float() * (1 + noise)).to(tensor.dtype)
-        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        try:
+            save_file(tensors, target, metadata={"format": "pt"})
+        except SafetensorError as error:  # of writing; it has no errno
+            raise ResourceError(f"{target}: {error}; {files.free_space(target)}") from error

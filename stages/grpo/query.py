@@ -20,16 +20,15 @@ _WIDE_ROWS_SHOWN = 20
 
 def answer(runs: list[Run], query: str, out: Path | None, timeout_s: float, as_json: bool) -> None:
     """`grpo sql`: one query, or a prompt that takes one after the other."""
-    with sql.connect(runs) as connection:
-        if query:
-            _deliver(sql.query(connection, query, timeout_s=timeout_s), out, as_json)
-            return
-        while (line := _ask()) not in (None, "exit", "quit"):
-            try:
-                if line:
-                    _deliver(sql.query(connection, line, timeout_s=timeout_s), None, as_json)
-            except UsageError as error:
-                runs[0].console.say(str(error))
+    if query:
+        _deliver(sql.read(runs, query, timeout_s=timeout_s), out, as_json)
+        return
+    while (line := _ask()) not in (None, "exit", "quit"):
+        try:
+            if line:
+                _deliver(sql.read(runs, line, timeout_s=timeout_s), None, as_json)
+        except UsageError as error:
+            runs[0].console.say(str(error))
 
 
 def _ask() -> str | None:

@@ -31,11 +31,9 @@ def fetch(run: Run, iteration: int | None, where: str | None, groups: int) -> li
     chosen = have[-1] if iteration is None else iteration
     if chosen not in have:
         raise UsageError(f"--iteration {chosen}: run {run.name} has rollouts of {have[0]} to {have[-1]}")
-    with sql.connect([run], chosen) as connection:
-        statement = _QUERY.format(where=where or "true")
-        rows: list[dict[str, Any]] = sql.query(
-            connection, statement, {"iteration": chosen, "groups": groups}
-        ).to_pylist()
+    statement = _QUERY.format(where=where or "true")
+    parameters = {"iteration": chosen, "groups": groups}
+    rows: list[dict[str, Any]] = sql.read([run], statement, parameters, chosen).to_pylist()
     return rows
 
 

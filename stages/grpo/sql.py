@@ -107,6 +107,31 @@ def query(
         timer.cancel()
 
 
+def read(
+    runs: list[Run],
+    statement: str,
+    parameters: dict[str, Any] | None = None,
+    iteration: int | None = None,
+    timeout_s: float | None = None,
+) -> pa.Table:
+    """The rows of one statement over runs that may be worked on meanwhile; errors as connect's and query's.
+
+    What was replaced while it was read is read again.
+    """
+    while True:
+        before = _committed(runs)
+        try:
+            with connect(runs, iteration) as connection:
+                return query(connection, statement, parameters, timeout_s)
+        except (GrpoError, OSError):
+            if _committed(runs) == before:
+                raise
+
+
+def _committed(runs: list[Run]) -> list[str]:
+    return [manifest.fingerprint for run in runs for _, manifest in _outputs(run, None, STAGE_OUTPUTS)]
+
+
 def create_view(connection: duckdb.DuckDBPyConnection, name: str, statement: str) -> None:
     """Give a query of ours a name in this connection."""
     connection.execute(f"create temp view {name} as {statement}")

@@ -5,6 +5,7 @@ that make it can be run again.
 """
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,7 @@ def verify(run: Run) -> Report:
             _check_output(run, output, iteration, report)
             advance(1)
     if not report.damages:
-        with sql.connect([run]) as connection:
-            rows = sql.query(connection, _INVARIANTS.read_text()).to_pylist()
+        rows = sql.read([run], _INVARIANTS.read_text()).to_pylist()
         report.broken = {row["invariant"]: row["rows"] for row in rows}
         report.stale = [
             f"{name} of iteration {iteration}: {state.why}"
@@ -129,21 +129,30 @@ def _check_run_json(run: Run, report: Report) -> None:
 
 def _check_output(run: Run, output: str, iteration: int | None, report: Report) -> None:
     """Add what is wrong with one output: the first thing that is, since all of it is made again together."""
-    try:
-        manifest = run.manifest(output, iteration)
-        if manifest is None:
-            return
-        gone = _pruned(run, output, iteration)
-        for file in manifest.files:
-            if (file.part, file.name) in gone:
-                report.counts["pruned"] += 1
-                continue
-            _check_file(run, manifest, file, run.path_of(file, output, iteration))
-            report.counts.update(files=1, bytes=file.bytes, rows=file.rows or 0)
+    with suppress(GrpoError):
+        report.counts += _look_at(run, output, iteration)
+        return
+    try:  # once more: a writer may have replaced or pruned it meanwhile
+        report.counts += _look_at(run, output, iteration)
     except GrpoError as error:
         report.damages.append(Damage(output, iteration, str(error)))
-    else:
-        report.counts["outputs"] += 1
+
+
+def _look_at(run: Run, output: str, iteration: int | None) -> "Counter[str]":
+    """Counts of one output, all of which is as it should be; else raises what is wrong with it."""
+    counts: Counter[str] = Counter()
+    manifest = run.manifest(output, iteration)
+    if manifest is None:
+        return counts
+    gone = _pruned(run, output, iteration)
+    for file in manifest.files:
+        if (file.part, file.name) in gone:
+            counts["pruned"] += 1
+            continue
+        _check_file(run, manifest, file, run.path_of(file, output, iteration))
+        counts.update(files=1, bytes=file.bytes, rows=file.rows or 0)
+    counts["outputs"] += 1
+    return counts
 
 
 def _pruned(run: Run, output: str, iteration: int | None) -> set[tuple[str, str]]:

@@ -6,6 +6,7 @@ kind, path, other path or null, and the function and line that asked for it. Wha
 as FILE.n.
 """
 
+import contextlib
 import errno
 import itertools
 import json
@@ -26,8 +27,7 @@ def operation(kind: str, path: Path, other: Path | None = None) -> None:
         return
     fault, _, at = planned.partition(":")
     if fault == "record":
-        caller = sys._getframe(2)
-        place = f"{caller.f_code.co_name}:{caller.f_lineno}"
+        place = _caller()
         with Path(at).open("a") as log:
             log.write(json.dumps([kind, str(path), other and str(other), place]) + "\n")
         number = next(_numbers)
@@ -38,3 +38,12 @@ def operation(kind: str, path: Path, other: Path | None = None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         number = getattr(errno, fault)
         raise OSError(number, os.strerror(number), str(path))
+
+
+def _caller() -> str:
+    """Function and line, outside the file layer, that asked for the operation."""
+    frame = sys._getframe(2)
+    inside = frame.f_code.co_filename
+    while frame.f_back is not None and frame.f_code.co_filename in (inside, contextlib.__file__):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}:{frame.f_lineno}"

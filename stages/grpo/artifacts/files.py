@@ -35,10 +35,11 @@ def resource_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _RESOURCE_ERRORS:
             raise
-        raise ResourceError(f"{path}: {error.strerror}; {_free_space(path)}") from error
+        raise ResourceError(f"{path}: {error.strerror}; {free_space(path)}") from error
 
 
-def _free_space(path: Path) -> str:
+def free_space(path: Path) -> str:
+    """How much room is left on the disk of `path`, in words."""
     existing = next((folder for folder in path.absolute().parents if folder.exists()), None)
     if existing is None:
         return "free space unknown"

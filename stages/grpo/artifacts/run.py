@@ -7,6 +7,7 @@ opened and its sha256 when a stage reads it.
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
-from grpo.artifacts.manifest import FileRecord, Manifest, read_manifest, unseal
+from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, read_manifest, unseal
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import CorruptError, InputError, LockedError, UsageError
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 ARTIFACTS = Path("artifacts")
 STAGE_OUTPUTS = ("rollouts", "rewards", "advantages", "update")
+_MADE_BY = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
 PRUNED = "pruned.json"
+_LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
 
 
 class Run:
@@ -60,8 +63,23 @@ class Run:
         return self.path / ".trash"
 
     def manifest(self, output: str, iteration: int | None) -> Manifest | None:
-        """The manifest of a committed output, or None."""
-        return read_manifest(self.folder(output, iteration))
+        """The manifest of a committed output, or None.
+
+        A writer that replaces the output moves the old one away and the new one in: a reader waits for that.
+        """
+        folder = self.folder(output, iteration)
+        staged = f"{output}-*/{MANIFEST}"
+        for _ in range(_LOOKS):
+            found = read_manifest(folder)
+            if found is not None or not any(self.staging_root(iteration).glob(staged)):
+                break
+            time.sleep(_PAUSE_S)
+        # It may have come between the two looks; and what a crash left staged, the next writer moves in.
+        found = found or read_manifest(folder)
+        if found and (found.stage, found.iteration) != (_MADE_BY.get(output, found.stage), iteration):
+            where = "" if found.iteration is None else f" of iteration {found.iteration}"
+            raise CorruptError(f"{folder / MANIFEST}: is that of another output, by {found.stage}{where}")
+        return found
 
     def require(self, output: str, iteration: int | None, command: str) -> Manifest:
         """The manifest of a committed output; InputError (exit 4) naming `command` when it is missing."""
@@ -84,8 +102,10 @@ class Run:
 
     def timings(self, output: str, iteration: int | None) -> dict[str, float]:
         """Seconds by part of a committed output; empty where none were written."""
-        path = self.folder(output, iteration) / "timings.json"
-        return read_json(path, "seconds")["seconds"] if path.exists() else {}
+        try:
+            return read_json(self.folder(output, iteration) / "timings.json", "seconds")["seconds"]
+        except FileNotFoundError:
+            return {}
 
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
         """Where a file of an output is."""

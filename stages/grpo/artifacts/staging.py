@@ -133,6 +133,7 @@ class Staging:
         )
         seconds = {part: round(value, 6) for part, value in self.seconds.items()}
         files.write_file(self.folder / "timings.json", json.dumps({"seconds": seconds}).encode())
+        _sync(self.folder, manifest)  # the names must be on disk before the manifest vouches for them
         files.write_file(self.folder / MANIFEST, seal(manifest.model_dump()))
         target = _finish(self.run, self.folder, manifest, plan.output)
         for record in files_held:
@@ -147,8 +148,7 @@ def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
     for path in sorted(staged.rglob("*")):
         if path.is_file() and path.relative_to(staged) not in keep:
             files.remove_file(path)
-    for folder in {staged, *(staged / record.part for record in manifest.files)}:
-        files.sync_folder(folder)
+    _sync(staged, manifest)
     target = run.folder(output, manifest.iteration)
     files.make_folder(target.parent)
     discard(run, target)
@@ -158,6 +158,11 @@ def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
     for sibling in staged.parent.glob(f"{output}-*"):
         discard(run, sibling)  # another attempt, now superseded
     return target
+
+
+def _sync(staged: Path, manifest: Manifest) -> None:
+    for folder in sorted({staged, *(staged / record.part for record in manifest.files)}):
+        files.sync_folder(folder)
 
 
 def discard(run: Run, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests import crash
+from tests.conftest import NewTally
+from tests.faults import crash
+from tests.faults.tally import LONG, Tally
 
 pytestmark = pytest.mark.slow
 STAGES = ("generate", "score", "advantage", "update")
@@ -36,6 +39,7 @@ class Machine(RuleBasedStateMachine):
     """A project whose run anything may happen to. `project` is a copy that is not begun."""
 
     project: Path
+    tally: Tally
     runs = Bundle("runs")
 
     def __init__(self) -> None:
@@ -49,7 +53,8 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """What is damaged is set aside, what is missing or stale done again: then all of it holds."""
         try:
-            self.complete()
+            with self.tally.trial():
+                self.complete()
         finally:
             shutil.rmtree(self.home)
 
@@ -159,17 +164,19 @@ class Machine(RuleBasedStateMachine):
         assert code == 0 or (code == 6 and self.damaged), err
 
 
-def test_whatever_happens_a_run_can_be_completed(write_project: object, tmp_path: Path) -> None:
-    Machine.project = write_project(tmp_path / "project")  # type: ignore[operator]
-    examples, steps = (200, 30) if crash.LONG else (4, 8)
+def test_whatever_happens_a_run_can_be_completed(
+    write_project: Callable[[Path], Path], tmp_path: Path, new_tally: NewTally
+) -> None:
+    examples, steps = (200, 30) if LONG else (4, 8)
+    Machine.project = write_project(tmp_path / "project")
+    Machine.tally = new_tally("commands, kills, damage, edits by chance", f"up to {steps} in a row")
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Machine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
             deadline=None,
-            derandomize=not crash.LONG,
+            derandomize=not LONG,
             suppress_health_check=list(HealthCheck),
         ),
     )
-    print(f"state machine: {examples} runs of up to {steps} steps")

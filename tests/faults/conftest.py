@@ -1,0 +1,19 @@
+"""Fixtures of the tests that break things: the projects they start from."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.faults import crash
+
+
+@pytest.fixture
+def start(scenario: str, write_project: Callable[[Path], Path], complete: Path, tmp_path: Path) -> Path:
+    """The project before the command of `scenario`."""
+    before = crash.SCENARIOS[scenario].before
+    if before is None:
+        return write_project(tmp_path / "start")
+    folder = crash.copy(complete, tmp_path / "start")
+    for command in before:
+        crash.succeed(folder, *command)
+    return folder

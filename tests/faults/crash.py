@@ -1,0 +1,206 @@
+"""crash: commands of `grpo` in processes of their own that end badly, and what a run holds afterwards."""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import tempfile
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+# What is not used here is imported so that a fork has it already: that is half the seconds of a command.
+import duckdb  # noqa: F401
+import pyarrow.dataset  # noqa: F401
+from tests.conftest import run_cli
+from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
+
+from grpo import collect, fork, runner, start, verify  # noqa: F401
+from grpo.artifacts.faults import VARIABLE
+
+RUN = Path("artifacts/tiny")
+NEW_REWARD = "score.rewards=[{function: 'reward:length'}]"
+
+
+KEEP_2 = "checkpoints={keep_last: 2, keep_every: null}"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command that something happens to. before: commands on a finished project; None: nothing is begun."""
+
+    command: list[str]
+    before: list[list[str]] | None
+    then: list[str] | None = None
+    """What completes it; None: the command again."""
+
+    @property
+    def resume(self) -> list[str]:
+        """What completes it."""
+        return self.then or self.command
+
+
+SCENARIOS = {
+    "run": Scenario(["run", "--until", "1"], None),
+    "next": Scenario(["run", "--until", "3", "--set", KEEP_2], []),
+    "from": Scenario(["run", "--from", "1", "--set", NEW_REWARD], [], ["run", "--set", NEW_REWARD]),
+    "score": Scenario(["score", "--iteration", "0-1", "--force"], []),
+    "gc": Scenario(
+        ["gc", "--set", KEEP_2], [["run", "--until", "3"], ["run", "--from", "2", "--set", NEW_REWARD]]
+    ),
+    "fork": Scenario(["fork", "tiny", "other", "--iteration", "1"], []),
+}
+
+
+class Child:
+    """Commands, one after the other, in a fork of this process: quick to start. again: for ever."""
+
+    def __init__(
+        self, folder: Path, commands: list[list[str]], fault: str | None = None, again: bool = False
+    ) -> None:
+        self._log = tempfile.TemporaryDirectory()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 99
+            try:
+                os.chdir(folder)
+                if fault is not None:
+                    os.environ[VARIABLE] = fault
+                for command in itertools.cycle(commands) if again else commands:
+                    code, out, err = run_cli(*command)
+                    Path(self._log.name, "out").write_text(out)
+                    Path(self._log.name, "err").write_text(err)
+                    if code != 0:
+                        break
+            except BaseException:  # noqa: BLE001 - shown by wait()
+                Path(self._log.name, "err").write_text(traceback.format_exc())
+            finally:
+                os._exit(code)
+
+    def kill(self) -> None:
+        """End it by SIGKILL, if it has not ended."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> tuple[int, str, str]:
+        """(exit status or minus the signal, stdout, stderr) of the last command that ended."""
+        _, status = os.waitpid(self.pid, 0)
+        texts = [path.read_text() if path.exists() else "" for path in self._files()]
+        self._log.cleanup()
+        return os.waitstatus_to_exitcode(status), texts[0], texts[1]
+
+    def _files(self) -> list[Path]:
+        return [Path(self._log.name, name) for name in ("out", "err")]
+
+
+def in_child(folder: Path, command: list[str], fault: str | None = None) -> tuple[int, str]:
+    """(exit status or minus the signal, stderr) of a command."""
+    code, _, err = Child(folder, [command], fault).wait()
+    return code, err
+
+
+def succeed(folder: Path, *command: str) -> str:
+    """Stdout of a command that nothing disturbs."""
+    code, out, err = Child(folder, [list(command)]).wait()
+    assert code == 0, (command, code, err)
+    return out
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A change on disk: its kind, of what, to what (rename, link), asked for where, and what it synced."""
+
+    kind: str
+    path: str
+    other: str | None
+    place: str
+    content: bytes | None
+
+    @property
+    def sync(self) -> str:
+        """What is made durable and where that is asked for; empty for what is no sync."""
+        return f"{self.kind} of {self.place}" if self.kind.startswith("fsync") else ""
+
+
+def recorded(folder: Path, command: list[str]) -> list[Operation]:
+    """The operations of a command that nothing disturbs."""
+    with tempfile.TemporaryDirectory() as name:
+        log = Path(name) / "operations"
+        code, err = in_child(folder, command, f"record:{log}")
+        assert code == 0, err
+        return [
+            Operation(*json.loads(line), content=found.read_bytes() if found.exists() else None)
+            for number, line in enumerate(log.read_text().splitlines(), 1)
+            if (found := Path(f"{log}.{number}")) is not None
+        ]
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A copy of a project, without what an earlier copy left there."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    return target
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """sha256 of every table, weight, optimiser state and probe that the runs of a project have committed."""
+    root = folder / "artifacts"
+    return {name: digest(folder, name) for name in _held(root)}
+
+
+def committed(folder: Path) -> dict[str, int]:
+    """Inode of each of those files whose output has its manifest."""
+    root = folder / "artifacts"
+    outputs = {path.parent for path in root.rglob("manifest.json")}
+    return {name: (root / name).stat().st_ino for name in _held(root) if outputs & set((root / name).parents)}
+
+
+def digest(folder: Path, name: str) -> str:
+    """sha256 of one of them."""
+    return hashlib.sha256((folder / "artifacts" / name).read_bytes()).hexdigest()
+
+
+def _held(root: Path) -> list[str]:
+    names = []
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        counts = path.suffix in (".parquet", ".safetensors") or path.name == "probe.json"
+        if counts and not any(part.startswith(".") for part in relative.parts):
+            names.append(str(relative))
+    return names
+
+
+def finished_shards(folder: Path) -> dict[str, int]:
+    """Inode of each shard that is committed, by a sidecar or with its output: never to be made again."""
+    shards = [
+        Path(str(path).removesuffix(".sidecar.json"))
+        for output in ("rollouts", "rewards")  # update starts its tables again with its steps
+        for path in folder.rglob(f"{output}-*/*.sidecar.json")
+    ]
+    found = {path.name: path.stat().st_ino for path in shards}
+    return found | {Path(name).name: inode for name, inode in committed(folder).items() if "part-" in name}
+
+
+def usage(child: Child) -> tuple[float, int] | None:
+    """(MiB of memory, open files) of a child now; None once it has ended."""
+    place = Path("/proc") / str(child.pid)
+    with suppress(FileNotFoundError, PermissionError, IndexError):
+        pages = int((place / "statm").read_text().split()[1])
+        if pages:  # none is left to a child that has ended and was not waited for
+            return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(list((place / "fd").iterdir()))
+    return None
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files anywhere, and staged files, of the run."""
+    root = folder / RUN
+    return sorted(
+        str(path.relative_to(root)) for path in root.rglob("*") if path.suffix == ".tmp" and path.is_file()
+    )

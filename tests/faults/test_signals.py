@@ -1,0 +1,82 @@
+"""SIGINT and SIGTERM: the work ends after the current shard; the second time, at once."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.conftest import NewTally
+from tests.faults import crash
+from tests.faults.tally import LONG
+
+pytestmark = pytest.mark.slow
+TIMES = 50 if LONG else 4
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+# Two seconds a rollout, in a thread of its own: the second signal finds a shard in the making.
+SLOW = """\
+import time
+
+
+def code(prompts, completions, **columns):
+    time.sleep(2)
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+"""
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_signal_keeps_what_is_committed_and_the_same_command_goes_on(
+    number: signal.Signals, write_project: Callable[[Path], Path], tmp_path: Path, new_tally: NewTally
+) -> None:
+    start = write_project(tmp_path / "start")
+    whole = crash.copy(start, tmp_path / "whole")
+    crash.succeed(whole, "run", "--until", "6")
+    tally = new_tally(f"{number.name}, once", "run", TIMES)
+    ended_early = 0
+    for turn in range(TIMES):
+        with tally.trial():
+            folder = crash.copy(start, tmp_path / "stopped")
+            child = crash.Child(folder, [["run", "--until", "6"]])
+            wait_for_work(folder, child)
+            time.sleep(turn / TIMES)
+            os.kill(child.pid, number)
+            code, _, err = child.wait()
+            assert code in (0, CODES[number]), err
+            ended_early += code != 0
+            assert code == 0 or err.splitlines()[-1].startswith(
+                "error: interrupted: what is committed is kept"
+            )
+            crash.succeed(folder, "run", "--until", "6")
+            crash.succeed(folder, "verify")
+            assert crash.contents(folder) == crash.contents(whole)
+    assert ended_early > TIMES // 2
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_the_second_signal_ends_it_at_once(
+    number: signal.Signals, write_project: Callable[[Path], Path], tmp_path: Path, new_tally: NewTally
+) -> None:
+    folder = write_project(tmp_path / "slow")
+    (folder / "reward.py").write_text(SLOW)
+    tally = new_tally(f"{number.name}, twice", "run")
+    with tally.trial():
+        child = crash.Child(folder, [["run"]])
+        wait_for_work(folder, child)
+        while not list(folder.rglob("rewards-*")):
+            time.sleep(0.01)
+        os.kill(child.pid, number)
+        time.sleep(0.3)
+        os.kill(child.pid, number)
+        code, _, err = child.wait()
+        assert code == CODES[number], err
+        assert not list(folder.rglob("rewards-*/*.parquet"))  # not after the shard
+        crash.succeed(folder, "run", "--until", "1")
+        crash.succeed(folder, "verify")
+
+
+def wait_for_work(folder: Path, child: crash.Child) -> None:
+    """Until the child has the lock: signals are then handled."""
+    lock = folder / crash.RUN / ".lock"
+    while f"pid {child.pid} on" not in (lock.read_text() if lock.exists() else ""):
+        time.sleep(0.005)
