@@ -159,17 +159,16 @@ def _train(
     from grpo.update.loss import Step
     from grpo.update.mismatch import mismatch
 
-    steps = _steps(run, iteration, rollouts)
-    stored = _stored_before(run, rollouts, learner, staging, len(steps))
+    stored = _stored_before(run, rollouts, learner, staging, _num_steps(run, iteration, rollouts))
     _, max_new_tokens = _longest(run, iteration)
     table: list[dict[str, Any]] = []
     taken = 0
-    total = sum(len(rows) for _, rows in steps)
+    total = len(rollouts) * run.config.update.epochs
     with (
         staging.clock("train"),
         run.console.progress(f"update {iteration}", total, "rollouts") as advance,
     ):
-        for number, (epoch, rows) in enumerate(steps):
+        for number, (epoch, rows) in enumerate(_steps(run, iteration, rollouts)):
             run.console.stop_requested()
             row = _row(run, rollouts, rows, iteration, epoch, number)
             if not row["skipped"]:
@@ -185,22 +184,28 @@ def _train(
     return table, stored
 
 
-def _steps(run: Run, iteration: int, rollouts: "Rollouts") -> "list[tuple[int, np.ndarray]]":
-    """(epoch, rows) of each optimiser step of the iteration."""
-    from grpo.update.batch import minibatches
+def _num_steps(run: Run, iteration: int, rollouts: "Rollouts") -> int:
+    """How many optimiser steps the iteration has."""
+    from grpo.update.batch import num_minibatches
 
     config = run.config.update
-    steps = [
-        (epoch, rows)
-        for epoch in range(config.epochs)
-        for rows in minibatches(rollouts.keys, config.steps_per_iteration, run.config.seed, iteration, epoch)
-    ]
-    if len(steps) < config.epochs * config.steps_per_iteration:
+    per_epoch = num_minibatches(rollouts.keys, config.steps_per_iteration)
+    if per_epoch < config.steps_per_iteration:
         run.console.say(
-            f"update {iteration}: {len(steps) // config.epochs} steps per epoch, not"
-            f" {config.steps_per_iteration}: no more groups have a kept rollout"
+            f"update {iteration}: {per_epoch} steps per epoch, not {config.steps_per_iteration}:"
+            " no more groups have a kept rollout"
         )
-    return steps
+    return config.epochs * per_epoch
+
+
+def _steps(run: Run, iteration: int, rollouts: "Rollouts") -> "Iterator[tuple[int, np.ndarray]]":
+    """(epoch, rows) of each optimiser step of the iteration, an epoch at a time."""
+    from grpo.update.batch import minibatches
+
+    config, seed = run.config.update, run.config.seed
+    for epoch in range(config.epochs):
+        for rows in minibatches(rollouts.keys, config.steps_per_iteration, seed, iteration, epoch):
+            yield epoch, rows
 
 
 def _stored_before(
