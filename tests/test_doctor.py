@@ -80,9 +80,7 @@ def test_the_exit_code_is_that_of_the_first_failure(project: Path, grpo: Grpo) -
 
 
 def test_a_wrong_configuration_is_refused_as_everywhere(project: Path, grpo: Grpo) -> None:
-    message = (
-        "error: pipeline.yaml: generate.sample_per_prompt: unknown key; did you mean samples_per_prompt?\n"
-    )
+    message = "error: --set generate.sample_per_prompt: unknown key; did you mean samples_per_prompt?\n"
     assert grpo("doctor", "--set", "generate.sample_per_prompt=4") == (2, "", message)
 
 
