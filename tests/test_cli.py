@@ -66,8 +66,8 @@ def test_without_a_command_there_is_only_help(grpo: Grpo) -> None:
         (
             ["run", "--set", "generate.top_p=0.9"],
             2,
-            "pipeline.yaml with --set: generate: top_p cuts the distribution the policy is sampled from, which"
-            " biases the importance ratio; leave it out, or set allow_truncated_sampling: true",
+            "pipeline.yaml with --set: generate: top_p cuts the distribution the policy is sampled from,"
+            " which biases the importance ratio; leave it out, or set allow_truncated_sampling: true",
         ),
         (
             ["run", "--set", "generate={engine: transformers, top_k: 5, allow_truncated_sampling: true}"],

@@ -223,6 +223,16 @@ def test_several_problems_are_counted(refusal: Refuse) -> None:
     assert refusal(SMALLEST, "seed=-1", "generate.temperature=-1") == message
 
 
+def test_a_warm_up_longer_than_the_run(refusal: Refuse, load_text: Load) -> None:
+    # 3 iterations of 2 epochs of 2 steps are 12.
+    run = ("iterations=3", "update.epochs=2", "update.steps_per_iteration=2")
+    assert load_text(SMALLEST, *run, "update.warmup_steps=12").update.warmup_steps == 12
+    assert refusal(SMALLEST, *run, "update.warmup_steps=13") == (
+        "pipeline.yaml with --set: update.warmup_steps: 13 are more than the 12 optimiser steps of the run"
+        " (iterations * update.epochs * update.steps_per_iteration); lower it, or raise `iterations`"
+    )
+
+
 def test_an_unknown_key_is_named_before_what_is_missing_because_of_it(refusal: Refuse) -> None:
     message = "update.lora.rang: unknown key; did you mean rank? (and 1 more)"
     assert refusal(SMALLEST, "update.lora={rang: 8, alpha: 16}") == f"--set {message}"

@@ -28,6 +28,7 @@ from grpo.errors import InputError, UsageError
 from grpo.generate import stage as generate
 from grpo.score import stage as score
 from grpo.update import stage as update
+from grpo.update.check import check_start, require_optimizer
 
 _INTENT = ".from.json"
 
@@ -157,7 +158,9 @@ def run_iterations(run: Run, until: int, report: Callable[[int], None]) -> int:
                 continue
             if not worked:
                 _say_changes(run, todo, iteration)
-                tools.get(STAGES[1])  # a reward that cannot be used must stop before rollouts are paid for
+                # What score and update cannot use must stop before rollouts are paid for.
+                check_start(run, until)
+                tools.get(STAGES[1])
             for stage in todo:
                 run.console.stop_requested()
                 perform(run, stage, iteration, tools)
@@ -225,7 +228,7 @@ def start_over(run: Run, iteration: int) -> None:
     Raises InputError (exit 4), with nothing moved, when the optimiser state to go on from was pruned.
     """
     redone = any(state.name != "done" for state in states(run)[iteration].values())
-    update.require_optimizer(run, iteration if redone else iteration + 1)
+    require_optimizer(run, iteration if redone else iteration + 1)
     files.write_file(run.path / _INTENT, json.dumps({"from": iteration}).encode())
     files.sync_folder(run.path)
     finish_start_over(run)

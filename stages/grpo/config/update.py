@@ -78,7 +78,8 @@ class LoraConfig(Section):
     """Low-rank adapters that are trained in place of the weights (arXiv 2106.09685)."""
 
     rank: Annotated[int, Field(ge=1, le=2**14)]
-    """Rank of the two matrices of an adapter, 1 to 16,384; above the smaller side of a weight it adds nothing."""
+    """Rank of the two matrices of an adapter, 1 to 16,384; above the smaller side of a weight more of it adds
+    nothing."""
     alpha: Annotated[float, Field(gt=0, le=LARGEST)]
     """An adapter's output is scaled by alpha / rank; > 0, at most 1e6."""
     targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
@@ -130,7 +131,8 @@ class UpdateConfig(Section):
     """The learning rate after warm-up, over all optimiser steps of the run: as it is, or falling to 0 in a
     line or in half a cosine."""
     warmup_steps: Annotated[int, Field(ge=0, le=2**31)] = 0
-    """Optimiser steps over which the learning rate rises linearly from 0; 0: none. Fewer than the run has."""
+    """Optimiser steps over which the learning rate rises linearly from 0; 0: none, and at most those of the
+    run."""
     betas: Betas = Field([0.9, 0.999])
     """AdamW's decay rates of the first and second moment."""
     adam_epsilon: Positive = 1e-8

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
-from grpo.errors import EngineError, InputError, UsageError
+from grpo.errors import EngineError, InputError
 from grpo.probe import FILE, measure, read_probe
+from grpo.update.check import check_schedule, require_optimizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,16 +102,6 @@ def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest
     manifest = staging.commit(ids, held, {**_summary(rows), **layout})
     tool.holds = (ids["policy"], ids["optimizer"])
     return manifest
-
-
-def require_optimizer(run: Run, iteration: int) -> None:
-    """Raise InputError (exit 4) when the optimiser state that `iteration` starts from was pruned."""
-    if iteration > 0 and (run.folder(OUTPUT, iteration - 1) / "pruned.json").exists():
-        have = [number for number in run.iterations() if run.has_optimizer(number)]
-        raise InputError(
-            f"{run.folder(OUTPUT, iteration - 1) / 'optimizer'}: pruned (checkpoints.keep_optimizers);"
-            " update can go on from iteration 0" + "".join(f", {number + 1}" for number in have)
-        )
 
 
 def _load(run: Run, iteration: int, plan: Plan, learner: "Learner") -> None:
@@ -253,11 +244,7 @@ def _learning_rate(run: Run, iteration: int, number: int) -> float:
 
     config = run.config.update
     per_iteration = config.epochs * config.steps_per_iteration
-    if config.schedule != "constant" and iteration >= run.config.iterations:
-        raise UsageError(
-            f"update.schedule: {config.schedule} reaches 0 after iterations: {run.config.iterations};"
-            f" found iteration {iteration}; raise `iterations`, or set schedule: constant"
-        )
+    check_schedule(run.config, iteration)
     num_steps = max(run.config.iterations, iteration + 1) * per_iteration
     step = iteration * per_iteration + number
     return learning_rate(config.learning_rate, config.schedule, step, num_steps, config.warmup_steps)
