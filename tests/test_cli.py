@@ -61,18 +61,18 @@ def test_without_a_command_there_is_only_help(grpo: Grpo) -> None:
         (
             ["run", "--set", "generate.sample_per_prompt=4"],
             2,
-            "pipeline.yaml: generate.sample_per_prompt: unknown key; did you mean samples_per_prompt?",
+            "--set generate.sample_per_prompt: unknown key; did you mean samples_per_prompt?",
         ),
         (
             ["run", "--set", "generate.top_p=0.9"],
             2,
-            "pipeline.yaml: generate: top_p cuts the distribution the policy is sampled from, which biases"
-            " the importance ratio; leave it out, or set allow_truncated_sampling: true",
+            "pipeline.yaml with --set: generate: top_p cuts the distribution the policy is sampled from,"
+            " which biases the importance ratio; leave it out, or set allow_truncated_sampling: true",
         ),
         (
             ["run", "--set", "generate={engine: transformers, top_k: 5, allow_truncated_sampling: true}"],
             2,
-            "pipeline.yaml: generate: top_k needs engine: vllm; the built-in engine samples from all tokens",
+            "--set generate: top_k needs engine: vllm; the built-in engine samples from all tokens",
         ),
         (
             ["run", "--set", "foo"],

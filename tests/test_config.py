@@ -139,6 +139,20 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("update.precision=float16", "input should be 'float32' or 'bfloat16', found \"float16\""),
         ("update.prompt_sharing=on", "input should be 'auto' or 'off', found true"),
         ("update.surrogate=null", "input should be 'clip' or 'cispo', found null"),
+        ("update.clip_high=1e39", "input should be less than or equal to 1000000, found 1e+39"),
+        ("update.delta=1e39", "input should be less than or equal to 1000000, found 1e+39"),
+        ("update.kl_coefficient=1e39", "input should be less than or equal to 1000000, found 1e+39"),
+        ("update.entropy_coefficient=1e39", "input should be less than or equal to 1000000, found 1e+39"),
+        ("update.sampler_correction_cap=1e39", "input should be less than or equal to 1000000, found 1e+39"),
+        ("update.epochs=1000000000", "input should be less than or equal to 1000, found 1000000000"),
+        (
+            "update.steps_per_iteration=9999999",
+            "input should be less than or equal to 1048576, found 9999999",
+        ),
+        (
+            "update.warmup_steps=9999999999",
+            "input should be less than or equal to 2147483648, found 9999999999",
+        ),
         ("update.lora=8", "expected a section with keys, found 8"),
         ("update.betas=[0.9]", "list should have at least 2 items after validation, not 1"),
         ("checkpoints.keep_last=1", "input should be greater than or equal to 2, found 1"),
@@ -153,7 +167,7 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
 )
 def test_a_wrong_value_names_its_key(refusal: Refuse, override: str, message: str) -> None:
     key = override.partition("=")[0]
-    assert refusal(SMALLEST, override) == f"pipeline.yaml: {key}: {message}"
+    assert refusal(SMALLEST, override) == f"--set {key}: {message}"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +175,8 @@ def test_a_wrong_value_names_its_key(refusal: Refuse, override: str, message: st
     [
         ("{}", "rank: is required and missing (and 1 more)"),
         ("{rank: 0, alpha: 1}", "rank: input should be greater than or equal to 1, found 0"),
+        ("{rank: 100000, alpha: 1}", "rank: input should be less than or equal to 16384, found 100000"),
+        ("{rank: 8, alpha: 1e39}", "alpha: input should be less than or equal to 1000000, found 1e+39"),
         ("{rank: 8, alpha: 0}", "alpha: input should be greater than 0, found 0"),
         ("{rank: 8, alpha: 16, target: [a]}", "target: unknown key; did you mean targets?"),
         (
@@ -178,7 +194,7 @@ def test_a_wrong_value_names_its_key(refusal: Refuse, override: str, message: st
     ],
 )
 def test_a_wrong_adapter(refusal: Refuse, lora: str, message: str) -> None:
-    assert refusal(SMALLEST, f"update.lora={lora}") == f"pipeline.yaml: update.lora.{message}"
+    assert refusal(SMALLEST, f"update.lora={lora}") == f"--set update.lora.{message}"
 
 
 def test_an_adapter_has_a_section_of_its_own(load_text: Load) -> None:
@@ -198,13 +214,37 @@ def test_off_is_a_word_though_yaml_reads_it_as_false(load_text: Load, text: str)
 
 
 def test_a_wrong_item_of_a_list_names_its_place(refusal: Refuse) -> None:
-    message = "pipeline.yaml: update.betas[1]: input should be less than 1, found 1.0"
+    message = "--set update.betas[1]: input should be less than 1, found 1.0"
     assert refusal(SMALLEST, "update.betas=[0.9, 1.0]") == message
 
 
 def test_several_problems_are_counted(refusal: Refuse) -> None:
-    message = "pipeline.yaml: seed: input should be greater than or equal to 0, found -1 (and 1 more)"
+    message = "--set seed: input should be greater than or equal to 0, found -1 (and 1 more)"
     assert refusal(SMALLEST, "seed=-1", "generate.temperature=-1") == message
+
+
+def test_a_warm_up_longer_than_the_run(refusal: Refuse, load_text: Load) -> None:
+    # 3 iterations of 2 epochs of 2 steps are 12.
+    run = ("iterations=3", "update.epochs=2", "update.steps_per_iteration=2")
+    assert load_text(SMALLEST, *run, "update.warmup_steps=12").update.warmup_steps == 12
+    assert refusal(SMALLEST, *run, "update.warmup_steps=13") == (
+        "pipeline.yaml with --set: update.warmup_steps: 13 are more than the 12 optimiser steps of the run"
+        " (iterations * update.epochs * update.steps_per_iteration); lower it, or raise `iterations`"
+    )
+
+
+def test_an_unknown_key_is_named_before_what_is_missing_because_of_it(refusal: Refuse) -> None:
+    message = "update.lora.rang: unknown key; did you mean rank? (and 1 more)"
+    assert refusal(SMALLEST, "update.lora={rang: 8, alpha: 16}") == f"--set {message}"
+    assert refusal(SMALLEST + "update: {lora: {rang: 8, alpha: 16}}") == f"pipeline.yaml: {message}"
+
+
+def test_an_error_says_whether_the_value_is_from_the_file(refusal: Refuse) -> None:
+    bad = SMALLEST + "update: {epochs: 0}\n"
+    assert refusal(bad, "seed=1").startswith("pipeline.yaml: update.epochs:")
+    assert refusal(bad, "update.epochs=-1").startswith("--set update.epochs:")
+    assert refusal(bad, "update={epochs: -1}").startswith("--set update.epochs:")
+    assert refusal(SMALLEST, "score.rewards.0.weight=x").startswith("--set score.rewards[0].weight:")
 
 
 @pytest.mark.parametrize(
@@ -223,13 +263,13 @@ def test_several_problems_are_counted(refusal: Refuse) -> None:
     ],
 )
 def test_contradictory_rewards(refusal: Refuse, rewards: str, message: str) -> None:
-    assert refusal(SMALLEST, f"score.rewards={rewards}") == f"pipeline.yaml: {message}"
+    assert refusal(SMALLEST, f"score.rewards={rewards}") == f"--set {message}"
 
 
 @pytest.mark.parametrize("value", [".nan", "-.inf", "!!binary aGVsbG8=", "{1: a}", "[{b: .inf}]"])
 def test_arguments_are_what_json_can_hold(refusal: Refuse, value: str) -> None:
     allowed = "may hold text, finite numbers, true, false, null, lists and mappings by text"
-    message = f"pipeline.yaml: score.rewards[0].arguments: {allowed}"
+    message = f"--set score.rewards[0].arguments: {allowed}"
     assert refusal(SMALLEST, f"score.rewards[0].arguments={{x: {value}}}") == message
 
 
@@ -340,7 +380,7 @@ def test_the_first_objective_is_what_the_fields_have_by_default() -> None:
 )
 def test_a_surrogate_that_does_not_fit(refusal: Refuse, overrides: list[str], message: str) -> None:
     found = refusal(SMALLEST, *(f"update.{override}" for override in overrides))
-    assert found == f"pipeline.yaml: update: {message}"
+    assert found == f"pipeline.yaml with --set: update: {message}"
 
 
 @pytest.mark.parametrize(
@@ -442,7 +482,8 @@ def test_a_sampler_correction_that_does_not_fit(
 ) -> None:
     found = refusal(SMALLEST, *(f"update.{override}" for override in overrides))
     expected = message or "update.sampler_correction_level: input should be 'token' or 'sequence_mean'"
-    assert found == f"pipeline.yaml: {expected}"
+    where = "pipeline.yaml with --set: " if expected.startswith("update: ") else "--set "
+    assert found == f"{where}{expected}"
 
 
 @pytest.mark.parametrize("override", ["top_p=0.9", "top_k=5", "min_p=0.1"])
@@ -452,12 +493,13 @@ def test_a_cut_distribution_has_to_be_allowed_and_needs_vllm(
     key = override.partition("=")[0]
     wanted = f"generate.{override}"
     assert refusal(SMALLEST, wanted) == (
-        f"pipeline.yaml: generate: {key} cuts the distribution the policy is sampled from, which biases the"
-        " importance ratio; leave it out, or set allow_truncated_sampling: true"
+        f"pipeline.yaml with --set: generate: {key} cuts the distribution the policy is sampled from, which"
+        " biases the importance ratio; leave it out, or set allow_truncated_sampling: true"
     )
     allowed = "generate.allow_truncated_sampling=true"
     assert refusal(SMALLEST, wanted, allowed, "generate.engine=transformers") == (
-        f"pipeline.yaml: generate: {key} needs engine: vllm; the built-in engine samples from all tokens"
+        f"pipeline.yaml with --set: generate: {key} needs engine: vllm; the built-in engine samples from all"
+        " tokens"
     )
     for engine in ("vllm", "auto"):
         generate = load_text(SMALLEST, wanted, allowed, f"generate.engine={engine}").generate
@@ -485,7 +527,7 @@ def test_engine_options_are_what_json_can_hold(load_text: Load, refusal: Refuse)
     for value in ("{seed: .nan}", "{deep: [.inf]}", "{deep: {1: x}}"):
         message = refusal(SMALLEST, f"generate.engine_options={value}")
         assert message == (
-            "pipeline.yaml: generate.engine_options:"
+            "--set generate.engine_options:"
             " may hold text, finite numbers, true, false, null, lists and mappings by text"
         )
 

@@ -80,13 +80,29 @@ def test_the_exit_code_is_that_of_the_first_failure(project: Path, grpo: Grpo) -
 
 
 def test_a_wrong_configuration_is_refused_as_everywhere(project: Path, grpo: Grpo) -> None:
-    message = (
-        "error: pipeline.yaml: generate.sample_per_prompt: unknown key; did you mean samples_per_prompt?\n"
-    )
+    message = "error: --set generate.sample_per_prompt: unknown key; did you mean samples_per_prompt?\n"
     assert grpo("doctor", "--set", "generate.sample_per_prompt=4") == (2, "", message)
 
 
 # Versions, threads, engine
+
+
+def test_an_adapter_needs_peft_and_its_targets(
+    project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, checks, _ = doctor(grpo)
+    assert not {"peft", "lora targets"} & checks.keys()
+    code, checks, _ = doctor(grpo, "--set", "update.lora={rank: 2, alpha: 4}")
+    assert (code, problems(checks)) == (0, {})
+    assert checks["peft"]["found"] == metadata.version("peft")
+    assert checks["lora targets"]["found"] == "every linear layer"
+    code, checks, _ = doctor(grpo, "--set", "update.lora={rank: 2, alpha: 4, targets: [q]}")
+    assert code == 2
+    assert problems(checks)["lora targets"].startswith("update.lora.targets: 'q' is no linear module")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, checks, _ = doctor(grpo, "--set", "update.lora={rank: 2, alpha: 4}")
+    assert code == 8
+    assert problems(checks)["peft"].endswith("; pip install 'grpo-stages[lora]'")
 
 
 def test_an_unsupported_version_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,6 +252,17 @@ def test_autocast_keeps_float32_outside_of_the_products() -> None:
         assert_near(one, right, 3 * 2**-8)
 
 
+def test_under_autocast_one_chunk_has_float32_outside_of_the_product_too() -> None:
+    hidden_ND, head, targets_N, temperature_N = inputs(torch.float32, scale=3.0, softcap=5.0, bias=True)
+    assert head.bias_V is not None
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found_N, _ = head_logprobs(hidden_ND, head, targets_N, temperature_N, with_entropy=False)
+    product_NV = (hidden_ND.bfloat16() @ head.weight_VD.bfloat16().t()).detach().float()
+    logits_NV = 5 * torch.tanh(3 * (product_NV + head.bias_V.detach()) / 5)
+    right_N, _ = token_logprobs(logits_NV, targets_N, temperature_N)
+    assert_near(found_N, right_N, 1e-6)
+
+
 def build(config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     auto: Any = AutoModelForCausalLM
@@ -313,6 +324,14 @@ def test_a_head_that_cannot_be_reproduced_gives_none() -> None:
 
     model = build(qwen2())
     model.lm_head = OddHead(32, BYTES, bias=False)
+    assert split_head(model) is None
+
+
+@pytest.mark.parametrize("zero", ["lm_head.weight", "model.norm.weight"])
+def test_logits_that_are_all_0_prove_nothing(zero: str) -> None:
+    model = build(qwen2())
+    with torch.no_grad():
+        model.get_parameter(zero).zero_()
     assert split_head(model) is None
 
 

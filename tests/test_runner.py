@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -435,6 +437,64 @@ def test_a_reward_that_cannot_be_used_stops_before_anything_is_sampled(project: 
     assert code == 2
     assert "no 'nope' in reward; it has: code, length" in err
     assert not list(ARTIFACTS.glob("iteration=*"))
+
+
+LORA = "update.lora={rank: 2, alpha: 4}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (
+            ["update.lora={rank: 2, alpha: 4, targets: [q]}"],
+            2,
+            "update.lora.targets: 'q' is no linear module that can take an adapter; of this model these can:"
+            " down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        ),
+        (
+            ["update.schedule=linear", "iterations=1"],
+            2,
+            "update.schedule: linear reaches 0 after iterations: 1; found iteration 1; raise `iterations`, or"
+            " set schedule: constant",
+        ),
+    ],
+)
+def test_what_update_would_refuse_stops_before_anything_is_sampled(
+    project: Path, grpo: Grpo, overrides: list[str], code: int, message: str
+) -> None:
+    options = [part for override in overrides for part in ("--set", override)]
+    found, _, err = grpo("run", "--until", "2", *options)
+    assert (found, err.splitlines()[-1]) == (code, f"error: {message}")
+    assert not list(ARTIFACTS.glob("iteration=*"))
+
+
+def test_a_missing_peft_stops_before_anything_is_sampled(
+    project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, _, err = grpo("run", "--set", LORA)
+    assert code == 8
+    assert err.splitlines()[-1].endswith("; pip install 'grpo-stages[lora]'")
+    assert not list(ARTIFACTS.glob("iteration=*"))
+
+
+def test_a_reference_that_is_not_finite_stops_before_anything_is_sampled(project: Path, grpo: Grpo) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(project / "model", project / "other")
+    weights = load_file(project / "other" / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, project / "other" / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = grpo("run", "--set", "update.reference=./other")
+    assert code == 6
+    assert err.splitlines()[-1].endswith(
+        "other: weight model.norm.weight holds NaN or infinity; every weight must be finite"
+    )
+    assert not list(ARTIFACTS.glob("iteration=*"))
+    code, _, err = grpo(
+        "run", "--until", "1", "--set", "update.reference=./other", "--set", "update.kl_coefficient=0"
+    )
+    assert code == 0, err  # nobody reads it
 
 
 # --from, and its end

@@ -100,13 +100,13 @@ BROKEN: list[tuple[str, str, Callable[[list[dict[str, Any]]], None]]] = [
         lambda rows: rows[0]["old_logprobs"].__setitem__(0, 0.5),
     ),
     ("rewards", "rewards: a key stands twice", lambda rows: rows.append(rows[0])),
-    ("rewards", "rewards: not one row per rollout and reward", lambda rows: rows.pop()),
+    ("rewards", "rewards: not one row per rollout and reward", lambda rows: rows.__delitem__(0)),
     (
         "rewards",
         "rewards: a value without status ok, or the reverse",
         lambda rows: rows[0].__setitem__("status", "error"),
     ),
-    ("advantages", "advantages: not one row per rollout", lambda rows: rows.pop()),
+    ("advantages", "advantages: not one row per rollout", lambda rows: rows.__delitem__(0)),
     (
         "advantages",
         "advantages: kept without an advantage, or the reverse",

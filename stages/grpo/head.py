@@ -50,8 +50,9 @@ def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Head] | None:
     """The trunk of a causal language model, whose last_hidden_state the head reads, and that head.
 
     Proven on a few tokens: the model's own logits are the head's on what the trunk gives, for hidden states
-    as they are and for such with logits of 100. None where nothing known here does that, or the output layer
-    is not a plain Linear: then only the model's own logits are right. Needs a model in eval mode, in float32
+    as they are and for such with logits of 100. None where nothing known here does that, the output layer is
+    not a plain Linear, or all logits are 0 and so prove nothing: then only the model's own logits are right.
+    Needs a model in eval mode, in float32
     or float64, outside autocast. A tensor in Head is the model's: it changes with it.
     """
     assert not model.training
@@ -67,8 +68,14 @@ def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Head] | None:
 
 
 def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
-    """Logits [..., V] of hidden states [..., D]."""
-    logits_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V)
+    """Logits [..., V] of hidden states [..., D]: float32, or float64 where these are.
+
+    Under autocast the product is in its type, and all else, which it would not cast, is in float32.
+    """
+    product_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD)
+    logits_NV = product_NV.to(torch.promote_types(product_NV.dtype, torch.float32))
+    if head.bias_V is not None:
+        logits_NV = logits_NV + head.bias_V
     if head.scale != 1:
         logits_NV = logits_NV * head.scale
     if head.softcap is not None:
@@ -305,8 +312,11 @@ def _reproduces(model: PreTrainedModel, trunk: PreTrainedModel, head: Head) -> b
     hidden_BLD = getattr(trunk(input_ids=input_ids_BL, use_cache=False), "last_hidden_state", None)
     if hidden_BLD is None or hidden_BLD.shape[-1] != head.weight_VD.shape[-1]:
         return False
-    largest = torch.nn.functional.linear(hidden_BLD, head.weight_VD).abs().max() * head.scale
-    for factor in (1.0, _PROOF_LOGIT / largest.item()):
+    product_BLV = torch.nn.functional.linear(hidden_BLD, head.weight_VD)
+    largest = product_BLV.abs().max().item() * head.scale
+    if largest == 0:  # no factor makes it larger, and every scale and cap would pass
+        return False
+    for factor in (1.0, _PROOF_LOGIT / largest):
 
         def enlarge(module: Any, arguments: Any, output: Any, factor: float = factor) -> Any:
             output.last_hidden_state = output.last_hidden_state * factor

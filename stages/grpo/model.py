@@ -222,3 +222,16 @@ def load_config(checkpoint: Path) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint}: its configuration cannot be used: {_one_line(error)}") from error
     return config
+
+
+def load_skeleton(checkpoint: Path) -> PreTrainedModel:
+    """The modules of the causal language model of `checkpoint`, without weights or memory for them."""
+    auto: Any = AutoModelForCausalLM
+    config = load_config(checkpoint)
+    with _quiet_transformers(), torch.device("meta"):
+        try:
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+        except (ValueError, ImportError) as error:
+            message = f"{checkpoint}: cannot be loaded as a causal language model: {_one_line(error)}"
+            raise InputError(message) from error
+    return model

@@ -29,6 +29,7 @@ from grpo.errors import InputError, UsageError
 from grpo.generate import stage as generate
 from grpo.score import stage as score
 from grpo.update import stage as update
+from grpo.update.check import check_start
 
 _INTENT = ".from.json"
 
@@ -159,7 +160,9 @@ def run_iterations(run: Run, until: int, report: Callable[[int], None]) -> int:
                 continue
             if not worked:
                 _say_changes(run, todo, iteration)
-                tools.get(STAGES[1])  # a reward that cannot be used must stop before rollouts are paid for
+                # What score and update cannot use must stop before rollouts are paid for.
+                check_start(run, until)
+                tools.get(STAGES[1])
             for stage in todo:
                 run.console.stop_requested()
                 perform(run, stage, iteration, tools)

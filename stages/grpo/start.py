@@ -72,7 +72,14 @@ def _check_models(run: Run, manifest: Manifest, names: dict[str, str], ids: dict
 
 
 def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None:
-    """Commit the ids of the starting policy and the reference, and the policy's probe."""
+    """Commit the ids of the starting policy and the reference, and the policy's probe.
+
+    Raises what load_model does for either: a reference that cannot be used is not found at the first update.
+    """
+    if run.config.update.kl_coefficient and ids["reference"] != ids["policy"]:
+        from grpo.model import load_model
+
+        load_model(run.start["reference"], "cpu")
     rows = run.read(prompts.OUTPUT, None).slice(0, NUM_PROBE_PROMPTS).to_pylist()
     plan = Plan("policy", STAGE_VERSION, "policy", None, names, {}, ids)
     staging = Staging(run, plan, 0)

@@ -130,11 +130,13 @@ def recorded(folder: Path, command: list[str]) -> list[Operation]:
         log = Path(name) / "operations"
         code, err = in_child(folder, command, f"record:{log}")
         assert code == 0, err
-        return [
-            Operation(*json.loads(line), content=found.read_bytes() if found.exists() else None)
-            for number, line in enumerate(log.read_text().splitlines(), 1)
-            if (found := Path(f"{log}.{number}")) is not None
-        ]
+        operations = []
+        for number, line in enumerate(log.read_text().splitlines(), 1):
+            synced = Path(f"{log}.{number}")
+            content = synced.read_bytes() if synced.exists() else None
+            kind, path, other, place = json.loads(line)
+            operations.append(Operation(kind, path, other, place, content))
+        return operations
 
 
 def copy(source: Path, target: Path) -> Path:

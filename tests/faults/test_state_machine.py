@@ -23,7 +23,7 @@ from tests.faults.tally import LONG, Tally
 pytestmark = pytest.mark.slow
 STAGES = ("generate", "score", "advantage", "update")
 EXIT_CODES = {0, 2, 3, 4, 6, 7, 8}  # never 1, a bug of ours, nor a signal
-CONFIGURATIONS = (
+CONFIGURATIONS: tuple[list[str], ...] = (
     [],
     ["--set", crash.NEW_REWARD],
     ["--set", "update.learning_rate=0.02"],
@@ -170,7 +170,7 @@ def test_whatever_happens_a_run_can_be_completed(
     examples, steps = (200, 30) if LONG else (4, 8)
     Machine.project = write_project(tmp_path / "project")
     Machine.tally = new_tally("commands, kills, damage, edits by chance", f"up to {steps} in a row")
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Machine,
         settings=settings(
             max_examples=examples,

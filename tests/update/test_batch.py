@@ -15,6 +15,7 @@ from grpo.update.batch import (
     longest_pair,
     made_up_pair,
     minibatches,
+    num_minibatches,
 )
 
 
@@ -73,6 +74,13 @@ def test_the_permutation_depends_on_groups_only() -> None:
         return [np.unique(keys[rows, 1]).tolist() for rows in minibatches(keys, 3, 7, 0, 0)]
 
     assert groups([1] * 9) == groups([4, 2, 1, 3, 1, 1, 2, 5, 1])
+
+
+@pytest.mark.parametrize(("num_steps", "right"), [(1, 1), (3, 3), (9, 4)])
+def test_how_many_steps_are_known_without_making_them(num_steps: int, right: int) -> None:
+    keys = keys_of([2, 2, 2, 2])
+    assert num_minibatches(keys, num_steps) == len(minibatches(keys, num_steps, 0, 0, 0)) == right
+    assert num_minibatches(keys[:0], num_steps) == 1
 
 
 def test_nothing_kept_is_one_step_without_rows() -> None:

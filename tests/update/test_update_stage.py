@@ -234,6 +234,15 @@ def test_with_a_kl_term_advantages_of_zero_are_not_skipped(tmp_path: Path, untie
     assert row["grad_norm"] > 0
 
 
+def test_steps_are_made_as_they_are_taken(tmp_path: Path, untied: Path) -> None:
+    # All of them at once would be 1,000 lists of rows, during which no signal is heard.
+    config = configuration(kl_coefficient=0.0, steps_per_iteration=5, epochs=1000)
+    steps = stage._steps(make_run(tmp_path, config, untied, untied), 0, make_rollouts())
+    epoch, rows = next(steps)
+    assert epoch == 0
+    assert rows.tolist() == minibatches(make_rollouts().keys, 5, 0, 0, 0)[0].tolist()
+
+
 def with_iterations(config: Config, iterations: int) -> Config:
     return config.model_copy(update={"iterations": iterations})
 

@@ -103,9 +103,11 @@ class Run:
     def timings(self, output: str, iteration: int | None) -> dict[str, float]:
         """Seconds by part of a committed output; empty where none were written."""
         try:
-            return read_json(self.folder(output, iteration) / "timings.json", "seconds")["seconds"]
+            found = read_json(self.folder(output, iteration) / "timings.json", "seconds")
         except FileNotFoundError:
             return {}
+        seconds: dict[str, float] = found["seconds"]
+        return seconds
 
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
         """Where a file of an output is."""

@@ -23,7 +23,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise UsageError(f"{path}: {_explain(error)}") from None
+        raise UsageError(_explain(error, path, overrides or [])) from None
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -117,10 +117,13 @@ def _override(data: Any, override: str) -> Any:
         raise UsageError(f"--set {override}: {str(error).splitlines()[0]}") from None
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem as `section.key: what is wrong`, and how many more there are."""
+def _explain(error: ValidationError, path: Path, overrides: list[str]) -> str:
+    """The first problem as `where: section.key: what is wrong`, and how many more there are.
+
+    An unknown key comes first: that it is not the known one is why that is missing.
+    """
     problems = error.errors(include_url=False)
-    first = problems[0]
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     location = list(first["loc"])
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if first["type"] == "extra_forbidden":
@@ -138,7 +141,18 @@ def _explain(error: ValidationError) -> str:
         if not isinstance(first["input"], dict | list):
             text += f", found {json.dumps(first['input'], default=str)}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{key}: {text}{more}" if key else f"{text}{more}"
+    where = _where(location, path, overrides)
+    return f"{where}{key}: {text}{more}" if key else f"{where}{text}{more}"
+
+
+def _where(location: list[int | str], path: Path, overrides: list[str]) -> str:
+    """Who gave the value at a place: `--set` that or a section it is in, the file, or both a part each."""
+    place = [str(part) for part in location]
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    parts = [key.replace("[", ".").replace("]", "").split(".") for key in keys]
+    if any(place[: len(part)] == part for part in parts):
+        return "--set "
+    return f"{path} with --set: " if any(part[: len(place)] == place for part in parts) else f"{path}: "
 
 
 def _fields_at(location: list[int | str]) -> list[str]:

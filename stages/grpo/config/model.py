@@ -210,3 +210,15 @@ class Config(Section):
             return data  # the field's own check says what is wrong
         settings = OBJECTIVES.get(str(sections["update"].get("objective", "grpo")), {})
         return {**data, **{name: {**settings.get(name, {}), **given} for name, given in sections.items()}}
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "Config":
+        update = self.update
+        num_steps = self.iterations * update.epochs * update.steps_per_iteration
+        if update.warmup_steps > num_steps:
+            raise ValueError(
+                f"update.warmup_steps: {update.warmup_steps} are more than the {num_steps} optimiser steps of"
+                " the run (iterations * update.epochs * update.steps_per_iteration); lower it, or raise"
+                " `iterations`"
+            )
+        return self

@@ -67,16 +67,21 @@ OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
 # The cap of the sampler correction by its level, unless one is given: a mean over tokens strays far less.
 SAMPLER_CORRECTION_CAPS = {"token": 2.0, "sequence_mean": 1.01}
 
+# Far above what anyone means by a bound of a ratio or a weight in the loss, and far below where float32 ends
+# (3e38): beyond that a bound cannot be compared, and a weight times 0 is not a number.
+LARGEST = 1e6
+Weight = Annotated[float, Field(ge=0, le=LARGEST)]
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
 
 
 class LoraConfig(Section):
     """Low-rank adapters that are trained in place of the weights (arXiv 2106.09685)."""
 
-    rank: Count
-    """Rank of the two matrices of an adapter, >= 1."""
-    alpha: Positive
-    """An adapter's output is scaled by alpha / rank; > 0."""
+    rank: Annotated[int, Field(ge=1, le=2**14)]
+    """Rank of the two matrices of an adapter, 1 to 16,384; above the smaller side of a weight more of it adds
+    nothing."""
+    alpha: Annotated[float, Field(gt=0, le=LARGEST)]
+    """An adapter's output is scaled by alpha / rank; > 0, at most 1e6."""
     targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     """Names of the modules that get an adapter, such as q_proj; null: every linear layer but the output's."""
 
@@ -94,20 +99,20 @@ class UpdateConfig(Section):
     so that a clipped token keeps its gradient; needs ratio: token."""
     clip_low: Annotated[float, Field(ge=0, le=1)] | None = 0.2
     """(objective) The ratio is clipped at 1 - clip_low, 0 <= clip_low <= 1; null: not on this side."""
-    clip_high: NonNegative | None = 0.2
-    """(objective) The ratio is clipped at 1 + clip_high, clip_high >= 0; null: not on this side."""
-    delta: Annotated[float, Field(gt=1)] | None = None
-    """Two-sided clipping: the ratio is capped here for negative advantages too; > 1 + clip_high. null: their
-    ratios have no cap. Needs surrogate: clip."""
+    clip_high: Weight | None = 0.2
+    """(objective) The ratio is clipped at 1 + clip_high, 0 <= clip_high <= 1e6; null: not on this side."""
+    delta: Annotated[float, Field(gt=1, le=LARGEST)] | None = None
+    """Two-sided clipping: the ratio is capped here for negative advantages too; > 1 + clip_high, at most 1e6.
+    null: their ratios have no cap. Needs surrogate: clip."""
     aggregate: Literal["sequence_mean", "token_mean", "constant", "sequence_sum"] = "sequence_mean"
     """(objective) How tokens and rollouts of an optimiser step are averaged (docs/math.md)."""
-    kl_coefficient: NonNegative = 0.01
+    kl_coefficient: Weight = 0.01
     """(objective) Weight of the KL term; 0 loads no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """(objective) Estimator of the KL per token."""
     kl_importance: bool = False
     """true: each token's KL is multiplied by its importance ratio, through which the gradient flows too."""
-    entropy_coefficient: NonNegative = 0.0
+    entropy_coefficient: Weight = 0.0
     """Weight of the entropy, aggregated as the KL is, which the loss subtracts; 0: no such term."""
     old_logprobs: Literal["sampled", "recomputed"] = "sampled"
     """(objective) pi_old: the stored log-probs, or the learner's own before its first step."""
@@ -116,8 +121,8 @@ class UpdateConfig(Section):
     and 0 elsewhere. Needs old_logprobs: recomputed."""
     sampler_correction_level: Literal["token", "sequence_mean"] = "token"
     """One weight per token, or the geometric mean of a rollout's; a sequence ratio needs the latter."""
-    sampler_correction_cap: Annotated[float, Field(gt=1)] = SAMPLER_CORRECTION_CAPS["token"]
-    """Cap of the weight, > 1. Left out: 2.0 for level token, 1.01 for sequence_mean."""
+    sampler_correction_cap: Annotated[float, Field(gt=1, le=LARGEST)] = SAMPLER_CORRECTION_CAPS["token"]
+    """Cap of the weight, > 1, at most 1e6. Left out: 2.0 for level token, 1.01 for sequence_mean."""
     reference: Annotated[str, Field(min_length=1)] | None = None
     """Checkpoint of the KL term; null: the starting policy. Fixed for a run."""
     learning_rate: NonNegative = 5e-7
@@ -125,8 +130,9 @@ class UpdateConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The learning rate after warm-up, over all optimiser steps of the run: as it is, or falling to 0 in a
     line or in half a cosine."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimiser steps over which the learning rate rises linearly from 0; 0: none."""
+    warmup_steps: Annotated[int, Field(ge=0, le=2**31)] = 0
+    """Optimiser steps over which the learning rate rises linearly from 0; 0: none, and at most those of the
+    run."""
     betas: Betas = Field([0.9, 0.999])
     """AdamW's decay rates of the first and second moment."""
     adam_epsilon: Positive = 1e-8
@@ -135,9 +141,9 @@ class UpdateConfig(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: Positive | None = 1.0
     """The gradient is scaled down to this norm; null: never."""
-    epochs: Count = 1
-    """Passes over the kept rollouts of an iteration."""
-    steps_per_iteration: Count = 1
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Passes over the kept rollouts of an iteration, 1 to 1,000."""
+    steps_per_iteration: Annotated[int, Field(ge=1, le=2**20)] = 1
     """Optimiser steps per epoch; whole groups are dealt out evenly."""
     max_tokens_per_batch: Count = 16384
     """Tokens of a micro-batch, padding included. Bounds memory, never changes the result. On a CPU more than

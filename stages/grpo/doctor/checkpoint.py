@@ -48,6 +48,21 @@ def check_model(run: Run, key: str, name: str, fetch: bool) -> tuple[Check, Chec
     return Check(key, f"{name}, {size}", "a checkpoint", "warning", note), found
 
 
+def check_lora(run: Run, policy: Checkpoint) -> list[Check]:
+    """Whether the policy has what update.lora.targets names; nothing to say before it is there."""
+    lora = run.config.update.lora
+    if lora is None or policy.folder is None:
+        return []
+    from grpo.update.adapter import check_targets
+
+    found, needed = ", ".join(lora.targets or ["every linear layer"]), "linear layers that take an adapter"
+    try:
+        check_targets(policy.folder, lora.targets)
+    except GrpoError as error:
+        return [failed("lora targets", found, needed, error)]
+    return [Check("lora targets", found, needed)]
+
+
 def num_parameters(folder: Path) -> int:
     """Weights in the checkpoint `folder`, from the headers of its files. Raises InputError, CorruptError."""
     from safetensors import SafetensorError, safe_open

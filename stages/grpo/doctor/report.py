@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from grpo.artifacts import Run
 from grpo.console import printable, stdout_console
 from grpo.doctor.check import Check
-from grpo.doctor.checkpoint import Checkpoint, check_model
+from grpo.doctor.checkpoint import Checkpoint, check_lora, check_model
 from grpo.doctor.disk import check_file_system, check_space
 from grpo.doctor.engine import check_engine
 from grpo.doctor.inputs import check_prompts, check_rewards
 from grpo.doctor.memory import check_memory
-from grpo.doctor.versions import check_gpu_build, check_threads, check_versions
+from grpo.doctor.versions import check_gpu_build, check_peft, check_threads, check_versions
 from grpo.generate.source import Row
 
 if TYPE_CHECKING:
@@ -60,9 +60,10 @@ def examine(run: Run, with_model: bool) -> Report:
     with_model: also get the model as a run would, open the engine, and compare it with the learner.
     """
     config, report = run.config, Report(run.name)
-    report.checks += [*check_versions(), check_threads(), *check_gpu_build(), *check_engine(run)]
+    report.checks += [*check_versions(), *([check_peft()] if config.update.lora else [])]
+    report.checks += [check_threads(), *check_gpu_build(), *check_engine(run)]
     check, policy = check_model(run, "model", config.model, with_model)
-    report.checks.append(check)
+    report.checks += [check, *check_lora(run, policy)]
     reference = policy
     if config.update.reference is not None and config.update.kl_coefficient:
         check, reference = check_model(run, "reference", config.update.reference, with_model)

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from grpo.doctor.check import Check, failed
-from grpo.errors import ResourceError
+from grpo.errors import EngineError, ResourceError
 from grpo.generate.engine_choice import gpu_is_there
 
 DISTRIBUTION = "grpo-stages"
@@ -47,6 +47,20 @@ def check_gpu_build() -> list[Check]:
         return []
     note = "install a build of torch for this GPU and its driver; everything runs on the CPU until then"
     return [Check("GPU", f"is there, but torch {torch.__version__} cannot use it", "", "warning", note)]
+
+
+def check_peft() -> Check:
+    """What update.lora needs."""
+    from grpo.update.adapter import require_peft
+
+    supported = next((r.specifier for r in _requirements("lora") if r.name == "peft"), SpecifierSet())
+    try:
+        require_peft()
+    except EngineError as error:
+        return failed(
+            "peft", _version("peft") or "not installed", f"{supported} for update.lora".strip(), error
+        )
+    return _check("peft", _version("peft"), supported)
 
 
 def _check(name: str, found: str | None, supported: SpecifierSet) -> Check:

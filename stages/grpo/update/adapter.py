@@ -7,6 +7,7 @@ base as it was loaded.
 Shapes: R rank, I and O the features a linear module takes and gives.
 """
 
+import importlib
 import json
 import math
 import warnings
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grpo.errors import CorruptError, EngineError, InputError, UsageError
+from grpo.model import load_skeleton
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,11 +47,9 @@ def add_adapter(
     `targets` are names of linear modules or their last parts; None is all but the output head, which takes
     no adapter. Raises EngineError (exit 8) without peft, UsageError (exit 2) for a target that cannot be had.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        message = f"update.lora: peft cannot be imported: {error}"
-        raise EngineError(f"{message}; pip install 'grpo-stages[lora]'") from error
+    require_peft()
+    from peft import LoraConfig, get_peft_model
+
     modules = _targeted(model, targets)
     config = LoraConfig(
         r=rank,
@@ -71,6 +71,20 @@ def add_adapter(
     assert _layers(adapter).keys() == modules.keys()
     reset_adapter(adapter, seed)
     return adapter.eval()
+
+
+def require_peft() -> None:
+    """Raise EngineError (exit 8) where peft cannot be imported."""
+    try:
+        importlib.import_module("peft")
+    except ImportError as error:
+        message = f"update.lora: peft cannot be imported: {error}"
+        raise EngineError(f"{message}; pip install 'grpo-stages[lora]'") from error
+
+
+def check_targets(checkpoint: Path, targets: Sequence[str] | None) -> None:
+    """Raise UsageError (exit 2) as add_adapter would for a target; reads the configuration, no weights."""
+    _targeted(load_skeleton(checkpoint), targets)
 
 
 @torch.no_grad()

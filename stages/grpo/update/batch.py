@@ -118,8 +118,13 @@ def minibatches(keys: np.ndarray, num_steps: int, seed: int, iteration: int, epo
         return [np.zeros(0, dtype=np.int64)]
     groups, group_of_row = np.unique(keys[:, :2], axis=0, return_inverse=True)
     order = np.random.default_rng([seed, iteration, epoch]).permutation(len(groups))
-    parts = np.array_split(order, min(num_steps, len(groups)))
+    parts = np.array_split(order, num_minibatches(keys, num_steps))
     return [np.flatnonzero(np.isin(group_of_row, part)) for part in parts]
+
+
+def num_minibatches(keys: np.ndarray, num_steps: int) -> int:
+    """How many of `num_steps` an epoch has: no more than groups, and at least one."""
+    return max(1, min(num_steps, len(np.unique(keys[:, :2], axis=0))))
 
 
 def gather(values: Rows | Mapping[int, np.ndarray], rows: np.ndarray, device: str) -> Tensor:

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
-from grpo.errors import EngineError, InputError, UsageError
+from grpo.errors import EngineError, InputError
 from grpo.probe import FILE, measure, read_probe
+from grpo.update.check import check_schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,17 +149,16 @@ def _train(
     from grpo.update.loss import Step
     from grpo.update.mismatch import mismatch
 
-    steps = _steps(run, iteration, rollouts)
-    stored = _stored_before(run, rollouts, learner, staging, len(steps))
+    stored = _stored_before(run, rollouts, learner, staging, _num_steps(run, iteration, rollouts))
     _, max_new_tokens = _longest(run, iteration)
     table: list[dict[str, Any]] = []
     taken = 0
-    total = sum(len(rows) for _, rows in steps)
+    total = len(rollouts) * run.config.update.epochs
     with (
         staging.clock("train"),
         run.console.progress(f"update {iteration}", total, "rollouts") as advance,
     ):
-        for number, (epoch, rows) in enumerate(steps):
+        for number, (epoch, rows) in enumerate(_steps(run, iteration, rollouts)):
             run.console.stop_requested()
             row = _row(run, rollouts, rows, iteration, epoch, number)
             if not row["skipped"]:
@@ -174,22 +174,28 @@ def _train(
     return table, stored
 
 
-def _steps(run: Run, iteration: int, rollouts: "Rollouts") -> "list[tuple[int, np.ndarray]]":
-    """(epoch, rows) of each optimiser step of the iteration."""
-    from grpo.update.batch import minibatches
+def _num_steps(run: Run, iteration: int, rollouts: "Rollouts") -> int:
+    """How many optimiser steps the iteration has."""
+    from grpo.update.batch import num_minibatches
 
     config = run.config.update
-    steps = [
-        (epoch, rows)
-        for epoch in range(config.epochs)
-        for rows in minibatches(rollouts.keys, config.steps_per_iteration, run.config.seed, iteration, epoch)
-    ]
-    if len(steps) < config.epochs * config.steps_per_iteration:
+    per_epoch = num_minibatches(rollouts.keys, config.steps_per_iteration)
+    if per_epoch < config.steps_per_iteration:
         run.console.say(
-            f"update {iteration}: {len(steps) // config.epochs} steps per epoch, not"
-            f" {config.steps_per_iteration}: no more groups have a kept rollout"
+            f"update {iteration}: {per_epoch} steps per epoch, not {config.steps_per_iteration}:"
+            " no more groups have a kept rollout"
         )
-    return steps
+    return config.epochs * per_epoch
+
+
+def _steps(run: Run, iteration: int, rollouts: "Rollouts") -> "Iterator[tuple[int, np.ndarray]]":
+    """(epoch, rows) of each optimiser step of the iteration, an epoch at a time."""
+    from grpo.update.batch import minibatches
+
+    config, seed = run.config.update, run.config.seed
+    for epoch in range(config.epochs):
+        for rows in minibatches(rollouts.keys, config.steps_per_iteration, seed, iteration, epoch):
+            yield epoch, rows
 
 
 def _stored_before(
@@ -237,11 +243,7 @@ def _learning_rate(run: Run, iteration: int, number: int) -> float:
 
     config = run.config.update
     per_iteration = config.epochs * config.steps_per_iteration
-    if config.schedule != "constant" and iteration >= run.config.iterations:
-        raise UsageError(
-            f"update.schedule: {config.schedule} reaches 0 after iterations: {run.config.iterations};"
-            f" found iteration {iteration}; raise `iterations`, or set schedule: constant"
-        )
+    check_schedule(run.config, iteration)
     num_steps = max(run.config.iterations, iteration + 1) * per_iteration
     step = iteration * per_iteration + number
     return learning_rate(config.learning_rate, config.schedule, step, num_steps, config.warmup_steps)
