@@ -18,7 +18,7 @@ from tests import restatement
 
 from grpo import sql, tables
 from grpo.advantage import stage
-from grpo.artifacts import Plan, Run, Staging, id_of
+from grpo.artifacts import MADE_BY, Plan, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import DataError, GrpoError, UsageError
@@ -57,7 +57,7 @@ def make_run(root: Path, **advantage: Any) -> Run:
 
 
 def commit(run: Run, output: str, iteration: int | None, parts: list[pa.Table], **manifest: Any) -> None:
-    staging = Staging(run, Plan(output, 1, output, iteration, {}, {}), 0)
+    staging = Staging(run, Plan(MADE_BY.get(output, output), 1, output, iteration, {}, {}), 0)
     records = [
         staging.write_table(output, staging.file_name("part", i), part) for i, part in enumerate(parts)
     ]

@@ -4,12 +4,22 @@ from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
 from grpo.artifacts.manifest import FileRecord, Manifest, Plan, digest, id_of, seal
 from grpo.artifacts.retention import prunable, prune, pruned_files
-from grpo.artifacts.run import ARTIFACTS, STAGE_OUTPUTS, Run, holder_of, open_run, read_json, require_run
+from grpo.artifacts.run import (
+    ARTIFACTS,
+    MADE_BY,
+    STAGE_OUTPUTS,
+    Run,
+    holder_of,
+    open_run,
+    read_json,
+    require_run,
+)
 from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import Staging, choose_attempt, discard, roll_forward, staged_attempts, versions
 
 __all__ = [
     "ARTIFACTS",
+    "MADE_BY",
     "STAGE_OUTPUTS",
     "FileRecord",
     "Manifest",

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ARTIFACTS = Path("artifacts")
-STAGE_OUTPUTS = ("rollouts", "rewards", "advantages", "update")
-_MADE_BY = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
+MADE_BY = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
+STAGE_OUTPUTS = tuple(MADE_BY)
 PRUNED = "pruned.json"
 _LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
 
@@ -76,7 +76,7 @@ class Run:
             time.sleep(_PAUSE_S)
         # It may have come between the two looks; and what a crash left staged, the next writer moves in.
         found = found or read_manifest(folder)
-        if found and (found.stage, found.iteration) != (_MADE_BY.get(output, found.stage), iteration):
+        if found and (found.stage, found.iteration) != (MADE_BY.get(output, found.stage), iteration):
             where = "" if found.iteration is None else f" of iteration {found.iteration}"
             raise CorruptError(f"{folder / MANIFEST}: is that of another output, by {found.stage}{where}")
         return found
