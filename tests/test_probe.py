@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from grpo.artifacts import checkpoint_id
 from grpo.errors import CorruptError
@@ -179,6 +179,34 @@ def test_a_perturbed_copy_of_a_checkpoint_in_parts_in_bfloat16(tiny_model: Path,
             assert after[key].dtype == torch.bfloat16
             assert not torch.equal(after[key], tensor), key
     load_model(copy, "cpu")  # whole, and finite
+
+
+def test_a_perturbed_copy_of_what_is_almost_too_large_is_finite(tiny_model: Path, tmp_path: Path) -> None:
+    large, copy = tmp_path / "large", tmp_path / "copy"
+    shutil.copytree(tiny_model, large)
+    copy.mkdir()
+    tensors = load_file(large / "model.safetensors")
+    name = "model.norm.weight"
+    # Of these 16 some are drawn above their type's largest.
+    tensors[name] = torch.full_like(tensors[name], torch.finfo(tensors[name].dtype).max)
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    write_perturbed(large, copy)
+    perturbed = load_file(copy / "model.safetensors")[name]
+    assert bool(perturbed.isfinite().all())
+    assert bool((perturbed == tensors[name]).any())
+    assert not bool((perturbed == tensors[name]).all())
+
+
+def test_a_policy_whose_log_probs_overflow_is_refused_by_its_name(project: Path, grpo: Grpo) -> None:
+    path = project / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] *= 3e38
+    save_file(tensors, path, metadata={"format": "pt"})
+    code, _, err = grpo("run")
+    assert code == 6
+    assert err.splitlines()[-1] == (
+        f"error: {project}/model: its log-probs are not finite, though its weights are: too large for float32"
+    )
 
 
 # The probes of a run

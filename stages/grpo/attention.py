@@ -34,8 +34,8 @@ def attending(
     before = model.config._attn_implementation
     if function is not None:
         AttentionInterface.register(name, function)
-    model.set_attn_implementation(name)
     try:
+        model.set_attn_implementation(name)
         yield
     finally:
         model.set_attn_implementation(before)

@@ -7,6 +7,7 @@ one can be compared with what it gave for the last.
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
@@ -41,6 +42,10 @@ class Probe:
     def encode(self) -> bytes:
         """As JSON; the numbers keep their bits."""
         return json.dumps(asdict(self), allow_nan=False).encode()
+
+    def is_finite(self) -> bool:
+        """Whether every log-prob is a number, which encode() needs."""
+        return all(math.isfinite(logprob) for row in self.logprobs for logprob in row)
 
     def difference(self, logprobs: Sequence[np.ndarray]) -> float:
         """Mean |difference| per token, in nats, to what another computed for the same sequences."""
@@ -80,7 +85,10 @@ def measure(model: "PreTrainedModel", sequences: list[list[int]]) -> Probe:
 
 
 def write_perturbed(checkpoint: Path, folder: Path) -> None:
-    """Write into `folder` a copy of `checkpoint` with noise of PERTURBATION times each weight."""
+    """Write into `folder` a copy of `checkpoint` with noise of PERTURBATION times each weight.
+
+    What is finite stays so: a weight too large for that is the largest of its type.
+    """
     import shutil
 
     import torch
@@ -98,7 +106,8 @@ def write_perturbed(checkpoint: Path, folder: Path) -> None:
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 noise = torch.randn(tensor.shape, generator=generator) * PERTURBATION
-                tensors[name] = (tensor.float() * (1 + noise)).to(tensor.dtype)
+                limit = min(torch.finfo(kind).max for kind in (tensor.dtype, torch.float32))
+                tensors[name] = (tensor.float() * (1 + noise)).clamp(-limit, limit).to(tensor.dtype)
         try:
             save_file(tensors, target, metadata={"format": "pt"})
         except SafetensorError as error:  # of writing; it has no errno

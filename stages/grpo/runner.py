@@ -152,6 +152,7 @@ def run_iterations(run: Run, until: int, report: Callable[[int], None]) -> int:
     """
     present = states(run)
     _refuse_stale(run, present)
+    prune(run)  # what a killed one left
     worked = 0
     with Tools(run) as tools:
         for iteration in range(until):

@@ -6,7 +6,7 @@ from typing import Any
 from grpo import probe
 from grpo.artifacts import Manifest, Plan, Run, Staging, files, open_run, seal, versions
 from grpo.config import Config, overridden_keys
-from grpo.errors import InputError, UsageError
+from grpo.errors import CorruptError, InputError, UsageError
 from grpo.generate import prompts
 from grpo.generate.source import Row
 
@@ -88,7 +88,10 @@ def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None
 
 
 def probe_of(checkpoint: Path, rows: list[Row]) -> probe.Probe:
-    """The probe of a starting policy: of the prompts `rows`, the first NUM_PROBE_PROMPTS of a run."""
+    """The probe of a starting policy: of the prompts `rows`, the first NUM_PROBE_PROMPTS of a run.
+
+    Raises CorruptError (exit 6) where finite weights give log-probs that are not.
+    """
     from grpo.model import best_device, context_length, empty_cache, load_model, load_tokenizer
 
     device = best_device()
@@ -97,6 +100,10 @@ def probe_of(checkpoint: Path, rows: list[Row]) -> probe.Probe:
     found = probe.measure(model, probe.probe_sequences(token_ids, context_length(model.config)))
     del model
     empty_cache(device)  # the engine asks for most of it
+    if not found.is_finite():
+        raise CorruptError(
+            f"{checkpoint}: its log-probs are not finite, though its weights are: too large for float32"
+        )
     return found
 
 

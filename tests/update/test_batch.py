@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,11 @@ def test_the_longest_pair() -> None:
         temperatures=np.ones(6),
     )
     assert longest_pair(rollouts).tolist() == [4, 3]
+    # A tree is of one prompt: row 4 has another one now.
+    other = replace(
+        rollouts, prompts=[np.full(n, n) if i != 4 else np.ones(n) for i, n in enumerate(prompts)]
+    )
+    assert longest_pair(other).tolist() == [2, 3]
 
 
 def test_a_made_up_pair() -> None:

@@ -108,6 +108,31 @@ def test_a_layout_that_is_wrong_is_left(tmp_path: Path, long: str) -> None:
     assert found["policy_layout_difference"] <= 1e-5
 
 
+def test_what_an_iteration_compares_does_not_depend_on_the_process(untied: Path, other: Path) -> None:
+    # Nothing to train on: what is left to compare is the made-up pair.
+    nothing = permuted(make_rollouts(), np.arange(0))
+    stays, starts = (make_learner(untied, settings()) for _ in range(2))
+    for learner in (stays, starts):
+        learner.load_reference(other)
+    first = stays.check_layout(nothing, (30, 30))
+    assert first["policy_layout_difference"] is not None
+    for last in ("shared", "rows", None):
+        found = stays.check_layout(nothing, (30, 30), last)
+        assert found == starts.check_layout(nothing, (30, 30), last)
+        assert found["reference_layout_difference"] == first["reference_layout_difference"]
+        assert (found["policy_layout_difference"] is None) == (last == "shared")
+
+
+def test_a_step_without_a_learning_rate_has_the_configured_one(untied: Path) -> None:
+    rollouts = make_rollouts()
+    learner = make_learner(untied, settings(kl_coefficient=0.0, learning_rate=0.01))
+    rates = []
+    for given in (0.5, None):
+        learner.step(rollouts, np.arange(ROWS), whole_step(rollouts), Stored(), 0, given)
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+    assert rates == [0.5, 0.01]
+
+
 def expect_error(learner: Learner, rollouts: Rollouts, stored: Stored, message: str) -> None:
     weights = {name: p.clone() for name, p in weights_of(learner).items()}
     with pytest.raises(EngineError, match=message) as caught:

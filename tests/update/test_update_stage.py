@@ -290,6 +290,25 @@ def test_the_first_step_of_a_warm_up_moves_no_weight(tmp_path: Path, untied: Pat
     assert len(learner.optimizer.state) == len(list(learner.model.parameters()))  # moments from step 0 on
 
 
+def test_a_process_that_goes_on_compares_the_layout_as_one_that_stays(
+    tmp_path: Path, untied: Path, other: Path
+) -> None:
+    config = configuration(learning_rate=0.01)
+    layouts = []
+    for name in ("stays", "goes on"):
+        run = make_run(tmp_path / name, config, untied, other)
+        learner = Learner(config.update, "cpu")
+        for iteration in range(2):
+            commit_rollouts(run, iteration, make_rollouts())
+            if name == "goes on":
+                learner = Learner(config.update, "cpu")
+            update(run, iteration, learner)
+        summary = run.require("update", 1, "").summary
+        layouts.append({key: value for key, value in summary.items() if "layout" in key})
+    assert layouts[0] == layouts[1]
+    assert layouts[0].keys() == {"layout", "policy_layout_difference", "reference_layout_difference"}
+
+
 def test_logprobs_in_several_shards_are_in_key_order(
     tmp_path: Path, untied: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

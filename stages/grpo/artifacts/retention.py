@@ -8,7 +8,7 @@ import json
 
 from grpo.artifacts import files
 from grpo.artifacts.manifest import FileRecord
-from grpo.artifacts.run import PRUNED, Run
+from grpo.artifacts.run import PRUNED, Run, read_json
 
 _PARTS = ("policy", "adapter", "optimizer")
 _KEPT = "probe.json"  # a few kilobytes that say what the policy computed
@@ -44,4 +44,6 @@ def pruned_files(run: Run, iteration: int) -> list[FileRecord]:
     """Files of an update that are gone, or go, when its checkpoint is pruned."""
     manifest = run.manifest("update", iteration)
     held = manifest.files if manifest else []
-    return [file for file in held if file.part in _PARTS and file.name != _KEPT]
+    note = run.folder("update", iteration) / PRUNED
+    parts = read_json(note, "parts")["parts"] if note.exists() else _PARTS
+    return [file for file in held if file.part in parts and file.name != _KEPT]

@@ -133,16 +133,17 @@ def gather(values: Rows | Mapping[int, np.ndarray], rows: np.ndarray, device: st
 
 
 def longest_pair(rollouts: Rollouts) -> np.ndarray:
-    """Rows of the shortest and the longest response of the group of the longest rollout, in that order.
+    """Rows of the shortest and the longest response to the prompt of the longest rollout, in that order.
 
-    One row where that group has one.
+    Of its group alone; one row where no other is of that group and prompt.
     """
     lengths = np.array([len(response) for response in rollouts.responses])
     prompts = np.array([len(prompt) for prompt in rollouts.prompts])
     longest = int(np.argmax(prompts + lengths))
     others = (rollouts.keys[:, :2] == rollouts.keys[longest, :2]).all(axis=1)
     others[longest] = False
-    rows = np.flatnonzero(others)
+    prompt = rollouts.prompts[longest]
+    rows = np.array([i for i in np.flatnonzero(others) if np.array_equal(rollouts.prompts[i], prompt)], int)
     return np.array([*rows[np.argsort(lengths[rows], kind="stable")][:1], longest])
 
 

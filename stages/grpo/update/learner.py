@@ -44,6 +44,7 @@ class Learner:
         self._optimizer: torch.optim.AdamW | None = None
         self._adapter: PeftModel | None = None
         self._reference: Network | None = None
+        self._reference_differences: dict[tuple[int, int], float] = {}  # by what was compared; weights stay
 
     @property
     def network(self) -> Network:
@@ -142,30 +143,38 @@ class Learner:
             for name, tensor in moments.items():
                 moments[name] = tensor.to(device)
 
-    def check_layout(self, rollouts: Rollouts, longest: tuple[int, int]) -> dict[str, Any]:
+    def check_layout(
+        self, rollouts: Rollouts, longest: tuple[int, int], last: str | None = None
+    ) -> dict[str, Any]:
         """Compare how groups are read with reading a rollout alone, and read them alone where that differs.
 
-        Compared are the longest rollout and, until that agrees, one of made-up tokens that is as long as the
-        run allows: `longest` tokens of prompt and response. For the reference, whose weights stay, that one
-        is enough. What an iteration does depends on it alone, not on those before.
+        Compared are the longest rollout and, unless the update before read in this layout, one of made-up
+        tokens that is as long as the run allows: `longest` tokens of prompt and response. For the reference,
+        whose weights stay, that one is enough. `last`: the layout in the manifest of the update before, and
+        not what this process remembers: one that goes on there must decide the same.
         Returns the layout, and the largest difference of a log-prob.
         """
         limit = max(self.config.max_tokens_per_batch // 2, 1)  # no tree is larger than a micro-batch
         vocabulary = int(self.model.config.get_text_config(decoder=True).vocab_size)
-        made_up = made_up_pair(min(longest[0], limit), min(longest[1], limit), vocabulary)
+        lengths = (min(longest[0], limit), min(longest[1], limit))
+        made_up = (made_up_pair(*lengths, vocabulary), np.arange(2))
         found: dict[str, Any] = {}
         reference = None if self._reference is self._network else self._reference
         for name, network in (("policy", self._network), ("reference", reference)):
             if network is None or network.best == "rows":
                 continue
             network.use(network.best)
-            pairs = [] if network.agreed else [(made_up, np.arange(2))]
-            if name == "policy" and len(rollouts):
-                pairs.append((rollouts, longest_pair(rollouts)))
-            differences = [network.difference(*pair) for pair in pairs]
+            if name == "reference":
+                if lengths not in self._reference_differences:
+                    self._reference_differences[lengths] = network.difference(*made_up)
+                differences = [self._reference_differences[lengths]]
+            else:
+                pairs = [] if last == network.best else [made_up]
+                if len(rollouts):
+                    pairs.append((rollouts, longest_pair(rollouts)))
+                differences = [network.difference(*pair) for pair in pairs]
             found[f"{name}_layout_difference"] = max(differences, default=None)
-            network.agreed = all(difference <= TOLERANCE for difference in differences)  # NaN is not
-            if not network.agreed:
+            if not all(difference <= TOLERANCE for difference in differences):  # NaN is not
                 found[f"{name}_layout_refused"] = network.best
                 network.use("rows")
         return {"layout": self.network.layout, **found}
@@ -214,7 +223,7 @@ class Learner:
     ) -> dict[str, Any]:
         """One optimiser step on `rows`; returns its columns of `updates` (numbers, not yet the mismatch).
 
-        learning_rate: None leaves the configured one. `stored` gains the policy's log-probs of rows that are
+        learning_rate: None is the configured one. `stored` gains the policy's log-probs of rows that are
         read for the first time. Raises EngineError (exit 8) naming the rollouts when the loss or the gradient
         is not finite; no step is taken.
         """
@@ -225,8 +234,8 @@ class Learner:
             sums.add(self._backward(rollouts, batch, step, stored, number))
         processes.add_up_gradients(self.model)
         grad_norm = self._clip_gradient(rollouts, read, step, stored, number)
-        if learning_rate is not None:
-            self.optimizer.param_groups[0]["lr"] = learning_rate
+        rate = self.config.learning_rate if learning_rate is None else learning_rate
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         return {**processes.total(sums).row(self.config), "grad_norm": grad_norm}
 

@@ -46,7 +46,6 @@ class Network:
         self.best = layout_of(model, share_prompts=share_prompts)
         if self.best == "shared" and not self._takes_trees():
             self.best = "packed"
-        self.agreed = False  # whether `best` was right when last compared with reading a rollout alone
         self.use(self.best)
 
     def use(self, layout: Layout) -> None:

@@ -4,7 +4,6 @@ The clipped objective on stored old log-probs. Weights, optimiser state and tabl
 cannot disagree. Everything that is read or written is a committed table or checkpoint.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +81,9 @@ def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest
         shards = run.read_shards("rollouts", iteration, READ)
         rollouts = kept_rollouts(shards, run.read("advantages", iteration), staging.folder)
     with clock("check"):
-        layout = tool.check_layout(rollouts, _longest(run, iteration))
+        before = run.manifest(OUTPUT, iteration - 1) if iteration > 0 else None
+        last = before.summary["layout"] if before is not None else None
+        layout = tool.check_layout(rollouts, _longest(run, iteration), last)
         _say_refused(run, iteration, layout)
     tool.holds = (None, None)  # until the commit has happened, memory is ahead of the disk
     rows, stored = _train(run, iteration, rollouts, tool, staging)
@@ -325,7 +326,7 @@ def _write_probe(run: Run, learner: "Learner", staging: Staging) -> FileRecord:
     Raises EngineError (exit 8) when it has no finite log-probs: then the steps have ruined it.
     """
     probe = measure(learner.model, read_probe(run.probe_path(0)).sequences)
-    if not all(math.isfinite(logprob) for row in probe.logprobs for logprob in row):
+    if not probe.is_finite():
         raise EngineError(
             "update: the log-probs of the new policy are not finite; lower update.learning_rate or"
             " update.weight_decay; nothing was committed"
