@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ITERATIONS = 5
+ITERATIONS = 12
 
 
 def _blocks(text: str) -> Iterator[list[tuple[str, list[str]]]]:
@@ -70,12 +70,12 @@ def test_every_command_of_the_readme_runs(quickstart: Path) -> None:
                 headers = [line.split() for line in out.splitlines() if line.strip()]
                 assert headers[0] == shown[0].split(), command  # the same columns
                 assert len(headers) > 2, f"{command}: no rows"
-    assert count == 13
+    assert count == 18
 
 
 @pytest.mark.slow
 def test_the_quickstart_learns(quickstart: Path) -> None:
-    """Five of the sixty iterations: from 30 % right (as the starter is made) to well above half."""
+    """Twelve of the sixty iterations: from 30 % right (as the starter is made) to well above half."""
     query = "select iteration, avg(reward) as reward from samples group by iteration order by iteration"
     code, out, err = _bash(quickstart, f'grpo sql --json "{query}"')
     assert code == 0, err

@@ -195,7 +195,7 @@ def test_a_forced_score_makes_what_follows_stale_and_from_does_it_again(finished
         " it and all that follows again, `grpo advantage --iteration 0` it alone\n"
     )
     assert grpo("run") == (4, "", message)
-    code, _, err = grpo("run", "--from", "0")
+    code, _, err = grpo("run", "--from", "0", "--yes")
     assert code == 0, err
     assert states(grpo) == DONE
     after = digests()
@@ -500,10 +500,34 @@ def test_a_reference_that_is_not_finite_stops_before_anything_is_sampled(project
 # --from, and its end
 
 
+def test_from_asks_before_it_moves_anything(
+    finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["run", "--from", "0", "--set", "update.learning_rate=0.02"]
+    text = (
+        "of iteration 0 update and all of iterations 1 to 1 will be done again; what is there goes to .trash"
+    )
+    before = digests(Path("artifacts"))
+    code, out, err = grpo(*command)
+    assert (code, out, err) == (
+        2,
+        "",
+        f"error: --from 0: {text}; what is there goes to .trash; give --yes too\n",
+    )
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: "n")
+    code, out, err = grpo(*command)
+    assert (code, err.splitlines()[-1]) == (2, "error: --from 0: not confirmed; nothing was moved")
+    assert digests(Path("artifacts")) == before
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    assert grpo(*command)[0] == 0
+    assert digests(Path("artifacts")) != before
+
+
 def test_from_moves_later_iterations_and_what_changed_to_the_trash(finished: Path, grpo: Grpo) -> None:
     before = digests()
     edit("pipeline.yaml", "learning_rate: 0.01", "learning_rate: 0.02")
-    code, _, err = grpo("run", "--from", "0")
+    code, _, err = grpo("run", "--from", "0", "--yes")
     assert code == 0, err
     assert states(grpo) == DONE
     trash = sorted(path.name for path in (ARTIFACTS / ".trash").iterdir())
@@ -559,12 +583,12 @@ def test_from_refuses_before_it_moves_anything_when_the_checkpoint_is_pruned(
     # With another learning rate update 1 needs policy 1; as it is, iteration 2 needs policy 2.
     for options, policy, nearest in ((["--set", "update.learning_rate=0.02"], 1, 0), ([], 2, 3)):
         place = ARTIFACTS / f"iteration=00000{policy - 1}/update"
-        code, out, err = grpo("run", "--from", "1", *PRUNING, *options)
+        code, out, err = grpo("run", "--from", "1", "--yes", *PRUNING, *options)
         assert (code, out) == (4, "")
         assert err.startswith(f"error: {place}: policy {policy} was pruned")
         assert err.endswith(f"the nearest is {nearest}\n")
     assert digests() == before
-    code, _, err = grpo("run", "--from", "2", *PRUNING)
+    code, _, err = grpo("run", "--from", "2", "--yes", *PRUNING)
     assert code == 0, err
     assert digests() == before
 

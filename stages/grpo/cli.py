@@ -45,6 +45,7 @@ def run(
     from_: Annotated[
         int | None, typer.Option("--from", help="Do what is stale in N, and all later, again.")
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --from: do not ask.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show the resolved configuration and what is done.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -55,7 +56,7 @@ def run(
         commands.dry_run(_run(config, set_, as_json))
         return
     with _working(config, set_, as_json) as opened:
-        result = commands.run(opened, until, from_)
+        result = commands.run(opened, until, from_, yes)
     if as_json:
         _print_json(result)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from typing import Any
 
 from grpo import runner, status
@@ -11,8 +12,11 @@ from grpo.errors import InputError, UsageError
 from grpo.generate.source import BUILT_IN
 
 
-def run(opened: Run, until: int | None, from_: int | None) -> dict[str, Any]:
-    """`grpo run`: complete iterations, report each, and measure the held-out sums of the built-in task."""
+def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[str, Any]:
+    """`grpo run`: complete iterations, report each, and measure the held-out sums of the built-in task.
+
+    yes: do not ask before `from_` moves anything away.
+    """
     until = opened.config.iterations if until is None else until
     if until < 0:
         raise UsageError(f"--until {until}: expected a number of iterations, 0 or more")
@@ -21,6 +25,8 @@ def run(opened: Run, until: int | None, from_: int | None) -> dict[str, Any]:
             raise UsageError(
                 f"--from {from_}: run {opened.name} has no iteration {from_}; it has {_range(opened)}"
             )
+        if not yes:
+            _confirm(opened, from_)
         runner.start_over(opened, from_)
     worked = runner.run_iterations(
         opened, until, lambda iteration: opened.console.say(status.line_of(opened, iteration))
@@ -31,6 +37,21 @@ def run(opened: Run, until: int | None, from_: int | None) -> dict[str, Any]:
     if opened.config.prompts.source == BUILT_IN and worked:
         result["held_out_accuracy"] = _held_out(opened, until)
     return result
+
+
+def _confirm(opened: Run, first: int) -> None:
+    """Ask before `--from` moves anything. UsageError (exit 2) for no, and where nobody can be asked."""
+    later, stages = runner.done_again(opened, first)
+    parts = [f"of iteration {first} {', '.join(stage.name for stage in stages)}"] if stages else []
+    parts += [f"all of iterations {later[0]} to {later[-1]}"] if later else []
+    if not parts:
+        return
+    text = f"--from {first}: {' and '.join(parts)} will be done again; what is there goes to .trash"
+    if not sys.stdin.isatty():
+        raise UsageError(f"{text}; give --yes too")
+    opened.console.say(text)
+    if input("go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UsageError(f"--from {first}: not confirmed; nothing was moved")
 
 
 def _held_out(opened: Run, until: int) -> dict[str, float]:

@@ -243,18 +243,24 @@ def finish_start_over(run: Run) -> None:
     if not path.exists():
         return
     first = int(read_json(path, "from")["from"])
-    for iteration in sorted((n for n in run.iterations() if n > first), reverse=True):
+    later, redone = done_again(run, first)
+    for iteration in reversed(later):
         discard(run, run.staging_root(iteration))
         discard(run, run.folder("", iteration))
     discard(run, run.staging_root(first))
-    by_stage = states(run).get(first, {})
-    redo = False
-    for stage in STAGES:
-        redo = redo or (stage.name in by_stage and by_stage[stage.name].name in ("stale", "differs"))
-        if redo:
-            discard(run, run.folder(stage.output, first))
+    for stage in redone:
+        discard(run, run.folder(stage.output, first))
     files.remove_file(path)
     files.sync_folder(run.path)
+
+
+def done_again(run: Run, first: int) -> tuple[list[int], list[Stage]]:
+    """What `--from` does again: later iterations, and stages of `first` from a stale or differing one on."""
+    by_stage = states(run).get(first, {})
+    old = {name for name, state in by_stage.items() if state.name in ("stale", "differs")}
+    changed = [stage.name in old for stage in STAGES]
+    stages = STAGES[changed.index(True) :] if any(changed) else ()
+    return [n for n in run.iterations() if n > first], [stage for stage in stages if stage.name in by_stage]
 
 
 def followers(run: Run, output: str, iteration: int) -> list[str]:

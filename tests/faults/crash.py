@@ -43,14 +43,13 @@ class Scenario:
         return self.then or self.command
 
 
+FROM = ["run", "--yes", "--from"]
 SCENARIOS = {
     "run": Scenario(["run", "--until", "1"], None),
     "next": Scenario(["run", "--until", "3", "--set", KEEP_2], []),
-    "from": Scenario(["run", "--from", "1", "--set", NEW_REWARD], [], ["run", "--set", NEW_REWARD]),
+    "from": Scenario([*FROM, "1", "--set", NEW_REWARD], [], ["run", "--set", NEW_REWARD]),
     "score": Scenario(["score", "--iteration", "0-1", "--force"], []),
-    "gc": Scenario(
-        ["gc", "--set", KEEP_2], [["run", "--until", "3"], ["run", "--from", "2", "--set", NEW_REWARD]]
-    ),
+    "gc": Scenario(["gc", "--set", KEEP_2], [["run", "--until", "3"], [*FROM, "2", "--set", NEW_REWARD]]),
     "fork": Scenario(["fork", "tiny", "other", "--iteration", "1"], []),
 }
 

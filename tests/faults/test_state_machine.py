@@ -66,7 +66,7 @@ class Machine(RuleBasedStateMachine):
         assert code in (0, 2), err  # 2: no run was begun
         code, err = self.do(["run", "--until", "2"])
         if code == 4:
-            code, err = self.do(["run", "--from", "0", "--until", "2"])
+            code, err = self.do(["run", "--from", "0", "--yes", "--until", "2"])
         if code == 4 and "missing" not in err:
             raise AssertionError(err)
         assert code == 0, err
@@ -109,10 +109,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(iteration=iterations)
     def run_from(self, iteration: int) -> None:
-        self.expect(["run", "--from", str(iteration), "--until", "2"])
+        self.expect(["run", "--from", str(iteration), "--yes", "--until", "2"])
 
     @rule(
-        command=st.sampled_from([["run", "--until", "3"], ["run", "--from", "0", "--until", "1"], ["gc"]]),
+        command=st.sampled_from([["run", "--until", "3"], [*crash.FROM, "0", "--until", "1"], ["gc"]]),
         number=st.integers(1, 120),
     )
     def kill(self, command: list[str], number: int) -> None:
