@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -102,8 +103,13 @@ def in_child(folder: Path, command: list[str], fault: str | None = None) -> tupl
 
 def succeed(folder: Path, *command: str) -> str:
     """Stdout of a command that nothing disturbs."""
-    code, out, err = Child(folder, [list(command)]).wait()
-    assert code == 0, (command, code, err)
+    return succeed_all(folder, [list(command)])
+
+
+def succeed_all(folder: Path, commands: list[list[str]]) -> str:
+    """Stdout of the last of several commands."""
+    code, out, err = Child(folder, commands).wait()
+    assert code == 0, (commands, code, err)
     return out
 
 
@@ -147,8 +153,12 @@ def copy(source: Path, target: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, str]:
     """sha256 of every table, weight, optimiser state and probe that the runs of a project have committed."""
-    root = folder / "artifacts"
-    return {name: digest(folder, name) for name in _held(root)}
+    return {plain(name): digest(folder, name) for name in _held(folder / "artifacts")}
+
+
+def plain(name: str) -> str:
+    """The name of a file without the fingerprint of the attempt that made it."""
+    return re.sub(r"-[0-9a-f]{8}\.parquet$", ".parquet", name)
 
 
 def committed(folder: Path) -> dict[str, int]:
@@ -156,6 +166,12 @@ def committed(folder: Path) -> dict[str, int]:
     root = folder / "artifacts"
     outputs = {path.parent for path in root.rglob("manifest.json")}
     return {name: (root / name).stat().st_ino for name in _held(root) if outputs & set((root / name).parents)}
+
+
+def inodes(folder: Path, name: str) -> set[int]:
+    """Inode of one of them, and of those of its name that are staged or in the trash of the same run."""
+    run = folder / "artifacts" / Path(name).parts[0]
+    return {path.stat().st_ino for path in run.rglob(Path(name).name)}
 
 
 def digest(folder: Path, name: str) -> str:
@@ -200,8 +216,6 @@ def size(folder: Path) -> int:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Temporary files anywhere, and staged files, of the run."""
-    root = folder / RUN
-    return sorted(
-        str(path.relative_to(root)) for path in root.rglob("*") if path.suffix == ".tmp" and path.is_file()
-    )
+    """Temporary files of the run, but for those in the trash."""
+    names = [str(path.relative_to(folder / RUN)) for path in (folder / RUN).rglob("*.tmp") if path.is_file()]
+    return sorted(name for name in names if not name.startswith(".trash/"))

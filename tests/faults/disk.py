@@ -3,7 +3,6 @@
 The content of a file is durable once the file was synced, an entry of a folder once the folder was.
 """
 
-import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,10 +73,13 @@ class Disk:
         pending = list(_pending(self.top))
         return [[], *([pending] if len(pending) > 1 else []), *([change] for change in pending)]
 
-    def lay_out(self, target: Path, changes: Collection[Change]) -> None:
-        """Write what the disk may hold now: what is durable, and those `changes` that are not."""
-        shutil.rmtree(target, ignore_errors=True)
-        _lay_out(self.top, target, set(changes))
+    def contents(self, changes: Collection[Change]) -> dict[str, bytes | None]:
+        """What the disk may hold now, by path: what is durable, and those `changes` that are not.
+
+        None stands for a folder. Temporary files are left out: nobody reads them.
+        """
+        found = dict(_contents(self.top, "", set(changes)))
+        return {path: content for path, content in found.items() if not path.endswith(".tmp")}
 
     def _folder(self, parts: tuple[str, ...]) -> Folder:
         found = self.top
@@ -119,12 +121,12 @@ def _pending(folder: Folder) -> Iterator[Change]:
                 yield from _pending(inode)
 
 
-def _lay_out(folder: Folder, target: Path, changes: set[Change]) -> None:
-    target.mkdir(parents=True)
+def _contents(folder: Folder, where: str, changes: set[Change]) -> Iterator[tuple[str, bytes | None]]:
+    yield where, None
     for name in sorted({*folder.durable, *folder.entries}):
         changed = (id(folder), name) in changes
         inode = (folder.entries if changed else folder.durable).get(name)
         if isinstance(inode, Folder):
-            _lay_out(inode, target / name, changes)
+            yield from _contents(inode, f"{where}{name}/", changes)
         elif inode is not None:
-            (target / name).write_bytes(inode.durable or b"")
+            yield f"{where}{name}", inode.durable or b""
