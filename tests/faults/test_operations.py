@@ -44,12 +44,12 @@ def test_killed_at_any_operation_the_same_command_completes_it(
 def test_an_operation_that_fails_is_exit_7_and_the_same_command_completes_it(
     scenario: str, kind: str, start: Path, tmp_path: Path, new_tally: NewTally
 ) -> None:
-    """The errors take turns: each operation fails in one of the three ways."""
+    """The errors take turns: in the long test every third operation fails in one of the three ways."""
     command = crash.SCENARIOS[scenario].command
     count, expected = undisturbed(start, command, tmp_path / "undisturbed")
     tally = new_tally(f"{kind} at an operation", scenario, count)
     turn = ERRORS.index(kind)
-    for number in range(1 + turn, count + 1, 3 if LONG else 3 * EVERY):
+    for number in range(1 + 3 * turn, count + 1, 9 if LONG else 3 * EVERY):
         with tally.trial():
             folder = crash.copy(start, tmp_path / "failed")
             code, err = crash.in_child(folder, command, f"{kind}:{number}")

@@ -12,7 +12,7 @@ from tests.faults import crash
 from tests.faults.tally import LONG
 
 pytestmark = pytest.mark.slow
-TIMES = 50 if LONG else 4
+TIMES = 20 if LONG else 4
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # Two seconds a rollout, in a thread of its own: the second signal finds a shard in the making.
 SLOW = """\

@@ -167,7 +167,7 @@ class Machine(RuleBasedStateMachine):
 def test_whatever_happens_a_run_can_be_completed(
     write_project: Callable[[Path], Path], tmp_path: Path, new_tally: NewTally
 ) -> None:
-    examples, steps = (40, 20) if LONG else (4, 8)
+    examples, steps = (25, 20) if LONG else (4, 8)
     Machine.project = write_project(tmp_path / "project")
     Machine.tally = new_tally("commands, kills, damage, edits by chance", f"up to {steps} in a row")
     run_state_machine_as_test(
