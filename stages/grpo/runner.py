@@ -238,7 +238,7 @@ def finish_start_over(run: Run) -> None:
     path = run.path / _INTENT
     if not path.exists():
         return
-    first = int(read_json(path, "from")["from"])
+    first: int = read_json(path, **{"from": int})["from"]
     for iteration in sorted((n for n in run.iterations() if n > first), reverse=True):
         discard(run, run.staging_root(iteration))
         discard(run, run.folder("", iteration))

@@ -4,7 +4,17 @@ from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
 from grpo.artifacts.manifest import FileRecord, Manifest, Plan, digest, id_of, seal
 from grpo.artifacts.retention import prunable, prune, pruned_files
-from grpo.artifacts.run import ARTIFACTS, STAGE_OUTPUTS, Run, holder_of, open_run, read_json, require_run
+from grpo.artifacts.run import (
+    ARTIFACTS,
+    STAGE_OUTPUTS,
+    Run,
+    created_config,
+    holder_of,
+    iterations_in,
+    open_run,
+    read_json,
+    require_run,
+)
 from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import Staging, choose_attempt, discard, roll_forward, staged_attempts, versions
 
@@ -19,6 +29,7 @@ __all__ = [
     "checkpoint_files",
     "checkpoint_id",
     "choose_attempt",
+    "created_config",
     "digest",
     "discard",
     "files",
@@ -26,6 +37,7 @@ __all__ = [
     "id_of",
     "is_hub_id",
     "is_weight_file",
+    "iterations_in",
     "open_run",
     "prunable",
     "prune",

@@ -4,8 +4,8 @@ Readers take no lock and trust only manifests: file lists come from them, sizes 
 opened and its sha256 when a stage reads it.
 """
 
-import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
-from grpo.artifacts.manifest import FileRecord, Manifest, read_manifest, unseal
-from grpo.config import Config
+from grpo.artifacts.manifest import FileRecord, Manifest, parse_json, read_manifest, unseal
+from grpo.config import Config, validated
 from grpo.console import Console
 from grpo.errors import CorruptError, InputError, LockedError, UsageError
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ARTIFACTS = Path("artifacts")
-STAGE_OUTPUTS = ("rollouts", "rewards", "advantages", "update")
+STAGE_OUTPUTS = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
+"""Outputs of an iteration in order, and the stage that makes each."""
 PRUNED = "pruned.json"
 
 
@@ -60,8 +61,13 @@ class Run:
         return self.path / ".trash"
 
     def manifest(self, output: str, iteration: int | None) -> Manifest | None:
-        """The manifest of a committed output, or None."""
-        return read_manifest(self.folder(output, iteration))
+        """The manifest of a committed output, or None. Raises CorruptError (exit 6) for that of another."""
+        manifest = read_manifest(self.folder(output, iteration))
+        expected = (STAGE_OUTPUTS.get(output, output), iteration)
+        if manifest is not None and (manifest.stage, manifest.iteration) != expected:
+            place = "" if manifest.iteration is None else f" of iteration {manifest.iteration}"
+            raise CorruptError(f"{self.folder(output, iteration)}: holds what {manifest.stage}{place} made")
+        return manifest
 
     def require(self, output: str, iteration: int | None, command: str) -> Manifest:
         """The manifest of a committed output; InputError (exit 4) naming `command` when it is missing."""
@@ -72,8 +78,7 @@ class Run:
 
     def iterations(self) -> list[int]:
         """Iterations that hold anything, in order."""
-        numbers = [path.name.removeprefix("iteration=") for path in self.path.glob("iteration=*")]
-        return sorted(int(number) for number in numbers if number.isdigit())
+        return iterations_in(self.path)
 
     def id_of(self, reference: str) -> str | None:
         """Present id of `name@iteration` or `name`, or None when it is not there. Example: policy@3."""
@@ -85,7 +90,10 @@ class Run:
     def timings(self, output: str, iteration: int | None) -> dict[str, float]:
         """Seconds by part of a committed output; empty where none were written."""
         path = self.folder(output, iteration) / "timings.json"
-        return read_json(path, "seconds")["seconds"] if path.exists() else {}
+        seconds: dict[str, float] = read_json(path, seconds=dict)["seconds"] if path.exists() else {}
+        if wrong := [part for part, value in seconds.items() if not isinstance(value, int | float)]:
+            raise CorruptError(f"{path}: the seconds of {wrong[0]} are no number")
+        return seconds
 
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
         """Where a file of an output is."""
@@ -208,22 +216,25 @@ class Run:
             lock.release()
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """The JSON object in `path`, with at least `keys`. Raises CorruptError (exit 6) when it is none."""
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorruptError(f"{path}: is not JSON: {error}") from None
+def read_json(path: Path, **keys: type) -> dict[str, Any]:
+    """The JSON object in `path`, with at least `keys` of these types; else CorruptError (exit 6)."""
+    data = parse_json(path)
     if not isinstance(data, dict):
         raise CorruptError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    if missing := [key for key in keys if key not in data]:
-        raise CorruptError(f"{path}: has no {missing[0]}")
+    if missing := [key for key, kind in keys.items() if not isinstance(data.get(key), kind)]:
+        raise CorruptError(f"{path}: has no {missing[0]} of type {keys[missing[0]].__name__}")
     return data
 
 
 def iteration_folder(iteration: int) -> str:
     """`iteration=000003`: sorts as text, and reads as a Hive partition."""
     return f"iteration={iteration:06d}"
+
+
+def iterations_in(folder: Path) -> list[int]:
+    """Iterations that have a folder in `folder`, in order; other names are not ours."""
+    matches = (re.fullmatch("iteration=([0-9]{6,9})", path.name) for path in folder.glob("iteration=*"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def holder_of(name: str, iteration: int | None) -> tuple[str, int | None]:
@@ -243,6 +254,8 @@ def check_size(file: FileRecord, path: Path) -> None:
         found = path.stat().st_size
     except FileNotFoundError:
         raise CorruptError(f"{path}: missing, though its manifest lists it") from None
+    except OSError as error:
+        raise CorruptError(f"{path}: {error.strerror}, though its manifest lists it") from None
     if found != file.bytes:
         raise CorruptError(f"{path}: {found} bytes, but its manifest says {file.bytes}")
 
@@ -250,7 +263,19 @@ def check_size(file: FileRecord, path: Path) -> None:
 def open_run(name: str, root: Path = ARTIFACTS) -> dict[str, Any]:
     """What `run.json` of an existing run holds; errors as require_run's, CorruptError where it changed."""
     path = require_run(name, root)
-    return unseal(path, read_json(path, "config"))
+    return unseal(path, read_json(path))
+
+
+def created_config(name: str, root: Path = ARTIFACTS) -> Config:
+    """The configuration that an existing run was created with; errors as open_run's.
+
+    Raises InputError (exit 4) where it is not one of this version of grpo.
+    """
+    data = open_run(name, root).get("config")
+    try:
+        return validated(data, root / name / "run.json")
+    except UsageError as error:
+        raise InputError(f"{error}; another version of grpo made this run") from None
 
 
 def require_run(name: str, root: Path = ARTIFACTS) -> Path:
