@@ -90,7 +90,7 @@ def test_without_a_command_there_is_only_help(grpo: Grpo) -> None:
             "--iteration -1: expected a number such as 3, a range such as 0-19, or all",
         ),
         (["score", "--iteration", "3"], 2, "--iteration 3: run tiny has iterations 0 to 1"),
-        (["score", "--iteration", "1-0"], 2, "--iteration 1-0: run tiny has iterations 0 to 1"),
+        (["score", "--iteration", "1-0"], 2, "--iteration 1-0: ends before it begins; did you mean 0-1?"),
         (
             ["score", "--iteration", "2"],
             4,

@@ -119,7 +119,7 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("generate.temperature=true", "input should be a valid number, found true"),
         ("generate.temperature=.nan", "input should be a finite number, found NaN"),
         ("generate.temperature=.inf", "input should be a finite number, found Infinity"),
-        ("generate.temperature=0", "input should be greater than 0, found 0"),
+        ("generate.temperature=0", "input should be greater than or equal to 0.01, found 0"),
         ("generate.temperature=null", "input should be a valid number, found null"),
         ("generate.top_p=0", "input should be greater than 0, found 0"),
         ("generate.top_p=1.1", "input should be less than or equal to 1, found 1.1"),

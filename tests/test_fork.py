@@ -20,7 +20,7 @@ def test_a_fork_is_made_of_links_and_goes_on_in_its_own_way(finished: Path, grpo
     before = crash.contents(Path())
     code, out, err = grpo("fork", "tiny", "other", "--iteration", "1", "--set", crash.NEW_REWARD)
     assert (code, out) == (0, "")
-    command = shlex.join(["grpo", "run", "--set", "run=other", "--set", crash.NEW_REWARD])
+    command = shlex.join(["grpo", "run", "--set", crash.NEW_REWARD, "--set", "run=other"])
     shared = "1 iterations, and of iteration 1 generate"
     assert err == f"other begins as tiny: {shared}; go on with: {command}\n"
     for path in FORK.rglob("*.parquet"):

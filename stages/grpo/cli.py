@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grpo.errors import GrpoError, UsageError
+from grpo.errors import GrpoError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from grpo.artifacts import Run
@@ -35,6 +35,7 @@ StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all
 ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, also where nothing is missing.")]
 RunArgument = Annotated[str, typer.Argument(help="Name of a run; default: that of the configuration.")]
 CONFIG = Path("pipeline.yaml")
+_MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
 
 
 @app.command()
@@ -218,7 +219,7 @@ def fork(
     if as_json:
         _print_json({"run": new, "from": source, **result})
     else:
-        options = " ".join(["--set", f"run={new}", *(shlex.join(["--set", text]) for text in set_)])
+        options = shlex.join(part for text in [*set_, f"run={new}"] for part in ("--set", text))
         forked.console.say(f"{fork_module.describe(source, new, result)}; go on with: grpo run {options}")
 
 
@@ -257,8 +258,7 @@ def _reading(name: str, path: Path, overrides: list[str], damaged: bool = False)
 
     damaged: of the former, run.json need only be there.
     """
-    from grpo.artifacts import ARTIFACTS, Run, open_run, require_run
-    from grpo.config import Config
+    from grpo.artifacts import ARTIFACTS, Run, created_config, open_run, require_run
     from grpo.console import Console
 
     if not name or (path.exists() and _run(path, overrides, True).name == name):
@@ -267,8 +267,7 @@ def _reading(name: str, path: Path, overrides: list[str], damaged: bool = False)
         configured = _run(path, overrides, False)
         require_run(configured.name) if damaged else open_run(configured.name)
         return configured
-    created = Config.model_validate(open_run(name)["config"])
-    return Run(ARTIFACTS, created, path.absolute().parent, Console())
+    return Run(ARTIFACTS, created_config(name), path.absolute().parent, Console())
 
 
 def _print_json(document: Any) -> None:
@@ -293,11 +292,19 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # `grpo sql ... | head`: the reader has seen enough
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # No rights, a file in a folder's place, a path too long: the user's to mend, wherever it shows.
+        _fail(f"{error.filename}: {error.strerror}", ResourceError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:
     from grpo.console import printable
 
+    if len(message) > _MESSAGE_CHARACTERS:  # where it was and what would be right are at its ends
+        half = _MESSAGE_CHARACTERS // 2
+        message = f"{message[:half]} ... {message[-half:]}"
     if "--json" in sys.argv:
         print(json.dumps({"error": message, "exit": code}), file=sys.stderr)
     else:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import Run, files, prunable, prune, pruned_files, staged_attempts
+from grpo.artifacts import Run, files, iterations_in, prunable, prune, pruned_files, staged_attempts
 from grpo.console import stdout_console
 from grpo.errors import InputError, UsageError
 from grpo.runner import STAGES
@@ -47,7 +47,7 @@ def abandoned(run: Run) -> list[Path]:
     """Staged work that no command would go on with: of a plan that is no longer the configured one."""
     root = run.path / ".staging"
     wanted: set[Path] = set()
-    for iteration in {*run.iterations(), *_staged_iterations(root)}:
+    for iteration in {*run.iterations(), *iterations_in(root)}:
         for stage in STAGES:
             try:
                 plan = stage.plan(run, iteration)
@@ -55,8 +55,9 @@ def abandoned(run: Run) -> list[Path]:
                 continue  # what it reads is not there yet, so nothing of it is staged at this plan
             for attempt in staged_attempts(run, plan):
                 wanted.add(run.staging_root(iteration) / f"{plan.output}-{plan.fingerprint(attempt)[:16]}")
-    found = [path for path in _entries(root) if not path.name.startswith("iteration=")]
-    found += [path for folder in sorted(root.glob("iteration=*")) for path in _entries(folder)]
+    folders = {run.staging_root(iteration) for iteration in iterations_in(root)}
+    found = [path for path in _entries(root) if path not in folders]
+    found += [path for folder in sorted(folders) for path in _entries(folder)]
     return [path for path in found if path not in wanted]
 
 
@@ -75,10 +76,6 @@ def print_garbage(found: list[Garbage], run: Run, dry_run: bool) -> None:
     total = sum(each.bytes for each in found) / 2**20
     verb = "would be removed" if dry_run else "removed"
     out.print(f"{total:10,.1f} MiB  {verb} from run {run.name}", highlight=False)
-
-
-def _staged_iterations(root: Path) -> list[int]:
-    return [int(path.name.removeprefix("iteration=")) for path in root.glob("iteration=*")]
 
 
 def _entries(folder: Path) -> list[Path]:

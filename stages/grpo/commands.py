@@ -114,12 +114,14 @@ def _iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:
     have = opened.iterations()
     if wanted == "all":
         return have
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", wanted)
+    match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", wanted)
     if wanted and not match:
         raise UsageError(f"--iteration {wanted}: expected a number such as 3, a range such as 0-19, or all")
     if match:
         first, last = int(match[1]), int(match[2] or match[1])
-        if last > (have[-1] + 1 if have else 0) or first > last:
+        if first > last:
+            raise UsageError(f"--iteration {wanted}: ends before it begins; did you mean {last}-{first}?")
+        if last > (have[-1] + 1 if have else 0):
             raise UsageError(f"--iteration {wanted}: run {opened.name} has {_range(opened)}")
         return list(range(first, last + 1))
     present = runner.states(opened)

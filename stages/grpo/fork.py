@@ -3,11 +3,9 @@
 Committed files are never written again, only replaced, so that two runs can share them.
 """
 
-from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import STAGE_OUTPUTS, Run, files, open_run
-from grpo.config import Config
+from grpo.artifacts import STAGE_OUTPUTS, Run, created_config, files
 from grpo.errors import InputError, UsageError
 from grpo.runner import STAGES, differences_of
 from grpo.start import run_json
@@ -36,10 +34,10 @@ def fork(source: Run, new: Run, iteration: int | None) -> dict[str, Any]:
     files.remove_folder(staged.path)  # of a fork that was killed
     try:
         for output in ("prompts", "policy"):
-            _link(source.folder(output, None), staged.folder(output, None))
+            _link(source, staged, output, None)
         for number in range(first):
             for output in STAGE_OUTPUTS:
-                _link(source.folder(output, number), staged.folder(output, number))
+                _link(source, staged, output, number)
         taken = _take_over(source, staged, first)
     except FileNotFoundError as error:
         raise InputError(
@@ -54,7 +52,7 @@ def fork(source: Run, new: Run, iteration: int | None) -> dict[str, Any]:
 
 def _check_fixed(source: Run, new: Run) -> None:
     """Raise UsageError for what every iteration of `source` stands on and `new` would have otherwise."""
-    created = Config.model_validate(open_run(source.name, source.root)["config"])
+    created = created_config(source.name, source.root)
     for key, before, after in (
         ("model", created.model, new.config.model),
         ("prompts", created.prompts, new.config.prompts),
@@ -78,15 +76,15 @@ def _take_over(source: Run, staged: Run, iteration: int) -> list[str]:
         manifest = source.manifest(stage.output, iteration)
         if manifest is None or source.partial(manifest) or differences_of(staged, stage, manifest):
             break
-        _link(source.folder(stage.output, iteration), staged.folder(stage.output, iteration))
+        _link(source, staged, stage.output, iteration)
         taken.append(stage.name)
     return taken
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(run: Run, staged: Run, output: str, iteration: int | None) -> None:
     """Link a committed output; its manifest last, as a commit would have it."""
-    if not (source / "manifest.json").exists():
-        raise InputError(f"{source}: missing")
+    run.require(output, iteration, "grpo run")
+    source, target = run.folder(output, iteration), staged.folder(output, iteration)
     paths = [path for path in sorted(source.rglob("*")) if path.is_file() and path.suffix != ".tmp"]
     for path in sorted(paths, key=lambda path: path.name == "manifest.json"):
         place = target / path.relative_to(source)

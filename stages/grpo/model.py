@@ -217,6 +217,7 @@ def empty_cache(device: str) -> None:
 def load_config(checkpoint: Path) -> PreTrainedConfig:
     """The configuration of `checkpoint`, without its weights. Raises InputError."""
     _require_file(checkpoint, ("config.json",), "a model")
+    _read_json(checkpoint / "config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
     except (OSError, ValueError) as error:

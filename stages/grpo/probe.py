@@ -55,7 +55,7 @@ class Probe:
 
 def read_probe(path: Path) -> Probe:
     """The probe in `path`. Raises CorruptError (exit 6) when it is none."""
-    data = read_json(path, "sequences", "logprobs")
+    data = read_json(path, sequences=list, logprobs=list)
     return Probe(data["sequences"], data["logprobs"])
 
 

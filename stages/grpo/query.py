@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ _WIDE_ROWS_SHOWN = 20
 
 def answer(runs: list[Run], query: str, out: Path | None, timeout_s: float, as_json: bool) -> None:
     """`grpo sql`: one query, or a prompt that takes one after the other."""
+    if not 0 < timeout_s <= threading.TIMEOUT_MAX:  # NaN is not
+        raise UsageError(f"--timeout-s {timeout_s:g}: expected seconds, more than 0 and finite")
     if query:
         _deliver(sql.read(runs, query, timeout_s=timeout_s), out, as_json)
         return

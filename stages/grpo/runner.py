@@ -242,7 +242,7 @@ def finish_start_over(run: Run) -> None:
     path = run.path / _INTENT
     if not path.exists():
         return
-    first = int(read_json(path, "from")["from"])
+    first: int = read_json(path, **{"from": int})["from"]
     later, redone = done_again(run, first)
     for iteration in reversed(later):
         discard(run, run.staging_root(iteration))

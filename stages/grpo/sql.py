@@ -8,7 +8,7 @@ files, so the connection itself cannot.
 import json
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from grpo import tables
 from grpo.artifacts import STAGE_OUTPUTS, Manifest, Run
 from grpo.artifacts.run import check_size
-from grpo.errors import GrpoError, ResourceError, UsageError
+from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
 
 VIEWS = (*tables.TABLES, "samples", "timings", "manifests")
 MEMORY_GIB = 1.0
@@ -46,7 +46,7 @@ _MANIFESTS = pa.schema(
 
 @contextmanager
 def connect(
-    runs: list[Run], iteration: int | None = None, outputs: tuple[str, ...] = STAGE_OUTPUTS
+    runs: list[Run], iteration: int | None = None, outputs: Collection[str] = tuple(STAGE_OUTPUTS)
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A closed-off connection whose views are the tables of `runs`, or of one `iteration` of them.
 
@@ -151,7 +151,7 @@ def _explained(error: duckdb.Error, timeout_s: float | None) -> GrpoError:
     return UsageError(f"query: {message}")
 
 
-def _outputs(run: Run, iteration: int | None, outputs: tuple[str, ...]) -> list[tuple[str, Manifest]]:
+def _outputs(run: Run, iteration: int | None, outputs: Collection[str]) -> list[tuple[str, Manifest]]:
     """Every committed output of a run with its manifest, earliest first."""
     found: list[tuple[str, Manifest]] = []
     places: list[tuple[str, int | None]] = [("prompts", None), ("policy", None)]
@@ -174,7 +174,10 @@ def _dataset(run: Run, table: str, outputs: list[tuple[str, Manifest]]) -> Any:
             if file.table == table:
                 path = run.path_of(file, output, manifest.iteration)
                 check_size(file, path)
-                found = pq.read_schema(path)
+                try:
+                    found = pq.read_schema(path)
+                except (pa.ArrowInvalid, OSError) as error:
+                    raise CorruptError(f"{path}: cannot be read as Parquet: {error}") from None
                 tables.check_schema(table, found, path)
                 paths.append(str(path))
     if not paths:

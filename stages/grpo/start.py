@@ -1,10 +1,9 @@
 """start: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
 
 from pathlib import Path
-from typing import Any
 
 from grpo import probe
-from grpo.artifacts import Manifest, Plan, Run, Staging, files, open_run, seal, versions
+from grpo.artifacts import Manifest, Plan, Run, Staging, created_config, files, seal, versions
 from grpo.config import Config, overridden_keys
 from grpo.errors import CorruptError, InputError, UsageError
 from grpo.generate import prompts
@@ -59,9 +58,9 @@ def starter_folder(run: Run) -> Path:
 
 
 def _check_seed(run: Run) -> None:
-    created: dict[str, Any] = open_run(run.name, run.root)["config"]
-    if created["seed"] != run.config.seed:
-        raise InputError(_fixed(run, "seed", created["seed"], run.config.seed))
+    created = created_config(run.name, run.root)
+    if created.seed != run.config.seed:
+        raise InputError(_fixed(run, "seed", created.seed, run.config.seed))
 
 
 def _check_models(run: Run, manifest: Manifest, names: dict[str, str], ids: dict[str, str]) -> None:
@@ -119,8 +118,8 @@ def _prompts(run: Run, created: bool) -> None:
         raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
     from grpo.model import context_length, load_config, load_tokenizer
 
-    tokenizer = load_tokenizer(run.start["policy"])
     context = context_length(load_config(run.start["policy"]))
+    tokenizer = load_tokenizer(run.start["policy"])
     room = None if context is None else context - run.config.generate.max_new_tokens
     if room is not None and room < 1:
         raise UsageError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import sql, tables
-from grpo.artifacts import MADE_BY, STAGE_OUTPUTS, FileRecord, Manifest, Run, discard, open_run, pruned_files
+from grpo.artifacts import STAGE_OUTPUTS, FileRecord, Manifest, Run, discard, open_run, pruned_files
 from grpo.console import stdout_console
 from grpo.errors import CorruptError, GrpoError
 from grpo.runner import states
@@ -32,7 +32,7 @@ class Damage:
         """The command that makes it again once it is out of the way."""
         if self.iteration is None:
             return "grpo run"
-        return f"grpo {MADE_BY[self.output]} --iteration {self.iteration}"
+        return f"grpo {STAGE_OUTPUTS[self.output]} --iteration {self.iteration}"
 
 
 @dataclass

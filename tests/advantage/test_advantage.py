@@ -18,7 +18,7 @@ from tests import restatement
 
 from grpo import sql, tables
 from grpo.advantage import stage
-from grpo.artifacts import MADE_BY, Plan, Run, Staging, id_of
+from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import DataError, GrpoError, UsageError
@@ -57,7 +57,7 @@ def make_run(root: Path, **advantage: Any) -> Run:
 
 
 def commit(run: Run, output: str, iteration: int | None, parts: list[pa.Table], **manifest: Any) -> None:
-    staging = Staging(run, Plan(MADE_BY.get(output, output), 1, output, iteration, {}, {}), 0)
+    staging = Staging(run, Plan(STAGE_OUTPUTS.get(output, output), 1, output, iteration, {}, {}), 0)
     records = [
         staging.write_table(output, staging.file_name("part", i), part) for i, part in enumerate(parts)
     ]
@@ -414,7 +414,7 @@ def test_where_leaves_other_reasons_as_they_are(tmp_path: Path) -> None:
 
 
 def test_where_that_is_no_sql(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r'^query: .*"rewrad" not found') as caught:
+    with pytest.raises(UsageError, match=r'^advantage.where: query: .*"rewrad" not found') as caught:
         advantages(tmp_path, [rows_of(1, 0)], where="rewrad > 0")
     assert caught.value.exit_code == 2
 
@@ -499,7 +499,7 @@ def test_own_sql_and_where(tmp_path: Path) -> None:
             r"^my\.sql: returns no column advantage; it must return iteration, group_id, sample_id, advan",
         ),
         ("select group_id, value as advantage from rewards", UsageError, "returns no column iteration"),
-        ("select * from nothing", UsageError, "^query: .*nothing does not exist"),
+        ("select * from nothing", UsageError, "^advantage.sql: query: .*nothing does not exist"),
     ],
 )
 def test_own_sql_errors(tmp_path: Path, query: str, error: type[GrpoError], message: str) -> None:

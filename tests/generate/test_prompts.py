@@ -269,12 +269,12 @@ def _made(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [(1, "one"), ("one", 1), ([1], "one"), ({"n": 1}, [1]), (2**63, 1), (True, "x")]
+    ("first", "second"), [(1, "one"), ("one", 1), ([1], "one"), ({"n": 1}, [1]), (True, "x")]
 )
 def test_a_column_of_several_types_is_refused(tmp_path: Path, first: Any, second: Any) -> None:
     rows = [{"prompt": "a", "x": first}, {"prompt": "b", "x": second}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
-    assert message.startswith("prompts.source: a column holds values of several types: ")
+    assert message.startswith("prompts.source: column x holds values of several types: ")
 
 
 def test_a_column_that_parquet_cannot_hold_is_refused(tmp_path: Path) -> None:

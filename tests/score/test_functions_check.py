@@ -69,7 +69,7 @@ def test_check_names_what_is_wrong(
     ("source", "problem"),
     [
         ("import no_such_library", "importing broken failed: ModuleNotFoundError: No module named 'no_such_"),
-        ("def broken(:", "importing broken failed: File "),
+        ("def broken(:", "importing broken failed: SyntaxError: invalid syntax (broken.py, line 1)"),
         ("1 / 0", "importing broken failed: ZeroDivisionError: division by zero (broken.py, line 1)"),
         ("import os; os.kill(os.getpid(), 11)", "the import of its module ended the process (SIGSEGV)"),
     ],

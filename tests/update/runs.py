@@ -8,7 +8,7 @@ import pyarrow as pa
 from tests.update.examples import MAX_NEW_TOKENS
 
 from grpo import probe, tables
-from grpo.artifacts import MADE_BY, Plan, Run, Staging, id_of
+from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.model import load_model
@@ -20,7 +20,7 @@ from grpo.update.learner import Learner
 def commit_table(
     run: Run, table: str, iteration: int, data: pa.Table, config: dict[str, Any] | None = None
 ) -> None:
-    staging = Staging(run, Plan(MADE_BY[table], 1, table, iteration, config or {}, {}), 0)
+    staging = Staging(run, Plan(STAGE_OUTPUTS.get(table, table), 1, table, iteration, config or {}, {}), 0)
     record = staging.write_table(table, staging.file_name("part", 0), data)
     staging.commit({table: id_of([record])}, [record], {})
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from grpo import sql, tables
 from grpo.artifacts import Manifest, Plan, Run, Staging, id_of
 from grpo.artifacts.files import sha256_of
-from grpo.errors import DataError, InputError, UsageError
+from grpo.errors import DataError, InputError, ResourceError, UsageError
 
 NAME = "advantage"
 OUTPUT = "advantages"
@@ -145,12 +145,20 @@ def _selected(run: Run, connection: Any, data: pa.Table) -> pa.Table:
     config = run.config.advantage
     sql.register(connection, "_advantages_0", data)
     if config.sql is not None:
-        data = _replace(data, sql.query(connection, _user_query(run).read_text()), config.sql)
+        data = _replace(data, _user_rows(connection, "sql", _user_text(run)), config.sql)
     if config.where is not None:
         sql.register(connection, "_advantages_0", data)
         condition = f"select {_KEY} from samples where ({config.where})"
-        data = _drop(data, sql.query(connection, condition))
+        data = _drop(data, _user_rows(connection, "where", condition))
     return data
+
+
+def _user_rows(connection: Any, key: str, query: str) -> pa.Table:
+    """Rows of the user's query. Raises what sql.query does, naming the key that it is from."""
+    try:
+        return sql.query(connection, query)
+    except (UsageError, ResourceError) as error:
+        raise type(error)(f"advantage.{key}: {error}") from None
 
 
 def _reward_weights(run: Run, iteration: int) -> dict[str, float]:
@@ -207,6 +215,14 @@ def _unkept(data: pa.Table, dropped: pa.ChunkedArray) -> pa.Table:
     for name, column in columns.items():
         data = data.set_column(data.schema.get_field_index(name), name, column)
     return data
+
+
+def _user_text(run: Run) -> str:
+    path = _user_query(run)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"advantage.sql: {path}: not UTF-8; save the file as UTF-8") from None
 
 
 def _user_query(run: Run) -> Path:

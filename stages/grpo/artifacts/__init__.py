@@ -6,10 +6,11 @@ from grpo.artifacts.manifest import FileRecord, Manifest, Plan, digest, id_of, s
 from grpo.artifacts.retention import prunable, prune, pruned_files
 from grpo.artifacts.run import (
     ARTIFACTS,
-    MADE_BY,
     STAGE_OUTPUTS,
     Run,
+    created_config,
     holder_of,
+    iterations_in,
     open_run,
     read_json,
     require_run,
@@ -19,7 +20,6 @@ from grpo.artifacts.staging import Staging, choose_attempt, discard, roll_forwar
 
 __all__ = [
     "ARTIFACTS",
-    "MADE_BY",
     "STAGE_OUTPUTS",
     "FileRecord",
     "Manifest",
@@ -29,6 +29,7 @@ __all__ = [
     "checkpoint_files",
     "checkpoint_id",
     "choose_attempt",
+    "created_config",
     "digest",
     "discard",
     "files",
@@ -36,6 +37,7 @@ __all__ = [
     "id_of",
     "is_hub_id",
     "is_weight_file",
+    "iterations_in",
     "open_run",
     "prunable",
     "prune",

@@ -83,12 +83,12 @@ def link_file(source: Path, target: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Make `path` and what is missing above it, each entry on disk."""
-    with resource_errors(path):
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-        for folder in reversed(missing):
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    for folder in reversed(missing):
+        with resource_errors(folder):
             operation("mkdir", folder)
             folder.mkdir(exist_ok=True)
-            sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
 def sync_folder(path: Path) -> None:
@@ -132,9 +132,9 @@ def remove_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content, read in chunks."""
+    """The sha256 of a file's content, read in chunks. Raises ResourceError where it cannot be read."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with resource_errors(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

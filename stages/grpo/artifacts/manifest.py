@@ -122,9 +122,25 @@ def seal(data: dict[str, Any]) -> bytes:
 def unseal(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     """What seal() was given, from the parsed file at `path`. Raises CorruptError (exit 6) when it changed."""
     held = {key: value for key, value in data.items() if key != "sha256"}
-    if data.get("sha256") != digest(held):
+    try:
+        same = data.get("sha256") == digest(held)
+    except ValueError:  # NaN or infinity, which seal() does not write
+        same = False
+    if not same:
         raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
     return held
+
+
+def parse_json(path: Path) -> Any:
+    """The content of a JSON file. Raises CorruptError (exit 6) when it is none, FileNotFoundError."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path}: is not JSON: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:  # a folder in its place, say
+        raise CorruptError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -134,11 +150,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
-        raise CorruptError(f"{path}: is not JSON: {error}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise InputError(

@@ -45,5 +45,5 @@ def pruned_files(run: Run, iteration: int) -> list[FileRecord]:
     manifest = run.manifest("update", iteration)
     held = manifest.files if manifest else []
     note = run.folder("update", iteration) / PRUNED
-    parts = read_json(note, "parts")["parts"] if note.exists() else _PARTS
+    parts = read_json(note, parts=list)["parts"] if note.exists() else _PARTS
     return [file for file in held if file.part in parts and file.name != _KEPT]

@@ -4,8 +4,8 @@ Readers take no lock and trust only manifests: file lists come from them, sizes 
 opened and its sha256 when a stage reads it.
 """
 
-import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
-from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, read_manifest, unseal
-from grpo.config import Config
+from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, parse_json, read_manifest, unseal
+from grpo.config import Config, validated
 from grpo.console import Console
 from grpo.errors import CorruptError, InputError, LockedError, UsageError
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ARTIFACTS = Path("artifacts")
-MADE_BY = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
-STAGE_OUTPUTS = tuple(MADE_BY)
+STAGE_OUTPUTS = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
+"""Outputs of an iteration in order, and the stage that makes each."""
 PRUNED = "pruned.json"
 _LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
 
@@ -63,7 +63,7 @@ class Run:
         return self.path / ".trash"
 
     def manifest(self, output: str, iteration: int | None) -> Manifest | None:
-        """The manifest of a committed output, or None.
+        """The manifest of a committed output, or None. Raises CorruptError (exit 6) for that of another.
 
         A writer that replaces the output moves the old one away and the new one in: a reader waits for that.
         """
@@ -76,7 +76,7 @@ class Run:
             time.sleep(_PAUSE_S)
         # It may have come between the two looks; and what a crash left staged, the next writer moves in.
         found = found or read_manifest(folder)
-        if found and (found.stage, found.iteration) != (MADE_BY.get(output, found.stage), iteration):
+        if found and (found.stage, found.iteration) != (STAGE_OUTPUTS.get(output, output), iteration):
             where = "" if found.iteration is None else f" of iteration {found.iteration}"
             raise CorruptError(f"{folder / MANIFEST}: is that of another output, by {found.stage}{where}")
         return found
@@ -90,8 +90,7 @@ class Run:
 
     def iterations(self) -> list[int]:
         """Iterations that hold anything, in order."""
-        numbers = [path.name.removeprefix("iteration=") for path in self.path.glob("iteration=*")]
-        return sorted(int(number) for number in numbers if number.isdigit())
+        return iterations_in(self.path)
 
     def id_of(self, reference: str) -> str | None:
         """Present id of `name@iteration` or `name`, or None when it is not there. Example: policy@3."""
@@ -102,11 +101,13 @@ class Run:
 
     def timings(self, output: str, iteration: int | None) -> dict[str, float]:
         """Seconds by part of a committed output; empty where none were written."""
+        path = self.folder(output, iteration) / "timings.json"
         try:
-            found = read_json(self.folder(output, iteration) / "timings.json", "seconds")
+            seconds: dict[str, float] = read_json(path, seconds=dict)["seconds"]
         except FileNotFoundError:
             return {}
-        seconds: dict[str, float] = found["seconds"]
+        if wrong := [part for part, value in seconds.items() if not isinstance(value, int | float)]:
+            raise CorruptError(f"{path}: the seconds of {wrong[0]} are no number")
         return seconds
 
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
@@ -230,22 +231,25 @@ class Run:
             lock.release()
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """The JSON object in `path`, with at least `keys`. Raises CorruptError (exit 6) when it is none."""
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorruptError(f"{path}: is not JSON: {error}") from None
+def read_json(path: Path, **keys: type) -> dict[str, Any]:
+    """The JSON object in `path`, with at least `keys` of these types; else CorruptError (exit 6)."""
+    data = parse_json(path)
     if not isinstance(data, dict):
         raise CorruptError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    if missing := [key for key in keys if key not in data]:
-        raise CorruptError(f"{path}: has no {missing[0]}")
+    if missing := [key for key, kind in keys.items() if not isinstance(data.get(key), kind)]:
+        raise CorruptError(f"{path}: has no {missing[0]} of type {keys[missing[0]].__name__}")
     return data
 
 
 def iteration_folder(iteration: int) -> str:
     """`iteration=000003`: sorts as text, and reads as a Hive partition."""
     return f"iteration={iteration:06d}"
+
+
+def iterations_in(folder: Path) -> list[int]:
+    """Iterations that have a folder in `folder`, in order; other names are not ours."""
+    matches = (re.fullmatch("iteration=([0-9]{6,9})", path.name) for path in folder.glob("iteration=*"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def holder_of(name: str, iteration: int | None) -> tuple[str, int | None]:
@@ -265,6 +269,8 @@ def check_size(file: FileRecord, path: Path) -> None:
         found = path.stat().st_size
     except FileNotFoundError:
         raise CorruptError(f"{path}: missing, though its manifest lists it") from None
+    except OSError as error:
+        raise CorruptError(f"{path}: {error.strerror}, though its manifest lists it") from None
     if found != file.bytes:
         raise CorruptError(f"{path}: {found} bytes, but its manifest says {file.bytes}")
 
@@ -272,7 +278,19 @@ def check_size(file: FileRecord, path: Path) -> None:
 def open_run(name: str, root: Path = ARTIFACTS) -> dict[str, Any]:
     """What `run.json` of an existing run holds; errors as require_run's, CorruptError where it changed."""
     path = require_run(name, root)
-    return unseal(path, read_json(path, "config"))
+    return unseal(path, read_json(path))
+
+
+def created_config(name: str, root: Path = ARTIFACTS) -> Config:
+    """The configuration that an existing run was created with; errors as open_run's.
+
+    Raises InputError (exit 4) where it is not one of this version of grpo.
+    """
+    data = open_run(name, root).get("config")
+    try:
+        return validated(data, root / name / "run.json")
+    except UsageError as error:
+        raise InputError(f"{error}; another version of grpo made this run") from None
 
 
 def require_run(name: str, root: Path = ARTIFACTS) -> Path:

@@ -182,8 +182,8 @@ def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
     """Attempts at an output that were begun and not committed: attempt -> fingerprint."""
     notes = {}
     for path in run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}"):
-        note = read_json(path, "attempt", "fingerprint")
-        notes[int(note["attempt"])] = str(note["fingerprint"])
+        note = read_json(path, attempt=int, fingerprint=str)
+        notes[note["attempt"]] = note["fingerprint"]
     return notes
 
 

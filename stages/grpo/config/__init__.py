@@ -1,6 +1,6 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
-from grpo.config.loading import differing_keys, flatten, load, overridden_keys
+from grpo.config.loading import differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.model import (
     AdvantageConfig,
     ColumnsConfig,
@@ -26,4 +26,5 @@ __all__ = [
     "flatten",
     "load",
     "overridden_keys",
+    "validated",
 ]

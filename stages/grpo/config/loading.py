@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from grpo.config.model import Config
 from grpo.config.update import OBJECTIVES
 from grpo.errors import UsageError
+
+_LINE_BREAK = re.compile("[\n\x85\u2028\u2029]")  # those of YAML; reading made one of \r and \r\n
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
@@ -20,6 +23,11 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     data = _read(path)
     for override in overrides or []:
         data = _override(data, override)
+    return validated(data, path, overrides)
+
+
+def validated(data: Any, path: Path, overrides: list[str] | None = None) -> Config:
+    """The configuration that `data` is, the content of `path` with `overrides`; errors as load()'s."""
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -67,6 +75,7 @@ def overridden_keys(config: Config) -> list[str]:
 
 def _read(path: Path) -> Any:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml.error import MarkedYAMLError
     from yaml.reader import ReaderError
 
@@ -80,7 +89,8 @@ def _read(path: Path) -> Any:
         raise UsageError(f"{path}:{line}:{column}: not UTF-8; save the file as UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    for number, line_text in enumerate(text.splitlines(), start=1):
+    lines = _LINE_BREAK.split(text)
+    for number, line_text in enumerate(lines, start=1):
         if "${" in line_text:
             place = f"{path}:{number}:{line_text.index('${') + 1}"
             raise UsageError(f"{place}: ${{...}} is not supported; write the value itself")
@@ -89,19 +99,31 @@ def _read(path: Path) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        at_tab = mark and text.split("\n")[mark.line][mark.column : mark.column + 1] == "\t"
+        at_tab = mark and lines[mark.line][mark.column : mark.column + 1] == "\t"
         hint = "; use spaces, not tabs" if at_tab else ""
-        raise UsageError(f"{path}{place}: {error.problem}{hint}") from None
+        raise UsageError(f"{path}{place}: {_first_sentence(str(error.problem))}{hint}") from None
     except ReaderError as error:
         before = text[: error.position]
         place = f"{path}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
         raise UsageError(f"{place}: control character U+{error.character:04X} in the text") from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deeply") from None
+    except AssertionError:  # OmegaConf's own, of a text that is a number
+        raise UsageError(f"{path}: expected sections with keys, found a single value") from None
+    except (OmegaConfBaseException, ValueError) as error:  # of a tag or a key that is no text or number
+        raise UsageError(f"{path}: {_first_sentence(str(error))}") from None
+
+
+def _first_sentence(text: str) -> str:
+    """Of a library's message; the advice behind it is for programmers."""
+    return re.split("[.;] ", text.splitlines()[0])[0].rstrip(".")
 
 
 def _override(data: Any, override: str) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
+    from yaml.error import MarkedYAMLError
 
     key, equals, text = override.partition("=")
     if not equals or not key.strip() or not text.strip():
@@ -113,8 +135,11 @@ def _override(data: Any, override: str) -> Any:
         config = OmegaConf.create(data)
         OmegaConf.update(config, key.strip(), value, merge=False)
         return OmegaConf.to_container(config, resolve=False)
+    except RecursionError:
+        raise UsageError(f"--set {override}: nested too deeply") from None
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-        raise UsageError(f"--set {override}: {str(error).splitlines()[0]}") from None
+        text = str(error.problem if isinstance(error, MarkedYAMLError) else error)
+        raise UsageError(f"--set {override}: {_first_sentence(text)}") from None
 
 
 def _explain(error: ValidationError, path: Path, overrides: list[str]) -> str:

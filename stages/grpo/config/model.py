@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from grpo.config.section import Count, NonNegative, Positive, Section, plain
+from grpo.config.section import Count, NonNegative, Section, plain
 from grpo.config.update import OBJECTIVES, UpdateConfig
 
 
@@ -46,14 +46,15 @@ class GenerateConfig(Section):
     engine_options: dict[str, Any] = Field({})
     """vLLM's own engine arguments, such as gpu_memory_utilization, tensor_parallel_size, max_num_seqs, dtype
     or quantization. dtype: float32 on a CPU and bfloat16 on a GPU unless given."""
-    prompts_per_iteration: Count = 32
-    """Groups per iteration, >= 1."""
+    prompts_per_iteration: Annotated[int, Field(ge=1, le=2**20)] = 32
+    """Groups per iteration, 1 to 2**20."""
     samples_per_prompt: Annotated[int, Field(ge=2, le=2**20)] = 4
     """K, responses per group, >= 2: a group of one has no relative advantage."""
     max_new_tokens: Count = 128
     """Tokens sampled at most per response, the end-of-sequence token included."""
-    temperature: Positive = 1.0
-    """Sampling temperature, > 0. Log-probs are those of the tempered distribution."""
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """Sampling temperature, >= 0.01, the least that vLLM takes as it is. Log-probs are those of the tempered
+    distribution."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the likeliest tokens that together have this probability; 1: from all. vllm only."""
     top_k: Count | None = None
@@ -105,8 +106,8 @@ class RewardConfig(Section):
     """Weight in the sum. 0: computed and stored, changes nothing: the way to compare rewards."""
     arguments: dict[str, Any] = Field({})
     """Keyword arguments handed to the function."""
-    timeout_s: Positive = 60.0
-    """Seconds a call for one group may take before its rollouts are tried one by one."""
+    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0
+    """Seconds a call for one group may take before its rollouts are tried one by one, at most 1e6."""
 
     @field_validator("arguments")
     @classmethod
@@ -140,8 +141,8 @@ class ScoreConfig(Section):
     """What scores a rollout; the reward of a rollout is the weighted sum."""
     on_error: Literal["stop", "drop"] = "stop"
     """Rewards that failed: stop (exit 8; the next run scores only those), or leave the rollouts unscored."""
-    workers: Count = 2
-    """Processes that run reward functions."""
+    workers: Annotated[int, Field(ge=1, le=1024)] = 2
+    """Processes that run reward functions, 1 to 1024."""
     max_tokens_per_batch: Count = 16384
     """Tokens a reward model reads at once; bounds its memory."""
 

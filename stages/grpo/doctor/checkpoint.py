@@ -90,7 +90,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise InputError(f"{folder}: has no {' or '.join(WEIGHT_FILES)}; weights cannot be loaded without")
-    return [folder / name for name in sorted(set(read_json(index, "weight_map")["weight_map"].values()))]
+    return [folder / name for name in sorted(set(read_json(index, weight_map=dict)["weight_map"].values()))]
 
 
 def _local(run: Run, name: str) -> Path | None:

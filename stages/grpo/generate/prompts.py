@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 OUTPUT = "prompts"
 STAGE_VERSION = 2  # 2: the summary holds the longest prompt
 _ROWS_PER_SHARD = 100_000
+_MAX_DEPTH = 32  # of a column; a Parquet schema of more than 100 levels, two for each list, cannot be read
 # Keys of the tables, and what every reward function is passed: a column of the same name would be hidden.
 _RESERVED = (
     "prompt_id",
@@ -207,13 +208,33 @@ def _answer(place: str, name: str, answer: Any) -> str | None:
     raise DataError(f"{place}: {name} must be text or a number, found {found}")
 
 
+def _column(rows: list[Row], name: str) -> pa.Array:
+    """A column of the user's own in the type that its values have."""
+    try:
+        return pa.array([row.get(name) for row in rows])
+    except OverflowError:
+        message = "integers of more than 64 bits; make them text"
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        message = f"values of several types: {error}"
+    raise DataError(f"prompts.source: column {name} holds {message}")
+
+
+def _depth(data_type: pa.DataType) -> int:
+    fields = [data_type.field(index) for index in range(data_type.num_fields)]
+    return 1 + max((_depth(field.type) for field in fields), default=-1)
+
+
 def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
     """Rows as Arrow, the pipeline's columns first; later shards take the schema of the first."""
     fixed = tables.schema("prompts")
     try:
         names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
-        own = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+        own = pa.table({name: _column(rows, name) for name in names})
         found = pa.schema([*fixed, *(own.schema if names else ())])
+        if deep := [field.name for field in found if _depth(field.type) > _MAX_DEPTH]:
+            raise DataError(
+                f"prompts.source: column {deep[0]} holds lists or objects nested more than {_MAX_DEPTH} deep"
+            )
         # from_pylist leaves out what the schema does not have, and makes 1 of 1.5 where it says integer.
         for field in pa.unify_schemas([schema or found, found], promote_options="permissive"):
             if field not in list(schema or found):
@@ -222,5 +243,5 @@ def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
                     f" {_ROWS_PER_SHARD:,} rows; give every row the same columns, of the same types"
                 )
         return pa.Table.from_pylist(rows, schema=schema or found)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"prompts.source: a column holds values of several types: {error}") from None

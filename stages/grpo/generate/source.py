@@ -13,6 +13,7 @@ from grpo.errors import DataError
 from grpo.generate.arithmetic import training_rows
 
 BUILT_IN = "arithmetic"
+_CSV_FIELD_CHARACTERS = 2**31 - 1
 Row = dict[str, Any]
 
 
@@ -51,16 +52,20 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.rstrip())  # a line's end would move the place of an error into the next
-            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+            # A line's end would move the place of an error into the next.
+            row = json.loads(line.rstrip(), object_pairs_hook=_without_duplicates)
         except json.JSONDecodeError as error:
             raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise DataError(f"{place}: nested too deeply") from None
+        except ValueError as error:  # a duplicate key, or a number of too many digits with advice behind it
+            raise DataError(f"{place}: {str(error).partition(';')[0]}") from None
+        try:
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError:
             raise DataError(f"{place}: holds a lone surrogate (\\ud800-\\udfff), which is no text") from None
         except ValueError:
             raise DataError(f"{place}: holds NaN or Infinity, which is no JSON") from None
-        except RecursionError:
-            raise DataError(f"{place}: nested too deeply") from None
         if not isinstance(row, dict):
             raise DataError(
                 f'{place}: expected an object such as {{"prompt": ...}}, found {type(row).__name__}'
@@ -68,7 +73,19 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         yield place, row
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice} stands twice")
+    return found
+
+
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(
+        _CSV_FIELD_CHARACTERS
+    )  # of the whole process, 128 KiB at first: a document is longer
     # strict: a quote that is never closed would swallow the rows behind it.
     reader = csv.DictReader((line for _, line in _text(path)), strict=True)
     try:
@@ -90,7 +107,11 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
     number = 0
     try:
-        for batch in pq.ParquetFile(path).iter_batches():
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}: two columns are named {twice[0]}; every column needs its own name")
+        for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row

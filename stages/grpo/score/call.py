@@ -101,7 +101,9 @@ def run(spec: FunctionSpec, function: Callable[..., Any], group: GroupCall) -> l
 
 def describe(error: BaseException) -> str:
     """One line with the type and message of an exception, and the line of code that raised it."""
-    text = " ".join(traceback.format_exception_only(error))
+    # A syntax error's own text has file and line; what traceback makes of it has the source, over four lines.
+    plain = isinstance(error, SyntaxError)
+    text = f"SyntaxError: {error}" if plain else " ".join(traceback.format_exception_only(error))
     frames = traceback.extract_tb(error.__traceback__)
     if frames and not isinstance(error, SyntaxError | ImportError):
         text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"

@@ -79,7 +79,10 @@ class FunctionPool:
                 self._start(worker.examine, (spec, file, columns), IMPORT_TIMEOUT_S)
             )
         except TimeoutError:
-            problem = f"the import of its module did not end within {IMPORT_TIMEOUT_S:g} s"
+            problem = (
+                f"the import of its module did not end within {IMPORT_TIMEOUT_S:g} s, or ended the process"
+                " with status 0"
+            )
         except ProcessExpired as error:
             problem = f"the import of its module ended the process ({_ending(error.exitcode)})"
         if problem is not None:

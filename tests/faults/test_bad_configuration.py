@@ -1,0 +1,261 @@
+"""The bad input of RELIABILITY.md that is pipeline.yaml or the command line, row by row, and worse."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from tests.conftest import PIPELINE, Grpo
+from tests.faults.refusals import RUN, RUN_ON, Case, check, configure, folder, loop, nothing, write
+
+LEVELS = "abcdefghi"
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in pairwise(LEVELS)
+)
+
+
+def text(name: str, content: str | bytes, message: str) -> Case:
+    """A whole pipeline.yaml; message behind the file's name."""
+    return Case(name, write("pipeline.yaml", content), RUN, 2, f"pipeline.yaml{message}")
+
+
+def key(override: str, message: str) -> Case:
+    """A value by --set; the message names its key."""
+    path = override.partition("=")[0]
+    return Case(override, nothing, [*RUN, "--set", override], 2, f"pipeline.yaml: {path}: {message}")
+
+
+YAML = [
+    # malformed YAML, tabs, not UTF-8, duplicate keys: 2 with line and column
+    text("YAML: a list that is not closed", "run: [a\nmodel: m\n", ":2:6: did not find expected ',' or ']'"),
+    text("YAML: a wrong indentation", "run: r\n  model: m\n", ":2:8: mapping values are not allowed"),
+    text("YAML: a quote that is not closed", "run: 'r\n", ":2:1: found unexpected end of stream"),
+    text(
+        "YAML: a tab", "run: r\n\tmodel: m\n", ":2:1: found a tab character that violates indentation; use s"
+    ),
+    text(
+        "YAML: a tab behind a break of Unicode",
+        "run: r # \u2028\n\tmodel: m\n",
+        ":3:1: found character that cannot start any token; use",
+    ),
+    text("YAML: Latin-1", b"run: r\nmodel: caf\xe9\n", ":2:11: not UTF-8; save the file as UTF-8"),
+    text("YAML: UTF-16", PIPELINE.encode("utf-16"), ":1:1: not UTF-8; save the file as UTF-8"),
+    text("YAML: any bytes", bytes(range(256)), ":2:118: not UTF-8"),
+    text("YAML: a control character", "run: r\nmodel: a\0b\n", ":2:9: control character U+0000 in the text"),
+    text("YAML: a duplicate key", "run: r\nmodel: a\nrun: s\n", ":3:1: found duplicate key run"),
+    text("YAML: a duplicate key inside", "generate: {seed: 1, seed: 2}\n", ":1:21: found duplicate key seed"),
+    # and worse
+    text("YAML: empty", "", ": run: is required and missing (and 3 more)"),
+    text("YAML: a list", "- a\n- b\n", ': expected a section with keys, found ["a", "b"]'),
+    text("YAML: a word", "hello\n", ": hello: unknown key; known keys: run, iterations,"),
+    text("YAML: a number", "3\n", ": expected sections with keys, found a single value"),
+    text("YAML: two documents", f"{PIPELINE}---\n{PIPELINE}", ":12:1: but found another document"),
+    text("YAML: aliases that expand to 9^9", BOMB, ":1:1: YAML node expansion exceeds the configured limit"),
+    text("YAML: an alias of itself", "run: &x [*x]\n", ":1:6: YAML recursive aliases are not supported"),
+    text("YAML: 5,000 lists in one another", f"run: {'[' * 5000}{']' * 5000}\n", ": nested too deeply"),
+    text(
+        "YAML: a value of a million characters",
+        f"run: {'x' * 10**6}\n{PIPELINE[10:]}",
+        ": run: string should match",
+    ),
+    text("YAML: a number of 5,000 digits", f"seed: {'9' * 5000}\n", ": Exceeds the limit (4300 digits)"),
+    text("YAML: a tag", "model: !!python/object:os.system x\n", ":1:8: could not determine a constructor"),
+    text("YAML: a set", "run: !!set {a}\n", ": Value 'set' is not a supported primitive type"),
+    text("YAML: !!int of a word", "seed: !!int x\n", ": invalid literal for int() with base 10: 'x'"),
+    text("YAML: null as a key", f"{PIPELINE}null: 1\n", ": Incompatible key type 'NoneType'"),
+    text("YAML: a number as a key", f"{PIPELINE}1: 2\n", ": [1]: keys should be strings, found 1"),
+    text("YAML: an interpolation", "seed: 1\nrun: ${oc.env:HOME}\n", ":2:6: ${...} is not supported; write"),
+    text(
+        "YAML: an escaped lone surrogate", 'run: "\\ud800"\n', ":1:9: found invalid Unicode character escape"
+    ),
+    Case(
+        "pipeline.yaml: a folder", folder("pipeline.yaml"), RUN, 2, "pipeline.yaml: cannot be read: Is a dir"
+    ),
+    Case("pipeline.yaml: a link to itself", loop("pipeline.yaml"), RUN, 2, "cannot be read: Too many levels"),
+    Case(
+        "pipeline.yaml: missing", Path("pipeline.yaml").unlink, RUN, 2, "no such file; give a configuration"
+    ),
+]
+
+
+@pytest.mark.parametrize("case", YAML, ids=lambda case: case.input[:60])
+def test_a_file_that_is_no_configuration(project: Path, grpo: Grpo, case: Case) -> None:
+    check(grpo, case)
+
+
+TWICE = "score.rewards=[{function: 'reward:code'}, {function: 'reward:code'}]"
+KEYS = [
+    # unknown key
+    key("generate.sample_per_prompt=4", "unknown key; did you mean samples_per_prompt?"),
+    key("score.rewards[0].weigth=1", "unknown key; did you mean weight?"),
+    key("modle=x", "unknown key; did you mean model?"),
+    # wrong type (`true` for a number, `8.5` for a count, nan, inf)
+    key("generate.temperature=true", "input should be a valid number, found true"),
+    key("generate.samples_per_prompt=true", "input should be a valid integer, found true"),
+    key("generate.samples_per_prompt=8.5", "input should be a valid integer, found 8.5"),
+    key("update.learning_rate=.nan", "input should be a finite number, found NaN"),
+    key("update.learning_rate=.inf", "input should be a finite number, found Infinity"),
+    key("update.learning_rate=1e309", "input should be a finite number, found Infinity"),
+    key("update=null", "expected a section with keys, found null"),
+    key("score.rewards={a: 1}", "input should be a valid list"),
+    Case(
+        "a reward that is text",
+        nothing,
+        [*RUN, "--set", "score.rewards=[x]"],
+        2,
+        "score.rewards[0]: expected a",
+    ),
+    # out of range
+    key("iterations=0", "input should be greater than or equal to 1, found 0"),
+    key("iterations=-1", "input should be greater than or equal to 1, found -1"),
+    key("iterations=2147483648", "input should be less than 2147483648, found 2147483648"),
+    key(
+        "generate.prompts_per_iteration=2000000",
+        "input should be less than or equal to 1048576, found 2000000",
+    ),
+    key("generate.temperature=0.001", "input should be greater than or equal to 0.01, found 0.001"),
+    key("update.warmup_steps=2147483648", "input should be less than 2147483648"),
+    key("score.workers=100000", "input should be less than or equal to 1024, found 100000"),
+    key("score.rewards[0].timeout_s=1.0e+10", "input should be less than or equal to 1000000, found 1"),
+    key("run=../x", "string should match pattern"),
+    key("run=..", "string should match pattern"),
+    # contradictory fields (K < 2, `top_p < 1`, longer than the model's context)
+    key("generate.samples_per_prompt=1", "input should be greater than or equal to 2, found 1"),
+    Case(
+        "top_p < 1",
+        nothing,
+        [*RUN, "--set", "generate.top_p=0.9"],
+        2,
+        "generate: top_p cuts the distribution",
+    ),
+    Case(
+        "longer than the model's context",
+        nothing,
+        [*RUN, "--set", "generate.max_new_tokens=64"],
+        2,
+        "generate.max_new_tokens: 64 leaves no room for a prompt in the model's context of 64 tokens",
+    ),
+    Case(
+        "two rewards of one name", nothing, [*RUN, "--set", TWICE], 2, "two rewards are named code; give one"
+    ),
+]
+
+
+@pytest.mark.parametrize("case", KEYS, ids=lambda case: case.input[:60])
+def test_a_value_that_cannot_be_meant(project: Path, grpo: Grpo, case: Case) -> None:
+    check(grpo, case)
+
+
+def words(command: list[str], message: str, code: int = 2) -> Case:
+    """A mistake of the command line itself."""
+    return Case(" ".join(command), nothing, command, code, message)
+
+
+HINT = "expected key=value, such as --set update.learning_rate=1e-6"
+COMMANDS = [
+    # `--set foo` without `=`; unknown stage, run or iteration
+    words(["run", "--set", "foo"], f"--set foo: {HINT}"),
+    words(["run", "--set", "seed="], f"--set seed=: {HINT}"),
+    words(["run", "--set", ""], f"--set : {HINT}"),
+    words(["generat"], "No such command 'generat'. Did you mean 'generate'?; see `grpo --help`"),
+    words(["status", "nope"], "artifacts/nope: no such run; runs there: tiny"),
+    words(["show", "nope"], "artifacts/nope: no such run; runs there: tiny"),
+    words(["sql", "select 1", "--run", "nope"], "artifacts/nope: no such run; runs there: tiny"),
+    words(["fork", "nope", "new"], "artifacts/nope: no such run; runs there: tiny"),
+    words(["score", "--iteration", "3"], "--iteration 3: run tiny has iterations 0 to 1"),
+    words(["show", "--iteration", "9"], "--iteration 9: run tiny has rollouts of 0 to 1"),
+    words(
+        ["fork", "tiny", "new", "--iteration", "9"], "--iteration 9: run tiny has completed iterations 0 to 1"
+    ),
+    words(["run", "--from", "99"], "--from 99: run tiny has no iteration 99; it has iterations 0 to 1"),
+    # and worse
+    words(
+        ["score", "--iteration", "x"],
+        "--iteration x: expected a number such as 3, a range such as 0-19, or all",
+    ),
+    words(["score", "--iteration", "5-2"], "--iteration 5-2: ends before it begins; did you mean 2-5?"),
+    words(["score", "--iteration", "-1"], "--iteration -1: expected a number such as 3"),
+    words(["score", "--iteration", "1-"], "--iteration 1-: expected a number such as 3"),
+    words(["score", "--iteration", "9" * 5000], "expected a number such as 3, a range such as 0-19, or all"),
+    words(["score", "--iteration", "\u0663"], "--iteration \u0663: expected a number such as 3"),
+    words(["run", "--from", "-1"], "--from -1: run tiny has no iteration -1; it has iterations 0 to 1"),
+    words(["run", "--from", "x"], "Invalid value for '--from': Input should be a valid integer"),
+    words(["run", "--until", "-1"], "--until -1: expected a number of iterations, 0 or more"),
+    words(["run", "--until", "1.5"], "Invalid value for '--until': Input should be a valid integer"),
+    words(["status", ".."], "artifacts/..: no such run; runs there: tiny"),
+    words(["status", "a\0b\x1b[31m"], r"artifacts/a\x00b\x1b[31m: no such run; runs there: tiny"),
+    words(["status", "x" * 5000], "File name too long", code=7),
+    words(["fork", "tiny", ".."], "pipeline.yaml: run: string should match pattern"),
+    words(["fork", "tiny", "tiny"], "artifacts/tiny: is there already; give the fork another name"),
+    words(
+        ["fork", "tiny", "new", "--set", "model=x"],
+        "model: a fork shares it with tiny; a new `run:` can have",
+    ),
+    words(["run", "-c", "model"], "model: cannot be read: Is a directory"),
+    words(["run", "--set", "a.b.c=1"], "pipeline.yaml: a: unknown key; known keys: run, iterations"),
+    words(["run", "--set", "score.rewards[x]=1"], "invalid literal for int() with base 10: 'x'"),
+    words(["run", "--set", "seed=[[["], "--set seed=[[[: did not find expected node content"),
+    words(["run", "--set", f"seed={'[' * 3000}{']' * 3000}"], "nested too deeply"),
+    words(
+        ["run", "--set", "seed=\0"], r"--set seed=\x00: unacceptable character #x0000: control characters are"
+    ),
+    words(["sql", "selec 1"], "query: Parser Error: syntax error at or near"),
+    words(["sql", ";"], "query: gives no rows; write a select"),
+    words(["sql", "select '\ud800'"], "query: Invalid Input Error: Python Conversion Failure"),
+    words(
+        ["sql", "select 1", "--timeout-s", "inf"], "--timeout-s inf: expected seconds, more than 0 and finite"
+    ),
+    words(
+        ["sql", "select 1", "--timeout-s", "nan"], "--timeout-s nan: expected seconds, more than 0 and finite"
+    ),
+    words(
+        ["sql", "select 1", "--timeout-s", "-1"], "--timeout-s -1: expected seconds, more than 0 and finite"
+    ),
+    words(["sql", "select 1", "--out", "."], "--out .: expected a file ending in .parquet, .csv or .json"),
+    words(["show", "--where", "1;2"], "query: Parser Error: syntax error at or near"),
+    words(
+        ["show", "--groups", "0"], "Invalid value for '--groups': Input should be greater than or equal to 1"
+    ),
+]
+
+
+@pytest.mark.parametrize("case", COMMANDS, ids=lambda case: ascii(case.input)[1:60])
+def test_a_mistake_on_the_command_line(finished: Path, grpo: Grpo, case: Case) -> None:
+    check(grpo, case)
+
+
+def query(key: str, value: str) -> tuple[str, str]:
+    """What makes `advantage` take a query or condition of the user's."""
+    return ("update:", f"advantage: {{{key}: {value}}}\nupdate:")
+
+
+SQL = [
+    Case(
+        "advantage.where: an unknown column",
+        configure(query("where", "nope > 1")),
+        RUN_ON,
+        2,
+        "advantage.where: query: Binder Error: Referenced column",
+    ),
+    Case(
+        "advantage.where: a second statement",
+        configure(query("where", "'1=1); drop table x; --'")),
+        RUN_ON,
+        2,
+        "advantage.where: query: Catalog Error",
+    ),
+    Case("advantage.sql: missing", configure(query("sql", "my.sql")), RUN_ON, 2, "my.sql: no such file"),
+]
+
+
+@pytest.mark.parametrize("case", SQL, ids=lambda case: case.input)
+def test_sql_of_the_user_s_that_cannot_be_used(finished: Path, grpo: Grpo, case: Case) -> None:
+    check(grpo, Case(case.input, case.spoil, case.command, case.code, case.message, ("rollouts", "rewards")))
+
+
+def test_sql_of_the_user_s_that_is_not_utf8(finished: Path, grpo: Grpo) -> None:
+    configure(query("sql", "my.sql"))()
+    message = "my.sql: not UTF-8; save the file as UTF-8"
+    check(
+        grpo,
+        Case("advantage.sql: bytes", write("my.sql", b"\xff"), RUN_ON, 2, message, ("rollouts", "rewards")),
+    )
