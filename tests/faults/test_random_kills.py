@@ -74,14 +74,18 @@ def test_a_long_run_holds_on_to_nothing(
     print(f"iteration {max(seen)}: {late_mib:.0f} MiB of memory, {late_files} open files")
     assert late_files <= early_files + 2
     assert late_mib < early_mib + 40
-    chance, code = random.Random(1), -signal.SIGKILL
+    chance, code, patience = random.Random(1), -signal.SIGKILL, 1.0
     while code != 0:
+        before = len(list((killed / crash.RUN).glob("iteration=*")))
         child = crash.Child(killed, [LONG_RUN])
-        time.sleep(chance.uniform(0.2, 2.0))
+        time.sleep(chance.uniform(0.2, 2.0) * patience)
         child.kill()
         code, _, err = child.wait()
         with tally.trial(int(code != 0)):
             assert code in (0, -signal.SIGKILL), err
+        # On a busy machine two seconds may not be enough for anything.
+        came_on = len(list((killed / crash.RUN).glob("iteration=*"))) > before
+        patience = 1.0 if came_on else 1.5 * patience
     sizes = [crash.size(folder / "artifacts") / 2**20 for folder in (whole, killed)]
     print(f"on disk: {sizes[0]:.1f} MiB undisturbed, {sizes[1]:.1f} MiB killed")
     assert crash.contents(killed) == crash.contents(whole)
