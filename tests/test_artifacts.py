@@ -670,7 +670,9 @@ def test_a_checkpoint_left_by_a_crash_while_pruning_goes_at_the_next(run: Run) -
     run = keeping(run, keep_last=2, keep_every=None)
     for iteration in range(3):
         commit_update(run, iteration)
-    (run.folder("update", 0) / "pruned.json").write_text("{}")  # committed, and then the crash
+    (run.folder("update", 0) / "pruned.json").write_text(
+        '{"parts": ["policy", "optimizer"]}'
+    )  # committed; the crash
     prune(run)
     assert "optimizer/optimizer.safetensors" not in tree(run.folder("update", 0))
     assert [n for n in run.iterations() if run.has_checkpoint(n)] == [1, 2]

@@ -123,8 +123,8 @@ def test_a_probe_with_what_is_no_number_is_never_written() -> None:
         (b"junk", "is not JSON: Expecting value: line 1 column 1 (char 0)"),
         (b'{"sequences": [[1]', "is not JSON: Expecting ',' delimiter: line 1 column 19 (char 18)"),
         (b"[1]", "expected a JSON object, found list"),
-        (b"{}", "has no sequences"),
-        (b'{"sequences": []}', "has no logprobs"),
+        (b"{}", "has no sequences of type list"),
+        (b'{"sequences": []}', "has no logprobs of type list"),
     ],
 )
 def test_what_is_no_probe_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -21,7 +21,7 @@ def text(name: str, content: str | bytes, message: str) -> Case:
 def key(override: str, message: str) -> Case:
     """A value by --set; the message names its key."""
     path = override.partition("=")[0]
-    return Case(override, nothing, [*RUN, "--set", override], 2, f"pipeline.yaml: {path}: {message}")
+    return Case(override, nothing, [*RUN, "--set", override], 2, f"--set {path}: {message}")
 
 
 YAML = [
@@ -184,14 +184,16 @@ COMMANDS = [
     words(["status", ".."], "artifacts/..: no such run; runs there: tiny"),
     words(["status", "a\0b\x1b[31m"], r"artifacts/a\x00b\x1b[31m: no such run; runs there: tiny"),
     words(["status", "x" * 5000], "File name too long", code=7),
-    words(["fork", "tiny", ".."], "pipeline.yaml: run: string should match pattern"),
+    words(["fork", "tiny", ".."], "--set run: string should match pattern"),
     words(["fork", "tiny", "tiny"], "artifacts/tiny: is there already; give the fork another name"),
     words(
         ["fork", "tiny", "new", "--set", "model=x"],
         "model: a fork shares it with tiny; a new `run:` can have",
     ),
     words(["run", "-c", "model"], "model: cannot be read: Is a directory"),
-    words(["run", "--set", "a.b.c=1"], "pipeline.yaml: a: unknown key; known keys: run, iterations"),
+    words(
+        ["run", "--set", "a.b.c=1"], "pipeline.yaml with --set: a: unknown key; known keys: run, iterations"
+    ),
     words(["run", "--set", "score.rewards[x]=1"], "invalid literal for int() with base 10: 'x'"),
     words(["run", "--set", "seed=[[["], "--set seed=[[[: did not find expected node content"),
     words(["run", "--set", f"seed={'[' * 3000}{']' * 3000}"], "nested too deeply"),

@@ -78,7 +78,7 @@ class Run:
         found = found or read_manifest(folder)
         if found and (found.stage, found.iteration) != (STAGE_OUTPUTS.get(output, output), iteration):
             where = "" if found.iteration is None else f" of iteration {found.iteration}"
-            raise CorruptError(f"{folder / MANIFEST}: is that of another output, by {found.stage}{where}")
+            raise CorruptError(f"{folder}: holds what {found.stage}{where} made")
         return found
 
     def require(self, output: str, iteration: int | None, command: str) -> Manifest:

@@ -130,7 +130,7 @@ class UpdateConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The learning rate after warm-up, over all optimiser steps of the run: as it is, or falling to 0 in a
     line or in half a cosine."""
-    warmup_steps: Annotated[int, Field(ge=0, le=2**31)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Optimiser steps over which the learning rate rises linearly from 0; 0: none, and at most those of the
     run."""
     betas: Betas = Field([0.9, 0.999])
