@@ -143,7 +143,8 @@ def longest_pair(rollouts: Rollouts) -> np.ndarray:
     others = (rollouts.keys[:, :2] == rollouts.keys[longest, :2]).all(axis=1)
     others[longest] = False
     prompt = rollouts.prompts[longest]
-    rows = np.array([i for i in np.flatnonzero(others) if np.array_equal(rollouts.prompts[i], prompt)], int)
+    same = [i for i in np.flatnonzero(others).tolist() if np.array_equal(rollouts.prompts[i], prompt)]
+    rows = np.array(same, dtype=np.int64)
     return np.array([*rows[np.argsort(lengths[rows], kind="stable")][:1], longest])
 
 
