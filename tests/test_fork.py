@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,14 @@ def test_a_pruned_checkpoint_cannot_be_gone_on_from(finished: Path, grpo: Grpo) 
         for run in ("other/", "tiny/")
     )
     assert mine == theirs
+
+
+def test_two_forks_of_one_name_at_once_make_one_whole_run(finished: Path, grpo: Grpo) -> None:
+    for _ in range(3):
+        children = [crash.Child(finished, [["fork", "tiny", "other"]]) for _ in range(3)]
+        codes = [child.wait()[0] for child in children]
+        assert codes.count(0) == 1
+        assert set(codes) <= {0, 2, 5}
+        code, out, _ = grpo("verify", "other", "--json")
+        assert (code, json.loads(out)["outputs"], json.loads(out)["stale"]) == (0, 10, [])
+        shutil.rmtree(FORK)

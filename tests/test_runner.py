@@ -522,6 +522,14 @@ def test_from_asks_before_it_moves_anything(
     assert digests(Path("artifacts")) != before
 
 
+def test_from_moves_nothing_when_what_comes_before_is_not_whole(finished: Path, grpo: Grpo) -> None:
+    shutil.rmtree(ARTIFACTS / "iteration=000000/update")
+    before = digests(Path("artifacts"))
+    code, _, err = grpo("run", "--yes", "--from", "1", "--set", "update.learning_rate=0.02")
+    assert (code, "update of iteration 0 is missing; nothing was moved" in err) == (4, True), err
+    assert digests(Path("artifacts")) == before
+
+
 def test_from_moves_later_iterations_and_what_changed_to_the_trash(finished: Path, grpo: Grpo) -> None:
     before = digests()
     edit("pipeline.yaml", "learning_rate: 0.01", "learning_rate: 0.02")

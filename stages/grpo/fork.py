@@ -3,6 +3,7 @@
 Committed files are never written again, only replaced, so that two runs can share them.
 """
 
+import os
 from typing import Any
 
 from grpo.artifacts import STAGE_OUTPUTS, Run, created_config, files
@@ -19,8 +20,7 @@ def fork(source: Run, new: Run, iteration: int | None) -> dict[str, Any]:
     2) when `new` is there already or `source` has no such iteration, InputError (exit 4) when the checkpoint
     to go on from was pruned.
     """
-    if new.path.exists():
-        raise UsageError(f"{new.path}: is there already; give the fork another name")
+    _check_free(new)
     _check_fixed(source, new)
     done = [number for number in source.iterations() if source.manifest("update", number)]
     first = (done[-1] + 1 if done else 0) if iteration is None else iteration
@@ -31,23 +31,38 @@ def fork(source: Run, new: Run, iteration: int | None) -> dict[str, Any]:
     staged = Run(
         source.root, new.config.model_copy(update={"run": f".fork-{new.name}"}), new.imports, new.console
     )
-    files.remove_folder(staged.path)  # of a fork that was killed
+    with staged.lock():  # two forks of one name: the other is exit 5
+        _check_free(new)
+        for leftover in staged.path.iterdir():  # of a fork that was killed
+            if leftover.name != ".lock":
+                files.remove_folder(leftover) if leftover.is_dir() else files.remove_file(leftover)
+        taken = _link_all(source, staged, first)
+        files.write_file(staged.path / "run.json", run_json(new.config))
+        files.sync_folder(staged.path)
+        files.move(staged.path, new.path)
+        files.sync_folder(new.root)
+    return {"iterations": first, "taken": taken}
+
+
+def _link_all(source: Run, staged: Run, first: int) -> list[str]:
+    """Link what comes before iteration `first`, and of it what can be taken over; returns those stages."""
     try:
         for output in ("prompts", "policy"):
             _link(source, staged, output, None)
         for number in range(first):
             for output in STAGE_OUTPUTS:
                 _link(source, staged, output, number)
-        taken = _take_over(source, staged, first)
+        return _take_over(source, staged, first)
     except FileNotFoundError as error:
         raise InputError(
             f"{error.filename}: gone while it was linked; is {source.name} in use? try again"
         ) from None
-    files.write_file(staged.path / "run.json", run_json(new.config))
-    files.sync_folder(staged.path)
-    files.move(staged.path, new.path)
-    files.sync_folder(new.root)
-    return {"iterations": first, "taken": taken}
+
+
+def _check_free(new: Run) -> None:
+    """Raise UsageError (exit 2) when there is a run, or anything else, of that name."""
+    if os.path.lexists(new.path):
+        raise UsageError(f"{new.path}: is there already; give the fork another name")
 
 
 def _check_fixed(source: Run, new: Run) -> None:

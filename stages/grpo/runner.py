@@ -228,9 +228,18 @@ def inputs_changed(run: Run, manifest: Manifest) -> bool:
 def start_over(run: Run, iteration: int) -> None:
     """`--from N`: note the intent, then clear the way; a killed one is finished by the next run.
 
-    Raises InputError (exit 4), with nothing moved, when the checkpoint to go on from was pruned.
+    Raises InputError (exit 4), with nothing moved, when the checkpoint to go on from was pruned or something
+    before `iteration` is missing or stale: a plain run could not go on from there.
     """
-    redone = any(state.name != "done" for state in states(run)[iteration].values())
+    present = states(run)
+    for number in range(iteration):
+        for name, state in present.get(number, {STAGES[0].name: State("missing")}).items():
+            if state.name in ("missing", "partial", "stale"):
+                raise InputError(
+                    f"--from {iteration}: {name} of iteration {number} is {state.name}; nothing was moved;"
+                    f" begin with that: --from {number}, or `grpo {name} --iteration {number}`"
+                )
+    redone = any(state.name != "done" for state in present[iteration].values())
     run.require_checkpoint(iteration if redone else iteration + 1)
     files.write_file(run.path / _INTENT, json.dumps({"from": iteration}).encode())
     files.sync_folder(run.path)

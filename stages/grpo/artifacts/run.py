@@ -222,7 +222,8 @@ class Run:
             try:
                 lock.acquire()
             except Timeout:
-                holder = path.read_text(errors="replace").strip() or "another process"
+                holder = path.read_text(errors="replace").strip() if path.exists() else ""
+                holder = holder or "another process"
                 raise LockedError(f"{self.path}: in use by {holder}; wait for it, or stop it") from None
         try:
             path.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
