@@ -120,7 +120,7 @@ def test_a_shard_is_committed_by_its_sidecar(run: Run) -> None:
     assert staging.folder == run.path / ".staging/iteration=000000" / f"rewards-{fingerprint[:16]}"
     record = staging.write_table("rewards", name, rows(0), "unit", reward="a")
     content = (staging.folder / name).read_bytes()
-    sidecar = json.loads((staging.folder / f"{name}.sidecar.json").read_bytes())
+    sidecar = json.loads((staging.folder / f"{name}.sidecar.json").read_bytes())["shard"]
     assert sidecar == {
         "name": name,
         "part": "",
@@ -163,7 +163,9 @@ def test_a_sidecar_that_is_none_is_refused(run: Run) -> None:
     path.write_bytes(b"{")
     with pytest.raises(CorruptError) as caught:
         Staging(again(run), PLAN, 0)
-    assert str(caught.value) == f"{path}: not a sidecar; delete {staging.folder} and run again"
+    assert str(caught.value) == (
+        f"{path}: not a sidecar; `grpo verify --discard` sets it aside, and the work is done again"
+    )
 
 
 def test_commit_puts_the_output_in_place(run: Run) -> None:

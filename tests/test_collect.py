@@ -11,8 +11,9 @@ RUN = crash.RUN
 
 def removed(grpo: Grpo, *options: str) -> list[tuple[str, str]]:
     code, out, err = grpo("gc", "--json", *options)
-    assert (code, err) == (0, "")
-    return [(row["what"], str(Path(row["path"]).relative_to(RUN))) for row in json.loads(out)["removed"]]
+    document = json.loads(out)
+    assert (code, err, document["dry_run"]) == (0, "", "--dry-run" in options)
+    return [(row["what"], str(Path(row["path"]).relative_to(RUN))) for row in document["garbage"]]
 
 
 def test_nothing_to_remove(finished: Path, grpo: Grpo) -> None:
@@ -45,6 +46,30 @@ def test_trash_and_abandoned_staging_go_and_work_to_go_on_with_stays(finished: P
     assert begun.exists()
     assert crash.contents(Path()) == before
     assert removed(grpo) == []
+
+
+def test_work_on_what_is_not_committed_stays_whatever_it_is_of(finished: Path, grpo: Grpo) -> None:
+    begun = []
+    for seed in ("1.0", "0.9"):
+        options = ["--set", "iterations=3", "--set", f"generate.temperature={seed}"]
+        assert crash.in_child(Path(), ["run", *options], "kill:12")[0] == -9
+        begun = list((RUN / ".staging/iteration=000002").iterdir())
+    assert len(begun) == 2
+    assert removed(grpo) == removed(grpo, "tiny") == []
+
+
+def test_by_name_with_set(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", "--set", "iterations=4", "--set", "checkpoints.keep_last=null")[0] == 0
+    options = ["tiny", "-c", "none.yaml", "--set", crash.KEEP_2]
+    found = removed(grpo, "--dry-run", *options)
+    assert found == [("checkpoint", f"iteration={number:06d}/update") for number in (0, 1)]
+    # What a kill left of a prune is shown before it goes.
+    assert crash.in_child(Path(), ["gc", *options], "kill:9")[0] == -9
+    rest = removed(grpo, "--dry-run", *options)
+    assert rest
+    assert removed(grpo, *options) == rest
+    assert removed(grpo, *options) == []
+    assert grpo("verify")[0] == 0
 
 
 def test_a_checkpoint_that_is_no_longer_kept_goes(finished: Path, grpo: Grpo) -> None:

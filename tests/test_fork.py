@@ -56,12 +56,9 @@ def test_without_a_change_the_whole_run_is_taken_over(finished: Path, grpo: Grpo
         (["tiny", "tiny"], 2, f"{RUN}: is there already; give the fork another name"),
         (["tiny", "../x"], 2, "run: "),
         (["none", "other"], 2, "artifacts/none: no such run; runs there: tiny"),
-        (["tiny", "other", "--iteration", "3"], 2, "--iteration 3: run tiny has completed iterations 0 to 1"),
-        (
-            ["tiny", "other", "--iteration", "-1"],
-            2,
-            "--iteration -1: run tiny has completed iterations 0 to 1",
-        ),
+        (["tiny", "other", "--iteration", "3"], 2, "--iteration 3: run tiny has completed 2 iterations"),
+        (["tiny", "other", "--iteration", "-1"], 2, "--iteration -1: run tiny has completed 2 iterations"),
+        (["tiny", "other", "--set", "seed=7"], 2, "seed: a fork shares it with tiny; a new `run:` can"),
         (["tiny", "other", "--set", "model=else"], 2, "model: a fork shares it with tiny; a new `run:` can"),
     ],
 )

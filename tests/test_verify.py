@@ -1,6 +1,7 @@
 """What `grpo verify` finds, and that what it sets aside is made again with the same bytes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,114 @@ def test_what_is_damaged_is_named_with_what_to_do(finished: Path, grpo: Grpo) ->
     redo = "grpo advantage --iteration 1"
     assert (code, found["damaged"]) == (
         6,
-        [{"output": "advantages", "iteration": 1, "found": message, "redo": redo}],
+        [{"found": message, "redo": redo}],
     )
     _, out, _ = grpo("verify")
     assert out.splitlines()[0] == f"damaged  {message}"
-    assert out.splitlines()[-1] == f"`grpo verify --discard` moves it to .trash; what makes it again: {redo}"
+    assert out.splitlines()[-2:] == [
+        "`grpo verify --discard` moves it to .trash",
+        f"what makes it again, with the configuration of run tiny: {redo}",
+    ]
     assert path.exists()
     code, _ = verify(grpo, "--discard")
     assert code == 6
     assert not path.exists()
-    assert verify(grpo)[0] == 0
+    code, found = verify(grpo)
+    gone = {"found": f"{path.parent}: gone, though update of iteration 1 was made from it", "redo": redo}
+    assert (code, found["damaged"]) == (6, [gone])
     assert grpo(*redo.split()[1:])[0] == 0
     assert verify(grpo)[1]["outputs"] == 10
+
+
+@pytest.mark.parametrize("gone", ["iteration=000000", "iteration=000000/update", "policy", "prompts"])
+def test_what_is_gone_though_it_was_read_is_damage(finished: Path, grpo: Grpo, gone: str) -> None:
+    before = crash.contents(Path())
+    shutil.rmtree(RUN / gone)
+    code, found = verify(grpo)
+    assert code == 6
+    assert all(": gone, though " in damage["found"] for damage in found["damaged"])
+    for damage in found["damaged"]:
+        assert grpo(*damage["redo"].split()[1:])[0] == 0
+    assert verify(grpo)[0] == 0
+    assert crash.contents(Path()) == before
+
+
+def test_what_cannot_be_made_again_stays(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", "--set", crash.KEEP_2, "--set", "iterations=5")[0] == 0
+    path = RUN / "iteration=000002/rewards/manifest.json"
+    [rollouts] = (RUN / "iteration=000002/rollouts").glob("part-00000-*.parquet")
+    flip(path)
+    flip(rollouts)
+    code, found = verify(grpo, "--discard")
+    advice = "cannot be made again (policy 2 was pruned): restore it from a copy, or `grpo run --from 0`"
+    assert (code, [damage["redo"] for damage in found["damaged"]]) == (6, [None, None])
+    assert all(damage["found"].endswith(advice) for damage in found["damaged"])
+    assert path.exists()
+    assert rollouts.exists()
+    # Whatever is after 0 may be damaged; policy 1 is gone, so that update 0 is done again too.
+    code, _, err = grpo("run", "--yes", "--from", "0", "--set", crash.KEEP_2)
+    assert code == 0, err
+    assert verify(grpo)[0] == 0
+
+
+def test_that_checkpoints_were_pruned_is_not_forgotten_by_damage(finished: Path, grpo: Grpo) -> None:
+    keep = ["--set", crash.KEEP_2]
+    assert grpo("run", *keep, "--set", "iterations=4")[0] == 0
+    note = RUN / "iteration=000000/update/pruned.json"
+    pruned = verify(grpo, *keep)[1]["pruned"]
+    note.write_text('{"parts": [""]}')
+    assert verify(grpo, *keep)[1]["pruned"] == pruned
+    note.unlink()
+    assert verify(grpo, *keep)[:1] == (0,)
+    assert grpo("gc", *keep)[0] == 0
+    assert note.exists()
+    note.unlink()
+    # As it is configured now, that checkpoint would have been kept.
+    code, found = verify(grpo, "--set", "checkpoints.keep_last=null")
+    assert (code, len(found["damaged"])) == (6, 1)
+    assert "missing, though its manifest lists it" in found["damaged"][0]["found"]
+
+
+@pytest.mark.parametrize("name", ["plan.json", "manifest.json", "*.sidecar.json", "part-*.parquet"])
+def test_unfinished_work_is_looked_at_too(finished: Path, grpo: Grpo, name: str, tmp_path: Path) -> None:
+    before = crash.contents(Path())
+    force = ["score", "--iteration", "0", "--force"]
+    until = "/.trash/" if name == "manifest.json" else "timings.json"
+    operations = crash.recorded(crash.copy(Path(), tmp_path / "copy"), force)
+    at = next(n for n, made in enumerate(operations, 1) if until in f"{made.path} {made.other}")
+    assert crash.in_child(Path(), force, f"kill:{at}")[0] == -9
+    path = next((RUN / ".staging").rglob(name))
+    flip(path)
+    code, _, err = grpo(*force[:3])
+    assert (code, str(path.parent) in err) == (6, True), err
+    code, found = verify(grpo, "--discard")
+    assert (code, [damage["redo"] for damage in found["damaged"]]) == (6, ["grpo run"])
+    assert not path.exists()
+    assert grpo("run")[0] == 0
+    assert verify(grpo)[0] == 0
+    assert crash.contents(Path()) == before
+
+
+def test_a_damaged_intent_is_set_aside(finished: Path, grpo: Grpo) -> None:
+    (RUN / ".from.json").write_text("{")
+    code, _, err = grpo("run")
+    assert (code, str(RUN / ".from.json") in err) == (6, True)
+    assert verify(grpo, "--discard")[0] == 6
+    assert verify(grpo)[0] == grpo("run")[0] == 0
+
+
+def test_what_a_run_stands_on_outlives_its_run_json(finished: Path, grpo: Grpo) -> None:
+    flip(RUN / "run.json")
+    other = ["--set", "run=another"]
+    assert grpo("run", *other)[0] == 0
+    code, _, err = grpo("verify", "tiny", *other)
+    way = "with its pipeline.yaml, `grpo verify -c FILE --set run=tiny --discard` sets it aside"
+    assert (code, err.strip().endswith(way)) == (6, True)
+    assert grpo("verify", "--set", "run=tiny", "--discard")[0] == 6
+    for change in ("seed=5", "prompts.columns.answer=prompt"):
+        code, _, err = grpo("run", "--set", change)
+        assert (code, "fixed for the run tiny" in err) == (4, True), err
+    assert grpo("run")[0] == grpo("verify")[0] == 0
 
 
 def rewrite(path: Path, change: Callable[[list[dict[str, Any]]], None], table: str) -> None:

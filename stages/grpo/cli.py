@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grpo.errors import GrpoError, ResourceError, UsageError
+from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from grpo.artifacts import Run
@@ -35,6 +35,7 @@ StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all
 ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, also where nothing is missing.")]
 RunArgument = Annotated[str, typer.Argument(help="Name of a run; default: that of the configuration.")]
 CONFIG = Path("pipeline.yaml")
+_INTERRUPTED = 130
 _MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
 
 
@@ -53,7 +54,11 @@ def run(
     """Every iteration, resuming by itself: what is complete is not done again."""
     from grpo import commands
 
+    if yes and from_ is None:
+        raise UsageError("--yes: says yes to what `--from N` asks; give both or neither")
     if dry_run:
+        if from_ is not None:
+            raise UsageError("--dry-run: --from N says itself what it will do, and asks; give one of them")
         commands.dry_run(_run(config, set_, as_json))
         return
     with _working(config, set_, as_json) as opened:
@@ -171,7 +176,8 @@ def verify(
     from grpo import verify as verify_module
 
     opened = _reading(name, config, set_, damaged=True)
-    with _locked(opened) if discard else nullcontext():
+    # What a crash cut off is not finished first: that may be what is damaged.
+    with opened.lock() if discard else nullcontext():
         report = verify_module.verify(opened)
         if discard:
             verify_module.discard_damaged(opened, report)
@@ -197,7 +203,7 @@ def gc(
     with nullcontext() if dry_run else _locked(opened):
         found = collect.garbage(opened) if dry_run else collect.collect(opened)
     if as_json:
-        _print_json(collect.describe(found, opened))
+        _print_json(collect.describe(found, opened, dry_run))
     else:
         collect.print_garbage(found, opened, dry_run)
 
@@ -256,18 +262,27 @@ def _locked(opened: "Run") -> Iterator[None]:
 def _reading(name: str, path: Path, overrides: list[str], damaged: bool = False) -> "Run":
     """A run to read: that of the configuration, or by name with the configuration it was created with.
 
-    damaged: of the former, run.json need only be there.
+    `overrides` apply to either. damaged: of the former, run.json need only be there.
     """
     from grpo.artifacts import ARTIFACTS, Run, created_config, open_run, require_run
     from grpo.console import Console
 
+    if not name and not path.exists():
+        raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
     if not name or (path.exists() and _run(path, overrides, True).name == name):
-        if not name and not path.exists():
-            raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
         configured = _run(path, overrides, False)
         require_run(configured.name) if damaged else open_run(configured.name)
         return configured
-    return Run(ARTIFACTS, created_config(name), path.absolute().parent, Console())
+    if overrides:
+        overrides = [*overrides, f"run={name}"]  # the name of a run that is there cannot be another
+    try:
+        config = created_config(name, overrides=overrides)
+    except CorruptError as error:
+        if not damaged:
+            raise
+        way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={name} --discard` sets it aside"
+        raise CorruptError(f"{error}; {way}") from None
+    return Run(ARTIFACTS, config, path.absolute().parent, Console())
 
 
 def _print_json(document: Any) -> None:
@@ -279,7 +294,10 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when it is imported
     usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == _INTERRUPTED:  # typer makes this of a KeyboardInterrupt
+            _fail("interrupted", code)
+        sys.exit(code)
     except GrpoError as error:
         _fail(str(error), error.exit_code)
     except usage_error as error:
@@ -288,7 +306,7 @@ def main() -> None:
             sys.exit(2)
         _fail(f"{message.rstrip('.')}; see `grpo --help`", 2)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
+        _fail("interrupted", _INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()  # `grpo sql ... | head`: the reader has seen enough
         sys.exit(0)

@@ -4,7 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import Run, files, iterations_in, prunable, prune, pruned_files, staged_attempts
+from grpo.artifacts import (
+    STAGE_OUTPUTS,
+    Run,
+    droppable,
+    files,
+    iterations_in,
+    prune,
+    staged_attempts,
+    staging_folders,
+)
 from grpo.console import stdout_console
 from grpo.errors import InputError, UsageError
 from grpo.runner import STAGES
@@ -23,10 +32,8 @@ def garbage(run: Run) -> list[Garbage]:
     """All that `grpo gc` would remove, in the order in which it does."""
     found = [Garbage("trash", path, _size(path)) for path in _entries(run.trash)]
     found += [Garbage("abandoned staging", path, _size(path)) for path in abandoned(run)]
-    for iteration in prunable(run):
-        paths = [run.path_of(file, "update", iteration) for file in pruned_files(run, iteration)]
-        size = sum(_size(path) for path in paths if path.exists())
-        found.append(Garbage("checkpoint", run.folder("update", iteration), size))
+    for iteration, paths in droppable(run).items():
+        found.append(Garbage("checkpoint", run.folder("update", iteration), sum(map(_size, paths))))
     return found
 
 
@@ -37,16 +44,20 @@ def collect(run: Run) -> list[Garbage]:
         if each.what != "checkpoint":
             _remove(each.path)
     prune(run)
-    for folder in sorted((run.path / ".staging").glob("iteration=*")):
-        if not any(folder.iterdir()):
-            files.remove_folder(folder)
+    for iteration in iterations_in(run.path / ".staging"):
+        if not _entries(run.staging_root(iteration)):
+            files.remove_folder(run.staging_root(iteration))
     return found
 
 
 def abandoned(run: Run) -> list[Path]:
-    """Staged work that no command would go on with: of a plan that is no longer the configured one."""
+    """Staged work that no command would go on with: of a plan that is no longer the configured one.
+
+    Of an output that is not committed it stays, of whatever plan: the configuration may come back to it, and
+    what the commit supersedes goes then.
+    """
     root = run.path / ".staging"
-    wanted: set[Path] = set()
+    wanted = {folder for folder in staging_folders(run) if not _is_committed(run, folder)}
     for iteration in {*run.iterations(), *iterations_in(root)}:
         for stage in STAGES:
             try:
@@ -61,10 +72,20 @@ def abandoned(run: Run) -> list[Path]:
     return [path for path in found if path not in wanted]
 
 
-def describe(found: list[Garbage], run: Run) -> dict[str, Any]:
+def _is_committed(run: Run, staged: Path) -> bool:
+    output = staged.name.rpartition("-")[0]
+    return any(
+        run.manifest(output, iteration) is not None
+        for iteration in iterations_in(run.path / ".staging")
+        if output in STAGE_OUTPUTS and staged.parent == run.staging_root(iteration)
+    )
+
+
+def describe(found: list[Garbage], run: Run, dry_run: bool) -> dict[str, Any]:
     """The list as plain data."""
     rows = [{"what": each.what, "path": str(each.path), "bytes": each.bytes} for each in found]
-    return {"run": run.name, "removed": rows, "bytes": sum(each.bytes for each in found)}
+    total = sum(each.bytes for each in found)
+    return {"run": run.name, "dry_run": dry_run, "garbage": rows, "bytes": total}
 
 
 def print_garbage(found: list[Garbage], run: Run, dry_run: bool) -> None:
@@ -79,7 +100,7 @@ def print_garbage(found: list[Garbage], run: Run, dry_run: bool) -> None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.exists() else []
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _size(path: Path) -> int:

@@ -43,14 +43,13 @@ def _confirm(opened: Run, first: int) -> None:
     """Ask before `--from` moves anything. UsageError (exit 2) for no, and where nobody can be asked."""
     later, stages = runner.done_again(opened, first)
     parts = [f"of iteration {first} {', '.join(stage.name for stage in stages)}"] if stages else []
-    parts += [f"all of iterations {later[0]} to {later[-1]}"] if later else []
+    parts += [f"all of {_iterations_text(later)}"] if later else []
     if not parts:
         return
     text = f"--from {first}: {' and '.join(parts)} will be done again; what is there goes to .trash"
     if not sys.stdin.isatty():
         raise UsageError(f"{text}; give --yes too")
-    opened.console.say(text)
-    if input("go on? [y/N] ").strip().lower() not in ("y", "yes"):
+    if not opened.console.confirm(text):
         raise UsageError(f"--from {first}: not confirmed; nothing was moved")
 
 
@@ -143,7 +142,12 @@ def _can_plan(opened: Run, stage: runner.Stage, iteration: int) -> bool:
 
 def _range(opened: Run) -> str:
     have = opened.iterations()
-    return f"iterations {have[0]} to {have[-1]}" if have else "no iteration yet"
+    return _iterations_text(have) if have else "no iteration yet"
+
+
+def _iterations_text(numbers: list[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    return f"iteration {first}" if first == last else f"iterations {first} to {last}"
 
 
 def dry_run(opened: Run) -> None:

@@ -13,6 +13,7 @@ from grpo.errors import Interrupted
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 _PLAIN_INTERVAL_S = 15.0  # without a terminal: a line now and then, so that a log stays readable
 
@@ -85,6 +86,22 @@ class Console:
         if self._signal is not None:
             raise Interrupted(self._signal)
 
+    def confirm(self, text: str) -> bool:
+        """Print `text` and ask whether to go on; a signal ends the waiting at once."""
+        print(f"{printable(text)}\ngo on? [y/N] ", end="", file=sys.stderr, flush=True)
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            raise Interrupted(number)
+
+        before = {number: signal.signal(number, stop) for number in _SIGNALS}
+        try:
+            return input().strip().lower() in ("y", "yes")
+        except EOFError:
+            return False
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     @contextmanager
     def signals(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM ends the work after the current shard, the second at once."""
@@ -95,7 +112,7 @@ class Console:
             self._signal = number
             self.say("stopping after the current shard; once more to stop now")
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in _SIGNALS}
         try:
             yield
         finally:

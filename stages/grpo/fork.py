@@ -4,9 +4,10 @@ Committed files are never written again, only replaced, so that two runs can sha
 """
 
 import os
+from itertools import count, takewhile
 from typing import Any
 
-from grpo.artifacts import STAGE_OUTPUTS, Run, created_config, files
+from grpo.artifacts import MANIFEST, PRUNED, STAGE_OUTPUTS, TIMINGS, Run, created_config, files
 from grpo.errors import InputError, UsageError
 from grpo.runner import STAGES, differences_of
 from grpo.start import run_json
@@ -16,17 +17,17 @@ def fork(source: Run, new: Run, iteration: int | None) -> dict[str, Any]:
     """Make the run `new`, with a configuration of its own, from iterations of `source` before `iteration`.
 
     Of that iteration the outputs are taken over that `new` would make in the same way, up to the first that
-    it would not. None: the iteration after the last one that `source` has completed. Raises UsageError (exit
-    2) when `new` is there already or `source` has no such iteration, InputError (exit 4) when the checkpoint
-    to go on from was pruned.
+    it would not. None: the iteration after those that `source` has completed; what is later is not looked at.
+    Raises UsageError (exit 2) when `new` is there already or `source` has no such iteration, InputError (exit
+    4) when the checkpoint to go on from was pruned.
     """
     _check_free(new)
     _check_fixed(source, new)
-    done = [number for number in source.iterations() if source.manifest("update", number)]
-    first = (done[-1] + 1 if done else 0) if iteration is None else iteration
-    if not 0 <= first <= (done[-1] + 1 if done else 0):
-        have = f"completed iterations {done[0]} to {done[-1]}" if done else "completed no iteration"
-        raise UsageError(f"--iteration {first}: run {source.name} has {have}")
+    done = takewhile(lambda n: n != iteration and source.manifest("update", n) is not None, count())
+    completed = len(list(done))
+    first = completed if iteration is None else iteration
+    if first not in range(completed + 1):
+        raise UsageError(f"--iteration {first}: run {source.name} has completed {completed} iterations")
     source.require_checkpoint(first)
     staged = Run(
         source.root, new.config.model_copy(update={"run": f".fork-{new.name}"}), new.imports, new.console
@@ -69,6 +70,7 @@ def _check_fixed(source: Run, new: Run) -> None:
     """Raise UsageError for what every iteration of `source` stands on and `new` would have otherwise."""
     created = created_config(source.name, source.root)
     for key, before, after in (
+        ("seed", created.seed, new.config.seed),
         ("model", created.model, new.config.model),
         ("prompts", created.prompts, new.config.prompts),
         ("update.reference", created.update.reference, new.config.update.reference),
@@ -98,12 +100,16 @@ def _take_over(source: Run, staged: Run, iteration: int) -> list[str]:
 
 def _link(run: Run, staged: Run, output: str, iteration: int | None) -> None:
     """Link a committed output; its manifest last, as a commit would have it."""
-    run.require(output, iteration, "grpo run")
+    manifest = run.require(output, iteration, "grpo run")
     source, target = run.folder(output, iteration), staged.folder(output, iteration)
-    paths = [path for path in sorted(source.rglob("*")) if path.is_file() and path.suffix != ".tmp"]
-    for path in sorted(paths, key=lambda path: path.name == "manifest.json"):
+    notes = [path for path in (source / TIMINGS, source / PRUNED) if path.exists()]
+    held = [run.path_of(file, output, iteration) for file in manifest.files]
+    if source / PRUNED in notes:
+        held = [path for path in held if path.exists()]
+    paths = [*notes, *held, source / MANIFEST]
+    for path in paths:
         place = target / path.relative_to(source)
         files.make_folder(place.parent)
         files.link_file(path, place)
-    for folder in {target, *((target / path.relative_to(source)).parent for path in paths)}:
+    for folder in {(target / path.relative_to(source)).parent for path in paths}:
         files.sync_folder(folder)

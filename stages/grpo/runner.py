@@ -4,10 +4,10 @@ The state of everything is read from manifests; the runner remembers nothing. `g
 commands take the same path through `perform`.
 """
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grpo.advantage import stage as advantage
@@ -21,8 +21,9 @@ from grpo.artifacts import (
     files,
     holder_of,
     prune,
-    read_json,
+    read_sealed,
     require_space,
+    seal,
     staged_attempts,
 )
 from grpo.errors import InputError, UsageError
@@ -30,8 +31,6 @@ from grpo.generate import stage as generate
 from grpo.score import stage as score
 from grpo.update import stage as update
 from grpo.update.check import check_start
-
-_INTENT = ".from.json"
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,13 @@ def perform(run: Run, stage: Stage, iteration: int, tools: Tools, force: bool = 
     return manifest
 
 
-def states(run: Run) -> dict[int, dict[str, State]]:
-    """State of every stage of every iteration on disk, by iteration and stage name."""
+def states(run: Run, until: int | None = None) -> dict[int, dict[str, State]]:
+    """State of every stage of every iteration on disk (up to `until`), by iteration and stage name."""
     stale: set[tuple[str, int | None]] = set()
     found: dict[int, dict[str, State]] = {}
     for iteration in run.iterations():
+        if until is not None and iteration > until:
+            break
         found[iteration] = {stage.name: _state(run, stage, iteration, stale) for stage in STAGES}
     return found
 
@@ -133,7 +134,7 @@ def _stale_because(
             return f"{reference} is gone"
         if present != recorded:
             return f"{reference} changed"
-        if _holder(reference) in stale:
+        if holder_of(reference) in stale:
             return f"{reference} is stale"
     try:
         plan = stage.plan(run, iteration)
@@ -188,6 +189,12 @@ def _refuse_stale(run: Run, present: dict[int, dict[str, State]]) -> None:
 
 def _way_out(run: Run, iteration: int, name: str) -> str:
     """What to do about a stale output: first make again what it read and what is no longer there."""
+    if iteration and run.is_pruned(iteration - 1):
+        nearest = max(number for number in run.policies() if number <= iteration)
+        return (
+            f"policy {iteration} was pruned: `grpo run --from {nearest}` does it and all that follows again,"
+            f" `grpo fork {run.name} NEW --iteration {nearest}` too, elsewhere"
+        )
     for stage in STAGES:
         if stage.name == name:
             break
@@ -231,7 +238,7 @@ def start_over(run: Run, iteration: int) -> None:
     Raises InputError (exit 4), with nothing moved, when the checkpoint to go on from was pruned or something
     before `iteration` is missing or stale: a plain run could not go on from there.
     """
-    present = states(run)
+    present = states(run, iteration)  # what is later goes, however damaged it is
     for number in range(iteration):
         for name, state in present.get(number, {STAGES[0].name: State("missing")}).items():
             if state.name in ("missing", "partial", "stale"):
@@ -239,34 +246,49 @@ def start_over(run: Run, iteration: int) -> None:
                     f"--from {iteration}: {name} of iteration {number} is {state.name}; nothing was moved;"
                     f" begin with that: --from {number}, or `grpo {name} --iteration {number}`"
                 )
-    redone = any(state.name != "done" for state in present[iteration].values())
-    run.require_checkpoint(iteration if redone else iteration + 1)
-    files.write_file(run.path / _INTENT, json.dumps({"from": iteration}).encode())
+    _, redone = done_again(run, iteration)
+    if redone or present[iteration][update.NAME].name == "missing":
+        run.require_checkpoint(iteration)
+    files.write_file(intent_path(run), seal({"from": iteration}))
     files.sync_folder(run.path)
     finish_start_over(run)
 
 
 def finish_start_over(run: Run) -> None:
     """Move later iterations, then what is stale or differs in N and what follows it there, to .trash."""
-    path = run.path / _INTENT
-    if not path.exists():
+    first = read_intent(run)
+    if first is None:
         return
-    first: int = read_json(path, **{"from": int})["from"]
     later, redone = done_again(run, first)
     for iteration in reversed(later):
         discard(run, run.staging_root(iteration))
-        discard(run, run.folder("", iteration))
+        discard(run, run.iteration_root(iteration))
     discard(run, run.staging_root(first))
     for stage in redone:
         discard(run, run.folder(stage.output, first))
-    files.remove_file(path)
+    files.remove_file(intent_path(run))
     files.sync_folder(run.path)
 
 
+def intent_path(run: Run) -> Path:
+    """Where `--from` notes what it is about to do."""
+    return run.path / ".from.json"
+
+
+def read_intent(run: Run) -> int | None:
+    """The N of a `--from N` that is not finished. Raises CorruptError (exit 6) when it cannot be read."""
+    path = intent_path(run)
+    return int(read_sealed(path, **{"from": int})["from"]) if path.exists() else None
+
+
 def done_again(run: Run, first: int) -> tuple[list[int], list[Stage]]:
-    """What `--from` does again: later iterations, and stages of `first` from a stale or differing one on."""
-    by_stage = states(run).get(first, {})
+    """What `--from` does again: later iterations, and stages of `first` from a stale or differing one on.
+
+    Also its update where that was pruned: the policy to go on from is made once more.
+    """
+    by_stage = states(run, first).get(first, {})
     old = {name for name, state in by_stage.items() if state.name in ("stale", "differs")}
+    old |= {update.NAME} if run.is_pruned(first) else set()
     changed = [stage.name in old for stage in STAGES]
     stages = STAGES[changed.index(True) :] if any(changed) else ()
     return [n for n in run.iterations() if n > first], [stage for stage in stages if stage.name in by_stage]
@@ -281,16 +303,11 @@ def followers(run: Run, output: str, iteration: int) -> list[str]:
             manifest = run.manifest(stage.output, number)
             if manifest is None or (stage.output, number) in reached:
                 continue
-            holders = {_holder(reference) for reference in manifest.reads}
+            holders = {holder_of(reference) for reference in manifest.reads}
             if holders & reached:
                 reached.add((stage.output, number))
                 texts.append(f"{stage.output}@{number}")
     return texts
-
-
-def _holder(reference: str) -> tuple[str, int | None]:
-    name, _, at = reference.partition("@")
-    return holder_of(name, int(at) if at else None)
 
 
 def unfinished(run: Run, stage: Stage, iteration: int) -> bool:

@@ -103,6 +103,10 @@ def query(
         return relation.to_arrow_table()
     except duckdb.Error as error:
         raise _explained(error, timeout_s) from None
+    except RuntimeError as error:
+        if "interrupt" not in str(error).lower():
+            raise
+        raise KeyboardInterrupt from None  # which is what it was before DuckDB made this of it
     finally:
         timer.cancel()
 

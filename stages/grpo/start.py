@@ -21,16 +21,16 @@ def prepare(run: Run) -> None:
     reference or seed: those ask for a new `run:`.
     """
     created = (run.path / "run.json").exists()
-    if created:
-        _check_seed(run)
+    begun = created or bool(run.iterations())  # run.json may have been damaged, and set aside
+    _check_seed(run, created)
     names = {"policy": run.config.model, "reference": run.config.update.reference or run.config.model}
     paths = {part: resolve_model(run, name) for part, name in names.items()}
     ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in paths.items()}
     manifest = run.manifest("policy", None)
-    if manifest is not None and created:
+    if manifest is not None and begun:
         _check_models(run, manifest, names, ids)
     run.start = paths
-    _prompts(run, created)
+    _prompts(run, begun)
     if manifest is None or manifest.ids != ids:
         _commit_policy(run, names, ids)
     if not created:
@@ -57,10 +57,14 @@ def starter_folder(run: Run) -> Path:
     return run.root / ".models" / STARTER
 
 
-def _check_seed(run: Run) -> None:
-    created = created_config(run.name, run.root)
-    if created.seed != run.config.seed:
-        raise InputError(_fixed(run, "seed", created.seed, run.config.seed))
+def _check_seed(run: Run, created: bool) -> None:
+    if created:
+        seed = created_config(run.name, run.root).seed
+    else:
+        sampled = (run.manifest("rollouts", iteration) for iteration in run.iterations())
+        seed = next((found.config["seed"] for found in sampled if found), run.config.seed)
+    if seed != run.config.seed:
+        raise InputError(_fixed(run, "seed", seed, run.config.seed))
 
 
 def _check_models(run: Run, manifest: Manifest, names: dict[str, str], ids: dict[str, str]) -> None:
@@ -106,15 +110,15 @@ def probe_of(checkpoint: Path, rows: list[Row]) -> probe.Probe:
     return found
 
 
-def _prompts(run: Run, created: bool) -> None:
+def _prompts(run: Run, begun: bool) -> None:
     manifest = run.manifest(prompts.OUTPUT, None)
-    if manifest is not None and created and prompts.source_is_gone(run):
+    if manifest is not None and begun and prompts.source_is_gone(run):
         run.console.say(f"prompts.source: {run.config.prompts.source} is gone; the run has its own copy")
         return
     plan = prompts.plan(run)
     if manifest is not None and plan.same_as(manifest):
         return
-    if manifest is not None and created:
+    if manifest is not None and begun:
         raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
     from grpo.model import context_length, load_config, load_tokenizer
 

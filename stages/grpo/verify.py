@@ -5,34 +5,53 @@ that make it can be run again.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grpo import sql, tables
-from grpo.artifacts import STAGE_OUTPUTS, FileRecord, Manifest, Run, discard, open_run, pruned_files
+from grpo.artifacts import (
+    STAGE_OUTPUTS,
+    FileRecord,
+    Manifest,
+    Run,
+    check_staged,
+    checkpoint_records,
+    discard,
+    holder_of,
+    open_run,
+    prunable,
+    staging_folders,
+)
 from grpo.console import stdout_console
 from grpo.errors import CorruptError, GrpoError
-from grpo.runner import states
+from grpo.generate.prompts import source_is_gone
+from grpo.runner import intent_path, read_intent, states
 
 _INVARIANTS = Path(__file__).with_name("invariants.sql")
+_READS = {
+    "rollouts": ("policy", "prompts"),
+    "rewards": ("rollouts",),
+    "advantages": ("rollouts", "rewards"),
+    "update": ("policy", "rollouts", "advantages"),
+}
+
+Place = tuple[str, int | None]
+"""An output and its iteration; None: of the run as a whole."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """An output that is not what was committed. iteration None: of the whole run."""
+    """Something that is not what was committed, or is gone though something else was made from it."""
 
-    output: str
-    iteration: int | None
     found: str
-
-    @property
-    def redo(self) -> str:
-        """The command that makes it again once it is out of the way."""
-        if self.iteration is None:
-            return "grpo run"
-        return f"grpo {STAGE_OUTPUTS[self.output]} --iteration {self.iteration}"
+    redo: str
+    """The command that makes it again once it is out of the way; "" where none can."""
+    aside: Path | None = None
+    """What has to be out of the way first."""
 
 
 @dataclass
@@ -53,7 +72,7 @@ class Report:
 
     def describe(self) -> dict[str, Any]:
         """The report as plain data."""
-        damages = [{**vars(damage), "redo": damage.redo} for damage in self.damages]
+        damages = [{"found": damage.found, "redo": damage.redo or None} for damage in self.damages]
         counts = {name: self.counts[name] for name in ("outputs", "files", "bytes", "rows", "pruned")}
         return {
             **counts,
@@ -67,14 +86,24 @@ class Report:
 def verify(run: Run) -> Report:
     """Look at every committed output of `run`. Raises UsageError when there is no such run."""
     report = Report()
-    _check_run_json(run, report)
-    places: list[tuple[str, int | None]] = [("prompts", None), ("policy", None)]
+    _check_notes(run, report)
+    places: list[Place] = [("prompts", None), ("policy", None)]
     places += [(output, iteration) for iteration in run.iterations() for output in STAGE_OUTPUTS]
+    wrong: dict[Place, str] = {}
+    readers: dict[Place, Place] = {}
     with run.console.progress("verify", len(places), "outputs") as advance:
-        for output, iteration in places:
+        for place in places:
             run.console.stop_requested()
-            _check_output(run, output, iteration, report)
+            try:
+                manifest = _check_output(run, place, report.counts)
+            except GrpoError as error:
+                wrong[place] = str(error)
+            else:
+                for reference in manifest.reads if manifest else ():
+                    readers.setdefault(holder_of(reference), place)
             advance(1)
+    wrong |= _gone(run, readers, wrong)
+    report.damages += [_damage(run, place, wrong) for place in sorted(wrong, key=_in_order)]
     if not report.damages:
         rows = sql.read([run], _INVARIANTS.read_text()).to_pylist()
         report.broken = {row["invariant"]: row["rows"] for row in rows}
@@ -88,10 +117,10 @@ def verify(run: Run) -> Report:
 
 
 def discard_damaged(run: Run, report: Report) -> None:
-    """Move what is damaged to .trash. Needs the lock."""
+    """Move what is damaged and can be made again to .trash. Needs the lock."""
     for damage in report.damages:
-        place = run.path / damage.output if damage.output == "run.json" else None
-        discard(run, place or run.folder(damage.output, damage.iteration))
+        if damage.aside is not None:
+            discard(run, damage.aside)
 
 
 def print_report(run: Run, report: Report, discarded: bool) -> None:
@@ -113,51 +142,124 @@ def print_report(run: Run, report: Report, discarded: bool) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if report.damages:
-        redo = list(dict.fromkeys(damage.redo for damage in report.damages))
+    if any(damage.aside for damage in report.damages):
         first = "moved to .trash" if discarded else "`grpo verify --discard` moves it to .trash"
-        out.print(f"{first}; what makes it again: {'; '.join(redo)}", highlight=False, soft_wrap=True)
+        first = f"what can be made again: {first}" if not all(d.redo for d in report.damages) else first
+        out.print(first, highlight=False, soft_wrap=True)
+    if redo := list(dict.fromkeys(damage.redo for damage in report.damages if damage.redo)):
+        text = f"what makes it again, with the configuration of run {run.name}: {'; '.join(redo)}"
+        out.print(text, highlight=False, soft_wrap=True)
 
 
-def _check_run_json(run: Run, report: Report) -> None:
-    try:
-        open_run(run.name, run.root)
-    except CorruptError as error:
-        report.damages.append(Damage("run.json", None, str(error)))
+def _check_notes(run: Run, report: Report) -> None:
+    """What is no output: run.json, the intent of `--from`, and unfinished work."""
+    notes: list[tuple[Path, Callable[[], object]]] = [
+        (run.path / "run.json", partial(open_run, run.name, run.root)),
+        (intent_path(run), partial(read_intent, run)),
+    ]
+    notes += [(folder, partial(check_staged, run, folder)) for folder in staging_folders(run)]
+    for path, check in notes:
+        try:
+            check()
+        except CorruptError as error:
+            if path.exists():  # else a writer has committed it meanwhile
+                report.damages.append(Damage(str(error), "grpo run", path))
 
 
-def _check_output(run: Run, output: str, iteration: int | None, report: Report) -> None:
-    """Add what is wrong with one output: the first thing that is, since all of it is made again together."""
+def _check_output(run: Run, place: Place, counts: "Counter[str]") -> Manifest | None:
+    """Its manifest; raises the first thing that is wrong with it: all of it is made again together."""
     with suppress(GrpoError):
-        report.counts += _look_at(run, output, iteration)
-        return
-    try:  # once more: a writer may have replaced or pruned it meanwhile
-        report.counts += _look_at(run, output, iteration)
-    except GrpoError as error:
-        report.damages.append(Damage(output, iteration, str(error)))
+        return _look_at(run, place, counts)
+    return _look_at(run, place, counts)  # once more: a writer may have replaced or pruned it meanwhile
 
 
-def _look_at(run: Run, output: str, iteration: int | None) -> "Counter[str]":
-    """Counts of one output, all of which is as it should be; else raises what is wrong with it."""
-    counts: Counter[str] = Counter()
-    manifest = run.manifest(output, iteration)
+def _look_at(run: Run, place: Place, counts: "Counter[str]") -> Manifest | None:
+    manifest = run.manifest(*place)
     if manifest is None:
-        return counts
-    gone = _pruned(run, output, iteration)
+        return None
+    dropped = _dropped(run, place)
+    found: Counter[str] = Counter(outputs=1)
     for file in manifest.files:
-        if (file.part, file.name) in gone:
-            counts["pruned"] += 1
+        if file in dropped:
+            found["pruned"] += 1
             continue
-        _check_file(run, manifest, file, run.path_of(file, output, iteration))
-        counts.update(files=1, bytes=file.bytes, rows=file.rows or 0)
-    counts["outputs"] += 1
-    return counts
+        _check_file(run, manifest, file, run.path_of(file, *place))
+        found.update(files=1, bytes=file.bytes, rows=file.rows or 0)
+    counts.update(found)
+    return manifest
 
 
-def _pruned(run: Run, output: str, iteration: int | None) -> set[tuple[str, str]]:
-    if output != "update" or iteration is None or run.has_checkpoint(iteration):
-        return set()
-    return {(file.part, file.name) for file in pruned_files(run, iteration)}
+def _dropped(run: Run, place: Place) -> list[FileRecord]:
+    """Files that retention removed. Where only the note of it is gone, the next writer notes it again."""
+    output, iteration = place
+    if output != "update" or iteration is None:
+        return []
+    records = checkpoint_records(run, iteration)
+    noted = run.is_pruned(iteration)
+    unnoted = iteration in prunable(run) and not any(run.path_of(r, *place).exists() for r in records)
+    return records if noted or unnoted else []
+
+
+def _gone(run: Run, readers: dict[Place, Place], wrong: dict[Place, str]) -> dict[Place, str]:
+    """Outputs that are not there, though another was made from them. readers: of what, who read it."""
+    found: dict[Place, str] = {}
+    # A writer may have taken away both meanwhile.
+    look = [(place, reader) for place, reader in readers.items() if run.manifest(*reader)]
+    look += [(read, place) for place in wrong for read in _read_by(place)]
+    while look:
+        place, reader = look.pop()
+        # Staged: a crash came between two renames, which the next writer finishes.
+        if place in wrong or place in found or run.manifest(*place) or run.is_staged(*place):
+            continue
+        found[place] = f"{run.folder(*place)}: gone, though {_text(reader)} was made from it"
+        look += [(read, place) for read in _read_by(place)]
+    return found
+
+
+def _read_by(place: Place) -> list[Place]:
+    """What an output is made from."""
+    output, iteration = place
+    return [] if iteration is None else [holder_of(f"{name}@{iteration}") for name in _READS[output]]
+
+
+def _text(place: Place) -> str:
+    output, iteration = place
+    return output if iteration is None else f"{output} of iteration {iteration}"
+
+
+def _damage(run: Run, place: Place, wrong: dict[Place, str]) -> Damage:
+    output, iteration = place
+    if lost := _lost(run, place, wrong):
+        nearest = max(number for number in _usable(run, wrong) if number <= (iteration or 0))
+        advice = f"cannot be made again ({lost}): restore it from a copy, or `grpo run --from {nearest}`"
+        return Damage(f"{wrong[place]}; {advice}", "")
+    stage = STAGE_OUTPUTS.get(output)
+    redo = f"grpo {stage} --iteration {iteration}" if stage else "grpo run"
+    return Damage(wrong[place], redo, run.folder(*place))
+
+
+def _lost(run: Run, place: Place, wrong: dict[Place, str]) -> str:
+    """Why an output cannot be made again; empty where it can."""
+    output, iteration = place
+    if iteration is None:
+        gone = output == "prompts" and source_is_gone(run)
+        return f"prompts.source: {run.config.prompts.source} is gone" if gone else ""
+    for read in _read_by(place):
+        if read[0] == "update" and read[1] is not None and run.is_pruned(read[1]):
+            return f"policy {iteration} was pruned"
+        if read in wrong and (reason := _lost(run, read, wrong)):
+            return reason
+    return ""
+
+
+def _usable(run: Run, wrong: dict[Place, str]) -> list[int]:
+    """Policies that are there and whole."""
+    return [number for number in run.policies() if number == 0 or ("update", number - 1) not in wrong]
+
+
+def _in_order(place: Place) -> tuple[int, int]:
+    output, iteration = place
+    return (-1, 0) if iteration is None else (iteration, list(STAGE_OUTPUTS).index(output))
 
 
 def _check_file(run: Run, manifest: Manifest, file: FileRecord, path: Path) -> None:

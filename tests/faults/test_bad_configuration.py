@@ -163,9 +163,7 @@ COMMANDS = [
     words(["fork", "nope", "new"], "artifacts/nope: no such run; runs there: tiny"),
     words(["score", "--iteration", "3"], "--iteration 3: run tiny has iterations 0 to 1"),
     words(["show", "--iteration", "9"], "--iteration 9: run tiny has rollouts of 0 to 1"),
-    words(
-        ["fork", "tiny", "new", "--iteration", "9"], "--iteration 9: run tiny has completed iterations 0 to 1"
-    ),
+    words(["fork", "tiny", "new", "--iteration", "9"], "--iteration 9: run tiny has completed 2 iterations"),
     words(["run", "--from", "99"], "--from 99: run tiny has no iteration 99; it has iterations 0 to 1"),
     # and worse
     words(

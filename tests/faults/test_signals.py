@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +82,18 @@ def wait_for_work(folder: Path, child: crash.Child) -> None:
     lock = folder / crash.RUN / ".lock"
     while f"pid {child.pid} on" not in (lock.read_text() if lock.exists() else ""):
         time.sleep(0.005)
+
+
+def test_a_query_ends_at_once(finished: Path) -> None:
+    # A process of its own: DuckDB looks for signals in the thread that imported Python. What a
+    # shell starts in the background ignores SIGINT, and so does what that starts, unless told.
+    program = (
+        "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from grpo.cli import main; main()"
+    )
+    query = "select count(*) from range(10000000000) a, range(1000) b"
+    command = [sys.executable, "-c", program, "sql", query, "--timeout-s", "100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(5)  # it is in the query by now; on a slow machine it imports, and ends in the same way
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, "", "error: interrupted\n")

@@ -2,36 +2,54 @@
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
-from grpo.artifacts.manifest import FileRecord, Manifest, Plan, digest, id_of, seal
-from grpo.artifacts.retention import prunable, prune, pruned_files
+from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, seal
+from grpo.artifacts.retention import checkpoint_records, droppable, prunable, prune
 from grpo.artifacts.run import (
     ARTIFACTS,
+    PRUNED,
     STAGE_OUTPUTS,
+    TIMINGS,
     Run,
     created_config,
     holder_of,
     iterations_in,
     open_run,
     read_json,
+    read_sealed,
     require_run,
 )
 from grpo.artifacts.space import require_space
-from grpo.artifacts.staging import Staging, choose_attempt, discard, roll_forward, staged_attempts, versions
+from grpo.artifacts.staging import (
+    Staging,
+    check_staged,
+    choose_attempt,
+    discard,
+    roll_forward,
+    staged_attempts,
+    staging_folders,
+    versions,
+)
 
 __all__ = [
     "ARTIFACTS",
+    "MANIFEST",
+    "PRUNED",
     "STAGE_OUTPUTS",
+    "TIMINGS",
     "FileRecord",
     "Manifest",
     "Plan",
     "Run",
     "Staging",
+    "check_staged",
     "checkpoint_files",
     "checkpoint_id",
+    "checkpoint_records",
     "choose_attempt",
     "created_config",
     "digest",
     "discard",
+    "droppable",
     "files",
     "holder_of",
     "id_of",
@@ -41,12 +59,13 @@ __all__ = [
     "open_run",
     "prunable",
     "prune",
-    "pruned_files",
     "read_json",
+    "read_sealed",
     "require_run",
     "require_space",
     "roll_forward",
     "seal",
     "staged_attempts",
+    "staging_folders",
     "versions",
 ]

@@ -16,6 +16,8 @@ import signal
 import sys
 from pathlib import Path
 
+from grpo.errors import UsageError
+
 VARIABLE = "GRPO_FAULT"
 _numbers = itertools.count(1)  # of this process's operations while a fault is planned
 
@@ -33,6 +35,8 @@ def operation(kind: str, path: Path, other: Path | None = None) -> None:
         number = next(_numbers)
         if kind == "fsync":
             shutil.copyfile(path, f"{at}.{number}")
+    elif not at.isdecimal() or (fault != "kill" and fault not in errno.errorcode.values()):
+        raise UsageError(f"{VARIABLE}={planned}: expected kill:N, a name of errno and :N, or record:FILE")
     elif next(_numbers) == int(at):
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -24,6 +24,8 @@ _RESOURCE_ERRORS = {
     errno.EPERM,
     errno.EROFS,
     errno.EMFILE,
+    errno.EXDEV,  # a hard link to another disk
+    errno.EMLINK,
 }
 
 

@@ -1,14 +1,16 @@
 """artifacts.retention: what is dropped from committed outputs to save space. Tables are never dropped.
 
 A checkpoint is what an update wrote for its successor: weights, adapter and optimiser state. `pruned.json` is
-committed before the files go, so that their absence is never taken for damage.
+committed before the files go, so that their absence is never taken for damage. That it is there is all that
+counts, so that damage to it cannot change what was dropped.
 """
 
 import json
+from pathlib import Path
 
 from grpo.artifacts import files
 from grpo.artifacts.manifest import FileRecord
-from grpo.artifacts.run import PRUNED, Run, read_json
+from grpo.artifacts.run import PRUNED, Run
 
 _PARTS = ("policy", "adapter", "optimizer")
 _KEPT = "probe.json"  # a few kilobytes that say what the policy computed
@@ -25,25 +27,31 @@ def prunable(run: Run) -> list[int]:
     return [i for i in have[: -config.keep_last] if every is None or (i + 1) % every]
 
 
+def droppable(run: Run) -> dict[int, list[Path]]:
+    """Update -> files that prune() would remove: of checkpoints not kept, and what a crash left of such."""
+    going, found = prunable(run), {}
+    for iteration in run.iterations():
+        if iteration in going or run.is_pruned(iteration):
+            there = [run.path_of(file, "update", iteration) for file in checkpoint_records(run, iteration)]
+            paths = [path for path in there if path.exists()]
+            if paths or iteration in going:
+                found[iteration] = paths
+    return found
+
+
 def prune(run: Run) -> None:
     """Drop the checkpoints that are not kept, and what a crash left of such."""
     for iteration in prunable(run):
         folder = run.folder("update", iteration)
         files.write_file(folder / PRUNED, json.dumps({"parts": _PARTS}).encode())
         files.sync_folder(folder)
-    for iteration in run.iterations():
-        if run.manifest("update", iteration) is None or run.has_checkpoint(iteration):
-            continue
-        for file in pruned_files(run, iteration):
-            path = run.path_of(file, "update", iteration)
-            if path.exists():
-                files.remove_file(path)
+    for paths in droppable(run).values():
+        for path in paths:
+            files.remove_file(path)
 
 
-def pruned_files(run: Run, iteration: int) -> list[FileRecord]:
+def checkpoint_records(run: Run, iteration: int) -> list[FileRecord]:
     """Files of an update that are gone, or go, when its checkpoint is pruned."""
     manifest = run.manifest("update", iteration)
     held = manifest.files if manifest else []
-    note = run.folder("update", iteration) / PRUNED
-    parts = read_json(note, parts=list)["parts"] if note.exists() else _PARTS
-    return [file for file in held if file.part in parts and file.name != _KEPT]
+    return [file for file in held if file.part in _PARTS and file.name != _KEPT]

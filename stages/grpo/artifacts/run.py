@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ ARTIFACTS = Path("artifacts")
 STAGE_OUTPUTS = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
 """Outputs of an iteration in order, and the stage that makes each."""
 PRUNED = "pruned.json"
+TIMINGS = "timings.json"
 _LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
 
 
@@ -50,7 +51,11 @@ class Run:
 
     def folder(self, output: str, iteration: int | None) -> Path:
         """Where an output is committed; `iteration` None for `prompts` and `policy`."""
-        return self.path / output if iteration is None else self.path / iteration_folder(iteration) / output
+        return self.iteration_root(iteration) / output
+
+    def iteration_root(self, iteration: int | None) -> Path:
+        """Where the outputs of an iteration are; None: of the run as a whole."""
+        return self.path if iteration is None else self.path / iteration_folder(iteration)
 
     def staging_root(self, iteration: int | None) -> Path:
         """Where unfinished outputs of an iteration are."""
@@ -68,10 +73,9 @@ class Run:
         A writer that replaces the output moves the old one away and the new one in: a reader waits for that.
         """
         folder = self.folder(output, iteration)
-        staged = f"{output}-*/{MANIFEST}"
         for _ in range(_LOOKS):
             found = read_manifest(folder)
-            if found is not None or not any(self.staging_root(iteration).glob(staged)):
+            if found is not None or not self.is_staged(output, iteration):
                 break
             time.sleep(_PAUSE_S)
         # It may have come between the two looks; and what a crash left staged, the next writer moves in.
@@ -80,6 +84,10 @@ class Run:
             where = "" if found.iteration is None else f" of iteration {found.iteration}"
             raise CorruptError(f"{folder}: holds what {found.stage}{where} made")
         return found
+
+    def is_staged(self, output: str, iteration: int | None) -> bool:
+        """Whether an output is complete but for being moved to its place."""
+        return any(self.staging_root(iteration).glob(f"{output}-*/{MANIFEST}"))
 
     def require(self, output: str, iteration: int | None, command: str) -> Manifest:
         """The manifest of a committed output; InputError (exit 4) naming `command` when it is missing."""
@@ -94,14 +102,13 @@ class Run:
 
     def id_of(self, reference: str) -> str | None:
         """Present id of `name@iteration` or `name`, or None when it is not there. Example: policy@3."""
-        name, _, at = reference.partition("@")
-        output, iteration = holder_of(name, int(at) if at else None)
-        manifest = self.manifest(output, iteration)
+        name, _, _ = reference.partition("@")
+        manifest = self.manifest(*holder_of(reference))
         return manifest.ids.get(name) if manifest else None
 
     def timings(self, output: str, iteration: int | None) -> dict[str, float]:
         """Seconds by part of a committed output; empty where none were written."""
-        path = self.folder(output, iteration) / "timings.json"
+        path = self.folder(output, iteration) / TIMINGS
         try:
             seconds: dict[str, float] = read_json(path, seconds=dict)["seconds"]
         except FileNotFoundError:
@@ -127,7 +134,7 @@ class Run:
 
     def probe_path(self, iteration: int) -> Path:
         """The probe of policy `iteration`, verified: log-probs that whoever loads it must come to."""
-        output, before = holder_of("policy", iteration)
+        output, before = holder_of(f"policy@{iteration}")
         manifest = self.require(output, before, "grpo run")
         file = next((file for file in manifest.files if file.name == "probe.json"), None)
         if file is None:
@@ -151,17 +158,23 @@ class Run:
         """Whether rewards of an output failed and have to be scored again before anything goes on."""
         return bool(manifest and manifest.summary.get("failed") and self.config.score.on_error == "stop")
 
+    def is_pruned(self, iteration: int) -> bool:
+        """Whether the weights and the optimiser state that update wrote in `iteration` were dropped."""
+        return (self.folder("update", iteration) / PRUNED).exists()
+
     def has_checkpoint(self, iteration: int) -> bool:
-        """Whether the weights and the optimiser state that update wrote in `iteration` are still there."""
-        folder = self.folder("update", iteration)
-        return (folder / "manifest.json").exists() and not (folder / PRUNED).exists()
+        """Whether update wrote weights and optimiser state in `iteration` and they were not dropped."""
+        return (self.folder("update", iteration) / MANIFEST).exists() and not self.is_pruned(iteration)
+
+    def policies(self) -> list[int]:
+        """Policies that were not pruned, in order; policy 0 always is there."""
+        return [0, *(number + 1 for number in self.iterations() if self.has_checkpoint(number))]
 
     def require_checkpoint(self, iteration: int) -> None:
         """Raise InputError (exit 4) when policy `iteration`, once there, was pruned."""
-        folder = self.folder("update", iteration - 1)
-        if iteration == 0 or not (folder / PRUNED).exists():
+        if iteration == 0 or not self.is_pruned(iteration - 1):
             return
-        have = [0, *(number + 1 for number in self.iterations() if self.has_checkpoint(number))]
+        folder, have = self.folder("update", iteration - 1), self.policies()
         nearest = min(have, key=lambda number: (abs(number - iteration), number))
         raise InputError(
             f"{folder}: policy {iteration} was pruned (checkpoints.keep_last, keep_every); there are policies"
@@ -242,6 +255,11 @@ def read_json(path: Path, **keys: type) -> dict[str, Any]:
     return data
 
 
+def read_sealed(path: Path, **keys: type) -> dict[str, Any]:
+    """The same of a file that seal() wrote; CorruptError also where its content changed since."""
+    return unseal(path, read_json(path, **keys))
+
+
 def iteration_folder(iteration: int) -> str:
     """`iteration=000003`: sorts as text, and reads as a Hive partition."""
     return f"iteration={iteration:06d}"
@@ -253,8 +271,13 @@ def iterations_in(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def holder_of(name: str, iteration: int | None) -> tuple[str, int | None]:
-    """The output that holds a named thing. Policy, optimiser and adapter of iteration i are of update i-1."""
+def holder_of(reference: str) -> tuple[str, int | None]:
+    """The output that holds `name@iteration` or `name`, and its iteration.
+
+    Policy, optimiser and adapter of iteration i are of update i-1.
+    """
+    name, _, at = reference.partition("@")
+    iteration = int(at) if at else None
     if name in ("prompts", "reference"):
         return ("prompts" if name == "prompts" else "policy"), None
     if iteration is None:
@@ -279,18 +302,20 @@ def check_size(file: FileRecord, path: Path) -> None:
 def open_run(name: str, root: Path = ARTIFACTS) -> dict[str, Any]:
     """What `run.json` of an existing run holds; errors as require_run's, CorruptError where it changed."""
     path = require_run(name, root)
-    return unseal(path, read_json(path))
+    return read_sealed(path)
 
 
-def created_config(name: str, root: Path = ARTIFACTS) -> Config:
-    """The configuration that an existing run was created with; errors as open_run's.
+def created_config(name: str, root: Path = ARTIFACTS, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that an existing run was created with, and `overrides`; errors as open_run's.
 
     Raises InputError (exit 4) where it is not one of this version of grpo.
     """
     data = open_run(name, root).get("config")
     try:
-        return validated(data, root / name / "run.json")
+        return validated(data, root / name / "run.json", overrides)
     except UsageError as error:
+        if overrides:
+            raise
         raise InputError(f"{error}; another version of grpo made this run") from None
 
 
@@ -298,7 +323,8 @@ def require_run(name: str, root: Path = ARTIFACTS) -> Path:
     """The `run.json` of an existing run. Raises UsageError (exit 2) naming the runs that are there."""
     path = root / name / "run.json"
     if Path(name).name != name or not path.exists():
-        known = sorted(found.parent.name for found in root.glob("*/run.json"))
+        found = (path.parent.name for path in root.glob("*/run.json"))
+        known = sorted(name for name in found if not name.startswith("."))  # a dot: a fork that was killed
         there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
         raise UsageError(f"{root / name}: no such run; {there}")
     return path

