@@ -264,7 +264,7 @@ def finish_start_over(run: Run) -> None:
         discard(run, run.staging_root(iteration))
         discard(run, run.iteration_root(iteration))
     discard(run, run.staging_root(first))
-    for stage in redone:
+    for stage in reversed(redone):  # nothing stays that was made from what is gone
         discard(run, run.folder(stage.output, first))
     files.remove_file(intent_path(run))
     files.sync_folder(run.path)

@@ -10,10 +10,4 @@ from tests.faults import crash
 @pytest.fixture
 def start(scenario: str, write_project: Callable[[Path], Path], complete: Path, tmp_path: Path) -> Path:
     """The project before the command of `scenario`."""
-    before = crash.SCENARIOS[scenario].before
-    if before is None:
-        return write_project(tmp_path / "start")
-    folder = crash.copy(complete, tmp_path / "start")
-    for command in before:
-        crash.succeed(folder, *command)
-    return folder
+    return crash.begun(scenario, write_project, complete, tmp_path / "start")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,25 @@ SCENARIOS = {
     "score": Scenario(["score", "--iteration", "0-1", "--force"], []),
     "gc": Scenario(["gc", "--set", KEEP_2], [["run", "--until", "3"], [*FROM, "2", "--set", NEW_REWARD]]),
     "fork": Scenario(["fork", "tiny", "other", "--iteration", "1"], []),
+    # With a trash that is there already, and a later iteration to move.
+    "from 0": Scenario(
+        [*FROM, "0", "--set", NEW_REWARD],
+        [["advantage", "--iteration", "0", "--force"]],
+        ["run", "--set", NEW_REWARD],
+    ),
+    "prune": Scenario(["run", "--until", "3", "--set", KEEP_2], None),
 }
+
+
+def begun(scenario: str, write_project: Callable[[Path], Path], complete: Path, folder: Path) -> Path:
+    """The project before the command of a scenario, in `folder`."""
+    before = SCENARIOS[scenario].before
+    if before is None:
+        return write_project(folder)
+    copy(complete, folder)
+    for command in before:
+        succeed(folder, *command)
+    return folder
 
 
 class Child:

@@ -72,6 +72,14 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int,
     return num_bytes, digest.hexdigest()
 
 
+def mark(path: Path) -> None:
+    """Make a file whose being there says it all."""
+    with resource_errors(path):
+        operation("write", path)
+        path.touch()
+    sync_folder(path.parent)
+
+
 def link_file(source: Path, target: Path) -> None:
     """Give the file `source` a second name; an existing target is replaced."""
     temporary = target.with_name(target.name + ".tmp")
@@ -83,14 +91,15 @@ def link_file(source: Path, target: Path) -> None:
         temporary.replace(target)
 
 
-def make_folder(path: Path) -> None:
-    """Make `path` and what is missing above it, each entry on disk."""
+def make_folder(path: Path, sync: bool = True) -> None:
+    """Make `path` and what is missing above it, each entry on disk; without `sync` the caller does that."""
     missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
     for folder in reversed(missing):
         with resource_errors(folder):
             operation("mkdir", folder)
             folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        if sync:
+            sync_folder(folder.parent)
 
 
 def sync_folder(path: Path) -> None:

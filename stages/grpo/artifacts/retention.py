@@ -1,11 +1,10 @@
 """artifacts.retention: what is dropped from committed outputs to save space. Tables are never dropped.
 
 A checkpoint is what an update wrote for its successor: weights, adapter and optimiser state. `pruned.json` is
-committed before the files go, so that their absence is never taken for damage. That it is there is all that
-counts, so that damage to it cannot change what was dropped.
+committed before the files go, so that their absence is never taken for damage. It holds nothing: that it is
+there is all that counts, and damage to it cannot change what was dropped.
 """
 
-import json
 from pathlib import Path
 
 from grpo.artifacts import files
@@ -42,9 +41,7 @@ def droppable(run: Run) -> dict[int, list[Path]]:
 def prune(run: Run) -> None:
     """Drop the checkpoints that are not kept, and what a crash left of such."""
     for iteration in prunable(run):
-        folder = run.folder("update", iteration)
-        files.write_file(folder / PRUNED, json.dumps({"parts": _PARTS}).encode())
-        files.sync_folder(folder)
+        files.mark(run.folder("update", iteration) / PRUNED)
     for paths in droppable(run).values():
         for path in paths:
             files.remove_file(path)

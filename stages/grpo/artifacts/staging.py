@@ -94,7 +94,7 @@ class Staging:
 
     def write_bytes(self, part: str, name: str, content: bytes | Iterable[bytes | memoryview]) -> FileRecord:
         """Write a file that is no shard, whole or in pieces; it is committed with the whole output."""
-        files.make_folder(self.folder / part)
+        files.make_folder(self.folder / part, sync=False)  # commit() does
         record = self._write(part, name, content)
         self._records[f"{part}/{name}"] = record
         return record
