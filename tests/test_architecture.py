@@ -20,8 +20,9 @@ RANKS = (
     ("probe", "head"),
     STAGES,
     ("runner", "starter", "evaluate"),
-    ("start", "status", "show", "verify", "collect"),
-    ("fork",),
+    ("start", "status", "show", "collect"),
+    ("fork", "remedy"),
+    ("verify",),
     ("commands", "query", "doctor"),
     ("cli",),
 )

@@ -102,6 +102,125 @@ def test_what_cannot_be_made_again_stays(finished: Path, grpo: Grpo) -> None:
     assert verify(grpo)[0] == 0
 
 
+KEEP_2 = ["--set", crash.KEEP_2, "--set", "iterations=6"]  # policies 0, 5 and 6 stay
+
+
+def pruned_run(grpo: Grpo) -> dict[str, str]:
+    assert grpo("run", *KEEP_2)[0] == 0
+    return crash.contents(Path())
+
+
+def test_lost_prompts_are_no_reason_to_begin_again(finished: Path, grpo: Grpo) -> None:
+    [path] = (RUN / "prompts").glob("part-*.parquet")
+    flip(path)
+    Path("prompts.jsonl").rename("elsewhere.jsonl")
+    code, found = verify(grpo, "--discard")
+    assert (code, [damage["redo"] for damage in found["damaged"]]) == (6, [None])
+    way = "cannot be made again (prompts.source: prompts.jsonl is gone): restore it from a copy"
+    assert found["damaged"][0]["found"].endswith(way)
+    Path("elsewhere.jsonl").rename("prompts.jsonl")
+    before = crash.contents(Path())
+    assert verify(grpo, "--discard")[0] == 6
+    assert grpo("run")[0] == 0
+    assert crash.contents(Path()).keys() == before.keys()
+    assert verify(grpo)[0] == 0
+
+
+@pytest.mark.parametrize("part", ["prompts", "policy"])
+def test_what_a_run_stands_on_is_made_again_from_the_same_alone(
+    finished: Path, grpo: Grpo, part: str
+) -> None:
+    source = Path("prompts.jsonl") if part == "prompts" else Path("model/model.safetensors")
+    before = source.read_bytes()
+    shutil.rmtree(RUN / part)
+    assert verify(grpo)[1]["damaged"][0]["redo"] == "grpo run"
+    content = bytearray(before)
+    content[-4] ^= 1  # the last letter of an answer; a bit of a weight
+    source.write_bytes(content)
+    code, _, err = grpo("run")
+    assert (code, "fixed for the run tiny" in err) == (4, True), err
+    source.write_bytes(before)
+    assert grpo("run")[0] == 0
+    assert verify(grpo)[0] == 0
+
+
+def test_a_lost_output_behind_a_pruned_policy_is_made_again_alone(finished: Path, grpo: Grpo) -> None:
+    before = pruned_run(grpo)
+    shutil.rmtree(RUN / "iteration=000002/rewards")
+    code, _, err = grpo("run", *KEEP_2)
+    assert (code, "`grpo score --iteration 2` makes it again" in err) == (4, True), err
+    assert verify(grpo)[1]["damaged"][0]["redo"] == "grpo score --iteration 2"
+    assert grpo("score", "--iteration", "2")[0] == 0
+    assert crash.contents(Path()) == before
+
+
+def test_no_advice_leads_over_a_policy_that_is_pruned_as_soon_as_it_is_made(
+    finished: Path, grpo: Grpo
+) -> None:
+    pruned_run(grpo)
+    shutil.rmtree(RUN / "iteration=000000/update")
+    [rollouts] = (RUN / "iteration=000001/rollouts").glob("part-00000-*.parquet")
+    flip(rollouts)
+    code, found = verify(grpo, "--discard", *KEEP_2)
+    assert (code, [damage["redo"] for damage in found["damaged"]]) == (6, ["grpo update --iteration 0", None])
+    why = "(policy 1 would be pruned as soon as it is made): restore it from a copy, or `grpo run --from 0`"
+    assert found["damaged"][1]["found"].endswith(why)
+    assert rollouts.exists()
+    assert grpo("run", "--from", "0", "--yes", *KEEP_2)[0] == 0
+    assert verify(grpo)[0] == 0
+
+
+def test_from_makes_an_iteration_that_is_gone(finished: Path, grpo: Grpo) -> None:
+    before = crash.contents(Path())
+    shutil.rmtree(RUN / "iteration=000000")
+    assert grpo("run", "--from", "0", "--yes")[0] == 0
+    assert crash.contents(Path()) == before
+
+
+def test_what_cannot_be_read_is_not_called_damaged(finished: Path, grpo: Grpo) -> None:
+    path = RUN / "iteration=000001/rollouts/manifest.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    code, out, err = grpo("verify", "--discard")
+    assert (code, out, "written by a newer grpo" in err) == (4, "", True)
+    assert path.exists()
+
+
+def test_damaged_timings_are_set_aside_with_their_output(finished: Path, grpo: Grpo) -> None:
+    (RUN / "iteration=000001/update/timings.json").write_text("x")
+    code, found = verify(grpo, "--discard")
+    assert (code, [damage["redo"] for damage in found["damaged"]]) == (6, ["grpo update --iteration 1"])
+    assert grpo("update", "--iteration", "1")[0] == 0
+    assert verify(grpo)[0] == 0
+
+
+def test_what_the_next_command_finishes_is_not_stale(finished: Path, grpo: Grpo, tmp_path: Path) -> None:
+    force = ["score", "--iteration", "0", "--force"]
+    operations = crash.recorded(crash.copy(Path(), tmp_path / "copy"), force)
+    at = max(n for n, made in enumerate(operations, 1) if "/.trash/" in f"{made.other}")
+    assert crash.in_child(Path(), force, f"kill:{at + 3}")[0] == -9  # the old one was moved away
+    assert not (RUN / "iteration=000000/rewards").exists()
+    code, found = verify(grpo)
+    assert (code, found["damaged"], len(found["stale"])) == (0, [], 1)
+    assert found["stale"][0].endswith(": written, and moved to its place by the next command")
+    assert grpo("run")[0] == 0
+    assert verify(grpo)[1]["stale"] == []
+
+
+def test_outputs_in_each_other_s_place_are_not_set_aside(finished: Path, grpo: Grpo) -> None:
+    before = crash.contents(Path())
+    places = [RUN / f"iteration={n:06d}/rollouts" for n in (0, 1)]
+    for source, target in ((places[0], Path("t")), (places[1], places[0]), (Path("t"), places[1])):
+        source.rename(target)
+    code, found = verify(grpo, "--discard")
+    assert code == 6
+    for damage, place in zip(found["damaged"], reversed(places), strict=True):
+        assert damage["found"].endswith(f"; move it to {place}")
+    for source, target in ((places[0], Path("t")), (places[1], places[0]), (Path("t"), places[1])):
+        source.rename(target)
+    assert verify(grpo)[0] == 0
+    assert crash.contents(Path()) == before
+
+
 def test_that_checkpoints_were_pruned_is_not_forgotten_by_damage(finished: Path, grpo: Grpo) -> None:
     keep = ["--set", crash.KEEP_2]
     assert grpo("run", *keep, "--set", "iterations=4")[0] == 0
@@ -110,14 +229,13 @@ def test_that_checkpoints_were_pruned_is_not_forgotten_by_damage(finished: Path,
     note.write_text('{"parts": [""]}')
     assert verify(grpo, *keep)[1]["pruned"] == pruned
     note.unlink()
-    assert verify(grpo, *keep)[:1] == (0,)
-    assert grpo("gc", *keep)[0] == 0
-    assert note.exists()
-    note.unlink()
-    # As it is configured now, that checkpoint would have been kept.
-    code, found = verify(grpo, "--set", "checkpoints.keep_last=null")
-    assert (code, len(found["damaged"])) == (6, 1)
-    assert "missing, though its manifest lists it" in found["damaged"][0]["found"]
+    # As it is configured now, that checkpoint would have been kept; all of it is gone, so it was not.
+    assert verify(grpo, "--set", "checkpoints.keep_last=null")[1]["pruned"] == pruned
+    assert grpo("gc", *keep)[0] == grpo("run", *keep)[0] == 0
+    for part in ("policy", "optimizer"):
+        shutil.rmtree(RUN / "iteration=000003/update" / part)
+    code, found = verify(grpo, *keep)  # of the newest two none is ever pruned
+    assert (code, [damage["redo"] for damage in found["damaged"]]) == (6, ["grpo update --iteration 3"])
 
 
 @pytest.mark.parametrize("name", ["plan.json", "manifest.json", "*.sidecar.json", "part-*.parquet"])
@@ -133,7 +251,7 @@ def test_unfinished_work_is_looked_at_too(finished: Path, grpo: Grpo, name: str,
     code, _, err = grpo(*force[:3])
     assert (code, str(path.parent) in err) == (6, True), err
     code, found = verify(grpo, "--discard")
-    assert (code, [damage["redo"] for damage in found["damaged"]]) == (6, ["grpo run"])
+    assert (code, [damage["redo"] for damage in found["damaged"]]) == (6, ["grpo score --iteration 0"])
     assert not path.exists()
     assert grpo("run")[0] == 0
     assert verify(grpo)[0] == 0

@@ -56,7 +56,8 @@ def _link_all(source: Run, staged: Run, first: int) -> list[str]:
         return _take_over(source, staged, first)
     except FileNotFoundError as error:
         raise InputError(
-            f"{error.filename}: gone while it was linked; is {source.name} in use? try again"
+            f"{error.filename}: gone while it was linked; `grpo verify {source.name}` says whether it is"
+            " damaged, else try again"
         ) from None
 
 

@@ -189,17 +189,17 @@ def _refuse_stale(run: Run, present: dict[int, dict[str, State]]) -> None:
 
 def _way_out(run: Run, iteration: int, name: str) -> str:
     """What to do about a stale output: first make again what it read and what is no longer there."""
-    if iteration and run.is_pruned(iteration - 1):
+    before = STAGES[: [stage.name for stage in STAGES].index(name)]
+    missing = [stage.name for stage in before if run.manifest(stage.output, iteration) is None]
+    again = missing[0] if missing else name
+    if again in (generate.NAME, update.NAME) and iteration and run.is_pruned(iteration - 1):
         nearest = max(number for number in run.policies() if number <= iteration)
         return (
             f"policy {iteration} was pruned: `grpo run --from {nearest}` does it and all that follows again,"
             f" `grpo fork {run.name} NEW --iteration {nearest}` too, elsewhere"
         )
-    for stage in STAGES:
-        if stage.name == name:
-            break
-        if run.manifest(stage.output, iteration) is None:
-            return f"`grpo {stage.name} --iteration {iteration}` makes it again"
+    if missing:
+        return f"`grpo {again} --iteration {iteration}` makes it again"
     return (
         f"`grpo run --from {iteration}` does it and all that follows again,"
         f" `grpo {name} --iteration {iteration}` it alone"
@@ -247,7 +247,7 @@ def start_over(run: Run, iteration: int) -> None:
                     f" begin with that: --from {number}, or `grpo {name} --iteration {number}`"
                 )
     _, redone = done_again(run, iteration)
-    if redone or present[iteration][update.NAME].name == "missing":
+    if redone or run.manifest(update.OUTPUT, iteration) is None:
         run.require_checkpoint(iteration)
     files.write_file(intent_path(run), seal({"from": iteration}))
     files.sync_folder(run.path)

@@ -1,9 +1,10 @@
 """start: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
 
 from pathlib import Path
+from typing import Any
 
 from grpo import probe
-from grpo.artifacts import Manifest, Plan, Run, Staging, created_config, files, seal, versions
+from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, created_config, files, seal, versions
 from grpo.config import Config, overridden_keys
 from grpo.errors import CorruptError, InputError, UsageError
 from grpo.generate import prompts
@@ -28,7 +29,10 @@ def prepare(run: Run) -> None:
     ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in paths.items()}
     manifest = run.manifest("policy", None)
     if manifest is not None and begun:
-        _check_models(run, manifest, names, ids)
+        _check_models(run, names, ids, manifest.ids, manifest.config)
+    elif manifest is None:  # damaged, and set aside: what was made from it says which it was
+        read = {"policy": _recorded(run, "policy@0"), "reference": _recorded(run, "reference")}
+        _check_models(run, names, ids, {part: id_ for part, id_ in read.items() if id_}, {})
     run.start = paths
     _prompts(run, begun)
     if manifest is None or manifest.ids != ids:
@@ -67,11 +71,20 @@ def _check_seed(run: Run, created: bool) -> None:
         raise InputError(_fixed(run, "seed", seed, run.config.seed))
 
 
-def _check_models(run: Run, manifest: Manifest, names: dict[str, str], ids: dict[str, str]) -> None:
-    for part, name in names.items():
-        if manifest.ids[part] != ids[part]:
+def _check_models(
+    run: Run, names: dict[str, str], ids: dict[str, str], held: dict[str, str], were: dict[str, Any]
+) -> None:
+    for part, id_ in held.items():
+        if id_ != ids[part]:
             key = "model" if part == "policy" else "update.reference"
-            raise InputError(_fixed(run, key, manifest.config[part], f"{name} (other files)"))
+            raise InputError(_fixed(run, key, were.get(part, ""), f"{names[part]} (other files)"))
+
+
+def _recorded(run: Run, reference: str) -> str | None:
+    """Id of what the run stands on, from the first output that was made from it."""
+    manifests = (run.manifest(output, n) for n in run.iterations() for output in STAGE_OUTPUTS)
+    found = (manifest.reads.get(reference) for manifest in manifests if manifest is not None)
+    return next((id_ for id_ in found if id_), None)
 
 
 def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None:
@@ -134,7 +147,8 @@ def _prompts(run: Run, begun: bool) -> None:
     def num_tokens(rows: list[Row]) -> list[int]:
         return [len(ids) for ids in prompts.encode(rows, tokenizer)[1]]
 
-    prompts.prepare(run, Staging(run, plan, 0), num_tokens, room)
+    expected = _recorded(run, prompts.OUTPUT)
+    prompts.prepare(run, Staging(run, plan, 0), num_tokens, room, expected)
 
 
 def _fixed(run: Run, key: str, old: object, new: object) -> str:

@@ -14,44 +14,23 @@ from typing import Any
 
 from grpo import sql, tables
 from grpo.artifacts import (
+    MANIFEST,
     STAGE_OUTPUTS,
     FileRecord,
     Manifest,
     Run,
     check_staged,
-    checkpoint_records,
     discard,
     holder_of,
     open_run,
-    prunable,
     staging_folders,
 )
 from grpo.console import stdout_console
-from grpo.errors import CorruptError, GrpoError
-from grpo.generate.prompts import source_is_gone
+from grpo.errors import CorruptError
+from grpo.remedy import Damage, Place, damage, read_by
 from grpo.runner import intent_path, read_intent, states
 
 _INVARIANTS = Path(__file__).with_name("invariants.sql")
-_READS = {
-    "rollouts": ("policy", "prompts"),
-    "rewards": ("rollouts",),
-    "advantages": ("rollouts", "rewards"),
-    "update": ("policy", "rollouts", "advantages"),
-}
-
-Place = tuple[str, int | None]
-"""An output and its iteration; None: of the run as a whole."""
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Something that is not what was committed, or is gone though something else was made from it."""
-
-    found: str
-    redo: str
-    """The command that makes it again once it is out of the way; "" where none can."""
-    aside: Path | None = None
-    """What has to be out of the way first."""
 
 
 @dataclass
@@ -72,7 +51,7 @@ class Report:
 
     def describe(self) -> dict[str, Any]:
         """The report as plain data."""
-        damages = [{"found": damage.found, "redo": damage.redo or None} for damage in self.damages]
+        damages = [{"found": each.found, "redo": each.redo or None} for each in self.damages]
         counts = {name: self.counts[name] for name in ("outputs", "files", "bytes", "rows", "pruned")}
         return {
             **counts,
@@ -96,15 +75,16 @@ def verify(run: Run) -> Report:
             run.console.stop_requested()
             try:
                 manifest = _check_output(run, place, report.counts)
-            except GrpoError as error:
+            except CorruptError as error:
                 wrong[place] = str(error)
             else:
                 for reference in manifest.reads if manifest else ():
                     readers.setdefault(holder_of(reference), place)
             advance(1)
     wrong |= _gone(run, readers, wrong)
-    report.damages += [_damage(run, place, wrong) for place in sorted(wrong, key=_in_order)]
-    if not report.damages:
+    report.damages += [damage(run, place, wrong) for place in sorted(wrong, key=_in_order)]
+    report.stale = _unfinished(run)
+    if not report.damages and not report.stale:
         rows = sql.read([run], _INVARIANTS.read_text()).to_pylist()
         report.broken = {row["invariant"]: row["rows"] for row in rows}
         report.stale = [
@@ -118,17 +98,17 @@ def verify(run: Run) -> Report:
 
 def discard_damaged(run: Run, report: Report) -> None:
     """Move what is damaged and can be made again to .trash. Needs the lock."""
-    for damage in report.damages:
-        if damage.aside is not None:
-            discard(run, damage.aside)
+    for each in report.damages:
+        if each.aside is not None:
+            discard(run, each.aside)
 
 
 def print_report(run: Run, report: Report, discarded: bool) -> None:
     """The report as a person reads it. discarded: what is damaged is in .trash already."""
     out = stdout_console()
     counts = report.counts
-    for damage in report.damages:
-        out.print(f"damaged  {damage.found}", markup=False, highlight=False, soft_wrap=True)
+    for each in report.damages:
+        out.print(f"damaged  {each.found}", markup=False, highlight=False, soft_wrap=True)
     for invariant, rows in report.broken.items():
         out.print(f"broken   {invariant}: {rows} rows", markup=False, highlight=False, soft_wrap=True)
     for text in report.stale:
@@ -142,11 +122,11 @@ def print_report(run: Run, report: Report, discarded: bool) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if any(damage.aside for damage in report.damages):
+    if any(each.aside for each in report.damages):
         first = "moved to .trash" if discarded else "`grpo verify --discard` moves it to .trash"
-        first = f"what can be made again: {first}" if not all(d.redo for d in report.damages) else first
+        first = f"what can be made again: {first}" if not all(each.redo for each in report.damages) else first
         out.print(first, highlight=False, soft_wrap=True)
-    if redo := list(dict.fromkeys(damage.redo for damage in report.damages if damage.redo)):
+    if redo := list(dict.fromkeys(each.redo for each in report.damages if each.redo)):
         text = f"what makes it again, with the configuration of run {run.name}: {'; '.join(redo)}"
         out.print(text, highlight=False, soft_wrap=True)
 
@@ -157,18 +137,41 @@ def _check_notes(run: Run, report: Report) -> None:
         (run.path / "run.json", partial(open_run, run.name, run.root)),
         (intent_path(run), partial(read_intent, run)),
     ]
-    notes += [(folder, partial(check_staged, run, folder)) for folder in staging_folders(run)]
     for path, check in notes:
         try:
             check()
         except CorruptError as error:
-            if path.exists():  # else a writer has committed it meanwhile
-                report.damages.append(Damage(str(error), "grpo run", path))
+            report.damages.append(Damage(str(error), "grpo run", path))
+    for folder in staging_folders(run):
+        try:
+            check_staged(run, folder)
+        except CorruptError as error:
+            if folder.exists():  # else a writer has committed it meanwhile
+                report.damages.append(Damage(str(error), _command_of(folder), folder))
+
+
+def _command_of(staged: Path) -> str:
+    """The command that goes on with what is staged in a folder."""
+    stage = STAGE_OUTPUTS.get(staged.name.rpartition("-")[0])
+    iteration = staged.parent.name.removeprefix("iteration=")
+    return f"grpo {stage} --iteration {int(iteration)}" if stage and iteration.isdecimal() else "grpo run"
+
+
+def _unfinished(run: Run) -> list[str]:
+    """What a crash came between, and the next command finishes: until then some outputs look stale."""
+    with suppress(CorruptError):  # which is reported already
+        if (first := read_intent(run)) is not None:
+            return [f"--from {first}: not finished; the next `grpo run` goes on with it"]
+    return [
+        f"{folder}: written, and moved to its place by the next command"
+        for folder in staging_folders(run)
+        if (folder / MANIFEST).exists()
+    ]
 
 
 def _check_output(run: Run, place: Place, counts: "Counter[str]") -> Manifest | None:
     """Its manifest; raises the first thing that is wrong with it: all of it is made again together."""
-    with suppress(GrpoError):
+    with suppress(CorruptError, FileNotFoundError):
         return _look_at(run, place, counts)
     return _look_at(run, place, counts)  # once more: a writer may have replaced or pruned it meanwhile
 
@@ -179,6 +182,7 @@ def _look_at(run: Run, place: Place, counts: "Counter[str]") -> Manifest | None:
         return None
     dropped = _dropped(run, place)
     found: Counter[str] = Counter(outputs=1)
+    run.timings(*place)
     for file in manifest.files:
         if file in dropped:
             found["pruned"] += 1
@@ -190,14 +194,12 @@ def _look_at(run: Run, place: Place, counts: "Counter[str]") -> Manifest | None:
 
 
 def _dropped(run: Run, place: Place) -> list[FileRecord]:
-    """Files that retention removed. Where only the note of it is gone, the next writer notes it again."""
+    """Files that retention removed; of the newest two updates it removes none."""
     output, iteration = place
-    if output != "update" or iteration is None:
+    if output != "update" or iteration is None or not run.is_pruned(iteration):
         return []
-    records = checkpoint_records(run, iteration)
-    noted = run.is_pruned(iteration)
-    unnoted = iteration in prunable(run) and not any(run.path_of(r, *place).exists() for r in records)
-    return records if noted or unnoted else []
+    newest = [number for number in run.iterations() if run.folder(output, number).exists()][-2:]
+    return [] if iteration in newest else run.checkpoint_records(iteration)
 
 
 def _gone(run: Run, readers: dict[Place, Place], wrong: dict[Place, str]) -> dict[Place, str]:
@@ -205,56 +207,20 @@ def _gone(run: Run, readers: dict[Place, Place], wrong: dict[Place, str]) -> dic
     found: dict[Place, str] = {}
     # A writer may have taken away both meanwhile.
     look = [(place, reader) for place, reader in readers.items() if run.manifest(*reader)]
-    look += [(read, place) for place in wrong for read in _read_by(place)]
+    look += [(read, place) for place in wrong for read in read_by(place)]
     while look:
         place, reader = look.pop()
         # Staged: a crash came between two renames, which the next writer finishes.
         if place in wrong or place in found or run.manifest(*place) or run.is_staged(*place):
             continue
         found[place] = f"{run.folder(*place)}: gone, though {_text(reader)} was made from it"
-        look += [(read, place) for read in _read_by(place)]
+        look += [(read, place) for read in read_by(place)]
     return found
-
-
-def _read_by(place: Place) -> list[Place]:
-    """What an output is made from."""
-    output, iteration = place
-    return [] if iteration is None else [holder_of(f"{name}@{iteration}") for name in _READS[output]]
 
 
 def _text(place: Place) -> str:
     output, iteration = place
     return output if iteration is None else f"{output} of iteration {iteration}"
-
-
-def _damage(run: Run, place: Place, wrong: dict[Place, str]) -> Damage:
-    output, iteration = place
-    if lost := _lost(run, place, wrong):
-        nearest = max(number for number in _usable(run, wrong) if number <= (iteration or 0))
-        advice = f"cannot be made again ({lost}): restore it from a copy, or `grpo run --from {nearest}`"
-        return Damage(f"{wrong[place]}; {advice}", "")
-    stage = STAGE_OUTPUTS.get(output)
-    redo = f"grpo {stage} --iteration {iteration}" if stage else "grpo run"
-    return Damage(wrong[place], redo, run.folder(*place))
-
-
-def _lost(run: Run, place: Place, wrong: dict[Place, str]) -> str:
-    """Why an output cannot be made again; empty where it can."""
-    output, iteration = place
-    if iteration is None:
-        gone = output == "prompts" and source_is_gone(run)
-        return f"prompts.source: {run.config.prompts.source} is gone" if gone else ""
-    for read in _read_by(place):
-        if read[0] == "update" and read[1] is not None and run.is_pruned(read[1]):
-            return f"policy {iteration} was pruned"
-        if read in wrong and (reason := _lost(run, read, wrong)):
-            return reason
-    return ""
-
-
-def _usable(run: Run, wrong: dict[Place, str]) -> list[int]:
-    """Policies that are there and whole."""
-    return [number for number in run.policies() if number == 0 or ("update", number - 1) not in wrong]
 
 
 def _in_order(place: Place) -> tuple[int, int]:

@@ -97,7 +97,7 @@ class Trial:
         for name, inode in crash.committed(folder).items():
             if inode not in before.get(name, {inode}):  # committed before the failure
                 return f"{name} was made again"
-        others = [path.parent.name for path in folder.glob("artifacts/other/run.json")]
+        others = [path.name for path in folder.glob("artifacts/other")]
         for command in (["verify"], ["status"], *(["verify", name] for name in others)):
             code, err = crash.in_child(folder, command)
             if code != 0:
@@ -181,16 +181,19 @@ def lost_without(place: str, trial: Trial) -> str | None:
 
 
 def damage_without(place: str, trial: Trial) -> str | None:
-    """The first damage when `place` syncs nothing: tried from there on to the next sync, and at the end."""
+    """The first damage when `place` syncs nothing: tried after each sync until another makes up for it."""
     disk = Disk(trial.start)
-    missed = False
+    missed: set[str] = set()
     for number, operation in enumerate(trial.operations, 1):
         if operation.sync == place:
-            missed = True
-            continue
-        disk.apply(operation)
+            missed.add(operation.path)
+            skipped = True
+        else:
+            disk.apply(operation)
+            skipped = False
         last = number == len(trial.operations)
-        if (missed or last) and (wrong := trial.wrong_after(disk, number)):
+        if (skipped or last or (missed and operation.sync)) and (wrong := trial.wrong_after(disk, number)):
             return f"operation {number}: {wrong}"
-        missed = missed and not operation.kind.startswith("fsync_folder")
+        if operation.kind == "fsync_folder" and not skipped:
+            missed.discard(operation.path)
     return None

@@ -2,8 +2,8 @@
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
-from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, seal
-from grpo.artifacts.retention import checkpoint_records, droppable, prunable, prune
+from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, read_manifest, seal
+from grpo.artifacts.retention import droppable, is_kept, prunable, prune
 from grpo.artifacts.run import (
     ARTIFACTS,
     PRUNED,
@@ -44,7 +44,6 @@ __all__ = [
     "check_staged",
     "checkpoint_files",
     "checkpoint_id",
-    "checkpoint_records",
     "choose_attempt",
     "created_config",
     "digest",
@@ -54,12 +53,14 @@ __all__ = [
     "holder_of",
     "id_of",
     "is_hub_id",
+    "is_kept",
     "is_weight_file",
     "iterations_in",
     "open_run",
     "prunable",
     "prune",
     "read_json",
+    "read_manifest",
     "read_sealed",
     "require_run",
     "require_space",

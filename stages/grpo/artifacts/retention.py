@@ -8,22 +8,22 @@ there is all that counts, and damage to it cannot change what was dropped.
 from pathlib import Path
 
 from grpo.artifacts import files
-from grpo.artifacts.manifest import FileRecord
 from grpo.artifacts.run import PRUNED, Run
-
-_PARTS = ("policy", "adapter", "optimizer")
-_KEPT = "probe.json"  # a few kilobytes that say what the policy computed
 
 
 def prunable(run: Run) -> list[int]:
     """Updates whose checkpoint `checkpoints` does not keep, oldest first. Never one of the newest two."""
-    config = run.config.checkpoints
     have = [iteration for iteration in run.iterations() if run.has_checkpoint(iteration)]
-    if config.keep_last is None:
-        return []
+    return [iteration for iteration in have if not is_kept(run, iteration, have)]
+
+
+def is_kept(run: Run, iteration: int, have: list[int]) -> bool:
+    """Whether the checkpoint of an update stays, among the updates that `have` one."""
+    config = run.config.checkpoints
+    if config.keep_last is None or sum(number > iteration for number in have) < config.keep_last:
+        return True
     # Update i writes policy i + 1, and it is policies that people count.
-    every = config.keep_every
-    return [i for i in have[: -config.keep_last] if every is None or (i + 1) % every]
+    return config.keep_every is not None and (iteration + 1) % config.keep_every == 0
 
 
 def droppable(run: Run) -> dict[int, list[Path]]:
@@ -31,7 +31,7 @@ def droppable(run: Run) -> dict[int, list[Path]]:
     going, found = prunable(run), {}
     for iteration in run.iterations():
         if iteration in going or run.is_pruned(iteration):
-            there = [run.path_of(file, "update", iteration) for file in checkpoint_records(run, iteration)]
+            there = [run.path_of(file, "update", iteration) for file in run.checkpoint_records(iteration)]
             paths = [path for path in there if path.exists()]
             if paths or iteration in going:
                 found[iteration] = paths
@@ -45,10 +45,3 @@ def prune(run: Run) -> None:
     for paths in droppable(run).values():
         for path in paths:
             files.remove_file(path)
-
-
-def checkpoint_records(run: Run, iteration: int) -> list[FileRecord]:
-    """Files of an update that are gone, or go, when its checkpoint is pruned."""
-    manifest = run.manifest("update", iteration)
-    held = manifest.files if manifest else []
-    return [file for file in held if file.part in _PARTS and file.name != _KEPT]

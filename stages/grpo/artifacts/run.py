@@ -28,6 +28,8 @@ STAGE_OUTPUTS = {"rollouts": "generate", "rewards": "score", "advantages": "adva
 """Outputs of an iteration in order, and the stage that makes each."""
 PRUNED = "pruned.json"
 TIMINGS = "timings.json"
+_CHECKPOINT = ("policy", "adapter", "optimizer")
+_KEPT = "probe.json"  # a few kilobytes that say what a policy computed
 _LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
 
 
@@ -158,9 +160,25 @@ class Run:
         """Whether rewards of an output failed and have to be scored again before anything goes on."""
         return bool(manifest and manifest.summary.get("failed") and self.config.score.on_error == "stop")
 
+    def checkpoint_records(self, iteration: int) -> list[FileRecord]:
+        """Files that update wrote in `iteration` for its successor: what retention may drop."""
+        manifest = self.manifest("update", iteration)
+        held = manifest.files if manifest else []
+        return [file for file in held if file.part in _CHECKPOINT and file.name != _KEPT]
+
     def is_pruned(self, iteration: int) -> bool:
-        """Whether the weights and the optimiser state that update wrote in `iteration` were dropped."""
-        return (self.folder("update", iteration) / PRUNED).exists()
+        """Whether the weights and the optimiser state that update wrote in `iteration` were dropped.
+
+        Where all of them are gone they were, though the note of it may be gone too.
+        """
+        if (self.folder("update", iteration) / PRUNED).exists():
+            return True
+        try:
+            records = self.checkpoint_records(iteration)
+        except CorruptError:  # whoever needs the output says so
+            return False
+        paths = [self.path_of(file, "update", iteration) for file in records]
+        return bool(paths) and not any(path.exists() for path in paths)
 
     def has_checkpoint(self, iteration: int) -> bool:
         """Whether update wrote weights and optimiser state in `iteration` and they were not dropped."""

@@ -231,7 +231,7 @@ def _sidecars(run: Run, folder: Path) -> list[FileRecord]:
 def staging_folders(run: Run) -> list[Path]:
     """Folders of outputs that are not committed yet."""
     root = run.path / ".staging"
-    return sorted({path.parent for name in (_PLAN, MANIFEST) for path in root.rglob(name)})
+    return sorted({path.parent for name in (_PLAN, MANIFEST, f"*{_SIDECAR}") for path in root.rglob(name)})
 
 
 def check_staged(run: Run, folder: Path) -> None:

@@ -54,12 +54,17 @@ def source_is_gone(run: Run) -> bool:
 
 
 def prepare(
-    run: Run, staging: Staging, num_tokens: Callable[[list[Row]], list[int]], room: int | None
+    run: Run,
+    staging: Staging,
+    num_tokens: Callable[[list[Row]], list[int]],
+    room: int | None,
+    expected: str | None = None,
 ) -> Manifest:
     """Write and commit `prompts`.
 
     `num_tokens` gives the length of each row's prompt as the model sees it; `room` is the longest that leaves
-    space for max_new_tokens (None: the model has no limit). Raises DataError (exit 3) naming file and line.
+    space for max_new_tokens (None: the model has no limit). Raises DataError (exit 3) naming file and line,
+    InputError (exit 4), with nothing committed, where an id is `expected` and theirs is another.
     """
     config = run.config.prompts
     records: list[FileRecord] = []
@@ -93,6 +98,11 @@ def prepare(
     if not records:
         raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
     summary = {"skipped": skipped, "longest_prompt_tokens": longest}
+    if expected is not None and id_of(records) != expected:
+        raise InputError(
+            f"prompts: fixed for the run {run.name}, but {config.source} holds others than its rollouts were"
+            " made from; put those back, or give a new `run:` name"
+        )
     return staging.commit({OUTPUT: id_of(records)}, records, summary)
 
 
