@@ -254,7 +254,7 @@ def _locked(opened: "Run") -> Iterator[None]:
     """A run that nobody else works on, with every commit finished that a crash cut off."""
     from grpo.artifacts import roll_forward
 
-    with opened.lock(), opened.console.signals():
+    with opened.console.signals(), opened.lock():
         roll_forward(opened)
         yield
 

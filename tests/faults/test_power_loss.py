@@ -181,7 +181,7 @@ def lost_without(place: str, trial: Trial) -> str | None:
 
 
 def damage_without(place: str, trial: Trial) -> str | None:
-    """The first damage when `place` syncs nothing: tried after each sync until another makes up for it."""
+    """The first damage when `place` syncs nothing: tried after what shows until another makes up for it."""
     disk = Disk(trial.start)
     missed: set[str] = set()
     for number, operation in enumerate(trial.operations, 1):
@@ -191,8 +191,9 @@ def damage_without(place: str, trial: Trial) -> str | None:
         else:
             disk.apply(operation)
             skipped = False
+        shows = missed and (operation.sync or operation.kind == "rename")
         last = number == len(trial.operations)
-        if (skipped or last or (missed and operation.sync)) and (wrong := trial.wrong_after(disk, number)):
+        if (shows or last) and (wrong := trial.wrong_after(disk, number)):
             return f"operation {number}: {wrong}"
         if operation.kind == "fsync_folder" and not skipped:
             missed.discard(operation.path)
