@@ -173,8 +173,8 @@ def discard(run: Run, path: Path) -> None:
     taken = {found.name for found in run.trash.iterdir()}
     target = next(run.trash / f"{name}.{n}" for n in range(len(taken) + 1) if f"{name}.{n}" not in taken)
     files.move(path, target)
+    files.sync_folder(run.trash)  # first: it is in one place or the other, or in both
     files.sync_folder(path.parent)
-    files.sync_folder(run.trash)
 
 
 def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
