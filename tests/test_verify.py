@@ -354,3 +354,15 @@ def test_what_is_stale_is_said_and_no_damage(finished: Path, grpo: Grpo) -> None
     code, found = verify(grpo)
     assert (code, found["damaged"], found["broken"]) == (0, [], {})
     assert found["stale"][0].startswith("advantage of iteration 0: reward/")
+
+
+@pytest.mark.parametrize("place", ["iteration=000001", ".trash", ".staging"])
+def test_a_file_where_a_folder_belongs(finished: Path, grpo: Grpo, place: str) -> None:
+    shutil.rmtree(RUN / place, ignore_errors=True)
+    (RUN / place).write_text("x")
+    code, found = verify(grpo)
+    message = f"{RUN / place}: is a file where a folder belongs; remove it"
+    assert (code, found["damaged"]) == (6, [{"found": message, "redo": "grpo run"}])
+    (RUN / place).unlink()
+    assert verify(grpo)[0] == 0
+    assert grpo("run")[0] == 0

@@ -142,6 +142,11 @@ def _check_notes(run: Run, report: Report) -> None:
             check()
         except CorruptError as error:
             report.damages.append(Damage(str(error), "grpo run", path))
+    folders = [run.iteration_root(iteration) for iteration in run.iterations()]
+    for path in (run.trash, run.staging_root(None), *folders):
+        if path.exists() and not path.is_dir():
+            found = f"{path}: is a file where a folder belongs; remove it"
+            report.damages.append(Damage(found, "grpo run"))
     for folder in staging_folders(run):
         try:
             check_staged(run, folder)
