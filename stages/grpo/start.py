@@ -40,8 +40,8 @@ def prepare(run: Run) -> None:
     if not created:
         for line in overridden_keys(run.config):
             run.console.say(f"differs from its objective: {line}")
+        # Its name is synced with that of the first iteration: lost before, it is written again as it was.
         files.write_file(run.path / "run.json", run_json(run.config))
-        files.sync_folder(run.path)
 
 
 def resolve_model(run: Run, name: str) -> Path:
