@@ -655,8 +655,6 @@ def test_the_newest_checkpoints_and_every_nth_are_kept_and_all_ids_stay(run: Run
     for iteration in (0, 1, 3, 4):
         folder = run.folder("update", iteration)
         assert tree(folder) == ["manifest.json", "policy/probe.json", "pruned.json", "timings.json"]
-        parts = ["policy", "adapter", "optimizer"]
-        assert json.loads((folder / "pruned.json").read_bytes()) == {"parts": parts}
         assert run.id_of(f"optimizer@{iteration + 1}") == run.id_of("optimizer@8") is not None
         with pytest.raises(InputError) as caught:
             run.policy_folder(iteration + 1)

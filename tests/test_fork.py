@@ -94,6 +94,16 @@ def test_a_pruned_checkpoint_cannot_be_gone_on_from(finished: Path, grpo: Grpo) 
     assert mine == theirs
 
 
+def test_a_fork_may_begin_with_checkpoints_that_were_pruned(project: Path, grpo: Grpo) -> None:
+    few = ("--set", "checkpoints={keep_last: 2, keep_every: 2}")
+    assert grpo("run", "--set", "iterations=5", *few)[0] == 0
+    assert grpo("fork", "tiny", "other", "--iteration", "2")[0] == 0
+    assert (project / "artifacts/other/iteration=000000/update/pruned.json").exists()
+    code, out, _ = grpo("verify", "other")  # of its newest two updates, one was pruned where it came from
+    assert (code, "0 damaged, 0 broken, 0 stale" in out) == (0, True)
+    assert grpo("run", "--set", "run=other", *few)[0] == 0
+
+
 def test_two_forks_of_one_name_at_once_make_one_whole_run(finished: Path, grpo: Grpo) -> None:
     for _ in range(3):
         children = [crash.Child(finished, [["fork", "tiny", "other"]]) for _ in range(3)]

@@ -15,6 +15,7 @@ from typing import Any
 from grpo import sql, tables
 from grpo.artifacts import (
     MANIFEST,
+    PRUNED,
     STAGE_OUTPUTS,
     FileRecord,
     Manifest,
@@ -199,12 +200,13 @@ def _look_at(run: Run, place: Place, counts: "Counter[str]") -> Manifest | None:
 
 
 def _dropped(run: Run, place: Place) -> list[FileRecord]:
-    """Files that retention removed; of the newest two updates it removes none."""
+    """Files that retention removed. Where its note is gone too, that is not believed of the newest two."""
     output, iteration = place
     if output != "update" or iteration is None or not run.is_pruned(iteration):
         return []
     newest = [number for number in run.iterations() if run.folder(output, number).exists()][-2:]
-    return [] if iteration in newest else run.checkpoint_records(iteration)
+    noted = (run.folder(*place) / PRUNED).exists()  # a fork may begin with one that was
+    return run.checkpoint_records(iteration) if noted or iteration not in newest else []
 
 
 def _gone(run: Run, readers: dict[Place, Place], wrong: dict[Place, str]) -> dict[Place, str]:

@@ -4,9 +4,7 @@ Readers take no lock and trust only manifests: file lists come from them, sizes 
 opened and its sha256 when a stage reads it.
 """
 
-import os
 import re
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
+from grpo.artifacts.lock import lock
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, parse_json, read_manifest, unseal
 from grpo.config import Config, validated
 from grpo.console import Console
-from grpo.errors import CorruptError, InputError, LockedError, UsageError
+from grpo.errors import CorruptError, InputError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -244,23 +243,9 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for writing; LockedError (exit 5) at once when another process does."""
-        from filelock import FileLock, Timeout
-
         files.make_folder(self.path)
-        path = self.path / ".lock"
-        with files.resource_errors(path):
-            lock = FileLock(path, timeout=0)
-            try:
-                lock.acquire()
-            except Timeout:
-                holder = path.read_text(errors="replace").strip() if path.exists() else ""
-                holder = holder or "another process"
-                raise LockedError(f"{self.path}: in use by {holder}; wait for it, or stop it") from None
-        try:
-            path.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        with lock(self.path):
             yield
-        finally:
-            lock.release()
 
 
 def read_json(path: Path, **keys: type) -> dict[str, Any]:
