@@ -1,0 +1,40 @@
+"""artifacts.lock: one process works on a run, and another one is told which."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from grpo.artifacts.files import resource_errors
+from grpo.errors import LockedError
+
+_LOOKS, _PAUSE_S = 100, 0.005  # at the note of a holder that has the lock and has not written it yet
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for writing; LockedError (exit 5) at once when another process does."""
+    from filelock import FileLock, Timeout
+
+    path = folder / ".lock"
+    with resource_errors(path):
+        held = FileLock(path, timeout=0)
+        try:
+            held.acquire()
+        except Timeout:
+            raise LockedError(f"{folder}: in use by {_holder(path)}; wait for it, or stop it") from None
+    try:
+        path.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        yield
+    finally:
+        held.release()
+
+
+def _holder(path: Path) -> str:
+    for _ in range(_LOOKS):
+        if path.exists() and (found := path.read_text(errors="replace").strip()):
+            return found
+        time.sleep(_PAUSE_S)
+    return "another process"
