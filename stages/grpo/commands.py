@@ -1,4 +1,4 @@
-"""commands: what a command does once its run is open. The command line itself is cli.py."""
+"""commands: what a command does once its run is open. The command line itself is in cli/."""
 
 import json
 import re

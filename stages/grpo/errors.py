@@ -1,7 +1,7 @@
 """errors: what a user can do something about.
 
 Every mistake that is not a bug of ours is a GrpoError: one line that says where, what was found and what
-would be right. `main()` in cli.py prints that line and exits with the code of the class; nothing else
+would be right. `main()` in cli/entry.py prints that line and exits with the code of the class; nothing else
 catches it.
 """
 

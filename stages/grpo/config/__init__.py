@@ -1,15 +1,10 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
+from grpo.config.generate import GenerateConfig
 from grpo.config.loading import differing_keys, flatten, load, overridden_keys, validated
-from grpo.config.model import (
-    AdvantageConfig,
-    ColumnsConfig,
-    Config,
-    GenerateConfig,
-    PromptsConfig,
-    RewardConfig,
-    ScoreConfig,
-)
+from grpo.config.model import AdvantageConfig, Config
+from grpo.config.prompts import ColumnsConfig, PromptsConfig
+from grpo.config.score import RewardConfig, ScoreConfig
 from grpo.config.update import LoraConfig, UpdateConfig
 
 __all__ = [

@@ -1,0 +1,60 @@
+"""cli.entry: the Typer application, and how a command ends: an error is one line on stderr and a code."""
+
+import json
+import os
+import sys
+from typing import Any
+
+import typer
+
+from grpo.errors import GrpoError, ResourceError
+
+app = typer.Typer(
+    help="GRPO as a data pipeline: generate -> score -> advantage -> update, every stage a table on disk.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_INTERRUPTED = 130
+_MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
+
+
+def main() -> None:
+    """Run the command line; a GrpoError ends it with one line on stderr and its exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when it is imported
+    usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
+    try:
+        code = app(standalone_mode=False) or 0
+        if code == _INTERRUPTED:  # typer makes this of a KeyboardInterrupt
+            _fail("interrupted", code)
+        sys.exit(code)
+    except GrpoError as error:
+        _fail(str(error), error.exit_code)
+    except usage_error as error:
+        message = error.format_message()
+        if not message:  # `grpo` alone: the help is printed already
+            sys.exit(2)
+        _fail(f"{message.rstrip('.')}; see `grpo --help`", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", _INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # `grpo sql ... | head`: the reader has seen enough
+        sys.exit(0)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # No rights, a file in a folder's place, a path too long: the user's to mend, wherever it shows.
+        _fail(f"{error.filename}: {error.strerror}", ResourceError.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    from grpo.console import printable
+
+    if len(message) > _MESSAGE_CHARACTERS:  # where it was and what would be right are at its ends
+        half = _MESSAGE_CHARACTERS // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message, "exit": code}), file=sys.stderr)
+    else:
+        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,105 @@
+"""cli.keep: the commands that look after machine and runs: check, verify, clean up, fork."""
+
+import shlex
+from contextlib import nullcontext
+from typing import Annotated
+
+import typer
+
+from grpo.cli.entry import app
+from grpo.cli.opening import (
+    CONFIG,
+    ConfigOption,
+    JsonOption,
+    RunArgument,
+    SetOption,
+    configured,
+    locked,
+    print_json,
+    reading,
+)
+
+
+@app.command()
+def doctor(
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    model: Annotated[
+        bool, typer.Option("--model", help="Open the engine and compare it with the learner.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine for what the configuration needs; makes no run."""
+    from grpo import doctor as doctor_module
+
+    report = doctor_module.examine(configured(config, set_, as_json), model)
+    if as_json:
+        print_json(report.describe())
+    else:
+        doctor_module.print_report(report)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def verify(
+    name: RunArgument = "",
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    discard: Annotated[bool, typer.Option("--discard", help="Move what is damaged to .trash.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Every hash, schema and invariant of a run; what is damaged, and what to do about it."""
+    from grpo import verify as verify_module
+
+    opened = reading(name, config, set_, damaged=True)
+    # What a crash cut off is not finished first: that may be what is damaged.
+    with opened.lock() if discard else nullcontext():
+        report = verify_module.verify(opened)
+        if discard:
+            verify_module.discard_damaged(opened, report)
+    if as_json:
+        print_json({"run": opened.name, **report.describe()})
+    else:
+        verify_module.print_report(opened, report, discard)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def gc(
+    name: RunArgument = "",
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option(help="Show it, remove nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove the trash, abandoned staging, and checkpoints that `checkpoints` does not keep."""
+    from grpo import collect
+
+    opened = reading(name, config, set_)
+    with nullcontext() if dry_run else locked(opened):
+        found = collect.garbage(opened) if dry_run else collect.collect(opened)
+    if as_json:
+        print_json(collect.describe(found, opened, dry_run))
+    else:
+        collect.print_garbage(found, opened, dry_run)
+
+
+@app.command()
+def fork(
+    source: Annotated[str, typer.Argument(help="Name of the run to begin as.")],
+    new: Annotated[str, typer.Argument(help="Name of the new run.")],
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    iteration: Annotated[int | None, typer.Option(help="The first to differ; default: the next one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A run that shares another one's first iterations, by hard links, and goes on in its own way."""
+    from grpo import fork as fork_module
+
+    forked = configured(config, [*set_, f"run={new}"], as_json)
+    result = fork_module.fork(reading(source, config, []), forked, iteration)
+    if as_json:
+        print_json({"run": new, "from": source, **result})
+    else:
+        options = shlex.join(part for text in [*set_, f"run={new}"] for part in ("--set", text))
+        forked.console.say(f"{fork_module.describe(source, new, result)}; go on with: grpo run {options}")

@@ -1,0 +1,64 @@
+"""cli.work: the commands that train: a whole run, or one stage of it."""
+
+from typing import Annotated
+
+import typer
+
+from grpo.cli.entry import app
+from grpo.cli.opening import CONFIG, ConfigOption, JsonOption, SetOption, configured, print_json, working
+from grpo.errors import UsageError
+
+StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the next to do.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, also where nothing is missing.")]
+
+
+@app.command()
+def run(
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
+    until: Annotated[int | None, typer.Option(help="Until N iterations are complete.")] = None,
+    from_: Annotated[
+        int | None, typer.Option("--from", help="Do what is stale in N, and all later, again.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --from: do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show the resolved configuration and what is done.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Every iteration, resuming by itself: what is complete is not done again."""
+    from grpo import commands
+
+    if yes and from_ is None:
+        raise UsageError("--yes: says yes to what `--from N` asks; give both or neither")
+    if dry_run:
+        if from_ is not None:
+            raise UsageError("--dry-run: --from N says itself what it will do, and asks; give one of them")
+        commands.dry_run(configured(config, set_, as_json))
+        return
+    with working(config, set_, as_json) as opened:
+        result = commands.run(opened, until, from_, yes)
+    if as_json:
+        print_json(result)
+
+
+def _stage_command(name: str, summary: str) -> None:
+    def command(
+        config: ConfigOption = CONFIG,
+        set_: SetOption = [],  # noqa: B006
+        iteration: StageIteration = "",
+        force: ForceOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        from grpo import commands
+
+        with working(config, set_, as_json) as opened:
+            result = commands.run_stage(opened, name, iteration, force)
+        if as_json:
+            print_json(result)
+
+    app.command(name, help=summary)(command)
+
+
+_stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
+_stage_command("score", "Stage 2: rollouts + prompts -> rewards.")
+_stage_command("advantage", "Stage 3: rollouts + rewards -> advantages.")
+_stage_command("update", "Stage 4: policy + rollouts + advantages -> next policy.")

@@ -1,0 +1,62 @@
+"""config.generate: the generate section of pipeline.yaml."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from grpo.config.section import Count, Section, plain
+
+
+class GenerateConfig(Section):
+    """generate: policy + prompts -> rollouts."""
+
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """auto: vllm where it is installed and a GPU is there, else transformers, the built-in engine."""
+    engine_options: dict[str, Any] = Field({})
+    """vLLM's own engine arguments, such as gpu_memory_utilization, tensor_parallel_size, max_num_seqs, dtype
+    or quantization. dtype: float32 on a CPU and bfloat16 on a GPU unless given."""
+    prompts_per_iteration: Annotated[int, Field(ge=1, le=2**20)] = 32
+    """Groups per iteration, 1 to 2**20."""
+    samples_per_prompt: Annotated[int, Field(ge=2, le=2**20)] = 4
+    """K, responses per group, >= 2: a group of one has no relative advantage."""
+    max_new_tokens: Count = 128
+    """Tokens sampled at most per response, the end-of-sequence token included."""
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """Sampling temperature, >= 0.01, the least that vLLM takes as it is. Log-probs are those of the tempered
+    distribution."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that together have this probability; 1: from all. vllm only."""
+    top_k: Count | None = None
+    """Sample from this many of the likeliest tokens; null: from all. vllm only."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Leave out tokens less likely than this share of the likeliest one; 0: none. vllm only."""
+    allow_truncated_sampling: bool = False
+    """true: allow top_p, top_k and min_p, though the importance ratio is then biased: the learner's log-probs
+    are over the whole vocabulary (docs/math.md)."""
+    rollouts_per_shard: Count = 2048
+    """Rollouts committed at a time, rounded down to whole groups: what a crash can cost at most. One Parquet
+    file and row group each, which ~2k rows suit."""
+    max_rows_per_batch: Count = 512
+    """Rollouts the built-in engine samples at once; bounds its memory."""
+
+    @field_validator("engine_options")
+    @classmethod
+    def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return plain(options)
+
+    def truncation(self) -> str:
+        """The key that cuts the distribution, the first of them; empty: none does."""
+        cuts = {"top_p": self.top_p < 1, "top_k": self.top_k is not None, "min_p": self.min_p > 0}
+        return next((name for name, does in cuts.items() if does), "")
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> "GenerateConfig":
+        if given := self.truncation():
+            if not self.allow_truncated_sampling:
+                raise ValueError(
+                    f"{given} cuts the distribution the policy is sampled from, which biases the"
+                    " importance ratio; leave it out, or set allow_truncated_sampling: true"
+                )
+            if self.engine == "transformers":
+                raise ValueError(f"{given} needs engine: vllm; the built-in engine samples from all tokens")
+        return self
