@@ -19,11 +19,12 @@ RANKS = (
     ("sql", "model", "logprobs", "attention"),
     ("probe", "head"),
     STAGES,
-    ("runner", "starter", "evaluate"),
-    ("start", "status", "show", "collect"),
+    ("evaluate", "starter"),
+    ("runner",),
+    ("start", "status", "show", "collect", "rewind", "query"),
     ("fork", "remedy"),
     ("verify",),
-    ("commands", "query", "doctor"),
+    ("commands", "doctor"),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}

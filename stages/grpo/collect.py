@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.artifacts import (
-    STAGE_OUTPUTS,
+    OUTPUTS,
     Run,
     droppable,
     files,
@@ -16,7 +16,7 @@ from grpo.artifacts import (
 )
 from grpo.console import stdout_console
 from grpo.errors import InputError, UsageError
-from grpo.runner import STAGES
+from grpo.runner import EVALUATION, STAGES
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def abandoned(run: Run) -> list[Path]:
     root = run.path / ".staging"
     wanted = {folder for folder in staging_folders(run) if not _is_committed(run, folder)}
     for iteration in {*run.iterations(), *iterations_in(root)}:
-        for stage in STAGES:
+        for stage in (*STAGES, EVALUATION):
             try:
                 plan = stage.plan(run, iteration)
             except (InputError, UsageError):
@@ -77,7 +77,7 @@ def _is_committed(run: Run, staged: Path) -> bool:
     return any(
         run.manifest(output, iteration) is not None
         for iteration in iterations_in(run.path / ".staging")
-        if output in STAGE_OUTPUTS and staged.parent == run.staging_root(iteration)
+        if output in OUTPUTS and staged.parent == run.staging_root(iteration)
     )
 
 

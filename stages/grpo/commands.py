@@ -3,17 +3,19 @@
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
-from grpo import runner, status
-from grpo.artifacts import Manifest, Run
+from grpo import query, rewind, runner, sql, start, status
+from grpo.artifacts import Manifest, Run, digest
+from grpo.artifacts.files import remove_folder
 from grpo.config import flatten
 from grpo.errors import InputError, UsageError
-from grpo.generate.source import BUILT_IN
+from grpo.evaluate import evaluation, report
 
 
 def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[str, Any]:
-    """`grpo run`: complete iterations, report each, and measure the held-out sums of the built-in task.
+    """`grpo run`: complete iterations, and report each and every policy that is measured.
 
     yes: do not ask before `from_` moves anything away.
     """
@@ -27,21 +29,25 @@ def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[st
             )
         if not yes:
             _confirm(opened, from_)
-        runner.start_over(opened, from_)
+        rewind.start_over(opened, from_)
+    measured: list[int] = []
+
+    def tell_policy(policy: int) -> None:
+        measured.append(policy)
+        opened.console.say(report.line_of(opened, policy))
+
     worked = runner.run_iterations(
-        opened, until, lambda iteration: opened.console.say(status.line_of(opened, iteration))
+        opened, until, lambda iteration: opened.console.say(status.line_of(opened, iteration)), tell_policy
     )
-    if not worked:
+    if not worked and not measured:
         opened.console.say(f"run {opened.name}: {until} iterations are complete; nothing to do")
-    result = {"run": opened.name, "iterations": until, "worked": worked}
-    if opened.config.prompts.source == BUILT_IN and worked:
-        result["held_out_accuracy"] = _held_out(opened, until)
-    return result
+    evaluations = [report.numbers_of(opened, policy) for policy in opened.evaluations()]
+    return {"run": opened.name, "iterations": until, "worked": worked, "evaluations": evaluations}
 
 
 def _confirm(opened: Run, first: int) -> None:
     """Ask before `--from` moves anything. UsageError (exit 2) for no, and where nobody can be asked."""
-    later, stages = runner.done_again(opened, first)
+    later, stages = rewind.done_again(opened, first)
     parts = [f"of iteration {first} {', '.join(stage.name for stage in stages)}"] if stages else []
     parts += [f"all of {_iterations_text(later)}"] if later else []
     if not parts:
@@ -51,21 +57,6 @@ def _confirm(opened: Run, first: int) -> None:
         raise UsageError(f"{text}; give --yes too")
     if not opened.console.confirm(text):
         raise UsageError(f"--from {first}: not confirmed; nothing was moved")
-
-
-def _held_out(opened: Run, until: int) -> dict[str, float]:
-    from grpo.evaluate import held_out_accuracy
-
-    limit = opened.config.generate.max_new_tokens
-    found = {
-        "before": held_out_accuracy(opened.policy_folder(0), limit),
-        "after": held_out_accuracy(opened.policy_folder(until), limit),
-    }
-    opened.console.say(
-        f"held-out sums (never prompted in training), greedy: {found['before']:.2f} before,"
-        f" {found['after']:.2f} after {until} iterations"
-    )
-    return found
 
 
 def run_stage(opened: Run, name: str, wanted: str, force: bool) -> list[dict[str, Any]]:
@@ -106,6 +97,54 @@ def _check_replace(opened: Run, stage: runner.Stage, before: Manifest, force: bo
     if changes := runner.differences_of(opened, stage, before):
         place = opened.folder(stage.output, iteration)
         raise InputError(f"{place}: differs ({'; '.join(changes)}); --force makes it again")
+
+
+def evaluate(opened: Run, policy: int | None, force: bool, out: Path | None) -> dict[str, Any]:
+    """`grpo eval` of a policy of a run, by default the newest: its evaluation, made where it is not there.
+
+    out: a file for the rows of `eval_samples`. Raises InputError (exit 4) where the policy is not there, or
+    was measured otherwise than configured and not `force`.
+    """
+    if out is not None:
+        query.check_out(out)
+    number = max(opened.policies()) if policy is None else policy
+    before = opened.manifest(evaluation.OUTPUT, number)
+    if before is not None:
+        _check_replace(opened, runner.EVALUATION, before, force)
+    with runner.Tools(opened) as tools:
+        evaluation.config_of(opened)
+        runner.perform(opened, runner.EVALUATION, number, tools, force)
+    if out is not None:
+        rows = "select * from eval_samples where iteration = $policy order by group_id, sample_id"
+        query.write(sql.read([opened], rows, {"policy": number}), out)
+    return report.numbers_of(opened, number)
+
+
+def checkpoint_run(opened: Run, checkpoint: str) -> Run:
+    """A run whose policy 0 is a checkpoint of any origin, to measure it as those of `opened` are.
+
+    It is named by all it depends on, so that a killed evaluation is gone on with, and removed when it is
+    done. Raises UsageError (exit 2) without `evaluate`.
+    """
+    path = Path(checkpoint) if Path(checkpoint).is_dir() else start.resolve_model(opened, checkpoint)
+    model, config = str(path.absolute()), opened.config
+    changes = {
+        "model": model,
+        "prompts": evaluation.config_of(opened).prompts,
+        "update": config.update.model_copy(update={"reference": None}),
+    }
+    values = config.model_copy(update=changes)
+    name = digest([values.model_dump(), opened.checkpoint_id(model)])[:16]
+    root = opened.root / ".eval"
+    return Run(root, values.model_copy(update={"run": name}), opened.imports, opened.console)
+
+
+def evaluate_checkpoint(opened: Run, out: Path | None) -> dict[str, Any]:
+    """`grpo eval CHECKPOINT`: measure the checkpoint of a checkpoint_run(), and leave nothing behind."""
+    start.prepare(opened)
+    found = {"checkpoint": opened.config.model, **evaluate(opened, 0, False, out)}
+    remove_folder(opened.path)
+    return found
 
 
 def _iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:

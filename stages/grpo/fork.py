@@ -7,8 +7,20 @@ import os
 from itertools import count, takewhile
 from typing import Any
 
-from grpo.artifacts import MANIFEST, PRUNED, STAGE_OUTPUTS, TIMINGS, Run, created_config, files
+from grpo import runner
+from grpo.artifacts import (
+    EVALUATION,
+    MANIFEST,
+    PRUNED,
+    RUN_OUTPUTS,
+    STAGE_OUTPUTS,
+    TIMINGS,
+    Run,
+    created_config,
+    files,
+)
 from grpo.errors import InputError, UsageError
+from grpo.generate.prompts import HELD_OUT
 from grpo.runner import STAGES, differences_of
 from grpo.start import run_json
 
@@ -48,17 +60,29 @@ def fork(source: Run, new: Run, iteration: int | None) -> dict[str, Any]:
 def _link_all(source: Run, staged: Run, first: int) -> list[str]:
     """Link what comes before iteration `first`, and of it what can be taken over; returns those stages."""
     try:
-        for output in ("prompts", "policy"):
-            _link(source, staged, output, None)
+        for output in RUN_OUTPUTS:
+            if output != HELD_OUT or source.manifest(output, None) is not None:
+                _link(source, staged, output, None)
         for number in range(first):
             for output in STAGE_OUTPUTS:
                 _link(source, staged, output, number)
+        _link_evaluations(source, staged, first)
         return _take_over(source, staged, first)
     except FileNotFoundError as error:
         raise InputError(
             f"{error.filename}: gone while it was linked; `grpo verify {source.name}` says whether it is"
             " damaged, else try again"
         ) from None
+
+
+def _link_evaluations(source: Run, staged: Run, first: int) -> None:
+    """Link what the shared policies were measured to be. Policy `first` only as the fork would measure it."""
+    for policy in (number for number in source.evaluations() if number <= first):
+        manifest = source.manifest(EVALUATION, policy)
+        if manifest is None or source.partial(manifest):
+            continue
+        if policy < first or not differences_of(staged, runner.EVALUATION, manifest):
+            _link(source, staged, EVALUATION, policy)
 
 
 def _check_free(new: Run) -> None:

@@ -14,6 +14,7 @@ from grpo.artifacts import Run, files
 from grpo.console import printable, stdout_console
 from grpo.errors import UsageError
 
+_SUFFIXES = (".parquet", ".csv", ".json")
 _ROWS_SHOWN = 200
 _WIDE_COLUMNS = 12  # more than fit side by side: a row is shown as lines of name and value
 _WIDE_ROWS_SHOWN = 20
@@ -45,13 +46,27 @@ def _ask() -> str | None:
 
 def _deliver(data: pa.Table, out: Path | None, as_json: bool) -> None:
     if out is not None:
-        if not out.parent.is_dir():
-            raise UsageError(f"--out {out}: no folder {out.parent}")
-        files.write_file(out, _encoded(data, out))
+        write(data, out)
     elif as_json:
         print(_json(data))
     else:
         _print_table(data)
+
+
+def check_out(out: Path) -> None:
+    """Raise UsageError (exit 2) where write() would have no place, or know no format, for a file."""
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: no folder {out.parent}")
+    if out.suffix not in _SUFFIXES:
+        raise UsageError(
+            f"--out {out}: expected a file ending in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
+        )
+
+
+def write(data: pa.Table, out: Path) -> None:
+    """Write a result in the format that the file's name says; errors as check_out's."""
+    check_out(out)
+    files.write_file(out, _encoded(data, out))
 
 
 def _encoded(data: pa.Table, out: Path) -> bytes:
@@ -66,10 +81,8 @@ def _encoded(data: pa.Table, out: Path) -> bytes:
         if nested:
             raise UsageError(f"--out {out}: column {nested[0]} is a list or map, which CSV has no place for")
         pacsv.write_csv(data, sink)
-    elif out.suffix == ".json":
-        return (_json(data) + "\n").encode()
     else:
-        raise UsageError(f"--out {out}: expected a file ending in .parquet, .csv or .json")
+        return (_json(data) + "\n").encode()
     content: bytes = sink.getvalue().to_pybytes()
     return content
 

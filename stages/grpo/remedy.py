@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.artifacts import STAGE_OUTPUTS, Run, holder_of, is_kept, read_manifest
+from grpo.artifacts import EVALUATION, OUTPUTS, Run, holder_of, is_kept, read_manifest
 from grpo.errors import CorruptError, InputError
-from grpo.generate.prompts import source_is_gone
+from grpo.generate.prompts import HELD_OUT, config_of, source_is_gone
 from grpo.start import resolve_model
 
 Place = tuple[str, int | None]
@@ -17,6 +17,7 @@ _READS = {
     "rewards": ("rollouts",),
     "advantages": ("rollouts", "rewards"),
     "update": ("policy", "rollouts", "advantages"),
+    EVALUATION: ("policy", HELD_OUT),
 }
 
 
@@ -43,9 +44,18 @@ def damage(run: Run, place: Place, wrong: dict[Place, str]) -> Damage:
             nearest = max(number for number in _usable(run, wrong) if number <= (iteration or 0))
             way += f", or `grpo run --from {nearest}`"
         return Damage(f"{wrong[place]}; cannot be made again ({lost}): {way}", "")
-    stage = STAGE_OUTPUTS.get(output)
-    redo = f"grpo {stage} --iteration {iteration}" if stage else "grpo run"
+    redo = command_for(output, iteration)
     return Damage(wrong[place], redo, folder if folder.exists() or folder.is_symlink() else None)
+
+
+def command_for(output: str, iteration: int | None) -> str:
+    """The command that makes an output, or goes on with what is staged of it."""
+    stage = OUTPUTS.get(output)
+    if stage is None or iteration is None:
+        return "grpo run"
+    if output == EVALUATION:
+        return f"grpo eval --policy {iteration}"
+    return f"grpo {stage} --iteration {iteration}"
 
 
 def read_by(place: Place) -> list[Place]:
@@ -62,7 +72,7 @@ def _moved(folder: Path, place: Place) -> Place | None:
         return None
     if manifest is None:
         return None
-    outputs = {stage: output for output, stage in STAGE_OUTPUTS.items()}
+    outputs = {stage: output for output, stage in OUTPUTS.items()}
     own = (outputs.get(manifest.stage, manifest.stage), manifest.iteration)
     whole = all((folder / file.part / file.name).exists() for file in manifest.files)
     return own if own != place and whole else None
@@ -72,6 +82,11 @@ def _lost(run: Run, place: Place, wrong: dict[Place, str]) -> str:
     """Why an output cannot be made again; empty where it can."""
     if place == ("prompts", None):
         return f"prompts.source: {run.config.prompts.source} is gone" if source_is_gone(run) else ""
+    if place == (HELD_OUT, None):
+        if run.config.evaluate is None:
+            return "evaluate is not configured"
+        source = config_of(run, HELD_OUT).source
+        return f"evaluate.prompts.source: {source} is gone" if source_is_gone(run, HELD_OUT) else ""
     if place == ("policy", None):
         return _model_is_gone(run)
     have = [number for number in run.iterations() if run.has_checkpoint(number)]

@@ -5,9 +5,8 @@ commands take the same path through `perform`.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from grpo.advantage import stage as advantage
@@ -17,16 +16,13 @@ from grpo.artifacts import (
     Run,
     Staging,
     choose_attempt,
-    discard,
-    files,
     holder_of,
     prune,
-    read_sealed,
     require_space,
-    seal,
     staged_attempts,
 )
 from grpo.errors import InputError, UsageError
+from grpo.evaluate import evaluation
 from grpo.generate import stage as generate
 from grpo.score import stage as score
 from grpo.update import stage as update
@@ -48,6 +44,15 @@ class Stage:
 STAGES = tuple(
     Stage(module.NAME, module.OUTPUT, module.plan, module.open_tool, module.run, module.release)
     for module in (generate, score, advantage, update)
+)
+# No stage of the four, but done in the same way: with the tools of two of them, so it opens none.
+EVALUATION = Stage(
+    evaluation.NAME,
+    evaluation.OUTPUT,
+    evaluation.plan,
+    lambda _: nullcontext(),
+    evaluation.run,
+    lambda _: None,
 )
 
 
@@ -79,6 +84,14 @@ class Tools:
         if self._working is not None and self._working is not stage:
             self._working.release(self._open[self._working.name])
         self._working = stage
+        return self._opened(stage)
+
+    def borrow(self, name: str, beside: bool = False) -> Any:
+        """The tool of the stage `name` for an evaluation. beside: the one that works may stay where it is."""
+        [stage] = [stage for stage in STAGES if stage.name == name]
+        return self._opened(stage) if beside else self.get(stage)
+
+    def _opened(self, stage: Stage) -> Any:
         if stage.name not in self._open:
             self._open[stage.name] = self._stack.enter_context(stage.open_tool(self._run))
         return self._open[stage.name]
@@ -92,7 +105,7 @@ def perform(run: Run, stage: Stage, iteration: int, tools: Tools, force: bool = 
     if committed is not None and committed.fingerprint == plan.fingerprint(attempt):
         return committed
     require_space(run, stage.output, iteration)
-    tool = tools.get(stage)
+    tool = tools.borrow if stage is EVALUATION else tools.get(stage)
     manifest = stage.run(run, iteration, Staging(run, plan, attempt), tool)
     if stage.output == update.OUTPUT:
         prune(run)
@@ -106,11 +119,11 @@ def states(run: Run, until: int | None = None) -> dict[int, dict[str, State]]:
     for iteration in run.iterations():
         if until is not None and iteration > until:
             break
-        found[iteration] = {stage.name: _state(run, stage, iteration, stale) for stage in STAGES}
+        found[iteration] = {stage.name: state_of(run, stage, iteration, stale) for stage in STAGES}
     return found
 
 
-def _state(run: Run, stage: Stage, iteration: int, stale: set[tuple[str, int | None]]) -> State:
+def state_of(run: Run, stage: Stage, iteration: int, stale: set[tuple[str, int | None]]) -> State:
     """State of one output; what is stale is added to `stale`, since what reads it is stale too."""
     manifest = run.manifest(stage.output, iteration)
     if manifest is None:
@@ -146,31 +159,75 @@ def _stale_because(
     return f"{added[0]} is new" if added and not plan.differences(manifest) else ""
 
 
-def run_iterations(run: Run, until: int, report: Callable[[int], None]) -> int:
+def run_iterations(
+    run: Run, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
+) -> int:
     """Complete iterations 0 .. until-1, doing only what is missing; returns how many were worked on.
+
+    With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them.
 
     Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
     """
     present = states(run)
     _refuse_stale(run, present)
     prune(run)  # what a killed one left
-    worked = 0
+    worked, begun = 0, False
     with Tools(run) as tools:
-        for iteration in range(until):
-            todo = [stage for stage in STAGES if _open_work(present, stage, iteration)]
-            if not todo:
+        for iteration in range(until + 1):
+            todo = [s for s in STAGES if iteration < until and _open_work(present, s, iteration)]
+            measured = not evaluation_is_due(run, iteration, until)
+            if measured and not todo:
                 continue
-            if not worked:
+            if not begun:
                 _say_changes(run, todo, iteration)
                 # What score and update cannot use must stop before rollouts are paid for.
                 check_start(run, until)
-                tools.get(STAGES[1])
+                check_rewards(run, tools)
+                begun = True
+            if not measured:
+                run.console.stop_requested()
+                perform(run, EVALUATION, iteration, tools)
+                report_policy(iteration)
+            if not todo:
+                continue
             for stage in todo:
                 run.console.stop_requested()
                 perform(run, stage, iteration, tools)
             worked += 1
             report(iteration)
     return worked
+
+
+def check_rewards(run: Run, tools: Tools) -> None:
+    """Open what scores. UsageError (exit 2) for a function that is no use, on held-out prompts too."""
+    scorers = tools.get(STAGES[1])
+    if run.config.evaluate is not None:
+        evaluation.check(run, scorers)
+
+
+def evaluation_is_due(run: Run, policy: int, until: int) -> bool:
+    """Whether `grpo run` measures a policy: one of those configured, not measured, and not yet sampled from.
+
+    What was sampled from before `evaluate` was configured, or otherwise, is history.
+    """
+    config = run.config.evaluate
+    if config is None or (policy % config.every and policy != until):
+        return False
+    if run.manifest(STAGES[0].output, policy) is not None:
+        return False
+    return state_of(run, EVALUATION, policy, set()).name in ("missing", "partial", "stale")
+
+
+def evaluation_states(run: Run) -> dict[int, State]:
+    """State of the evaluation of every policy that has one."""
+    present = states(run)
+    stale: set[tuple[str, int | None]] = {
+        (stage.output, iteration)
+        for iteration, by_stage in present.items()
+        for stage in STAGES
+        if by_stage[stage.name].name == "stale"
+    }
+    return {policy: state_of(run, EVALUATION, policy, stale) for policy in run.evaluations()}
 
 
 def _open_work(present: dict[int, dict[str, State]], stage: Stage, iteration: int) -> bool:
@@ -208,6 +265,10 @@ def _way_out(run: Run, iteration: int, name: str) -> str:
 
 def _say_changes(run: Run, todo: list[Stage], iteration: int) -> None:
     """Name each key that is not what the last manifest of its stage was made with."""
+    if run.config.evaluate is not None and (measured := run.evaluations()):
+        last = run.manifest(EVALUATION.output, measured[-1])
+        for change in differences_of(run, EVALUATION, last) if last else ():
+            run.console.say(f"from the next evaluation: {change}")
     for stage in STAGES:
         last = run.manifest(stage.output, iteration if stage not in todo else iteration - 1)
         if last is None or (stage in todo and iteration == 0):
@@ -232,74 +293,12 @@ def inputs_changed(run: Run, manifest: Manifest) -> bool:
     return any(run.id_of(reference) != recorded for reference, recorded in manifest.reads.items())
 
 
-def start_over(run: Run, iteration: int) -> None:
-    """`--from N`: note the intent, then clear the way; a killed one is finished by the next run.
-
-    Raises InputError (exit 4), with nothing moved, when the checkpoint to go on from was pruned or something
-    before `iteration` is missing or stale: a plain run could not go on from there.
-    """
-    present = states(run, iteration)  # what is later goes, however damaged it is
-    for number in range(iteration):
-        for name, state in present.get(number, {STAGES[0].name: State("missing")}).items():
-            if state.name in ("missing", "partial", "stale"):
-                raise InputError(
-                    f"--from {iteration}: {name} of iteration {number} is {state.name}; nothing was moved;"
-                    f" begin with that: --from {number}, or `grpo {name} --iteration {number}`"
-                )
-    _, redone = done_again(run, iteration)
-    if redone or run.manifest(update.OUTPUT, iteration) is None:
-        run.require_checkpoint(iteration)
-    files.write_file(intent_path(run), seal({"from": iteration}))
-    files.sync_folder(run.path)
-    finish_start_over(run)
-
-
-def finish_start_over(run: Run) -> None:
-    """Move later iterations, then what is stale or differs in N and what follows it there, to .trash."""
-    first = read_intent(run)
-    if first is None:
-        return
-    later, redone = done_again(run, first)
-    for iteration in reversed(later):
-        discard(run, run.staging_root(iteration))
-        discard(run, run.iteration_root(iteration))
-    discard(run, run.staging_root(first))
-    for stage in reversed(redone):  # nothing stays that was made from what is gone
-        discard(run, run.folder(stage.output, first))
-    files.remove_file(intent_path(run))
-    files.sync_folder(run.path)
-
-
-def intent_path(run: Run) -> Path:
-    """Where `--from` notes what it is about to do."""
-    return run.path / ".from.json"
-
-
-def read_intent(run: Run) -> int | None:
-    """The N of a `--from N` that is not finished. Raises CorruptError (exit 6) when it cannot be read."""
-    path = intent_path(run)
-    return int(read_sealed(path, **{"from": int})["from"]) if path.exists() else None
-
-
-def done_again(run: Run, first: int) -> tuple[list[int], list[Stage]]:
-    """What `--from` does again: later iterations, and stages of `first` from a stale or differing one on.
-
-    Also its update where that was pruned: the policy to go on from is made once more.
-    """
-    by_stage = states(run, first).get(first, {})
-    old = {name for name, state in by_stage.items() if state.name in ("stale", "differs")}
-    old |= {update.NAME} if run.is_pruned(first) else set()
-    changed = [stage.name in old for stage in STAGES]
-    stages = STAGES[changed.index(True) :] if any(changed) else ()
-    return [n for n in run.iterations() if n > first], [stage for stage in stages if stage.name in by_stage]
-
-
 def followers(run: Run, output: str, iteration: int) -> list[str]:
     """Outputs on disk that read `output` of `iteration`, directly or not: `update@3`, in order."""
     reached: set[tuple[str, int | None]] = {(output, iteration)}
     texts = []
-    for number in (n for n in run.iterations() if n >= iteration):
-        for stage in STAGES:
+    for number in sorted(n for n in {*run.iterations(), *run.evaluations()} if n >= iteration):
+        for stage in (EVALUATION, *STAGES):
             manifest = run.manifest(stage.output, number)
             if manifest is None or (stage.output, number) in reached:
                 continue

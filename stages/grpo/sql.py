@@ -19,17 +19,25 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from grpo import tables
-from grpo.artifacts import STAGE_OUTPUTS, Manifest, Run
+from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, Manifest, Run
 from grpo.artifacts.run import check_size
 from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
 
-VIEWS = (*tables.TABLES, "samples", "timings", "manifests")
+VIEWS = (*tables.TABLES, "samples", "eval_samples", "evals", "timings", "manifests")
 MEMORY_GIB = 1.0
-_SAMPLES = Path(__file__).with_name("samples.sql")
-_TABLES_OF = {"update": ("updates", "logprobs")}
+_DERIVED = ("samples", "eval_samples", "evals")  # each a query in a file of its name
 
 _TIMINGS = pa.schema(
     [("iteration", pa.int32()), ("stage", pa.string()), ("part", pa.string()), ("seconds", pa.float64())]
+)
+# What an evaluation counted as a pass, and whether `eval_prompts` are still those it was made with.
+SETTINGS = pa.schema(
+    [
+        ("iteration", pa.int32()),
+        ("pass_reward", pa.string()),
+        ("pass_threshold", pa.float64()),
+        ("same_prompts", pa.bool_()),
+    ]
 )
 _MANIFESTS = pa.schema(
     [
@@ -46,7 +54,7 @@ _MANIFESTS = pa.schema(
 
 @contextmanager
 def connect(
-    runs: list[Run], iteration: int | None = None, outputs: Collection[str] = tuple(STAGE_OUTPUTS)
+    runs: list[Run], iteration: int | None = None, outputs: Collection[str] = tuple(OUTPUTS)
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A closed-off connection whose views are the tables of `runs`, or of one `iteration` of them.
 
@@ -74,7 +82,11 @@ def connect(
             _create_view(connection, table, data)
         _create_view(connection, "timings", [(run.name, _timings(run, found[run.name])) for run in runs])
         _create_view(connection, "manifests", [(run.name, _manifests(found[run.name])) for run in runs])
-        connection.execute(f"create view samples as {_SAMPLES.read_text()}")
+        settings = [(run.name, _settings(run, found[run.name])) for run in runs]
+        _create_view(connection, "_eval_settings", settings)
+        for view in _DERIVED:
+            query_text = Path(__file__).with_name(f"{view}.sql").read_text()
+            connection.execute(f"create view {view} as {query_text}")
         for setting in ("enable_external_access = false", "lock_configuration = true"):
             connection.execute(f"set {setting}")
         yield connection
@@ -133,7 +145,7 @@ def read(
 
 
 def _committed(runs: list[Run]) -> list[str]:
-    return [manifest.fingerprint for run in runs for _, manifest in _outputs(run, None, STAGE_OUTPUTS)]
+    return [manifest.fingerprint for run in runs for _, manifest in _outputs(run, None, OUTPUTS)]
 
 
 def create_view(connection: duckdb.DuckDBPyConnection, name: str, statement: str) -> None:
@@ -158,8 +170,8 @@ def _explained(error: duckdb.Error, timeout_s: float | None) -> GrpoError:
 def _outputs(run: Run, iteration: int | None, outputs: Collection[str]) -> list[tuple[str, Manifest]]:
     """Every committed output of a run with its manifest, earliest first."""
     found: list[tuple[str, Manifest]] = []
-    places: list[tuple[str, int | None]] = [("prompts", None), ("policy", None)]
-    wanted = run.iterations() if iteration is None else [iteration]
+    places: list[tuple[str, int | None]] = [(output, None) for output in RUN_OUTPUTS]
+    wanted = sorted({*run.iterations(), *run.evaluations()}) if iteration is None else [iteration]
     places += [(output, number) for number in wanted for output in outputs]
     for output, number in places:
         manifest = run.manifest(output, number)
@@ -172,7 +184,7 @@ def _dataset(run: Run, table: str, outputs: list[tuple[str, Manifest]]) -> Any:
     """The files of one table as an Arrow data set; an empty table when there are none."""
     paths, found = [], tables.schema(table)
     for output, manifest in outputs:
-        if table not in _TABLES_OF.get(output, (output,)):
+        if table not in TABLES_OF.get(output, (output,)):
             continue
         for file in manifest.files:
             if file.table == table:
@@ -195,6 +207,20 @@ def _create_view(connection: duckdb.DuckDBPyConnection, view: str, data: list[tu
         connection.register(f"_{view}_{index}", table)
         selects.append(f"select '{run}' as run, * from _{view}_{index}")
     connection.execute(f"create view {view} as {' union all by name '.join(selects)}")
+
+
+def _settings(run: Run, outputs: list[tuple[str, Manifest]]) -> pa.Table:
+    prompts = run.id_of("eval_prompts")
+    rows = [
+        {
+            "iteration": manifest.iteration,
+            **{name: manifest.config["evaluate"][name] for name in ("pass_reward", "pass_threshold")},
+            "same_prompts": manifest.sources["evaluate.prompts"] == prompts,
+        }
+        for output, manifest in outputs
+        if output == EVALUATION
+    ]
+    return pa.Table.from_pylist(rows, schema=SETTINGS)
 
 
 def _timings(run: Run, outputs: list[tuple[str, Manifest]]) -> pa.Table:

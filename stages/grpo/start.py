@@ -1,12 +1,13 @@
 """start: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from grpo import probe
 from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, created_config, files, seal, versions
 from grpo.config import Config, overridden_keys
-from grpo.errors import CorruptError, InputError, UsageError
+from grpo.errors import CorruptError, DataError, InputError, UsageError
 from grpo.generate import prompts
 from grpo.generate.source import Row
 
@@ -35,6 +36,7 @@ def prepare(run: Run) -> None:
         _check_models(run, names, ids, {part: id_ for part, id_ in read.items() if id_}, {})
     run.start = paths
     _prompts(run, begun)
+    _held_out(run)
     if manifest is None or manifest.ids != ids:
         _commit_policy(run, names, ids)
     if not created:
@@ -133,21 +135,56 @@ def _prompts(run: Run, begun: bool) -> None:
         return
     if manifest is not None and begun:
         raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
+    expected = _recorded(run, prompts.OUTPUT)
+    _normalise(run, plan, run.config.generate.max_new_tokens, expected)
+
+
+def _held_out(run: Run) -> None:
+    """Commit `eval_prompts` where `evaluate` is configured: others than before are for what comes next."""
+    if run.config.evaluate is None:
+        return
+    manifest = run.manifest(prompts.HELD_OUT, None)
+    if manifest is not None and prompts.source_is_gone(run, prompts.HELD_OUT):
+        source = run.config.evaluate.prompts.source
+        run.console.say(f"evaluate.prompts.source: {source} is gone; the run has its own copy")
+        return
+    try:
+        plan = prompts.plan(run, prompts.HELD_OUT)
+        if manifest is None or not plan.same_as(manifest):
+            limit = run.config.evaluate.max_new_tokens or run.config.generate.max_new_tokens
+            _normalise(run, plan, limit)
+            _say_shared(run)
+    except DataError as error:
+        raise DataError(f"evaluate.prompts: {error}") from None
+
+
+def _say_shared(run: Run) -> None:
+    """Say how many of the held-out prompts training draws too: those measure what was learned by heart."""
+    drawn, held_out = (
+        [json.dumps(row) for row in run.read(output, None, ["prompt", "messages"]).to_pylist()]
+        for output in (prompts.OUTPUT, prompts.HELD_OUT)
+    )
+    if shared := sum(map(set(drawn).__contains__, held_out)):
+        run.console.say(f"evaluate.prompts: {shared} of {len(held_out)} are among `prompts`: not held out")
+
+
+def _normalise(run: Run, plan: Plan, max_new_tokens: int, expected: str | None = None) -> None:
+    """Write prompts that leave room for max_new_tokens in the model's context."""
     from grpo.model import context_length, load_config, load_tokenizer
 
     context = context_length(load_config(run.start["policy"]))
     tokenizer = load_tokenizer(run.start["policy"])
-    room = None if context is None else context - run.config.generate.max_new_tokens
+    room = None if context is None else context - max_new_tokens
     if room is not None and room < 1:
+        key = "generate" if plan.output == prompts.OUTPUT else "evaluate"
         raise UsageError(
-            f"generate.max_new_tokens: {run.config.generate.max_new_tokens} leaves no room for a prompt"
-            f" in the model's context of {context} tokens"
+            f"{key}.max_new_tokens: {max_new_tokens} leaves no room for a prompt in the model's context of"
+            f" {context} tokens"
         )
 
     def num_tokens(rows: list[Row]) -> list[int]:
         return [len(ids) for ids in prompts.encode(rows, tokenizer)[1]]
 
-    expected = _recorded(run, prompts.OUTPUT)
     prompts.prepare(run, Staging(run, plan, 0), num_tokens, room, expected)
 
 

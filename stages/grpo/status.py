@@ -4,7 +4,8 @@ from typing import Any
 
 from grpo.artifacts import STAGE_OUTPUTS, Manifest, Run
 from grpo.console import stdout_console
-from grpo.runner import STAGES, State, states, unfinished
+from grpo.evaluate.report import interval, numbers_of
+from grpo.runner import STAGES, State, evaluation_states, states, unfinished
 
 MISMATCH_WARNING = 0.05  # nats per token; float32 gives 1e-6, bfloat16 about 1e-2
 _ROWS_SHOWN = 20
@@ -17,6 +18,11 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "run": run.name,
         "iterations": [_describe_iteration(run, number, by_stage) for number, by_stage in present.items()],
+        "evaluations": [
+            {"state": state.name, "why": state.why, **numbers_of(run, policy)}
+            for policy, state in evaluation_states(run).items()
+            if state.name != "missing"
+        ],
         "configured": run.config.iterations,
     }
 
@@ -84,6 +90,42 @@ def print_status(run: Run, every: bool) -> None:
     if len(rows) > len(shown):
         console.print(f"{len(rows) - len(shown)} earlier iterations not shown (--all)", style="dim")
     _print_reasons(console, rows)
+    _print_evaluations(console, data["evaluations"], every)
+
+
+def _print_evaluations(console: Any, rows: list[dict[str, Any]], every: bool) -> None:
+    """Print what policies were measured to be; then why one of them is not as it would be now."""
+    if not rows:
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="policies, measured", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("policy", "evaluate", "pass@1", "95 % interval", "pass@n", "n", "reward", "length"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows if every else rows[-_ROWS_SHOWN:]:
+        shares = row["pass_at"] or {}
+        most = list(shares)[-1] if shares else ""
+        table.add_row(
+            str(row["policy"]),
+            _stage_cell(row["state"], row["seconds"]),
+            _text(shares.get("1"), ".3f"),
+            interval(row["pass_at_low"]["1"], row["pass_at_high"]["1"]).strip(" ()") if shares else "",
+            _text(shares.get(most), ".3f"),
+            most,
+            _text(row["reward"], ".3f"),
+            _text(row["response_tokens"], ".1f"),
+        )
+    console.print(table)
+    told: dict[str, list[int]] = {}
+    for row in rows:
+        if row["why"]:
+            told.setdefault(f"evaluate {row['state']}: {row['why']}", []).append(row["policy"])
+    for text, where in told.items():
+        place = (
+            f"policy {where[0]}" if len(where) == 1 else f"{len(where)} policies, {where[0]} to {where[-1]}"
+        )
+        console.print(f"{place}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _stage_cell(state: str, seconds: float | None) -> str:

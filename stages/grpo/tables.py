@@ -121,6 +121,25 @@ LOGPROBS: Columns = {
     ),
 }
 
+_MEASURED: Columns = {
+    "iteration": (
+        pa.int32(),
+        "policy measured: 0 is the starting one, i + 1 what update wrote in iteration i",
+    ),
+    "group_id": (pa.int32(), "row of `eval_prompts`, from 0: every policy answers the same prompts"),
+}
+EVAL_ROLLOUTS: Columns = {
+    **ROLLOUTS,
+    **_MEASURED,
+    "prompt_id": (pa.int64(), "row of `eval_prompts`"),
+    "round": (pa.int32(), "always 0"),
+    "old_logprobs": (pa.list_(pa.float32()), "log-prob per response token, after temperature (greedy: at 1)"),
+    "policy_iteration": (pa.int32(), "policy measured, as `iteration`"),
+    "temperature": (pa.float64(), "sampling temperature; 0: greedy"),
+    "seed": (pa.int64(), "63-bit seed of this sample, the same for every policy and never one of training"),
+}
+EVAL_REWARDS: Columns = {**REWARDS, **_MEASURED}
+
 TABLES: dict[str, Columns] = {
     "prompts": PROMPTS,
     "rollouts": ROLLOUTS,
@@ -128,11 +147,15 @@ TABLES: dict[str, Columns] = {
     "advantages": ADVANTAGES,
     "updates": UPDATES,
     "logprobs": LOGPROBS,
+    "eval_prompts": PROMPTS,
+    "eval_rollouts": EVAL_ROLLOUTS,
+    "eval_rewards": EVAL_REWARDS,
 }
+WITH_OWN_COLUMNS = ("prompts", "eval_prompts")  # the user's data set may have more
 
 
 def schema(table: str) -> pa.Schema:
-    """The exact Arrow schema of `table` (of `prompts`: its fixed columns; the user's own follow them)."""
+    """The exact Arrow schema of `table` (of prompts: its fixed columns; the user's own follow them)."""
     return pa.schema([(name, data_type) for name, (data_type, _) in TABLES[table].items()])
 
 
@@ -173,10 +196,10 @@ def decode(table: str, files: Iterable[tuple[Path, bytes]], columns: list[str] |
 
 
 def check_schema(table: str, found: pa.Schema, path: Path) -> None:
-    """Raise CorruptError unless `found` is the schema of `table` (`prompts` may have more columns)."""
+    """Raise CorruptError unless `found` is the schema of `table` (prompts may have more columns)."""
     expected = schema(table)
     present = pa.schema([found.field(i) for i in range(min(len(expected), len(found)))])
-    extra = len(found) > len(expected) and table != "prompts"
+    extra = len(found) > len(expected) and table not in WITH_OWN_COLUMNS
     if extra or not present.equals(expected):
         wrong = [f.name for f in expected if f not in list(found)] or found.names[len(expected) :]
         raise CorruptError(f"{path}: schema is not that of table {table}: see column {wrong[0]}")

@@ -15,8 +15,9 @@ from typing import Any
 from grpo import sql, tables
 from grpo.artifacts import (
     MANIFEST,
+    OUTPUTS,
     PRUNED,
-    STAGE_OUTPUTS,
+    RUN_OUTPUTS,
     FileRecord,
     Manifest,
     Run,
@@ -28,8 +29,9 @@ from grpo.artifacts import (
 )
 from grpo.console import stdout_console
 from grpo.errors import CorruptError
-from grpo.remedy import Damage, Place, damage, read_by
-from grpo.runner import intent_path, read_intent, states
+from grpo.remedy import Damage, Place, command_for, damage, read_by
+from grpo.rewind import intent_path, read_intent
+from grpo.runner import evaluation_states, states
 
 _INVARIANTS = Path(__file__).with_name("invariants.sql")
 
@@ -67,8 +69,9 @@ def verify(run: Run) -> Report:
     """Look at every committed output of `run`. Raises UsageError when there is no such run."""
     report = Report()
     _check_notes(run, report)
-    places: list[Place] = [("prompts", None), ("policy", None)]
-    places += [(output, iteration) for iteration in run.iterations() for output in STAGE_OUTPUTS]
+    places: list[Place] = [(output, None) for output in RUN_OUTPUTS]
+    numbers = sorted({*run.iterations(), *run.evaluations()})
+    places += [(output, iteration) for iteration in numbers for output in OUTPUTS]
     wrong: dict[Place, str] = {}
     readers: dict[Place, Place] = {}
     with run.console.progress("verify", len(places), "outputs") as advance:
@@ -81,6 +84,8 @@ def verify(run: Run) -> Report:
             else:
                 for reference in manifest.reads if manifest else ():
                     readers.setdefault(holder_of(reference), place)
+                if manifest is not None and "evaluate.prompts" in manifest.sources:
+                    readers.setdefault(("eval_prompts", None), place)
             advance(1)
     wrong |= _gone(run, readers, wrong)
     report.damages += [damage(run, place, wrong) for place in sorted(wrong, key=_in_order)]
@@ -92,6 +97,11 @@ def verify(run: Run) -> Report:
             f"{name} of iteration {iteration}: {state.why}"
             for iteration, by_stage in states(run).items()
             for name, state in by_stage.items()
+            if state.name == "stale"
+        ]
+        report.stale += [
+            f"evaluation of policy {policy}: {state.why}"
+            for policy, state in evaluation_states(run).items()
             if state.name == "stale"
         ]
     return report
@@ -143,7 +153,7 @@ def _check_notes(run: Run, report: Report) -> None:
             check()
         except CorruptError as error:
             report.damages.append(Damage(str(error), "grpo run", path))
-    folders = [run.iteration_root(iteration) for iteration in run.iterations()]
+    folders = [run.iteration_root(number) for number in {*run.iterations(), *run.evaluations()}]
     for path in (run.trash, run.staging_root(None), *folders):
         if path.exists() and not path.is_dir():
             found = f"{path}: is a file where a folder belongs; remove it"
@@ -158,9 +168,9 @@ def _check_notes(run: Run, report: Report) -> None:
 
 def _command_of(staged: Path) -> str:
     """The command that goes on with what is staged in a folder."""
-    stage = STAGE_OUTPUTS.get(staged.name.rpartition("-")[0])
+    output = staged.name.rpartition("-")[0]
     iteration = staged.parent.name.removeprefix("iteration=")
-    return f"grpo {stage} --iteration {int(iteration)}" if stage and iteration.isdecimal() else "grpo run"
+    return command_for(output, int(iteration) if iteration.isdecimal() else None)
 
 
 def _unfinished(run: Run) -> list[str]:
@@ -232,7 +242,7 @@ def _text(place: Place) -> str:
 
 def _in_order(place: Place) -> tuple[int, int]:
     output, iteration = place
-    return (-1, 0) if iteration is None else (iteration, list(STAGE_OUTPUTS).index(output))
+    return (-1, 0) if iteration is None else (iteration, list(OUTPUTS).index(output))
 
 
 def _check_file(run: Run, manifest: Manifest, file: FileRecord, path: Path) -> None:

@@ -2,17 +2,23 @@
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
+from grpo.artifacts.layout import (
+    EVALUATION,
+    OUTPUTS,
+    RUN_OUTPUTS,
+    STAGE_OUTPUTS,
+    TABLES_OF,
+    holder_of,
+    iterations_in,
+)
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, read_manifest, seal
 from grpo.artifacts.retention import droppable, is_kept, prunable, prune
 from grpo.artifacts.run import (
     ARTIFACTS,
     PRUNED,
-    STAGE_OUTPUTS,
     TIMINGS,
     Run,
     created_config,
-    holder_of,
-    iterations_in,
     open_run,
     read_json,
     read_sealed,
@@ -32,9 +38,13 @@ from grpo.artifacts.staging import (
 
 __all__ = [
     "ARTIFACTS",
+    "EVALUATION",
     "MANIFEST",
+    "OUTPUTS",
     "PRUNED",
+    "RUN_OUTPUTS",
     "STAGE_OUTPUTS",
+    "TABLES_OF",
     "TIMINGS",
     "FileRecord",
     "Manifest",

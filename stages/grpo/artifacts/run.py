@@ -4,7 +4,6 @@ Readers take no lock and trust only manifests: file lists come from them, sizes 
 opened and its sha256 when a stage reads it.
 """
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
+from grpo.artifacts.layout import (
+    EVALUATION,
+    OUTPUTS,
+    TABLES_OF,
+    holder_of,
+    iteration_folder,
+    iterations_in,
+)
 from grpo.artifacts.lock import lock
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, parse_json, read_manifest, unseal
 from grpo.config import Config, validated
@@ -23,8 +30,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ARTIFACTS = Path("artifacts")
-STAGE_OUTPUTS = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
-"""Outputs of an iteration in order, and the stage that makes each."""
 PRUNED = "pruned.json"
 TIMINGS = "timings.json"
 _CHECKPOINT = ("policy", "adapter", "optimizer")
@@ -81,7 +86,7 @@ class Run:
             time.sleep(_PAUSE_S)
         # It may have come between the two looks; and what a crash left staged, the next writer moves in.
         found = found or read_manifest(folder)
-        if found and (found.stage, found.iteration) != (STAGE_OUTPUTS.get(output, output), iteration):
+        if found and (found.stage, found.iteration) != (OUTPUTS.get(output, output), iteration):
             where = "" if found.iteration is None else f" of iteration {found.iteration}"
             raise CorruptError(f"{folder}: holds what {found.stage}{where} made")
         return found
@@ -98,8 +103,18 @@ class Run:
         return manifest
 
     def iterations(self) -> list[int]:
-        """Iterations that hold anything, in order."""
-        return iterations_in(self.path)
+        """Iterations that hold anything but an evaluation, in order: the last policy has nothing else."""
+        measured = set(self.evaluations())
+        return [
+            number
+            for number in iterations_in(self.path)
+            if number not in measured
+            or any(path.name != EVALUATION for path in self.iteration_root(number).iterdir())
+        ]
+
+    def evaluations(self) -> list[int]:
+        """Policies that were measured, in order."""
+        return [number for number in iterations_in(self.path) if self.folder(EVALUATION, number).exists()]
 
     def id_of(self, reference: str) -> str | None:
         """Present id of `name@iteration` or `name`, or None when it is not there. Example: policy@3."""
@@ -230,7 +245,7 @@ class Run:
             yield tables.decode(table, [content], columns)
 
     def _contents(self, table: str, iteration: int | None) -> Iterator[tuple[Path, bytes]]:
-        output = "update" if table in ("updates", "logprobs") else table
+        output = next((output for output, held in TABLES_OF.items() if table in held), table)
         manifest = self.manifest(output, iteration)
         if manifest is None:
             raise InputError(f"{self.folder(output, iteration)}: missing")
@@ -261,33 +276,6 @@ def read_json(path: Path, **keys: type) -> dict[str, Any]:
 def read_sealed(path: Path, **keys: type) -> dict[str, Any]:
     """The same of a file that seal() wrote; CorruptError also where its content changed since."""
     return unseal(path, read_json(path, **keys))
-
-
-def iteration_folder(iteration: int) -> str:
-    """`iteration=000003`: sorts as text, and reads as a Hive partition."""
-    return f"iteration={iteration:06d}"
-
-
-def iterations_in(folder: Path) -> list[int]:
-    """Iterations that have a folder in `folder`, in order; other names are not ours."""
-    matches = (re.fullmatch("iteration=([0-9]{6,9})", path.name) for path in folder.glob("iteration=*"))
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def holder_of(reference: str) -> tuple[str, int | None]:
-    """The output that holds `name@iteration` or `name`, and its iteration.
-
-    Policy, optimiser and adapter of iteration i are of update i-1.
-    """
-    name, _, at = reference.partition("@")
-    iteration = int(at) if at else None
-    if name in ("prompts", "reference"):
-        return ("prompts" if name == "prompts" else "policy"), None
-    if iteration is None:
-        raise AssertionError(f"{name} belongs to an iteration")
-    if name in ("policy", "optimizer", "adapter"):
-        return ("policy", None) if iteration == 0 else ("update", iteration - 1)
-    return ("rewards" if name.startswith("reward/") else name), iteration
 
 
 def check_size(file: FileRecord, path: Path) -> None:

@@ -34,23 +34,23 @@ def configured(path: Path, overrides: list[str], quiet: bool) -> "Run":
 @contextmanager
 def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
     """The run of a configuration, locked and prepared for work."""
-    from grpo import runner, start
+    from grpo import rewind, start
 
     opened = configured(path, overrides, quiet)
     with locked(opened):
         start.prepare(opened)
-        runner.finish_start_over(opened)
+        rewind.finish_start_over(opened)
         yield opened
 
 
 @contextmanager
-def locked(opened: "Run") -> Iterator[None]:
+def locked(opened: "Run") -> Iterator["Run"]:
     """A run that nobody else works on, with every commit finished that a crash cut off."""
     from grpo.artifacts import roll_forward
 
     with opened.console.signals(), opened.lock():
         roll_forward(opened)
-        yield
+        yield opened
 
 
 def reading(name: str, path: Path, overrides: list[str], damaged: bool = False) -> "Run":

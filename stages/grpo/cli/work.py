@@ -1,11 +1,21 @@
 """cli.work: the commands that train: a whole run, or one stage of it."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from grpo.cli.entry import app
-from grpo.cli.opening import CONFIG, ConfigOption, JsonOption, SetOption, configured, print_json, working
+from grpo.cli.opening import (
+    CONFIG,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    configured,
+    locked,
+    print_json,
+    working,
+)
 from grpo.errors import UsageError
 
 StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the next to do.")]
@@ -38,6 +48,37 @@ def run(
         result = commands.run(opened, until, from_, yes)
     if as_json:
         print_json(result)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint directory; none: a policy of the run.")
+    ] = "",
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    policy: Annotated[int | None, typer.Option(help="Of the run; default: the newest.", min=0)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure it again, also where it was.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the responses to a .parquet or .json file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
+    from grpo import commands
+    from grpo.evaluate import report
+
+    if checkpoint and (policy is not None or force):
+        raise UsageError("eval: a checkpoint is measured from nothing; leave out --policy and --force")
+    if checkpoint:
+        with locked(commands.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:
+            found, what = commands.evaluate_checkpoint(opened, out), checkpoint
+    else:
+        with working(config, set_, as_json) as opened:
+            found = {"run": opened.name, **commands.evaluate(opened, policy, force, out)}
+            what = f"policy {found['policy']} of run {opened.name}"
+    if as_json:
+        print_json(found)
+    else:
+        report.print_evaluation(what, found)
 
 
 def _stage_command(name: str, summary: str) -> None:

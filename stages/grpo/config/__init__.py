@@ -1,5 +1,6 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
+from grpo.config.evaluate import EvaluateConfig
 from grpo.config.generate import GenerateConfig
 from grpo.config.loading import differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.model import AdvantageConfig, Config
@@ -11,6 +12,7 @@ __all__ = [
     "AdvantageConfig",
     "ColumnsConfig",
     "Config",
+    "EvaluateConfig",
     "GenerateConfig",
     "LoraConfig",
     "PromptsConfig",

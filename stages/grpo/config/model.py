@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from grpo.config.evaluate import EvaluateConfig
 from grpo.config.generate import GenerateConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
@@ -57,6 +58,8 @@ class Config(Section):
     score: ScoreConfig
     advantage: AdvantageConfig = AdvantageConfig()
     update: UpdateConfig = UpdateConfig()
+    evaluate: EvaluateConfig | None = None
+    """What policies are measured on while the run trains; null: they are not."""
     checkpoints: CheckpointsConfig = CheckpointsConfig()
 
     @model_validator(mode="before")
@@ -70,6 +73,16 @@ class Config(Section):
             return data  # the field's own check says what is wrong
         settings = OBJECTIVES.get(str(sections["update"].get("objective", "grpo")), {})
         return {**data, **{name: {**settings.get(name, {}), **given} for name, given in sections.items()}}
+
+    @model_validator(mode="after")
+    def _pass_reward_is_there(self) -> "Config":
+        wanted = self.evaluate.pass_reward if self.evaluate else None
+        names = [reward.name for reward in self.score.rewards]
+        if wanted is not None and wanted not in names:
+            raise ValueError(
+                f"evaluate.pass_reward: no reward is named {wanted}; there are {', '.join(names)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "Config":

@@ -113,8 +113,8 @@ def check_requests(
             raise DataError(f"{where}: {need} do not fit the model's context of {room}")
 
 
-def group_seed(seed: int, iteration: int, group_id: int) -> int:
-    """Seed of sample 0 of a group; sample s has this plus s.
+def group_seed(seed: int, iteration: int | str, group_id: int) -> int:
+    """Seed of sample 0 of a group; sample s has this plus s. iteration: a word where it is not training.
 
     A hash, not a sum: with seed, seed + 1, ... neighbouring groups would share most of their samples.
     """

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OUTPUT = "prompts"
+HELD_OUT = "eval_prompts"
 STAGE_VERSION = 2  # 2: the summary holds the longest prompt
 _ROWS_PER_SHARD = 100_000
 _MAX_DEPTH = 32  # of a column; a Parquet schema of more than 100 levels, two for each list, cannot be read
@@ -36,21 +37,33 @@ _RESERVED = (
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def plan(run: Run) -> Plan:
+def config_of(run: Run, output: str = OUTPUT) -> PromptsConfig:
+    """The section that describes `prompts` or, with `evaluate` configured, `eval_prompts`."""
+    if output == OUTPUT:
+        return run.config.prompts
+    assert run.config.evaluate is not None, "there are no held-out prompts without `evaluate`"
+    return run.config.evaluate.prompts
+
+
+def plan(run: Run, output: str = OUTPUT) -> Plan:
     """What the prompts of this run depend on. Raises DataError (exit 3) when the source is missing."""
-    config = run.config.prompts
+    config = config_of(run, output)
     path = run.imports / config.source
-    if source_is_gone(run):
+    if source_is_gone(run, output):
         raise DataError(f"prompts.source: {path}: no such file")
-    sources = {} if config.source == BUILT_IN else {"prompts.source": sha256_of(path)}
-    described = config.model_dump(exclude=set() if config.source == BUILT_IN else {"source"})
-    return Plan("prompts", STAGE_VERSION, OUTPUT, None, {"prompts": described}, {}, sources)
+    sources = {} if config.source in BUILT_IN else {"prompts.source": sha256_of(path)}
+    return Plan(output, STAGE_VERSION, output, None, {"prompts": described(config)}, {}, sources)
 
 
-def source_is_gone(run: Run) -> bool:
+def described(config: PromptsConfig) -> dict[str, Any]:
+    """All that counts of a section; of a file it is the content, not the name."""
+    return config.model_dump(exclude=set() if config.source in BUILT_IN else {"source"})
+
+
+def source_is_gone(run: Run, output: str = OUTPUT) -> bool:
     """Whether the file with the prompts is not there."""
-    source = run.config.prompts.source
-    return source != BUILT_IN and not (run.imports / source).is_file()
+    source = config_of(run, output).source
+    return source not in BUILT_IN and not (run.imports / source).is_file()
 
 
 def prepare(
@@ -60,16 +73,17 @@ def prepare(
     room: int | None,
     expected: str | None = None,
 ) -> Manifest:
-    """Write and commit `prompts`.
+    """Write and commit `prompts`, or `eval_prompts`: the output of the plan that is staged.
 
     `num_tokens` gives the length of each row's prompt as the model sees it; `room` is the longest that leaves
     space for max_new_tokens (None: the model has no limit). Raises DataError (exit 3) naming file and line,
     InputError (exit 4), with nothing committed, where an id is `expected` and theirs is another.
     """
-    config = run.config.prompts
+    output = staging.plan.output
+    config = config_of(run, output)
     records: list[FileRecord] = []
     ids, skipped, longest, schema = set[str](), 0, 0, None
-    for chunk in _chunks(normalised(run), _ROWS_PER_SHARD):
+    for chunk in _chunks(normalised(run, output), _ROWS_PER_SHARD):
         kept = []
         lengths = num_tokens([row for _, row in chunk])
         for (place, row), length in zip(chunk, lengths, strict=True):
@@ -92,7 +106,7 @@ def prepare(
             schema = data.schema
             name = staging.file_name("part", len(records))
             try:
-                records.append(staging.write_table("prompts", name, data))
+                records.append(staging.write_table(output, name, data))
             except pa.ArrowNotImplementedError as error:  # a column of empty objects, say
                 raise DataError(f"prompts.source: {config.source}: {error}") from None
     if not records:
@@ -103,7 +117,7 @@ def prepare(
             f"prompts: fixed for the run {run.name}, but {config.source} holds others than its rollouts were"
             " made from; put those back, or give a new `run:` name"
         )
-    return staging.commit({OUTPUT: id_of(records)}, records, summary)
+    return staging.commit({output: id_of(records)}, records, summary)
 
 
 def draw(num_prompts: int, seed: int, iteration: int, count: int) -> np.ndarray:
@@ -156,12 +170,12 @@ def _chunks(items: Iterator[tuple[str, Row]], size: int) -> Iterator[list[tuple[
         yield chunk
 
 
-def normalised(run: Run) -> Iterator[tuple[str, Row]]:
+def normalised(run: Run, output: str = OUTPUT) -> Iterator[tuple[str, Row]]:
     """(place, row) of the source with prompt_id, prompt, messages, answer, and every other column as it is.
 
     Raises DataError (exit 3) naming file and line.
     """
-    config = run.config.prompts
+    config = config_of(run, output)
     for prompt_id, (place, row) in enumerate(read_rows(config.source, run.imports)):
         yield place, {"prompt_id": prompt_id, **_normalise(place, row, config)}
 

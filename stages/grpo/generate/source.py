@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import DataError
-from grpo.generate.arithmetic import training_rows
+from grpo.generate.arithmetic import held_out_rows, training_rows
 
-BUILT_IN = "arithmetic"
 _CSV_FIELD_CHARACTERS = 2**31 - 1
 Row = dict[str, Any]
+BUILT_IN = {"arithmetic": training_rows, "arithmetic_held_out": held_out_rows}
 
 
 def read_rows(source: str, folder: Path) -> Iterator[tuple[str, Row]]:
@@ -22,14 +22,14 @@ def read_rows(source: str, folder: Path) -> Iterator[tuple[str, Row]]:
 
     Raises DataError (exit 3) for a missing file, a bad line, or an unknown format.
     """
-    if source == BUILT_IN:
-        yield from ((f"{BUILT_IN}:{n}", dict(row)) for n, row in enumerate(training_rows(), start=1))
+    if source in BUILT_IN:
+        yield from ((f"{source}:{n}", dict(row)) for n, row in enumerate(BUILT_IN[source](), start=1))
         return
     path = folder / source
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:
         known = ", ".join(readers)
-        raise DataError(f"prompts.source: {source}: expected `{BUILT_IN}` or a file ending in {known}")
+        raise DataError(f"prompts.source: {source}: expected `arithmetic` or a file ending in {known}")
     if not path.is_file():
         raise DataError(f"prompts.source: {path}: no such file")
     yield from readers[path.suffix](path)

@@ -19,8 +19,9 @@ from grpo.errors import UsageError
 from grpo.generate.engine import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.engine_choice import choose_engine, default_dtype
 from grpo.generate.handover import Handover
-from grpo.generate.prompts import draw, encode
+from grpo.generate.prompts import HELD_OUT, draw, encode
 from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
+from grpo.generate.source import Row
 from grpo.probe import LENGTH, read_probe
 
 if TYPE_CHECKING:
@@ -29,6 +30,21 @@ if TYPE_CHECKING:
 NAME = "generate"
 OUTPUT = "rollouts"
 STAGE_VERSION = 3  # 3: the built-in engine adds up attention otherwise, which may change bits
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be sampled of a policy: the rollouts of its iteration, or those it is evaluated by."""
+
+    table: str
+    """rollouts, or eval_rollouts."""
+    prefix: str
+    """What the names of its files begin with."""
+    policy: int
+    draws: Draws
+    requests: list[Request]
+    """One per group, by group_id: the shard plan counts in these."""
+    sampling: Sampling
 
 
 @dataclass
@@ -51,18 +67,23 @@ def plan(run: Run, iteration: int) -> Plan:
     if iteration > 0:
         run.require("update", iteration - 1, f"grpo update --iteration {iteration - 1}")
     references = ("prompts", f"policy@{iteration}")
-    described = {**config.model_dump(), "engine": choose_engine(config.engine)[0]}
-    if described["engine"] == "vllm":
-        described["engine_options"] = {"dtype": default_dtype(), **config.engine_options}
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
         output=OUTPUT,
         iteration=iteration,
-        config={"seed": run.config.seed, "generate": described},
+        config={"seed": run.config.seed, "generate": described(config)},
         reads={reference: run.id_of(reference) or "" for reference in references},
-        shards=_shards(run),
+        shards=shards_of(config.prompts_per_iteration, config.samples_per_prompt, config.rollouts_per_shard),
     )
+
+
+def described(config: GenerateConfig) -> dict[str, Any]:
+    """Every key of the section, with the engine that is taken and what it computes in."""
+    values = {**config.model_dump(), "engine": choose_engine(config.engine)[0]}
+    if values["engine"] == "vllm":
+        values["engine_options"] = {"dtype": default_dtype(), **config.engine_options}
+    return values
 
 
 @contextmanager
@@ -79,15 +100,24 @@ def open_tool(run: Run) -> Iterator[Sampler]:
         run.console.say("generate.engine_options: are vLLM's; the built-in engine has none")
     start = run.policy_folder(0)
     config = load_config(start)
-    prompts = run.require("prompts", None, "grpo run")
-    longest = int(prompts.summary["longest_prompt_tokens"])
-    engine = make_engine(run.config.generate, name, device, context_length(config), longest)
+    engine = make_engine(run.config.generate, name, device, context_length(config), _longest_prompt(run))
     vocabulary = config.get_text_config().vocab_size
     handover = Handover(engine, device, run.console.say)
     try:
         yield Sampler(engine, handover, load_tokenizer(start), vocabulary, run.read("prompts", None))
     finally:
         engine.close()
+
+
+def _longest_prompt(run: Run) -> int:
+    """Tokens of the longest prompt; of held-out ones with what they are given more than max_new_tokens."""
+    longest = int(run.require("prompts", None, "grpo run").summary["longest_prompt_tokens"])
+    held_out = run.manifest(HELD_OUT, None) if run.config.evaluate else None
+    if held_out is None or run.config.evaluate is None:
+        return longest
+    given = run.config.generate.max_new_tokens
+    more = (run.config.evaluate.max_new_tokens or given) - given
+    return max(longest, int(held_out.summary["longest_prompt_tokens"]) + more)
 
 
 def release(tool: Sampler) -> None:
@@ -116,63 +146,85 @@ def make_engine(
 def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
     """Sample what is not committed yet, shard by shard, and commit `rollouts` of one iteration."""
     with staging.clock("prompts"):
-        draws = _draw(run, iteration, tool)
-    names = [staging.file_name("part", index) for index in range(len(staging.plan.shards))]
+        work = _work(run, iteration, tool)
+    held, engine = sample(run, staging, tool, work)
+    return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), **engine})
+
+
+def sample(run: Run, staging: Staging, tool: Sampler, work: Work) -> tuple[list[FileRecord], dict[str, Any]]:
+    """Sample what of `work` is not committed yet; all its shards, and what the engine was."""
+    names = [staging.file_name(work.prefix, index) for index in range(len(staging.plan.shards))]
     todo = [index for index, name in enumerate(names) if staging.committed(name) is None]
-    shards = [
-        [_request(run, iteration, group, draws) for group in range(*staging.plan.shards[index])]
-        for index in todo
-    ]
-    difference = _bring_policy(run, iteration, staging, tool) if todo else None
+    shards = [work.requests[slice(*staging.plan.shards[index])] for index in todo]
+    difference = _bring_policy(run, staging, tool, work.policy) if todo else None
     place_of = {request.group_id: place for place, shard in enumerate(shards) for request in shard}
     done: list[dict[int, Group]] = [{} for _ in shards]
-    with _sampling(run, iteration, shards, tool, staging) as sampled:
+    with _sampling(run, staging, tool, work, shards) as sampled:
         for group in sampled if todo else ():  # all committed, but for the manifest: no engine is loaded
             place = place_of[group.group_id]
             done[place][group.group_id] = group
             if len(done[place]) == len(shards[place]):
                 groups = [done[place].pop(request.group_id) for request in shards[place]]
                 with staging.clock("write"):
-                    data = _table(run, iteration, shards[place], groups, draws, tool)
-                    staging.write_table(OUTPUT, names[todo[place]], data, **shard_numbers(groups))
+                    data = _table(shards[place], groups, tool, work)
+                    staging.write_table(work.table, names[todo[place]], data, **shard_numbers(groups))
                 run.console.stop_requested()
     records = [staging.committed(name) for name in names]
     held = [record for record in records if record is not None]
     assert len(held) == len(names), "the engine left groups out"
     precision = tool.engine.precision if todo else None  # nothing was left to sample: no engine
-    engine = {"precision": precision, "probe_difference": difference}
-    return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), **engine})
+    return held, {"precision": precision, "probe_difference": difference}
 
 
-def _draw(run: Run, iteration: int, tool: Sampler) -> Draws:
-    rows = draw(len(tool.prompts), run.config.seed, iteration, run.config.generate.prompts_per_iteration)
-    drawn = tool.prompts.take(rows).to_pylist()
-    texts, token_ids = encode(drawn, tool.tokenizer)
-    return Draws([row["prompt_id"] for row in drawn], texts, token_ids)
+def _work(run: Run, iteration: int, tool: Sampler) -> Work:
+    config = run.config.generate
+    rows = draw(len(tool.prompts), run.config.seed, iteration, config.prompts_per_iteration)
+    draws = draws_of(tool.prompts.take(rows).to_pylist(), tool)
+    requests = requests_of(draws, run.config.seed, iteration, config.samples_per_prompt)
+    sampling = sampling_of(config, config.temperature, config.max_new_tokens)
+    return Work(OUTPUT, "part", iteration, draws, requests, sampling)
 
 
-def _bring_policy(run: Run, iteration: int, staging: Staging, tool: Sampler) -> float | None:
-    """Put the iteration's policy into the engine, opening it the first time; see handover.py."""
+def draws_of(rows: list[Row], tool: Sampler) -> Draws:
+    """Rows of prompts as the model sees them."""
+    texts, token_ids = encode(rows, tool.tokenizer)
+    return Draws([row["prompt_id"] for row in rows], texts, token_ids)
+
+
+def requests_of(draws: Draws, seed: int, iteration: int | str, samples: int) -> list[Request]:
+    """A request for each group, with the seeds of its samples; iteration: as group_seed()'s."""
+    seeds = [group_seed(seed, iteration, group) for group in range(len(draws.token_ids))]
+    return [
+        Request(group, token_ids, list(range(seeds[group], seeds[group] + samples)))
+        for group, token_ids in enumerate(draws.token_ids)
+    ]
+
+
+def sampling_of(config: GenerateConfig, temperature: float, max_new_tokens: int) -> Sampling:
+    """How to sample, with the configured cuts of the distribution."""
+    return Sampling(temperature, max_new_tokens, config.top_p, config.top_k, config.min_p)
+
+
+def _bring_policy(run: Run, staging: Staging, tool: Sampler, policy: int) -> float | None:
+    """Put a policy into the engine, opening it the first time; see handover.py."""
     if not tool.is_open:
         with staging.clock("open"):
             tool.handover.open(run.policy_folder(0), read_probe(run.probe_path(0)), run.staging_root(None))
         tool.is_open = True
     with staging.clock("load"):
-        policy_id = staging.plan.reads[f"policy@{iteration}"]
-        probe = read_probe(run.probe_path(iteration))
-        return tool.handover.bring(policy_id, run.policy_folder(iteration), probe)
+        policy_id = staging.plan.reads[f"policy@{policy}"]
+        probe = read_probe(run.probe_path(policy))
+        return tool.handover.bring(policy_id, run.policy_folder(policy), probe)
 
 
 @contextmanager
 def _sampling(
-    run: Run, iteration: int, requests: list[list[Request]], tool: Sampler, staging: Staging
+    run: Run, staging: Staging, tool: Sampler, work: Work, shards: list[list[Request]]
 ) -> Iterator[Iterator[Group]]:
     """The engine's groups as they come, with a bar of the rollouts done and the time spent in the engine."""
-    config = run.config.generate
-    sampling = Sampling(config.temperature, config.max_new_tokens, config.top_p, config.top_k, config.min_p)
-    total = sum(len(request.seeds) for shard in requests for request in shard)
+    total = sum(len(request.seeds) for shard in shards for request in shard)
     tokens, started = 0, time.perf_counter()
-    with run.console.progress(f"generate {iteration}", total, "rollouts") as advance:
+    with run.console.progress(f"{staging.plan.stage} {work.policy}", total, "rollouts") as advance:
 
         def show(rollouts: int, new_tokens: int) -> None:
             nonlocal tokens
@@ -180,7 +232,7 @@ def _sampling(
             advance(rollouts, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
 
         def groups() -> Iterator[Group]:
-            source = tool.engine.sample(requests, sampling, partial(show, 0))
+            source = tool.engine.sample(shards, work.sampling, partial(show, 0))
             while True:
                 with staging.clock("sample"):
                     group = next(source, None)
@@ -192,34 +244,23 @@ def _sampling(
         yield groups()
 
 
-def _shards(run: Run) -> list[list[int]]:
+def shards_of(num_groups: int, samples: int, rollouts_per_shard: int) -> list[list[int]]:
     """[first group, one past the last] of each shard: whole groups, rollouts_per_shard at most."""
-    config = run.config.generate
-    size = max(1, config.rollouts_per_shard // config.samples_per_prompt)
-    count = config.prompts_per_iteration
-    return [[start, min(start + size, count)] for start in range(0, count, size)]
+    size = max(1, rollouts_per_shard // samples)
+    return [[start, min(start + size, num_groups)] for start in range(0, num_groups, size)]
 
 
-def _request(run: Run, iteration: int, group: int, draws: Draws) -> Request:
-    seed = group_seed(run.config.seed, iteration, group)
-    return Request(
-        group, draws.token_ids[group], [seed + s for s in range(run.config.generate.samples_per_prompt)]
-    )
-
-
-def _table(
-    run: Run, iteration: int, requests: list[Request], groups: list[Group], draws: Draws, tool: Sampler
-) -> pa.Table:
+def _table(requests: list[Request], groups: list[Group], tool: Sampler, work: Work) -> pa.Table:
     return rollouts_table(
         requests,
         groups,
-        draws,
+        work.draws,
         tool.tokenizer,
         tool.vocabulary_size,
-        iteration=iteration,
+        iteration=work.policy,
         round=0,
-        policy_iteration=iteration,
-        temperature=run.config.generate.temperature,
+        policy_iteration=work.policy,
+        temperature=work.sampling.temperature,
     )
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,22 @@ class Scorers:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What is to be scored: the rollouts of an iteration, or those that a policy is evaluated by."""
+
+    table: str
+    """rewards, or eval_rewards."""
+    prefix: str
+    """What the names of its files begin with."""
+    iteration: int
+    rollouts: list[tuple[FileRecord, Path]]
+    """Shards of rollouts, and where they are: committed, or staged with what is scored."""
+    prompts_id: str
+    before: Manifest | None
+    """The output that this one replaces: what it holds already is not computed again."""
+
+
+@dataclass(frozen=True)
 class _Rollout:
     """What a reward sees of one rollout."""
 
@@ -62,9 +79,11 @@ class _Rollout:
 class _Shard:
     """One reward over one shard of rollouts. `old`: what an earlier output holds of the same `unit`."""
 
+    table: str
     iteration: int
     reward: RewardConfig
     rollouts: FileRecord
+    path: Path
     unit: str
     old: FileRecord | None
 
@@ -72,18 +91,26 @@ class _Shard:
 def plan(run: Run, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when the rollouts are missing."""
     run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
-    rewards = run.config.score.rewards
-    described = {reward.name: reward.model_dump(exclude={"name"}) for reward in rewards}
     references = (f"rollouts@{iteration}", "prompts")
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
         output=OUTPUT,
         iteration=iteration,
-        config={"score": {"rewards": described}},
+        config={"score": {"rewards": described(run)}},
         reads={reference: run.id_of(reference) or "" for reference in references},
-        sources={f"score.rewards.{reward.name}": _source(run, reward) for reward in rewards},
+        sources=sources_of(run),
     )
+
+
+def described(run: Run) -> dict[str, Any]:
+    """Every reward as configured, by name."""
+    return {reward.name: reward.model_dump(exclude={"name"}) for reward in run.config.score.rewards}
+
+
+def sources_of(run: Run) -> dict[str, str]:
+    """What computes each reward, as part of a plan; errors as source_sha256's and checkpoint_id's."""
+    return {f"score.rewards.{reward.name}": _source(run, reward) for reward in run.config.score.rewards}
 
 
 def _source(run: Run, reward: RewardConfig) -> str:
@@ -97,7 +124,7 @@ def _source(run: Run, reward: RewardConfig) -> str:
 def open_tool(run: Run) -> Iterator[Scorers]:
     """Start the workers, load the reward models; UsageError (exit 2) for a function that is no use."""
     prompts = run.read("prompts", None)
-    columns = [name for name in prompts.column_names if name not in ("prompt", "messages")]
+    columns = columns_of(prompts)
     pool = FunctionPool(run.imports, run.config.score.workers)
     try:
         for reward in run.config.score.rewards:
@@ -107,6 +134,11 @@ def open_tool(run: Run) -> Iterator[Scorers]:
         yield Scorers(pool, prompts, columns, models)
     finally:
         pool.close()
+
+
+def columns_of(prompts: pa.Table) -> list[str]:
+    """Columns of a prompts table that reward functions get by name."""
+    return [name for name in prompts.column_names if name not in ("prompt", "messages")]
 
 
 def release(tool: Scorers) -> None:
@@ -133,34 +165,46 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
     Raises EngineError (exit 8) after the commit when rewards failed and `score.on_error` is stop.
     """
     rollouts = run.require("rollouts", iteration, "grpo generate")
+    files = [(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
     before = run.manifest(OUTPUT, iteration)
-    redo_all = _asked_again(staging, before, run.partial(before))
+    work = Work(OUTPUT, "part", iteration, files, staging.plan.reads["prompts"], before)
+    ids, held = score(run, staging, tool, work)
+    manifest = staging.commit(ids, held, summary_of(run, held))
+    if run.partial(manifest):
+        raise EngineError(complaint(run, f"score: iteration {iteration}", OUTPUT, manifest))
+    return manifest
+
+
+def score(run: Run, staging: Staging, tool: Scorers, work: Work) -> tuple[dict[str, str], list[FileRecord]]:
+    """Score what of `work` is not scored yet: the id of each reward, and all shards."""
+    redo_all = _asked_again(staging, work.before, run.partial(work.before))
     held: list[FileRecord] = []
     ids = {}
     for reward in run.config.score.rewards:
         own = []
-        for rollouts_file in rollouts.files:
-            name = staging.file_name("part", len(held))
+        for rollouts, path in work.rollouts:
+            name = staging.file_name(work.prefix, len(held))
             record = staging.committed(name)
             if record is None:
-                unit = _unit(staging, reward, rollouts_file)
-                old = None if redo_all else _find(before, unit)
-                shard = _Shard(iteration, reward, rollouts_file, unit, old)
+                unit = _unit(staging, reward, rollouts, work.prompts_id)
+                old = None if redo_all else _find(work.before, unit)
+                shard = _Shard(work.table, work.iteration, reward, rollouts, path, unit, old)
                 with staging.clock(reward.name):
                     record = _score_shard(run, staging, tool, shard, name)
                 run.console.stop_requested()
             own.append(record)
             held.append(record)
         ids[f"reward/{reward.name}"] = id_of(own)
+    return ids, held
+
+
+def summary_of(run: Run, held: list[FileRecord]) -> dict[str, Any]:
+    """How many rewards failed, what became of each, and their weights."""
     statuses: Counter[str] = Counter()
     for record in held:
         statuses.update(record.labels["statuses"])
-    failed = _failed(statuses)
     weights = {reward.name: reward.weight for reward in run.config.score.rewards}
-    manifest = staging.commit(ids, held, {"failed": failed, "statuses": dict(statuses), "weights": weights})
-    if run.partial(manifest):
-        raise EngineError(_complaint(run, iteration, failed, statuses))
-    return manifest
+    return {"failed": _failed(statuses), "statuses": dict(statuses), "weights": weights}
 
 
 def _asked_again(staging: Staging, before: Manifest | None, partial: bool) -> bool:
@@ -169,11 +213,11 @@ def _asked_again(staging: Staging, before: Manifest | None, partial: bool) -> bo
     return again and not partial
 
 
-def _unit(staging: Staging, reward: RewardConfig, rollouts: FileRecord) -> str:
+def _unit(staging: Staging, reward: RewardConfig, rollouts: FileRecord, prompts_id: str) -> str:
     """Digest of all that one reward over one rollout shard depends on. Not the weight or time-out."""
-    described = reward.model_dump(exclude={"name", "weight", "timeout_s"})
+    own = reward.model_dump(exclude={"name", "weight", "timeout_s"})
     source = staging.plan.sources[f"score.rewards.{reward.name}"]
-    return digest([STAGE_VERSION, described, source, rollouts.sha256, staging.plan.reads["prompts"]])
+    return digest([STAGE_VERSION, own, source, rollouts.sha256, prompts_id])
 
 
 def _find(manifest: Manifest | None, unit: str) -> FileRecord | None:
@@ -184,16 +228,17 @@ def _find(manifest: Manifest | None, unit: str) -> FileRecord | None:
 def _score_shard(run: Run, staging: Staging, tool: Scorers, shard: _Shard, name: str) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
     reward, old = shard.reward, shard.old
-    if old is not None and _is_unchanged(old, reward):
-        return staging.link_table(old, run.path_of(old, OUTPUT, shard.iteration), name)
-    rollouts = [_Rollout(**row) for row in _rows(run, "rollouts", shard.rollouts, shard.iteration, _READ)]
+    old_path = None if old is None else run.path_of(old, staging.plan.output, shard.iteration)
+    if old is not None and old_path is not None and _is_unchanged(old, reward):
+        return staging.link_table(old, old_path, name)
+    rollouts = [_Rollout(**row) for row in _rows(run, shard.rollouts, shard.path, _READ)]
     outcomes = {
         (row["group_id"], row["sample_id"]): Outcome(row["value"], row["status"], row["error"])
-        for row in (_rows(run, OUTPUT, old, shard.iteration) if old is not None else [])
+        for row in (_rows(run, old, old_path) if old is not None and old_path is not None else [])
         if row["status"] not in _FAILED
     }
     todo = [rollout for rollout in rollouts if rollout.key not in outcomes]
-    title = f"score {shard.iteration} {reward.name}"
+    title = f"{staging.plan.stage} {shard.iteration} {reward.name}"
     with run.console.progress(title, len(todo), "rollouts") as advance:
         for rollout, outcome in _score(run, tool, reward, todo):
             outcomes[rollout.key] = outcome
@@ -202,7 +247,7 @@ def _score_shard(run: Run, staging: Staging, tool: Scorers, shard: _Shard, name:
     data = _table(shard.iteration, reward, rollouts, ordered)
     statuses = dict(Counter(outcome.status for outcome in ordered))
     labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
-    return staging.write_table(OUTPUT, name, data, shard.unit, **labels)
+    return staging.write_table(shard.table, name, data, shard.unit, **labels)
 
 
 def _is_unchanged(old: FileRecord, reward: RewardConfig) -> bool:
@@ -211,13 +256,11 @@ def _is_unchanged(old: FileRecord, reward: RewardConfig) -> bool:
     return same and not _failed(old.labels["statuses"])
 
 
-def _rows(
-    run: Run, table: str, file: FileRecord, iteration: int, columns: list[str] | None = None
-) -> list[dict[str, Any]]:
+def _rows(run: Run, file: FileRecord, path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of one committed file, verified."""
-    path = run.path_of(file, table, iteration)
     run.verify(file, path)
-    rows: list[dict[str, Any]] = tables.decode(table, [(path, path.read_bytes())], columns).to_pylist()
+    found = tables.decode(str(file.table), [(path, path.read_bytes())], columns)
+    rows: list[dict[str, Any]] = found.to_pylist()
     return rows
 
 
@@ -289,14 +332,15 @@ def _table(
     return pa.table(columns, schema=tables.schema(OUTPUT))
 
 
-def _complaint(run: Run, iteration: int, failed: int, statuses: Counter[str]) -> str:
-    counts = ", ".join(f"{statuses[status]} {status}" for status in _FAILED if statuses[status])
-    first = next(
-        (row for row in run.read(OUTPUT, iteration, ["name", "status", "error"]).to_pylist() if row["error"]),
-        {"name": "", "error": ""},
-    )
+def complaint(run: Run, where: str, table: str, manifest: Manifest) -> str:
+    """That rewards failed, how many and the first of them; where: of what, as an error begins."""
+    assert manifest.iteration is not None
+    statuses: dict[str, int] = manifest.summary["statuses"]
+    counts = ", ".join(f"{statuses[status]} {status}" for status in _FAILED if statuses.get(status))
+    rows = run.read(table, manifest.iteration, ["name", "status", "error"]).to_pylist()
+    first = next((row for row in rows if row["error"]), {"name": "", "error": ""})
     return (
-        f"score: iteration {iteration}: {failed} of {sum(statuses.values())} rewards failed ({counts});"
+        f"{where}: {manifest.summary['failed']} of {sum(statuses.values())} rewards failed ({counts});"
         f" first: {first['name']}: {first['error']}; the same command scores only those again,"
         " `score.on_error: drop` leaves their rollouts out"
     )

@@ -1,0 +1,41 @@
+"""artifacts.layout: what a run holds and where, in names."""
+
+import re
+from pathlib import Path
+
+STAGE_OUTPUTS = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
+"""Outputs of an iteration in order, and the stage that makes each."""
+EVALUATION = "evaluation"
+OUTPUTS = {**STAGE_OUTPUTS, EVALUATION: "evaluate"}
+"""All that `iteration=i` may hold: also what policy i was measured to be, which no stage reads."""
+RUN_OUTPUTS = ("prompts", "policy", "eval_prompts")
+"""Outputs of the run as a whole; the last only where `evaluate` is configured."""
+TABLES_OF = {"update": ("updates", "logprobs"), EVALUATION: ("eval_rollouts", "eval_rewards")}
+"""Tables of an output that holds others than the one of its name."""
+
+
+def iteration_folder(iteration: int) -> str:
+    """`iteration=000003`: sorts as text, and reads as a Hive partition."""
+    return f"iteration={iteration:06d}"
+
+
+def iterations_in(folder: Path) -> list[int]:
+    """Iterations that have a folder in `folder`, in order; other names are not ours."""
+    matches = (re.fullmatch("iteration=([0-9]{6,9})", path.name) for path in folder.glob("iteration=*"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def holder_of(reference: str) -> tuple[str, int | None]:
+    """The output that holds `name@iteration` or `name`, and its iteration.
+
+    Policy, optimiser and adapter of iteration i are of update i-1.
+    """
+    name, _, at = reference.partition("@")
+    iteration = int(at) if at else None
+    if name in ("prompts", "eval_prompts", "reference"):
+        return ("policy" if name == "reference" else name), None
+    if iteration is None:
+        raise AssertionError(f"{name} belongs to an iteration")
+    if name in ("policy", "optimizer", "adapter"):
+        return ("policy", None) if iteration == 0 else ("update", iteration - 1)
+    return ("rewards" if name.startswith("reward/") else name), iteration
