@@ -205,8 +205,8 @@ def test_trl_s_own_keywords_are_there(pool: FunctionPool) -> None:
 def test_a_factory_in_place_of_a_function_is_named(pool: FunctionPool) -> None:
     outcomes = score_one(pool, spec("factory"), "a", "b")
     assert error_of(outcomes[0]) == (
-        "returned function, not a list of 2 numbers; does it make reward functions? call it in a file of yours,"
-        " and name what it returns"
+        "returned function, not a list of 2 numbers; does it make reward functions? call it in a file of"
+        " yours, and name what it returns"
     )
 
 

@@ -222,5 +222,5 @@ def test_math_verify_compares_as_mathematics(response: str, answer: str, value: 
 
 def test_math_verify_without_an_answer() -> None:
     assert math_verify(["p"] * 2, ["7", "7"], [None, "7"]) == [None, 1.0]
-    with pytest.raises(ValueError, match="^the answer is no mathematics: ''$"):
+    with pytest.raises(ValueError, match=r"^the answer is no mathematics: ''$"):
         math_verify(["p"], ["7"], [""])

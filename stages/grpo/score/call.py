@@ -140,7 +140,7 @@ async def _wait_for(result: Any) -> Any:
 
 @cache
 def _event_loop() -> asyncio.Runner:
-    """One for the life of the process: a client that a module keeps open belongs to the loop of its first use."""
+    """One for the life of the process: what a module keeps open belongs to the loop of its first use."""
     return asyncio.Runner()
 
 

@@ -68,12 +68,12 @@ def gsm8k(
 def math_verify(
     prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[str | None], **_: Any
 ) -> Rewards:
-    r"""1.0 where the response's final expression equals the answer as mathematics, else 0.0: \boxed{0.5} is 1/2.
+    r"""1.0 where the response's final expression equals the answer as mathematics (0.5 is 1/2), else 0.0.
 
-    By the package math-verify, with its own defaults: the final expression is what stands in \boxed{} (several
-    boxes are a set), else behind "final answer is", else the last LaTeX or number. An answer is what is behind
-    its last `####`, LaTeX with or without its dollars. Raises ValueError for an answer that is no mathematics,
-    ImportError where the package is not installed.
+    By the package math-verify, with its own defaults: the final expression is what stands in \boxed{}
+    (several boxes are a set), else behind "final answer is", else the last LaTeX or number. An answer is what
+    is behind its last `####`, LaTeX with or without its dollars. Raises ValueError for an answer that is no
+    mathematics, ImportError where the package is not installed.
 
     Its time-outs are signals, which do not interrupt what hangs in C: they are off, and the worker's own
     watchdog (`timeout_s`) ends what takes too long.

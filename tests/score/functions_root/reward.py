@@ -142,7 +142,7 @@ def trl_style(prompts, completions, completion_ids, answer, bonus=0.0, **kwargs)
 
 
 async def waits_for_a_client(completions):
-    """Like a client's pool of connections, a lock is bound to the event loop in which it first had to wait."""
+    """Like a client's connections, a lock is bound to the event loop in which it first had to wait."""
     import asyncio
 
     async def once():
