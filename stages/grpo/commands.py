@@ -68,19 +68,28 @@ def _held_out(opened: Run, until: int) -> dict[str, float]:
     return found
 
 
-def run_stage(opened: Run, name: str, wanted: str, force: bool) -> list[dict[str, Any]]:
-    """One stage command over the iterations asked for. Raises InputError (exit 4) for what differs."""
+def run_stage(
+    opened: Run, name: str, wanted: str, force: bool, only_failed: bool = False
+) -> list[dict[str, Any]]:
+    """One stage command over the iterations asked for. Raises InputError (exit 4) for what differs.
+
+    only_failed: of `score`, the rows that failed, and nothing else.
+    """
     [stage] = [stage for stage in runner.STAGES if stage.name == name]
     results = []
-    iterations = _iterations(opened, stage, wanted)
-    if not iterations:
+    iterations = (
+        _failed_iterations(opened, stage, wanted) if only_failed else _iterations(opened, stage, wanted)
+    )
+    if only_failed and not iterations:
+        opened.console.say(f"{name}: no reward failed; nothing to do")
+    elif not iterations:
         opened.console.say(f"{name}: nothing to do; --iteration N and --force do it again")
     with runner.Tools(opened) as tools:
         for iteration in iterations:
             before = opened.manifest(stage.output, iteration)
             if before is not None:
-                _check_replace(opened, stage, before, force)
-            manifest = runner.perform(opened, stage, iteration, tools, force)
+                _check_replace(opened, stage, before, force, only_failed)
+            manifest = runner.perform(opened, stage, iteration, tools, force, only_failed)
             done = before is None or manifest.fingerprint != before.fingerprint
             text = f"{manifest.rows} rows" if done else "nothing to do, it is complete"
             opened.console.say(f"{name} {iteration}: {text}")
@@ -88,11 +97,15 @@ def run_stage(opened: Run, name: str, wanted: str, force: bool) -> list[dict[str
     return results
 
 
-def _check_replace(opened: Run, stage: runner.Stage, before: Manifest, force: bool) -> None:
+def _check_replace(
+    opened: Run, stage: runner.Stage, before: Manifest, force: bool, only_failed: bool
+) -> None:
     """Refuse what differs without --force; with it, say what may become stale."""
     iteration = before.iteration
     assert iteration is not None
-    if force:
+    if only_failed:
+        _check_kept(opened, stage, before)
+    if force or only_failed:
         after = runner.followers(opened, stage.output, iteration)
         if after:
             more = f" and {len(after) - 4} more" if len(after) > 4 else ""
@@ -106,6 +119,31 @@ def _check_replace(opened: Run, stage: runner.Stage, before: Manifest, force: bo
     if changes := runner.differences_of(opened, stage, before):
         place = opened.folder(stage.output, iteration)
         raise InputError(f"{place}: differs ({'; '.join(changes)}); --force makes it again")
+
+
+def _failed_iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:
+    """Of the iterations asked for, or of all, those in which rewards failed."""
+    numbers = _iterations(opened, stage, wanted or "all")
+    if wanted and wanted != "all":
+        for number in numbers:
+            opened.require(stage.output, number, f"grpo {stage.name} --iteration {number}")
+    manifests = {number: opened.manifest(stage.output, number) for number in numbers}
+    return [number for number, found in manifests.items() if found and found.summary["failed"]]
+
+
+def _check_kept(opened: Run, stage: runner.Stage, before: Manifest) -> None:
+    """Raise InputError (exit 4) where rows would be kept that would not be made in the same way now."""
+    place = opened.folder(stage.output, before.iteration)
+    again = f"`grpo {stage.name} --iteration {before.iteration}"
+    if runner.inputs_changed(opened, before):
+        raise InputError(f"{place}: stale, so no row of it can be kept; {again}` does it again")
+    changes = runner.differences_of(opened, stage, before)
+    # A time-out is no part of any value, and a longer one is why it is tried again.
+    if others := [change for change in changes if ".timeout_s: " not in change]:
+        raise InputError(
+            f"{place}: differs ({'; '.join(others)}), so --only-failed cannot keep the other rows;"
+            f" {again} --force` does it again"
+        )
 
 
 def _iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:

@@ -26,7 +26,7 @@ from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
 VIEWS = (*tables.TABLES, "samples", "timings", "manifests")
 MEMORY_GIB = 1.0
 _SAMPLES = Path(__file__).with_name("samples.sql")
-_TABLES_OF = {"update": ("updates", "logprobs")}
+_TABLES_OF = {"rewards": ("rewards", "judgements"), "update": ("updates", "logprobs")}
 
 _TIMINGS = pa.schema(
     [("iteration", pa.int32()), ("stage", pa.string()), ("part", pa.string()), ("seconds", pa.float64())]

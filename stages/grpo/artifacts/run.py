@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ARTIFACTS = Path("artifacts")
 STAGE_OUTPUTS = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
 """Outputs of an iteration in order, and the stage that makes each."""
+_OUTPUT_OF = {"judgements": "rewards", "updates": "update", "logprobs": "update"}
 PRUNED = "pruned.json"
 TIMINGS = "timings.json"
 _CHECKPOINT = ("policy", "adapter", "optimizer")
@@ -230,7 +231,7 @@ class Run:
             yield tables.decode(table, [content], columns)
 
     def _contents(self, table: str, iteration: int | None) -> Iterator[tuple[Path, bytes]]:
-        output = "update" if table in ("updates", "logprobs") else table
+        output = _OUTPUT_OF.get(table, table)
         manifest = self.manifest(output, iteration)
         if manifest is None:
             raise InputError(f"{self.folder(output, iteration)}: missing")

@@ -1,6 +1,7 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
 from grpo.config.generate import GenerateConfig
+from grpo.config.judge import JudgeConfig
 from grpo.config.loading import differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.model import AdvantageConfig, Config
 from grpo.config.prompts import ColumnsConfig, PromptsConfig
@@ -12,6 +13,7 @@ __all__ = [
     "ColumnsConfig",
     "Config",
     "GenerateConfig",
+    "JudgeConfig",
     "LoraConfig",
     "PromptsConfig",
     "RewardConfig",
