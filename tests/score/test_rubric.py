@@ -49,7 +49,8 @@ def test_without_an_answer_a_rubric_that_wants_it_asks_nothing() -> None:
         ),
         (
             "{response} {x}",
-            "rubric: {x} is no column; there are prompt, response, prompt_id, answer ({{x}} is the text itself)",
+            "rubric: {x} is no column; there are prompt, response, prompt_id, answer"
+            " ({{x}} is the text itself)",
         ),
     ],
 )

@@ -19,7 +19,7 @@ class JudgeConfig(Section):
     """A language model that scores a rollout by a rubric, through POST /chat/completions."""
 
     url: str
-    """Base URL of the endpoint, such as http://127.0.0.1:8000/v1. Where, not what: another changes nothing."""
+    """Base URL of the endpoint, such as http://127.0.0.1:8000/v1. Another changes no reward."""
     model: str
     """Name of the model at the endpoint."""
     rubric: str
