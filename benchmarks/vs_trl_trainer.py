@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 import transformers
-import trl  # type: ignore[import-not-found]
-from datasets import Dataset  # type: ignore[import-not-found]
+import trl
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from vs_trl_reward import share_of_ascii

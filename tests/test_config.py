@@ -250,8 +250,11 @@ def test_an_error_says_whether_the_value_is_from_the_file(refusal: Refuse) -> No
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
-        ("[{}]", "score.rewards[0]: exactly one of function and model must be given"),
-        ("[{function: a, model: b}]", "score.rewards[0]: exactly one of function and model must be given"),
+        ("[{}]", "score.rewards[0]: exactly one of function, model and judge must be given"),
+        (
+            "[{function: a, model: b}]",
+            "score.rewards[0]: exactly one of function, model and judge must be given",
+        ),
         (
             "[{model: b, arguments: {x: 1}}]",
             "score.rewards[0]: arguments are for functions; a reward model takes none",

@@ -8,7 +8,7 @@ from grpo import tables
 from grpo.errors import CorruptError
 
 KEY = ["iteration", "group_id", "sample_id"]
-# The table list of the design, in the order on disk. `mismatch` of logprobs is what `samples` shows.
+# The table list of the design and `judgements`, in the order on disk; `samples` shows the `mismatch` of logprobs.
 NAMES = {
     "prompts": ["prompt_id", "prompt", "messages", "answer"],
     "rollouts": [
@@ -28,6 +28,18 @@ NAMES = {
         "seed",
     ],
     "rewards": [*KEY, "name", "value", "weight", "status", "error"],
+    "judgements": [
+        *KEY,
+        "name",
+        "status",
+        "answer",
+        "error",
+        "model",
+        "finish_reason",
+        "prompt_tokens",
+        "answer_tokens",
+        "attempts",
+    ],
     "advantages": [
         *KEY,
         "reward",
@@ -85,6 +97,7 @@ TYPES = {
         *["string", "int32", "int32", "double", "int64"],
     ],
     "rewards": [*3 * ["int32"], "string", "double", "double", "string", "string"],
+    "judgements": [*3 * ["int32"], *6 * ["string"], *3 * ["int32"]],
     "advantages": [*3 * ["int32"], *3 * ["double"], "int32", "double", "bool", "string"],
     "updates": [*3 * ["int32"], *10 * ["double"], "int32", "int64", "bool", *5 * ["double"]],
     "logprobs": [*5 * ["int32"], "", "", "double"],

@@ -59,19 +59,28 @@ def _confirm(opened: Run, first: int) -> None:
         raise UsageError(f"--from {first}: not confirmed; nothing was moved")
 
 
-def run_stage(opened: Run, name: str, wanted: str, force: bool) -> list[dict[str, Any]]:
-    """One stage command over the iterations asked for. Raises InputError (exit 4) for what differs."""
+def run_stage(
+    opened: Run, name: str, wanted: str, force: bool, only_failed: bool = False
+) -> list[dict[str, Any]]:
+    """One stage command over the iterations asked for. Raises InputError (exit 4) for what differs.
+
+    only_failed: of `score`, the rows that failed, and nothing else.
+    """
     [stage] = [stage for stage in runner.STAGES if stage.name == name]
     results = []
-    iterations = _iterations(opened, stage, wanted)
-    if not iterations:
+    iterations = (
+        _failed_iterations(opened, stage, wanted) if only_failed else _iterations(opened, stage, wanted)
+    )
+    if only_failed and not iterations:
+        opened.console.say(f"{name}: no reward failed; nothing to do")
+    elif not iterations:
         opened.console.say(f"{name}: nothing to do; --iteration N and --force do it again")
     with runner.Tools(opened) as tools:
         for iteration in iterations:
             before = opened.manifest(stage.output, iteration)
             if before is not None:
-                _check_replace(opened, stage, before, force)
-            manifest = runner.perform(opened, stage, iteration, tools, force)
+                _check_replace(opened, stage, before, force, only_failed)
+            manifest = runner.perform(opened, stage, iteration, tools, force, only_failed)
             done = before is None or manifest.fingerprint != before.fingerprint
             text = f"{manifest.rows} rows" if done else "nothing to do, it is complete"
             opened.console.say(f"{name} {iteration}: {text}")
@@ -79,11 +88,15 @@ def run_stage(opened: Run, name: str, wanted: str, force: bool) -> list[dict[str
     return results
 
 
-def _check_replace(opened: Run, stage: runner.Stage, before: Manifest, force: bool) -> None:
+def _check_replace(
+    opened: Run, stage: runner.Stage, before: Manifest, force: bool, only_failed: bool
+) -> None:
     """Refuse what differs without --force; with it, say what may become stale."""
     iteration = before.iteration
     assert iteration is not None
-    if force:
+    if only_failed:
+        _check_kept(opened, stage, before)
+    if force or only_failed:
         after = runner.followers(opened, stage.output, iteration)
         if after:
             more = f" and {len(after) - 4} more" if len(after) > 4 else ""
@@ -110,7 +123,7 @@ def evaluate(opened: Run, policy: int | None, force: bool, out: Path | None) -> 
     number = max(opened.policies()) if policy is None else policy
     before = opened.manifest(evaluation.OUTPUT, number)
     if before is not None:
-        _check_replace(opened, runner.EVALUATION, before, force)
+        _check_replace(opened, runner.EVALUATION, before, force, only_failed=False)
     with runner.Tools(opened) as tools:
         evaluation.config_of(opened)
         runner.perform(opened, runner.EVALUATION, number, tools, force)
@@ -145,6 +158,31 @@ def evaluate_checkpoint(opened: Run, out: Path | None) -> dict[str, Any]:
     found = {"checkpoint": opened.config.model, **evaluate(opened, 0, False, out)}
     remove_folder(opened.path)
     return found
+
+
+def _failed_iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:
+    """Of the iterations asked for, or of all, those in which rewards failed."""
+    numbers = _iterations(opened, stage, wanted or "all")
+    if wanted and wanted != "all":
+        for number in numbers:
+            opened.require(stage.output, number, f"grpo {stage.name} --iteration {number}")
+    manifests = {number: opened.manifest(stage.output, number) for number in numbers}
+    return [number for number, found in manifests.items() if found and found.summary["failed"]]
+
+
+def _check_kept(opened: Run, stage: runner.Stage, before: Manifest) -> None:
+    """Raise InputError (exit 4) where rows would be kept that would not be made in the same way now."""
+    place = opened.folder(stage.output, before.iteration)
+    again = f"`grpo {stage.name} --iteration {before.iteration}"
+    if runner.inputs_changed(opened, before):
+        raise InputError(f"{place}: stale, so no row of it can be kept; {again}` does it again")
+    changes = runner.differences_of(opened, stage, before)
+    # A time-out is no part of any value, and a longer one is why it is tried again.
+    if others := [change for change in changes if ".timeout_s: " not in change]:
+        raise InputError(
+            f"{place}: differs ({'; '.join(others)}), so --only-failed cannot keep the other rows;"
+            f" {again} --force` does it again"
+        )
 
 
 def _iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:

@@ -70,6 +70,33 @@ unscored_without_row as (
     where scored != sampled
 ),
 
+judgements_twice as (
+    select count(*) - count(distinct (iteration, group_id, sample_id, name)) as rows
+    from judgements
+),
+
+judgements_of_nothing as (
+    select count(*) as rows
+    from judgements
+    anti join rewards using (iteration, group_id, sample_id, name)
+),
+
+-- Of a reward that a judge gives, an iteration has judgements or none at all.
+judged_without_answer as (
+    select count(*) as rows
+    from rewards
+    semi join judgements using (iteration, name)
+    anti join (select * from judgements where status = 'ok')
+        using (iteration, group_id, sample_id, name)
+    where rewards.status = 'ok'
+),
+
+answers_without_ok as (
+    select count(*) as rows
+    from judgements
+    where (status = 'ok') != (answer is not null)
+),
+
 advantages_not_of_rollouts as (
     select count(*) as rows
     from (
@@ -146,6 +173,18 @@ final as (
     union all
     select 'rewards: not one row per rollout and reward', rows
     from unscored_without_row
+    union all
+    select 'judgements: a key stands twice', rows
+    from judgements_twice
+    union all
+    select 'judgements: of a reward that is not there', rows
+    from judgements_of_nothing
+    union all
+    select 'judgements: a reward without its answer', rows
+    from judged_without_answer
+    union all
+    select 'judgements: an answer without status ok, or the reverse', rows
+    from answers_without_ok
     union all
     select 'advantages: not one row per rollout', rows
     from advantages_not_of_rollouts

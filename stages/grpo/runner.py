@@ -97,16 +97,21 @@ class Tools:
         return self._open[stage.name]
 
 
-def perform(run: Run, stage: Stage, iteration: int, tools: Tools, force: bool = False) -> Manifest:
-    """Bring one stage of one iteration up to date: do it, finish it, or find that nothing is to be done."""
+def perform(
+    run: Run, stage: Stage, iteration: int, tools: Tools, force: bool = False, only_failed: bool = False
+) -> Manifest:
+    """Bring one stage of one iteration up to date: do it, finish it, or find that nothing is to be done.
+
+    force: anew, whatever is there; only_failed: anew for the rows that failed.
+    """
     plan = stage.plan(run, iteration)
     committed = run.manifest(stage.output, iteration)
-    attempt = choose_attempt(run, plan, committed, force)
+    attempt = choose_attempt(run, plan, committed, force, only_failed)
     if committed is not None and committed.fingerprint == plan.fingerprint(attempt):
         return committed
     require_space(run, stage.output, iteration)
     tool = tools.borrow if stage is EVALUATION else tools.get(stage)
-    manifest = stage.run(run, iteration, Staging(run, plan, attempt), tool)
+    manifest = stage.run(run, iteration, Staging(run, plan, attempt, only_failed), tool)
     if stage.output == update.OUTPUT:
         prune(run)
     return manifest

@@ -59,6 +59,19 @@ REWARDS: Columns = {
     "error": (pa.string(), "what went wrong, one line; null when nothing did"),
 }
 
+JUDGEMENTS: Columns = {
+    **_KEY_COLUMNS,
+    "name": (pa.string(), "name of the reward"),
+    "status": (pa.string(), "ok (an answer came), error or timeout"),
+    "answer": (pa.string(), "what the judge wrote; null unless status is ok"),
+    "error": (pa.string(), "why no answer came, one line; null when one did"),
+    "model": (pa.string(), "the model that answered, as the endpoint names it"),
+    "finish_reason": (pa.string(), "why the answer ends, as the endpoint says it: stop, length, ..."),
+    "prompt_tokens": (pa.int32(), "tokens of the question, by the endpoint's count; null where it has none"),
+    "answer_tokens": (pa.int32(), "the same of the answer"),
+    "attempts": (pa.int32(), "requests that this answer took, from 1"),
+}
+
 ADVANTAGES: Columns = {
     **_KEY_COLUMNS,
     "reward": (pa.float64(), "weighted sum of the rewards; null when unscored"),
@@ -139,17 +152,20 @@ EVAL_ROLLOUTS: Columns = {
     "seed": (pa.int64(), "63-bit seed of this sample, the same for every policy and never one of training"),
 }
 EVAL_REWARDS: Columns = {**REWARDS, **_MEASURED}
+EVAL_JUDGEMENTS: Columns = {**JUDGEMENTS, **_MEASURED}
 
 TABLES: dict[str, Columns] = {
     "prompts": PROMPTS,
     "rollouts": ROLLOUTS,
     "rewards": REWARDS,
+    "judgements": JUDGEMENTS,
     "advantages": ADVANTAGES,
     "updates": UPDATES,
     "logprobs": LOGPROBS,
     "eval_prompts": PROMPTS,
     "eval_rollouts": EVAL_ROLLOUTS,
     "eval_rewards": EVAL_REWARDS,
+    "eval_judgements": EVAL_JUDGEMENTS,
 }
 WITH_OWN_COLUMNS = ("prompts", "eval_prompts")  # the user's data set may have more
 

@@ -186,6 +186,30 @@ def test_trl_style_function_gets_messages_columns_ids_and_arguments(pool: Functi
     assert [o.value for o in outcomes] == [3.5, 3.5]  # right 1 + bonus 0.5 + 2 ids; wrong 0 + 0.5 + 3 ids
 
 
+def test_an_event_loop_lives_as_long_as_its_worker(pool: FunctionPool) -> None:
+    # Three calls in two workers: one of them gets two, and what its module keeps is bound to the first loop.
+    results = list(pool.score(spec("waits_for_a_client"), [group("a", "b")] * 3))
+    assert results == [[Outcome(2.0, "ok")] * 2] * 3
+
+
+def test_trl_s_own_keywords_are_there(pool: FunctionPool) -> None:
+    call = GroupCall(["p"] * 2, ["a", "bcd"], [[1]] * 2, {}, iteration=4)
+    pool.check(spec("needs_trl_keywords"), columns=[])
+    (outcomes,) = pool.score(spec("needs_trl_keywords"), [call])
+    assert [outcome.value for outcome in outcomes] == [41.0, 43.0]  # 10 x iteration + length, also one by one
+    (outcomes,) = pool.score(spec("needs_max_steps"), [call])
+    error = "AttributeError: trainer_state has no max_steps here, only global_step: the iteration, from 0"
+    assert [error_of(outcome).startswith(error) for outcome in outcomes] == [True, True]
+
+
+def test_a_factory_in_place_of_a_function_is_named(pool: FunctionPool) -> None:
+    outcomes = score_one(pool, spec("factory"), "a", "b")
+    assert error_of(outcomes[0]) == (
+        "returned function, not a list of 2 numbers; does it make reward functions? call it in a file of"
+        " yours, and name what it returns"
+    )
+
+
 def test_groups_come_back_in_order_and_few_are_read_ahead(pool: FunctionPool) -> None:
     num_read = 0
 

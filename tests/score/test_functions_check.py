@@ -47,6 +47,17 @@ def spec(function: str, **arguments: Any) -> FunctionSpec:
             ["level"],
             "needs answer: not in arguments, and no column; the columns are: level",
         ),
+        (spec("Callable"), None, "is a class; write `reward = Callable(...)` below it, and name that"),
+        (
+            spec("needs_environments"),
+            ["answer"],
+            "needs environments, which TRL has for tools; there are no tools here, so it cannot be used",
+        ),
+        (
+            spec("needs_trl_keywords", log_extra=1),
+            None,
+            "arguments.log_extra: this keyword is passed to every",
+        ),
         (spec("positional_only"), None, "'completions' is positional-only; everything is passed by keyword"),
         (spec("regex_format"), None, "needs arguments: pattern"),
         (spec("regex_format", pattern="("), None, "arguments: pattern is no regular expression: missing )"),
@@ -123,7 +134,7 @@ def test_import_root_comes_before_installed_modules(tmp_path: Path) -> None:
         ),
         (
             "zzz",
-            "no such built-in; there are exact_answer, gsm8k, regex_format, length_penalty (a function of ",
+            "no such built-in; there are exact_answer, gsm8k, math_verify, regex_format, length_penalty (a ",
         ),
         ("reward.py:f", "not of the form package.module:function; did you mean reward:f?"),
         ("./rules/form.py:f", "not of the form package.module:function; did you mean rules.form:f?"),
@@ -137,3 +148,15 @@ def test_source_of_an_unknown_function(function: str, problem: str) -> None:
     with pytest.raises(UsageError) as caught:
         source_sha256(function, ROOT)
     assert str(caught.value).startswith(f"reward function {function!r}: {problem}")
+
+
+def test_check_of_math_verify_without_its_package(tmp_path: Path) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\")")
+    pool = FunctionPool(tmp_path, num_workers=1)
+    with pytest.raises(UsageError) as caught:
+        pool.check(FunctionSpec("math_verify", {}, 1.0), ["answer"])
+    pool.close()
+    assert str(caught.value) == (
+        "reward function 'math_verify': needs the package math-verify (No module named 'math_verify');"
+        " pip install 'grpo-stages[math]'"
+    )

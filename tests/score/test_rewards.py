@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from grpo.score.rewards import BUILT_IN, Text, exact_answer, final_number, gsm8k, length_penalty, regex_format
+from grpo.score.rewards import (
+    BUILT_IN,
+    Text,
+    exact_answer,
+    final_number,
+    gsm8k,
+    length_penalty,
+    math_verify,
+    regex_format,
+)
 
 GSM8K = Path(__file__).parents[1] / "data" / "gsm8k" / "train.jsonl"
 
@@ -186,3 +195,32 @@ def test_length_penalty_refuses_an_impossible_buffer(max_tokens: int, buffer_tok
     message = f"^needs 0 < buffer_tokens <= max_tokens, found {buffer_tokens} and {max_tokens}$"
     with pytest.raises(ValueError, match=message):
         length_penalty([], [], [], max_tokens=max_tokens, buffer_tokens=buffer_tokens)
+
+
+# ---- math_verify ----
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "value"),
+    [
+        (r"\boxed{0.5}", "1/2", 1.0),
+        (r"I get \boxed{\frac{1}{2}}.", "0.5", 1.0),
+        ("3 + 4 = 7", "7", 1.0),  # the last number
+        ("7, or rather 8", "7", 0.0),
+        (r"The final answer is $x^2 + 2x + 1$. I hope it is correct.", "(x+1)^2", 1.0),
+        (r"$\{2, 1\}$", r"\{1,2\}", 1.0),  # a set has no order,
+        (r"$(2, 1)$", "(1,2)", 0.0),  # a pair has
+        (r"\boxed{18}", "She sells 16 - 3 - 4 = 9 eggs.\n#### 18", 1.0),  # as in GSM8K
+        (r"\boxed{18}", r"$18$", 1.0),
+        ("no idea", "7", 0.0),
+        ("", "7", 0.0),
+    ],
+)
+def test_math_verify_compares_as_mathematics(response: str, answer: str, value: float) -> None:
+    assert math_verify(["p"], [response], [answer]) == [value]
+
+
+def test_math_verify_without_an_answer() -> None:
+    assert math_verify(["p"] * 2, ["7", "7"], [None, "7"]) == [None, 1.0]
+    with pytest.raises(ValueError, match=r"^the answer is no mathematics: ''$"):
+        math_verify(["p"], ["7"], [""])

@@ -102,7 +102,7 @@ def trl_style(prompts, completions, completion_ids, answer, **kwargs):
         assert prompt[1] == "+" and prompt[3:] == "="
         assert bytes(ids).decode() == completion
         found.append(float(completion == right) + 10 * kwargs["level"][len(found)])
-    assert sorted(kwargs) == ["level", "prompt_id"]
+    assert sorted(kwargs) == ["level", "log_extra", "log_metric", "prompt_id", "trainer_state"]
     return found
 '''
 

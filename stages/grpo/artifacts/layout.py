@@ -10,7 +10,11 @@ OUTPUTS = {**STAGE_OUTPUTS, EVALUATION: "evaluate"}
 """All that `iteration=i` may hold: also what policy i was measured to be, which no stage reads."""
 RUN_OUTPUTS = ("prompts", "policy", "eval_prompts")
 """Outputs of the run as a whole; the last only where `evaluate` is configured."""
-TABLES_OF = {"update": ("updates", "logprobs"), EVALUATION: ("eval_rollouts", "eval_rewards")}
+TABLES_OF = {
+    "rewards": ("rewards", "judgements"),
+    "update": ("updates", "logprobs"),
+    EVALUATION: ("eval_rollouts", "eval_rewards", "eval_judgements"),
+}
 """Tables of an output that holds others than the one of its name."""
 
 

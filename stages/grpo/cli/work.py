@@ -100,6 +100,31 @@ def _stage_command(name: str, summary: str) -> None:
 
 
 _stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
-_stage_command("score", "Stage 2: rollouts + prompts -> rewards.")
+
+
+@app.command(help="Stage 2: rollouts + prompts -> rewards.")
+def score(
+    config: ConfigOption = CONFIG,
+    set_: SetOption = [],  # noqa: B006
+    iteration: StageIteration = "",
+    force: ForceOption = False,
+    only_failed: Annotated[
+        bool, typer.Option("--only-failed", help="Again, but only the rows that failed; default: everywhere.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Rows whose status is error, timeout or nonfinite failed; all others stay as they are."""
+    from grpo import commands
+
+    if force and only_failed:
+        raise UsageError(
+            "--only-failed: keeps what did not fail, and --force keeps nothing; give one of them"
+        )
+    with working(config, set_, as_json) as opened:
+        result = commands.run_stage(opened, "score", iteration, force, only_failed)
+    if as_json:
+        print_json(result)
+
+
 _stage_command("advantage", "Stage 3: rollouts + rewards -> advantages.")
 _stage_command("update", "Stage 4: policy + rollouts + advantages -> next policy.")

@@ -2,6 +2,7 @@
 
 from grpo.config.evaluate import EvaluateConfig
 from grpo.config.generate import GenerateConfig
+from grpo.config.judge import JudgeConfig
 from grpo.config.loading import differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.model import AdvantageConfig, Config
 from grpo.config.prompts import ColumnsConfig, PromptsConfig
@@ -14,6 +15,7 @@ __all__ = [
     "Config",
     "EvaluateConfig",
     "GenerateConfig",
+    "JudgeConfig",
     "LoraConfig",
     "PromptsConfig",
     "RewardConfig",

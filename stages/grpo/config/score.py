@@ -4,24 +4,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from grpo.config.judge import JudgeConfig
 from grpo.config.section import Count, Section, plain
+
+MODEL_TIMEOUT_S = 3600.0  # a batch of a large reward model on a CPU takes minutes, and is no hang
 
 
 class RewardConfig(Section):
-    """One reward: a function or a reward model."""
+    """One reward: a function, a reward model or a judge."""
 
     function: str | None = None
     """A built-in name or `package.module:function`; the configuration's folder comes first on sys.path."""
     model: str | None = None
     """Directory or hub id of a sequence-classification checkpoint with one label."""
+    judge: JudgeConfig | None = None
+    """A language model behind an OpenAI-compatible endpoint, asked about every rollout."""
     name: str = ""
-    """Name in the tables; empty: the function's or the directory's name. Unique."""
+    """Name in the tables; empty: the function's or the directory's name, or `judge`. Unique."""
     weight: float = 1.0
     """Weight in the sum. 0: computed and stored, changes nothing: the way to compare rewards."""
     arguments: dict[str, Any] = Field({})
     """Keyword arguments handed to the function."""
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0
-    """Seconds a call for one group may take before its rollouts are tried one by one, at most 1e6."""
+    """Seconds, at most 1e6: of a function's call for one group, before its rollouts are tried one by one; of
+    one request to a judge; of one batch of a reward model (3600 unless given), which ends the command."""
 
     @field_validator("arguments")
     @classmethod
@@ -37,14 +43,22 @@ class RewardConfig(Section):
             return {**data, "name": data["function"].rpartition(":")[2]}
         if isinstance(data.get("model"), str):
             return {**data, "name": data["model"].rstrip("/").rpartition("/")[2]}
+        return data if data.get("judge") is None else {**data, "name": "judge"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _time_it(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("model") is not None:
+            return {"timeout_s": MODEL_TIMEOUT_S, **data}
         return data
 
     @model_validator(mode="after")
     def _one_kind(self) -> "RewardConfig":
-        if (self.function is None) == (self.model is None):
-            raise ValueError("exactly one of function and model must be given")
-        if self.model is not None and self.arguments:
-            raise ValueError("arguments are for functions; a reward model takes none")
+        if [self.function, self.model, self.judge].count(None) != 2:
+            raise ValueError("exactly one of function, model and judge must be given")
+        if self.function is None and self.arguments:
+            kind = "reward model" if self.judge is None else "judge"
+            raise ValueError(f"arguments are for functions; a {kind} takes none")
         return self
 
 

@@ -11,7 +11,8 @@ from grpo.errors import DataError, GrpoError
 from grpo.generate.prompts import encode, normalised, source_is_gone
 from grpo.generate.source import Row
 from grpo.score.functions import FunctionPool
-from grpo.score.stage import spec_of
+from grpo.score.judge import Judge
+from grpo.score.scorers import rubric_of, spec_of, where
 
 NUM_ROWS = 1000  # read of the source; a run reads and checks all
 
@@ -32,11 +33,12 @@ def check_prompts(run: Run, policy: Checkpoint) -> tuple[Check, list[Row]]:
 
 
 def check_rewards(run: Run, rows: list[Row], fetch: bool) -> list[Check]:
-    """Import every reward function in a worker, as `score` does, and look for every reward model."""
+    """Import every reward function in a worker, as `score` does; look for every reward model and judge."""
     names = {*tables.schema("prompts").names, *(name for row in rows for name in row)}
     columns = sorted(names - {"prompt", "messages"}) if rows else None
     rewards = run.config.score.rewards
     checks = [_check_model(run, reward, fetch) for reward in rewards if reward.model is not None]
+    checks += [_check_judge(run, reward, columns) for reward in rewards if reward.judge is not None]
     functions = [reward for reward in rewards if reward.function is not None]
     if functions:
         pool = FunctionPool(run.imports, 1)
@@ -54,6 +56,19 @@ def _check_function(pool: FunctionPool, reward: RewardConfig, columns: list[str]
     except GrpoError as error:
         return failed(name, str(reward.function), needed, error)
     return Check(name, str(reward.function), needed)
+
+
+def _check_judge(run: Run, reward: RewardConfig, columns: list[str] | None) -> Check:
+    """Without a request: an answer may cost money."""
+    assert reward.judge is not None
+    name, needed = f"reward {reward.name}", "a judge with its rubric and its key (nothing is asked)"
+    found = f"{reward.judge.model} at {reward.judge.url}"
+    try:
+        rubric_of(run, reward, columns)
+        Judge(where(reward), reward.judge, reward.timeout_s).close()
+    except GrpoError as error:
+        return failed(name, found, needed, error)
+    return Check(name, found, needed)
 
 
 def _check_model(run: Run, reward: RewardConfig, fetch: bool) -> Check:

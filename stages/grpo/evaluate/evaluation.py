@@ -17,11 +17,14 @@ from grpo.errors import EngineError, UsageError
 from grpo.generate import stage as generate
 from grpo.generate.prompts import HELD_OUT, described
 from grpo.score import stage as score
+from grpo.score.scorers import Scorers, columns_of, rubric_of, spec_of
+from grpo.score.shard import STAGE_VERSION as SCORE_VERSION
+from grpo.score.shard import Work
 
 NAME = "evaluate"
 OUTPUT = EVALUATION
 STAGE_VERSION = 1
-ROLLOUTS, REWARDS = "eval_rollouts", "eval_rewards"
+ROLLOUTS, REWARDS, JUDGEMENTS = "eval_rollouts", "eval_rewards", "eval_judgements"
 SEEDS = "evaluation"  # in the place of an iteration's number: no seed of training is made of it
 # What of `generate` an evaluation depends on; the rest says what is sampled in training.
 _OF_ENGINE = ("engine", "engine_options", "top_p", "top_k", "min_p", "max_rows_per_batch")
@@ -74,7 +77,7 @@ def plan(run: Run, policy: int) -> Plan:
             "seed": run.config.seed,
             "evaluate": {**settings(run), "prompts": described(config.prompts)},
             "generate": {"version": generate.STAGE_VERSION, **{key: sampled[key] for key in _OF_ENGINE}},
-            "score": {"version": score.STAGE_VERSION, "rewards": score.described(run)},
+            "score": {"version": SCORE_VERSION, "rewards": score.described(run)},
         },
         reads={f"policy@{policy}": run.id_of(f"policy@{policy}") or ""},
         sources={**score.sources_of(run), "evaluate.prompts": prompts.ids[HELD_OUT]},
@@ -82,12 +85,14 @@ def plan(run: Run, policy: int) -> Plan:
     )
 
 
-def check(run: Run, scorers: score.Scorers) -> None:
-    """Raise UsageError (exit 2) for a reward function that cannot do with the held-out prompts' columns."""
-    columns = score.columns_of(run.read(HELD_OUT, None))
+def check(run: Run, scorers: Scorers) -> None:
+    """Raise UsageError (exit 2) for a reward that cannot do with the columns of the held-out prompts."""
+    columns = columns_of(run.read(HELD_OUT, None))
     for reward in run.config.score.rewards:
         if reward.function is not None:
-            scorers.pool.check(score.spec_of(reward), columns)
+            scorers.pool.check(spec_of(reward), columns)
+        if reward.judge is not None:
+            rubric_of(run, reward, columns)
 
 
 def run(run: Run, policy: int, staging: Staging, tools: Borrowed) -> Manifest:
@@ -105,11 +110,11 @@ def run(run: Run, policy: int, staging: Staging, tools: Borrowed) -> Manifest:
     rollouts, engine = generate.sample(run, staging, sampler, work)
     # A reward model takes the engine's place on the accelerator; functions leave it where it is.
     scorers = tools(score.NAME, beside=all(reward.model is None for reward in run.config.score.rewards))
-    scorers = replace(scorers, prompts=prompts, columns=score.columns_of(prompts))
+    scorers = replace(scorers, prompts=prompts, columns=columns_of(prompts))
     files = [(record, staging.folder / record.name) for record in rollouts]
     prompts_id = staging.plan.sources["evaluate.prompts"]
     _, rewards = score.score(
-        run, staging, scorers, score.Work(REWARDS, REWARDS, policy, files, prompts_id, before)
+        run, staging, scorers, Work(REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id, before)
     )
     held = [*rollouts, *rewards]
     with staging.clock("measure"):

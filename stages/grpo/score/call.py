@@ -12,13 +12,15 @@ import numbers
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from grpo.score.outcome import Outcome, one_line
 from grpo.score.rewards import BUILT_IN, Text
 
-OURS = ("prompts", "completions", "completion_ids")  # keywords that every function may take
+# Keywords that every function may take; the last three are TRL's.
+OURS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,35 @@ class GroupCall:
     """The rollouts of one group as a reward function sees them; every list has one element per rollout.
 
     prompts, completions: text, or lists of messages; completion_ids: response token ids;
-    columns: every data set column, `answer` included. All must pickle.
+    columns: every data set column, `answer` included. All must pickle. iteration: that sampled them, from 0.
     """
 
     prompts: Sequence[Text]
     completions: Sequence[Text]
     completion_ids: Sequence[Sequence[int]]
     columns: dict[str, list[Any]]
+    iteration: int = 0
 
     def alone(self, sample: int) -> "GroupCall":
         """The call for one rollout of the group."""
         one = slice(sample, sample + 1)
         columns = {name: values[one] for name, values in self.columns.items()}
-        return GroupCall(self.prompts[one], self.completions[one], self.completion_ids[one], columns)
+        texts = (self.prompts[one], self.completions[one], self.completion_ids[one])
+        return GroupCall(*texts, columns, self.iteration)
+
+
+class TrainerState:
+    """TRL's `trainer_state` as far as it has a meaning on disk: `global_step` is the iteration, from 0.
+
+    That is TRL's own number where an iteration is one optimiser step. Whatever else is asked of it raises
+    AttributeError: a made-up value would be a wrong reward.
+    """
+
+    def __init__(self, iteration: int) -> None:
+        self.global_step = iteration
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"trainer_state has no {name} here, only global_step: the iteration, from 0")
 
 
 def load(function: str) -> Any:
@@ -71,6 +89,9 @@ def find_problem(spec: FunctionSpec, file: Path | None, columns: Collection[str]
     if file is not None and (problem := _module_problem(spec.function, file)):
         return problem
     function = load(spec.function)
+    if inspect.isclass(function):
+        name = function.__name__
+        return f"is a class; write `reward = {name}(...)` below it, and name that"
     try:
         inspect.signature(function)
     except ValueError:
@@ -85,13 +106,16 @@ def run(spec: FunctionSpec, function: Callable[..., Any], group: GroupCall) -> l
         "prompts": group.prompts,
         "completions": group.completions,
         "completion_ids": group.completion_ids,
+        "trainer_state": TrainerState(group.iteration),
+        "log_extra": _log_nothing,
+        "log_metric": _log_nothing,
         **spec.arguments,
     }
     num_rollouts = len(group.completions)  # before the call: the function may change its arguments
     accepted, takes_all = _keywords(function)
     result = function(**{name: value for name, value in offered.items() if takes_all or name in accepted})
     if inspect.isawaitable(result):
-        result = asyncio.run(_wait_for(result))
+        result = _event_loop().run(_wait_for(result))
     try:
         return [_outcome(value) for value in _values(result, num_rollouts)]
     except (TypeError, ValueError) as error:
@@ -112,6 +136,16 @@ def describe(error: BaseException) -> str:
 
 async def _wait_for(result: Any) -> Any:
     return await result
+
+
+@cache
+def _event_loop() -> asyncio.Runner:
+    """One for the life of the process: what a module keeps open belongs to the loop of its first use."""
+    return asyncio.Runner()
+
+
+def _log_nothing(name: str, values: Any) -> None:
+    """TRL's log_extra and log_metric: what a function reports besides its rewards is not kept."""
 
 
 def _module_problem(function: str, file: Path) -> str | None:
@@ -159,6 +193,8 @@ def _keyword_problem(
     missing = [n for n, p in accepted.items() if p.default is p.empty and n not in given]
     if not missing:
         return None
+    if "environments" in missing:
+        return "needs environments, which TRL has for tools; there are no tools here, so it cannot be used"
     return (
         f"needs {', '.join(missing)}: not in arguments, and no column; the columns are: {', '.join(columns)}"
     )
@@ -176,6 +212,8 @@ def _argument_problem(spec: FunctionSpec) -> str | None:
     columns: dict[str, list[Any]] = {name: [] for name in required - unset}
     try:
         run(spec, BUILT_IN[spec.function], GroupCall([], [], [], columns))
+    except ImportError as error:  # of a built-in that stands on an optional package
+        return str(error)
     except (TypeError, ValueError) as error:
         return f"arguments: {error}"
     return None
@@ -184,7 +222,9 @@ def _argument_problem(spec: FunctionSpec) -> str | None:
 def _values(result: Any, num_rollouts: int) -> list[Any]:
     if not isinstance(result, list | tuple):
         if not hasattr(result, "tolist") or getattr(result, "ndim", None) != 1:
-            raise TypeError(f"returned {_kind(result)}, not a list of {num_rollouts} numbers")
+            factory = "; does it make reward functions? call it in a file of yours, and name what it returns"
+            hint = factory if callable(result) else ""
+            raise TypeError(f"returned {_kind(result)}, not a list of {num_rollouts} numbers{hint}")
         result = result.tolist()
     if len(result) != num_rollouts:
         raise ValueError(f"returned {len(result)} values for {num_rollouts} rollouts")

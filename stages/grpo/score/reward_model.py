@@ -16,8 +16,10 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import CorruptError, InputError
 from grpo.model import context_length, empty_cache, load_tokenizer
+from grpo.score.deadline import deadline
 from grpo.score.outcome import Outcome, one_line
 from grpo.score.rewards import Text
 
@@ -35,6 +37,7 @@ class RewardModel:
     def __init__(self, directory: Path, device: str) -> None:
         if not directory.is_dir():
             raise InputError(f"reward model {directory}: no such directory")
+        self._where = f"reward model {directory}"
         self._model = _load_classifier(directory, device)
         self._tokenizer: Any = load_tokenizer(directory)  # Any: its calls return unions of everything
         self._device = device
@@ -48,12 +51,17 @@ class RewardModel:
         empty_cache(self._device)
 
     def score(
-        self, prompts: Sequence[Text], completions: Sequence[Text], max_tokens_per_batch: int
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        max_tokens_per_batch: int,
+        timeout_s: float = MODEL_TIMEOUT_S,
     ) -> list[Outcome]:
         """Outcomes in the order of the rollouts.
 
         max_tokens_per_batch: rows x longest row, padding included; memory only, it never changes a value
         beyond rounding. A rollout that is longer than the model's context is an `error`, never cut.
+        timeout_s: of one batch; one that takes longer ends the process (see deadline.py).
         """
         self._model.to(self._device)
         outcomes: dict[int, Outcome] = {}
@@ -70,7 +78,11 @@ class RewardModel:
                 outcomes[index] = Outcome(None, "error", problem)
                 del rows[index]
         for batch in _batches(rows, max_tokens_per_batch):
-            values = self._values([rows[index] for index in batch])
+            text = (
+                f"{self._where}: a batch of {len(batch)} rollouts took longer than timeout_s, {timeout_s:g} s"
+            )
+            with deadline(timeout_s, f"{text}; allow it more, or fewer score.max_tokens_per_batch"):
+                values = self._values([rows[index] for index in batch])
             outcomes.update(zip(batch, map(_outcome, values), strict=True))
         return [outcomes[index] for index in range(len(prompts))]
 

@@ -6,6 +6,7 @@ messages `[{"role": "assistant", "content": ...}]`. Every column of the data set
 by name; so do the `arguments` of the configuration. None means that the reward does not apply.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -30,6 +31,7 @@ MARKER = re.compile(
 )
 SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 MAX_SENTENCE = 500  # characters read behind "answer is"
+LATEX_MARKS = ("$", "\\boxed", "\\(", "\\[")  # an answer with one of them says where its mathematics is
 LATEX_IN_NUMBERS = (("{,}", ","), ("\\,", ""), ("\\$", "$"), ("\\%", "%"))  # 1{,}234  1\,234  \$18  18\%
 
 
@@ -60,6 +62,42 @@ def gsm8k(
         if right_number is None:
             raise ValueError(f"the answer has no number: {right[:80]!r}")
         rewards.append(float(final_number(_text(completion)) == right_number))
+    return rewards
+
+
+def math_verify(
+    prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[str | None], **_: Any
+) -> Rewards:
+    r"""1.0 where the response's final expression equals the answer as mathematics (0.5 is 1/2), else 0.0.
+
+    By the package math-verify, with its own defaults: the final expression is what stands in \boxed{}
+    (several boxes are a set), else behind "final answer is", else the last LaTeX or number. An answer is what
+    is behind its last `####`, LaTeX with or without its dollars. Raises ValueError for an answer that is no
+    mathematics, ImportError where the package is not installed.
+
+    Its time-outs are signals, which do not interrupt what hangs in C: they are off, and the worker's own
+    watchdog (`timeout_s`) ends what takes too long.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError(
+            f"needs the package math-verify ({error}); pip install 'grpo-stages[math]'"
+        ) from None
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
+    rewards: Rewards = []
+    for completion, right in zip(completions, answer, strict=True):
+        if right is None:
+            rewards.append(None)
+            continue
+        expression = right.rpartition("####")[2].strip()
+        if not any(mark in expression for mark in LATEX_MARKS):
+            expression = f"${expression}$"
+        gold = parse(expression, parsing_timeout=None)
+        if not gold:
+            raise ValueError(f"the answer is no mathematics: {right[:80]!r}")
+        found = parse(_text(completion), parsing_timeout=None)
+        rewards.append(float(verify(gold, found, timeout_seconds=None)))
     return rewards
 
 
@@ -120,6 +158,7 @@ def length_penalty(
 BUILT_IN: dict[str, Callable[..., Rewards]] = {
     "exact_answer": exact_answer,
     "gsm8k": gsm8k,
+    "math_verify": math_verify,
     "regex_format": regex_format,
     "length_penalty": length_penalty,
 }

@@ -2,90 +2,31 @@
 
 One row per rollout and reward. A shard is one reward over one rollout shard: an unchanged reward is kept by
 a hard link, a new weight rewrites its rows without scoring, and a reward added later scores only itself.
-A rollout that cannot be scored is a row with a status, never a silent zero.
+A rollout that cannot be scored is a row with a status, never a silent zero. What a judge answered stands in
+`judgements`, beside.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from hashlib import sha256
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, digest, id_of
+from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
 from grpo.config import RewardConfig
 from grpo.errors import EngineError
-from grpo.score.call import FunctionSpec, GroupCall
-from grpo.score.functions import FunctionPool, source_sha256
+from grpo.score import judgements, scorers
+from grpo.score.functions import source_sha256
 from grpo.score.outcome import Outcome
-
-if TYPE_CHECKING:
-    from grpo.score.reward_model import RewardModel
+from grpo.score.scorers import Key, Rollout, Scorers
+from grpo.score.shard import STAGE_VERSION, Shard, Work, configured, rows_of, shard_of
 
 NAME = "score"
 OUTPUT = "rewards"
-STAGE_VERSION = 1
 _FAILED = ("error", "timeout", "nonfinite")
 _READ = ["group_id", "sample_id", "prompt_id", "response", "response_token_ids"]
-
-
-@dataclass
-class Scorers:
-    """What stays open between iterations: worker processes, reward models, the prompts."""
-
-    pool: FunctionPool
-    prompts: pa.Table
-    columns: list[str]
-    models: "dict[str, RewardModel]" = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be scored: the rollouts of an iteration, or those that a policy is evaluated by."""
-
-    table: str
-    """rewards, or eval_rewards."""
-    prefix: str
-    """What the names of its files begin with."""
-    iteration: int
-    rollouts: list[tuple[FileRecord, Path]]
-    """Shards of rollouts, and where they are: committed, or staged with what is scored."""
-    prompts_id: str
-    before: Manifest | None
-    """The output that this one replaces: what it holds already is not computed again."""
-
-
-@dataclass(frozen=True)
-class _Rollout:
-    """What a reward sees of one rollout."""
-
-    group_id: int
-    sample_id: int
-    prompt_id: int
-    response: str
-    response_token_ids: list[int]
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """(group_id, sample_id): unique within the iteration."""
-        return self.group_id, self.sample_id
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One reward over one shard of rollouts. `old`: what an earlier output holds of the same `unit`."""
-
-    table: str
-    iteration: int
-    reward: RewardConfig
-    rollouts: FileRecord
-    path: Path
-    unit: str
-    old: FileRecord | None
 
 
 def plan(run: Run, iteration: int) -> Plan:
@@ -105,7 +46,7 @@ def plan(run: Run, iteration: int) -> Plan:
 
 def described(run: Run) -> dict[str, Any]:
     """Every reward as configured, by name."""
-    return {reward.name: reward.model_dump(exclude={"name"}) for reward in run.config.score.rewards}
+    return {reward.name: configured(reward, {"name"}) for reward in run.config.score.rewards}
 
 
 def sources_of(run: Run) -> dict[str, str]:
@@ -114,49 +55,23 @@ def sources_of(run: Run) -> dict[str, str]:
 
 
 def _source(run: Run, reward: RewardConfig) -> str:
-    """sha256 of the file the function is in (empty: built in), or the id of the reward model."""
+    """sha256 of the function's file (empty: built in) or of the rubric's text; the id of a reward model."""
     if reward.function is not None:
         return source_sha256(reward.function, run.imports)
+    if reward.judge is not None:
+        return sha256(scorers.rubric_of(run, reward).encode()).hexdigest()
     return run.checkpoint_id(str(reward.model))
 
 
-@contextmanager
-def open_tool(run: Run) -> Iterator[Scorers]:
-    """Start the workers, load the reward models; UsageError (exit 2) for a function that is no use."""
-    prompts = run.read("prompts", None)
-    columns = columns_of(prompts)
-    pool = FunctionPool(run.imports, run.config.score.workers)
-    try:
-        for reward in run.config.score.rewards:
-            if reward.function is not None:
-                pool.check(spec_of(reward), columns)
-        models = _open_models(run)
-        yield Scorers(pool, prompts, columns, models)
-    finally:
-        pool.close()
-
-
-def columns_of(prompts: pa.Table) -> list[str]:
-    """Columns of a prompts table that reward functions get by name."""
-    return [name for name in prompts.column_names if name not in ("prompt", "messages")]
+def open_tool(run: Run) -> AbstractContextManager[Scorers]:
+    """What scores, kept open between iterations; errors as scorers.open_scorers()."""
+    return scorers.open_scorers(run)
 
 
 def release(tool: Scorers) -> None:
     """Take the reward models off the accelerator until they are asked again."""
     for model in tool.models.values():
         model.release()
-
-
-def _open_models(run: Run) -> "dict[str, RewardModel]":
-    rewards = [reward for reward in run.config.score.rewards if reward.model is not None]
-    if not rewards:
-        return {}
-    from grpo.model import best_device
-    from grpo.score.reward_model import RewardModel
-
-    return {
-        reward.name: RewardModel(run.checkpoint_path(str(reward.model)), best_device()) for reward in rewards
-    }
 
 
 def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
@@ -167,7 +82,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
     rollouts = run.require("rollouts", iteration, "grpo generate")
     files = [(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
     before = run.manifest(OUTPUT, iteration)
-    work = Work(OUTPUT, "part", iteration, files, staging.plan.reads["prompts"], before)
+    work = Work(OUTPUT, judgements.TABLE, "part", iteration, files, staging.plan.reads["prompts"], before)
     ids, held = score(run, staging, tool, work)
     manifest = staging.commit(ids, held, summary_of(run, held))
     if run.partial(manifest):
@@ -176,78 +91,79 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
 
 
 def score(run: Run, staging: Staging, tool: Scorers, work: Work) -> tuple[dict[str, str], list[FileRecord]]:
-    """Score what of `work` is not scored yet: the id of each reward, and all shards."""
-    redo_all = _asked_again(staging, work.before, run.partial(work.before))
-    held: list[FileRecord] = []
+    """Score what of `work` is not scored yet: the id of each reward, and all shards, judgements last."""
+    earlier = None if _asked_again(run, staging, work.before) else work.before
+    scored: list[FileRecord] = []
+    answered: list[FileRecord] = []
     ids = {}
     for reward in run.config.score.rewards:
         own = []
-        for rollouts, path in work.rollouts:
-            name = staging.file_name(work.prefix, len(held))
-            record = staging.committed(name)
+        for rollouts in work.rollouts:
+            shard = shard_of(staging, work, reward, rollouts, earlier, len(scored))
+            record = staging.committed(shard.name(staging))
             if record is None:
-                unit = _unit(staging, reward, rollouts, work.prompts_id)
-                old = None if redo_all else _find(work.before, unit)
-                shard = _Shard(work.table, work.iteration, reward, rollouts, path, unit, old)
                 with staging.clock(reward.name):
-                    record = _score_shard(run, staging, tool, shard, name)
+                    record = _score_shard(run, staging, tool, shard)
                 run.console.stop_requested()
+            answers = staging.committed(shard.answers_name(staging))
+            answered += [answers] if answers is not None else []
             own.append(record)
-            held.append(record)
+            scored.append(record)
         ids[f"reward/{reward.name}"] = id_of(own)
-    return ids, held
+    return ids, [*scored, *answered]
 
 
 def summary_of(run: Run, held: list[FileRecord]) -> dict[str, Any]:
     """How many rewards failed, what became of each, and their weights."""
     statuses: Counter[str] = Counter()
     for record in held:
-        statuses.update(record.labels["statuses"])
+        statuses.update(record.labels.get("statuses", {}))
     weights = {reward.name: reward.weight for reward in run.config.score.rewards}
     return {"failed": _failed(statuses), "statuses": dict(statuses), "weights": weights}
 
 
-def _asked_again(staging: Staging, before: Manifest | None, partial: bool) -> bool:
+def _asked_again(run: Run, staging: Staging, before: Manifest | None) -> bool:
     """Whether this is a `--force` with nothing changed: then every reward is computed anew."""
     again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
-    return again and not partial
+    return again and not staging.only_failed and not run.partial(before)
 
 
-def _unit(staging: Staging, reward: RewardConfig, rollouts: FileRecord, prompts_id: str) -> str:
-    """Digest of all that one reward over one rollout shard depends on. Not the weight or time-out."""
-    own = reward.model_dump(exclude={"name", "weight", "timeout_s"})
-    source = staging.plan.sources[f"score.rewards.{reward.name}"]
-    return digest([STAGE_VERSION, own, source, rollouts.sha256, prompts_id])
-
-
-def _find(manifest: Manifest | None, unit: str) -> FileRecord | None:
-    files = manifest.files if manifest else []
-    return next((file for file in files if file.unit == unit), None)
-
-
-def _score_shard(run: Run, staging: Staging, tool: Scorers, shard: _Shard, name: str) -> FileRecord:
+def _score_shard(run: Run, staging: Staging, tool: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
     reward, old = shard.reward, shard.old
-    old_path = None if old is None else run.path_of(old, staging.plan.output, shard.iteration)
-    if old is not None and old_path is not None and _is_unchanged(old, reward):
-        return staging.link_table(old, old_path, name)
-    rollouts = [_Rollout(**row) for row in _rows(run, shard.rollouts, shard.path, _READ)]
-    outcomes = {
+    name = shard.name(staging)
+    if old is not None and _is_unchanged(old.record, reward):
+        if shard.old_answers is not None:
+            staging.link_table(shard.old_answers.record, shard.old_answers.path, shard.answers_name(staging))
+        return staging.link_table(old.record, old.path, name)
+    rollouts = [Rollout(**row) for row in rows_of(run, shard.rollouts, _READ)]
+    kept = {
         (row["group_id"], row["sample_id"]): Outcome(row["value"], row["status"], row["error"])
-        for row in (_rows(run, old, old_path) if old is not None and old_path is not None else [])
+        for row in (rows_of(run, old) if old is not None else [])
         if row["status"] not in _FAILED
     }
-    todo = [rollout for rollout in rollouts if rollout.key not in outcomes]
-    title = f"{staging.plan.stage} {shard.iteration} {reward.name}"
-    with run.console.progress(title, len(todo), "rollouts") as advance:
-        for rollout, outcome in _score(run, tool, reward, todo):
-            outcomes[rollout.key] = outcome
-            advance(1)
+    if reward.judge is not None:
+        outcomes = judgements.score_by_judge(run, staging, tool, shard, rollouts, kept)
+    else:
+        todo = [rollout for rollout in rollouts if rollout.key not in kept]
+        outcomes = kept | _score(run, staging, tool, shard, todo)
     ordered = [outcomes[rollout.key] for rollout in rollouts]
     data = _table(shard.iteration, reward, rollouts, ordered)
     statuses = dict(Counter(outcome.status for outcome in ordered))
     labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
     return staging.write_table(shard.table, name, data, shard.unit, **labels)
+
+
+def _score(
+    run: Run, staging: Staging, tool: Scorers, shard: Shard, rollouts: list[Rollout]
+) -> dict[Key, Outcome]:
+    outcomes = {}
+    title = f"{staging.plan.stage} {shard.iteration} {shard.reward.name}"
+    with run.console.progress(title, len(rollouts), "rollouts") as advance:
+        for rollout, outcome in scorers.score(run, tool, shard.iteration, shard.reward, rollouts):
+            outcomes[rollout.key] = outcome
+            advance(1)
+    return outcomes
 
 
 def _is_unchanged(old: FileRecord, reward: RewardConfig) -> bool:
@@ -256,68 +172,12 @@ def _is_unchanged(old: FileRecord, reward: RewardConfig) -> bool:
     return same and not _failed(old.labels["statuses"])
 
 
-def _rows(run: Run, file: FileRecord, path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of one committed file, verified."""
-    run.verify(file, path)
-    found = tables.decode(str(file.table), [(path, path.read_bytes())], columns)
-    rows: list[dict[str, Any]] = found.to_pylist()
-    return rows
-
-
 def _failed(statuses: dict[str, int]) -> int:
     return sum(statuses.get(status, 0) for status in _FAILED)
 
 
-def _score(
-    run: Run, tool: Scorers, reward: RewardConfig, rollouts: list[_Rollout]
-) -> Iterator[tuple[_Rollout, Outcome]]:
-    """(rollout, outcome) of each rollout: a function gets one group per call, a model batches of tokens."""
-    groups: dict[int, list[_Rollout]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.group_id, []).append(rollout)
-    rows = _prompts_of(tool, rollouts)
-    calls = [_call(tool, rows, members) for members in groups.values()]
-    if reward.function is not None:
-        outcomes = tool.pool.score(spec_of(reward), calls)
-        for members, found in zip(groups.values(), outcomes, strict=True):
-            yield from zip(members, found, strict=True)
-    else:
-        prompts = [prompt for call in calls for prompt in call.prompts]
-        completions = [completion for call in calls for completion in call.completions]
-        members = [rollout for group in groups.values() for rollout in group]
-        limit = run.config.score.max_tokens_per_batch
-        yield from zip(members, tool.models[reward.name].score(prompts, completions, limit), strict=True)
-
-
-def _prompts_of(tool: Scorers, rollouts: list[_Rollout]) -> dict[int, dict[str, Any]]:
-    """The rows of `prompts` that the rollouts need, by prompt_id."""
-    wanted = np.unique([rollout.prompt_id for rollout in rollouts]).astype(np.int64)
-    places = np.searchsorted(tool.prompts["prompt_id"].to_numpy(), wanted)  # the table is in this order
-    return {row["prompt_id"]: row for row in tool.prompts.take(places).to_pylist()}
-
-
-def _call(tool: Scorers, prompts: dict[int, dict[str, Any]], rollouts: list[_Rollout]) -> GroupCall:
-    """A group as a reward function sees it; a chat prompt is messages, and so is its completion."""
-    rows = [prompts[rollout.prompt_id] for rollout in rollouts]
-    chat = [row["messages"] is not None for row in rows]
-    return GroupCall(
-        prompts=[row["messages"] if c else row["prompt"] for row, c in zip(rows, chat, strict=True)],
-        completions=[
-            [{"role": "assistant", "content": rollout.response}] if c else rollout.response
-            for rollout, c in zip(rollouts, chat, strict=True)
-        ],
-        completion_ids=[rollout.response_token_ids for rollout in rollouts],
-        columns={name: [row[name] for row in rows] for name in tool.columns},
-    )
-
-
-def spec_of(reward: RewardConfig) -> FunctionSpec:
-    """A configured reward function as the workers are told of it."""
-    return FunctionSpec(str(reward.function), reward.arguments, reward.timeout_s)
-
-
 def _table(
-    iteration: int, reward: RewardConfig, rollouts: list[_Rollout], outcomes: list[Outcome]
+    iteration: int, reward: RewardConfig, rollouts: list[Rollout], outcomes: list[Outcome]
 ) -> pa.Table:
     columns = {
         "iteration": [iteration] * len(rollouts),

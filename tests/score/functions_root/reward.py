@@ -1,6 +1,7 @@
 # mypy: ignore-errors
 """Reward functions that go wrong in every way that test_functions.py tries; a rollout "bad" sets them off."""
 
+import asyncio
 import ctypes
 import os
 import signal
@@ -133,16 +134,51 @@ def prints(completions):
 
 def trl_style(prompts, completions, completion_ids, answer, bonus=0.0, **kwargs):
     """TRL's signature, chat completions and a column; **kwargs gets the columns that are not named."""
-    assert sorted(kwargs) == ["level"]
+    assert sorted(kwargs) == ["level", "log_extra", "log_metric", "trainer_state"]
     return [
         float(prompt[-1]["content"] + completion[0]["content"] == right) + bonus + len(ids)
         for prompt, completion, ids, right in zip(prompts, completions, completion_ids, answer, strict=True)
     ]
 
 
+async def waits_for_a_client(completions):
+    """Like a client's connections, a lock is bound to the event loop in which it first had to wait."""
+    import asyncio
+
+    async def once():
+        async with LOCK:
+            await asyncio.sleep(0.01)
+
+    await asyncio.gather(once(), once())
+    return [2.0 for _ in completions]
+
+
+LOCK = asyncio.Lock()
+
+
+def needs_trl_keywords(completions, trainer_state, log_extra, log_metric):
+    log_extra("length", [len(text) for text in completions])
+    log_metric("longest", max(map(len, completions)))
+    return [10.0 * trainer_state.global_step + len(text) for text in completions]
+
+
+def needs_max_steps(completions, trainer_state, **kwargs):
+    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
+
+
+def needs_environments(completions, environments):
+    return [environment.score for environment in environments]
+
+
 class Callable:
+    __name__ = "callable_reward"
+
     def __call__(self, completions):
         return [5.0 for _ in completions]
+
+
+def factory(bonus=1.0):
+    return lambda completions, **kwargs: [bonus for _ in completions]
 
 
 an_object = Callable()

@@ -1,0 +1,105 @@
+"""config.judge: a reward that a language model gives, behind an OpenAI-compatible endpoint."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from grpo.config.section import Count, NonNegative, Positive, Section, plain
+
+SCORE_LINE = r"^Score: *(-?[0-9]+(?:\.[0-9]+)?) *$"
+# Where and how fast it is asked, not what: another of these changes no reward.
+TRANSPORT = frozenset({"url", "api_key_env", "concurrency", "requests_per_minute", "retries"})
+# How an answer is read: another of these reads the answers again that are there.
+READING = frozenset({"pattern", "grades", "scale"})
+_URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")
+
+
+class JudgeConfig(Section):
+    """A language model that scores a rollout by a rubric, through POST /chat/completions."""
+
+    url: str
+    """Base URL of the endpoint, such as http://127.0.0.1:8000/v1. Another changes no reward."""
+    model: str
+    """Name of the model at the endpoint."""
+    rubric: str
+    """What it is asked, once per rollout: text, or a .md or .txt file, with {response} and perhaps {prompt},
+    {answer} or any column in braces; {{word}} is {word} itself."""
+    pattern: str = SCORE_LINE
+    """Regular expression (^ and $ match at lines) whose one group is the score in the answer. It may match
+    several times if all give the same; no match is an error of that rollout, never a 0."""
+    grades: dict[str, float] = Field({})
+    """What the text found counts: {CORRECT: 1.0, INCORRECT: 0.0}; any other is an error. Empty: a number."""
+    scale: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """[lowest, highest] score: the reward is 0 to 1 between them, one outside is an error. null: as it is."""
+    temperature: NonNegative | None = 0.0
+    """Sampling temperature, >= 0; null: not sent, for models that refuse it."""
+    max_tokens: Count | None = 512
+    """Tokens of an answer; null: not sent, for models that refuse it."""
+    extra_body: dict[str, Any] = Field({})
+    """More fields of the request, as the endpoint knows them: {top_p: 0.9}, {structured_outputs: {...}}."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; null: none is needed. The key itself is never written down."""
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Requests under way at once, 1 to 4096."""
+    requests_per_minute: Positive | None = None
+    """Requests begun in a minute at most, repeated ones included; null: no bound."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 5
+    """Times a request is repeated after status 408, 409, 429 or 5xx, a time-out or a lost connection, with
+    growing pauses or what Retry-After asks for; 0: never, at most 100."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_plain_url(cls, url: str) -> str:
+        if not _URL.fullmatch(url):
+            raise ValueError("expected http(s)://host[:port]/path without a user, a query or a key in it")
+        return url
+
+    @field_validator("rubric")
+    @classmethod
+    def _is_not_empty(cls, rubric: str) -> str:
+        if not rubric.strip():
+            raise ValueError("is empty; give the question, or a file that holds it")
+        return rubric
+
+    @field_validator("pattern")
+    @classmethod
+    def _has_one_group(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern, re.MULTILINE).groups
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(
+                f"needs exactly one group, the score; this one has {groups}; (?:...) is no group"
+            )
+        return pattern
+
+    @field_validator("scale")
+    @classmethod
+    def _rises(cls, scale: list[float] | None) -> list[float] | None:
+        if scale is not None and scale[0] >= scale[1]:
+            raise ValueError("expected [lowest, highest], the lowest first")
+        return scale
+
+    @field_validator("extra_body")
+    @classmethod
+    def _plain(cls, extra_body: dict[str, Any]) -> dict[str, Any]:
+        ours = {
+            "model": "model",
+            "messages": "rubric",
+            "temperature": "temperature",
+            "max_tokens": "max_tokens",
+        }
+        for name in extra_body:
+            if name in ours:
+                raise ValueError(f"{name} has a key of its own, {ours[name]}")
+        if {"stream", "n"} & set(extra_body):
+            raise ValueError("stream and n cannot be set: one whole answer is read")
+        return plain(extra_body)
+
+    @model_validator(mode="after")
+    def _one_reading(self) -> "JudgeConfig":
+        if self.grades and self.scale is not None:
+            raise ValueError("grades say what an answer counts, and so does scale; give one of them")
+        return self

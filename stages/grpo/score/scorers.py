@@ -1,0 +1,202 @@
+"""scorers: rollouts -> outcomes, by whatever kind a reward is; nothing of a run is written here."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from grpo.artifacts import Run
+from grpo.config import RewardConfig
+from grpo.score.call import FunctionSpec, GroupCall
+from grpo.score.functions import FunctionPool
+from grpo.score.judge import Judge, Judgement
+from grpo.score.outcome import Outcome
+from grpo.score.rubric import check_placeholders, question, read_rubric, read_score
+
+if TYPE_CHECKING:
+    from grpo.score.reward_model import RewardModel
+
+Key = tuple[int, int]
+"""(group_id, sample_id): unique within an iteration."""
+
+
+@dataclass
+class Scorers:
+    """What stays open between iterations: worker processes, reward models, judges, the prompts."""
+
+    pool: FunctionPool
+    prompts: pa.Table
+    columns: list[str]
+    models: "dict[str, RewardModel]"
+    judges: dict[str, Judge]
+    rubrics: dict[str, str]
+    """Name of a judge -> the text of its rubric."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a reward sees of one rollout."""
+
+    group_id: int
+    sample_id: int
+    prompt_id: int
+    response: str
+    response_token_ids: list[int]
+
+    @property
+    def key(self) -> Key:
+        """(group_id, sample_id)."""
+        return self.group_id, self.sample_id
+
+
+@contextmanager
+def open_scorers(run: Run) -> Iterator[Scorers]:
+    """Start the workers, load the reward models, open the judges.
+
+    Raises UsageError (exit 2) for a function that is no use, and a judge without key, package or rubric.
+    """
+    prompts = run.read("prompts", None)
+    columns = columns_of(prompts)
+    rewards = run.config.score.rewards
+    rubrics = {reward.name: rubric_of(run, reward, columns) for reward in rewards if reward.judge is not None}
+    with ExitStack() as stack:
+        judges = {}
+        for reward in rewards:
+            if reward.judge is not None:
+                judges[reward.name] = Judge(where(reward), reward.judge, reward.timeout_s)
+                stack.callback(judges[reward.name].close)
+        pool = FunctionPool(run.imports, run.config.score.workers)
+        stack.callback(pool.close)
+        for reward in rewards:
+            if reward.function is not None:
+                pool.check(spec_of(reward), columns)
+        yield Scorers(pool, prompts, columns, _open_models(run), judges, rubrics)
+
+
+def _open_models(run: Run) -> "dict[str, RewardModel]":
+    rewards = [reward for reward in run.config.score.rewards if reward.model is not None]
+    if not rewards:
+        return {}
+    from grpo.model import best_device
+    from grpo.score.reward_model import RewardModel
+
+    return {
+        reward.name: RewardModel(run.checkpoint_path(str(reward.model)), best_device()) for reward in rewards
+    }
+
+
+def columns_of(prompts: pa.Table) -> list[str]:
+    """Columns of a prompts table that reward functions get by name."""
+    return [name for name in prompts.column_names if name not in ("prompt", "messages")]
+
+
+def where(reward: RewardConfig) -> str:
+    """A reward in a message."""
+    return f"score.rewards: {reward.name}"
+
+
+def spec_of(reward: RewardConfig) -> FunctionSpec:
+    """A configured reward function as the workers are told of it."""
+    return FunctionSpec(str(reward.function), reward.arguments, reward.timeout_s)
+
+
+def rubric_of(run: Run, reward: RewardConfig, columns: list[str] | None = None) -> str:
+    """The text of a judge's rubric. Raises UsageError for a file or a placeholder that is not there."""
+    assert reward.judge is not None
+    text = read_rubric(where(reward), reward.judge.rubric, run.imports)
+    check_placeholders(where(reward), text, columns)
+    return text
+
+
+def score(
+    run: Run, tool: Scorers, iteration: int, reward: RewardConfig, rollouts: Sequence[Rollout]
+) -> Iterator[tuple[Rollout, Outcome]]:
+    """(rollout, outcome) of each: a function gets one group per call, a model batches of tokens, a judge one.
+
+    What a judge answers is not kept: `judgements` does that.
+    """
+    if reward.judge is not None:
+        asked = questions(tool, reward, rollouts)
+        by_key = {rollout.key: rollout for rollout in rollouts}
+        yield from ((by_key[key], NOT_APPLICABLE) for key, text in asked.items() if text is None)
+        for answers in ask(run, tool, reward, {key: text for key, text in asked.items() if text is not None}):
+            yield from ((by_key[key], outcome_of(reward, said)) for key, said in answers.items())
+        return
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group_id, []).append(rollout)
+    rows = _prompts_of(tool, rollouts)
+    calls = [_call(tool, iteration, rows, members) for members in groups.values()]
+    if reward.function is not None:
+        outcomes = tool.pool.score(spec_of(reward), calls)
+        for members, found in zip(groups.values(), outcomes, strict=True):
+            yield from zip(members, found, strict=True)
+    else:
+        prompts = [prompt for call in calls for prompt in call.prompts]
+        completions = [completion for call in calls for completion in call.completions]
+        members = [rollout for group in groups.values() for rollout in group]
+        limit = run.config.score.max_tokens_per_batch
+        found = tool.models[reward.name].score(prompts, completions, limit, reward.timeout_s)
+        yield from zip(members, found, strict=True)
+
+
+NOT_APPLICABLE = Outcome(None, "not_applicable")
+
+
+def questions(tool: Scorers, reward: RewardConfig, rollouts: Sequence[Rollout]) -> dict[Key, str | None]:
+    """What a judge is asked of each rollout; None where the rubric wants an answer and there is none."""
+    rows = _prompts_of(tool, rollouts)
+    rubric = tool.rubrics[reward.name]
+    found = {}
+    for rollout in rollouts:
+        row = rows[rollout.prompt_id]
+        prompt = row["prompt"] if row["messages"] is None else row["messages"]
+        columns = {name: row[name] for name in tool.columns}
+        found[rollout.key] = question(rubric, prompt, rollout.response, columns)
+    return found
+
+
+def ask(
+    run: Run, tool: Scorers, reward: RewardConfig, asked: dict[Key, str]
+) -> Iterator[dict[Key, Judgement]]:
+    """Answers of a judge as they come. They end early when a signal asks to stop."""
+    keys = list(asked)
+    stopping: Callable[[], bool] = run.console.is_stopping
+    for batch in tool.judges[reward.name].ask(list(asked.values()), stopping):
+        yield {keys[place]: said for place, said in batch}
+
+
+def outcome_of(reward: RewardConfig, said: Judgement) -> Outcome:
+    """The reward that a judgement gives."""
+    assert reward.judge is not None
+    if said.answer is None:
+        return Outcome(None, said.status, said.error)
+    return read_score(reward.judge, said.answer)
+
+
+def _prompts_of(tool: Scorers, rollouts: Sequence[Rollout]) -> dict[int, dict[str, Any]]:
+    """The rows of `prompts` that the rollouts need, by prompt_id."""
+    wanted = np.unique([rollout.prompt_id for rollout in rollouts]).astype(np.int64)
+    places = np.searchsorted(tool.prompts["prompt_id"].to_numpy(), wanted)  # the table is in this order
+    return {row["prompt_id"]: row for row in tool.prompts.take(places).to_pylist()}
+
+
+def _call(
+    tool: Scorers, iteration: int, prompts: dict[int, dict[str, Any]], rollouts: list[Rollout]
+) -> GroupCall:
+    """A group as a reward function sees it; a chat prompt is messages, and so is its completion."""
+    rows = [prompts[rollout.prompt_id] for rollout in rollouts]
+    chat = [row["messages"] is not None for row in rows]
+    return GroupCall(
+        prompts=[row["messages"] if c else row["prompt"] for row, c in zip(rows, chat, strict=True)],
+        completions=[
+            [{"role": "assistant", "content": rollout.response}] if c else rollout.response
+            for rollout, c in zip(rollouts, chat, strict=True)
+        ],
+        completion_ids=[rollout.response_token_ids for rollout in rollouts],
+        columns={name: [row[name] for row in rows] for name in tool.columns},
+        iteration=iteration,
+    )
