@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from grpo import sql, tables
 from grpo.artifacts import Manifest, Plan, Run, Staging, id_of
 from grpo.artifacts.files import sha256_of
-from grpo.errors import DataError, InputError, ResourceError, UsageError
+from grpo.errors import DataError, InputError, UsageError
+from grpo.judged import create_judged
 
 NAME = "advantage"
 OUTPUT = "advantages"
@@ -36,7 +37,7 @@ def plan(run: Run, iteration: int) -> Plan:
         )
     sources = {}
     if config.sql is not None:
-        sources["advantage.sql"] = sha256_of(_user_query(run))
+        sources["advantage.sql"] = sha256_of(sql.user_file(run, "advantage.sql", config.sql))
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
@@ -95,9 +96,7 @@ def _advantages(run: Run, iteration: int) -> Iterator[pa.Table]:
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
     with sql.connect([run], iteration, ("rollouts", "rewards")) as connection:
-        names = sum(weight != 0 for weight in _reward_weights(run, iteration).values())
-        sql.register(connection, "reward_names", pa.table({"number": [names]}))
-        sql.create_view(connection, "judged", _query("judged"))
+        create_judged(connection, _reward_weights(run, iteration).values())
         parameters: dict[str, Any] = {
             "scale": config.scale,
             "epsilon": config.epsilon,
@@ -145,20 +144,13 @@ def _selected(run: Run, connection: Any, data: pa.Table) -> pa.Table:
     config = run.config.advantage
     sql.register(connection, "_advantages_0", data)
     if config.sql is not None:
-        data = _replace(data, _user_rows(connection, "sql", _user_text(run)), config.sql)
+        text = sql.user_text(run, "advantage.sql", config.sql)
+        data = _replace(data, sql.user_rows(connection, "advantage.sql", text), config.sql)
     if config.where is not None:
         sql.register(connection, "_advantages_0", data)
         condition = f"select {_KEY} from samples where ({config.where})"
-        data = _drop(data, _user_rows(connection, "where", condition))
+        data = _drop(data, sql.user_rows(connection, "advantage.where", condition))
     return data
-
-
-def _user_rows(connection: Any, key: str, query: str) -> pa.Table:
-    """Rows of the user's query. Raises what sql.query does, naming the key that it is from."""
-    try:
-        return sql.query(connection, query)
-    except (UsageError, ResourceError) as error:
-        raise type(error)(f"advantage.{key}: {error}") from None
 
 
 def _reward_weights(run: Run, iteration: int) -> dict[str, float]:
@@ -215,18 +207,3 @@ def _unkept(data: pa.Table, dropped: pa.ChunkedArray) -> pa.Table:
     for name, column in columns.items():
         data = data.set_column(data.schema.get_field_index(name), name, column)
     return data
-
-
-def _user_text(run: Run) -> str:
-    path = _user_query(run)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"advantage.sql: {path}: not UTF-8; save the file as UTF-8") from None
-
-
-def _user_query(run: Run) -> Path:
-    path = run.imports / str(run.config.advantage.sql)
-    if not path.is_file():
-        raise UsageError(f"advantage.sql: {path}: no such file")
-    return path
