@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,12 @@ def _used(
     except duckdb.Error as error:
         raise _explained(error, None) from None
     return {name: value for name, value in parameters.items() if name in names}
+
+
+def seed_random(connection: duckdb.DuckDBPyConnection, *numbers: int) -> None:
+    """Have random() give the same numbers in every connection that is seeded so; it has to be repeatable."""
+    value = int.from_bytes(blake2b(repr(numbers).encode(), digest_size=6).digest()) / 2**48
+    connection.execute("select setseed($value)", {"value": value}).fetchall()
 
 
 def _explained(error: duckdb.Error, timeout_s: float | None) -> GrpoError:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grpo import sql, tables
-from grpo.artifacts import Manifest, Plan, Run, Staging, id_of
+from grpo.artifacts import Manifest, Plan, Run, Staging, id_of, lacking
 from grpo.artifacts.files import sha256_of
 from grpo.errors import DataError, InputError, UsageError
 from grpo.judged import create_judged
@@ -28,13 +28,12 @@ _KEY = ", ".join(tables.KEY)
 def plan(run: Run, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when an input is missing or partial."""
     config = run.config.advantage
-    run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
+    rollouts = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
     rewards = run.require("rewards", iteration, f"grpo score --iteration {iteration}")
-    if run.partial(rewards):
-        raise InputError(
-            f"{run.folder('rewards', iteration)}: {rewards.summary['failed']} rewards failed;"
-            f" `grpo score --iteration {iteration}` tries them again, `score.on_error: drop` leaves them out"
-        )
+    if why := lacking(run, rewards):
+        raise InputError(f"{run.folder('rewards', iteration)}: {why}; {_way_on(rewards)}")
+    if why := lacking(run, rollouts):
+        raise InputError(f"{run.folder('rollouts', iteration)}: {why}; {_way_on(rollouts)}")
     sources = {}
     if config.sql is not None:
         sources["advantage.sql"] = sha256_of(sql.user_file(run, "advantage.sql", config.sql))
@@ -47,6 +46,16 @@ def plan(run: Run, iteration: int) -> Plan:
         reads=_reads(run, iteration, rewards),
         sources=sources,
     )
+
+
+def _way_on(manifest: Manifest) -> str:
+    """What to do about an output that lacks something."""
+    command = f"`grpo {manifest.stage} --iteration {manifest.iteration}`"
+    if manifest.stage == "generate":
+        return f"{command} samples another round, `generate.resample: null` goes on with these"
+    if manifest.summary["failed"]:
+        return f"{command} tries them again, `score.on_error: drop` leaves them out"
+    return f"{command} scores the others"
 
 
 def _reads(run: Run, iteration: int, rewards: Manifest) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
-from grpo.config.generate import GenerateConfig
+from grpo.config.generate import GenerateConfig, ResampleConfig
 from grpo.config.loading import differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.model import AdvantageConfig, Config
 from grpo.config.prompts import ColumnsConfig, PromptsConfig
@@ -14,6 +14,7 @@ __all__ = [
     "GenerateConfig",
     "LoraConfig",
     "PromptsConfig",
+    "ResampleConfig",
     "RewardConfig",
     "ScoreConfig",
     "UpdateConfig",

@@ -13,14 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
+from grpo import sql
+from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, digest, id_of
+from grpo.artifacts.files import sha256_of
 from grpo.config import GenerateConfig
 from grpo.errors import UsageError
 from grpo.generate.engine import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.engine_choice import choose_engine, default_dtype
 from grpo.generate.handover import Handover
-from grpo.generate.prompts import draw, encode
+from grpo.generate.prompts import encode
 from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
+from grpo.generate.rounds import (
+    all_shards,
+    another_round,
+    check_same_prompts,
+    keep_rounds,
+    rounds_to_hold,
+    shards_of_round,
+)
+from grpo.generate.selection import KEY, past_tables, select
 from grpo.probe import LENGTH, read_probe
 
 if TYPE_CHECKING:
@@ -50,7 +61,10 @@ def plan(run: Run, iteration: int) -> Plan:
     run.require("prompts", None, "grpo run")
     if iteration > 0:
         run.require("update", iteration - 1, f"grpo update --iteration {iteration - 1}")
-    references = ("prompts", f"policy@{iteration}")
+    references, sources = ["prompts", f"policy@{iteration}"], {}
+    if config.prompts_sql is not None:
+        references += past_tables(run, iteration)
+        sources[KEY] = sha256_of(sql.user_file(run, KEY, config.prompts_sql))
     described = {**config.model_dump(), "engine": choose_engine(config.engine)[0]}
     if described["engine"] == "vllm":
         described["engine_options"] = {"dtype": default_dtype(), **config.engine_options}
@@ -61,7 +75,8 @@ def plan(run: Run, iteration: int) -> Plan:
         iteration=iteration,
         config={"seed": run.config.seed, "generate": described},
         reads={reference: run.id_of(reference) or "" for reference in references},
-        shards=_shards(run),
+        sources=sources,
+        shards=shards_of_round(config),
     )
 
 
@@ -115,14 +130,19 @@ def make_engine(
 
 def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
     """Sample what is not committed yet, shard by shard, and commit `rollouts` of one iteration."""
+    before = run.manifest(OUTPUT, iteration)
+    rounds = rounds_to_hold(run, staging.plan, before)
+    if why := another_round(run, staging.plan, before):
+        run.console.say(f"generate {iteration}: {why}: round {rounds - 1}")
     with staging.clock("prompts"):
-        draws = _draw(run, iteration, tool)
-    names = [staging.file_name("part", index) for index in range(len(staging.plan.shards))]
+        draws = _draw(run, iteration, tool, rounds)
+    groups_of = all_shards(run.config.generate, rounds)
+    names = [staging.file_name("part", index) for index in range(len(groups_of))]
+    with staging.clock("write"):
+        keep_rounds(run, staging, before, names)
+    check_same_prompts(staging, names, [_drawn(draws, groups) for groups in groups_of])
     todo = [index for index, name in enumerate(names) if staging.committed(name) is None]
-    shards = [
-        [_request(run, iteration, group, draws) for group in range(*staging.plan.shards[index])]
-        for index in todo
-    ]
+    shards = [[_request(run, iteration, group, draws) for group in groups_of[index]] for index in todo]
     difference = _bring_policy(run, iteration, staging, tool) if todo else None
     place_of = {request.group_id: place for place, shard in enumerate(shards) for request in shard}
     done: list[dict[int, Group]] = [{} for _ in shards]
@@ -134,21 +154,35 @@ def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
                 groups = [done[place].pop(request.group_id) for request in shards[place]]
                 with staging.clock("write"):
                     data = _table(run, iteration, shards[place], groups, draws, tool)
-                    staging.write_table(OUTPUT, names[todo[place]], data, **shard_numbers(groups))
+                    labels = shard_numbers(groups)
+                    if draws.by_query is not None:
+                        labels["prompts"] = _drawn(draws, groups_of[todo[place]])
+                    staging.write_table(OUTPUT, names[todo[place]], data, **labels)
                 run.console.stop_requested()
     records = [staging.committed(name) for name in names]
     held = [record for record in records if record is not None]
     assert len(held) == len(names), "the engine left groups out"
     precision = tool.engine.precision if todo else None  # nothing was left to sample: no engine
     engine = {"precision": precision, "probe_difference": difference}
-    return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), **engine})
+    drawn = {"rounds": rounds} | ({} if draws.by_query is None else {"groups_by_query": draws.by_query})
+    return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), **drawn, **engine})
 
 
-def _draw(run: Run, iteration: int, tool: Sampler) -> Draws:
-    rows = draw(len(tool.prompts), run.config.seed, iteration, run.config.generate.prompts_per_iteration)
-    drawn = tool.prompts.take(rows).to_pylist()
+def _draw(run: Run, iteration: int, tool: Sampler, rounds: int) -> Draws:
+    chosen = select(run, iteration, rounds, tool.prompts)
+    if chosen.by_query is not None and chosen.by_query < len(chosen.rows):
+        run.console.say(
+            f"generate {iteration}: {KEY} gives {chosen.by_query} prompts for {len(chosen.rows)} groups; the"
+            " rest is drawn by a seeded permutation"
+        )
+    drawn = tool.prompts.take(chosen.rows).to_pylist()
     texts, token_ids = encode(drawn, tool.tokenizer)
-    return Draws([row["prompt_id"] for row in drawn], texts, token_ids)
+    return Draws([row["prompt_id"] for row in drawn], texts, token_ids, chosen.by_query)
+
+
+def _drawn(draws: Draws, groups: range) -> str:
+    """Digest of the prompts of some groups."""
+    return digest([draws.prompt_ids[group] for group in groups])
 
 
 def _bring_policy(run: Run, iteration: int, staging: Staging, tool: Sampler) -> float | None:
@@ -192,14 +226,6 @@ def _sampling(
         yield groups()
 
 
-def _shards(run: Run) -> list[list[int]]:
-    """[first group, one past the last] of each shard: whole groups, rollouts_per_shard at most."""
-    config = run.config.generate
-    size = max(1, config.rollouts_per_shard // config.samples_per_prompt)
-    count = config.prompts_per_iteration
-    return [[start, min(start + size, count)] for start in range(0, count, size)]
-
-
 def _request(run: Run, iteration: int, group: int, draws: Draws) -> Request:
     seed = group_seed(run.config.seed, iteration, group)
     return Request(
@@ -217,7 +243,7 @@ def _table(
         tool.tokenizer,
         tool.vocabulary_size,
         iteration=iteration,
-        round=0,
+        round=requests[0].group_id // run.config.generate.prompts_per_iteration,
         policy_iteration=iteration,
         temperature=run.config.generate.temperature,
     )

@@ -21,6 +21,7 @@ from grpo.errors import EngineError
 from grpo.score.call import FunctionSpec, GroupCall
 from grpo.score.functions import FunctionPool, source_sha256
 from grpo.score.outcome import Outcome
+from grpo.score.signal import say_short, signal_summary
 
 if TYPE_CHECKING:
     from grpo.score.reward_model import RewardModel
@@ -157,9 +158,13 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
         statuses.update(record.labels["statuses"])
     failed = _failed(statuses)
     weights = {reward.name: reward.weight for reward in run.config.score.rewards}
-    manifest = staging.commit(ids, held, {"failed": failed, "statuses": dict(statuses), "weights": weights})
+    summary = {"failed": failed, "statuses": dict(statuses), "weights": weights}
+    with staging.clock("signal"):
+        summary |= signal_summary(run, staging, rollouts, held, weights.values())
+    manifest = staging.commit(ids, held, summary)
     if run.partial(manifest):
         raise EngineError(_complaint(run, iteration, failed, statuses))
+    say_short(run, rollouts, manifest)
     return manifest
 
 
