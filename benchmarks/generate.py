@@ -99,7 +99,7 @@ def compare_stage(folder: Path, title: str, model: Path, options: dict[str, Any]
     report(title, rates)
 
 
-def raw_generate(run: Run, tool: stage.Sampler) -> Callable[[], int]:
+def raw_generate(run: Run, tool: sampling.Sampler) -> Callable[[], int]:
     """The same requests, as a user of vLLM alone would send them."""
     from vllm import SamplingParams
 

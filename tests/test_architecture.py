@@ -17,7 +17,7 @@ RANKS = (
     ("tables", "config"),
     ("artifacts",),
     ("sql", "model", "logprobs", "attention"),
-    ("probe", "head"),
+    ("probe", "head", "judged"),
     STAGES,
     ("evaluate", "starter"),
     ("runner",),

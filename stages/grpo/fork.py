@@ -116,7 +116,9 @@ def _take_over(source: Run, staged: Run, iteration: int) -> list[str]:
     taken = []
     for stage in STAGES:
         manifest = source.manifest(stage.output, iteration)
-        if manifest is None or source.partial(manifest) or differences_of(staged, stage, manifest):
+        # Rollouts that want another round are taken with the rewards that say so.
+        failed = stage.name != "generate" and source.partial(manifest)
+        if manifest is None or failed or differences_of(staged, stage, manifest):
             break
         _link(source, staged, stage.output, iteration)
         taken.append(stage.name)

@@ -3,6 +3,32 @@
 -- Of two tables it is asked where an iteration has both: one may have been set aside.
 with
 
+-- Rewards and advantages of the rollouts that are there now, and not of some
+-- that were replaced, or had fewer rounds: what was made from those is to be
+-- made again.
+made_from as (
+    select
+        run,
+        iteration,
+        output,
+        json_extract_string(
+            reads, '$."rollouts@' || iteration || '"'
+        ) as rollouts_id,
+    from manifests
+    where output in ('rewards', 'advantages')
+),
+
+current as (
+    select
+        made_from.output,
+        made_from.iteration,
+    from made_from
+    join manifests as rollouts using (run, iteration)
+    where
+        rollouts.output = 'rollouts'
+        and rollouts_id = json_extract_string(rollouts.ids, '$.rollouts')
+),
+
 rollouts_twice as (
     select count(*) - count(distinct (iteration, group_id, sample_id)) as rows
     from rollouts
@@ -60,6 +86,7 @@ unscored_without_row as (
     from (
         select iteration, name, count(*) as scored
         from rewards
+        semi join (from current where output = 'rewards') using (iteration)
         group by iteration, name
     )
     join (
@@ -102,6 +129,7 @@ advantages_not_of_rollouts as (
     from (
         select iteration, count(*) as judged
         from advantages
+        semi join (from current where output = 'advantages') using (iteration)
         group by iteration
     )
     join (
@@ -139,6 +167,14 @@ steps_not_counted as (
         group by iteration
     )
     where missing != 0 or rows != steps
+),
+
+logprobs_twice as (
+    select
+        count(*) - count(
+            distinct (update_iteration, iteration, group_id, sample_id)
+        ) as rows
+    from logprobs
 ),
 
 learned_though_not_kept as (
@@ -197,6 +233,9 @@ final as (
     union all
     select 'updates: steps are not 0, 1, 2 ... once each', rows
     from steps_not_counted
+    union all
+    select 'logprobs: a key stands twice', rows
+    from logprobs_twice
     union all
     select 'logprobs: of a rollout that is not kept', rows
     from learned_though_not_kept

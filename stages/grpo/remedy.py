@@ -20,6 +20,9 @@ _READS = {
     EVALUATION: ("policy", HELD_OUT),
 }
 
+_TABLES = ("rollouts", "rewards", "advantages")  # of earlier iterations, for generate.prompts_sql
+_REPLAYED = ("rollouts", "advantages")  # likewise, for update.replay_iterations
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -58,10 +61,18 @@ def command_for(output: str, iteration: int | None) -> str:
     return f"grpo {stage} --iteration {iteration}"
 
 
-def read_by(place: Place) -> list[Place]:
-    """What an output is made from."""
+def read_by(run: Run, place: Place) -> list[Place]:
+    """What an output is made from, with the configuration of `run`."""
     output, iteration = place
-    return [] if iteration is None else [holder_of(f"{name}@{iteration}") for name in _READS[output]]
+    if iteration is None:
+        return []
+    past: list[Place] = []
+    if output == "rollouts" and run.config.generate.prompts_sql is not None:
+        past = [(name, number) for number in range(iteration) for name in _TABLES]
+    if output == "update":
+        first = max(0, iteration - run.config.update.replay_iterations)
+        past = [(name, number) for number in range(first, iteration) for name in _REPLAYED]
+    return [*past, *(holder_of(f"{name}@{iteration}") for name in _READS[output])]
 
 
 def _moved(folder: Path, place: Place) -> Place | None:
@@ -78,8 +89,15 @@ def _moved(folder: Path, place: Place) -> Place | None:
     return own if own != place and whole else None
 
 
-def _lost(run: Run, place: Place, wrong: dict[Place, str]) -> str:
-    """Why an output cannot be made again; empty where it can."""
+def _lost(run: Run, place: Place, wrong: dict[Place, str], known: dict[Place, str] | None = None) -> str:
+    """Why an output cannot be made again; empty where it can. known: what was found of others already."""
+    known = {} if known is None else known
+    if place not in known:
+        known[place] = _reason_lost(run, place, wrong, known)
+    return known[place]
+
+
+def _reason_lost(run: Run, place: Place, wrong: dict[Place, str], known: dict[Place, str]) -> str:
     if place == ("prompts", None):
         return f"prompts.source: {run.config.prompts.source} is gone" if source_is_gone(run) else ""
     if place == (HELD_OUT, None):
@@ -90,14 +108,14 @@ def _lost(run: Run, place: Place, wrong: dict[Place, str]) -> str:
     if place == ("policy", None):
         return _model_is_gone(run)
     have = [number for number in run.iterations() if run.has_checkpoint(number)]
-    for read in read_by(place):
+    for read in read_by(run, place):
         output, iteration = read
         if output == "update" and iteration is not None:
             if read in wrong and not is_kept(run, iteration, have):
                 return f"policy {iteration + 1} would be pruned as soon as it is made"
             if read not in wrong and run.is_pruned(iteration):
                 return f"policy {iteration + 1} was pruned"
-        if read in wrong and (reason := _lost(run, read, wrong)):
+        if read in wrong and (reason := _lost(run, read, wrong, known)):
             return reason
     return ""
 

@@ -17,6 +17,7 @@ from grpo.artifacts import (
     Staging,
     choose_attempt,
     holder_of,
+    lacking,
     prune,
     require_space,
     staged_attempts,
@@ -137,8 +138,8 @@ def state_of(run: Run, stage: Stage, iteration: int, stale: set[tuple[str, int |
     if reason:
         stale.add((stage.output, iteration))
         return State("stale", reason)
-    if run.partial(manifest):
-        return State("partial", f"{manifest.summary['failed']} rewards failed")
+    if lacks := lacking(run, manifest):
+        return State("partial", lacks)
     changes = differences_of(run, stage, manifest)
     return State("differs", "; ".join(changes)) if changes else State("done")
 
@@ -150,8 +151,8 @@ def _stale_because(
         present = run.id_of(reference)
         if present is None:
             return f"{reference} is gone"
-        if present != recorded:
-            return f"{reference} changed"
+        if present != recorded and not (stage.output == score.OUTPUT and lacking(run, manifest)):
+            return f"{reference} changed"  # and not only grown by a round that score has not seen yet
         if holder_of(reference) in stale:
             return f"{reference} is stale"
     try:
@@ -173,13 +174,12 @@ def run_iterations(
 
     Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
     """
-    present = states(run)
-    _refuse_stale(run, present)
+    _refuse_stale(run, states(run))
     prune(run)  # what a killed one left
     worked, begun = 0, False
     with Tools(run) as tools:
         for iteration in range(until + 1):
-            todo = [s for s in STAGES if iteration < until and _open_work(present, s, iteration)]
+            todo = [s for s in STAGES if iteration < until and _is_open(run, s, iteration)]
             measured = not evaluation_is_due(run, iteration, until)
             if measured and not todo:
                 continue
@@ -195,7 +195,10 @@ def run_iterations(
                 report_policy(iteration)
             if not todo:
                 continue
-            for stage in todo:
+            # With generate.resample, what the rewards show may open the stage before again.
+            while (
+                stage := next((each for each in STAGES if _is_open(run, each, iteration)), None)
+            ) is not None:
                 run.console.stop_requested()
                 perform(run, stage, iteration, tools)
             worked += 1
@@ -235,8 +238,20 @@ def evaluation_states(run: Run) -> dict[int, State]:
     return {policy: state_of(run, EVALUATION, policy, stale) for policy in run.evaluations()}
 
 
-def _open_work(present: dict[int, dict[str, State]], stage: Stage, iteration: int) -> bool:
-    return iteration not in present or present[iteration][stage.name].name in ("missing", "partial")
+def _is_open(run: Run, stage: Stage, iteration: int) -> bool:
+    """Whether an output is missing or partial.
+
+    Raises InputError (exit 4) for rollouts that want another round of what is configured otherwise now.
+    """
+    manifest = run.manifest(stage.output, iteration)
+    lacks = lacking(run, manifest)
+    unfinished_rounds = manifest if lacks and stage.name == generate.NAME else None
+    if unfinished_rounds is not None and (changes := differences_of(run, stage, unfinished_rounds)):
+        raise InputError(
+            f"run {run.name}: generate of iteration {iteration} is partial ({lacks}) and differs"
+            f" ({'; '.join(changes)}); put that back, or `grpo run --from {iteration}` does it again"
+        )
+    return manifest is None or bool(lacks)
 
 
 def _refuse_stale(run: Run, present: dict[int, dict[str, State]]) -> None:
@@ -252,7 +267,8 @@ def _refuse_stale(run: Run, present: dict[int, dict[str, State]]) -> None:
 def _way_out(run: Run, iteration: int, name: str) -> str:
     """What to do about a stale output: first make again what it read and what is no longer there."""
     before = STAGES[: [stage.name for stage in STAGES].index(name)]
-    missing = [stage.name for stage in before if run.manifest(stage.output, iteration) is None]
+    found = {stage.name: run.manifest(stage.output, iteration) for stage in before}
+    missing = [stage for stage, manifest in found.items() if manifest is None or lacking(run, manifest)]
     again = missing[0] if missing else name
     if again in (generate.NAME, update.NAME) and iteration and run.is_pruned(iteration - 1):
         nearest = max(number for number in run.policies() if number <= iteration)
@@ -261,7 +277,8 @@ def _way_out(run: Run, iteration: int, name: str) -> str:
             f" `grpo fork {run.name} NEW --iteration {nearest}` too, elsewhere"
         )
     if missing:
-        return f"`grpo {again} --iteration {iteration}` makes it again"
+        verb = "makes it again" if found[again] is None else "goes on with it"
+        return f"`grpo {again} --iteration {iteration}` {verb}"
     return (
         f"`grpo run --from {iteration}` does it and all that follows again,"
         f" `grpo {name} --iteration {iteration}` it alone"

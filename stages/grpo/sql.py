@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,15 @@ _MANIFESTS = pa.schema(
 
 @contextmanager
 def connect(
-    runs: list[Run], iteration: int | None = None, outputs: Collection[str] = tuple(OUTPUTS)
+    runs: list[Run],
+    iteration: int | range | None = None,
+    outputs: Collection[str] = tuple(OUTPUTS),
+    repeatable: bool = False,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A closed-off connection whose views are the tables of `runs`, or of one `iteration` of them.
+    """A closed-off connection whose views are the tables of `runs`, or of one `iteration` or some of them.
 
-    `outputs`: those of which tables are shown; the tables of the others are empty.
+    `outputs`: those of which tables are shown; the tables of the others are empty. repeatable: equal tables
+    give equal rows in an equal order: one thread, and no timings or manifests, which tell equal runs apart.
 
     Raises CorruptError when a listed file is missing, has another size or another schema.
     """
@@ -72,6 +77,7 @@ def connect(
             "autoload_known_extensions": "false",
             "python_enable_replacements": "false",
             "preserve_insertion_order": "false",
+            **({"threads": 1} if repeatable else {}),
         },
     )
     try:
@@ -80,8 +86,9 @@ def connect(
         for table in tables.TABLES:
             data = [(run.name, _dataset(run, table, found[run.name])) for run in runs]
             _create_view(connection, table, data)
-        _create_view(connection, "timings", [(run.name, _timings(run, found[run.name])) for run in runs])
-        _create_view(connection, "manifests", [(run.name, _manifests(found[run.name])) for run in runs])
+        told = {run.name: [] if repeatable else found[run.name] for run in runs}
+        _create_view(connection, "timings", [(run.name, _timings(run, told[run.name])) for run in runs])
+        _create_view(connection, "manifests", [(run.name, _manifests(told[run.name])) for run in runs])
         settings = [(run.name, _settings(run, found[run.name])) for run in runs]
         _create_view(connection, "_eval_settings", settings)
         for view in _DERIVED:
@@ -158,6 +165,50 @@ def register(connection: duckdb.DuckDBPyConnection, name: str, data: pa.Table) -
     connection.register(name, data)
 
 
+def user_file(run: Run, key: str, name: str) -> Path:
+    """The file of SQL that a key of the configuration names. Raises UsageError (exit 2)."""
+    path = run.imports / name
+    if not path.is_file():
+        raise UsageError(f"{key}: {path}: no such file")
+    return path
+
+
+def user_text(run: Run, key: str, name: str) -> str:
+    """What is in it. Raises UsageError (exit 2)."""
+    path = user_file(run, key, name)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{key}: {path}: not UTF-8; save the file as UTF-8") from None
+
+
+def user_rows(
+    connection: duckdb.DuckDBPyConnection, key: str, statement: str, parameters: dict[str, Any] | None = None
+) -> pa.Table:
+    """Rows of the user's query, which may use any of `parameters`; raises what query() does, naming `key`."""
+    try:
+        return query(connection, statement, _used(connection, statement, parameters or {}))
+    except (UsageError, ResourceError) as error:
+        raise type(error)(f"{key}: {error}") from None
+
+
+def _used(
+    connection: duckdb.DuckDBPyConnection, statement: str, parameters: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of `parameters` that stand in the statement: DuckDB refuses the others."""
+    try:
+        names = {name for part in connection.extract_statements(statement) for name in part.named_parameters}
+    except duckdb.Error as error:
+        raise _explained(error, None) from None
+    return {name: value for name, value in parameters.items() if name in names}
+
+
+def seed_random(connection: duckdb.DuckDBPyConnection, *numbers: int) -> None:
+    """Have random() give the same numbers in every connection that is seeded so; it has to be repeatable."""
+    value = int.from_bytes(blake2b(repr(numbers).encode(), digest_size=6).digest()) / 2**48
+    connection.execute("select setseed($value)", {"value": value}).fetchall()
+
+
 def _explained(error: duckdb.Error, timeout_s: float | None) -> GrpoError:
     message = " ".join(str(error).split())
     if isinstance(error, duckdb.InterruptException):
@@ -167,11 +218,12 @@ def _explained(error: duckdb.Error, timeout_s: float | None) -> GrpoError:
     return UsageError(f"query: {message}")
 
 
-def _outputs(run: Run, iteration: int | None, outputs: Collection[str]) -> list[tuple[str, Manifest]]:
+def _outputs(run: Run, iteration: int | range | None, outputs: Collection[str]) -> list[tuple[str, Manifest]]:
     """Every committed output of a run with its manifest, earliest first."""
     found: list[tuple[str, Manifest]] = []
     places: list[tuple[str, int | None]] = [(output, None) for output in RUN_OUTPUTS]
-    wanted = sorted({*run.iterations(), *run.evaluations()}) if iteration is None else [iteration]
+    every = sorted({*run.iterations(), *run.evaluations()}) if iteration is None else iteration
+    wanted = [every] if isinstance(every, int) else every
     places += [(output, number) for number in wanted for output in outputs]
     for output, number in places:
         manifest = run.manifest(output, number)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo import sql, tables
 from grpo.artifacts import (
@@ -32,6 +32,9 @@ from grpo.errors import CorruptError
 from grpo.remedy import Damage, Place, command_for, damage, read_by
 from grpo.rewind import intent_path, read_intent
 from grpo.runner import evaluation_states, states
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _INVARIANTS = Path(__file__).with_name("invariants.sql")
 
@@ -224,14 +227,14 @@ def _gone(run: Run, readers: dict[Place, Place], wrong: dict[Place, str]) -> dic
     found: dict[Place, str] = {}
     # A writer may have taken away both meanwhile.
     look = [(place, reader) for place, reader in readers.items() if run.manifest(*reader)]
-    look += [(read, place) for place in wrong for read in read_by(place)]
+    look += [(read, place) for place in wrong for read in read_by(run, place)]
     while look:
         place, reader = look.pop()
         # Staged: a crash came between two renames, which the next writer finishes.
         if place in wrong or place in found or run.manifest(*place) or run.is_staged(*place):
             continue
         found[place] = f"{run.folder(*place)}: gone, though {_text(reader)} was made from it"
-        look += [(read, place) for read in read_by(place)]
+        look += [(read, place) for read in read_by(run, place)]
     return found
 
 
@@ -252,7 +255,15 @@ def _check_file(run: Run, manifest: Manifest, file: FileRecord, path: Path) -> N
     found = tables.decode(file.table, [(path, path.read_bytes())])
     if len(found) != file.rows:
         raise CorruptError(f"{path}: {len(found)} rows, but its manifest says {file.rows}")
-    if "iteration" in found.column_names and set(found["iteration"].unique().to_pylist()) - {
-        manifest.iteration
-    }:
-        raise CorruptError(f"{path}: holds rows of another iteration than {manifest.iteration}")
+    _check_iterations(manifest, path, found)
+
+
+def _check_iterations(manifest: Manifest, path: Path, found: "pa.Table") -> None:
+    """Rows are of their output's iteration; log-probs also of the earlier ones that update trained on."""
+    at = manifest.iteration
+    replayed = manifest.config.get("update", {}).get("replay_iterations", 0)
+    for column in {"iteration", "update_iteration"} & set(found.column_names):
+        earlier = replayed if column == "iteration" and "update_iteration" in found.column_names else 0
+        allowed = set(range(at - earlier, at + 1)) if at is not None else set()
+        if set(found[column].unique().to_pylist()) - allowed:
+            raise CorruptError(f"{path}: holds rows of another iteration than {at}")

@@ -37,6 +37,15 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "generate.allow_truncated_sampling": (["generate.allow_truncated_sampling=true"], GENERATE),
     "generate.rollouts_per_shard": (["generate.rollouts_per_shard=2"], GENERATE),
     "generate.max_rows_per_batch": (["generate.max_rows_per_batch=2"], GENERATE),  # rounding
+    "generate.prompts_sql": (["generate.prompts_sql=my.sql"], GENERATE),
+    "generate.resample.until_groups_with_signal": (
+        ["generate.resample={until_groups_with_signal: 6, max_rounds: 2}"],
+        GENERATE,
+    ),
+    "generate.resample.max_rounds": (
+        ["generate.resample={until_groups_with_signal: 6, max_rounds: 3}"],
+        GENERATE,
+    ),
     "score.rewards.function": (["score.rewards[0].function=reward:length"], SCORE),
     "score.rewards.model": (["score.rewards=[{model: judge}]"], SCORE),
     "score.rewards.name": (["score.rewards[0].name=other"], SCORE),
@@ -80,6 +89,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "update.max_grad_norm": (["update.max_grad_norm=null"], UPDATE),
     "update.epochs": (["update.epochs=2"], UPDATE),
     "update.steps_per_iteration": (["update.steps_per_iteration=2"], UPDATE),
+    "update.replay_iterations": (["update.replay_iterations=1"], UPDATE),
     "update.max_tokens_per_batch": (["update.max_tokens_per_batch=9"], NOTHING),
     "update.precision": (["update.precision=bfloat16"], UPDATE),
     "update.gradient_checkpointing": (["update.gradient_checkpointing=true"], NOTHING),
@@ -123,6 +133,8 @@ def test_exactly_the_expected_stages_differ(finished: Path, grpo: Grpo, key: str
         (copied / "config.json").write_text(json.dumps({**config, "changed": True}))
     if key == "prompts.source":
         Path("other.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    if key == "generate.prompts_sql":
+        Path("my.sql").write_text("select prompt_id from prompts order by prompt_id")
     if key == "advantage.sql":
         Path("my.sql").write_text(
             "select iteration, group_id, sample_id, reward as advantage from advantages"

@@ -37,7 +37,7 @@ from grpo import tables
 from grpo.artifacts import Run
 from grpo.config import Config
 from grpo.errors import EngineError, UsageError
-from grpo.update import stage
+from grpo.update import outputs, stage
 from grpo.update.batch import kept_rollouts, minibatches
 from grpo.update.learner import Learner
 
@@ -316,7 +316,7 @@ def test_logprobs_in_several_shards_are_in_key_order(
     config = configuration(steps_per_iteration=3, learning_rate=0.01)  # read in another order than stored
     shards, stored = [], []
     for name, num_rows in (("one", 2048), ("four", 4)):
-        monkeypatch.setattr(stage, "_ROWS_PER_SHARD", num_rows)
+        monkeypatch.setattr(outputs, "ROWS_PER_SHARD", num_rows)
         run = make_run(tmp_path / name, config, untied, other)
         commit_rollouts(run, 0, rollouts)
         update(run, 0, Learner(config.update, "cpu"))

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grpo import sql, tables
-from grpo.artifacts import Manifest, Plan, Run, Staging, id_of
+from grpo.artifacts import Manifest, Plan, Run, Staging, id_of, lacking
 from grpo.artifacts.files import sha256_of
-from grpo.errors import DataError, InputError, ResourceError, UsageError
+from grpo.errors import DataError, InputError, UsageError
+from grpo.judged import create_judged
 
 NAME = "advantage"
 OUTPUT = "advantages"
@@ -27,16 +28,15 @@ _KEY = ", ".join(tables.KEY)
 def plan(run: Run, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when an input is missing or partial."""
     config = run.config.advantage
-    run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
+    rollouts = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
     rewards = run.require("rewards", iteration, f"grpo score --iteration {iteration}")
-    if run.partial(rewards):
-        raise InputError(
-            f"{run.folder('rewards', iteration)}: {rewards.summary['failed']} rewards failed;"
-            f" `grpo score --iteration {iteration}` tries them again, `score.on_error: drop` leaves them out"
-        )
+    if why := lacking(run, rewards):
+        raise InputError(f"{run.folder('rewards', iteration)}: {why}; {_way_on(rewards)}")
+    if why := lacking(run, rollouts):
+        raise InputError(f"{run.folder('rollouts', iteration)}: {why}; {_way_on(rollouts)}")
     sources = {}
     if config.sql is not None:
-        sources["advantage.sql"] = sha256_of(_user_query(run))
+        sources["advantage.sql"] = sha256_of(sql.user_file(run, "advantage.sql", config.sql))
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
@@ -46,6 +46,16 @@ def plan(run: Run, iteration: int) -> Plan:
         reads=_reads(run, iteration, rewards),
         sources=sources,
     )
+
+
+def _way_on(manifest: Manifest) -> str:
+    """What to do about an output that lacks something."""
+    command = f"`grpo {manifest.stage} --iteration {manifest.iteration}`"
+    if manifest.stage == "generate":
+        return f"{command} samples another round, `generate.resample: null` goes on with these"
+    if manifest.summary["failed"]:
+        return f"{command} tries them again, `score.on_error: drop` leaves them out"
+    return f"{command} scores the others"
 
 
 def _reads(run: Run, iteration: int, rewards: Manifest) -> dict[str, str]:
@@ -95,9 +105,7 @@ def _advantages(run: Run, iteration: int) -> Iterator[pa.Table]:
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
     with sql.connect([run], iteration, ("rollouts", "rewards")) as connection:
-        names = sum(weight != 0 for weight in _reward_weights(run, iteration).values())
-        sql.register(connection, "reward_names", pa.table({"number": [names]}))
-        sql.create_view(connection, "judged", _query("judged"))
+        create_judged(connection, _reward_weights(run, iteration).values())
         parameters: dict[str, Any] = {
             "scale": config.scale,
             "epsilon": config.epsilon,
@@ -145,20 +153,13 @@ def _selected(run: Run, connection: Any, data: pa.Table) -> pa.Table:
     config = run.config.advantage
     sql.register(connection, "_advantages_0", data)
     if config.sql is not None:
-        data = _replace(data, _user_rows(connection, "sql", _user_text(run)), config.sql)
+        text = sql.user_text(run, "advantage.sql", config.sql)
+        data = _replace(data, sql.user_rows(connection, "advantage.sql", text), config.sql)
     if config.where is not None:
         sql.register(connection, "_advantages_0", data)
         condition = f"select {_KEY} from samples where ({config.where})"
-        data = _drop(data, _user_rows(connection, "where", condition))
+        data = _drop(data, sql.user_rows(connection, "advantage.where", condition))
     return data
-
-
-def _user_rows(connection: Any, key: str, query: str) -> pa.Table:
-    """Rows of the user's query. Raises what sql.query does, naming the key that it is from."""
-    try:
-        return sql.query(connection, query)
-    except (UsageError, ResourceError) as error:
-        raise type(error)(f"advantage.{key}: {error}") from None
 
 
 def _reward_weights(run: Run, iteration: int) -> dict[str, float]:
@@ -215,18 +216,3 @@ def _unkept(data: pa.Table, dropped: pa.ChunkedArray) -> pa.Table:
     for name, column in columns.items():
         data = data.set_column(data.schema.get_field_index(name), name, column)
     return data
-
-
-def _user_text(run: Run) -> str:
-    path = _user_query(run)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"advantage.sql: {path}: not UTF-8; save the file as UTF-8") from None
-
-
-def _user_query(run: Run) -> Path:
-    path = run.imports / str(run.config.advantage.sql)
-    if not path.is_file():
-        raise UsageError(f"advantage.sql: {path}: no such file")
-    return path

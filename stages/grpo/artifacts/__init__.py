@@ -12,6 +12,7 @@ from grpo.artifacts.layout import (
     iterations_in,
 )
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, read_manifest, seal
+from grpo.artifacts.partial import lacking, rounds_in
 from grpo.artifacts.retention import droppable, is_kept, prunable, prune
 from grpo.artifacts.run import (
     ARTIFACTS,
@@ -66,6 +67,7 @@ __all__ = [
     "is_kept",
     "is_weight_file",
     "iterations_in",
+    "lacking",
     "open_run",
     "prunable",
     "prune",
@@ -75,6 +77,7 @@ __all__ = [
     "require_run",
     "require_space",
     "roll_forward",
+    "rounds_in",
     "seal",
     "staged_attempts",
     "staging_folders",

@@ -7,6 +7,7 @@ has another id now, and differs when only configuration, the user's code or STAG
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -150,9 +151,16 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        data = parse_json(path)
+        found = path.stat()
+        return _parsed(path, found.st_ino, found.st_size, found.st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+@lru_cache(maxsize=2**14)
+def _parsed(path: Path, *_: int) -> Manifest:
+    """The manifest at `path`, read once for each file that is there: a query over the past asks for all."""
+    data = parse_json(path)
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise InputError(

@@ -22,6 +22,7 @@ from grpo.artifacts.layout import (
 )
 from grpo.artifacts.lock import lock
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, parse_json, read_manifest, unseal
+from grpo.artifacts.partial import lacking
 from grpo.config import Config, validated
 from grpo.console import Console
 from grpo.errors import CorruptError, InputError, UsageError
@@ -171,8 +172,8 @@ class Run:
         return self._checkpoint_ids[name]
 
     def partial(self, manifest: Manifest | None) -> bool:
-        """Whether rewards of an output failed and have to be scored again before anything goes on."""
-        return bool(manifest and manifest.summary.get("failed") and self.config.score.on_error == "stop")
+        """Whether an output lacks something that has to be done before anything goes on; see lacking()."""
+        return bool(lacking(self, manifest))
 
     def checkpoint_records(self, iteration: int) -> list[FileRecord]:
         """Files that update wrote in `iteration` for its successor: what retention may drop."""

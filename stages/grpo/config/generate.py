@@ -7,6 +7,17 @@ from pydantic import Field, field_validator, model_validator
 from grpo.config.section import Count, Section, plain
 
 
+class ResampleConfig(Section):
+    """Rounds of new prompts until enough groups have signal (dynamic sampling, DAPO, arXiv 2503.14476)."""
+
+    until_groups_with_signal: Count
+    """Groups whose scored rewards differ, over all rounds of an iteration, that make another round needless;
+    at most prompts_per_iteration * max_rounds."""
+    max_rounds: Annotated[int, Field(ge=1, le=1024)]
+    """Rounds at most, the first included, 1 to 1,024; 1: no other. Training then goes on with what is there,
+    and says so."""
+
+
 class GenerateConfig(Section):
     """generate: policy + prompts -> rollouts."""
 
@@ -38,6 +49,11 @@ class GenerateConfig(Section):
     file and row group each, which ~2k rows suit."""
     max_rows_per_batch: Count = 512
     """Rollouts the built-in engine samples at once; bounds its memory."""
+    prompts_sql: Annotated[str, Field(min_length=1)] | None = None
+    """File with a query over the tables of all earlier iterations that returns the prompt_id of the next
+    groups, in order (docs/steering.md). null: each pass over the prompts in an order of its own."""
+    resample: ResampleConfig | None = None
+    """Sample rounds of further prompts until enough groups have signal; null: one round."""
 
     @field_validator("engine_options")
     @classmethod
@@ -48,6 +64,18 @@ class GenerateConfig(Section):
         """The key that cuts the distribution, the first of them; empty: none does."""
         cuts = {"top_p": self.top_p < 1, "top_k": self.top_k is not None, "min_p": self.min_p > 0}
         return next((name for name, does in cuts.items() if does), "")
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> "GenerateConfig":
+        if self.resample is None:
+            return self
+        wanted, most = self.resample.until_groups_with_signal, self.resample.max_rounds
+        if wanted > most * self.prompts_per_iteration:
+            raise ValueError(
+                f"resample.until_groups_with_signal: {wanted} are more than the {self.prompts_per_iteration}"
+                f" groups of prompts_per_iteration times max_rounds {most}; lower it, or raise those"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_distribution(self) -> "GenerateConfig":

@@ -145,6 +145,9 @@ class UpdateConfig(Section):
     """Passes over the kept rollouts of an iteration, 1 to 1,000."""
     steps_per_iteration: Annotated[int, Field(ge=1, le=2**20)] = 1
     """Optimiser steps per epoch; whole groups are dealt out evenly."""
+    replay_iterations: Annotated[int, Field(ge=0, le=2**20)] = 0
+    """Kept rollouts of this many iterations before are trained on too, with the log-probs they were sampled
+    with as pi_old and the advantages they had; 0: of this iteration alone. Needs old_logprobs: sampled."""
     max_tokens_per_batch: Count = 16384
     """Tokens of a micro-batch, padding included. Bounds memory, never changes the result. On a CPU more than
     4,096 go through together only where one group with its prompt is longer."""
@@ -188,6 +191,15 @@ class UpdateConfig(Section):
             raise ValueError(
                 f"delta: {self.delta} must be greater than 1 + clip_high = {1 + self.clip_high:g}, where the"
                 " ratio of a positive advantage is already clipped"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_fits(self) -> "UpdateConfig":
+        if self.replay_iterations and self.old_logprobs == "recomputed":
+            raise ValueError(
+                f"replay_iterations: {self.replay_iterations} needs old_logprobs: sampled; recomputed takes"
+                " the present policy for the one that sampled, and every older rollout's ratio would be 1"
             )
         return self
 

@@ -14,6 +14,7 @@ from grpo import sql, tables
 from grpo.artifacts import EVALUATION, FileRecord, Manifest, Plan, Run, Staging, id_of
 from grpo.config import EvaluateConfig
 from grpo.errors import EngineError, UsageError
+from grpo.generate import sampling
 from grpo.generate import stage as generate
 from grpo.generate.prompts import HELD_OUT, described
 from grpo.score import stage as score
@@ -81,7 +82,7 @@ def plan(run: Run, policy: int) -> Plan:
         },
         reads={f"policy@{policy}": run.id_of(f"policy@{policy}") or ""},
         sources={**score.sources_of(run), "evaluate.prompts": prompts.ids[HELD_OUT]},
-        shards=generate.shards_of(prompts.rows, config.samples_per_prompt, size),
+        shards=sampling.shards_of(prompts.rows, config.samples_per_prompt, size),
     )
 
 
@@ -106,8 +107,8 @@ def run(run: Run, policy: int, staging: Staging, tools: Borrowed) -> Manifest:
         _keep_rollouts(run, policy, staging, before)
     sampler = tools(generate.NAME)
     with staging.clock("prompts"):
-        work = _sampled(run, policy, prompts, sampler)
-    rollouts, engine = generate.sample(run, staging, sampler, work)
+        work = _sampled(run, policy, staging, prompts, sampler)
+    rollouts, engine = sampling.sample(run, staging, sampler, work)
     # A reward model takes the engine's place on the accelerator; functions leave it where it is.
     scorers = tools(score.NAME, beside=all(reward.model is None for reward in run.config.score.rewards))
     scorers = replace(scorers, prompts=prompts, columns=columns_of(prompts))
@@ -134,12 +135,23 @@ def _keep_rollouts(run: Run, policy: int, staging: Staging, before: Manifest) ->
             staging.link_table(record, run.path_of(record, OUTPUT, policy), name)
 
 
-def _sampled(run: Run, policy: int, prompts: pa.Table, sampler: generate.Sampler) -> generate.Work:
+def _sampled(
+    run: Run, policy: int, staging: Staging, prompts: pa.Table, sampler: sampling.Sampler
+) -> sampling.Work:
     wanted = settings(run)
-    draws = generate.draws_of(prompts.to_pylist(), sampler)
-    requests = generate.requests_of(draws, run.config.seed, SEEDS, wanted["samples_per_prompt"])
-    how = generate.sampling_of(run.config.generate, wanted["temperature"], wanted["max_new_tokens"])
-    return generate.Work(ROLLOUTS, ROLLOUTS, policy, draws, requests, how)
+    draws = sampling.draws_of(prompts.to_pylist(), sampler)
+    requests = sampling.requests_of(draws, run.config.seed, SEEDS, wanted["samples_per_prompt"])
+    how = sampling.sampling_of(run.config.generate, wanted["temperature"], wanted["max_new_tokens"])
+    return sampling.Work(
+        table=ROLLOUTS,
+        prefix=ROLLOUTS,
+        policy=policy,
+        draws=draws,
+        requests=requests,
+        shards=[range(first, end) for first, end in staging.plan.shards],
+        groups_per_round=len(requests),
+        sampling=how,
+    )
 
 
 def measure(run: Run, policy: int, staging: Staging, held: list[FileRecord]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ class Draws:
     prompt_ids: list[int]
     texts: list[str]
     token_ids: list[list[int]]
+    by_query: int | None = None
+    """Groups whose prompt generate.prompts_sql gave; null: there is no query."""
 
 
 def rollouts_table(

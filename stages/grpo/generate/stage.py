@@ -4,60 +4,43 @@ Samples K responses per prompt and stores the log-probs they were sampled with: 
 guessed later. Shards are committed one by one, and a committed shard is never sampled again.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pyarrow as pa
-
+from grpo import sql
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
+from grpo.artifacts.files import sha256_of
 from grpo.config import GenerateConfig
 from grpo.errors import UsageError
-from grpo.generate.engine import Engine, Group, Request, Sampling, group_seed
+from grpo.generate.engine import Engine
 from grpo.generate.engine_choice import choose_engine, default_dtype
 from grpo.generate.handover import Handover
-from grpo.generate.prompts import HELD_OUT, draw, encode
-from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
-from grpo.generate.source import Row
-from grpo.probe import LENGTH, read_probe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from grpo.generate.prompts import HELD_OUT
+from grpo.generate.rounds import (
+    all_shards,
+    another_round,
+    check_same_prompts,
+    keep_rounds,
+    rounds_to_hold,
+    shards_of_round,
+)
+from grpo.generate.sampling import (
+    Sampler,
+    Work,
+    drawn_digest,
+    draws_of,
+    requests_of,
+    sample,
+    sampling_of,
+    shard_names,
+)
+from grpo.generate.selection import KEY, past_tables, select
+from grpo.probe import LENGTH
 
 NAME = "generate"
 OUTPUT = "rollouts"
 STAGE_VERSION = 3  # 3: the built-in engine adds up attention otherwise, which may change bits
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be sampled of a policy: the rollouts of its iteration, or those it is evaluated by."""
-
-    table: str
-    """rollouts, or eval_rollouts."""
-    prefix: str
-    """What the names of its files begin with."""
-    policy: int
-    draws: Draws
-    requests: list[Request]
-    """One per group, by group_id: the shard plan counts in these."""
-    sampling: Sampling
-
-
-@dataclass
-class Sampler:
-    """What stays open between iterations: engine, handover of policies to it, tokenizer, prompts."""
-
-    engine: Engine
-    handover: Handover
-    tokenizer: "PreTrainedTokenizerBase"
-    vocabulary_size: int
-    prompts: pa.Table
-    is_open: bool = False
-    """Whether the engine has been opened and has shown that it follows new weights."""
 
 
 def plan(run: Run, iteration: int) -> Plan:
@@ -66,7 +49,10 @@ def plan(run: Run, iteration: int) -> Plan:
     run.require("prompts", None, "grpo run")
     if iteration > 0:
         run.require("update", iteration - 1, f"grpo update --iteration {iteration - 1}")
-    references = ("prompts", f"policy@{iteration}")
+    references, sources = ["prompts", f"policy@{iteration}"], {}
+    if config.prompts_sql is not None:
+        references += past_tables(run, iteration)
+        sources[KEY] = sha256_of(sql.user_file(run, KEY, config.prompts_sql))
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
@@ -74,7 +60,8 @@ def plan(run: Run, iteration: int) -> Plan:
         iteration=iteration,
         config={"seed": run.config.seed, "generate": described(config)},
         reads={reference: run.id_of(reference) or "" for reference in references},
-        shards=shards_of(config.prompts_per_iteration, config.samples_per_prompt, config.rollouts_per_shard),
+        sources=sources,
+        shards=shards_of_round(config),
     )
 
 
@@ -145,122 +132,40 @@ def make_engine(
 
 def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
     """Sample what is not committed yet, shard by shard, and commit `rollouts` of one iteration."""
+    before = run.manifest(OUTPUT, iteration)
+    rounds = rounds_to_hold(run, staging.plan, before)
+    if why := another_round(run, staging.plan, before):
+        run.console.say(f"generate {iteration}: {why}: round {rounds - 1}")
     with staging.clock("prompts"):
-        work = _work(run, iteration, tool)
+        work = _work(run, iteration, tool, rounds)
+    names = shard_names(staging, work)
+    with staging.clock("write"):
+        keep_rounds(run, staging, before, names)
+    check_same_prompts(staging, names, [drawn_digest(work.draws, groups) for groups in work.shards])
     held, engine = sample(run, staging, tool, work)
-    return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), **engine})
+    by_query = work.draws.by_query
+    drawn = {"rounds": rounds} | ({} if by_query is None else {"groups_by_query": by_query})
+    return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), **drawn, **engine})
 
 
-def sample(run: Run, staging: Staging, tool: Sampler, work: Work) -> tuple[list[FileRecord], dict[str, Any]]:
-    """Sample what of `work` is not committed yet; all its shards, and what the engine was."""
-    names = [staging.file_name(work.prefix, index) for index in range(len(staging.plan.shards))]
-    todo = [index for index, name in enumerate(names) if staging.committed(name) is None]
-    shards = [work.requests[slice(*staging.plan.shards[index])] for index in todo]
-    difference = _bring_policy(run, staging, tool, work.policy) if todo else None
-    place_of = {request.group_id: place for place, shard in enumerate(shards) for request in shard}
-    done: list[dict[int, Group]] = [{} for _ in shards]
-    with _sampling(run, staging, tool, work, shards) as sampled:
-        for group in sampled if todo else ():  # all committed, but for the manifest: no engine is loaded
-            place = place_of[group.group_id]
-            done[place][group.group_id] = group
-            if len(done[place]) == len(shards[place]):
-                groups = [done[place].pop(request.group_id) for request in shards[place]]
-                with staging.clock("write"):
-                    data = _table(shards[place], groups, tool, work)
-                    staging.write_table(work.table, names[todo[place]], data, **shard_numbers(groups))
-                run.console.stop_requested()
-    records = [staging.committed(name) for name in names]
-    held = [record for record in records if record is not None]
-    assert len(held) == len(names), "the engine left groups out"
-    precision = tool.engine.precision if todo else None  # nothing was left to sample: no engine
-    return held, {"precision": precision, "probe_difference": difference}
-
-
-def _work(run: Run, iteration: int, tool: Sampler) -> Work:
+def _work(run: Run, iteration: int, tool: Sampler, rounds: int) -> Work:
     config = run.config.generate
-    rows = draw(len(tool.prompts), run.config.seed, iteration, config.prompts_per_iteration)
-    draws = draws_of(tool.prompts.take(rows).to_pylist(), tool)
-    requests = requests_of(draws, run.config.seed, iteration, config.samples_per_prompt)
-    sampling = sampling_of(config, config.temperature, config.max_new_tokens)
-    return Work(OUTPUT, "part", iteration, draws, requests, sampling)
-
-
-def draws_of(rows: list[Row], tool: Sampler) -> Draws:
-    """Rows of prompts as the model sees them."""
-    texts, token_ids = encode(rows, tool.tokenizer)
-    return Draws([row["prompt_id"] for row in rows], texts, token_ids)
-
-
-def requests_of(draws: Draws, seed: int, iteration: int | str, samples: int) -> list[Request]:
-    """A request for each group, with the seeds of its samples; iteration: as group_seed()'s."""
-    seeds = [group_seed(seed, iteration, group) for group in range(len(draws.token_ids))]
-    return [
-        Request(group, token_ids, list(range(seeds[group], seeds[group] + samples)))
-        for group, token_ids in enumerate(draws.token_ids)
-    ]
-
-
-def sampling_of(config: GenerateConfig, temperature: float, max_new_tokens: int) -> Sampling:
-    """How to sample, with the configured cuts of the distribution."""
-    return Sampling(temperature, max_new_tokens, config.top_p, config.top_k, config.min_p)
-
-
-def _bring_policy(run: Run, staging: Staging, tool: Sampler, policy: int) -> float | None:
-    """Put a policy into the engine, opening it the first time; see handover.py."""
-    if not tool.is_open:
-        with staging.clock("open"):
-            tool.handover.open(run.policy_folder(0), read_probe(run.probe_path(0)), run.staging_root(None))
-        tool.is_open = True
-    with staging.clock("load"):
-        policy_id = staging.plan.reads[f"policy@{policy}"]
-        probe = read_probe(run.probe_path(policy))
-        return tool.handover.bring(policy_id, run.policy_folder(policy), probe)
-
-
-@contextmanager
-def _sampling(
-    run: Run, staging: Staging, tool: Sampler, work: Work, shards: list[list[Request]]
-) -> Iterator[Iterator[Group]]:
-    """The engine's groups as they come, with a bar of the rollouts done and the time spent in the engine."""
-    total = sum(len(request.seeds) for shard in shards for request in shard)
-    tokens, started = 0, time.perf_counter()
-    with run.console.progress(f"{staging.plan.stage} {work.policy}", total, "rollouts") as advance:
-
-        def show(rollouts: int, new_tokens: int) -> None:
-            nonlocal tokens
-            tokens += new_tokens
-            advance(rollouts, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
-
-        def groups() -> Iterator[Group]:
-            source = tool.engine.sample(shards, work.sampling, partial(show, 0))
-            while True:
-                with staging.clock("sample"):
-                    group = next(source, None)
-                if group is None:
-                    return
-                show(len(group.samples), 0)
-                yield group
-
-        yield groups()
-
-
-def shards_of(num_groups: int, samples: int, rollouts_per_shard: int) -> list[list[int]]:
-    """[first group, one past the last] of each shard: whole groups, rollouts_per_shard at most."""
-    size = max(1, rollouts_per_shard // samples)
-    return [[start, min(start + size, num_groups)] for start in range(0, num_groups, size)]
-
-
-def _table(requests: list[Request], groups: list[Group], tool: Sampler, work: Work) -> pa.Table:
-    return rollouts_table(
-        requests,
-        groups,
-        work.draws,
-        tool.tokenizer,
-        tool.vocabulary_size,
-        iteration=work.policy,
-        round=0,
-        policy_iteration=work.policy,
-        temperature=work.sampling.temperature,
+    chosen = select(run, iteration, rounds, tool.prompts)
+    if chosen.by_query is not None and chosen.by_query < len(chosen.rows):
+        run.console.say(
+            f"generate {iteration}: {KEY} gives {chosen.by_query} prompts for {len(chosen.rows)} groups; the"
+            " rest is drawn by a seeded permutation"
+        )
+    draws = draws_of(tool.prompts.take(chosen.rows).to_pylist(), tool, chosen.by_query)
+    return Work(
+        table=OUTPUT,
+        prefix="part",
+        policy=iteration,
+        draws=draws,
+        requests=requests_of(draws, run.config.seed, iteration, config.samples_per_prompt),
+        shards=all_shards(config, rounds),
+        groups_per_round=config.prompts_per_iteration,
+        sampling=sampling_of(config, config.temperature, config.max_new_tokens),
     )
 
 

@@ -22,6 +22,7 @@ from grpo.score.functions import source_sha256
 from grpo.score.outcome import Outcome
 from grpo.score.scorers import Key, Rollout, Scorers
 from grpo.score.shard import STAGE_VERSION, Shard, Work, configured, rows_of, shard_of
+from grpo.score.signal import say_short, signal_summary
 
 NAME = "score"
 OUTPUT = "rewards"
@@ -84,9 +85,13 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
     before = run.manifest(OUTPUT, iteration)
     work = Work(OUTPUT, judgements.TABLE, "part", iteration, files, staging.plan.reads["prompts"], before)
     ids, held = score(run, staging, tool, work)
-    manifest = staging.commit(ids, held, summary_of(run, held))
+    summary = summary_of(run, held)
+    with staging.clock("signal"):
+        summary |= signal_summary(run, staging, rollouts, held, summary["weights"].values())
+    manifest = staging.commit(ids, held, summary)
     if run.partial(manifest):
         raise EngineError(complaint(run, f"score: iteration {iteration}", OUTPUT, manifest))
+    say_short(run, rollouts, manifest)
     return manifest
 
 

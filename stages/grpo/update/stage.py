@@ -9,13 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from grpo import tables
-from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
-from grpo.errors import EngineError, InputError
-from grpo.probe import FILE, measure, read_probe
+from grpo.artifacts import Manifest, Plan, Run, Staging, id_of
+from grpo.errors import InputError
 from grpo.update.check import check_schedule
+from grpo.update.outputs import summary_of, write_checkpoint, write_logprobs, write_probe, write_updates
+from grpo.update.replay import iterations_of, longest, max_new_tokens_of, read_kept
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,14 +27,15 @@ OUTPUT = "update"
 STAGE_VERSION = 2
 # Memory and time only, but for rounding; the reference counts by its id.
 _NOT_RESULT = {"max_tokens_per_batch", "gradient_checkpointing", "prompt_sharing", "reference"}
-_ROWS_PER_SHARD = 2048  # of `logprobs`, one Parquet file and row group each
 
 
 def plan(run: Run, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when an input is missing."""
-    run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
-    run.require("advantages", iteration, f"grpo advantage --iteration {iteration}")
-    references = [f"policy@{iteration}", f"rollouts@{iteration}", f"advantages@{iteration}"]
+    references = [f"policy@{iteration}"]
+    for number in iterations_of(run, iteration):
+        run.require("rollouts", number, f"grpo generate --iteration {number}")
+        run.require("advantages", number, f"grpo advantage --iteration {number}")
+        references += [f"rollouts@{number}", f"advantages@{number}"]
     if iteration > 0:
         references.append(f"optimizer@{iteration}")
         if run.config.update.lora:
@@ -73,25 +72,22 @@ def release(tool: "Learner") -> None:
 
 def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest:
     """Train on the kept rollouts of one iteration; commit policy, optimiser state and tables."""
-    from grpo.update.batch import READ, kept_rollouts
-
     clock = staging.clock
     with clock("load"):
         _load(run, iteration, staging.plan, tool)
-        shards = run.read_shards("rollouts", iteration, READ)
-        rollouts = kept_rollouts(shards, run.read("advantages", iteration), staging.folder)
+        rollouts = read_kept(run, iteration, staging.folder)
     with clock("check"):
         before = run.manifest(OUTPUT, iteration - 1) if iteration > 0 else None
         last = before.summary["layout"] if before is not None else None
-        layout = tool.check_layout(rollouts, _longest(run, iteration), last)
+        layout = tool.check_layout(rollouts, longest(run, iteration), last)
         _say_refused(run, iteration, layout)
     tool.holds = (None, None)  # until the commit has happened, memory is ahead of the disk
     rows, stored = _train(run, iteration, rollouts, tool, staging)
     with clock("write"):
-        updates = _write_updates(rows, staging)
-        logprobs = _write_logprobs(iteration, rollouts, stored, staging)
-        policy, adapter, optimizer = _write_checkpoint(run, tool, staging)
-        probe = _write_probe(run, tool, staging)
+        updates = write_updates(rows, staging)
+        logprobs = write_logprobs(iteration, rollouts, stored, staging)
+        policy, adapter, optimizer = write_checkpoint(run, tool, staging)
+        probe = write_probe(run, tool, staging)
         ids = {
             "policy": id_of(sorted(policy, key=lambda record: record.name)),
             "optimizer": id_of([optimizer]),
@@ -100,7 +96,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest
             **({"adapter": id_of(adapter)} if adapter else {}),
         }
     held = [updates, *logprobs, *policy, *adapter, probe, optimizer]
-    manifest = staging.commit(ids, held, {**_summary(rows), **layout})
+    manifest = staging.commit(ids, held, {**summary_of(rows), **layout})
     tool.holds = (ids["policy"], ids["optimizer"])
     return manifest
 
@@ -151,7 +147,7 @@ def _train(
     from grpo.update.mismatch import mismatch
 
     stored = _stored_before(run, rollouts, learner, staging, _num_steps(run, iteration, rollouts))
-    _, max_new_tokens = _longest(run, iteration)
+    max_new_tokens = max_new_tokens_of(run, iteration)  # one constant, whichever iteration a rollout is of
     table: list[dict[str, Any]] = []
     taken = 0
     total = len(rollouts) * run.config.update.epochs
@@ -166,9 +162,11 @@ def _train(
                 denominators = Step(row["rollouts"], row["tokens"], max_new_tokens)
                 row |= learner.step(rollouts, rows, denominators, stored, number, row["learning_rate"])
                 if not taken:  # until the first step that is taken, the weights are pi_old's
-                    read = [i for i in rows.tolist() if i in stored.first_step]
+                    # pi_old of this iteration's, that is: an older rollout's ratio has moved for good reason.
+                    own = rows[rollouts.keys[rows, 0] == iteration].tolist()
+                    read = [i for i in own if i in stored.first_step]
                     pairs = ((stored.policy[i], rollouts.old_logprobs[i]) for i in read)
-                    row |= mismatch(pairs, _token_cap(run))
+                    row |= mismatch(pairs, _token_cap(run)) if read else {}
                 taken += 1
             table.append(row)
             advance(len(rows))
@@ -256,87 +254,3 @@ def _token_cap(run: Run) -> float:
 
     config = run.config.update
     return config.sampler_correction_cap if config.sampler_correction_level == "token" else TOKEN_CAP
-
-
-def _longest(run: Run, iteration: int) -> tuple[int, int]:
-    """Tokens of the run's longest prompt, and max_new_tokens of the rollouts: it may have changed since."""
-    prompts = run.require("prompts", None, "grpo run")
-    rollouts = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
-    return int(prompts.summary["longest_prompt_tokens"]), int(rollouts.config["generate"]["max_new_tokens"])
-
-
-def _write_updates(rows: list[dict[str, Any]], staging: Staging) -> FileRecord:
-    updates = pa.Table.from_pylist(rows, schema=tables.schema("updates"))
-    return staging.write_table("updates", staging.file_name("updates", 0), updates)
-
-
-def _write_logprobs(
-    iteration: int, rollouts: "Rollouts", stored: "Stored", staging: Staging
-) -> list[FileRecord]:
-    """The shards of `logprobs`, in key order; one without rows where nothing was read."""
-    read = sorted(stored.first_step)
-    starts = range(0, max(len(read), 1), _ROWS_PER_SHARD)
-    return [
-        staging.write_table(
-            "logprobs",
-            staging.file_name("logprobs", shard),
-            _logprobs(iteration, rollouts, stored, read[start : start + _ROWS_PER_SHARD]),
-        )
-        for shard, start in enumerate(starts)
-    ]
-
-
-def _logprobs(iteration: int, rollouts: "Rollouts", stored: "Stored", read: list[int]) -> pa.Table:
-    import numpy as np
-
-    gaps = [
-        float(np.abs(stored.policy[i].astype(np.float64) - rollouts.old_logprobs[i]).mean()) for i in read
-    ]
-    columns = {
-        **{name: rollouts.keys[read, position] for position, name in enumerate(tables.KEY)},
-        "update_iteration": [iteration] * len(read),
-        "step": [stored.first_step[i] for i in read],
-        "policy_logprobs": [stored.policy[i] for i in read],
-        "reference_logprobs": [stored.reference.get(i) for i in read],
-        "mismatch": gaps,
-    }
-    return pa.table(columns, schema=tables.schema("logprobs"))
-
-
-def _write_checkpoint(
-    run: Run, learner: "Learner", staging: Staging
-) -> tuple[list[FileRecord], list[FileRecord], FileRecord]:
-    """The policy, the adapter where one trains, and the optimiser state."""
-    from grpo.update.adapter import adapter_files
-    from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
-
-    policy = [
-        staging.write_bytes("policy", name, content)
-        for name, content in policy_files(learner.model, run.policy_folder(0), learner.adapter)
-    ]
-    files = adapter_files(learner.adapter) if learner.adapter is not None else ()
-    adapter = [staging.write_bytes("adapter", name, content) for name, content in files]
-    moments = optimizer_file(learner.optimizer, learner.model)
-    return policy, adapter, staging.write_bytes("optimizer", OPTIMIZER_FILE, moments)
-
-
-def _write_probe(run: Run, learner: "Learner", staging: Staging) -> FileRecord:
-    """Probe the new policy with the sequences of the starting one's probe.
-
-    Raises EngineError (exit 8) when it has no finite log-probs: then the steps have ruined it.
-    """
-    probe = measure(learner.model, read_probe(run.probe_path(0)).sequences)
-    if not probe.is_finite():
-        raise EngineError(
-            "update: the log-probs of the new policy are not finite; lower update.learning_rate or"
-            " update.weight_decay; nothing was committed"
-        )
-    return staging.write_bytes("policy", FILE, probe.encode())
-
-
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `grpo status` shows of the update: of the first step that was taken."""
-    names = ("loss", "kl", "entropy", "grad_norm", "mismatch_mean", "mismatch_max")
-    taken = next((row for row in rows if not row["skipped"]), rows[0])
-    first = {name: taken.get(name) for name in names}
-    return {**first, "steps": len(rows), "skipped": sum(row["skipped"] for row in rows)}

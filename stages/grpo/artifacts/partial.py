@@ -1,0 +1,66 @@
+"""artifacts.partial: what a committed output still lacks, read from manifests alone.
+
+What lacks something is partial: the stage behind it refuses it, and the command that made it goes on with
+it as a new attempt. Rewards that failed are scored again. With generate.resample, rollouts whose rewards show
+too few groups with signal get another round, and rewards of the rounds before score only that.
+"""
+
+from typing import TYPE_CHECKING
+
+from grpo.artifacts.manifest import Manifest, id_of
+
+if TYPE_CHECKING:
+    from grpo.artifacts.run import Run
+
+
+def lacking(run: "Run", manifest: Manifest | None) -> str:
+    """What an output lacks; empty: nothing. Examples: `3 rewards failed`, `5 of 8 groups with signal ...`."""
+    if manifest is not None and manifest.stage == "score":
+        return _failed(run, manifest) or _unscored(run, manifest)
+    if manifest is not None and manifest.stage == "generate":
+        return _without_signal(run, manifest)
+    return ""
+
+
+def rounds_in(rollouts: Manifest, rollouts_id: str) -> int:
+    """How many of its rounds `rollouts` had when it had this id; 0: it never had."""
+    if rollouts_id == rollouts.ids.get("rollouts"):
+        return num_rounds(rollouts)
+    per_round = len(rollouts.files) // num_rounds(rollouts)
+    earlier = range(1, num_rounds(rollouts))
+    return next((n for n in earlier if id_of(rollouts.files[: n * per_round]) == rollouts_id), 0)
+
+
+def num_rounds(rollouts: Manifest) -> int:
+    """Rounds of prompts that rollouts were sampled in; each has as many shards."""
+    return int(rollouts.summary.get("rounds", 1))
+
+
+def _failed(run: "Run", rewards: Manifest) -> str:
+    failed = rewards.summary.get("failed")
+    return f"{failed} rewards failed" if failed and run.config.score.on_error == "stop" else ""
+
+
+def _unscored(run: "Run", rewards: Manifest) -> str:
+    recorded = rewards.reads.get(f"rollouts@{rewards.iteration}")
+    rollouts = run.manifest("rollouts", rewards.iteration)
+    if recorded is None or rollouts is None:
+        return ""
+    scored, there = rounds_in(rollouts, recorded), num_rounds(rollouts)
+    return f"{scored} of {there} rounds are scored" if 0 < scored < there else ""
+
+
+def _without_signal(run: "Run", rollouts: Manifest) -> str:
+    """Decided by what the rollouts were planned with: a finished iteration is history."""
+    planned, configured = rollouts.config.get("generate", {}).get("resample"), run.config.generate.resample
+    if planned is None or configured is None or configured.model_dump() != planned:
+        return ""
+    rewards = run.manifest("rewards", rollouts.iteration)
+    current = rewards and rewards.reads.get(f"rollouts@{rollouts.iteration}") == rollouts.ids["rollouts"]
+    if not rewards or not current or _failed(run, rewards):
+        return ""  # not known yet
+    rounds, found = num_rounds(rollouts), int(rewards.summary["groups_with_signal"])
+    wanted = configured.until_groups_with_signal
+    if found >= wanted or rounds >= configured.max_rounds:
+        return ""
+    return f"{found} of {wanted} groups with signal after round {rounds - 1}"

@@ -1,0 +1,46 @@
+"""signal: how many groups the rewards tell apart, which generate.resample goes by."""
+
+from collections.abc import Collection
+from typing import Any
+
+from grpo import sql, tables
+from grpo.artifacts import FileRecord, Manifest, Run, Staging
+from grpo.artifacts.partial import num_rounds
+from grpo.judged import count_signal, create_judged
+
+
+def signal_summary(
+    run: Run, staging: Staging, rollouts: Manifest, held: list[FileRecord], weights: Collection[float]
+) -> dict[str, Any]:
+    """Of rewards that are about to be committed: groups with signal, and the rounds they are of.
+
+    Empty where the rollouts were sampled without generate.resample: nobody asks.
+    """
+    if resample_of(rollouts) is None:
+        return {}
+    paths = [staging.folder / record.name for record in held if record.table == "rewards"]
+    rewards = tables.decode("rewards", ((path, path.read_bytes()) for path in paths))
+    with sql.connect([run], rollouts.iteration, ("rollouts",)) as connection:
+        sql.register(connection, "_rewards_0", rewards)
+        create_judged(connection, weights)
+        found = count_signal(connection)
+    return {"groups_with_signal": found, "rounds": num_rounds(rollouts)}
+
+
+def say_short(run: Run, rollouts: Manifest, rewards: Manifest) -> None:
+    """Say it where the last round has not brought enough groups with signal."""
+    resample = resample_of(rollouts)
+    if resample is None or num_rounds(rollouts) < resample["max_rounds"]:
+        return
+    found, wanted = rewards.summary["groups_with_signal"], resample["until_groups_with_signal"]
+    if found < wanted:
+        run.console.say(
+            f"score {rewards.iteration}: {found} of {wanted} groups with signal after {num_rounds(rollouts)}"
+            " rounds (generate.resample.max_rounds); going on with these"
+        )
+
+
+def resample_of(rollouts: Manifest) -> dict[str, int] | None:
+    """generate.resample as the rollouts were planned with it."""
+    found: dict[str, int] | None = rollouts.config.get("generate", {}).get("resample")
+    return found
