@@ -27,6 +27,7 @@ from grpo.artifacts import Run, Staging
 from grpo.config import Config
 from grpo.console import Console
 from grpo.generate import stage
+from grpo.generate.chat import Chat
 from grpo.generate.engine import group_seed
 from grpo.generate.prompts import draw, encode
 from grpo.model import eos_token_ids
@@ -105,7 +106,7 @@ def raw_generate(run: Run, tool: stage.Sampler) -> Callable[[], int]:
 
     config = run.config.generate
     rows = draw(len(tool.prompts), run.config.seed, 0, config.prompts_per_iteration)
-    token_ids = encode(tool.prompts.take(rows).to_pylist(), tool.tokenizer)[1]
+    token_ids = encode(tool.prompts.take(rows).to_pylist(), tool.tokenizer, Chat())[1]
     stop_ids = sorted(eos_token_ids(run.policy_folder(0)))
     llm: Any = tool.engine._llm  # type: ignore[attr-defined]
 

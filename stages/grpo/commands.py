@@ -8,8 +8,8 @@ from typing import Any
 from grpo import runner, status
 from grpo.artifacts import Manifest, Run
 from grpo.config import flatten
+from grpo.config.prompts import BUILT_IN
 from grpo.errors import InputError, UsageError
-from grpo.generate.source import BUILT_IN
 
 
 def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
 from grpo.config import GenerateConfig
 from grpo.errors import UsageError
+from grpo.generate.chat import chat_of
 from grpo.generate.engine import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.engine_choice import choose_engine, default_dtype
 from grpo.generate.handover import Handover
@@ -147,7 +148,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
 def _draw(run: Run, iteration: int, tool: Sampler) -> Draws:
     rows = draw(len(tool.prompts), run.config.seed, iteration, run.config.generate.prompts_per_iteration)
     drawn = tool.prompts.take(rows).to_pylist()
-    texts, token_ids = encode(drawn, tool.tokenizer)
+    texts, token_ids = encode(drawn, tool.tokenizer, chat_of(run.config.prompts, run.imports))
     return Draws([row["prompt_id"] for row in drawn], texts, token_ids)
 
 
