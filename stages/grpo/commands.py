@@ -5,7 +5,7 @@ import re
 import sys
 from typing import Any
 
-from grpo import runner, status
+from grpo import runner, status, track
 from grpo.artifacts import Manifest, Run
 from grpo.config import flatten
 from grpo.config.prompts import BUILT_IN
@@ -28,9 +28,13 @@ def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[st
         if not yes:
             _confirm(opened, from_)
         runner.start_over(opened, from_)
-    worked = runner.run_iterations(
-        opened, until, lambda iteration: opened.console.say(status.line_of(opened, iteration))
-    )
+    with track.tracking(opened, until) as tracked:
+
+        def report(iteration: int) -> None:
+            opened.console.say(status.line_of(opened, iteration))
+            tracked(iteration)
+
+        worked = runner.run_iterations(opened, until, report)
     if not worked:
         opened.console.say(f"run {opened.name}: {until} iterations are complete; nothing to do")
     result = {"run": opened.name, "iterations": until, "worked": worked}

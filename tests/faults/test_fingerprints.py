@@ -93,6 +93,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "update.lora.targets": (["update.lora={rank: 4, alpha: 8.0, targets: [q_proj]}"], UPDATE),
     "checkpoints.keep_last": (["checkpoints.keep_last=2"], NOTHING),
     "checkpoints.keep_every": (["checkpoints.keep_every=null"], NOTHING),
+    "track": (["track=trackio"], NOTHING),
 }
 
 

@@ -58,6 +58,8 @@ class Config(Section):
     advantage: AdvantageConfig = AdvantageConfig()
     update: UpdateConfig = UpdateConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    track: Literal["trackio", "wandb"] | None = None
+    """Log each iteration to Trackio or Weights & Biases too; null: to neither. In no stage's fingerprint."""
 
     @model_validator(mode="before")
     @classmethod
