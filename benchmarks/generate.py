@@ -27,8 +27,10 @@ from grpo.artifacts import Run, Staging
 from grpo.config import Config
 from grpo.console import Console
 from grpo.generate import stage
+from grpo.generate.chat import Chat
 from grpo.generate.engine import group_seed
 from grpo.generate.prompts import draw, encode
+from grpo.generate.sampling import Sampler
 from grpo.model import eos_token_ids
 from grpo.probe import measure, read_probe
 
@@ -99,13 +101,13 @@ def compare_stage(folder: Path, title: str, model: Path, options: dict[str, Any]
     report(title, rates)
 
 
-def raw_generate(run: Run, tool: sampling.Sampler) -> Callable[[], int]:
+def raw_generate(run: Run, tool: Sampler) -> Callable[[], int]:
     """The same requests, as a user of vLLM alone would send them."""
     from vllm import SamplingParams
 
     config = run.config.generate
     rows = draw(len(tool.prompts), run.config.seed, 0, config.prompts_per_iteration)
-    token_ids = encode(tool.prompts.take(rows).to_pylist(), tool.tokenizer)[1]
+    token_ids = encode(tool.prompts.take(rows).to_pylist(), tool.tokenizer, Chat())[1]
     stop_ids = sorted(eos_token_ids(run.policy_folder(0)))
     llm: Any = tool.engine._llm  # type: ignore[attr-defined]
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo import query, rewind, runner, sql, start, status
+from grpo import query, rewind, runner, sql, start, status, track
 from grpo.artifacts import Manifest, Run, digest
 from grpo.artifacts.files import remove_folder
 from grpo.config import flatten
@@ -31,14 +31,17 @@ def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[st
             _confirm(opened, from_)
         rewind.start_over(opened, from_)
     measured: list[int] = []
+    with track.tracking(opened, until) as tracked:
 
-    def tell_policy(policy: int) -> None:
-        measured.append(policy)
-        opened.console.say(report.line_of(opened, policy))
+        def tell(iteration: int) -> None:
+            opened.console.say(status.line_of(opened, iteration))
+            tracked(iteration)
 
-    worked = runner.run_iterations(
-        opened, until, lambda iteration: opened.console.say(status.line_of(opened, iteration)), tell_policy
-    )
+        def tell_policy(policy: int) -> None:
+            measured.append(policy)
+            opened.console.say(report.line_of(opened, policy))
+
+        worked = runner.run_iterations(opened, until, tell, tell_policy)
     if not worked and not measured:
         opened.console.say(f"run {opened.name}: {until} iterations are complete; nothing to do")
     evaluations = [report.numbers_of(opened, policy) for policy in opened.evaluations()]

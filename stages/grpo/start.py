@@ -9,6 +9,7 @@ from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, created_config, fi
 from grpo.config import Config, overridden_keys
 from grpo.errors import CorruptError, DataError, InputError, UsageError
 from grpo.generate import prompts
+from grpo.generate.chat import Chat, chat_of
 from grpo.generate.source import Row
 
 STARTER = "tiny-arithmetic"
@@ -101,11 +102,12 @@ def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None
     rows = run.read(prompts.OUTPUT, None).slice(0, NUM_PROBE_PROMPTS).to_pylist()
     plan = Plan("policy", STAGE_VERSION, "policy", None, names, {}, ids)
     staging = Staging(run, plan, 0)
-    record = staging.write_bytes("", probe.FILE, probe_of(run.start["policy"], rows).encode())
+    found = probe_of(run.start["policy"], rows, chat_of(run.config.prompts, run.imports))
+    record = staging.write_bytes("", probe.FILE, found.encode())
     staging.commit(ids, [record], {part: str(path) for part, path in run.start.items()})
 
 
-def probe_of(checkpoint: Path, rows: list[Row]) -> probe.Probe:
+def probe_of(checkpoint: Path, rows: list[Row], chat: Chat) -> probe.Probe:
     """The probe of a starting policy: of the prompts `rows`, the first NUM_PROBE_PROMPTS of a run.
 
     Raises CorruptError (exit 6) where finite weights give log-probs that are not.
@@ -114,7 +116,7 @@ def probe_of(checkpoint: Path, rows: list[Row]) -> probe.Probe:
 
     device = best_device()
     model = load_model(checkpoint, device)
-    token_ids = prompts.encode(rows, load_tokenizer(checkpoint))[1]
+    token_ids = prompts.encode(rows, load_tokenizer(checkpoint), chat)[1]
     found = probe.measure(model, probe.probe_sequences(token_ids, context_length(model.config)))
     del model
     empty_cache(device)  # the engine asks for most of it
@@ -129,8 +131,7 @@ def _prompts(run: Run, begun: bool) -> None:
     manifest = run.manifest(prompts.OUTPUT, None)
     if manifest is not None and begun and prompts.source_is_gone(run):
         run.console.say(f"prompts.source: {run.config.prompts.source} is gone; the run has its own copy")
-        return
-    plan = prompts.plan(run)
+    plan = prompts.plan(run, kept=manifest if begun else None)
     if manifest is not None and plan.same_as(manifest):
         return
     if manifest is not None and begun:
@@ -149,7 +150,7 @@ def _held_out(run: Run) -> None:
         run.console.say(f"evaluate.prompts.source: {source} is gone; the run has its own copy")
         return
     try:
-        plan = prompts.plan(run, prompts.HELD_OUT)
+        plan = prompts.plan(run, prompts.HELD_OUT, manifest)
         if manifest is None or not plan.same_as(manifest):
             limit = run.config.evaluate.max_new_tokens or run.config.generate.max_new_tokens
             _normalise(run, plan, limit)
@@ -182,8 +183,10 @@ def _normalise(run: Run, plan: Plan, max_new_tokens: int, expected: str | None =
             f" {context} tokens"
         )
 
+    chat = chat_of(prompts.config_of(run, plan.output), run.imports)
+
     def num_tokens(rows: list[Row]) -> list[int]:
-        return [len(ids) for ids in prompts.encode(rows, tokenizer)[1]]
+        return [len(ids) for ids in prompts.encode(rows, tokenizer, chat)[1]]
 
     prompts.prepare(run, Staging(run, plan, 0), num_tokens, room, expected)
 

@@ -99,9 +99,7 @@ PROMPTS = [
     Case("a folder", folder("prompts.jsonl"), RUN, 3, "prompts.jsonl: no such file"),
     Case("a link to itself", loop("prompts.jsonl"), RUN, 3, "prompts.jsonl: no such file"),
     Case("a path too long", configure((SOURCE, f"source: {'a' * 5000}.jsonl")), RUN, 7, "File name too long"),
-    source(
-        "another format", "p.txt", "a\n", ": expected `arithmetic` or a file ending in .jsonl, .csv, .parquet"
-    ),
+    source("another format", "p.txt", "a\n", ": expected a file ending in .jsonl, .csv, .parquet"),
     source("CSV: a quote never closed", "p.csv", 'prompt\n"a\n', ":2: not CSV: unexpected end of data"),
     source("CSV: a field too many", "p.csv", "prompt\na,b\n", ":2: not the 1 fields that the header names"),
     source(
@@ -154,7 +152,11 @@ def test_a_long_prompt_may_be_skipped_and_is_counted(project: Path, grpo: Grpo) 
     code, _, err = grpo("generate")
     assert code == 0, err
     summary = json.loads(Path("artifacts/tiny/prompts/manifest.json").read_text())["summary"]
-    assert summary == {"skipped": 1, "longest_prompt_tokens": 4}  # a token is a byte
+    assert summary == {
+        "skipped": 1,
+        "longest_prompt_tokens": 4,
+        "source": "prompts.jsonl",
+    }  # a token is a byte
 
 
 # ---- what an engine samples ----

@@ -19,11 +19,15 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "seed": (["seed=1"], FIXED),
     "model": (["model=other"], FIXED),
     "prompts.source": (["prompts.source=other.jsonl"], FIXED),
+    "prompts.subset": (["prompts.source=owner/name", "prompts.subset=main"], FIXED),
+    "prompts.split": (["prompts.source=owner/name", "prompts.split=test"], FIXED),
     "prompts.columns.prompt": (["prompts.columns.prompt=answer"], FIXED),
     "prompts.columns.messages": (["prompts.columns.messages=other"], FIXED),
     "prompts.columns.answer": (["prompts.columns.answer=other"], FIXED),
     "prompts.chat": (["prompts.chat=true"], FIXED),
     "prompts.system": (["prompts.system=Add."], FIXED),
+    "prompts.chat_template": (["prompts.chat_template=my.jinja", "prompts.chat=true"], FIXED),
+    "prompts.chat_template_arguments": (["prompts.chat_template_arguments={a: 1}"], FIXED),
     "prompts.on_long_prompt": (["prompts.on_long_prompt=skip"], FIXED),
     "generate.engine": (["generate.engine=transformers"], NOTHING),  # the one that `auto` takes without a GPU
     "generate.engine_options": (["generate.engine_options={dtype: float32}"], GENERATE),
@@ -99,6 +103,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "update.lora.targets": (["update.lora={rank: 4, alpha: 8.0, targets: [q_proj]}"], UPDATE),
     "checkpoints.keep_last": (["checkpoints.keep_last=2"], NOTHING),
     "checkpoints.keep_every": (["checkpoints.keep_every=null"], NOTHING),
+    "track": (["track=trackio"], NOTHING),
 }
 
 
@@ -135,6 +140,8 @@ def test_exactly_the_expected_stages_differ(finished: Path, grpo: Grpo, key: str
         Path("other.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     if key == "generate.prompts_sql":
         Path("my.sql").write_text("select prompt_id from prompts order by prompt_id")
+    if key == "prompts.chat_template":
+        Path("my.jinja").write_text("{{ messages[0].content }}")
     if key == "advantage.sql":
         Path("my.sql").write_text(
             "select iteration, group_id, sample_id, reward as advantage from advantages"

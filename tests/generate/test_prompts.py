@@ -7,14 +7,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from grpo import starter
 from grpo.artifacts import Manifest, Run, Staging
 from grpo.config import Config, PromptsConfig
 from grpo.console import Console
-from grpo.errors import DataError, InputError
+from grpo.errors import DataError, InputError, UsageError
 from grpo.generate import prompts
-from grpo.generate.prompts import draw, encode, prepare, render
+from grpo.generate.chat import Chat, render
+from grpo.generate.prompts import draw, encode, prepare
 from grpo.generate.source import Row
 
 FIXED = {"prompt_id": 0, "prompt": None, "messages": None, "answer": None}
@@ -189,11 +191,17 @@ def test_chat_and_system_make_messages(tmp_path: Path) -> None:
             [{"content": "a"}],
             "a message must be {role, content} with role one of system, user, assistant, tool",
         ),
-        ([{"role": "user"}], "a message's content must be text; images are not supported"),
-        ([{"role": "user", "content": None}], "a message's content must be text; images are not supported"),
+        ([{"role": "user"}], "a message's content must be text, found NoneType"),
+        ([{"role": "user", "content": 5}], "a message's content must be text, found int"),
         (
-            [{"role": "user", "content": [{"type": "image", "url": "cat.png"}]}],
-            "a message's content must be text; images are not supported",
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "a"}, {"type": "image", "url": "cat.png"}],
+                }
+            ],
+            "a message's content must be one text, found a list of parts (image, text); images are not"
+            " supported",
         ),
     ],
 )
@@ -304,7 +312,11 @@ def test_skipped_prompts_are_counted_and_the_others_keep_their_numbers(tmp_path:
     write_long(tmp_path)
     run = opened(tmp_path, on_long_prompt="skip")
     manifest = prepared(run, room=5)
-    assert manifest.summary == {"skipped": 2, "longest_prompt_tokens": 5}  # left out: 6 and 7 characters
+    assert manifest.summary == {  # left out: 6 and 7 characters
+        "skipped": 2,
+        "longest_prompt_tokens": 5,
+        "source": "p.jsonl",
+    }
     data = run.read("prompts", None)
     assert data["prompt_id"].to_pylist() == [0, 2, 4]  # row numbers of the source
     assert data["prompt"].to_pylist() == ["aaa", "aaaaa", "aaaa"]  # whole: never cut
@@ -462,10 +474,10 @@ def test_text_is_seen_as_it_is_and_messages_through_the_template() -> None:
     tokenizer = starter.build_tokenizer()
     text = {"prompt": " 3+4=\n", "messages": None}
     chat = {"prompt": None, "messages": [{"role": "user", "content": "3+4="}]}
-    texts, token_ids = encode([text, chat], tokenizer)
+    texts, token_ids = encode([text, chat], tokenizer, Chat())
     assert texts == [" 3+4=\n", "user: 3+4=\nassistant: "]
     assert token_ids == [list(shown.encode()) for shown in texts]  # a token is a byte
-    assert texts == [render(text, tokenizer), render(chat, tokenizer)]
+    assert texts == [render(row, tokenizer, Chat()) for row in (text, chat)]
 
 
 def test_a_template_s_special_tokens_are_not_doubled() -> None:
@@ -478,7 +490,7 @@ def test_a_template_s_special_tokens_are_not_doubled() -> None:
     tokenizer.backend_tokenizer.post_processor = template
     tokenizer.chat_template = "{{ eos_token }}{{ messages[0].content }}"
     chat = {"prompt": None, "messages": [{"role": "user", "content": "a"}]}
-    _, token_ids = encode([{"prompt": "a", "messages": None}, chat], tokenizer)
+    _, token_ids = encode([{"prompt": "a", "messages": None}, chat], tokenizer, Chat())
     assert token_ids == [[256, 97], [256, 97]]
 
 
@@ -486,8 +498,11 @@ def test_messages_need_a_chat_template() -> None:
     tokenizer = starter.build_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(InputError) as caught:
-        encode([{"prompt": None, "messages": [{"role": "user", "content": "a"}]}], tokenizer)
-    assert str(caught.value) == "prompts: are chat messages, but the model's tokenizer has no chat template"
+        encode([{"prompt": None, "messages": [{"role": "user", "content": "a"}]}], tokenizer, Chat())
+    assert str(caught.value) == (
+        "prompts: are chat messages, but the model's tokenizer has no chat template; give one:"
+        " prompts.chat_template"
+    )
 
 
 def test_the_configuration_says_what_it_is_by_default() -> None:
@@ -503,3 +518,64 @@ def test_a_column_with_a_name_of_the_pipelines_own_is_refused(name: str) -> None
     assert str(caught.value) == (
         f"p.jsonl:1: column {name} is the pipeline's own; give yours another name, such as id"
     )
+
+
+@pytest.mark.parametrize("name", ["system", "user"])
+def test_a_system_message_of_its_own_and_one_of_the_configuration_clash(tmp_path: Path, name: str) -> None:
+    row = {"messages": [{"role": name, "content": "a"}, {"role": "user", "content": "b"}]}
+    if name == "user":
+        assert len(table(tmp_path, row, system="Be brief.")["messages"].to_pylist()[0]) == 3
+        return
+    text = refused(tmp_path, lambda: table(tmp_path, row, system="Be brief."))
+    assert text == "p.jsonl:1: begins with a system message of its own; leave prompts.system out"
+
+
+def test_a_prompt_that_is_a_list_of_messages_as_trl_has_it(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    data = table(tmp_path, {"prompt": messages, "answer": "1"}, {"prompt": "text", "answer": "2"})
+    assert data.to_pylist() == [
+        FIXED | {"messages": messages, "answer": "1"},
+        FIXED | {"prompt_id": 1, "prompt": "text", "answer": "2"},
+    ]
+    (tmp_path / "empty").mkdir()
+    text = refused(tmp_path / "empty", lambda: table(tmp_path / "empty", {"prompt": []}))
+    assert text == "p.jsonl:1: prompt must be a list of {role, content} that is not empty"
+
+
+@pytest.mark.parametrize("config", [{"chat_template": "t"}, {"chat_template_arguments": {"a": 1}}])
+def test_a_chat_template_without_a_chat_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "t").write_text("{{ messages }}")
+    with pytest.raises(UsageError) as caught:
+        table(tmp_path, {"prompt": "a"}, **config)
+    [key] = config
+    text = f"prompts.{key}: no prompt is a chat; set prompts.chat: true, or leave it out"
+    assert str(caught.value) == text
+
+
+def test_the_chat_template_is_part_of_what_the_table_depends_on(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "t").write_text("{{ messages }}")
+    settings = {"chat": True, "chat_template": "t"}
+    manifest = prepared(opened(tmp_path, **settings))
+    assert prompts.plan(opened(tmp_path, **settings)).same_as(manifest)
+    (tmp_path / "t").write_text("{{ messages[0].content }}")
+    changed = prompts.plan(opened(tmp_path, **settings)).differences(manifest)
+    assert changed == ["prompts.chat_template: its file changed"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"split": "test"}, "split: p.jsonl has no splits; leave it out, or name a data set"),
+        ({"subset": "main"}, "subset: p.jsonl has no subsets; leave it out, or name a data set"),
+        (
+            {"chat_template_arguments": {"tokenize": True}},
+            "tokenize is the pipeline's own; give variables of the template, such as enable_thinking",
+        ),
+        ({"chat_template_arguments": {"a": float("nan")}}, "may hold text, finite numbers"),
+    ],
+)
+def test_keys_that_mean_nothing_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        PromptsConfig(source="p.jsonl", **config)
+    assert message in str(caught.value)

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from grpo.config import PromptsConfig
 from grpo.errors import DataError
 from grpo.generate.arithmetic import held_out_rows
 from grpo.generate.source import Row, read_rows
@@ -12,7 +13,7 @@ from grpo.generate.source import Row, read_rows
 
 def read(folder: Path, name: str, content: bytes) -> list[tuple[str, Row]]:
     (folder / name).write_bytes(content)
-    return list(read_rows(name, folder))
+    return list(read_rows(PromptsConfig(source=name), folder))
 
 
 def refused(folder: Path, name: str, content: bytes) -> str:
@@ -77,7 +78,7 @@ def test_a_bad_json_line_is_named(tmp_path: Path, line: bytes, message: str) -> 
 
 def test_rows_before_a_bad_line_were_already_given(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(GOOD + b"{")
-    rows = read_rows("p.jsonl", tmp_path)
+    rows = read_rows(PromptsConfig(source="p.jsonl"), tmp_path)
     assert next(rows)[1] == {"prompt": "a"}  # a file larger than memory is read line by line
     with pytest.raises(DataError):
         next(rows)
@@ -137,7 +138,7 @@ def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
         {"prompt": "b", "answer": None, "tags": [], "info": None},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet", row_group_size=1)
-    assert list(read_rows("p.parquet", tmp_path)) == [
+    assert list(read_rows(PromptsConfig(source="p.parquet"), tmp_path)) == [
         (f"{tmp_path}/p.parquet: row 1", rows[0]),
         (f"{tmp_path}/p.parquet: row 2", rows[1]),
     ]
@@ -156,14 +157,14 @@ def test_parquet_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     broken: Any = pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff"))
     pq.write_table(pa.table({"prompt": broken}), tmp_path / "p.parquet")
     with pytest.raises(DataError, match=r"p\.parquet: cannot be read as Parquet: .*0xff in position 0"):
-        list(read_rows("p.parquet", tmp_path))
+        list(read_rows(PromptsConfig(source="p.parquet"), tmp_path))
 
 
 # ---- which source ----
 
 
 def test_the_built_in_task_has_its_eighty_training_sums(tmp_path: Path) -> None:
-    rows = list(read_rows("arithmetic", tmp_path))
+    rows = list(read_rows(PromptsConfig(source="arithmetic"), tmp_path))
     assert [place for place, _ in rows] == [f"arithmetic:{n}" for n in range(1, 81)]
     assert rows[0] == ("arithmetic:1", {"prompt": "0+0=", "answer": "0"})
     held_out = {row["prompt"] for row in held_out_rows()}
@@ -172,19 +173,19 @@ def test_the_built_in_task_has_its_eighty_training_sums(tmp_path: Path) -> None:
 
 def test_an_absolute_path_stands_for_itself(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(GOOD)
-    assert len(list(read_rows(str(tmp_path / "p.jsonl"), tmp_path / "elsewhere"))) == 1
+    assert len(list(read_rows(PromptsConfig(source=str(tmp_path / "p.jsonl")), tmp_path / "elsewhere"))) == 1
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "p.csv").mkdir()  # a folder is no file
     with pytest.raises(DataError) as caught:
-        list(read_rows(name, tmp_path))
+        list(read_rows(PromptsConfig(source=name), tmp_path))
     assert str(caught.value) == f"prompts.source: {tmp_path}/{name}: no such file"
 
 
-@pytest.mark.parametrize("name", ["p.json", "p.txt", "p", "arithmetics", "p.JSONL.gz"])
+@pytest.mark.parametrize("name", ["p.json", "p.txt", "p", "p.arrow", "p.JSONL.gz"])
 def test_another_format_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
     text = refused(tmp_path, name, GOOD)
     known = ".jsonl, .csv, .parquet"
-    assert text == f"prompts.source: {name}: expected `arithmetic` or a file ending in {known}"
+    assert text == f"prompts.source: {name}: expected a file ending in {known}"

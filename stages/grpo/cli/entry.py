@@ -20,6 +20,7 @@ _INTERRUPTED = 130
 def main() -> None:
     """Run the command line; a GrpoError ends it with one line on stderr and its exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when it is imported
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # so do the libraries of the hub
     usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
     try:
         code = app(standalone_mode=False) or 0

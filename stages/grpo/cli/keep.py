@@ -2,6 +2,7 @@
 
 import shlex
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ from grpo.cli.opening import (
     print_json,
     reading,
 )
+from grpo.errors import UsageError
 
 
 @app.command()
@@ -82,6 +84,51 @@ def gc(
         print_json(collect.describe(found, opened, dry_run))
     else:
         collect.print_garbage(found, opened, dry_run)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where; made if it is missing. Default: here.")] = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """A new project that runs at once: pipeline.yaml, reward.py with its test, prompts.jsonl."""
+    from grpo import init as init_module
+
+    paths = init_module.create(folder)
+    if as_json:
+        print_json({"folder": str(folder), "files": [path.name for path in paths]})
+    else:
+        there = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
+        typer.echo(f"made {', '.join(map(str, paths))}; go on with: {there}grpo run", err=True)
+
+
+@app.command()
+def export(
+    name: RunArgument = "",
+    out: Annotated[Path | None, typer.Option(help="The folder to write; required.")] = None,
+    policy: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (as trained), bfloat16 or float16.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Only what LoRA trained.")] = False,
+    push: Annotated[str | None, typer.Option(help="Upload it too, to owner/name on the hub.")] = None,
+    config: ConfigOption = CONFIG,
+    as_json: JsonOption = False,
+) -> None:
+    """A policy as a plain Hugging Face directory with a model card; uploads nothing unless told to."""
+    from grpo import export as export_module
+
+    if out is None:
+        raise UsageError("--out: is required: the folder to write")
+    if push is not None:
+        export_module.check_repository(push)
+    opened = reading(name, config, [])
+    result = export_module.export(opened, policy, out, dtype, adapter)
+    size = f"{result['bytes'] / 2**20:,.1f} MiB"
+    opened.console.say(f"policy {result['policy']} of run {opened.name}: {size} in {out}")
+    if push is not None:
+        result["url"] = export_module.push(out, push)
+        opened.console.say(f"uploaded to {result['url']}")
+    if as_json:
+        print_json(result)
 
 
 @app.command()

@@ -61,6 +61,8 @@ class Config(Section):
     evaluate: EvaluateConfig | None = None
     """What policies are measured on while the run trains; null: they are not."""
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    track: Literal["trackio", "wandb"] | None = None
+    """Log each iteration to Trackio or Weights & Biases too; null: to neither. In no stage's fingerprint."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,15 +1,35 @@
 """config.prompts: the prompts section of pipeline.yaml: what is sampled from."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from grpo.config.section import Section
+from pydantic import Field, field_validator, model_validator
+
+from grpo.config.section import Section, plain
+
+BUILT_IN = ("arithmetic", "arithmetic_held_out")  # tasks of our own, by name
+FILE_SUFFIXES = (".jsonl", ".csv", ".parquet")
+_OWN_ARGUMENTS = (  # of apply_chat_template: the pipeline gives these itself, or needs what they would change
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+)
 
 
 class ColumnsConfig(Section):
     """Names of the data set's own columns that play the parts the pipeline knows."""
 
     prompt: str = "prompt"
-    """Column with the prompt text."""
+    """Column with the prompt: text, or a list of chat messages {role, content} as TRL has it."""
     messages: str = "messages"
     """Column with chat messages, a list of {role, content}; used instead of `prompt` where it is present."""
     answer: str = "answer"
@@ -20,12 +40,45 @@ class PromptsConfig(Section):
     """What is sampled from. Fixed for a run."""
 
     source: str
-    """`arithmetic` (built-in task), or a path to .jsonl, .parquet or .csv, relative to the configuration."""
+    """`arithmetic`, `arithmetic_held_out` (built-in task); a path, relative to the configuration, to .jsonl,
+    .parquet or .csv, or to a folder that the library `datasets` saved or can load; or `owner/name` of a data
+    set on the hub, which is read when the run begins."""
+    subset: str | None = None
+    """Which configuration of a data set that has several, such as `main`; null: its only or default one. Only
+    for sources that `datasets` loads."""
+    split: str = "train"
+    """Which split of the data set. Only for sources that `datasets` loads."""
     columns: ColumnsConfig = ColumnsConfig()
     """Which columns of the source hold prompt, messages and answer. Every other column is kept as it is."""
     chat: bool = False
     """true: a text prompt is put to the model as one user message through the tokenizer's chat template."""
     system: str | None = None
     """System message placed before each prompt; null: none. Needs chat prompts."""
+    chat_template: str | None = None
+    """A file with the chat template (Jinja), relative to the configuration; null: the tokenizer's own."""
+    chat_template_arguments: dict[str, Any] = Field({})
+    """Variables for the chat template, such as `{enable_thinking: false}`; one that the template does not
+    know is an error. Empty: the template's own defaults."""
     on_long_prompt: Literal["error", "skip"] = "error"
     """A prompt that leaves no room for max_new_tokens: stop, or leave it out and count it. Never cut."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the source is a single file, by its name."""
+        return self.source.endswith(FILE_SUFFIXES)
+
+    @field_validator("chat_template_arguments")
+    @classmethod
+    def _are_the_template_s(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if own := [name for name in _OWN_ARGUMENTS if name in arguments]:
+            raise ValueError(
+                f"{own[0]} is the pipeline's own; give variables of the template, such as enable_thinking"
+            )
+        return plain(arguments)
+
+    @model_validator(mode="after")
+    def _one_table_has_no_splits(self) -> "PromptsConfig":
+        if (self.is_file or self.source in BUILT_IN) and (self.split != "train" or self.subset is not None):
+            key = "split" if self.subset is None else "subset"
+            raise ValueError(f"{key}: {self.source} has no {key}s; leave it out, or name a data set")
+        return self

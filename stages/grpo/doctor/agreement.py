@@ -14,6 +14,7 @@ import torch
 from grpo.artifacts import Run
 from grpo.doctor.check import Check, failed
 from grpo.errors import DataError, EngineError, GrpoError, ResourceError
+from grpo.generate.chat import chat_of
 from grpo.generate.engine import Group, Request, Sampling, group_seed
 from grpo.generate.engine_choice import choose_engine
 from grpo.generate.handover import FLOAT32_TOLERANCE, Handover
@@ -55,7 +56,7 @@ def measure(run: Run, checkpoint: Path, rows: list[Row]) -> Numbers:
     engine = make_engine(config, name, device, context, longest)
     handover = Handover(engine, device, run.console.say)
     try:
-        probe = probe_of(checkpoint, rows[:NUM_PROBE_PROMPTS])
+        probe = probe_of(checkpoint, rows[:NUM_PROBE_PROMPTS], chat_of(run.config.prompts, run.imports))
         with TemporaryDirectory() as scratch:
             handover.open(checkpoint, probe, Path(scratch))
         difference = handover.bring("starting policy", checkpoint, probe)
@@ -80,7 +81,7 @@ def measure(run: Run, checkpoint: Path, rows: list[Row]) -> Numbers:
 def _requests(run: Run, checkpoint: Path, rows: list[Row], limit: int) -> list[Request]:
     """The first prompts that fit; with seeds of iteration 0."""
     context = context_length(load_config(checkpoint))
-    token_ids = encode(rows, load_tokenizer(checkpoint))[1]
+    token_ids = encode(rows, load_tokenizer(checkpoint), chat_of(run.config.prompts, run.imports))[1]
     fitting = [ids for ids in token_ids if context is None or len(ids) + limit <= context][:NUM_PROMPTS]
     if not fitting:
         raise DataError(f"prompts.source: no prompt leaves room for {limit} tokens in a context of {context}")

@@ -8,7 +8,8 @@ from grpo.config import RewardConfig
 from grpo.doctor.check import Check, failed
 from grpo.doctor.checkpoint import Checkpoint, find
 from grpo.errors import DataError, GrpoError
-from grpo.generate.prompts import encode, normalised, source_is_gone
+from grpo.generate.chat import chat_of
+from grpo.generate.prompts import encode, is_on_hub, normalised, source_is_gone
 from grpo.generate.source import Row
 from grpo.score.functions import FunctionPool
 from grpo.score.judge import Judge
@@ -17,10 +18,16 @@ from grpo.score.scorers import rubric_of, spec_of, where
 NUM_ROWS = 1000  # read of the source; a run reads and checks all
 
 
-def check_prompts(run: Run, policy: Checkpoint) -> tuple[Check, list[Row]]:
-    """The source's first rows, with their length in tokens where the tokenizer is there."""
+def check_prompts(run: Run, policy: Checkpoint, fetch: bool) -> tuple[Check, list[Row]]:
+    """The source's first rows, with their length in tokens where the tokenizer is there.
+
+    fetch: get a data set from the hub where the run has not read it yet.
+    """
     name = run.config.prompts.source
     needed = "prompts" if policy.folder is None else "prompts that leave room for max_new_tokens"
+    if not fetch and is_on_hub(run.config.prompts, run.imports) and run.manifest("prompts", None) is None:
+        note = f"{name} is downloaded at the first run; --model downloads it now"
+        return Check("prompts", name, needed, "warning", note), []
     try:
         rows = _first_rows(run)
         if not rows:
@@ -84,10 +91,12 @@ def _check_model(run: Run, reward: RewardConfig, fetch: bool) -> Check:
 
 
 def _first_rows(run: Run) -> list[Row]:
-    if source_is_gone(run) and run.manifest("prompts", None) is not None:
+    config = run.config.prompts
+    kept = source_is_gone(run) or is_on_hub(config, run.imports)
+    if kept and run.manifest("prompts", None) is not None:
         rows: list[Row] = run.read("prompts", None).slice(0, NUM_ROWS).to_pylist()
         return rows
-    return [row for _, row in islice(normalised(run), NUM_ROWS)]
+    return [row for _, row in islice(normalised(config, run.imports), NUM_ROWS)]
 
 
 def _longest(run: Run, rows: list[Row], policy: Checkpoint) -> int:
@@ -95,7 +104,8 @@ def _longest(run: Run, rows: list[Row], policy: Checkpoint) -> int:
     from grpo.model import context_length, load_config, load_tokenizer
 
     assert policy.folder is not None
-    lengths = [len(ids) for ids in encode(rows, load_tokenizer(policy.folder))[1]]
+    chat = chat_of(run.config.prompts, run.imports)
+    lengths = [len(ids) for ids in encode(rows, load_tokenizer(policy.folder), chat)[1]]
     context = context_length(load_config(policy.folder))
     room = None if context is None else context - run.config.generate.max_new_tokens
     fitting = [length for length in lengths if room is None or length <= room]

@@ -71,7 +71,7 @@ def examine(run: Run, with_model: bool) -> Report:
     if not any(check.name == "engine options" and check.level == "failed" for check in report.checks):
         report.checks += check_memory(run, policy, reference)
     report.checks += [*check_space(run, policy), *check_file_system(run)]
-    check, rows = check_prompts(run, policy)
+    check, rows = check_prompts(run, policy, with_model)
     report.checks += [check, *check_rewards(run, rows, with_model)]
     if with_model:
         _compare(run, report, policy, rows)

@@ -16,6 +16,7 @@ from grpo.config import EvaluateConfig
 from grpo.errors import EngineError, UsageError
 from grpo.generate import sampling
 from grpo.generate import stage as generate
+from grpo.generate.chat import chat_of
 from grpo.generate.prompts import HELD_OUT, described
 from grpo.score import stage as score
 from grpo.score.scorers import Scorers, columns_of, rubric_of, spec_of
@@ -76,7 +77,7 @@ def plan(run: Run, policy: int) -> Plan:
         iteration=policy,
         config={
             "seed": run.config.seed,
-            "evaluate": {**settings(run), "prompts": described(config.prompts)},
+            "evaluate": {**settings(run), "prompts": described(run, HELD_OUT)},
             "generate": {"version": generate.STAGE_VERSION, **{key: sampled[key] for key in _OF_ENGINE}},
             "score": {"version": SCORE_VERSION, "rewards": score.described(run)},
         },
@@ -139,7 +140,7 @@ def _sampled(
     run: Run, policy: int, staging: Staging, prompts: pa.Table, sampler: sampling.Sampler
 ) -> sampling.Work:
     wanted = settings(run)
-    draws = sampling.draws_of(prompts.to_pylist(), sampler)
+    draws = sampling.draws_of(prompts.to_pylist(), sampler, chat_of(config_of(run).prompts, run.imports))
     requests = sampling.requests_of(draws, run.config.seed, SEEDS, wanted["samples_per_prompt"])
     how = sampling.sampling_of(run.config.generate, wanted["temperature"], wanted["max_new_tokens"])
     return sampling.Work(

@@ -3,17 +3,20 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
+from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of, is_hub_id
 from grpo.artifacts.files import sha256_of
-from grpo.config import ColumnsConfig, PromptsConfig
-from grpo.errors import DataError, InputError
-from grpo.generate.source import BUILT_IN, Row, read_rows
+from grpo.config import PromptsConfig
+from grpo.config.prompts import BUILT_IN
+from grpo.errors import DataError, InputError, UsageError
+from grpo.generate.chat import Chat, chat_of, check_arguments, render, template_path
+from grpo.generate.source import Row, read_rows, source_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,25 +48,54 @@ def config_of(run: Run, output: str = OUTPUT) -> PromptsConfig:
     return run.config.evaluate.prompts
 
 
-def plan(run: Run, output: str = OUTPUT) -> Plan:
-    """What the prompts of this run depend on. Raises DataError (exit 3) when the source is missing."""
+def plan(run: Run, output: str = OUTPUT, kept: Manifest | None = None) -> Plan:
+    """What the prompts of this run depend on. Raises DataError (exit 3) when the source is missing.
+
+    kept: the prompts of a run that has begun. What they were made from is then not asked for again where it
+    is gone, or is on the hub, which holds what others put there.
+    """
     config = config_of(run, output)
-    path = run.imports / config.source
-    if source_is_gone(run, output):
-        raise DataError(f"prompts.source: {path}: no such file")
-    sources = {} if config.source in BUILT_IN else {"prompts.source": sha256_of(path)}
-    return Plan(output, STAGE_VERSION, output, None, {"prompts": described(config)}, {}, sources)
+    sources = {}
+    if kept is not None and (source_is_gone(run, output) or is_on_hub(config, run.imports)):
+        sources = {name: sha256 for name, sha256 in kept.sources.items() if name == "prompts.source"}
+    elif found := source_digest(config, run.imports):
+        sources = {"prompts.source": found}
+    if path := template_path(config, run.imports):
+        chat_of(config, run.imports)  # says so where the file cannot be read
+        sources["prompts.chat_template"] = sha256_of(path)
+    return Plan(output, STAGE_VERSION, output, None, {"prompts": described(run, output)}, {}, sources)
 
 
-def described(config: PromptsConfig) -> dict[str, Any]:
-    """All that counts of a section; of a file it is the content, not the name."""
-    return config.model_dump(exclude=set() if config.source in BUILT_IN else {"source"})
+def described(run: Run, output: str = OUTPUT) -> dict[str, Any]:
+    """All that counts of a section; of a file or folder it is the content, not the name."""
+    config = config_of(run, output)
+    by_content = config.source not in BUILT_IN and (
+        source_is_gone(run, output) or not is_on_hub(config, run.imports)
+    )
+    return config.model_dump(exclude={"source"} if by_content else set())
+
+
+def is_on_hub(config: PromptsConfig, folder: Path) -> bool:
+    """Whether the source is a data set on the hub."""
+    return config.source not in BUILT_IN and not config.is_file and is_hub_id(config.source, folder)
 
 
 def source_is_gone(run: Run, output: str = OUTPUT) -> bool:
-    """Whether the file with the prompts is not there."""
-    source = config_of(run, output).source
-    return source not in BUILT_IN and not (run.imports / source).is_file()
+    """Whether the file or folder with the prompts is not there.
+
+    A folder that is gone looks like the name of a data set on the hub, but for what the run says it read.
+    """
+    config = config_of(run, output)
+    if config.source in BUILT_IN or (run.imports / config.source).exists():
+        return False
+    if not is_on_hub(config, run.imports):
+        return True
+    manifest = run.manifest(output, None)
+    return (
+        manifest is not None
+        and manifest.summary.get("source") == config.source
+        and "source" not in manifest.config["prompts"]
+    )
 
 
 def prepare(
@@ -83,8 +115,10 @@ def prepare(
     config = config_of(run, output)
     records: list[FileRecord] = []
     ids, skipped, longest, schema = set[str](), 0, 0, None
-    for chunk in _chunks(normalised(run, output), _ROWS_PER_SHARD):
+    chats = False
+    for chunk in _chunks(normalised(config, run.imports), _ROWS_PER_SHARD):
         kept = []
+        chats = chats or any(row["messages"] is not None for _, row in chunk)
         lengths = num_tokens([row for _, row in chunk])
         for (place, row), length in zip(chunk, lengths, strict=True):
             if "id" in row:
@@ -111,7 +145,10 @@ def prepare(
                 raise DataError(f"prompts.source: {config.source}: {error}") from None
     if not records:
         raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
-    summary = {"skipped": skipped, "longest_prompt_tokens": longest}
+    if not chats and (config.chat_template is not None or config.chat_template_arguments):
+        key = "chat_template" if config.chat_template is not None else "chat_template_arguments"
+        raise UsageError(f"prompts.{key}: no prompt is a chat; set prompts.chat: true, or leave it out")
+    summary = {"skipped": skipped, "longest_prompt_tokens": longest, "source": config.source}
     if expected is not None and id_of(records) != expected:
         raise InputError(
             f"prompts: fixed for the run {run.name}, but {config.source} holds others than its rollouts were"
@@ -134,19 +171,16 @@ def draw(num_prompts: int, seed: int, iteration: int, count: int) -> np.ndarray:
     return drawn
 
 
-def render(row: Row, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The text the model sees: messages through the tokenizer's own chat template, or the prompt as it is."""
-    if row["messages"] is None:
-        return str(row["prompt"])
-    if tokenizer.chat_template is None:
-        raise InputError("prompts: are chat messages, but the model's tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
-    return str(text)
+def encode(
+    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", chat: Chat
+) -> tuple[list[str], list[list[int]]]:
+    """Text and token ids of each prompt. A chat template writes its own special tokens.
 
-
-def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[list[int]]]:
-    """Text and token ids of each prompt. A chat template writes its own special tokens."""
-    texts = [render(row, tokenizer) for row in rows]
+    Raises what render() does, and UsageError (exit 2) for a variable that the chat template does not know.
+    """
+    if chat.arguments and any(row["messages"] is not None for row in rows):
+        check_arguments(tokenizer, chat)
+    texts = [render(row, tokenizer, chat) for row in rows]
     token_ids: list[list[int]] = [[] for _ in rows]
     for is_text in (True, False):
         places = [place for place, row in enumerate(rows) if (row["messages"] is None) == is_text]
@@ -170,13 +204,12 @@ def _chunks(items: Iterator[tuple[str, Row]], size: int) -> Iterator[list[tuple[
         yield chunk
 
 
-def normalised(run: Run, output: str = OUTPUT) -> Iterator[tuple[str, Row]]:
+def normalised(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
     """(place, row) of the source with prompt_id, prompt, messages, answer, and every other column as it is.
 
-    Raises DataError (exit 3) naming file and line.
+    `folder`: what a path in `config` is relative to. Raises DataError (exit 3) naming file and line.
     """
-    config = config_of(run, output)
-    for prompt_id, (place, row) in enumerate(read_rows(config.source, run.imports)):
+    for prompt_id, (place, row) in enumerate(read_rows(config, folder)):
         yield place, {"prompt_id": prompt_id, **_normalise(place, row, config)}
 
 
@@ -186,17 +219,22 @@ def _normalise(place: str, row: Row, config: PromptsConfig) -> Row:
             f"{place}: column {reserved[0]} is the pipeline's own; give yours another name, such as id"
         )
     names = config.columns
+    column = names.messages if row.get(names.messages) is not None else names.prompt
     messages = row.get(names.messages)
     prompt = row.get(names.prompt) if messages is None else None
+    if isinstance(prompt, list):  # a conversational data set as TRL has it
+        messages, prompt = prompt, None
     if messages is None and names.prompt not in row:
         raise DataError(f"{place}: no column {names.prompt}; found {', '.join(row)} (prompts.columns.prompt)")
     if messages is None and (not isinstance(prompt, str) or not prompt.strip()):
         raise DataError(f"{place}: {names.prompt} is {prompt!r}; a prompt must be text that is not empty")
     if messages is not None:
-        messages = [_message(place, message) for message in _as_list(place, names, messages)]
+        messages = [_message(place, message) for message in _as_list(place, column, messages)]
     elif config.chat or config.system is not None:
         messages, prompt = [{"role": "user", "content": prompt}], None
     if config.system is not None and messages is not None:
+        if messages[0]["role"] == "system":
+            raise DataError(f"{place}: begins with a system message of its own; leave prompts.system out")
         messages = [{"role": "system", "content": config.system}, *messages]
     taken = {names.prompt, names.messages, names.answer}
     others = {name: value for name, value in row.items() if name not in taken}
@@ -209,18 +247,25 @@ def _normalise(place: str, row: Row, config: PromptsConfig) -> Row:
     return {"prompt": prompt, "messages": messages, "answer": answer, **others}
 
 
-def _as_list(place: str, names: ColumnsConfig, messages: Any) -> list[Any]:
+def _as_list(place: str, name: str, messages: Any) -> list[Any]:
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: {names.messages} must be a list of {{role, content}} that is not empty")
+        raise DataError(f"{place}: {name} must be a list of {{role, content}} that is not empty")
     return messages
 
 
 def _message(place: str, message: Any) -> Row:
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise DataError(f"{place}: a message must be {{role, content}} with role one of {', '.join(_ROLES)}")
-    if not isinstance(message.get("content"), str):
-        raise DataError(f"{place}: a message's content must be text; images are not supported")
-    return {"role": message["role"], "content": message["content"]}
+    content = message.get("content")
+    if isinstance(content, list):
+        kinds = {str(part.get("type")) if isinstance(part, dict) else type(part).__name__ for part in content}
+        found = f"a list of parts ({', '.join(sorted(kinds)) or 'none'})"
+        raise DataError(
+            f"{place}: a message's content must be one text, found {found}; images are not supported"
+        )
+    if not isinstance(content, str):
+        raise DataError(f"{place}: a message's content must be text, found {type(content).__name__}")
+    return {"role": message["role"], "content": content}
 
 
 def _answer(place: str, name: str, answer: Any) -> str | None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from grpo.artifacts import FileRecord, Run, Staging, digest
 from grpo.config import GenerateConfig
+from grpo.generate.chat import Chat
 from grpo.generate.engine import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.handover import Handover
 from grpo.generate.prompts import encode
@@ -91,9 +92,9 @@ def drawn_digest(draws: Draws, groups: range) -> str:
     return digest([draws.prompt_ids[group] for group in groups])
 
 
-def draws_of(rows: list[Row], tool: Sampler, by_query: int | None = None) -> Draws:
+def draws_of(rows: list[Row], tool: Sampler, chat: Chat, by_query: int | None = None) -> Draws:
     """Rows of prompts as the model sees them; by_query: how many a query of the user's chose."""
-    texts, token_ids = encode(rows, tool.tokenizer)
+    texts, token_ids = encode(rows, tool.tokenizer, chat)
     return Draws([row["prompt_id"] for row in rows], texts, token_ids, by_query)
 
 

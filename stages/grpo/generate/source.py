@@ -1,4 +1,4 @@
-"""source: the user's data set -> rows. JSON lines, Parquet, CSV, or the built-in task.
+"""source: the user's data set -> rows. JSON lines, Parquet, CSV, the built-in task, or one of `datasets`.
 
 A mistake in the data is an error that names file and line; nothing is repaired and nothing is left out.
 """
@@ -9,30 +9,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grpo.artifacts.files import sha256_of
+from grpo.config import PromptsConfig
+from grpo.config.prompts import BUILT_IN
 from grpo.errors import DataError
 from grpo.generate.arithmetic import held_out_rows, training_rows
+from grpo.generate.dataset import dataset_rows, folder_digest
 
 _CSV_FIELD_CHARACTERS = 2**31 - 1
 Row = dict[str, Any]
-BUILT_IN = {"arithmetic": training_rows, "arithmetic_held_out": held_out_rows}
+_BUILT_IN_ROWS = dict(zip(BUILT_IN, (training_rows, held_out_rows), strict=True))
 
 
-def read_rows(source: str, folder: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for each row of `source`; place is `file:line`, for messages.
+def read_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) for each row of the source, a path from `folder`; place is `file:line` for messages.
 
     Raises DataError (exit 3) for a missing file, a bad line, or an unknown format.
     """
-    if source in BUILT_IN:
-        yield from ((f"{source}:{n}", dict(row)) for n, row in enumerate(BUILT_IN[source](), start=1))
+    if config.source in BUILT_IN:
+        rows = _BUILT_IN_ROWS[config.source]()
+        yield from ((f"{config.source}:{n}", dict(row)) for n, row in enumerate(rows, start=1))
         return
-    path = folder / source
+    path = folder / config.source
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:
-        known = ", ".join(readers)
-        raise DataError(f"prompts.source: {source}: expected `arithmetic` or a file ending in {known}")
+        if path.is_file():
+            known = ", ".join(readers)
+            raise DataError(f"prompts.source: {config.source}: expected a file ending in {known}")
+        yield from dataset_rows(config, folder)
+        return
     if not path.is_file():
         raise DataError(f"prompts.source: {path}: no such file")
     yield from readers[path.suffix](path)
+
+
+def source_digest(config: PromptsConfig, folder: Path) -> str | None:
+    """Digest of the content of a source on this disk, wherever it is; None: it is not on this disk.
+
+    Raises DataError (exit 3) where a file is missing.
+    """
+    path = folder / config.source
+    if config.source in BUILT_IN or not (config.is_file or path.exists()):
+        return None
+    if path.is_dir():
+        return folder_digest(path, config.split)
+    if not path.is_file():
+        raise DataError(f"prompts.source: {path}: no such file")
+    return sha256_of(path)
 
 
 def _text(path: Path) -> Iterator[tuple[int, str]]:
@@ -111,9 +134,21 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         names = file.schema_arrow.names
         if twice := [name for name in names if names.count(name) > 1]:
             raise DataError(f"{path}: two columns are named {twice[0]}; every column needs its own name")
+        _refuse_images(path, file.schema_arrow)
         for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8, say
         raise DataError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _refuse_images(path: Path, schema: Any) -> None:
+    """`datasets` writes an image, or a sound, as a struct of bytes and path."""
+    for field in schema:
+        kind = getattr(field.type, "value_type", field.type)  # of a list
+        if {"bytes", "path"} == {kind.field(number).name for number in range(kind.num_fields)}:
+            raise DataError(
+                f"{path}: column {field.name} holds images or other media (a struct of bytes and path), and"
+                " prompts are text only; remove the column"
+            )

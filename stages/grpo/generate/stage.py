@@ -13,6 +13,7 @@ from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
 from grpo.artifacts.files import sha256_of
 from grpo.config import GenerateConfig
 from grpo.errors import UsageError
+from grpo.generate.chat import chat_of
 from grpo.generate.engine import Engine
 from grpo.generate.engine_choice import choose_engine, default_dtype
 from grpo.generate.handover import Handover
@@ -156,7 +157,8 @@ def _work(run: Run, iteration: int, tool: Sampler, rounds: int) -> Work:
             f"generate {iteration}: {KEY} gives {chosen.by_query} prompts for {len(chosen.rows)} groups; the"
             " rest is drawn by a seeded permutation"
         )
-    draws = draws_of(tool.prompts.take(chosen.rows).to_pylist(), tool, chosen.by_query)
+    chat = chat_of(run.config.prompts, run.imports)
+    draws = draws_of(tool.prompts.take(chosen.rows).to_pylist(), tool, chat, chosen.by_query)
     return Work(
         table=OUTPUT,
         prefix="part",

@@ -1,0 +1,134 @@
+"""dataset: a data set of the library `datasets` -> rows: saved, in a folder it can load, or on the hub."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo.artifacts import digest, is_hub_id
+from grpo.artifacts.files import sha256_of
+from grpo.config import PromptsConfig
+from grpo.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SAVED, _SAVED_SPLITS = (
+    "state.json",
+    "dataset_dict.json",
+)  # what save_to_disk of one table and of several writes
+_ROWS_PER_BATCH = 1000
+
+
+def dataset_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of the configured split. Raises DataError (exit 3), UsageError (2) without `datasets`."""
+    data = _open(config, folder)
+    _refuse_media(config.source, dict(data.features))
+    number = 0
+    for batch in data.with_format("arrow").iter(_ROWS_PER_BATCH):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{config.source} ({config.split}): row {number}", row
+
+
+def folder_digest(path: Path, split: str) -> str:
+    """Digest of the content of a folder that holds a data set; the same whenever it was written.
+
+    Of what save_to_disk writes only the tables of the split count: what is beside them has a fingerprint that
+    is drawn anew. Of any other folder every file counts but hidden ones, as README.md may say what is read.
+    """
+    if _is_saved(path):
+        root = path / split if (path / _SAVED_SPLITS).is_file() else path
+        found = root.glob("*.arrow")
+    else:
+        root, found = path, path.rglob("*")
+    names = {file.relative_to(root): file for file in found if file.is_file()}
+    visible = {name: file for name, file in names.items() if not any(p.startswith(".") for p in name.parts)}
+    return digest([[name.as_posix(), sha256_of(visible[name])] for name in sorted(visible)])
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / _SAVED).is_file() or (path / _SAVED_SPLITS).is_file()
+
+
+def _open(config: PromptsConfig, folder: Path) -> "Dataset":
+    path, name = folder / config.source, config.source
+    on_hub = is_hub_id(name, folder)
+    if not on_hub and not path.is_dir():
+        raise DataError(
+            f"prompts.source: {path}: no such file or folder; expected `arithmetic`, a file ending in .jsonl,"
+            " .csv or .parquet, a folder with a data set, or owner/name of one on the hub"
+        )
+    if on_hub and Path(name).exists():  # which `datasets` would take
+        raise DataError(
+            f"prompts.source: {name}: is here, but not beside the configuration; give its path from {folder}"
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"prompts.source: {name}: needs the library `datasets`; pip install 'grpo-stages[data]'"
+        ) from None
+    with _loading(config):
+        if not on_hub and _is_saved(path):
+            return _split_of(config, datasets.load_from_disk(str(path)))
+        return datasets.load_dataset(
+            name if on_hub else str(path.absolute()), config.subset, split=config.split
+        )
+
+
+def _split_of(config: PromptsConfig, saved: Any) -> "Dataset":
+    """The configured split of what save_to_disk saved: several tables by name, or one without a name."""
+    if config.subset is not None:
+        raise ValueError("a saved data set has no subsets; leave prompts.subset out")
+    if not isinstance(saved, dict):
+        if config.split not in ("train", str(saved.split)):
+            raise ValueError(f"holds one table, not a split {config.split}; leave prompts.split out")
+        return saved
+    if config.split not in saved:
+        raise ValueError(f"has no split {config.split}; there are {', '.join(saved)} (prompts.split)")
+    return saved[config.split]
+
+
+@contextmanager
+def _loading(config: PromptsConfig) -> Iterator[None]:
+    """Bars only where a terminal is, and errors of the library as DataError (exit 3), one line."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    bars = not datasets.utils.are_progress_bars_disabled()
+    if bars and not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        what = f"{config.source} (subset {config.subset})" if config.subset else config.source
+        raise DataError(f"prompts.source: {what}: cannot be loaded: {reason}") from None
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _refuse_media(name: str, features: dict[str, Any]) -> None:
+    for column, feature in features.items():
+        if kind := _media_in(feature):
+            raise DataError(
+                f"prompts.source: {name}: column {column} holds media ({kind}), and prompts are text"
+                " only; name a data set of text, or save this one without the column (Dataset.remove_columns)"
+            )
+
+
+def _media_in(feature: Any) -> str:
+    """The type of a column that holds images, sound or the like, at any depth; empty: it does not."""
+    if isinstance(feature, dict):
+        inner = list(feature.values())
+    elif isinstance(feature, list | tuple):
+        inner = list(feature)
+    elif hasattr(feature, "feature"):
+        inner = [feature.feature]
+    else:  # what the library decodes when it is read: Image, Audio, Video, Pdf and what may come
+        return type(feature).__name__ if hasattr(feature, "decode_example") else ""
+    return next((kind for each in inner if (kind := _media_in(each))), "")
