@@ -13,14 +13,14 @@ STAGES = ("generate", "score", "advantage", "update")
 # A room may import rooms of lower rank only; the four stages are of one rank and never import one another.
 RANKS = (
     ("", "errors"),  # "": the package's own __init__, which holds the version
-    ("console",),
+    ("console", "selection"),
     ("tables", "config"),
     ("artifacts",),
     ("sql", "model", "logprobs", "attention"),
     ("probe", "head"),
     STAGES,
     ("runner", "starter", "evaluate"),
-    ("start", "status", "show", "collect"),
+    ("start", "status", "show", "collect", "compare"),
     ("fork", "remedy"),
     ("verify",),
     ("commands", "query", "doctor"),

@@ -17,6 +17,7 @@ from grpo.artifacts.run import (
     read_json,
     read_sealed,
     require_run,
+    run_names,
 )
 from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import (
@@ -65,6 +66,7 @@ __all__ = [
     "require_run",
     "require_space",
     "roll_forward",
+    "run_names",
     "seal",
     "staged_attempts",
     "staging_folders",

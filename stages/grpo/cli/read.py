@@ -60,3 +60,24 @@ def show(
         print_json(rows)
     else:
         show_module.print_rollouts(rows)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A reward, or a run; `reward` is the weighted sum.")],
+    b: Annotated[str, typer.Argument(help="The other.")],
+    config: ConfigOption = CONFIG,
+    run: Annotated[str, typer.Option("--run", help="Of two rewards: of this run.")] = "",
+    iteration: Annotated[str, typer.Option(help="3, 0-19 or all.")] = "all",
+    examples: Annotated[int, typer.Option(help="Of two rewards: groups to show.", min=0)] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Two rewards over the same rollouts, or two runs: where they agree, and where not."""
+    from grpo import compare as compare_module
+
+    subjects = compare_module.choose(a, b, run, lambda name: reading(name, config, []))
+    result = compare_module.describe(subjects, a, b, iteration, examples)
+    if as_json:
+        print_json(result)
+    else:
+        compare_module.print_comparison(result)

@@ -1,0 +1,145 @@
+"""compare.reward_page: what two rewards have in common, as a person reads it."""
+
+from typing import TYPE_CHECKING, Any
+
+from grpo.console import printable, sparkline, stdout_console, thinned
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_ROWS_SHOWN = 12
+_SPARKLINE_POINTS = 60
+
+
+def print_rewards(data: dict[str, Any]) -> None:
+    """Print the document of compare.rewards.describe. What a model wrote is shown as text, never as markup."""
+    from rich.text import Text
+
+    console, total = stdout_console(), data["overall"]
+    console.print(
+        Text.assemble(
+            (f"run {data['run']}: {data['a']} (A) against {data['b']} (B)", "bold"),
+            f"\n{total['rollouts']:,} rollouts in {total['groups']:,} groups {_iterations(data)}",
+            _left_out(data, total),
+        ),
+    )
+    console.print()
+    console.print(_summary(total, data["a"], data["b"]))
+    if len(data["iterations"]) > 1:
+        _print_curve(console, data["iterations"])
+    if data["examples"]:
+        console.print(Text("\nwhere they disagree most", "bold"))
+    for example in data["examples"]:
+        _print_example(console, data, example)
+
+
+def _iterations(data: dict[str, Any]) -> str:
+    numbers = [row["iteration"] for row in data["iterations"]]
+    return f"of iteration {numbers[0]}" if len(numbers) == 1 else f"of iterations {numbers[0]} to {numbers[-1]}"
+
+
+def _left_out(data: dict[str, Any], total: dict[str, Any]) -> str:
+    alone = data["rollouts"]["compared"] - total["rollouts"]
+    texts = [
+        f"{count:,} more {what}"
+        for count, what in (
+            (data["rollouts"]["without_both"], "have no value of one of them"),
+            (alone, "are alone in their group"),
+        )
+        if count
+    ]
+    return f" ({'; '.join(texts)})" if texts else ""
+
+
+def _summary(total: dict[str, Any], a: str, b: str) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for justify in ("left", "right", "right"):
+        table.add_column(justify=justify)  # type: ignore[arg-type]
+
+    def heading(text: str, *cells: str) -> None:
+        table.add_row(Text(text, "bold"), *(Text(cell, "dim") for cell in cells))
+
+    def share(text: str, count: int, of: int, style: str = "") -> None:
+        table.add_row(Text(f"  {text}", style), f"{count:,}", f"{count / of:.1%}")
+
+    heading("rank correlation, from -1 to 1", "overall", "in groups")
+    for name, text in (("spearman", "Spearman"), ("kendall", "Kendall's tau-b")):
+        table.add_row(f"  {text}", _number(total[name]), _number(total[f"{name}_in_groups"]))
+    heading("pairs of rollouts within a group", f"{total['pairs']:,}")
+    share("A and B order them alike", total["agreeing"], total["pairs"])
+    share("flipped: one way by A, the other by B", total["flipped"], total["pairs"], "yellow")
+    share(f"tied by {a} alone", total["tied_in_a"], total["pairs"])
+    share(f"tied by {b} alone", total["tied_in_b"], total["pairs"])
+    share("tied by both", total["tied_in_both"], total["pairs"])
+    heading("groups", f"{total['groups']:,}")
+    share("with signal in both", total["signal_in_both"], total["groups"])
+    share(f"that lose theirs with {b} for {a}", total["signal_lost"], total["groups"], "yellow")
+    share(f"that gain one with {b} for {a}", total["signal_gained"], total["groups"])
+    share("without signal in either", total["signal_in_none"], total["groups"])
+    heading("advantages, B's against A's", f"{total['rollouts']:,}")
+    share("of the other sign", total["sign_flips"], total["rollouts"], "yellow")
+    table.add_row("  mean |difference|", f"{total['advantage_difference']:.3f}", "")
+    return table
+
+
+def _print_curve(console: "Console", rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    columns = {
+        "Spearman": lambda row: row["spearman"],
+        "in groups": lambda row: row["spearman_in_groups"],
+        "flipped": lambda row: row["flipped"] / row["pairs"],
+        "tied in one": lambda row: (row["tied_in_a"] + row["tied_in_b"]) / row["pairs"],
+        "lose signal": lambda row: row["signal_lost"] / row["groups"],
+        "gain signal": lambda row: row["signal_gained"] / row["groups"],
+        "other sign": lambda row: row["sign_flips"] / row["rollouts"],
+        "|difference|": lambda row: row["advantage_difference"],
+    }
+    shares = {"flipped", "tied in one", "lose signal", "gain signal", "other sign"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("iteration", *columns):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in thinned(rows, _ROWS_SHOWN):
+        cells = [_share(of(row)) if name in shares else _number(of(row)) for name, of in columns.items()]
+        table.add_row(str(row["iteration"]), *cells)
+    console.print(table)
+    points = thinned(rows, _SPARKLINE_POINTS)
+    for name in ("in groups", "flipped", "|difference|"):
+        known = [columns[name](row) for row in points]
+        console.print(f"  {name:<12}  {sparkline(known)}", highlight=False)
+    if len(rows) > _ROWS_SHOWN:
+        console.print(f"{_ROWS_SHOWN} of {len(rows)} iterations shown; --json has all", style="dim")
+
+
+def _print_example(console: "Console", data: dict[str, Any], example: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    flipped = f"{example['flipped']} of {example['pairs']} pairs flipped"
+    console.print()
+    console.rule(
+        f"iteration {example['iteration']}  group {example['group_id']}   {flipped}", align="left", style="dim"
+    )
+    console.print(Text(printable(example["prompt"]).rstrip()))
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("sample", justify="right")
+    for name in ("a", "b"):
+        table.add_column(Text(printable(data[name])), justify="right")
+    table.add_column("response", overflow="fold")
+    for row in example["samples"]:
+        values = (f"{row[name]:+.3f}" for name in ("a", "b"))
+        table.add_row(str(row["sample_id"]), *values, Text(printable(row["response"])))
+    console.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"

@@ -1,0 +1,2 @@
+def print_runs(d):
+    print(d)
