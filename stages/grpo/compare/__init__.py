@@ -13,7 +13,8 @@ def describe(subjects: Subjects, a: str, b: str, wanted: str, num_examples: int)
 
     if subjects.kind == "rewards":
         return {"compared": "rewards", **rewards.describe(subjects.runs[0], a, b, wanted, num_examples)}
-    return {"compared": "runs", **runs.describe(*subjects.runs, wanted)}
+    one, other = subjects.runs
+    return {"compared": "runs", **runs.describe(one, other, wanted)}
 
 
 def print_comparison(data: dict[str, Any]) -> None:

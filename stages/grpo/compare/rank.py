@@ -21,7 +21,7 @@ def average_ranks(values: Numbers) -> Numbers:
 
 
 def spearman(a: Numbers, b: Numbers) -> float | None:
-    """Pearson's correlation of the average ranks, in [-1, 1]; null for fewer than two or a constant column."""
+    """Pearson's correlation of average ranks, in [-1, 1]; null for fewer than two or a constant one."""
     if _constant(a) or _constant(b):
         return None
     x, y = (ranks - ranks.mean() for ranks in (average_ranks(a), average_ranks(b)))

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 _ROWS_SHOWN = 12
 _SPARKLINE_POINTS = 60
+_SHARES = ("flipped", "tied in one", "lose signal", "gain signal", "other sign")
 
 
 def print_rewards(data: dict[str, Any]) -> None:
-    """Print the document of compare.rewards.describe. What a model wrote is shown as text, never as markup."""
+    """Print the document of compare.rewards.describe; what a model wrote as text, never as markup."""
     from rich.text import Text
 
     console, total = stdout_console(), data["overall"]
@@ -25,7 +26,7 @@ def print_rewards(data: dict[str, Any]) -> None:
         ),
     )
     console.print()
-    console.print(_summary(total, data["a"], data["b"]))
+    console.print(_summary(total))
     if len(data["iterations"]) > 1:
         _print_curve(console, data["iterations"])
     if data["examples"]:
@@ -36,7 +37,9 @@ def print_rewards(data: dict[str, Any]) -> None:
 
 def _iterations(data: dict[str, Any]) -> str:
     numbers = [row["iteration"] for row in data["iterations"]]
-    return f"of iteration {numbers[0]}" if len(numbers) == 1 else f"of iterations {numbers[0]} to {numbers[-1]}"
+    return (
+        f"of iteration {numbers[0]}" if len(numbers) == 1 else f"of iterations {numbers[0]} to {numbers[-1]}"
+    )
 
 
 def _left_out(data: dict[str, Any], total: dict[str, Any]) -> str:
@@ -52,13 +55,14 @@ def _left_out(data: dict[str, Any], total: dict[str, Any]) -> str:
     return f" ({'; '.join(texts)})" if texts else ""
 
 
-def _summary(total: dict[str, Any], a: str, b: str) -> "Table":
+def _summary(total: dict[str, Any]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, show_header=False)
-    for justify in ("left", "right", "right"):
-        table.add_column(justify=justify)  # type: ignore[arg-type]
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(justify="right")
 
     def heading(text: str, *cells: str) -> None:
         table.add_row(Text(text, "bold"), *(Text(cell, "dim") for cell in cells))
@@ -72,14 +76,14 @@ def _summary(total: dict[str, Any], a: str, b: str) -> "Table":
     heading("pairs of rollouts within a group", f"{total['pairs']:,}")
     share("A and B order them alike", total["agreeing"], total["pairs"])
     share("flipped: one way by A, the other by B", total["flipped"], total["pairs"], "yellow")
-    share(f"tied by {a} alone", total["tied_in_a"], total["pairs"])
-    share(f"tied by {b} alone", total["tied_in_b"], total["pairs"])
+    share("tied by A alone", total["tied_in_a"], total["pairs"])
+    share("tied by B alone", total["tied_in_b"], total["pairs"])
     share("tied by both", total["tied_in_both"], total["pairs"])
-    heading("groups", f"{total['groups']:,}")
-    share("with signal in both", total["signal_in_both"], total["groups"])
-    share(f"that lose theirs with {b} for {a}", total["signal_lost"], total["groups"], "yellow")
-    share(f"that gain one with {b} for {a}", total["signal_gained"], total["groups"])
-    share("without signal in either", total["signal_in_none"], total["groups"])
+    heading("groups with signal (rewards that differ)", f"{total['groups']:,}")
+    share("by both", total["signal_in_both"], total["groups"])
+    share("by A alone: lost with B in its place", total["signal_lost"], total["groups"], "yellow")
+    share("by B alone: gained with B in its place", total["signal_gained"], total["groups"])
+    share("by neither", total["signal_in_none"], total["groups"])
     heading("advantages, B's against A's", f"{total['rollouts']:,}")
     share("of the other sign", total["sign_flips"], total["rollouts"], "yellow")
     table.add_row("  mean |difference|", f"{total['advantage_difference']:.3f}", "")
@@ -87,33 +91,37 @@ def _summary(total: dict[str, Any], a: str, b: str) -> "Table":
 
 
 def _print_curve(console: "Console", rows: list[dict[str, Any]]) -> None:
+    """The same by iteration."""
     from rich import box
     from rich.table import Table
 
-    columns = {
-        "Spearman": lambda row: row["spearman"],
-        "in groups": lambda row: row["spearman_in_groups"],
-        "flipped": lambda row: row["flipped"] / row["pairs"],
-        "tied in one": lambda row: (row["tied_in_a"] + row["tied_in_b"]) / row["pairs"],
-        "lose signal": lambda row: row["signal_lost"] / row["groups"],
-        "gain signal": lambda row: row["signal_gained"] / row["groups"],
-        "other sign": lambda row: row["sign_flips"] / row["rollouts"],
-        "|difference|": lambda row: row["advantage_difference"],
-    }
-    shares = {"flipped", "tied in one", "lose signal", "gain signal", "other sign"}
+    curves = [_curve_point(row) for row in rows]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("iteration", *columns):
+    table.add_column("iteration", justify="right")
+    for name in curves[0]:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in thinned(rows, _ROWS_SHOWN):
-        cells = [_share(of(row)) if name in shares else _number(of(row)) for name, of in columns.items()]
+    for row, point in thinned(list(zip(rows, curves, strict=True)), _ROWS_SHOWN):
+        cells = [_share(value) if name in _SHARES else _number(value) for name, value in point.items()]
         table.add_row(str(row["iteration"]), *cells)
     console.print(table)
-    points = thinned(rows, _SPARKLINE_POINTS)
     for name in ("in groups", "flipped", "|difference|"):
-        known = [columns[name](row) for row in points]
-        console.print(f"  {name:<12}  {sparkline(known)}", highlight=False)
+        points = [point[name] for point in thinned(curves, _SPARKLINE_POINTS)]
+        console.print(f"  {name:<12}  {sparkline(points)}", highlight=False)
     if len(rows) > _ROWS_SHOWN:
         console.print(f"{_ROWS_SHOWN} of {len(rows)} iterations shown; --json has all", style="dim")
+
+
+def _curve_point(row: dict[str, Any]) -> dict[str, float | None]:
+    return {
+        "Spearman": row["spearman"],
+        "in groups": row["spearman_in_groups"],
+        "flipped": row["flipped"] / row["pairs"],
+        "tied in one": (row["tied_in_a"] + row["tied_in_b"]) / row["pairs"],
+        "lose signal": row["signal_lost"] / row["groups"],
+        "gain signal": row["signal_gained"] / row["groups"],
+        "other sign": row["sign_flips"] / row["rollouts"],
+        "|difference|": row["advantage_difference"],
+    }
 
 
 def _print_example(console: "Console", data: dict[str, Any], example: dict[str, Any]) -> None:
@@ -123,7 +131,9 @@ def _print_example(console: "Console", data: dict[str, Any], example: dict[str, 
     flipped = f"{example['flipped']} of {example['pairs']} pairs flipped"
     console.print()
     console.rule(
-        f"iteration {example['iteration']}  group {example['group_id']}   {flipped}", align="left", style="dim"
+        f"iteration {example['iteration']}  group {example['group_id']}   {flipped}",
+        align="left",
+        style="dim",
     )
     console.print(Text(printable(example["prompt"]).rstrip()))
     table = Table(box=None, header_style="dim", pad_edge=False)
@@ -141,5 +151,5 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _share(value: float) -> str:
-    return f"{value:.1%}"
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -24,7 +24,7 @@ def describe(run: Run, a: str, b: str, wanted: str, num_examples: int) -> dict[s
     both = found.drop_null()
     if not len(both):
         raise InputError(_nothing_to_compare(run, a, b, wanted, found))
-    groups, totals = _measured(run, both, run.config.advantage.epsilon)
+    groups, totals = measured(run, both, run.config.advantage.epsilon)
     rows = [{**row, **_overall(both, row["iteration"])} for row in totals.to_pylist()]
     if not rows:
         raise InputError(f"{a} {b}: no group of run {run.name} has two rollouts with both rewards")
@@ -54,8 +54,8 @@ def query(name: str) -> str:
     return Path(__file__).with_name(f"{name}.sql").read_text()
 
 
-def _measured(run: Run, both: pa.Table, epsilon: float) -> tuple[pa.Table, pa.Table]:
-    """The rows of groups.sql and totals.sql, over paired values in memory."""
+def measured(run: Run, both: pa.Table, epsilon: float) -> tuple[pa.Table, pa.Table]:
+    """The rows of groups.sql and totals.sql over `both`, rows of paired.sql without null."""
     with sql.connect([run], outputs=()) as connection:
         sql.register(connection, "paired", both)
         groups = sql.query(connection, query("groups"), {"epsilon": epsilon})
