@@ -1,5 +1,6 @@
 """console: what a person sees while something works. Everything goes to stderr; data goes to stdout."""
 
+import os
 import signal
 import sys
 import time
@@ -126,6 +127,21 @@ def stdout_console() -> "RichConsole":
     from rich.console import Console as RichConsole
 
     return RichConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+@contextmanager
+def paged(pager: bool) -> Iterator["RichConsole"]:
+    """Where tables are printed, as stdout_console; on a terminal through the user's pager, or less.
+
+    less stops only for what does not fit on the screen; q leaves it.
+    """
+    console = stdout_console()
+    if pager and sys.stdin.isatty() and sys.stdout.isatty():
+        os.environ.setdefault("LESS", "FRX")  # F: what fits is only printed; R: colours; X: it stays there
+        with console.pager(styles=True):
+            yield console
+    else:
+        yield console
 
 
 def sparkline(values: list[float | None], low: float | None = None, high: float | None = None) -> str:

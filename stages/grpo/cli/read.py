@@ -49,17 +49,30 @@ def show(
     config: ConfigOption = CONFIG,
     iteration: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
     where: Annotated[str | None, typer.Option(help="SQL condition over samples.")] = None,
-    groups: Annotated[int, typer.Option(help="How many prompts.", min=1)] = 3,
+    groups: Annotated[int, typer.Option(help="How many prompts a page has.", min=1)] = 3,
+    page: Annotated[int, typer.Option(help="Which page, from 1.", min=1)] = 1,
+    group: Annotated[int | None, typer.Option(help="This group alone.")] = None,
+    sample: Annotated[int | None, typer.Option(help="This sample of each group alone.")] = None,
+    sort: Annotated[
+        str, typer.Option(help="Largest first: reward, advantage, tokens, mismatch, spread, or a reward.")
+    ] = "",
+    reverse: Annotated[bool, typer.Option("--reverse", help="With --sort: smallest first.")] = False,
+    reward: Annotated[list[str], typer.Option(help="A reward to show by part; may be given again.")] = [],  # noqa: B006
+    side_by_side: Annotated[bool, typer.Option("--side-by-side", help="Responses in columns.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Shade tokens by their probability.")] = False,
+    against: Annotated[str, typer.Option(help="The same prompts at iteration 40, in a RUN, or RUN:40.")] = "",
+    prompt: Annotated[int | None, typer.Option(help="One prompt_id, over all iterations.")] = None,
+    no_pager: Annotated[bool, typer.Option("--no-pager", help="Print all at once.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read rollouts as a person: prompt, its K responses, rewards, advantages."""
+    """Read rollouts as a person: prompt, its K responses, rewards, advantages; one prompt over time."""
     from grpo import show as show_module
 
-    rows = show_module.fetch(reading(name, config, []), iteration, where, groups)
-    if as_json:
-        print_json(rows)
-    else:
-        show_module.print_rollouts(rows)
+    choice = show_module.Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
+    look = show_module.Look(reward, side_by_side, tokens, not no_pager, as_json)
+    show_module.show(
+        reading(name, config, []), choice, look, against, lambda other: reading(other, config, [])
+    )
 
 
 @app.command()
