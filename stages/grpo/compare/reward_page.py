@@ -128,13 +128,10 @@ def _print_example(console: "Console", data: dict[str, Any], example: dict[str, 
     from rich.table import Table
     from rich.text import Text
 
+    where = f"iteration {example['iteration']}  group {example['group_id']}"
     flipped = f"{example['flipped']} of {example['pairs']} pairs flipped"
     console.print()
-    console.rule(
-        f"iteration {example['iteration']}  group {example['group_id']}   {flipped}",
-        align="left",
-        style="dim",
-    )
+    console.rule(Text(f"{where}   {flipped}"), align="left", style="dim")
     console.print(Text(printable(example["prompt"]).rstrip()))
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("sample", justify="right")
@@ -143,7 +140,8 @@ def _print_example(console: "Console", data: dict[str, Any], example: dict[str, 
     table.add_column("response", overflow="fold")
     for row in example["samples"]:
         values = (f"{row[name]:+.3f}" for name in ("a", "b"))
-        table.add_row(str(row["sample_id"]), *values, Text(printable(row["response"])))
+        response = Text(printable(row["response"])) if row["response"] else Text("(empty)", "dim")
+        table.add_row(str(row["sample_id"]), *values, response)
     console.print(table)
 
 

@@ -32,11 +32,8 @@ def print_prompt(console: "Console", first: Row) -> None:
 
     mean, deviation = first["group_mean"], first["group_std"]
     spread = "" if mean is None else f"   reward {mean:.3f} ± {deviation or 0:.3f}"
-    console.rule(
-        f"iteration {first['iteration']}  group {first['group_id']}  prompt {first['prompt_id']}{spread}",
-        align="left",
-        style="dim",
-    )
+    where = f"iteration {first['iteration']}  group {first['group_id']}  prompt {first['prompt_id']}"
+    console.rule(Text(f"{where}{spread}"), align="left", style="dim")
     console.print(Text(printable(first["prompt"]).rstrip()), answer_of(first))
 
 

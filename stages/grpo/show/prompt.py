@@ -68,7 +68,7 @@ def print_pair(console: "Console", left: Draw, right: Draw) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console.rule(f"prompt {left[0]['prompt_id']}", align="left", style="dim")
+    console.rule(Text(f"prompt {left[0]['prompt_id']}"), align="left", style="dim")
     console.print(Text(printable(left[0]["prompt"]).rstrip()), answer_of(left[0]))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for draw, other in ((left, right), (right, left)):
@@ -120,10 +120,10 @@ def _title(draw: Draw, other: Draw) -> "Text":
 
     first = draw[0]
     run = f"{first['run']} " if first["run"] != other[0]["run"] else ""
-    mean = "" if first["group_mean"] is None else f"   reward {first['group_mean']:.3f}"
+    mean = "" if first["group_mean"] is None else f"  reward {first['group_mean']:.3f}"
     tokens = sum(row["response_tokens"] for row in draw) / len(draw)
     return Text.assemble(
-        (f"{run}iteration {first['iteration']}", "bold"), (f"{mean}   {tokens:.1f} tokens", "dim")
+        (f"{run}iteration {first['iteration']}", "bold"), (f"{mean}  {tokens:.1f} tokens", "dim")
     )
 
 

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 _TOKENIZER = "tokenizer.json"
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character yet
+_CHARACTER_BYTES = 4  # the longest character of UTF-8: what more tokens do not complete is none
 _LEAST_LIKELY = 5
-# Least probability -> background: the less likely, the warmer. Text stays readable on dark and on light.
+# Least probability -> background: the less likely, the warmer.
 SHADES = (
     (0.9, ""),
-    (0.5, "on grey30"),
-    (0.1, "on dark_goldenrod"),
-    (0.01, "on dark_orange3"),
-    (0.0, "on red3"),
+    (0.5, "white on grey30"),
+    (0.1, "black on dark_goldenrod"),
+    (0.01, "black on dark_orange3"),
+    (0.0, "white on red3"),
 )
 
 
@@ -60,7 +61,8 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     for end in range(1, len(ids) + 1):
         before = tokenizer.decode(ids[begin:read], skip_special_tokens=False)
         text = tokenizer.decode(ids[begin:end], skip_special_tokens=False)
-        whole = not text.endswith(_INCOMPLETE) or end == len(ids)
+        waiting = text.endswith(_INCOMPLETE) and end - read < _CHARACTER_BYTES
+        whole = not waiting or end == len(ids)
         texts.append(text[len(before) :] if whole else "")
         if whole:
             begin, read = read, end
@@ -91,7 +93,7 @@ def print_tokens(console: "Console", rows: list[Row]) -> None:
 def _legend() -> "Text":
     from rich.text import Text
 
-    text = Text("probability of a token when it was sampled: ", "dim")
+    text = Text("probability when sampled: ", "dim")
     above = ""
     for least, style in SHADES:
         text.append(f" {f'from {least:g}' if least else f'below {above}'} ", style).append(" ")
