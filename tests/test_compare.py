@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -309,3 +310,13 @@ def test_a_reward_that_an_iteration_does_not_have(finished: Path, grpo: Grpo) ->
     )
     data = json.loads(grpo("compare", "code", "length", "--json")[1])
     assert data["rollouts"] == {"compared": 6, "without_both": 6}
+
+
+def test_the_page_shows_what_is_printed(scored_twice: Path, grpo: Grpo) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text()
+    printed = grpo("compare", "code", "length", "--run", "tiny")[1]
+    summary = printed.split("rank correlation")[1].split(" iteration ")[0]
+    labels = [line.rsplit("  ", 2)[0].strip() for line in summary.splitlines()[1:] if line.strip()]
+    names = [re.split(r"  +", label)[0] for label in labels]
+    assert len(names) == 16
+    assert [name for name in names if name not in page] == []

@@ -31,19 +31,25 @@ def show(run: Run, choice: Choice, look: Look, against: str, opened: Callable[[s
 
     Raises UsageError (exit 2) for what is not there, or does not go together.
     """
-    over_time = choice.prompt is not None and choice.iteration is None
-    if against or over_time:
-        prompt.check_alone(choice, against)
-        if look.tokens or look.side_by_side:
-            raise UsageError(
-                "--tokens, --side-by-side: of one iteration; leave them out, or --against and --prompt"
-            )
     if against:
+        _refuse(choice, look, "--against", ("group", "sample"))
         _show_against(run, choice, look, against, opened)
     elif choice.prompt is not None and choice.iteration is None:
-        _show_over_time(run, choice, choice.prompt, look)
+        options = ("where", "group", "sample", "sort", "reverse", "groups", "page")
+        _refuse(choice, look, "--prompt without --iteration", options)
+        _show_over_time(run, choice.prompt, look)
     else:
         _show_groups(run, choice, look)
+
+
+def _refuse(choice: Choice, look: Look, what: str, options: tuple[str, ...]) -> None:
+    """Raise UsageError for an option that would change nothing of what is shown."""
+    given = [name for name in options if getattr(choice, name) != getattr(Choice(), name)]
+    given += [name for name in ("side_by_side", "tokens") if getattr(look, name)]
+    given += ["reward"] if look.rewards else []
+    if given:
+        option = given[0].replace("_", "-")
+        raise UsageError(f"--{option}: changes nothing of what {what} shows; leave one of them out")
 
 
 def _show_groups(run: Run, choice: Choice, look: Look) -> None:
@@ -87,7 +93,7 @@ def _show_against(run: Run, choice: Choice, look: Look, against: str, opened: Ca
         _print_footer(console, page)
 
 
-def _show_over_time(run: Run, choice: Choice, prompt_id: int, look: Look) -> None:
+def _show_over_time(run: Run, prompt_id: int, look: Look) -> None:
     draws = prompt.draws_of(run, prompt_id)
     if look.as_json:
         _print_json([row for draw in draws for row in draw])

@@ -76,7 +76,7 @@ def ordered(run: Run, iteration: int, choice: Choice) -> dict[int, list[int]]:
 
     Raises UsageError (exit 2) for a condition that DuckDB refuses, and for what nothing can be sorted by.
     """
-    _check_sort(run, iteration, choice.sort)
+    _check_sort(run, iteration, choice)
     statement = _MATCHING.format(where=choice.where or "true")
     found = sql.read([run], statement, {"prompt": choice.prompt}, iteration)
     matching = set(found["group_id"].to_pylist())
@@ -116,10 +116,12 @@ def rewards_of(run: Run, iteration: int) -> list[str]:
     return sorted(name.removeprefix("reward/") for name in manifest.ids) if manifest else []
 
 
-def _check_sort(run: Run, iteration: int, sort: str) -> None:
+def _check_sort(run: Run, iteration: int, choice: Choice) -> None:
     known = [*SORTS, *rewards_of(run, iteration)]
-    if sort and sort not in known:
-        raise UsageError(f"--sort {sort}: expected one of {', '.join(dict.fromkeys(known))}")
+    if choice.reverse and not choice.sort:
+        raise UsageError("--reverse: turns the order of --sort; give both")
+    if choice.sort and choice.sort not in known:
+        raise UsageError(f"--sort {choice.sort}: expected one of {', '.join(dict.fromkeys(known))}")
 
 
 def _not_there(rows: list[Row], name: str, noun: str, iteration: int) -> str:

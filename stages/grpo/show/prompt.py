@@ -8,7 +8,7 @@ from grpo import sql
 from grpo.artifacts import Run
 from grpo.console import printable, sparkline, thinned
 from grpo.errors import UsageError
-from grpo.show.choice import Choice, Row, query
+from grpo.show.choice import Row, query
 from grpo.show.groups import answer_of, number
 
 if TYPE_CHECKING:
@@ -120,10 +120,10 @@ def _title(draw: Draw, other: Draw) -> "Text":
 
     first = draw[0]
     run = f"{first['run']} " if first["run"] != other[0]["run"] else ""
-    mean = "" if first["group_mean"] is None else f"  reward {first['group_mean']:.3f}"
+    mean = "" if first["group_mean"] is None else f"reward {first['group_mean']:.3f}  "
     tokens = sum(row["response_tokens"] for row in draw) / len(draw)
     return Text.assemble(
-        (f"{run}iteration {first['iteration']}", "bold"), (f"{mean}  {tokens:.1f} tokens", "dim")
+        (f"{run}iteration {first['iteration']}", "bold"), (f"\n{mean}{tokens:.1f} tokens", "dim")
     )
 
 
@@ -168,11 +168,3 @@ def _colour(reward: float | None, span: Span) -> str:
     if span[0] == span[1]:
         return ""
     return {span[1]: "green", span[0]: "red"}.get(reward, "") if reward is not None else "dim"
-
-
-def check_alone(choice: Choice, against: str) -> None:
-    """Raise UsageError (exit 2) for options that read one group where two are read side by side."""
-    for name in ("group", "sample"):
-        if getattr(choice, name) is not None:
-            what = "--against" if against else "--prompt"
-            raise UsageError(f"--{name}: {what} shows whole groups of a prompt; leave one of them out")
