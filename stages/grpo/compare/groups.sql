@@ -43,10 +43,14 @@ both_advantages as (
         iteration,
         group_id,
         sample_id,
-        case when signal_a then (a - mean_a) / (deviation_a + $epsilon) else 0 end
-            as advantage_a,
-        case when signal_b then (b - mean_b) / (deviation_b + $epsilon) else 0 end
-            as advantage_b,
+        case
+            when signal_a then (a - mean_a) / (deviation_a + $epsilon)
+            else 0
+        end as advantage_a,
+        case
+            when signal_b then (b - mean_b) / (deviation_b + $epsilon)
+            else 0
+        end as advantage_b,
     from paired
     join group_statistics using (iteration, group_id)
 ),

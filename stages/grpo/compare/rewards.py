@@ -96,16 +96,14 @@ def _example(run: Run, both: pa.Table, group: dict[str, Any]) -> dict[str, Any]:
     key = {name: group[name] for name in ("iteration", "group_id")}
     texts = sql.read([run], query("texts"), {"group_id": key["group_id"]}, key["iteration"]).to_pylist()
     same = pc.and_(*(pc.equal(both[name], value) for name, value in key.items()))
-    values = {row["sample_id"]: (row["a"], row["b"]) for row in both.filter(same).to_pylist()}
+    responses = {row["sample_id"]: row["response"] for row in texts}
     members = [
-        {"sample_id": row["sample_id"], "response": row["response"], "a": a, "b": b}
-        for row in texts
-        if (row["sample_id"] in values)
-        for a, b in [values[row["sample_id"]]]
+        {"sample_id": row["sample_id"], "response": responses[row["sample_id"]], "a": row["a"], "b": row["b"]}
+        for row in both.filter(same).to_pylist()
     ]
     members.sort(key=lambda row: (-row["a"], -row["b"], row["sample_id"]))
-    prompt = texts[0]["prompt"] if texts else ""
-    return {**key, "pairs": group["pairs"], "flipped": group["flipped"], "prompt": prompt, "samples": members}
+    counts = {name: group[name] for name in ("pairs", "flipped")}
+    return {**key, **counts, "prompt": texts[0]["prompt"], "samples": members}
 
 
 def _nothing_to_compare(run: Run, a: str, b: str, wanted: str, found: pa.Table) -> str:
