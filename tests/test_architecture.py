@@ -13,7 +13,7 @@ STAGES = ("generate", "score", "advantage", "update")
 # A room may import rooms of lower rank only; the four stages are of one rank and never import one another.
 RANKS = (
     ("", "errors"),  # "": the package's own __init__, which holds the version
-    ("console",),
+    ("console", "ranges"),
     ("tables", "config"),
     ("artifacts",),
     ("sql", "model", "logprobs", "attention"),
@@ -21,7 +21,7 @@ RANKS = (
     STAGES,
     ("evaluate", "starter"),
     ("runner",),
-    ("start", "status", "show", "collect", "rewind", "query"),
+    ("start", "status", "show", "collect", "rewind", "query", "compare"),
     ("fork", "remedy", "track", "export", "init"),
     ("verify",),
     ("commands", "doctor"),

@@ -1,7 +1,6 @@
 """commands: what a command does once its run is open. The command line itself is in cli/."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from grpo.artifacts.files import remove_folder
 from grpo.config import flatten
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import evaluation, report
+from grpo.ranges import parse_range
 
 
 def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[str, Any]:
@@ -191,15 +191,11 @@ def _check_kept(opened: Run, stage: runner.Stage, before: Manifest) -> None:
 def _iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:
     """Iterations of `--iteration`: a number, a range, `all`, or the earliest that can be done and is not."""
     have = opened.iterations()
-    if wanted == "all":
-        return have
-    match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", wanted)
-    if wanted and not match:
-        raise UsageError(f"--iteration {wanted}: expected a number such as 3, a range such as 0-19, or all")
-    if match:
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise UsageError(f"--iteration {wanted}: ends before it begins; did you mean {last}-{first}?")
+    if wanted:
+        bounds = parse_range(wanted)
+        if bounds is None:
+            return have
+        first, last = bounds
         if last > (have[-1] + 1 if have else 0):
             raise UsageError(f"--iteration {wanted}: run {opened.name} has {_range(opened)}")
         return list(range(first, last + 1))

@@ -1,13 +1,14 @@
 """console: what a person sees while something works. Everything goes to stderr; data goes to stdout."""
 
 import json
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo.errors import Interrupted
 
@@ -18,6 +19,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 _MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
 _PLAIN_INTERVAL_S = 15.0  # without a terminal: a line now and then, so that a log stays readable
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 class Advance(Protocol):
@@ -143,6 +145,39 @@ def stdout_console() -> "RichConsole":
     from rich.console import Console as RichConsole
 
     return RichConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+@contextmanager
+def paged(pager: bool) -> Iterator["RichConsole"]:
+    """Where tables are printed, as stdout_console; on a terminal through the user's pager, or less.
+
+    less stops only for what does not fit on the screen; q leaves it.
+    """
+    console = stdout_console()
+    if pager and sys.stdin.isatty() and sys.stdout.isatty():
+        os.environ.setdefault("LESS", "FRX")  # F: what fits is only printed; R: colours; X: it stays there
+        with console.pager(styles=True):
+            yield console
+    else:
+        yield console
+
+
+def sparkline(values: list[float | None], low: float | None = None, high: float | None = None) -> str:
+    """A curve in one line of text, a space where a value is null; from `low` to `high`, or its own range."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    bottom = min(known) if low is None else low
+    top = max(known) if high is None else high
+    step = (top - bottom) / (len(_BARS) - 1) or 1.0
+    return "".join(" " if value is None else _BARS[round((value - bottom) / step)] for value in values)
+
+
+def thinned(rows: list[Any], count: int) -> list[Any]:
+    """At most `count` of `rows` at even distances, the first and the last among them."""
+    if len(rows) <= count:
+        return rows
+    return [rows[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
 
 
 def printable(text: str) -> str:

@@ -24,6 +24,7 @@ from grpo.artifacts.run import (
     read_json,
     read_sealed,
     require_run,
+    run_names,
 )
 from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import (
@@ -78,6 +79,7 @@ __all__ = [
     "require_space",
     "roll_forward",
     "rounds_in",
+    "run_names",
     "seal",
     "staged_attempts",
     "staging_folders",

@@ -315,8 +315,13 @@ def require_run(name: str, root: Path = ARTIFACTS) -> Path:
     """The `run.json` of an existing run. Raises UsageError (exit 2) naming the runs that are there."""
     path = root / name / "run.json"
     if Path(name).name != name or not path.exists():
-        found = (path.parent.name for path in root.glob("*/run.json"))
-        known = sorted(name for name in found if not name.startswith("."))  # a dot: a fork that was killed
+        known = run_names(root)
         there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
         raise UsageError(f"{root / name}: no such run; {there}")
     return path
+
+
+def run_names(root: Path = ARTIFACTS) -> list[str]:
+    """Names of the runs that are there."""
+    found = (path.parent.name for path in root.glob("*/run.json"))
+    return sorted(name for name in found if not name.startswith("."))  # a dot: a fork that was killed

@@ -49,14 +49,48 @@ def show(
     config: ConfigOption = CONFIG,
     iteration: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
     where: Annotated[str | None, typer.Option(help="SQL condition over samples.")] = None,
-    groups: Annotated[int, typer.Option(help="How many prompts.", min=1)] = 3,
+    groups: Annotated[int, typer.Option(help="How many prompts a page has.", min=1)] = 3,
+    page: Annotated[int, typer.Option(help="Which page, from 1.", min=1)] = 1,
+    group: Annotated[int | None, typer.Option(help="This group alone.")] = None,
+    sample: Annotated[int | None, typer.Option(help="This sample of each group alone.")] = None,
+    sort: Annotated[
+        str, typer.Option(help="Largest first: reward, advantage, tokens, mismatch, spread, or a reward.")
+    ] = "",
+    reverse: Annotated[bool, typer.Option("--reverse", help="With --sort: smallest first.")] = False,
+    reward: Annotated[list[str], typer.Option(help="A reward to show by part; may be given again.")] = [],  # noqa: B006
+    side_by_side: Annotated[bool, typer.Option("--side-by-side", help="Responses in columns.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Shade tokens by their probability.")] = False,
+    against: Annotated[str, typer.Option(help="The same prompts at iteration 40, in a RUN, or RUN:40.")] = "",
+    prompt: Annotated[int | None, typer.Option(help="One prompt_id, over all iterations.")] = None,
+    no_pager: Annotated[bool, typer.Option("--no-pager", help="Print all at once.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read rollouts as a person: prompt, its K responses, rewards, advantages."""
+    """Read rollouts as a person: prompt, its K responses, rewards, advantages; one prompt over time."""
     from grpo import show as show_module
 
-    rows = show_module.fetch(reading(name, config, []), iteration, where, groups)
+    choice = show_module.Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
+    look = show_module.Look(reward, side_by_side, tokens, not no_pager, as_json)
+    show_module.show(
+        reading(name, config, []), choice, look, against, lambda other: reading(other, config, [])
+    )
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A reward, or a run; `reward` is the weighted sum.")],
+    b: Annotated[str, typer.Argument(help="The other.")],
+    config: ConfigOption = CONFIG,
+    run: Annotated[str, typer.Option("--run", help="Of two rewards: of this run.")] = "",
+    iteration: Annotated[str, typer.Option(help="3, 0-19 or all.")] = "all",
+    examples: Annotated[int, typer.Option(help="Of two rewards: groups to show.", min=0)] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Two rewards over the same rollouts, or two runs: where they agree, and where not."""
+    from grpo import compare as compare_module
+
+    subjects = compare_module.choose(a, b, run, lambda name: reading(name, config, []))
+    result = compare_module.describe(subjects, a, b, iteration, examples)
     if as_json:
-        print_json(rows)
+        print_json(result)
     else:
-        show_module.print_rollouts(rows)
+        compare_module.print_comparison(result)

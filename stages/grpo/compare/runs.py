@@ -1,0 +1,134 @@
+"""compare.runs: two runs -> where they part, what is configured otherwise, their curves and last numbers."""
+
+from itertools import groupby
+from typing import Any
+
+from grpo import sql
+from grpo.artifacts import STAGE_OUTPUTS, Run, created_config
+from grpo.compare.difference import Group, difference
+from grpo.compare.rewards import query
+from grpo.config import differing_keys, flatten
+from grpo.errors import UsageError
+from grpo.ranges import parse_range
+
+# Each gives (run, iteration, name, value), the curve `name` of a run: one more curve is one more query.
+CURVES = ("curves", "reward_curves", "eval_curves")
+LAST = 5  # iterations whose groups make the last numbers: one alone has few
+_ORDER = (
+    *("reward", "rewards", "evaluation", "kl", "entropy", "length", "truncated", "groups_with_signal"),
+    *("rollouts_spent", "tokens_spent", "seconds"),
+)
+_EVERY = 2**31 - 1  # above any iteration
+_PART_OF = {"prompts": "prompts.source", "policy": "model", "reference": "update.reference"}
+
+
+def describe(a: Run, b: Run, wanted: str) -> dict[str, Any]:
+    """Everything `grpo compare A B` shows of two runs, as plain data; b - a in every difference.
+
+    `wanted`: 3, 0-19 or all iterations. Raises UsageError (exit 2) when they have no iteration of these in
+    common.
+    """
+    have = {run.name: _sampled(run) for run in (a, b)}
+    common = sorted({*have[a.name]} & {*have[b.name]})
+    first, last = parse_range(wanted) or (0, _EVERY)
+    chosen = [number for number in common if first <= number <= last]
+    if not chosen:
+        ranges = ", ".join(f"{name} of {_range(numbers)}" for name, numbers in have.items())
+        raise UsageError(f"--iteration {wanted}: the runs have none of it in common; rollouts: {ranges}")
+    parted = parted_at(a, b)
+    return {
+        "a": a.name,
+        "b": b.name,
+        "common_iterations": common,
+        "parted": parted,
+        "shared_iterations": _shared(parted, common),
+        "configuration": _configuration(a, b),
+        "curves": _curves(a, b, first, last),
+        "last": {"first": chosen[-LAST:][0], "last": chosen[-1], "numbers": _last(a, b, chosen[-LAST:])},
+    }
+
+
+def parted_at(a: Run, b: Run) -> dict[str, dict[str, Any] | None]:
+    """Of each output the first iteration in which the ids of what it holds differ, and which; else null."""
+    return {output: _first_difference(a, b, output) for output in STAGE_OUTPUTS}
+
+
+def _first_difference(a: Run, b: Run, output: str) -> dict[str, Any] | None:
+    for iteration in sorted({*a.iterations(), *b.iterations()}):
+        manifests = [run.manifest(output, iteration) for run in (a, b)]
+        if None in manifests:
+            return None  # one goes on where the other has ended: until there they are the same
+        ids_a, ids_b = (manifest.ids for manifest in manifests if manifest is not None)
+        if ids_a != ids_b:
+            names = sorted({*ids_a, *ids_b})
+            return {"iteration": iteration, "what": [n for n in names if ids_a.get(n) != ids_b.get(n)]}
+    return None
+
+
+def _shared(parted: dict[str, dict[str, Any] | None], common: list[int]) -> int:
+    """Iterations from the first on of which every output is the same in both."""
+    first = min((found["iteration"] for found in parted.values() if found), default=len(common))
+    return sum(1 for number in common if number < first)
+
+
+def _configuration(a: Run, b: Run) -> list[str]:
+    """What differs: keys of run.json, and the content of what has the same name."""
+    before, after = (flatten(created_config(run.name, run.root).model_dump()) for run in (a, b))
+    texts = differing_keys({**before, "run": ""}, {**after, "run": ""})
+    for output in ("prompts", "policy"):
+        ids = [
+            manifest.ids if manifest else {} for manifest in (run.manifest(output, None) for run in (a, b))
+        ]
+        texts += [
+            f"{_PART_OF[name]}: its content differs"
+            for name in sorted(ids[0].keys() & ids[1].keys())
+            if ids[0][name] != ids[1][name]
+        ]
+    return texts
+
+
+def _curves(a: Run, b: Run, first: int, last: int) -> list[dict[str, Any]]:
+    """Each curve by iteration in both runs; a reward that one of them does not have is left out."""
+    statement = " union all ".join(f"({query(name)})" for name in CURVES)
+    rows = sql.read([a, b], statement).to_pylist()
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if first <= row["iteration"] <= last:
+            of_run = found.setdefault(row["name"], {}).setdefault(row["run"], {})
+            of_run[row["iteration"]] = row["value"]
+    curves = []
+    for name, by_run in found.items():
+        if len(by_run) == 2:
+            numbers = sorted({number for values in by_run.values() for number in values})
+            points = [
+                {"iteration": n, "a": by_run[a.name].get(n), "b": by_run[b.name].get(n)} for n in numbers
+            ]
+            curves.append({"name": name, "points": points})
+    return sorted(curves, key=lambda curve: _place(curve["name"]))
+
+
+def _last(a: Run, b: Run, chosen: list[int]) -> list[dict[str, Any]]:
+    """The means of the last iterations in common, and how far they are apart."""
+    rows = sql.read([a, b], query("last_groups"), {"first": chosen[0], "last": chosen[-1]}).to_pylist()
+    numbers = []
+    for name, members in groupby(rows, key=lambda row: row["name"]):
+        by_run: dict[str, dict[Group, float]] = {a.name: {}, b.name: {}}
+        for row in members:
+            by_run[row["run"]][row["iteration"], row["group_id"], row["prompt_id"]] = row["value"]
+        if all(by_run.values()):
+            numbers.append({"name": name, **difference(by_run[a.name], by_run[b.name])})
+    return sorted(numbers, key=lambda number: _place(number["name"]))
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Rewards first, by part; then what training did; what it cost last."""
+    group = name.partition(".")[0]
+    return (_ORDER.index(group) if group in _ORDER else len(_ORDER), name)
+
+
+def _sampled(run: Run) -> list[int]:
+    return [number for number in run.iterations() if run.manifest("rollouts", number)]
+
+
+def _range(numbers: list[int]) -> str:
+    return f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
