@@ -3,14 +3,32 @@
 -- Of two tables it is asked where an iteration has both: one may have been set aside.
 with
 
-rollouts_twice as (
-    select count(*) - count(distinct (iteration, group_id, sample_id)) as rows
+-- Held-out rollouts and their rewards are of the same shape as those of training.
+sampled as (
+    select 'rollouts' as place, *
     from rollouts
+    union all by name
+    select 'eval_rollouts' as place, *
+    from eval_rollouts
+),
+
+scored as (
+    select 'rollouts' as place, *
+    from rewards
+    union all by name
+    select 'eval_rollouts' as place, *
+    from eval_rewards
+),
+
+rollouts_twice as (
+    select
+        count(*) - count(distinct (place, iteration, group_id, sample_id)) as rows
+    from sampled
 ),
 
 ragged as (
     select count(*) as rows
-    from rollouts
+    from sampled
     where
         response_tokens != len(response_token_ids)
         or response_tokens != len(old_logprobs)
@@ -19,7 +37,7 @@ ragged as (
 
 wrong_logprobs as (
     select count(*) as rows
-    from rollouts
+    from sampled
     where
         len(list_filter(
             old_logprobs,
@@ -31,43 +49,52 @@ samples_missing as (
     select count(*) as rows
     from (
         select max(sample_id) + 1 - count(*) as missing
-        from rollouts
-        group by iteration, group_id
+        from sampled
+        group by place, iteration, group_id
     )
     where missing != 0
 ),
 
 rewards_twice as (
-    select count(*) - count(distinct (iteration, group_id, sample_id, name)) as rows
-    from rewards
+    select
+        count(*)
+        - count(distinct (place, iteration, group_id, sample_id, name)) as rows
+    from scored
 ),
 
 rewards_of_nothing as (
     select count(*) as rows
-    from rewards
-    semi join (select distinct iteration from rollouts) using (iteration)
-    anti join rollouts using (iteration, group_id, sample_id)
+    from scored
+    semi join (select distinct place, iteration from sampled)
+        using (place, iteration)
+    anti join sampled using (place, iteration, group_id, sample_id)
 ),
 
 values_without_ok as (
     select count(*) as rows
-    from rewards
+    from scored
     where (status = 'ok') != (value is not null)
 ),
 
 unscored_without_row as (
     select count(*) as rows
     from (
-        select iteration, name, count(*) as scored
-        from rewards
-        group by iteration, name
+        select place, iteration, name, count(*) as scored
+        from scored
+        group by place, iteration, name
     )
     join (
-        select iteration, count(*) as sampled
-        from rollouts
-        group by iteration
-    ) using (iteration)
+        select place, iteration, count(*) as sampled
+        from sampled
+        group by place, iteration
+    ) using (place, iteration)
     where scored != sampled
+),
+
+measured_otherwise as (
+    select count(*) as rows
+    from eval_rollouts
+    where policy_iteration != iteration
 ),
 
 advantages_not_of_rollouts as (
@@ -146,6 +173,9 @@ final as (
     union all
     select 'rewards: not one row per rollout and reward', rows
     from unscored_without_row
+    union all
+    select 'eval_rollouts: sampled by another policy than measured', rows
+    from measured_otherwise
     union all
     select 'advantages: not one row per rollout', rows
     from advantages_not_of_rollouts
