@@ -74,12 +74,12 @@ def _table(model: type[BaseModel], prefix: str, sections: bool = True) -> list[s
     for name, field in model.model_fields.items():
         inner = _model(field)
         key = f"{prefix}.{name}" if prefix else name
-        if inner is not None and not sections:
+        if inner is not None and not sections and field.default is not None:
             continue
         if inner is None or field.default is None:  # a section that may be null is a key of its own too
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
             rows.append(f"| `{key}` | {_type(field)} | {_default(field)} | {meaning} |")
-        if inner is not None:
+        if inner is not None and sections:
             many = get_origin(field.annotation) is list
             rows += _table(inner, f"{key}[]" if many else key)[2:]
     return rows
