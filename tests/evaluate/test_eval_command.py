@@ -84,6 +84,14 @@ def test_a_killed_one_is_gone_on_with(measured_project: Path, grpo: Grpo) -> Non
     assert not folder.exists()
 
 
+def test_a_reward_that_cannot_do_with_the_prompts_is_found_before_they_are_sampled(
+    measured: Path, grpo: Grpo
+) -> None:
+    Path("reward.py").write_text("def code(prompts, completions, level):\n    return [1.0]\n")
+    code, _, err = grpo("eval", "--force")
+    assert (code, "level" in err, "engine:" in err) == (2, True, False), err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

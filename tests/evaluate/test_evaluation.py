@@ -154,7 +154,7 @@ def responses(checkpoint: Path) -> list[str]:
                 ids.shape[1] == start or ids[0, -1] != tokenizer.eos_token_id
             ):
                 ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-        found.append(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+        found.append(str(tokenizer.decode(ids[0, start:], skip_special_tokens=True)))
     return found
 
 

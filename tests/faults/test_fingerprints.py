@@ -154,6 +154,7 @@ def test_exactly_the_expected_stages_differ(measured: Path, grpo: Grpo, key: str
         code, _, err = grpo("run", *options)
         assert (code, FIXED in err) == (4, True), err
         return
+    assert isinstance(expected, set)
     code, out, err = grpo("status", "--json", *options)
     assert code == 0, err
     for row in json.loads(out)["iterations"]:
