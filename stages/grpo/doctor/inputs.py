@@ -8,7 +8,7 @@ from grpo.config import RewardConfig
 from grpo.doctor.check import Check, failed
 from grpo.doctor.checkpoint import Checkpoint, find
 from grpo.errors import DataError, GrpoError
-from grpo.generate.prompts import encode, normalised, source_is_gone
+from grpo.generate.prompts import OUTPUT, config_of, encode, normalised, source_is_gone
 from grpo.generate.source import Row
 from grpo.score.functions import FunctionPool
 from grpo.score.stage import spec_of
@@ -16,19 +16,21 @@ from grpo.score.stage import spec_of
 NUM_ROWS = 1000  # read of the source; a run reads and checks all
 
 
-def check_prompts(run: Run, policy: Checkpoint) -> tuple[Check, list[Row]]:
-    """The source's first rows, with their length in tokens where the tokenizer is there."""
-    name = run.config.prompts.source
+def check_prompts(run: Run, policy: Checkpoint, output: str = OUTPUT) -> tuple[Check, list[Row]]:
+    """The first rows of prompts, or held-out ones, with their length where the tokenizer is there."""
+    name, what = config_of(run, output).source, "prompts" if output == OUTPUT else "held-out prompts"
     needed = "prompts" if policy.folder is None else "prompts that leave room for max_new_tokens"
     try:
-        rows = _first_rows(run)
+        rows = _first_rows(run, output)
         if not rows:
             raise DataError(f"prompts.source: {name}: holds no prompt")
-        length = "" if policy.folder is None else f", the longest {_longest(run, rows, policy)} tokens"
+        length = (
+            "" if policy.folder is None else f", the longest {_longest(run, rows, policy, output)} tokens"
+        )
     except GrpoError as error:
-        return failed("prompts", name, needed, error), []
+        return failed(what, name, needed, error), []
     more = "first " if len(rows) == NUM_ROWS else ""
-    return Check("prompts", f"{name}: {more}{len(rows):,} rows{length}", needed), rows
+    return Check(what, f"{name}: {more}{len(rows):,} rows{length}", needed), rows
 
 
 def check_rewards(run: Run, rows: list[Row], fetch: bool) -> list[Check]:
@@ -68,25 +70,27 @@ def _check_model(run: Run, reward: RewardConfig, fetch: bool) -> Check:
     return Check(name, f"{reward.model}, {(found.parameters or 0) / 1e6:,.1f}M parameters", needed)
 
 
-def _first_rows(run: Run) -> list[Row]:
-    if source_is_gone(run) and run.manifest("prompts", None) is not None:
-        rows: list[Row] = run.read("prompts", None).slice(0, NUM_ROWS).to_pylist()
+def _first_rows(run: Run, output: str) -> list[Row]:
+    if source_is_gone(run, output) and run.manifest(output, None) is not None:
+        rows: list[Row] = run.read(output, None).slice(0, NUM_ROWS).to_pylist()
         return rows
-    return [row for _, row in islice(normalised(run), NUM_ROWS)]
+    return [row for _, row in islice(normalised(run, output), NUM_ROWS)]
 
 
-def _longest(run: Run, rows: list[Row], policy: Checkpoint) -> int:
+def _longest(run: Run, rows: list[Row], policy: Checkpoint, output: str) -> int:
     """Tokens of the longest prompt. Raises DataError where a run would refuse it."""
     from grpo.model import context_length, load_config, load_tokenizer
 
     assert policy.folder is not None
     lengths = [len(ids) for ids in encode(rows, load_tokenizer(policy.folder))[1]]
     context = context_length(load_config(policy.folder))
-    room = None if context is None else context - run.config.generate.max_new_tokens
+    given = run.config.evaluate.max_new_tokens if run.config.evaluate and output != OUTPUT else None
+    room = None if context is None else context - (given or run.config.generate.max_new_tokens)
+    source, on_long_prompt = config_of(run, output).source, config_of(run, output).on_long_prompt
     fitting = [length for length in lengths if room is None or length <= room]
-    if not fitting or (len(fitting) < len(lengths) and run.config.prompts.on_long_prompt == "error"):
+    if not fitting or (len(fitting) < len(lengths) and on_long_prompt == "error"):
         raise DataError(
-            f"prompts.source: {run.config.prompts.source}: a prompt of {max(lengths)} tokens, but the context"
+            f"prompts.source: {source}: a prompt of {max(lengths)} tokens, but the context"
             f" leaves room for {room} beside max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"
         )
     return max(fitting)
