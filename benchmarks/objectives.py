@@ -47,7 +47,13 @@ def _run(folder: Path, objective: str) -> tuple[list[float], dict[str, float]]:
     settings = (f"update.objective={objective}", f"iterations={ITERATIONS}", "generate.engine=transformers")
     result = _json(folder, "run", "--json", *(part for setting in settings for part in ("--set", setting)))
     rewards = [row["reward"] for row in _json(folder, "sql", "--json", REWARDS)]
-    return rewards, result["held_out_accuracy"]
+    return rewards, _held_out(result)
+
+
+def _held_out(result: dict[str, Any]) -> dict[str, float]:
+    """Accuracy of the starting policy and of the last one, as `grpo run --json` has it."""
+    first, *_, last = (row["pass_at"]["1"] for row in result["evaluations"])
+    return {"before": first, "after": last}
 
 
 def _json(folder: Path, *arguments: str) -> Any:

@@ -55,7 +55,13 @@ def _run(folder: Path, settings: list[str]) -> tuple[list[dict[str, Any]], dict[
     overrides = [part for setting in settings for part in ("--set", setting)]
     result = _json(folder, "run", "--json", *overrides)
     curve: list[dict[str, Any]] = _json(folder, "sql", "--json", CURVE)
-    return curve, result["held_out_accuracy"]
+    return curve, _held_out(result)
+
+
+def _held_out(result: dict[str, Any]) -> dict[str, float]:
+    """Accuracy of the starting policy and of the last one, as `grpo run --json` has it."""
+    first, *_, last = (row["pass_at"]["1"] for row in result["evaluations"])
+    return {"before": first, "after": last}
 
 
 def _json(folder: Path, *arguments: str) -> Any:

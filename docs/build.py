@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from grpo.config import Config
 from grpo.config.update import OBJECTIVES
-from grpo.tables import TABLES
+from grpo.tables import TABLES, WITH_OWN_COLUMNS
 
 HERE = Path(__file__).parent
 
@@ -48,17 +48,23 @@ def tables() -> str:
         "Every column of every table. Written by `docs/build.py` from the code; do not edit.",
         "",
         "The key of the tables of rollouts is (`iteration`, `group_id`, `sample_id`). `grpo sql` shows each table",
-        "over all iterations with a column `run` before the others, and three views more:",
+        "over all iterations with a column `run` before the others, and these views more:",
         "",
         "- `samples`: one row per rollout: its scalars, `answer`, `rewards` as map(name, value), the columns of",
         "  `advantages`, and `mismatch`.",
+        "- `eval_samples`: one row per rollout of an evaluation: its scalars, `answer` (where `eval_prompts` are still",
+        "  those it was made with), `rewards`, their weighted sum `reward`, and whether it `passed`.",
+        "- `evals`: one row per policy measured: `prompts`, `samples`, `unscored` (responses without the reward that",
+        "  says whether they pass), `pass_at`, `pass_at_low`, `pass_at_high` (maps from k, such as `pass_at[1]`), `reward`,",
+        "  `reward_low`, `reward_high`, `rewards` as map(name, mean), `response_tokens` and `truncated`",
+        "  ([evaluation.md](evaluation.md)).",
         "- `timings`: seconds by `iteration`, `stage` and `part`.",
         "- `manifests`: one row per committed output, with what it read and the configuration it was made with.",
     ]
     for name, columns in TABLES.items():
         lines += ["", f"## {name}", "", "| column | type | meaning |", "|---|---|---|"]
         lines += [f"| `{column}` | `{data_type}` | {text} |" for column, (data_type, text) in columns.items()]
-        if name == "prompts":
+        if name in WITH_OWN_COLUMNS:
             lines.append("| any other | as in the source | the data set's own columns, untouched |")
     return "\n".join([*lines, ""])
 
@@ -68,12 +74,12 @@ def _table(model: type[BaseModel], prefix: str, sections: bool = True) -> list[s
     for name, field in model.model_fields.items():
         inner = _model(field)
         key = f"{prefix}.{name}" if prefix else name
-        if inner is not None and not sections:
+        if inner is not None and not sections and field.default is not None:
             continue
         if inner is None or field.default is None:  # a section that may be null is a key of its own too
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
             rows.append(f"| `{key}` | {_type(field)} | {_default(field)} | {meaning} |")
-        if inner is not None:
+        if inner is not None and sections:
             many = get_origin(field.annotation) is list
             rows += _table(inner, f"{key}[]" if many else key)[2:]
     return rows

@@ -41,6 +41,15 @@ def length(prompts, completions, **columns):
     return [float(len(text)) for text in completions]
 """
 PROMPTS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(6)]
+# Four held-out prompts of three responses each; the reward above is a whole number from 0 to 6.
+EVALUATE = """\
+evaluate:
+  prompts: {source: held_out.jsonl}
+  every: 1
+  samples_per_prompt: 3
+  pass_threshold: 3.0
+"""
+HELD_OUT = [{"prompt": f"{n}+2=", "answer": str(n + 2)} for n in range(4)]
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +166,52 @@ def complete(
         patch.chdir(folder)
         code, _, err = grpo("run")
     assert code == 0, err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_measured_project(write_project: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    """The same with `evaluate`."""
+
+    def write(folder: Path) -> Path:
+        write_project(folder)
+        with (folder / "pipeline.yaml").open("a") as file:
+            file.write(EVALUATE)
+        (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HELD_OUT))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def complete_and_measured(
+    write_measured_project: Callable[[Path], Path], grpo: Grpo, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A project whose two iterations are done and whose policies 0, 1 and 2 are measured; read it only."""
+    folder = write_measured_project(tmp_path_factory.mktemp("measured") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, _, err = grpo("run")
+    assert code == 0, err
+    return folder
+
+
+@pytest.fixture
+def measured_project(
+    write_measured_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A project with `evaluate` of one's own, not begun; the test runs in it."""
+    folder = write_measured_project(tmp_path / "project")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def measured(complete_and_measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a project whose policies 0, 1 and 2 are measured; the test runs in it."""
+    folder = tmp_path / "project"
+    shutil.copytree(complete_and_measured, folder)
+    monkeypatch.chdir(folder)
     return folder
 
 

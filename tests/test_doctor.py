@@ -358,6 +358,15 @@ def test_prompts_that_cannot_be_used(project: Path, grpo: Grpo) -> None:
     assert "a prompt of 4 tokens, but the context leaves room for 3" in checks["prompts"]["note"]
 
 
+def test_held_out_prompts_are_looked_at_too(measured_project: Path, grpo: Grpo) -> None:
+    code, checks, _ = doctor(grpo)
+    assert (code, list(checks)[-3:]) == (0, ["prompts", "held-out prompts", "reward code"])
+    assert checks["held-out prompts"]["found"] == "held_out.jsonl: 4 rows, the longest 4 tokens"
+    code, checks, _ = doctor(grpo, "--set", "evaluate.max_new_tokens=62")  # of the model's 64 positions
+    assert (code, list(problems(checks))) == (3, ["held-out prompts"])
+    assert "leaves room for 2 beside max_new_tokens" in problems(checks)["held-out prompts"]
+
+
 def test_prompts_that_are_gone_are_in_the_run(finished: Path, grpo: Grpo) -> None:
     Path("prompts.jsonl").unlink()
     code, checks, _ = doctor(grpo)

@@ -155,7 +155,7 @@ def test_stage_commands_give_the_bytes_of_run(project: Path, complete: Path, grp
 
 def test_until_stops_early_and_a_later_run_goes_on(project: Path, complete: Path, grpo: Grpo) -> None:
     code, out, _ = grpo("run", "--until", "1", "--json")
-    assert (code, json.loads(out)) == (0, {"run": "tiny", "iterations": 1, "worked": 1})
+    assert (code, json.loads(out)) == (0, {"run": "tiny", "iterations": 1, "worked": 1, "evaluations": []})
     assert states(grpo) == DONE[:1]
     assert json.loads(grpo("run", "--json")[1])["worked"] == 1
     assert digests() == digests(complete / ARTIFACTS)
@@ -722,6 +722,40 @@ def test_the_tool_of_the_stage_before_leaves_when_the_next_one_starts(project: P
         assert happened[3:] == ["release tool of two", "open three", "release tool of three"]
         del happened[:]
     assert happened == ["close three", "close two", "close one"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        # A reward model takes the place of the engine on the accelerator; functions need none.
+        (False, ["open generate", "release generate", "open score", "release score"]),
+        (True, ["open generate", "open score"]),
+    ],
+)
+def test_an_evaluation_leaves_the_engine_where_it_is_unless_a_reward_needs_the_room(
+    project: Path, monkeypatch: pytest.MonkeyPatch, beside: bool, expected: list[str]
+) -> None:
+    happened: list[str] = []
+
+    @contextmanager
+    def opened(name: str) -> Iterator[str]:
+        happened.append(f"open {name}")
+        yield name
+
+    def noting(stage: Stage) -> Stage:
+        return replace(
+            stage,
+            open_tool=lambda _: opened(stage.name),
+            release=lambda tool: happened.append(f"release {tool}"),
+        )
+
+    monkeypatch.setattr(runner, "STAGES", tuple(noting(stage) for stage in runner.STAGES))
+    run = Run(Path("artifacts"), load_config(Path("pipeline.yaml")), Path(), Console(quiet=True))
+    with Tools(run) as tools:
+        assert tools.borrow("generate") == "generate"
+        assert tools.borrow("score", beside=beside) == "score"
+        assert tools.get(runner.STAGES[0]) == "generate"  # the iteration behind the evaluation
+    assert happened == expected
 
 
 def test_every_stage_releases_its_tool_once_an_iteration(

@@ -82,6 +82,8 @@ NAMES = {
         "mismatch",
     ],
 }
+# What policies are measured by has the columns of its sibling.
+NAMES |= {f"eval_{name}": NAMES[name] for name in ("prompts", "rollouts", "rewards")}
 LISTS = {
     "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
     "prompt_token_ids": pa.list_(pa.int32()),
@@ -103,6 +105,7 @@ TYPES = {
     "logprobs": [*5 * ["int32"], "", "", "double"],
     "prompts": ["int64", "string", "", "string"],
 }
+TYPES |= {f"eval_{name}": TYPES[name] for name in ("prompts", "rollouts", "rewards")}
 FILE = Path("part-00000-0123abcd.parquet")
 
 

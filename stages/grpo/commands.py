@@ -123,12 +123,14 @@ def evaluate(opened: Run, policy: int | None, force: bool, out: Path | None) -> 
     """
     if out is not None:
         query.check_out(out)
+    evaluation.config_of(opened)  # or there is nothing to do it with
     number = max(opened.policies()) if policy is None else policy
     before = opened.manifest(evaluation.OUTPUT, number)
     if before is not None:
         _check_replace(opened, runner.EVALUATION, before, force, only_failed=False)
     with runner.Tools(opened) as tools:
-        evaluation.config_of(opened)
+        if force or before is None or not evaluation.plan(opened, number).same_as(before):
+            runner.check_rewards(opened, tools)
         runner.perform(opened, runner.EVALUATION, number, tools, force)
     if out is not None:
         rows = "select * from eval_samples where iteration = $policy order by group_id, sample_id"

@@ -29,14 +29,32 @@ current as (
         and rollouts_id = json_extract_string(rollouts.ids, '$.rollouts')
 ),
 
-rollouts_twice as (
-    select count(*) - count(distinct (iteration, group_id, sample_id)) as rows
+-- Held-out rollouts and their rewards are of the same shape as those of training.
+sampled as (
+    select 'rollouts' as place, *
     from rollouts
+    union all by name
+    select 'eval_rollouts' as place, *
+    from eval_rollouts
+),
+
+scored as (
+    select 'rollouts' as place, *
+    from rewards
+    union all by name
+    select 'eval_rollouts' as place, *
+    from eval_rewards
+),
+
+rollouts_twice as (
+    select
+        count(*) - count(distinct (place, iteration, group_id, sample_id)) as rows
+    from sampled
 ),
 
 ragged as (
     select count(*) as rows
-    from rollouts
+    from sampled
     where
         response_tokens != len(response_token_ids)
         or response_tokens != len(old_logprobs)
@@ -45,7 +63,7 @@ ragged as (
 
 wrong_logprobs as (
     select count(*) as rows
-    from rollouts
+    from sampled
     where
         len(list_filter(
             old_logprobs,
@@ -57,71 +75,94 @@ samples_missing as (
     select count(*) as rows
     from (
         select max(sample_id) + 1 - count(*) as missing
-        from rollouts
-        group by iteration, group_id
+        from sampled
+        group by place, iteration, group_id
     )
     where missing != 0
 ),
 
 rewards_twice as (
-    select count(*) - count(distinct (iteration, group_id, sample_id, name)) as rows
-    from rewards
+    select
+        count(*)
+        - count(distinct (place, iteration, group_id, sample_id, name)) as rows
+    from scored
 ),
 
 rewards_of_nothing as (
     select count(*) as rows
-    from rewards
-    semi join (select distinct iteration from rollouts) using (iteration)
-    anti join rollouts using (iteration, group_id, sample_id)
+    from scored
+    semi join (select distinct place, iteration from sampled)
+        using (place, iteration)
+    anti join sampled using (place, iteration, group_id, sample_id)
 ),
 
 values_without_ok as (
     select count(*) as rows
-    from rewards
+    from scored
     where (status = 'ok') != (value is not null)
 ),
 
 unscored_without_row as (
     select count(*) as rows
     from (
-        select iteration, name, count(*) as scored
-        from rewards
-        semi join (from current where output = 'rewards') using (iteration)
-        group by iteration, name
+        select place, iteration, name, count(*) as scored
+        from scored
+        where
+            place = 'eval_rollouts'
+            or iteration in (
+                select iteration from current where output = 'rewards'
+            )
+        group by place, iteration, name
     )
     join (
-        select iteration, count(*) as sampled
-        from rollouts
-        group by iteration
-    ) using (iteration)
+        select place, iteration, count(*) as sampled
+        from sampled
+        group by place, iteration
+    ) using (place, iteration)
     where scored != sampled
 ),
 
-judgements_twice as (
-    select count(*) - count(distinct (iteration, group_id, sample_id, name)) as rows
+answered as (
+    select 'rollouts' as place, *
     from judgements
+    union all by name
+    select 'eval_rollouts' as place, *
+    from eval_judgements
+),
+
+judgements_twice as (
+    select
+        count(*) - count(distinct (place, iteration, group_id, sample_id, name))
+            as rows
+    from answered
 ),
 
 judgements_of_nothing as (
     select count(*) as rows
-    from judgements
-    anti join rewards using (iteration, group_id, sample_id, name)
+    from answered
+    anti join scored using (place, iteration, group_id, sample_id, name)
 ),
 
 -- Of a reward that a judge gives, an iteration has judgements or none at all.
 judged_without_answer as (
     select count(*) as rows
-    from rewards
-    semi join judgements using (iteration, name)
-    anti join (select * from judgements where status = 'ok')
-        using (iteration, group_id, sample_id, name)
-    where rewards.status = 'ok'
+    from scored
+    semi join answered using (place, iteration, name)
+    anti join (select * from answered where status = 'ok')
+        using (place, iteration, group_id, sample_id, name)
+    where scored.status = 'ok'
 ),
 
 answers_without_ok as (
     select count(*) as rows
-    from judgements
+    from answered
     where (status = 'ok') != (answer is not null)
+),
+
+measured_otherwise as (
+    select count(*) as rows
+    from eval_rollouts
+    where policy_iteration != iteration
 ),
 
 advantages_not_of_rollouts as (
@@ -221,6 +262,9 @@ final as (
     union all
     select 'judgements: an answer without status ok, or the reverse', rows
     from answers_without_ok
+    union all
+    select 'eval_rollouts: sampled by another policy than measured', rows
+    from measured_otherwise
     union all
     select 'advantages: not one row per rollout', rows
     from advantages_not_of_rollouts

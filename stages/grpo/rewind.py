@@ -81,4 +81,6 @@ def _measured_otherwise(run: Run, policy: int) -> bool:
     """Whether a policy that is still there was measured in another way than configured now, or stale."""
     if policy not in run.evaluations() or (policy and run.is_pruned(policy - 1)):
         return False
-    return run.config.evaluate is not None and evaluation_states(run)[policy].name in ("stale", "differs")
+    if run.config.evaluate is None:
+        return False
+    return evaluation_states(run, states(run))[policy].name in ("stale", "differs")

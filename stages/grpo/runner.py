@@ -226,9 +226,8 @@ def evaluation_is_due(run: Run, policy: int, until: int) -> bool:
     return state_of(run, EVALUATION, policy, set()).name in ("missing", "partial", "stale")
 
 
-def evaluation_states(run: Run) -> dict[int, State]:
-    """State of the evaluation of every policy that has one."""
-    present = states(run)
+def evaluation_states(run: Run, present: dict[int, dict[str, State]]) -> dict[int, State]:
+    """State of the evaluation of every policy that has one. present: as states() gives it."""
     stale: set[tuple[str, int | None]] = {
         (stage.output, iteration)
         for iteration, by_stage in present.items()
@@ -287,7 +286,8 @@ def _way_out(run: Run, iteration: int, name: str) -> str:
 
 def _say_changes(run: Run, todo: list[Stage], iteration: int) -> None:
     """Name each key that is not what the last manifest of its stage was made with."""
-    if run.config.evaluate is not None and (measured := run.evaluations()):
+    measured = [policy for policy in run.evaluations() if policy <= iteration]
+    if run.config.evaluate is not None and measured:
         last = run.manifest(EVALUATION.output, measured[-1])
         for change in differences_of(run, EVALUATION, last) if last else ():
             run.console.say(f"from the next evaluation: {change}")

@@ -161,6 +161,8 @@ def _held_out(run: Run) -> None:
 
 def _say_shared(run: Run) -> None:
     """Say how many of the held-out prompts training draws too: those measure what was learned by heart."""
+    if run.config.evaluate is None or run.config.evaluate.prompts == run.config.prompts:
+        return  # the same prompts, and not by mistake
     drawn, held_out = (
         [json.dumps(row) for row in run.read(output, None, ["prompt", "messages"]).to_pylist()]
         for output in (prompts.OUTPUT, prompts.HELD_OUT)

@@ -20,7 +20,7 @@ def describe(run: Run) -> dict[str, Any]:
         "iterations": [_describe_iteration(run, number, by_stage) for number, by_stage in present.items()],
         "evaluations": [
             {"state": state.name, "why": state.why, **numbers_of(run, policy)}
-            for policy, state in evaluation_states(run).items()
+            for policy, state in evaluation_states(run, present).items()
             if state.name != "missing"
         ],
         "configured": run.config.iterations,

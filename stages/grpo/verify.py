@@ -96,15 +96,16 @@ def verify(run: Run) -> Report:
     if not report.damages and not report.stale:
         rows = sql.read([run], _INVARIANTS.read_text()).to_pylist()
         report.broken = {row["invariant"]: row["rows"] for row in rows}
+        present = states(run)
         report.stale = [
             f"{name} of iteration {iteration}: {state.why}"
-            for iteration, by_stage in states(run).items()
+            for iteration, by_stage in present.items()
             for name, state in by_stage.items()
             if state.name == "stale"
         ]
         report.stale += [
             f"evaluation of policy {policy}: {state.why}"
-            for policy, state in evaluation_states(run).items()
+            for policy, state in evaluation_states(run, present).items()
             if state.name == "stale"
         ]
     return report

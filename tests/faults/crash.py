@@ -27,6 +27,7 @@ RUN = Path("artifacts/tiny")
 NEW_REWARD = "score.rewards=[{function: 'reward:length'}]"
 
 
+EVALUATE = "evaluate={prompts: {source: prompts.jsonl}, samples_per_prompt: 2}"
 KEEP_2 = "checkpoints={keep_last: 2, keep_every: null}"
 
 
@@ -52,6 +53,7 @@ SCENARIOS = {
     "from": Scenario([*FROM, "1", "--set", NEW_REWARD], [], ["run", "--set", NEW_REWARD]),
     "score": Scenario(["score", "--iteration", "0-1", "--force"], []),
     "gc": Scenario(["gc", "--set", KEEP_2], [["run", "--until", "3"], [*FROM, "2", "--set", NEW_REWARD]]),
+    "eval": Scenario(["eval", "--policy", "1", "--set", EVALUATE], []),
     "fork": Scenario(["fork", "tiny", "other", "--iteration", "1"], []),
     # With a trash that is there already, and a later iteration to move.
     "from 0": Scenario(
@@ -212,11 +214,14 @@ def finished_shards(folder: Path) -> dict[str, int]:
     """Inode of each shard that is committed, by a sidecar or with its output: never to be made again."""
     shards = [
         Path(str(path).removesuffix(".sidecar.json"))
-        for output in ("rollouts", "rewards")  # update starts its tables again with its steps
+        for output in ("rollouts", "rewards", "evaluation")  # update starts its tables again with its steps
         for path in folder.rglob(f"{output}-*/*.sidecar.json")
     ]
     found = {path.name: path.stat().st_ino for path in shards}
-    return found | {Path(name).name: inode for name, inode in committed(folder).items() if "part-" in name}
+    kept = {Path(name).name: inode for name, inode in committed(folder).items()}
+    return found | {
+        name: inode for name, inode in kept.items() if "part-" in name or name.startswith("eval_")
+    }
 
 
 def usage(child: Child) -> tuple[float, int] | None:

@@ -11,7 +11,10 @@ from grpo.config import Config
 
 FIXED = "fixed for the run"
 NOTHING: set[str] = set()
-UPDATE, GENERATE, SCORE, ADVANTAGE = {"update"}, {"generate"}, {"score"}, {"advantage"}
+UPDATE, GENERATE, ADVANTAGE, EVALUATE = {"update"}, {"generate"}, {"advantage"}, {"evaluate"}
+# Policies are measured by the engine and the rewards of training.
+ENGINE, SCORE = {"generate", "evaluate"}, {"score", "evaluate"}
+LENGTH = "{function: 'reward:length', weight: 0.0}"
 # Key -> (settings that change it, stages that differ then; FIXED: the run refuses them).
 KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "run": ([], NOTHING),  # another run
@@ -30,17 +33,17 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "prompts.chat_template_arguments": (["prompts.chat_template_arguments={a: 1}"], FIXED),
     "prompts.on_long_prompt": (["prompts.on_long_prompt=skip"], FIXED),
     "generate.engine": (["generate.engine=transformers"], NOTHING),  # the one that `auto` takes without a GPU
-    "generate.engine_options": (["generate.engine_options={dtype: float32}"], GENERATE),
+    "generate.engine_options": (["generate.engine_options={dtype: float32}"], ENGINE),
     "generate.prompts_per_iteration": (["generate.prompts_per_iteration=4"], GENERATE),
     "generate.samples_per_prompt": (["generate.samples_per_prompt=3"], GENERATE),
-    "generate.max_new_tokens": (["generate.max_new_tokens=5"], GENERATE),
-    "generate.temperature": (["generate.temperature=0.9"], GENERATE),
-    "generate.top_p": (["generate.top_p=0.9", "generate.allow_truncated_sampling=true"], GENERATE),
-    "generate.top_k": (["generate.top_k=9", "generate.allow_truncated_sampling=true"], GENERATE),
-    "generate.min_p": (["generate.min_p=0.1", "generate.allow_truncated_sampling=true"], GENERATE),
+    "generate.max_new_tokens": (["generate.max_new_tokens=5"], ENGINE),
+    "generate.temperature": (["generate.temperature=0.9"], ENGINE),
+    "generate.top_p": (["generate.top_p=0.9", "generate.allow_truncated_sampling=true"], ENGINE),
+    "generate.top_k": (["generate.top_k=9", "generate.allow_truncated_sampling=true"], ENGINE),
+    "generate.min_p": (["generate.min_p=0.1", "generate.allow_truncated_sampling=true"], ENGINE),
     "generate.allow_truncated_sampling": (["generate.allow_truncated_sampling=true"], GENERATE),
-    "generate.rollouts_per_shard": (["generate.rollouts_per_shard=2"], GENERATE),
-    "generate.max_rows_per_batch": (["generate.max_rows_per_batch=2"], GENERATE),  # rounding
+    "generate.rollouts_per_shard": (["generate.rollouts_per_shard=2"], ENGINE),
+    "generate.max_rows_per_batch": (["generate.max_rows_per_batch=2"], ENGINE),  # rounding
     "generate.prompts_sql": (["generate.prompts_sql=my.sql"], GENERATE),
     "generate.resample.until_groups_with_signal": (
         ["generate.resample={until_groups_with_signal: 6, max_rounds: 2}"],
@@ -101,6 +104,41 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "update.lora.rank": (["update.lora={rank: 4, alpha: 8.0}"], UPDATE),
     "update.lora.alpha": (["update.lora={rank: 4, alpha: 8.0}"], UPDATE),
     "update.lora.targets": (["update.lora={rank: 4, alpha: 8.0, targets: [q_proj]}"], UPDATE),
+    "evaluate.prompts.source": (
+        ["evaluate.prompts.source=other.jsonl"],
+        NOTHING,
+    ),  # what is read of it counts
+    "evaluate.prompts.subset": (
+        ["evaluate.prompts.source=owner/name", "evaluate.prompts.subset=main"],
+        EVALUATE,
+    ),
+    "evaluate.prompts.split": (
+        ["evaluate.prompts.source=owner/name", "evaluate.prompts.split=test"],
+        EVALUATE,
+    ),
+    "evaluate.prompts.columns.prompt": (["evaluate.prompts.columns.prompt=answer"], EVALUATE),
+    "evaluate.prompts.columns.messages": (["evaluate.prompts.columns.messages=other"], EVALUATE),
+    "evaluate.prompts.columns.answer": (["evaluate.prompts.columns.answer=other"], EVALUATE),
+    "evaluate.prompts.chat": (["evaluate.prompts.chat=true"], EVALUATE),
+    "evaluate.prompts.system": (["evaluate.prompts.system=Add."], EVALUATE),
+    "evaluate.prompts.chat_template": (
+        ["evaluate.prompts.chat_template=my.jinja", "evaluate.prompts.chat=true"],
+        EVALUATE,
+    ),
+    "evaluate.prompts.chat_template_arguments": (
+        ["evaluate.prompts.chat_template_arguments={a: 1}"],
+        EVALUATE,
+    ),
+    "evaluate.prompts.on_long_prompt": (["evaluate.prompts.on_long_prompt=skip"], EVALUATE),
+    "evaluate.every": (["evaluate.every=2"], NOTHING),
+    "evaluate.samples_per_prompt": (["evaluate.samples_per_prompt=2"], EVALUATE),
+    "evaluate.temperature": (["evaluate.temperature=0.5"], EVALUATE),
+    "evaluate.max_new_tokens": (["evaluate.max_new_tokens=5"], EVALUATE),
+    "evaluate.pass_reward": (
+        [f"score.rewards=[{{function: 'reward:code'}}, {LENGTH}]", "evaluate.pass_reward=length"],
+        SCORE,
+    ),
+    "evaluate.pass_threshold": (["evaluate.pass_threshold=2.0"], EVALUATE),
     "checkpoints.keep_last": (["checkpoints.keep_last=2"], NOTHING),
     "checkpoints.keep_every": (["checkpoints.keep_every=null"], NOTHING),
     "track": (["track=trackio"], NOTHING),
@@ -127,7 +165,7 @@ def test_every_key_is_classified() -> None:
 
 
 @pytest.mark.parametrize("key", [key for key, (settings, _) in KEYS.items() if settings])
-def test_exactly_the_expected_stages_differ(finished: Path, grpo: Grpo, key: str) -> None:
+def test_exactly_the_expected_stages_differ(measured: Path, grpo: Grpo, key: str) -> None:
     settings, expected = KEYS[key]
     if key in ("model", "update.reference", "score.rewards.model"):
         copied = Path("judge" if key.startswith("score") else "other")
@@ -136,11 +174,11 @@ def test_exactly_the_expected_stages_differ(finished: Path, grpo: Grpo, key: str
             (copied / path.name).write_bytes(path.read_bytes())
         config = json.loads((copied / "config.json").read_text())
         (copied / "config.json").write_text(json.dumps({**config, "changed": True}))
-    if key == "prompts.source":
+    if key in ("prompts.source", "evaluate.prompts.source"):
         Path("other.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     if key == "generate.prompts_sql":
         Path("my.sql").write_text("select prompt_id from prompts order by prompt_id")
-    if key == "prompts.chat_template":
+    if key in ("prompts.chat_template", "evaluate.prompts.chat_template"):
         Path("my.jinja").write_text("{{ messages[0].content }}")
     if key == "advantage.sql":
         Path("my.sql").write_text(
@@ -151,8 +189,11 @@ def test_exactly_the_expected_stages_differ(finished: Path, grpo: Grpo, key: str
         code, _, err = grpo("run", *options)
         assert (code, FIXED in err) == (4, True), err
         return
+    assert isinstance(expected, set)
     code, out, err = grpo("status", "--json", *options)
     assert code == 0, err
     for row in json.loads(out)["iterations"]:
         differing = {name for name, stage in row["stages"].items() if stage["state"] != "done"}
-        assert differing == expected, row
+        assert differing == expected - EVALUATE, row
+    for row in json.loads(out)["evaluations"]:
+        assert row["state"] == ("differs" if "evaluate" in expected else "done"), row

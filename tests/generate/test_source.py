@@ -171,6 +171,12 @@ def test_the_built_in_task_has_its_eighty_training_sums(tmp_path: Path) -> None:
     assert not held_out & {row["prompt"] for _, row in rows}
 
 
+def test_the_sums_that_the_built_in_task_leaves_out_are_a_source_too(tmp_path: Path) -> None:
+    rows = list(read_rows(PromptsConfig(source="arithmetic_held_out"), tmp_path))
+    assert rows[0] == ("arithmetic_held_out:1", {"prompt": "0+1=", "answer": "1"})
+    assert [row for _, row in rows] == held_out_rows()
+
+
 def test_an_absolute_path_stands_for_itself(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(GOOD)
     assert len(list(read_rows(PromptsConfig(source=str(tmp_path / "p.jsonl")), tmp_path / "elsewhere"))) == 1

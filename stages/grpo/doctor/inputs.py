@@ -9,7 +9,7 @@ from grpo.doctor.check import Check, failed
 from grpo.doctor.checkpoint import Checkpoint, find
 from grpo.errors import DataError, GrpoError
 from grpo.generate.chat import chat_of
-from grpo.generate.prompts import encode, is_on_hub, normalised, source_is_gone
+from grpo.generate.prompts import OUTPUT, config_of, encode, is_on_hub, normalised, source_is_gone
 from grpo.generate.source import Row
 from grpo.score.functions import FunctionPool
 from grpo.score.judge import Judge
@@ -18,25 +18,28 @@ from grpo.score.scorers import rubric_of, spec_of, where
 NUM_ROWS = 1000  # read of the source; a run reads and checks all
 
 
-def check_prompts(run: Run, policy: Checkpoint, fetch: bool) -> tuple[Check, list[Row]]:
-    """The source's first rows, with their length in tokens where the tokenizer is there.
+def check_prompts(run: Run, policy: Checkpoint, fetch: bool, output: str = OUTPUT) -> tuple[Check, list[Row]]:
+    """The first rows of prompts, or held-out ones, with their length where the tokenizer is there.
 
     fetch: get a data set from the hub where the run has not read it yet.
     """
-    name = run.config.prompts.source
+    config = config_of(run, output)
+    name, what = config.source, "prompts" if output == OUTPUT else "held-out prompts"
     needed = "prompts" if policy.folder is None else "prompts that leave room for max_new_tokens"
-    if not fetch and is_on_hub(run.config.prompts, run.imports) and run.manifest("prompts", None) is None:
+    if not fetch and is_on_hub(config, run.imports) and run.manifest(output, None) is None:
         note = f"{name} is downloaded at the first run; --model downloads it now"
-        return Check("prompts", name, needed, "warning", note), []
+        return Check(what, name, needed, "warning", note), []
     try:
-        rows = _first_rows(run)
+        rows = _first_rows(run, output)
         if not rows:
             raise DataError(f"prompts.source: {name}: holds no prompt")
-        length = "" if policy.folder is None else f", the longest {_longest(run, rows, policy)} tokens"
+        length = (
+            "" if policy.folder is None else f", the longest {_longest(run, rows, policy, output)} tokens"
+        )
     except GrpoError as error:
-        return failed("prompts", name, needed, error), []
+        return failed(what, name, needed, error), []
     more = "first " if len(rows) == NUM_ROWS else ""
-    return Check("prompts", f"{name}: {more}{len(rows):,} rows{length}", needed), rows
+    return Check(what, f"{name}: {more}{len(rows):,} rows{length}", needed), rows
 
 
 def check_rewards(run: Run, rows: list[Row], fetch: bool) -> list[Check]:
@@ -90,28 +93,30 @@ def _check_model(run: Run, reward: RewardConfig, fetch: bool) -> Check:
     return Check(name, f"{reward.model}, {(found.parameters or 0) / 1e6:,.1f}M parameters", needed)
 
 
-def _first_rows(run: Run) -> list[Row]:
-    config = run.config.prompts
-    kept = source_is_gone(run) or is_on_hub(config, run.imports)
-    if kept and run.manifest("prompts", None) is not None:
-        rows: list[Row] = run.read("prompts", None).slice(0, NUM_ROWS).to_pylist()
+def _first_rows(run: Run, output: str) -> list[Row]:
+    config = config_of(run, output)
+    kept = source_is_gone(run, output) or is_on_hub(config, run.imports)
+    if kept and run.manifest(output, None) is not None:
+        rows: list[Row] = run.read(output, None).slice(0, NUM_ROWS).to_pylist()
         return rows
     return [row for _, row in islice(normalised(config, run.imports), NUM_ROWS)]
 
 
-def _longest(run: Run, rows: list[Row], policy: Checkpoint) -> int:
+def _longest(run: Run, rows: list[Row], policy: Checkpoint, output: str) -> int:
     """Tokens of the longest prompt. Raises DataError where a run would refuse it."""
     from grpo.model import context_length, load_config, load_tokenizer
 
     assert policy.folder is not None
-    chat = chat_of(run.config.prompts, run.imports)
+    chat = chat_of(config_of(run, output), run.imports)
     lengths = [len(ids) for ids in encode(rows, load_tokenizer(policy.folder), chat)[1]]
     context = context_length(load_config(policy.folder))
-    room = None if context is None else context - run.config.generate.max_new_tokens
+    given = run.config.evaluate.max_new_tokens if run.config.evaluate and output != OUTPUT else None
+    room = None if context is None else context - (given or run.config.generate.max_new_tokens)
+    source, on_long_prompt = config_of(run, output).source, config_of(run, output).on_long_prompt
     fitting = [length for length in lengths if room is None or length <= room]
-    if not fitting or (len(fitting) < len(lengths) and run.config.prompts.on_long_prompt == "error"):
+    if not fitting or (len(fitting) < len(lengths) and on_long_prompt == "error"):
         raise DataError(
-            f"prompts.source: {run.config.prompts.source}: a prompt of {max(lengths)} tokens, but the context"
+            f"prompts.source: {source}: a prompt of {max(lengths)} tokens, but the context"
             f" leaves room for {room} beside max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"
         )
     return max(fitting)

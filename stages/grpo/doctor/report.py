@@ -12,6 +12,7 @@ from grpo.doctor.engine import check_engine
 from grpo.doctor.inputs import check_prompts, check_rewards
 from grpo.doctor.memory import check_memory
 from grpo.doctor.versions import check_gpu_build, check_peft, check_threads, check_versions
+from grpo.generate.prompts import HELD_OUT
 from grpo.generate.source import Row
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ def examine(run: Run, with_model: bool) -> Report:
         report.checks += check_memory(run, policy, reference)
     report.checks += [*check_space(run, policy), *check_file_system(run)]
     check, rows = check_prompts(run, policy, with_model)
-    report.checks += [check, *check_rewards(run, rows, with_model)]
+    report.checks.append(check)
+    if config.evaluate is not None:
+        report.checks.append(check_prompts(run, policy, with_model, HELD_OUT)[0])
+    report.checks += check_rewards(run, rows, with_model)
     if with_model:
         _compare(run, report, policy, rows)
     return report

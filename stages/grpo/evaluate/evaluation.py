@@ -12,11 +12,12 @@ import pyarrow as pa
 
 from grpo import sql, tables
 from grpo.artifacts import EVALUATION, FileRecord, Manifest, Plan, Run, Staging, id_of
+from grpo.artifacts.files import sha256_of
 from grpo.config import EvaluateConfig
 from grpo.errors import EngineError, UsageError
 from grpo.generate import sampling
 from grpo.generate import stage as generate
-from grpo.generate.chat import chat_of
+from grpo.generate.chat import chat_of, template_path
 from grpo.generate.prompts import HELD_OUT, described
 from grpo.score import stage as score
 from grpo.score.scorers import Scorers, columns_of, rubric_of, spec_of
@@ -70,6 +71,10 @@ def plan(run: Run, policy: int) -> Plan:
         run.require("update", policy - 1, f"grpo update --iteration {policy - 1}")
     sampled = generate.described(run.config.generate)
     size = run.config.generate.rollouts_per_shard
+    sources = {**score.sources_of(run), "evaluate.prompts": prompts.ids[HELD_OUT]}
+    if path := template_path(config.prompts, run.imports):
+        chat_of(config.prompts, run.imports)  # says so where the file cannot be read
+        sources["evaluate.prompts.chat_template"] = sha256_of(path)
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
@@ -82,7 +87,7 @@ def plan(run: Run, policy: int) -> Plan:
             "score": {"version": SCORE_VERSION, "rewards": score.described(run)},
         },
         reads={f"policy@{policy}": run.id_of(f"policy@{policy}") or ""},
-        sources={**score.sources_of(run), "evaluate.prompts": prompts.ids[HELD_OUT]},
+        sources=sources,
         shards=sampling.shards_of(prompts.rows, config.samples_per_prompt, size),
     )
 

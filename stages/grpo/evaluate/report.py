@@ -46,14 +46,9 @@ def print_evaluation(what: str, found: dict[str, Any]) -> None:
     from rich.text import Text
 
     samples, greedy = found["samples_per_prompt"], found["temperature"] == 0
-    how = "greedy" if greedy else f"{samples} samples each, temperature {found['temperature']:g}"
+    how = "greedy" if greedy else f"{samples} responses each, temperature {found['temperature']:g}"
     passing = f"pass: {found['pass_reward']} >= {found['pass_threshold']:g}"
-    table = Table(
-        title=Text(printable(f"{what}: {found['prompts']:,} prompts, {how}; {passing}")),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, side in (("measure", "left"), ("value", "right"), ("95 % interval", "left")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     rewards = [(f"reward {name}", value, None, None) for name, value in found["rewards"].items()]
@@ -65,6 +60,8 @@ def print_evaluation(what: str, found: dict[str, Any]) -> None:
         shown = "" if value is None else f"{value:.3f}"
         table.add_row(Text(printable(name)), shown, interval(low, high).strip(" ()"))
     out = stdout_console()
+    title = printable(f"{what}: {found['prompts']:,} prompts, {how}; {passing}")
+    out.print(title, markup=False, highlight=False, soft_wrap=True)
     out.print(table)
     if found["unscored"]:
         missing = f"{found['unscored']} of {found['samples']} responses"

@@ -1,0 +1,530 @@
+"""Policies are measured while a run trains: what is sampled, what is kept, and what that never touches."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import HELD_OUT, Grpo
+from tests.faults import crash
+
+from grpo.config import load
+from grpo.generate.engine import group_seed
+
+RUN = crash.RUN
+
+
+def rows(grpo: Grpo, query: str) -> list[dict[str, Any]]:
+    code, out, err = grpo("sql", query, "--json")
+    assert code == 0, err
+    found: list[dict[str, Any]] = json.loads(out)
+    return found
+
+
+def states(grpo: Grpo, *options: str) -> dict[int, str]:
+    """Policy -> state of its evaluation."""
+    document = json.loads(grpo("status", "--json", *options)[1])
+    return {row["policy"]: row["state"] for row in document["evaluations"]}
+
+
+def succeed(grpo: Grpo, *arguments: str) -> str:
+    code, _, err = grpo(*arguments)
+    assert code == 0, err
+    return err
+
+
+def evaluation(policy: int) -> Path:
+    return RUN / f"iteration={policy:06d}" / "evaluation"
+
+
+def inodes(policy: int) -> set[int]:
+    return {path.stat().st_ino for path in evaluation(policy).glob("*.parquet")}
+
+
+def without_evaluations(contents: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in contents.items() if "/eval" not in name}
+
+
+# Which policies, and when
+
+
+def test_policies_are_measured_before_they_sample_and_the_last_one_too(
+    measured_project: Path, grpo: Grpo
+) -> None:
+    err = succeed(grpo, "run", "--set", "iterations=3", "--set", "evaluate.every=2")
+    assert re.findall(r"^(policy|iteration) +([0-9]+) ", err, re.M) == [
+        *[("policy", "0"), ("iteration", "0"), ("iteration", "1"), ("policy", "2")],
+        *[("iteration", "2"), ("policy", "3")],
+    ]
+    assert [row["iteration"] for row in rows(grpo, "select iteration from evals order by iteration")] == [
+        0,
+        2,
+        3,
+    ]
+    assert sorted(path.name for path in RUN.glob("iteration=*")) == [f"iteration={n:06d}" for n in range(4)]
+    # More iterations: what was the last policy is one of many, and stays measured.
+    err = succeed(grpo, "run", "--set", "iterations=5", "--set", "evaluate.every=2")
+    assert re.findall(r"^policy +([0-9]+) ", err, re.M) == ["4", "5"]
+    assert "nothing to do" in succeed(grpo, "run", "--set", "iterations=5", "--set", "evaluate.every=2")
+
+
+def test_until_measures_where_it_stops(measured_project: Path, grpo: Grpo) -> None:
+    err = succeed(grpo, "run", "--until", "1", "--set", "evaluate.every=100")
+    assert re.findall(r"^policy +([0-9]+) ", err, re.M) == ["0", "1"]
+    assert "nothing to do" in succeed(grpo, "run", "--until", "0", "--set", "evaluate.every=100")
+
+
+def test_the_log_says_what_the_view_says(measured_project: Path, grpo: Grpo) -> None:
+    err = succeed(grpo, "run", "--until", "0")
+    [row] = rows(
+        grpo,
+        "select pass_at[1] as one, pass_at_low[1] as low, pass_at_high[1] as high,"
+        " pass_at[3] as three, reward, response_tokens from evals",
+    )
+    expected = (
+        f"policy       0  pass@1 {row['one']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        f"  pass@3 {row['three']:.3f}  reward {row['reward']:.3f}  length {row['response_tokens']:.1f}  "
+    )
+    assert expected in err
+    [manifest] = rows(grpo, "select summary from manifests where output = 'evaluation'")
+    assert json.loads(manifest["summary"])["pass_at"]["3"] == row["three"]
+
+
+# What is sampled
+
+
+def test_every_policy_answers_the_same_prompts_with_the_same_seeds(measured: Path, grpo: Grpo) -> None:
+    found = rows(grpo, "select * exclude (prompt_token_ids) from eval_rollouts order by all")
+    assert len(found) == 3 * 4 * 3
+    assert all(row["iteration"] == row["policy_iteration"] and row["round"] == 0 for row in found)
+    by_policy = [
+        [
+            (row["group_id"], row["sample_id"], row["prompt_id"], row["prompt"], row["seed"])
+            for row in found
+            if row["iteration"] == policy
+        ]
+        for policy in range(3)
+    ]
+    assert by_policy[0] == by_policy[1] == by_policy[2]
+    assert {row[3] for row in by_policy[0]} == {row["prompt"] for row in HELD_OUT}
+    assert by_policy[0][0][4] == group_seed(0, "evaluation", 0)
+    training = {row["seed"] for row in rows(grpo, "select seed from rollouts")}
+    assert not training & {row["seed"] for row in found}
+    rewards = rows(grpo, "select count(*) as n, min(iteration) as a, max(iteration) as b from eval_rewards")
+    assert rewards == [{"n": 36, "a": 0, "b": 2}]
+
+
+def test_training_is_the_same_bits_with_and_without(measured: Path, complete: Path) -> None:
+    with_it, without = crash.contents(measured), crash.contents(complete)
+    assert without_evaluations(with_it) == without
+    assert set(with_it) > set(without)
+
+
+def test_greedy(measured: Path, grpo: Grpo) -> None:
+    greedy = ["--set", "evaluate.temperature=0", "--set", "evaluate.samples_per_prompt=1"]
+    for policy in ("1", "2"):
+        succeed(grpo, "eval", "--policy", policy, "--force", *greedy, "--set", "seed=0")
+    found = rows(
+        grpo, "select temperature, seed, response from eval_rollouts where iteration = 2 order by all"
+    )
+    assert [row["temperature"] for row in found] == [0.0] * 4
+    # The likeliest token each time, whatever the seed: as the engine alone would do.
+    assert responses(RUN / "iteration=000001/update/policy") == [
+        row["response"]
+        for row in rows(grpo, "select response from eval_rollouts where iteration = 2 order by group_id")
+    ]
+
+
+def responses(checkpoint: Path) -> list[str]:
+    """Four tokens, each the likeliest, behind each held-out prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    found = []
+    for row in HELD_OUT:
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        start = ids.shape[1]
+        with torch.no_grad():
+            while ids.shape[1] < start + 4 and (
+                ids.shape[1] == start or ids[0, -1] != tokenizer.eos_token_id
+            ):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        found.append(str(tokenizer.decode(ids[0, start:], skip_special_tokens=True)))
+    return found
+
+
+def test_a_limit_of_its_own_for_longer_responses(measured: Path, grpo: Grpo) -> None:
+    succeed(grpo, "eval", "--force", "--set", "evaluate.max_new_tokens=9")
+    [row] = rows(grpo, "select max(response_tokens) as longest from eval_rollouts where iteration = 2")
+    assert 4 < row["longest"] <= 9
+
+
+def test_the_engine_keeps_a_policy_from_its_evaluation_to_its_sampling(
+    measured_project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grpo.generate.transformers_engine import TransformersEngine
+
+    loaded: list[str] = []
+    load_weights = TransformersEngine.load
+
+    def noting(self: TransformersEngine, checkpoint: Path) -> None:
+        loaded.append(checkpoint.parent.parent.name)
+        load_weights(self, checkpoint)
+
+    monkeypatch.setattr(TransformersEngine, "load", noting)
+    succeed(grpo, "run")
+    # Start, perturbed copy and policy 0; then policies 1 and 2 once each, measured and (1) sampled from.
+    assert len(loaded) == 5
+    assert loaded[3:] == ["iteration=000000", "iteration=000001"]
+
+
+# A run that exists
+
+
+def test_added_to_a_finished_run_the_last_policy_is_measured(finished: Path, grpo: Grpo) -> None:
+    before = crash.contents(Path())
+    add = ["--set", "evaluate={prompts: {source: prompts.jsonl}, every: 1}"]
+    err = succeed(grpo, "run", *add)
+    assert "evaluate.prompts: 6 of 6" not in err  # they are the same section, and so no mistake
+    assert re.findall(r"^(policy|iteration) +([0-9]+) ", err, re.M) == [("policy", "2")]
+    assert without_evaluations(crash.contents(Path())) == before
+    assert "nothing to do" in succeed(grpo, "run", *add)
+    # Nothing else takes the last policy's folder for an iteration.
+    assert [row["iteration"] for row in json.loads(grpo("status", "--json", *add)[1])["iterations"]] == [0, 1]
+    assert succeed(grpo, "generate", *add).startswith("generate: nothing to do")
+    assert succeed(grpo, "score", "--iteration", "all", *add).count("nothing to do") == 2
+    assert json.loads(grpo("show", "--json")[1])[0]["iteration"] == 1
+    assert grpo("verify")[0] == 0
+    assert "2 of 2 iterations are complete" in grpo("run", "--dry-run")[2]
+    assert "found iteration" not in succeed(grpo, "gc")
+
+
+def test_held_out_prompts_that_training_draws_too_are_counted(measured_project: Path, grpo: Grpo) -> None:
+    row = json.dumps({"prompt": "1+1=", "answer": "2", "more": 1})
+    with Path("held_out.jsonl").open("a") as file:
+        file.write(row + "\n")
+    err = succeed(grpo, "run", "--until", "0")
+    assert "evaluate.prompts: 1 of 5 are among `prompts`: not held out\n" in err
+
+
+def test_other_prompts_are_for_what_comes_next(measured: Path, grpo: Grpo) -> None:
+    before = {policy: inodes(policy) for policy in range(3)}
+    Path("held_out.jsonl").write_text('{"prompt": "5+3=", "answer": "8"}\n')
+    err = succeed(grpo, "run", "--set", "iterations=3")
+    assert "from the next evaluation: evaluate.prompts: its file changed\n" in err
+    assert re.findall(r"^(policy|iteration) +([0-9]+) ", err, re.M) == [("iteration", "2"), ("policy", "3")]
+    assert {policy: inodes(policy) for policy in range(3)} == before
+    assert states(grpo) == {0: "differs", 1: "differs", 2: "differs", 3: "done"}
+    found = rows(
+        grpo,
+        "select iteration, count(*) as n, count(answer) as answers from eval_samples"
+        " group by iteration order by iteration",
+    )
+    # Which answers were right is known of the present prompts alone.
+    assert [(row["n"], row["answers"]) for row in found] == [(12, 0), (12, 0), (12, 0), (3, 3)]
+    assert grpo("verify")[0] == 0
+    assert json.loads(grpo("verify", "--json")[1])["stale"] == []
+
+
+def test_prompts_that_are_gone_were_copied(measured: Path, grpo: Grpo) -> None:
+    Path("held_out.jsonl").unlink()
+    err = succeed(grpo, "run", "--set", "iterations=3")
+    assert "evaluate.prompts.source: held_out.jsonl is gone; the run has its own copy\n" in err
+    assert states(grpo) == dict.fromkeys(range(4), "done")
+
+
+def test_taken_out_of_the_configuration_what_was_measured_stays(measured: Path, grpo: Grpo) -> None:
+    off = ["--set", "evaluate=null"]
+    err = succeed(grpo, "run", "--set", "iterations=3", *off)
+    assert re.findall(r"^policy +([0-9]+) ", err, re.M) == []
+    assert states(grpo, *off) == {0: "differs", 1: "differs", 2: "differs"}
+    assert "policies, 0 to 2: evaluate differs: evaluate: is not configured" in grpo("status", *off)[1]
+    assert len(rows(grpo, "select * from evals")) == 3
+    assert grpo("verify", *off)[0] == 0
+    code, _, err = grpo("eval", *off)
+    assert (code, err) == (
+        2,
+        "error: evaluate: is not configured; say in `evaluate.prompts.source` what to measure with\n",
+    )
+
+
+def test_a_policy_that_is_made_again_is_measured_again(measured: Path, grpo: Grpo) -> None:
+    other = ["--set", "update.learning_rate=0.02"]
+    kept = inodes(1)
+    succeed(grpo, "update", "--iteration", "1", "--force", *other)
+    assert states(grpo, *other) == {0: "done", 1: "done", 2: "stale"}
+    assert json.loads(grpo("verify", "--json")[1])["stale"] == ["evaluation of policy 2: policy@2 changed"]
+    # Of the last policy nothing else is there, and so this is no reason to refuse.
+    assert re.findall(r"^policy +([0-9]+) ", succeed(grpo, "run", *other), re.M) == ["2"]
+    assert states(grpo, *other) == dict.fromkeys(range(3), "done")
+    assert inodes(1) == kept
+
+
+def test_from_takes_the_evaluations_of_later_policies_along(measured: Path, grpo: Grpo) -> None:
+    succeed(grpo, "run", "--set", "iterations=3")
+    kept = {policy: inodes(policy) for policy in (0, 1)}
+    gone = inodes(2) | inodes(3)
+    new = ["--set", "iterations=3", "--set", "update.learning_rate=0.02"]
+    assert grpo("run", "--from", "1", *new)[2].startswith(
+        "error: --from 1: of iteration 1 update and all of iterations 2 to 3 will be done again;"
+    )
+    err = succeed(grpo, "run", "--from", "1", "--yes", *new)
+    assert re.findall(r"^policy +([0-9]+) ", err, re.M) == ["2", "3"]
+    assert {policy: inodes(policy) for policy in (0, 1)} == kept
+    assert not gone & (inodes(2) | inodes(3))
+    assert gone <= {path.stat().st_ino for path in (RUN / ".trash").rglob("*.parquet")}
+    assert grpo("verify")[0] == 0
+
+
+def test_from_leaves_the_last_evaluation_where_the_policy_stays(measured: Path, grpo: Grpo) -> None:
+    before = inodes(2)
+    assert "nothing to do" in succeed(grpo, "run", "--from", "1")
+    assert inodes(2) == before
+    # Measured otherwise: that of policy 1 goes, since it is sampled from again, and is made anew.
+    new = ["--set", "evaluate.pass_threshold=1.0", "--set", "generate.temperature=0.9"]
+    err = succeed(grpo, "run", "--from", "1", "--yes", *new)
+    assert re.findall(r"^policy +([0-9]+) ", err, re.M) == ["1", "2"]
+    assert states(grpo, *new) == {0: "differs", 1: "done", 2: "done"}
+
+
+def test_what_a_forced_stage_makes_stale_names_evaluations(measured: Path, grpo: Grpo) -> None:
+    err = succeed(grpo, "update", "--iteration", "0", "--force")
+    assert "become stale: evaluation@1, rollouts@1, rewards@1, advantages@1 and 2 more" in err
+
+
+def test_a_fork_shares_what_the_shared_policies_were_measured_to_be(measured: Path, grpo: Grpo) -> None:
+    fork = Path("artifacts/other")
+    succeed(grpo, "fork", "tiny", "other", "--iteration", "1", "--set", "evaluate.pass_threshold=2.0")
+    assert [path.parent.name for path in sorted(fork.glob("*/evaluation"))] == ["iteration=000000"]
+    for path in [*fork.glob("iteration=000000/evaluation/*"), *fork.glob("eval_prompts/*")]:
+        assert path.samefile(RUN / path.relative_to(fork))
+    options = ["--set", "run=other", "--set", "evaluate.pass_threshold=2.0"]
+    assert re.findall(r"^policy +([0-9]+) ", succeed(grpo, "run", *options), re.M) == ["2"]
+    assert grpo("verify", "other")[0] == grpo("verify", "tiny")[0] == 0
+    succeed(grpo, "fork", "tiny", "same")
+    assert len(list(Path("artifacts/same").glob("*/evaluation"))) == 3
+    assert "nothing to do" in succeed(grpo, "run", "--set", "run=same")
+
+
+def test_checkpoints_are_pruned_and_evaluations_stay(measured: Path, grpo: Grpo) -> None:
+    keep = ["--set", crash.KEEP_2, "--set", "iterations=4"]
+    succeed(grpo, "run", *keep)
+    assert not (RUN / "iteration=000000/update/policy/model.safetensors").exists()
+    assert states(grpo, *keep) == dict.fromkeys(range(5), "done")
+    assert grpo("verify")[0] == 0
+    code, _, err = grpo("eval", "--policy", "1", "--force", *keep)
+    assert (code, "policy 1 was pruned" in err) == (4, True), err
+    assert len(rows(grpo, "select * from evals")) == 5
+    assert succeed(grpo, "gc", *keep) == ""
+
+
+# Faults
+
+
+def test_killed_anywhere_nothing_is_sampled_twice_and_the_bytes_are_the_same(
+    measured: Path, grpo: Grpo, tmp_path: Path
+) -> None:
+    expected = crash.contents(Path())
+    for policy in (0, 1, 2):
+        shutil.rmtree(evaluation(policy))
+    shutil.rmtree(RUN / "eval_prompts")
+    command = ["eval", "--policy", "1"]
+    count = len(crash.recorded(crash.copy(Path(), tmp_path / "counted"), command))
+    for number in range(12, count, 17):
+        folder = crash.copy(Path(), tmp_path / "killed")
+        assert crash.in_child(folder, command, f"kill:{number}")[0] == -9
+        shards = crash.finished_shards(folder)
+        crash.succeed(folder, *command)
+        now = crash.finished_shards(folder)
+        assert {name: now.get(name) for name in shards} == shards, number
+        found = crash.contents(folder)
+        assert {n: v for n, v in found.items() if "/eval" in n} == {
+            n: v for n, v in expected.items() if "eval_prompts" in n or "000001/eval" in n
+        }
+
+
+def failing(reward: str) -> None:
+    """Replace the reward: it fails on held-out prompts (x+2=), by the text given."""
+    Path("reward.py").write_text(
+        "def code(prompts, completions, **columns):\n"
+        f"    {reward}\n"
+        "    return [float(sum(map(ord, text)) % 7) for text in completions]\n"
+    )
+
+
+def test_rewards_that_fail_stop_the_run_and_are_tried_again_alone(measured_project: Path, grpo: Grpo) -> None:
+    failing("if prompts[0] == '3+2=': raise ValueError('down')")
+    code, _, err = grpo("run", "--until", "0")
+    message = "evaluate: policy 0: 3 of 12 rewards failed (3 error); first: code: ValueError: down"
+    assert (code, message in err) == (8, True), err
+    assert states(grpo) == {0: "partial"}
+    [row] = rows(grpo, "select unscored, pass_at from evals")
+    assert row["unscored"] == 3
+    kept = {path.stat().st_ino for path in evaluation(0).glob("eval_rollouts-*")}
+    scored = {path.stat().st_ino for path in evaluation(0).glob("eval_rewards-0000[0-2]-*")}
+    assert len(kept) == 4
+    assert len(scored) == 3
+    failing("if prompts[0] == '3+2=': open('asked', 'a').write('x')")  # another file: another reward
+    drop = ["--set", "score.on_error=drop"]
+    assert grpo("run", "--until", "0", *drop)[0] == 0  # differs, and is history
+    assert states(grpo, *drop) == {0: "differs"}
+    failing("if prompts[0] == '3+2=': raise ValueError('down')")
+    code, _, err = grpo("run", "--until", "1")
+    assert (code, message in err) == (8, True)  # nothing is sampled of a policy that is half measured
+    assert kept == {path.stat().st_ino for path in evaluation(0).glob("eval_rollouts-*")}
+    assert scored == {path.stat().st_ino for path in evaluation(0).glob("eval_rewards-0000[0-2]-*")}
+    assert succeed(grpo, "run", "--until", "1", *drop).count("unscored") == 1  # of policy 1
+
+
+def test_a_reward_that_cannot_do_with_the_held_out_prompts_stops_before_anything_is_sampled(
+    measured_project: Path, grpo: Grpo
+) -> None:
+    Path("reward.py").write_text("def code(prompts, completions, answer, level):\n    return [1.0]\n")
+    with Path("prompts.jsonl").open("w") as file:
+        file.write('{"prompt": "1+1=", "answer": "2", "level": 1}\n')
+    code, _, err = grpo("run")
+    assert (code, "level" in err) == (2, True), err
+    assert not list(RUN.glob("iteration=*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "evaluate.prompts: prompts.source: held_out.jsonl: holds no prompt that can be used"),
+        (
+            '{"question": "x"}\n',
+            "evaluate.prompts: {folder}/held_out.jsonl:1: no column prompt; found question",
+        ),
+        (None, "evaluate.prompts: prompts.source: {folder}/held_out.jsonl: no such file"),
+    ],
+)
+def test_held_out_prompts_that_are_no_use(
+    measured_project: Path, grpo: Grpo, content: str | None, message: str
+) -> None:
+    path = Path("held_out.jsonl")
+    path.unlink() if content is None else path.write_text(content)
+    code, _, err = grpo("run")
+    assert code == 3
+    assert err.startswith(f"error: {message.format(folder=measured_project)}"), err
+
+
+@pytest.mark.parametrize("table", ["eval_rollouts", "eval_rewards"])
+def test_a_damaged_evaluation_is_named_and_made_again(measured: Path, grpo: Grpo, table: str) -> None:
+    before = crash.contents(Path())
+    path = sorted(evaluation(2).glob(f"{table}-*.parquet"))[1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    code, out, _ = grpo("verify", "--json", "--discard")
+    [damage] = json.loads(out)["damaged"]
+    assert (code, damage["redo"]) == (6, "grpo eval --policy 2")
+    assert damage["found"] == f"{path}: content changed since it was committed (sha256 differs)"
+    assert not evaluation(2).exists()
+    succeed(grpo, "eval", "--policy", "2")
+    assert crash.contents(Path()) == before
+    assert grpo("verify")[0] == 0
+
+
+def test_held_out_prompts_that_are_gone_are_missed(measured: Path, grpo: Grpo) -> None:
+    before = crash.contents(Path())
+    shutil.rmtree(RUN / "eval_prompts")
+    code, out, _ = grpo("verify", "--json")
+    [damage] = json.loads(out)["damaged"]
+    gone = f"{RUN}/eval_prompts: gone, though evaluation of iteration 0 was made from it"
+    assert (code, damage) == (6, {"found": gone, "redo": "grpo run"})
+    succeed(grpo, "run")
+    assert crash.contents(Path()) == before
+    assert grpo("verify")[0] == 0
+
+
+def test_rows_of_another_policy_break_an_invariant(measured: Path, grpo: Grpo) -> None:
+    rewrite(evaluation(1), "policy_iteration", 0)
+    found = json.loads(grpo("verify", "--json")[1])
+    assert found["broken"] == {"eval_rollouts: sampled by another policy than measured": 12}
+    rewrite(evaluation(2), "sample_id", 0)
+    broken = json.loads(grpo("verify", "--json")[1])["broken"]
+    assert broken["rollouts: a key stands twice"] == 8  # four groups of three, twice too many
+    assert broken["rewards: of a rollout that is not there"] == 8
+
+
+def rewrite(folder: Path, column: str, value: int) -> None:
+    """Put `value` into every row of a column of eval_rollouts, with sizes and digests that fit."""
+    import hashlib
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from grpo import tables
+    from grpo.artifacts.manifest import seal
+
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    del manifest["sha256"]
+    for record in manifest["files"]:
+        if record["table"] == "eval_rollouts":
+            data = pq.read_table(folder / record["name"])
+            index = data.schema.get_field_index(column)
+            data = data.set_column(index, data.schema.field(index), pa.array([value] * len(data), pa.int32()))
+            content = tables.encode(data)
+            (folder / record["name"]).write_bytes(content)
+            record |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_bytes(seal(manifest))
+
+
+def test_abandoned_work_on_an_evaluation_is_garbage(measured: Path, grpo: Grpo) -> None:
+    command = ["eval", "--policy", "1", "--force", "--set", "evaluate.samples_per_prompt=2"]
+    assert crash.in_child(Path(), command, "kill:14")[0] == -9
+    [begun] = (RUN / ".staging/iteration=000001").iterdir()
+    found = json.loads(grpo("gc", "--json")[1])["garbage"]
+    assert [(row["what"], row["path"]) for row in found] == [("abandoned staging", str(begun))]
+    assert grpo("verify")[0] == 0
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["evaluate.temperature=0"],
+            "pipeline.yaml with --set: evaluate: samples_per_prompt: 3 at temperature 0 would be the same"
+            " response each time; set it to 1, or give a temperature",
+        ),
+        (
+            ["evaluate.temperature=0.001"],
+            "--set evaluate.temperature: must be 0 (greedy) or at least 0.01, found 0.001",
+        ),
+        (
+            ["evaluate.pass_reward=cod"],
+            "pipeline.yaml with --set: evaluate.pass_reward: no reward is named cod; there are code",
+        ),
+        (["evaluate.evry=3"], "--set evaluate.evry: unknown key; did you mean every?"),
+        (["evaluate={every: 3}"], "--set evaluate.prompts: is required and missing"),
+        (["evaluate.every=0"], "--set evaluate.every: input should be greater than or equal to 1, found 0"),
+    ],
+)
+def test_mistakes_in_the_section(
+    measured_project: Path, grpo: Grpo, settings: Sequence[str], message: str
+) -> None:
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert grpo("run", *options) == (2, "", f"error: {message}\n")
+
+
+def test_null_is_as_in_training(measured_project: Path) -> None:
+    from grpo.artifacts import Run
+    from grpo.console import Console
+    from grpo.evaluate.evaluation import settings
+
+    config = load(Path("pipeline.yaml"), ["generate.temperature=0.7"])
+    assert settings(Run(Path(), config, Path(), Console(quiet=True))) == {
+        "samples_per_prompt": 3,
+        "temperature": 0.7,
+        "max_new_tokens": 4,
+        "pass_reward": "code",
+        "pass_threshold": 3.0,
+    }

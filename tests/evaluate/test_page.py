@@ -1,0 +1,31 @@
+"""What docs/evaluation.md says to do works, and its configuration is one."""
+
+import re
+import shlex
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from tests.conftest import Grpo
+
+from grpo.config import EvaluateConfig
+
+PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+
+
+def test_its_configuration_is_one() -> None:
+    [text] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    section = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(section, dict)
+    config = EvaluateConfig.model_validate(section["evaluate"])
+    assert (config.every, config.samples_per_prompt, config.pass_reward) == (10, 8, "exact_answer")
+
+
+def test_its_commands_run(measured: Path, grpo: Grpo) -> None:
+    blocks = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
+    commands = [command for block in blocks for command in block.split("$ ") if command]
+    assert len(commands) == 4
+    for command in commands:
+        # The policies of the page are 0 and 10, those of this run 0, 1 and 2.
+        code, out, err = grpo(*shlex.split(re.sub(r"\b10\b", "1", command))[1:])
+        assert (code, err) == (0, ""), command
+        assert out.strip(), command
