@@ -9,11 +9,13 @@ Run: python benchmarks/curriculum.py        result: benchmarks/curriculum.txt an
 """
 
 import json
+import multiprocessing
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from grpo.model import load_model
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-BUDGET = 12_000  # rollouts of a run
+NUM_PROCESSES = 3
+BUDGET = 10_000  # rollouts of a run
 TARGETS = (0.5, 0.8)
 ENOUGH = 0.9  # accuracy at which a run ends early
 GROUPS, SAMPLES = 16, 8
@@ -40,7 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "resample": {"resample": {"until_groups_with_signal": GROUPS, "max_rounds": 8}},
 }
 COLORS = {"uniform": "#8a94a3", "curriculum": "#1f4e79", "resample": "#e07b39"}
-TRAINING_STEPS = 400
+TRAINING_STEPS, TRAINING_BATCH = 400, 160
 Row = tuple[str, str, str, float]  # prompt, right answer, the other answer, share of the right one
 Curve = list[tuple[int, float]]  # (rollouts so far, accuracy)
 
@@ -62,9 +65,11 @@ def main() -> None:
         prompts = [{"prompt": row[0], "answer": row[1]} for row in (*easy, *learnable, *hopeless)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
         (folder / "curriculum.sql").write_text((HERE.parent / "examples" / "curriculum.sql").read_text())
-        for arm in ARMS:
-            curves[arm] = [measured(folder, arm, seed, held_out) for seed in SEEDS]
-            print(*table({arm: curves[arm]}), sep="\n", flush=True)
+        with ProcessPoolExecutor(NUM_PROCESSES, multiprocessing.get_context("spawn")) as pool:
+            runs = {arm: [pool.submit(measured, folder, arm, s, held_out) for s in SEEDS] for arm in ARMS}
+            for arm, futures in runs.items():
+                curves[arm] = [future.result() for future in futures]
+                print(*table({arm: curves[arm]}), sep="\n", flush=True)
     title = f"{len(prompts)} prompts, {GROUPS} groups of {SAMPLES} a round, {len(SEEDS)} seeds; {describe()}"
     minutes = f"{(time.perf_counter() - began) / 60:.0f} minutes"
     (HERE / "curriculum.txt").write_text("\n".join([title, *table(curves), f"took {minutes}", ""]))
@@ -95,8 +100,9 @@ def train(folder: Path, rows: Sequence[Row]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=TRAINING_STEPS, pct_start=0.1)
     for _ in range(TRAINING_STEPS):
-        loss_A = negative_logprobs(model, ids_AT, labels_AT)
-        loss = (loss_A * share_A).sum() / share_A.sum()
+        batch = torch.randperm(len(share_A))[:TRAINING_BATCH]
+        loss_A = negative_logprobs(model, ids_AT[batch], labels_AT[batch])
+        loss = (loss_A * share_A[batch]).sum() / share_A[batch].sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -131,6 +137,7 @@ def negative_logprobs(model: Any, ids_AT: torch.Tensor, labels_AT: torch.Tensor)
 
 def measured(folder: Path, arm: str, seed: int, held_out: Sequence[Row]) -> Curve:
     """Accuracy by rollouts of one run, until its budget is spent or it is good enough."""
+    torch.set_num_threads(1)
     config = Config.model_validate(
         {
             "run": f"{arm}-{seed}",

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,12 @@ from grpo.update.batch import Rollouts, minibatches
 from grpo.update.learner import Learner
 from grpo.update.replay import iterations_of, longest, read_kept
 
-SETTINGS = {"replay_iterations": 1, "learning_rate": 0.0, "kl_coefficient": 0.2, "clip_high": 0.1}
+SETTINGS: dict[str, Any] = {
+    "replay_iterations": 1,
+    "learning_rate": 0.0,
+    "kl_coefficient": 0.2,
+    "clip_high": 0.1,
+}
 
 
 def sampled(checkpoint: Path, iteration: int, noise: float) -> Rollouts:
