@@ -104,7 +104,7 @@ def train(folder: Path, rows: Sequence[Row]) -> None:
         loss_A = negative_logprobs(model, ids_AT[batch], labels_AT[batch])
         loss = (loss_A * share_A[batch]).sum() / share_A[batch].sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

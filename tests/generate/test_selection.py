@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +30,9 @@ def write(query: str) -> None:
     Path("next.sql").write_text(query)
 
 
-def manifest(iteration: int) -> dict[str, dict[str, str]]:
+def manifest(iteration: int) -> dict[str, Any]:
     path = Path(f"artifacts/tiny/iteration={iteration:06d}/rollouts/manifest.json")
-    data: dict[str, dict[str, str]] = json.loads(path.read_text())
+    data: dict[str, Any] = json.loads(path.read_text())
     return data
 
 
@@ -119,7 +120,7 @@ def test_what_the_query_leaves_open_is_drawn_by_a_permutation_and_said(project: 
     for iteration, count in ((0, 1), (1, 0)):
         said = f"generate {iteration}: generate.prompts_sql gives {count} prompts for 3 groups; the rest"
         assert said in err
-        assert manifest(iteration)["summary"]["groups_by_query"] == count  # type: ignore[comparison-overlap]
+        assert manifest(iteration)["summary"]["groups_by_query"] == count
     found = drawn(grpo)
     assert found[0][0] == 4
     assert len(set(found[0])) == len(set(found[1])) == 3  # none twice while there are others
