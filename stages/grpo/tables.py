@@ -109,7 +109,10 @@ UPDATES: Columns = {
     "rollouts": (pa.int32(), "kept rollouts of the step (N of the denominators)"),
     "tokens": (pa.int64(), "response tokens of the step (sum T_i)"),
     "skipped": (pa.bool_(), "true: nothing to learn from, the optimiser did not step"),
-    "mismatch_mean": (pa.float64(), "mean |policy_logprobs - old_logprobs|; first step taken only"),
+    "mismatch_mean": (
+        pa.float64(),
+        "mean |policy_logprobs - old_logprobs|; first step taken only, and of this iteration's rollouts",
+    ),
     "mismatch_max": (pa.float64(), "largest of the same; first step taken only"),
     "mismatch_kl": (pa.float64(), "k3 estimate of KL(old || policy); first step taken only"),
     "effective_sample_size": (
@@ -130,7 +133,8 @@ LOGPROBS: Columns = {
     "reference_logprobs": (pa.list_(pa.float32()), "of the reference; null without a KL term"),
     "mismatch": (
         pa.float64(),
-        "mean |policy_logprobs - old_logprobs| over the response; of a later step with what training moved",
+        "mean |policy_logprobs - old_logprobs| over the response; of a later step, or an older iteration,"
+        " with what training moved",
     ),
 }
 

@@ -25,9 +25,8 @@ from grpo.artifacts.faults import VARIABLE
 
 RUN = Path("artifacts/tiny")
 NEW_REWARD = "score.rewards=[{function: 'reward:length'}]"
-
-
 EVALUATE = "evaluate={prompts: {source: prompts.jsonl}, samples_per_prompt: 2}"
+ROUNDS = "generate.resample={until_groups_with_signal: 5, max_rounds: 3}"  # the tiny project takes all three
 KEEP_2 = "checkpoints={keep_last: 2, keep_every: null}"
 
 
@@ -61,6 +60,7 @@ SCENARIOS = {
         [["advantage", "--iteration", "0", "--force"]],
         ["run", "--set", NEW_REWARD],
     ),
+    "rounds": Scenario(["run", "--until", "1", "--set", ROUNDS], None),
     "prune": Scenario(["run", "--until", "3", "--set", KEEP_2], None),
 }
 

@@ -40,6 +40,23 @@ def test_killed_at_any_operation_the_same_command_completes_it(
             again(folder, command, expected, number)
 
 
+@pytest.mark.parametrize("scenario", ["rounds"])
+def test_killed_between_rounds_no_shard_is_made_again(
+    scenario: str, start: Path, tmp_path: Path, new_tally: NewTally
+) -> None:
+    command = crash.SCENARIOS[scenario].command
+    count, expected = undisturbed(start, command, tmp_path / "undisturbed")
+    tally = new_tally("SIGKILL at an operation", scenario, count)
+    for number in chosen(count, 4 * EVERY):
+        with tally.trial():
+            folder = crash.copy(start, tmp_path / "killed")
+            code, err = crash.in_child(folder, command, f"kill:{number}")
+            assert code == -signal.SIGKILL, (number, err)
+            before = set(crash.finished_shards(folder).values())
+            again(folder, command, expected, number)
+            assert before <= set(crash.finished_shards(folder).values()), number
+
+
 @pytest.mark.parametrize("kind", ERRORS)
 def test_an_operation_that_fails_is_exit_7_and_the_same_command_completes_it(
     scenario: str, kind: str, start: Path, tmp_path: Path, new_tally: NewTally

@@ -286,6 +286,7 @@ def test_the_manifest_counts_what_is_there(undisturbed: Run, rollouts: pa.Table)
         "response_tokens": sum(lengths),
         "mean_response_tokens": sum(lengths) / 18,
         "truncated_fraction": reasons.count("length") / 18,
+        "rounds": 1,
         "precision": "float32",
         "probe_difference": manifest.summary["probe_difference"],
     }

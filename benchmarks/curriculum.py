@@ -1,0 +1,228 @@
+"""Which prompts are worth their rollouts? Uniform prompts, a curriculum by SQL, and resampling, three seeds.
+
+A starter model of mixed difficulty, trained in seconds, and 400 prompts: 100 one-digit sums that it solves,
+80 one-digit products that it gets right with a probability of 0.02 to 0.38, by the first factor, and 220
+two-digit products that it never gets right. Measured is the probability of the right answer on 20 products
+that are never prompted, after each iteration, against all rollouts sampled so far.
+
+Run: python benchmarks/curriculum.py        result: benchmarks/curriculum.txt and .png
+"""
+
+import json
+import multiprocessing
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+
+from grpo import runner, start, starter
+from grpo.artifacts import Run
+from grpo.config import Config
+from grpo.console import Console
+from grpo.model import load_model
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+NUM_PROCESSES = 3
+BUDGET = 10_000  # rollouts of a run
+TARGETS = (0.5, 0.8)
+ENOUGH = 0.9  # accuracy at which a run ends early
+GROUPS, SAMPLES = 16, 8
+ARMS: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "curriculum": {"prompts_sql": "curriculum.sql"},
+    "resample": {"resample": {"until_groups_with_signal": GROUPS, "max_rounds": 8}},
+}
+COLORS = {"uniform": "#8a94a3", "curriculum": "#1f4e79", "resample": "#e07b39"}
+TRAINING_STEPS, TRAINING_BATCH = 400, 160
+Row = tuple[str, str, str, float]  # prompt, right answer, the other answer, share of the right one
+Curve = list[tuple[int, float]]  # (rollouts so far, accuracy)
+
+
+class Enough(Exception):
+    """The budget of a run is spent, or its accuracy high enough."""
+
+
+def main() -> None:
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    easy, products, hopeless = rows_of()
+    held_out = [row for n, row in enumerate(products) if n % 5 == n // 10 % 5]
+    learnable = [row for row in products if row not in held_out]
+    curves: dict[str, list[Curve]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train(folder / "model", [*easy, *products, *hopeless])
+        prompts = [{"prompt": row[0], "answer": row[1]} for row in (*easy, *learnable, *hopeless)]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+        (folder / "curriculum.sql").write_text((HERE.parent / "examples" / "curriculum.sql").read_text())
+        with ProcessPoolExecutor(NUM_PROCESSES, multiprocessing.get_context("spawn")) as pool:
+            runs = {arm: [pool.submit(measured, folder, arm, s, held_out) for s in SEEDS] for arm in ARMS}
+            for arm, futures in runs.items():
+                curves[arm] = [future.result() for future in futures]
+                print(*table({arm: curves[arm]}), sep="\n", flush=True)
+    title = f"{len(prompts)} prompts, {GROUPS} groups of {SAMPLES} a round, {len(SEEDS)} seeds; {describe()}"
+    minutes = f"{(time.perf_counter() - began) / 60:.0f} minutes"
+    (HERE / "curriculum.txt").write_text("\n".join([title, *table(curves), f"took {minutes}", ""]))
+    draw(curves, HERE / "curriculum.png")
+
+
+def rows_of() -> tuple[list[Row], list[Row], list[Row]]:
+    """Sums that are solved, products that can be learned, and products that cannot."""
+    digits = [(a, b) for a in range(10) for b in range(10)]
+    easy = [(f"{a}+{b}=", str(a + b), f"{a}{b}", 0.98) for a, b in digits]
+    products = [(f"{a}*{b}=", str(a * b), f"{a}{b}", 0.02 + 0.04 * a) for a, b in digits]
+    numbers = random.Random(0).sample(range(100, 10_000), 1000)
+    pairs = [(n // 100, n % 100) for n in numbers if n // 100 > 10 and n % 100 > 10]
+    hopeless = [(f"{a}*{b}=", str(a * b), f"{a}{b}", 0.0) for a, b in pairs[:220]]
+    return easy, products, hopeless
+
+
+def train(folder: Path, rows: Sequence[Row]) -> None:
+    """A starter model that gives each prompt its two answers with their shares."""
+    tokenizer = starter.build_tokenizer()
+    answers = [
+        (row[0], text, share) for row in rows for text, share in ((row[1], row[3]), (row[2], 1 - row[3]))
+    ]
+    ids_AT, labels_AT = encoded(tokenizer, [(prompt, text) for prompt, text, _ in answers])
+    share_A = torch.tensor([share for _, _, share in answers])
+    torch.manual_seed(0)
+    model = starter._untrained(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=TRAINING_STEPS, pct_start=0.1)
+    for _ in range(TRAINING_STEPS):
+        batch = torch.randperm(len(share_A))[:TRAINING_BATCH]
+        loss_A = negative_logprobs(model, ids_AT[batch], labels_AT[batch])
+        loss = (loss_A * share_A[batch]).sum() / share_A[batch].sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    print(f"trained for {TRAINING_STEPS} steps, loss {loss.item():.3f}", flush=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of prompt and answer, padded on the right, and the answers' alone as labels."""
+    prompts = [tokenizer.encode(prompt) for prompt, _ in pairs]
+    answers = [[*tokenizer.encode(answer), tokenizer.eos_token_id] for _, answer in pairs]
+    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids, labels = [], []
+    for p, a in zip(prompts, answers, strict=True):
+        padding = longest - len(p) - len(a)
+        ids.append(p + a + [tokenizer.pad_token_id] * padding)
+        labels.append([starter.IGNORED] * len(p) + a + [starter.IGNORED] * padding)
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def negative_logprobs(model: Any, ids_AT: torch.Tensor, labels_AT: torch.Tensor) -> torch.Tensor:
+    """-log p(answer | prompt) of each pair."""
+    logits_AVT = model(input_ids=ids_AT[:, :-1]).logits.transpose(1, 2)
+    loss_AT = cross_entropy(logits_AVT, labels_AT[:, 1:], ignore_index=starter.IGNORED, reduction="none")
+    return loss_AT.sum(dim=1)
+
+
+def measured(folder: Path, arm: str, seed: int, held_out: Sequence[Row]) -> Curve:
+    """Accuracy by rollouts of one run, until its budget is spent or it is good enough."""
+    torch.set_num_threads(1)
+    config = Config.model_validate(
+        {
+            "run": f"{arm}-{seed}",
+            "iterations": 10_000,
+            "seed": seed,
+            "model": str(folder / "model"),
+            "prompts": {"source": "prompts.jsonl"},
+            "generate": {
+                "engine": "transformers",
+                "prompts_per_iteration": GROUPS,
+                "samples_per_prompt": SAMPLES,
+                "max_new_tokens": 6,
+                **ARMS[arm],
+            },
+            "score": {"rewards": [{"function": "exact_answer"}], "workers": 1},
+            "update": {"objective": "dapo", "learning_rate": 2e-4, "betas": [0.9, 0.95]},
+            "checkpoints": {"keep_last": 2, "keep_every": None},
+        }
+    )
+    run = Run(folder / "artifacts", config, folder, Console(quiet=True))
+    curve: Curve = [(0, accuracy(folder / "model", held_out))]
+
+    def note(iteration: int) -> None:
+        sampled = run.require("rollouts", iteration, "grpo run").rows
+        curve.append((curve[-1][0] + sampled, accuracy(run.policy_folder(iteration + 1), held_out)))
+        if curve[-1][0] >= BUDGET or curve[-1][1] >= ENOUGH:
+            raise Enough
+
+    with run.lock():
+        start.prepare(run)
+        try:
+            runner.run_iterations(run, config.iterations, note)
+        except Enough:
+            return curve
+    raise AssertionError("the budget is spent before")
+
+
+@torch.no_grad()
+def accuracy(policy: Path, rows: Sequence[Row]) -> float:
+    """Mean probability of the right answer."""
+    ids_AT, labels_AT = encoded(starter.build_tokenizer(), [(row[0], row[1]) for row in rows])
+    model = load_model(policy, "cpu")
+    return float((-negative_logprobs(model, ids_AT, labels_AT)).exp().mean())
+
+
+def rollouts_to(curve: Curve, target: float) -> int | None:
+    """Rollouts sampled until the accuracy first was at `target`; None: never."""
+    return next((rollouts for rollouts, found in curve if found >= target), None)
+
+
+def table(curves: dict[str, list[Curve]]) -> list[str]:
+    """Rollouts to each target by seed, and their median, and where each run ended."""
+    lines = []
+    for arm, found in curves.items():
+        for target in TARGETS:
+            needed = [rollouts_to(curve, target) for curve in found]
+            cells = "".join(f"{'never' if n is None else format(n, ','):>9}" for n in needed)
+            median = statistics.median(BUDGET * 10 if n is None else n for n in needed)
+            text = "never" if median > BUDGET * 2 else f"{median:,.0f}"
+            lines.append(f"{arm:<11} rollouts to accuracy {target}: {cells}   median {text:>7}")
+        ends = ", ".join(
+            f"{curve[-1][1]:.2f} after {curve[-1][0]:,} in {len(curve) - 1} steps" for curve in found
+        )
+        lines.append(f"{'':<11} {found[0][0][1]:.2f} before; at the end {ends}")
+    return lines
+
+
+def draw(curves: dict[str, list[Curve]], picture: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for arm, found in curves.items():
+        for number, curve in enumerate(found):
+            label = arm if number == 0 else None
+            axis.plot(*zip(*curve, strict=True), color=COLORS[arm], linewidth=1.6, label=label)
+    for target in TARGETS:
+        axis.axhline(target, color="#c9ced6", linewidth=0.8, linestyle="--", zorder=0)
+    axis.set_xlabel("rollouts sampled, all rounds counted", fontsize=9)
+    axis.set_ylabel("accuracy on held-out products", fontsize=9)
+    axis.set_ylim(0, 1)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    figure.savefig(picture, dpi=130, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
