@@ -20,7 +20,7 @@ RANKS = (
     ("probe", "head"),
     STAGES,
     ("runner", "starter", "evaluate"),
-    ("start", "status", "show", "collect"),
+    ("start", "status", "show", "collect", "report"),
     ("fork", "remedy"),
     ("verify",),
     ("commands", "query", "doctor"),
