@@ -58,7 +58,7 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
 
     def read(connection: "DuckDBPyConnection") -> list[dict[str, Any]]:
         _load(connection)
-        return curves.read(connection)
+        return curves.read(connection, [run.name for run in runs])
 
     return sql.consult(runs, read)
 
@@ -70,7 +70,7 @@ def build(runs: list[Run], num_rollouts: int | None) -> tuple[bytes, list[str]]:
     def read(connection: "DuckDBPyConnection") -> tuple[Any, ...]:
         _load(connection)
         return (
-            curves.read(connection),
+            curves.read(connection, [run.name for run in runs]),
             [summary.read(connection, run) for run in runs],
             [heat.read(connection, run) for run in runs],
             [rollouts.read(connection, run, limit) for run in runs],

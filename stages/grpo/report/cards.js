@@ -152,7 +152,7 @@ function tokenTip(run, from, to) {
     const logprob = logprobOf(run.columns.logprob[t], run.ranges.logprob);
     const ratio = ratioOf(run.columns.ratio[t], run.ranges.ratio);
     if (logprob === null) lines.push("not sampled by the policy");
-    else lines.push(`log-prob ${number(logprob).replace("-", "−")}   probability ${number(Math.exp(logprob), "share")}`);
+    else lines.push(`log-prob ${number(logprob).replace("-", "−")} · probability ${number(Math.exp(logprob), "share")}`);
     if (logprob !== null) lines.push(ratio === null ? "ratio –: no update read this rollout" : `ratio learner / sampler ${ratio.toFixed(3)}`);
   }
   return lines.join("\n");

@@ -95,15 +95,15 @@ function totals(series) {
 }
 
 function curveLayout(chart, series) {
-  const values = series.flatMap((each) => [...each.y, ...(each.low ?? [])]);
+  const values = series.flatMap((each) => [...each.y, ...(each.low ?? [])]).filter((value) => value !== null);
   const lowest = Math.min(...values);
   const axis = { gridcolor: color("--line"), linecolor: color("--line"), zeroline: false, fixedrange: true, nticks: 5 };
   const y = { ...axis, rangemode: lowest >= 0 ? "tozero" : "normal", tickformat: chart.unit === "share" ? ".0%" : "~g" };
-  if (chart.log && lowest > 0) Object.assign(y, { type: "log", tickformat: ".0e", nticks: 4 });
-  else if (Math.max(...values) === 0 && lowest === 0) y.range = [0, 0.1];
+  if (Math.max(...values) === 0 && lowest === 0) y.range = [0, 0.1];
   else if (chart.unit === "share" && Math.max(...values) > 0.7) y.range = [Math.min(lowest, 0), 1.03];
   else if (chart.unit === "share" && Math.max(...values) < 0.03) y.tickformat = ".1%";
-  const ends = [Math.min(...series.map((each) => each.x[0])), Math.max(...series.map((each) => each.x.at(-1)))];
+  const iterations = drawn.flatMap((each) => each.chart.series.flatMap(({ x }) => [x[0], x.at(-1)]));
+  const ends = [Math.min(...iterations), Math.max(...iterations)]; // the same in all charts
   return {
     ...plain(), yaxis: y, hovermode: "x unified", dragmode: "zoom",
     xaxis: { ...axis, fixedrange: false, range: ends[0] < ends[1] ? ends : undefined, tickformat: "d", hoverformat: "d", showgrid: false },

@@ -4,6 +4,7 @@ A curve is a title, a unit and a query; the page, the picture and docs/report.md
 A run that has no rows for a curve has no such chart, and the page says why.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,6 @@ class Curve:
     split: bool = False
     """Each series is a chart of its own, titled by the series."""
     stacked: bool = False
-    log: bool = False
 
 
 # Of KL, entropy and mismatch, the first step that was taken: there the weights are still those that sampled.
@@ -153,7 +153,6 @@ CURVES = (
         "Mean distance of sampler and learner per token, before any step; above 0.05 mind it.",
         "no update yet",
         _FIRST_STEP.format(column="mismatch_mean"),
-        log=True,
     ),
     Curve(
         "Groups without signal",
@@ -205,8 +204,10 @@ CURVES = (
 )
 
 
-def read(connection: "DuckDBPyConnection", curves: tuple[Curve, ...] = CURVES) -> list[dict[str, Any]]:
-    """Every chart with its series: what the page and the picture draw.
+def read(
+    connection: "DuckDBPyConnection", runs: list[str], curves: tuple[Curve, ...] = CURVES
+) -> list[dict[str, Any]]:
+    """Every chart with its series, those of the first of `runs` first: what the page and the picture draw.
 
     A series has run, name, x (iterations), y, and low and high where the query gives them. A chart without
     series is there too: its `absent` says why it is empty.
@@ -215,6 +216,7 @@ def read(connection: "DuckDBPyConnection", curves: tuple[Curve, ...] = CURVES) -
     for curve in curves:
         chart = {name: value for name, value in asdict(curve).items() if name != "statement"}
         rows = sql.query(connection, curve.statement).to_pylist()
+        rows.sort(key=lambda row: runs.index(row["run"]))
         if not curve.split or not rows:
             charts.append({**chart, "series": _series(rows)})
             continue
@@ -232,13 +234,18 @@ def _series(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         series = found.setdefault((row["run"], row["series"]), empty)
         for name, column in columns.items():
             if column in row:
-                series[name].append(row[column])
+                series[name].append(row[column] if name == "x" else _finite(row[column]))
     return [{name: value for name, value in series.items() if value != []} for series in found.values()]
 
 
+def _finite(value: Any) -> float | None:
+    """A number that can be drawn; None, which is a gap, for NaN and infinity."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
 def _named(name: str, rows: list[dict[str, Any]]) -> dict[str, str]:
-    """What differs in the chart of one reward; where it gives 0 and 1 only, the mean is an accuracy."""
+    """What differs in the chart of one reward; where it gives 0 and 1 only, the mean is a pass rate."""
     if all(row["binary"] for row in rows):
         meaning = "Share of rollouts to which this reward gave 1, the others having got 0."
-        return {"title": f"Accuracy: {name}", "unit": SHARE, "meaning": meaning}
+        return {"title": f"Pass rate: {name}", "unit": SHARE, "meaning": meaning}
     return {"title": f"Reward: {name}"}

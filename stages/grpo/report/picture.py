@@ -31,13 +31,16 @@ def picture(charts: list[dict[str, Any]], runs: list[str], columns: int = 4) -> 
         figure = Figure(figsize=(columns * _PANEL[0], rows * _PANEL[1]), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, columns, squeeze=False).flat
+        iterations = [x for chart in shown for series in chart["series"] for x in series["x"]]
         for axis, chart in zip(axes, shown, strict=False):
             _panel(axis, chart, runs)
+            axis.set_xlim(min(iterations) - 0.5, max(iterations) + 0.5)
         for axis in list(axes)[len(shown) :]:
             axis.set_axis_off()
         if len(runs) > 1:
             handles = [mpl.lines.Line2D([], [], color=color_of(run, runs), lw=2, label=run) for run in runs]
             figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+        figure.supxlabel("iteration", fontsize=8)
         sink = io.BytesIO()
         figure.savefig(sink, format="png", dpi=_DPI, metadata={"Software": None})
     return sink.getvalue()
@@ -61,10 +64,8 @@ def _panel(axis: "Axes", chart: dict[str, Any], runs: list[str]) -> None:
             _line(axis, series, names, runs)
     if len(names) > 1 and (not chart["stacked"] or len(runs) == 1):
         axis.legend(fontsize=7, frameon=False, ncols=2, loc="best", handlelength=1.6)
-    values = [value for series in chart["series"] for value in series["y"]]
-    if chart["log"] and min(values) > 0:
-        axis.set_yscale("log")
-    elif min(values) >= 0:
+    values = [value for series in chart["series"] for value in series["y"] if value is not None] or [0.0]
+    if min(values) >= 0:
         axis.set_ylim(bottom=0)
     if chart["unit"] == SHARE:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))

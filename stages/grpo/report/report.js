@@ -63,14 +63,14 @@ function facts(page, run) {
     const found = chart?.series.find((each) => each.run === run.run);
     return found ? { unit: chart.unit, title: chart.title, first: found.y[0], last: found.y.at(-1) } : null;
   };
-  return { reward: ends("Reward"), accuracy: ends("Accuracy"), kl: ends("KL"), length: ends("Response length"), truncated: ends("Truncated") };
+  return { reward: ends("Reward"), passed: ends("Pass rate"), kl: ends("KL"), length: ends("Response length"), truncated: ends("Truncated") };
 }
 
 function tiles(page) {
   const [run] = page.runs;
-  const { reward, accuracy, kl, length, truncated } = facts(page, run);
+  const { reward, passed, kl, length, truncated } = facts(page, run);
   const list = [
-    accuracy && [number(accuracy.last, "share"), `accuracy, from ${number(accuracy.first, "share")}`],
+    passed && [number(passed.last, "share"), `pass rate, from ${number(passed.first, "share")}`],
     reward && [number(reward.last), `reward, from ${number(reward.first)}`],
     kl && [number(kl.last), "KL to the reference, nats"],
     length && [number(length.last), `response tokens, from ${number(length.first)}`],
@@ -83,12 +83,12 @@ function tiles(page) {
 }
 
 function overview(page) {
-  const names = ["Run", "Iterations", "Rollouts", "Reward, first → last", "Accuracy, last", "KL, last", "Tokens, last", "Seconds"];
+  const names = ["Run", "Iterations", "Rollouts", "Reward, first → last", "Pass rate, last", "KL, last", "Tokens, last", "Time"];
   const rows = page.runs.map((run, index) => {
-    const { reward, accuracy, kl, length } = facts(page, run);
+    const { reward, passed, kl, length } = facts(page, run);
     const cells = [
       number(run.iterations), number(run.rollouts), reward ? `${number(reward.first)} → ${number(reward.last)}` : "–",
-      accuracy ? number(accuracy.last, "share") : "–", number(kl?.last), number(length?.last), run.seconds === null ? "–" : duration(run.seconds),
+      passed ? number(passed.last, "share") : "–", number(kl?.last), number(length?.last), run.seconds === null ? "–" : duration(run.seconds),
     ];
     return make("tr", "", make("td", "", dot(index), run.run), ...cells.map((text) => make("td", "number", text)));
   });

@@ -43,7 +43,7 @@ def read(connection: "DuckDBPyConnection", run: Run) -> dict[str, Any]:
     [seconds] = sql.query(connection, _SECONDS, values)["seconds"].to_pylist()
     created = open_run(run.name, run.root)
     changes = [
-        f"iteration {row['iteration']}, {row['stage']}: {text}"
+        f"iteration {row['iteration']}: {text}"
         for row in sql.query(connection, _CHANGES, values).to_pylist()
         for text in differing_keys(json.loads(row["before"]), json.loads(row["config"]))
     ]
