@@ -120,7 +120,7 @@ def read(
     iteration: int | None = None,
     timeout_s: float | None = None,
 ) -> pa.Table:
-    """The rows of one statement over runs that may be worked on meanwhile; errors as connect's and query's."""
+    """The rows of one statement over runs that may be worked on meanwhile; errors as of connect and query."""
     return consult(runs, lambda connection: query(connection, statement, parameters, timeout_s), iteration)
 
 

@@ -1,9 +1,7 @@
 """A run written by hand whose every number can be worked out in one's head; read it only."""
 
-from pathlib import Path
-
 import pytest
-from tests.report.runs import make_run, row
+from tests.report.runs import Row, make_run, row
 
 from grpo.artifacts import Run
 
@@ -20,9 +18,10 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> Run:
         row(1, 0, 0, "ab", rewards={"right": 1.0, "short": 2.0}, reward=2.0),
         row(1, 0, 1, "ab", rewards={"right": 1.0, "short": 2.0}, reward=2.0),
         row(1, 1, 0, "ab", prompt_id=2, rewards={"right": 1.0, "short": 2.0}, reward=2.0),
-        row(1, 1, 1, "ab", prompt_id=2, rewards={"right": 0.0, "short": 2.0}, reward=1.0, finish_reason="length"),
+        row(1, 1, 1, "ab", prompt_id=2, rewards={"right": 0.0, "short": 2.0}, reward=1.0,
+            finish_reason="length"),
     ]  # fmt: skip
-    updates = [
+    updates: list[Row] = [
         {"iteration": 0, "step": 0, "kl": 0.5, "entropy": 3.0, "skipped": True},
         {"iteration": 0, "step": 1, "kl": 0.25, "entropy": 2.0, "grad_norm": 2.0, "mismatch_mean": 1e-6,
          "clip_fraction_low": 0.0, "clip_fraction_high": 0.0},

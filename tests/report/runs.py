@@ -75,7 +75,13 @@ def make_run(
 
 def _commit(run: Run, iteration: int, rows: list[Row], updates: list[Row]) -> None:
     rewards = [
-        {**each, "name": name, "value": value, "weight": 1.0, "status": "ok" if value is not None else "error"}
+        {
+            **each,
+            "name": name,
+            "value": value,
+            "weight": 1.0,
+            "status": "ok" if value is not None else "error",
+        }
         for each in rows
         for name, value in each["rewards"].items()
     ]
@@ -91,6 +97,8 @@ def _commit(run: Run, iteration: int, rows: list[Row], updates: list[Row]) -> No
         records = []
         for table in ("updates", "logprobs") if output == "update" else (output,):
             schema = tables.schema(table)
-            data = pa.Table.from_pylist([{n: each.get(n) for n in schema.names} for each in held[table]], schema)
+            data = pa.Table.from_pylist(
+                [{n: each.get(n) for n in schema.names} for each in held[table]], schema
+            )
             records.append(staging.write_table(table, staging.file_name(table, 0), data))
         staging.commit({output: id_of(records)}, records, {})

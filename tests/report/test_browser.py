@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tests.report.runs import make_run, row
 from tests.report.test_report import HOSTILE
@@ -66,7 +65,9 @@ def browser(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
     driver = webdriver.Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
     try:
         driver.get(page.as_uri())
-        WebDriverWait(driver, 120).until(lambda _: driver.execute_script("return document.body.dataset.ready"))
+        WebDriverWait(driver, 120).until(
+            lambda _: driver.execute_script("return document.body.dataset.ready")
+        )
         yield driver
     finally:
         driver.quit()
@@ -103,16 +104,23 @@ def test_every_chart_is_drawn(browser: Any) -> None:
     plots = browser.execute_script(
         "return [...document.querySelectorAll('#charts-training .plot')].map(p => [...p.data[0].y])"
     )
-    assert len(plots) == len(titles) == 8  # all but clip fractions, gradient norm and seconds, which are not there
-    assert plots[0] == [pytest.approx((249 * 4 + 8) / 2000)] * ITERATIONS  # half of each group, all of group 7
-    assert browser.find_element("id", "absent-training").text.startswith("Not in this run: Clipped (no update yet")
+    assert (
+        len(plots) == len(titles) == 8
+    )  # all but clip fractions, gradient norm and seconds, which are not there
+    assert (
+        plots[0] == [pytest.approx((249 * 4 + 8) / 2000)] * ITERATIONS
+    )  # half of each group, all of group 7
+    assert browser.find_element("id", "absent-training").text.startswith(
+        "Not in this run: Clipped (no update yet"
+    )
     assert browser.find_element("id", "absent-evaluation").text == "No evaluation in this run."
 
 
 def test_the_map_joins_neighbours_and_says_so(browser: Any) -> None:
     caption = browser.find_element("id", "heat-caption").text
     # 250 prompts at 3 pixels in 480: two a row
-    assert "250 prompts from hardest to easiest; a row is the mean over 2 prompts" in caption
+    assert "250 prompts from hardest to easiest, against the mean" in caption
+    assert "a row is the mean over 2 prompts next to each other" in caption
     z = browser.execute_script("return document.getElementById('heat').data[0].z")
     assert len(z) == 125
     assert z[0] == [0.5] * ITERATIONS
@@ -120,9 +128,15 @@ def test_the_map_joins_neighbours_and_says_so(browser: Any) -> None:
 
 
 def test_a_cell_of_the_map_leads_to_its_rollouts(browser: Any) -> None:
-    browser.execute_script("document.getElementById('heat').emit('plotly_hover', {points: [{pointIndex: [124, 2]}]})")
-    assert browser.find_element("id", "heat-pointed").text.startswith("75.0 % of 16 rollouts · iteration 2 · 2 prompts")
-    browser.execute_script("document.getElementById('heat').emit('plotly_click', {points: [{pointIndex: [124, 2]}]})")
+    browser.execute_script(
+        "document.getElementById('heat').emit('plotly_hover', {points: [{pointIndex: [124, 2]}]})"
+    )
+    assert browser.find_element("id", "heat-pointed").text.startswith(
+        "75.0 % of 16 rollouts · iteration 2 · 2 prompts"
+    )
+    browser.execute_script(
+        "document.getElementById('heat').emit('plotly_click', {points: [{pointIndex: [124, 2]}]})"
+    )
     assert found(browser) == "16 of 10,000 rollouts in 2 groups"
     assert browser.find_element("id", "only-prompt").text.startswith("2 prompts, iteration 2")
 
@@ -157,7 +171,7 @@ def test_groups_come_in_the_order_that_was_chosen(browser: Any) -> None:
     choose(browser, "f-order", "longest")
     assert first().startswith("Iteration 0\ngroup 3\n")
     click(browser, "page-next")
-    assert browser.find_element("id", "page-place").text == "groups 6–10 of 1,250"
+    assert browser.find_element("id", "page-place").text == "groups 6\u201310 of 1,250"
 
 
 def test_hostile_text_is_text(browser: Any) -> None:
@@ -176,7 +190,7 @@ def test_the_bytes_of_a_character_are_one_token_to_point_at(browser: Any) -> Non
     lines = browser.find_element("id", "tip").text.splitlines()
     # -0.5 is code sqrt(0.5 / 25) * 254 = 35.9, kept as 36: -25 (36 / 254)^2 = -0.502
     assert lines[0] == "2 tokens make this character"
-    assert lines[1:3] == ["log-prob −0.502 · probability 60.5 %", "ratio learner / sampler 1.000"]
+    assert lines[1:3] == ["log-prob \u22120.502 · probability 60.5 %", "ratio learner / sampler 1.000"]
     assert token.get_attribute("class") == "lp s1"  # 9 * 0.502 / log 100 = 0.98
     choose(browser, "f-shade", "ratio")
     assert browser.find_element("css selector", ".tokens span").get_attribute("class") == ""

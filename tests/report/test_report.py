@@ -5,12 +5,15 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tests.report.runs import make_run, row
 
-from grpo import report
+from grpo import report, sql
+from grpo.artifacts import Run
+from grpo.report import heat
 from grpo.report.pack import pack
 
 Grpo = Callable[..., tuple[int, str, str]]
@@ -23,9 +26,9 @@ def blocks(page: str) -> dict[str, bytes]:
     return {name: gzip.decompress(base64.b64decode(text)) for name, text in found}
 
 
-def document(block: bytes) -> dict:  # type: ignore[type-arg]
+def document(block: bytes) -> dict[str, Any]:
     size = int.from_bytes(block[:4], "little")
-    found: dict = json.loads(block[4 : 4 + size])["document"]  # type: ignore[type-arg]
+    found: dict[str, Any] = json.loads(block[4 : 4 + size])["document"]
     return found
 
 
@@ -47,7 +50,11 @@ def test_the_report_of_a_run_is_a_file_of_its_name(finished: Path, grpo: Grpo) -
 def test_a_run_has_the_same_report_every_time(finished: Path, grpo: Grpo) -> None:
     assert grpo("report")[0] == 0
     first = Path("tiny.html").read_bytes()
-    assert json.loads(grpo("report", "--json")[1]) == {"file": "tiny.html", "bytes": len(first), "left_out": []}
+    assert json.loads(grpo("report", "--json")[1]) == {
+        "file": "tiny.html",
+        "bytes": len(first),
+        "left_out": [],
+    }
     assert Path("tiny.html").read_bytes() == first
 
 
@@ -85,7 +92,10 @@ def test_the_picture_is_a_png(finished: Path, grpo: Grpo) -> None:
         (["--png", "--out", "x.html"], "--out x.html: expected a file ending in .png"),
         (["--out", "none/x.html"], "--out none/x.html: no folder none"),
         (["--rollouts", "-1"], "--rollouts -1: expected a number of rollouts, 0 or more"),
-        (["--png", "--rollouts", "3"], "--rollouts: a picture shows curves only; leave it out, or leave out --png"),
+        (
+            ["--png", "--rollouts", "3"],
+            "--rollouts: a picture shows curves only; leave it out, or leave out --png",
+        ),
         (["nope"], "artifacts/nope: no such run; runs there: tiny"),
     ],
 )
@@ -117,7 +127,9 @@ def test_the_page_loads_nothing_and_runs_its_own_scripts_only(finished: Path, gr
 
 def test_what_a_model_wrote_never_stands_in_the_page_as_itself(tmp_path: Path) -> None:
     rewards = {HOSTILE: 1.0}
-    run = make_run(tmp_path, [row(0, 0, n, HOSTILE, prompt=HOSTILE, rewards=rewards, error=HOSTILE) for n in range(2)])
+    run = make_run(
+        tmp_path, [row(0, 0, n, HOSTILE, prompt=HOSTILE, rewards=rewards, error=HOSTILE) for n in range(2)]
+    )
     page = report.build([run], None)[0].decode()
     assert "hacked" not in page
     held = blocks(page)
@@ -127,7 +139,9 @@ def test_what_a_model_wrote_never_stands_in_the_page_as_itself(tmp_path: Path) -
 
 
 def test_a_block_is_a_document_and_its_columns() -> None:
-    block = gzip.decompress(base64.b64decode(pack({"a": "ä"}, {"x": np.arange(3, dtype=np.uint8), "y": np.ones(2, np.float32)})))
+    block = gzip.decompress(
+        base64.b64decode(pack({"a": "ä"}, {"x": np.arange(3, dtype=np.uint8), "y": np.ones(2, np.float32)}))
+    )
     size = int.from_bytes(block[:4], "little")
     assert (4 + size) % 8 == 0
     head = json.loads(block[4 : 4 + size])
@@ -139,13 +153,12 @@ def test_a_block_is_a_document_and_its_columns() -> None:
     assert np.frombuffer(body[8:16], np.float32).tolist() == [1, 1]
 
 
-def test_the_map_has_a_cell_for_each_prompt_and_iteration(hand) -> None:  # type: ignore[no-untyped-def]
-    from grpo import sql
-    from grpo.report import heat
-
+def test_the_map_has_a_cell_for_each_prompt_and_iteration(hand: Run) -> None:
     found, columns = sql.consult([hand], lambda connection: heat.read(connection, hand))
     assert (found["reward"], found["binary"], found["prompt_ids"]) == ("right", True, [0, 1, 2])
-    cells = zip(*(columns[name].tolist() for name in ("prompt", "iteration", "mean", "rollouts")), strict=True)
+    cells = zip(
+        *(columns[name].tolist() for name in ("prompt", "iteration", "mean", "rollouts")), strict=True
+    )
     # prompt 0 had 1 and 0, then 1 and 1; prompt 1 had 0 and 0; prompt 2, of iteration 1 only, 1 and 0
     assert list(cells) == [(0, 0, 0.5, 2), (0, 1, 1.0, 2), (1, 0, 0.0, 2), (2, 1, 0.5, 2)]
 

@@ -11,8 +11,10 @@ from grpo.artifacts import Run
 from grpo.report import rollouts
 from grpo.report.selection import Limits
 
+ALL = Limits()
 
-def read(run: Run, limit: Limits = Limits()) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+
+def read(run: Run, limit: Limits = ALL) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     block, _ = sql.consult([run], lambda connection: rollouts.read(connection, run, limit))
     return block
 
@@ -66,7 +68,9 @@ def test_logprobs_and_ratios_find_their_tokens(tmp_path: Path) -> None:
     rows = [
         row(0, 0, 0, "a", old_logprobs=[-1.0, -0.25], policy_logprobs=[-1.0, -0.05]),
         row(0, 0, 1, "b", policy_logprobs=None),
-        row(0, 1, 0, "c", old_logprobs=[-30.0, 0.0], policy_logprobs=[-40.0, 0.0], response_mask=[True, False]),
+        row(
+            0, 1, 0, "c", old_logprobs=[-30.0, 0.0], policy_logprobs=[-40.0, 0.0], response_mask=[True, False]
+        ),
     ]
     _, columns = read(make_run(tmp_path, reversed(rows)))  # on disk in another order than by key
     assert columns["text"].tobytes()[::14] == b"abc"

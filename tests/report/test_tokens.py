@@ -24,7 +24,12 @@ def test_a_byte_of_a_character_is_that_byte(hand: Run) -> None:
 def test_sentencepiece_writes_spaces_and_bytes_its_own_way() -> None:
     vocabulary = {"<unk>": 0, "<0xE2>": 1, "\u2581the": 2, "r\u2581e": 3}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
     assert texts(tokenizer, 1, 2, 3, 4) == [b"\xe2", b" the", b"r e", b"</s>"]

@@ -64,7 +64,9 @@ def show(
 
 @app.command()
 def report(
-    names: Annotated[list[str] | None, typer.Argument(help="Runs; default: that of the configuration.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Runs; default: that of the configuration.")
+    ] = None,
     config: ConfigOption = CONFIG,
     out: Annotated[Path | None, typer.Option(help="Default: RUN.html, report.html for several runs.")] = None,
     png: Annotated[bool, typer.Option("--png", help="The curves as a picture, RUN.png.")] = False,

@@ -42,8 +42,9 @@ def write(runs: list[Run], out: Path | None, as_picture: bool, num_rollouts: int
     for run in runs:
         if not any(run.manifest("rollouts", number) for number in run.iterations()):
             raise UsageError(f"run {run.name}: holds no rollouts yet")
+    left_out: list[str] = []
     if as_picture:
-        content, left_out = picture(charts(runs), [run.name for run in runs]), []
+        content = picture(charts(runs), [run.name for run in runs])
     else:
         content, left_out = build(runs, num_rollouts)
     files.write_file(path, content)
@@ -77,8 +78,11 @@ def build(runs: list[Run], num_rollouts: int | None) -> tuple[bytes, list[str]]:
         )
 
     drawn, summaries, heats, found = sql.consult(runs, read)
-    left_out = [f"run {run.name}: {text}" for run, (_, chosen) in zip(runs, found, strict=True)
-                if (text := chosen.left_out())]
+    left_out = [
+        f"run {run.name}: {text}"
+        for run, (_, chosen) in zip(runs, found, strict=True)
+        if (text := chosen.left_out())
+    ]
     document = {"charts": drawn, "runs": summaries, "left_out": left_out}
     title = ", ".join(run.name for run in runs)
     return page(title, document, heats, [block for block, _ in found]), left_out

@@ -69,19 +69,27 @@ const ORDERS = {
 };
 
 function lowestLogprob(run, row) {
-  return largest(run, row, run.columns.logprob, (code) => code);
+  const codes = run.columns.logprob;
+  let found = -1;
+  for (let t = run.tokenStarts[row]; codes && t < run.tokenStarts[row + 1]; t++) {
+    if (codes[t] !== NO_CODE && codes[t] > found) found = codes[t];
+  }
+  return found;
 }
 
 function farthestRatio(run, row) {
-  return largest(run, row, run.columns.ratio, (code) => Math.abs(code - 127));
-}
-
-function largest(run, row, codes, size) {
+  const codes = run.columns.ratio;
   let found = -1;
   for (let t = run.tokenStarts[row]; codes && t < run.tokenStarts[row + 1]; t++) {
-    if (codes[t] !== NO_CODE) found = Math.max(found, size(codes[t]));
+    if (codes[t] !== NO_CODE) found = Math.max(found, Math.abs(codes[t] - 127));
   }
   return found;
+}
+
+// What the first search and the first of each order would have to wait for.
+function warmUp(run) {
+  lowerTexts(run);
+  for (const name of Object.keys(ORDERS)) keysOf(run, name);
 }
 
 // One number a group, which does not depend on the filter: computed once for each order.

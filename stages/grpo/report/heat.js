@@ -15,18 +15,26 @@ function setUpHeat(page, heats, open) {
   return draw;
 }
 
-// Prompts from the lowest pass rate to the highest, over all iterations.
+// Prompts from the hardest to the easiest: by how far they are from the mean of the iterations that drew them,
+// as one that was drawn early only would else pass for hard. Where all are always drawn, that is their rate.
 function ranked(heat) {
-  const { prompt, mean, rollouts } = heat.columns;
-  const sums = new Float64Array(heat.prompts.length);
-  const counts = new Float64Array(heat.prompts.length);
-  for (let i = 0; i < prompt.length; i++) {
-    sums[prompt[i]] += mean[i] * rollouts[i];
-    counts[prompt[i]] += rollouts[i];
-  }
-  const rate = sums.map((sum, i) => sum / counts[i]);
-  const order = [...rate.keys()].sort((a, b) => rate[a] - rate[b] || a - b);
+  const { prompt, iteration, mean, rollouts } = heat.columns;
+  const usual = averages(iteration, mean, rollouts);
+  const rate = averages(prompt, mean, rollouts);
+  const apart = averages(prompt, mean.map((value, i) => value - usual[iteration[i]]), rollouts);
+  const order = [...apart.keys()].sort((a, b) => apart[a] - apart[b] || rate[a] - rate[b] || a - b);
   return { order, rate };
+}
+
+// The mean of the values of each key, weighed.
+function averages(keys, values, weights) {
+  const size = keys.reduce((a, b) => Math.max(a, b), -1) + 1;
+  const [sums, totals] = [new Float64Array(size), new Float64Array(size)];
+  for (let i = 0; i < keys.length; i++) {
+    sums[keys[i]] += values[i] * weights[i];
+    totals[keys[i]] += weights[i];
+  }
+  return sums.map((sum, i) => sum / totals[i]);
 }
 
 // Cells of the map: perRow prompts and perColumn iterations together, weighed by their rollouts.
@@ -94,7 +102,7 @@ function columnWidth(heat, first, last, pixels) {
 
 function describeHeat(heat, prompts, perRow, perColumn) {
   $("heat-title").textContent = heat.binary ? "Pass rate by prompt" : "Mean reward by prompt";
-  const parts = [`${heat.reward}, ${whole.format(prompts)} prompts from hardest to easiest`];
+  const parts = [`${heat.reward}, ${whole.format(prompts)} prompts from hardest to easiest, against the mean of the iterations that drew them`];
   if (perRow > 1) parts.push(`a row is the mean over ${perRow} prompts next to each other in that order`);
   if (perColumn > 1) parts.push(`a column is the mean over ${perColumn} iterations`);
   $("heat-caption").textContent = `${parts.join("; ")}; empty: not drawn`;

@@ -47,9 +47,7 @@ order by prompt_id
 """
 
 
-def read(
-    connection: "DuckDBPyConnection", run: Run
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read(connection: "DuckDBPyConnection", run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(document, columns): one cell for each prompt and iteration, its mean reward and its rollouts."""
     values = {"run": run.name, "first": run.config.score.rewards[0].name or ""}
     found = sql.query(connection, _REWARD, values).to_pylist()

@@ -81,7 +81,13 @@ def _line(axis: "Axes", series: dict[str, Any], names: list[str], runs: list[str
     marker = "o" if len(series["x"]) == 1 else None
     label = series["name"] if series["run"] == runs[0] else None
     axis.plot(
-        series["x"], series["y"], color=color, linewidth=1.6, label=label, marker=marker, markersize=3,
+        series["x"],
+        series["y"],
+        color=color,
+        linewidth=1.6,
+        label=label,
+        marker=marker,
+        markersize=3,
         linestyle=_DASHES[place % len(_DASHES)],
     )
     if "low" in series:
@@ -100,5 +106,7 @@ def _totals(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
     totals = []
     for run in dict.fromkeys(each["run"] for each in series):
         x, rows = _stack([each for each in series if each["run"] == run])
-        totals.append({"run": run, "name": "", "x": x, "y": [sum(column) for column in zip(*rows, strict=True)]})
+        totals.append(
+            {"run": run, "name": "", "x": x, "y": [sum(column) for column in zip(*rows, strict=True)]}
+        )
     return totals

@@ -35,7 +35,7 @@ async function draw() {
     drawMap();
   };
   document.body.dataset.ready = "yes";
-  (globalThis.requestIdleCallback ?? setTimeout)(() => runs.forEach(lowerTexts));
+  (globalThis.requestIdleCallback ?? setTimeout)(() => runs.forEach(warmUp));
 }
 
 function setTheme(theme) {

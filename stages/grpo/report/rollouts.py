@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 LOGPROB_RANGE = 25.0
-"""Nats. A log-prob is -25 (code / 254)^2: in steps of 0.04 at -1 and of 0.2 at -25, below which all is -25."""
+"""Nats. A log-prob is -25 (code / 254)^2: in steps of 0.04 at -1, of 0.2 at -25; below all is -25."""
 RATIO_RANGE = 4.0
 """Nats. The logarithm of a ratio is +-4 (c / 127)^2, c = |code - 127|: steps of 0.014 at a ratio of 1.2."""
 NO_CODE = 255
@@ -227,7 +227,10 @@ def _places(rows: pa.Table, scalars: pa.Table) -> np.ndarray:
     """Where the rows of `scalars` are in `rows`, by key; -1 for one that is not there."""
     keys = [table.select(["iteration", "group_id", "sample_id"]) for table in (rows, scalars)]
     columns = [[table[name].to_numpy().astype(np.int64) for name in table.column_names] for table in keys]
-    spans = [max((int(column.max(initial=0)) for column in pair), default=0) + 1 for pair in zip(*columns)]
+    spans = [
+        max((int(column.max(initial=0)) for column in pair), default=0) + 1
+        for pair in zip(*columns, strict=True)
+    ]
     have, wanted = ((c[0] * spans[1] + c[1]) * spans[2] + c[2] for c in columns)
     order = np.argsort(have)
     if not len(have):
