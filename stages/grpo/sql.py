@@ -23,6 +23,7 @@ from grpo.artifacts import STAGE_OUTPUTS, Manifest, Run
 from grpo.artifacts.run import check_size
 from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
 
+Connection = duckdb.DuckDBPyConnection
 _Result = TypeVar("_Result")
 
 VIEWS = (*tables.TABLES, "samples", "timings", "manifests")
@@ -124,9 +125,7 @@ def read(
     return consult(runs, lambda connection: query(connection, statement, parameters, timeout_s), iteration)
 
 
-def consult(
-    runs: list[Run], work: Callable[[duckdb.DuckDBPyConnection], _Result], iteration: int | None = None
-) -> _Result:
+def consult(runs: list[Run], work: Callable[[Connection], _Result], iteration: int | None = None) -> _Result:
     """What `work` makes of several queries over one state of runs that may be worked on meanwhile.
 
     What was replaced while it was read is read again.

@@ -1,7 +1,7 @@
 """report: runs -> one HTML file to read and to send, or a picture of their curves."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo import sql
 from grpo.artifacts import Run, files
@@ -10,9 +10,6 @@ from grpo.report import curves, heat, rollouts, summary
 from grpo.report.page import page
 from grpo.report.picture import picture
 from grpo.report.selection import limits
-
-if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
 
 __all__ = ["build", "charts", "write"]
 
@@ -57,7 +54,7 @@ def write(runs: list[Run], out: Path | None, as_picture: bool, num_rollouts: int
 def charts(runs: list[Run]) -> list[dict[str, Any]]:
     """The charts of curves.read, all runs in each."""
 
-    def read(connection: "DuckDBPyConnection") -> list[dict[str, Any]]:
+    def read(connection: sql.Connection) -> list[dict[str, Any]]:
         _load(connection)
         return curves.read(connection, [run.name for run in runs])
 
@@ -68,7 +65,7 @@ def build(runs: list[Run], num_rollouts: int | None) -> tuple[bytes, list[str]]:
     """The page, and for each run that does not fit, what was left out of it."""
     limit = limits(num_rollouts).shared_by(len(runs))
 
-    def read(connection: "DuckDBPyConnection") -> tuple[Any, ...]:
+    def read(connection: sql.Connection) -> tuple[Any, ...]:
         _load(connection)
         return (
             curves.read(connection, [run.name for run in runs]),
@@ -88,6 +85,6 @@ def build(runs: list[Run], num_rollouts: int | None) -> tuple[bytes, list[str]]:
     return page(title, document, heats, [block for block, _ in found]), left_out
 
 
-def _load(connection: "DuckDBPyConnection") -> None:
+def _load(connection: sql.Connection) -> None:
     for table, columns in _LOADED.items():
         sql.register(connection, table, sql.query(connection, f"select {columns} from memory.main.{table}"))

@@ -6,12 +6,9 @@ A run that has no rows for a curve has no such chart, and the page says why.
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo import sql
-
-if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
 
 SHARE = "share"
 """Unit of a number from 0 to 1, shown in per cent."""
@@ -205,7 +202,7 @@ CURVES = (
 
 
 def read(
-    connection: "DuckDBPyConnection", runs: list[str], curves: tuple[Curve, ...] = CURVES
+    connection: sql.Connection, runs: list[str], curves: tuple[Curve, ...] = CURVES
 ) -> list[dict[str, Any]]:
     """Every chart with its series, those of the first of `runs` first: what the page and the picture draw.
 

@@ -1,14 +1,11 @@
 """heat: the pass rate of every prompt in every iteration that drew it, for the map of the page."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from grpo import sql
 from grpo.artifacts import Run
-
-if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
 
 _CHARACTERS = 240  # of a prompt that is pointed at
 _ALL_CHARACTERS = 2_000_000  # of all prompts: with very many of them, less of each is shown
@@ -47,7 +44,7 @@ order by prompt_id
 """
 
 
-def read(connection: "DuckDBPyConnection", run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read(connection: sql.Connection, run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(document, columns): one cell for each prompt and iteration, its mean reward and its rollouts."""
     values = {"run": run.name, "first": run.config.score.rewards[0].name or ""}
     found = sql.query(connection, _REWARD, values).to_pylist()

@@ -4,7 +4,7 @@ Text is stored once, as the bytes of the tokens one after the other, and the tok
 log-probs and ratios a byte each is kept, in steps that are finest where most of them are.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +14,6 @@ from grpo import sql
 from grpo.artifacts import Run
 from grpo.report.selection import Limits, Selection, choose
 from grpo.report.tokens import bytes_of, special_texts, tokenizer_of
-
-if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
 
 LOGPROB_RANGE = 25.0
 """Nats. A log-prob is -25 (code / 254)^2: in steps of 0.04 at -1, of 0.2 at -25; below all is -25."""
@@ -114,7 +111,7 @@ where run = $run
 Block = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
-def read(connection: "DuckDBPyConnection", run: Run, limit: Limits) -> tuple[Block, Selection]:
+def read(connection: sql.Connection, run: Run, limit: Limits) -> tuple[Block, Selection]:
     """(document, columns) of the chosen rollouts of a run, and what was chosen."""
     chosen = choose(sql.query(connection, _SIZES, {"run": run.name}).to_pylist(), limit)
     values = {
@@ -166,7 +163,7 @@ def _rewards(rows: pa.Table, num_rollouts: int) -> tuple[list[dict[str, Any]], d
 
 
 def _tokens(
-    connection: "DuckDBPyConnection", run: Run, values: dict[str, Any], scalars: pa.Table
+    connection: sql.Connection, run: Run, values: dict[str, Any], scalars: pa.Table
 ) -> tuple[dict[str, np.ndarray], list[str], str]:
     """Text, tokens, log-probs and ratios; what special tokens read as; why there are no tokens, if so."""
     rows = sql.query(connection, _TOKENS, values).combine_chunks()
@@ -211,7 +208,7 @@ def _text(tokenizer: Any, ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _policy_logprobs(
-    connection: "DuckDBPyConnection", values: dict[str, Any], scalars: pa.Table, lengths_B: np.ndarray
+    connection: sql.Connection, values: dict[str, Any], scalars: pa.Table, lengths_B: np.ndarray
 ) -> np.ndarray:
     """The learner's log-probs of every token; NaN for rollouts that no update of their iteration read."""
     rows = sql.query(connection, _POLICY_LOGPROBS, values).combine_chunks()

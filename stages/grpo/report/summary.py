@@ -1,14 +1,11 @@
 """summary: what stands above the curves: how much a run did, how it was configured, what made it."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo import sql
 from grpo.artifacts import Run, open_run
 from grpo.config import differing_keys, flatten
-
-if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
 
 _COUNTS = """
 select
@@ -36,7 +33,7 @@ order by iteration, stage
 """
 
 
-def read(connection: "DuckDBPyConnection", run: Run) -> dict[str, Any]:
+def read(connection: sql.Connection, run: Run) -> dict[str, Any]:
     """Counts, seconds, the configuration a run was created with, what changed since, and versions."""
     values = {"run": run.name}
     [counts] = sql.query(connection, _COUNTS, values).to_pylist()
