@@ -19,13 +19,15 @@ from typing import Any
 import pyarrow.parquet as pq
 from machine import describe
 
+from grpo import report
+from grpo.artifacts import Run
+from grpo.config import load
+from grpo.console import Console
+from grpo.report.picture import picture
+
 ROOT = Path(__file__).parents[1]
 WORK = {"sample", "exact_answer", "train", "reference", "recompute"}
-CURVE = """
-select iteration, avg(reward) as reward, avg(mismatch) as mismatch, avg(response_tokens) as length
-from samples group by iteration order by iteration
-"""
-KL = "select iteration, kl from updates order by iteration"
+DRAWN = ("Reward", "KL to the reference", "Response length")
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         parts = _query(Path(folder), "select stage, part, seconds from timings where iteration is not null")
         if len(sys.argv) > 1:
-            _draw(_query(Path(folder), CURVE), _query(Path(folder), KL), Path(sys.argv[1]))
+            _draw(Path(folder), Path(sys.argv[1]))
     print(f"quickstart; {describe()}")
     print(f"preparation and training: {seconds:.1f} s; {last}")
     wall = (moments[-1] - moments[0]) / (len(moments) - 1)
@@ -74,26 +76,10 @@ def _query(folder: Path, query: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _draw(curve: list[dict[str, Any]], kl: list[dict[str, Any]], picture: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
-    series = [
-        ("mean reward", curve, "reward"),
-        ("KL to the reference", kl, "kl"),
-        ("response tokens", curve, "length"),
-    ]
-    for axis, (title, rows, name) in zip(axes, series, strict=True):
-        axis.plot(
-            [row["iteration"] for row in rows], [row[name] for row in rows], color="#1f4e79", linewidth=1.8
-        )
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("iteration", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(0, 1.02)
-    figure.savefig(picture, dpi=130, metadata={"Software": None})
+def _draw(folder: Path, file: Path) -> None:
+    run = Run(folder / "artifacts", load(folder / "pipeline.yaml"), folder, Console(quiet=True))
+    drawn = [chart for chart in report.charts([run]) if chart["title"] in DRAWN]
+    file.write_bytes(picture(drawn, [run.name], columns=len(DRAWN)))
 
 
 if __name__ == "__main__":

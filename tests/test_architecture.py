@@ -21,7 +21,7 @@ RANKS = (
     STAGES,
     ("evaluate", "starter"),
     ("runner",),
-    ("start", "status", "show", "collect", "rewind", "query", "compare"),
+    ("start", "status", "show", "collect", "rewind", "query", "compare", "report"),
     ("fork", "remedy", "track", "export", "init"),
     ("verify",),
     ("commands", "doctor"),

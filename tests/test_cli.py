@@ -30,7 +30,7 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([*PYTHON, code], capture_output=True, text=True, check=True)
     assert done.stderr == "0\n[]\n"
-    for command in ("run", "generate", "score", "advantage", "update", "status", "sql", "show"):
+    for command in ("run", "generate", "score", "advantage", "update", "status", "sql", "show", "report"):
         assert f"│ {command} " in done.stdout
 
 

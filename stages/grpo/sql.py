@@ -8,11 +8,11 @@ files, so the connection itself cannot.
 import json
 import tempfile
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -23,6 +23,9 @@ from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, Manifest, Run
 from grpo.artifacts.run import check_size
 from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
+
+Connection = duckdb.DuckDBPyConnection
+_Result = TypeVar("_Result")
 
 VIEWS = (*tables.TABLES, "samples", "eval_samples", "evals", "timings", "manifests")
 MEMORY_GIB = 1.0
@@ -137,7 +140,12 @@ def read(
     iteration: int | None = None,
     timeout_s: float | None = None,
 ) -> pa.Table:
-    """The rows of one statement over runs that may be worked on meanwhile; errors as connect's and query's.
+    """The rows of one statement over runs that may be worked on meanwhile; errors as of connect and query."""
+    return consult(runs, lambda connection: query(connection, statement, parameters, timeout_s), iteration)
+
+
+def consult(runs: list[Run], work: Callable[[Connection], _Result], iteration: int | None = None) -> _Result:
+    """What `work` makes of several queries over one state of runs that may be worked on meanwhile.
 
     What was replaced while it was read is read again.
     """
@@ -145,7 +153,7 @@ def read(
         before = _committed(runs)
         try:
             with connect(runs, iteration) as connection:
-                return query(connection, statement, parameters, timeout_s)
+                return work(connection)
         except (GrpoError, OSError):
             if _committed(runs) == before:
                 raise

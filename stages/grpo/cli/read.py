@@ -94,3 +94,23 @@ def compare(
         print_json(result)
     else:
         compare_module.print_comparison(result)
+
+
+@app.command()
+def report(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Runs; default: that of the configuration.")
+    ] = None,
+    config: ConfigOption = CONFIG,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN.html, report.html for several runs.")] = None,
+    png: Annotated[bool, typer.Option("--png", help="The curves as a picture, RUN.png.")] = False,
+    rollouts: Annotated[int | None, typer.Option(help="At most so many to read; default: what fits.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One HTML file to read and to send: curves, pass rate by prompt, every rollout; runs overlaid."""
+    from grpo import report as report_module
+
+    runs = [reading(name, config, []) for name in dict.fromkeys(names or [""])]
+    result = report_module.write(runs, out, png, rollouts)
+    if as_json:
+        print_json(result)
