@@ -169,7 +169,7 @@ def measured(folder: Path, arm: str, seed: int, held_out: Sequence[Row]) -> Curv
     with run.lock():
         start.prepare(run)
         try:
-            runner.run_iterations(run, config.iterations, note)
+            runner.run_iterations(run, config.iterations, note, lambda _: None)
         except Enough:
             return curve
     raise AssertionError("the budget is spent before")

@@ -198,6 +198,50 @@ CURVES = (
         """,
         stacked=True,
     ),
+    Curve(
+        "Pass rate of held-out prompts",
+        SHARE,
+        "Chance that one of k responses passes: k = 1 and the largest k; 95 % intervals by prompt.",
+        "no evaluation yet",
+        """
+        select run, iteration, 'pass@' || k as series,
+            pass_at[k] as value, pass_at_low[k] as low, pass_at_high[k] as high,
+        from (
+            select *,
+                unnest(list_distinct([1, list_max(map_keys(pass_at))])) as k,
+            from evals
+            where pass_at is not null
+        )
+        order by run, k, iteration
+        """,
+        section="evaluation",
+    ),
+    Curve(
+        "Reward of held-out prompts",
+        "",
+        "Mean of the weighted sum of the rewards; 95 % intervals by prompt.",
+        "no evaluation yet",
+        """
+        select run, iteration, '' as series,
+            reward as value, reward_low as low, reward_high as high,
+        from evals
+        where reward is not null
+        order by run, iteration
+        """,
+        section="evaluation",
+    ),
+    Curve(
+        "Response length on held-out prompts",
+        "tokens",
+        "Mean number of response tokens.",
+        "no evaluation yet",
+        """
+        select run, iteration, '' as series, response_tokens as value,
+        from evals
+        order by run, iteration
+        """,
+        section="evaluation",
+    ),
 )
 
 
