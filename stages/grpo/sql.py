@@ -23,9 +23,6 @@ from grpo.artifacts import STAGE_OUTPUTS, Manifest, Run
 from grpo.artifacts.run import check_size
 from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
 
-Connection = duckdb.DuckDBPyConnection
-_Result = TypeVar("_Result")
-
 VIEWS = (*tables.TABLES, "samples", "timings", "manifests")
 MEMORY_GIB = 1.0
 _SAMPLES = Path(__file__).with_name("samples.sql")
@@ -45,6 +42,9 @@ _MANIFESTS = pa.schema(
         *((name, pa.string()) for name in ("ids", "reads", "config", "sources", "summary", "versions")),
     ]
 )
+
+Connection = duckdb.DuckDBPyConnection
+_Result = TypeVar("_Result")
 
 
 @contextmanager
