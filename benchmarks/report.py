@@ -11,6 +11,7 @@ Run: python benchmarks/report.py       result: benchmarks/report.txt
 
 import json
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -47,24 +48,33 @@ FILTERS = {
 def main() -> None:
     print(f"report of {ITERATIONS} x {GROUPS * SAMPLES} rollouts; {describe()}; medians of {REPEATS}")
     filters = "".join(f"{'by ' + name:>14}" for name in FILTERS)
-    print(f"{'tokens':>6} {'rollouts in it':>15} {'build s':>8} {'MB':>6} {'open s':>7}{filters}  (ms)")
+    numbers = f"{'build s':>8} {'cpu s':>6} {'MB':>6} {'open s':>7}"
+    print(f"{'tokens':>6} {'rollouts in it':>15} {numbers}{filters}  (ms)")
     for length in LENGTHS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             _write_run(folder, length)
             built = [_build(folder) for _ in range(REPEATS)]
-            seconds = statistics.median(each[0] for each in built)
+            seconds, processor = (statistics.median(each[place] for each in built) for place in (0, 1))
             opened, rollouts, filtered = _open(folder / "benchmark.html")
         times = "".join(f"{statistics.median(filtered[name]):>14.1f}" for name in FILTERS)
-        size = built[0][1]["bytes"] / 1e6
-        print(f"{length:>6} {rollouts:>15,} {seconds:>8.2f} {size:>6.1f} {opened:>7.2f}{times}", flush=True)
+        size = built[0][2]["bytes"] / 1e6
+        numbers = f"{seconds:>8.2f} {processor:>6.2f} {size:>6.1f} {opened:>7.2f}"
+        print(f"{length:>6} {rollouts:>15,} {numbers}{times}", flush=True)
 
 
-def _build(folder: Path) -> tuple[float, dict[str, Any]]:
+def _build(folder: Path) -> tuple[float, float, dict[str, Any]]:
+    """Seconds on the clock and of the processor, all cores together; and what the command said."""
     command = [sys.executable, "-c", "from grpo.cli import main; main()", "report", "benchmark", "--json"]
-    started = time.perf_counter()
+    before, started = _processor_s(), time.perf_counter()
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
-    return time.perf_counter() - started, json.loads(done.stdout)
+    return time.perf_counter() - started, _processor_s() - before, json.loads(done.stdout)
+
+
+def _processor_s() -> float:
+    """Of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _open(page: Path) -> tuple[float, int, dict[str, list[float]]]:

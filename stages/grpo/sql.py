@@ -24,9 +24,6 @@ from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, Manifest
 from grpo.artifacts.run import check_size
 from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
 
-Connection = duckdb.DuckDBPyConnection
-_Result = TypeVar("_Result")
-
 VIEWS = (*tables.TABLES, "samples", "eval_samples", "evals", "timings", "manifests")
 MEMORY_GIB = 1.0
 _DERIVED = ("samples", "eval_samples", "evals")  # each a query in a file of its name
@@ -54,6 +51,9 @@ _MANIFESTS = pa.schema(
         *((name, pa.string()) for name in ("ids", "reads", "config", "sources", "summary", "versions")),
     ]
 )
+
+Connection = duckdb.DuckDBPyConnection
+_Result = TypeVar("_Result")
 
 
 @contextmanager

@@ -213,3 +213,29 @@ def test_a_narrow_window_needs_no_scrolling_sideways(browser: Any) -> None:
     )
     assert widths[0] == widths[1] <= 390  # less the bar to scroll down with
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_runs_are_overlaid_and_can_be_hidden(browser: Any, tmp_path: Path) -> None:
+    """A page of its own, so this test comes last. The second run has lost its tokenizer."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    runs = []
+    for name, value in (("one", 1.0), ("two", 0.5)):
+        rows = [
+            row(n, 0, s, "ab", rewards={"right": value}, reward=value) for n in range(2) for s in range(2)
+        ]
+        runs.append(make_run(tmp_path / name, rows, name=name, seed=len(runs)))
+    (tmp_path / "two" / "model" / "tokenizer.json").unlink()
+    (tmp_path / "two.html").write_bytes(report.build(runs, None)[0])
+    browser.get((tmp_path / "two.html").as_uri())
+    WebDriverWait(browser, 60).until(lambda _: browser.execute_script("return document.body.dataset.ready"))
+    first = "return document.querySelector('.plot').data.map(trace => [trace.name, trace.y[0]])"
+    assert browser.execute_script(first) == [["one", 1], ["two", 0.5]]
+    browser.execute_script("document.querySelector('#legend button').click()")
+    assert browser.execute_script(first) == [["two", 0.5]]
+    table = browser.find_element("css selector", "table.config").text
+    assert table.splitlines() == ["one two", "seed 0 1"]  # what differs, and nothing else
+    choose(browser, "f-run", "1")
+    assert found(browser) == "4 of 4 rollouts in 2 groups"
+    assert browser.find_element("css selector", ".tokens").text == "ab"
+    assert "no tokenizer.json is where" in browser.find_element("id", "shade-legend").text

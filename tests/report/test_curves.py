@@ -8,7 +8,7 @@ import pytest
 from grpo import report, sql
 from grpo.artifacts import Run
 from grpo.cli.opening import reading
-from grpo.report import curves
+from grpo.report import curve_list, curves
 
 Charts = dict[str, dict[str, Any]]
 Grpo = Callable[..., tuple[int, str, str]]
@@ -83,3 +83,26 @@ def test_the_curves_agree_with_what_grpo_status_shows(
     assert list(seconds) == ["generate", "score", "advantage", "update"]
     for stage, values in seconds.items():
         assert values == pytest.approx([each["seconds"][stage] for each in status]), stage
+
+
+def test_the_curves_of_an_evaluation(hand: Run) -> None:
+    """pass@1 and the largest k, each with its interval: here over a stand-in for the view `evals`."""
+    view = """
+        select 'hand' as run, 4 as iteration, map([1, 2, 8]::bigint[], [0.25, 0.5, 0.75]) as pass_at,
+            map([1, 2, 8]::bigint[], [0.125, 0.25, 0.5]) as pass_at_low,
+            map([1, 2, 8]::bigint[], [0.375, 0.75, 1.0]) as pass_at_high,
+            2.0 as reward, 1.5 as reward_low, 2.5 as reward_high, 3.5 as response_tokens
+    """
+
+    def read(connection: sql.Connection) -> list[dict[str, Any]]:
+        sql.create_view(connection, "evals", view)
+        return curves.read(connection, ["hand"], curve_list.EVALUATION)
+
+    passed, reward, length = (chart["series"] for chart in sql.consult([hand], read))
+    assert [each["name"] for each in passed] == ["pass@1", "pass@8"]
+    assert [(each["y"], each["low"], each["high"]) for each in passed] == [
+        ([0.25], [0.125], [0.375]),
+        ([0.75], [0.5], [1.0]),
+    ]
+    assert (reward[0]["x"], reward[0]["y"], reward[0]["low"], reward[0]["high"]) == ([4], [2], [1.5], [2.5])
+    assert length[0]["y"] == [3.5]

@@ -7,6 +7,7 @@ from grpo import sql
 from grpo.artifacts import Run, files
 from grpo.errors import UsageError
 from grpo.report import curves, heat, rollouts, summary
+from grpo.report.curve_list import CURVES
 from grpo.report.page import page
 from grpo.report.picture import picture
 from grpo.report.selection import limits
@@ -56,7 +57,7 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
 
     def read(connection: sql.Connection) -> list[dict[str, Any]]:
         _load(connection)
-        return curves.read(connection, [run.name for run in runs])
+        return curves.read(connection, [run.name for run in runs], CURVES)
 
     return sql.consult(runs, read)
 
@@ -68,7 +69,7 @@ def build(runs: list[Run], num_rollouts: int | None) -> tuple[bytes, list[str]]:
     def read(connection: sql.Connection) -> tuple[Any, ...]:
         _load(connection)
         return (
-            curves.read(connection, [run.name for run in runs]),
+            curves.read(connection, [run.name for run in runs], CURVES),
             [summary.read(connection, run) for run in runs],
             [heat.read(connection, run) for run in runs],
             [rollouts.read(connection, run, limit) for run in runs],

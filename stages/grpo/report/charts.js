@@ -11,9 +11,9 @@ function drawCharts(page, hidden) {
     if (!drawn.some((each) => each.chart.section === section)) {
       $(`charts-${section}`).replaceChildren(...present.map((chart) => card(chart, page.runs)));
     }
-    $(`absent-${section}`).textContent = charts.length
-      ? reasons.length ? `Not in ${page.runs.length > 1 ? "these runs" : "this run"}: ${reasons.join(", ")}.` : ""
-      : `No evaluation in ${page.runs.length > 1 ? "these runs" : "this run"}.`;
+    const where = page.runs.length > 1 ? "these runs" : "this run";
+    const left = reasons.length ? `Not in ${where}: ${reasons.join(", ")}.` : "";
+    $(`absent-${section}`).textContent = section === "training" ? left : present.length ? "" : `No evaluation in ${where}.`;
   }
   for (const each of drawn) plotCurve(each.chart, each.plot, page.runs, hidden);
 }
@@ -35,7 +35,7 @@ function card(chart, runs) {
 
 function key(chart, name, index) {
   const mark = make("i", chart.stacked ? "box" : "");
-  if (chart.stacked) mark.style.setProperty("--c", `var(--stage-${index % 4})`);
+  if (chart.stacked) mark.style.setProperty("--c", `var(--stage-${index % 5})`);
   else mark.style.borderTopStyle = ["solid", "dotted", "dashed", "dashed"][index % 4];
   return make("span", "", mark, name);
 }
@@ -61,7 +61,7 @@ function plotCurve(chart, plot, runs, hidden) {
 function area(series, index) {
   return {
     x: series.x, y: series.y, name: escaped(series.name), stackgroup: "all", mode: "lines",
-    line: { width: 0, color: color(`--stage-${index % 4}`) }, fillcolor: color(`--stage-${index % 4}`),
+    line: { width: 0, color: color(`--stage-${index % 5}`) }, fillcolor: color(`--stage-${index % 5}`),
     hovertemplate: "%{y:.3f} s",
   };
 }

@@ -72,7 +72,7 @@ function drawHeat(heat, wanted, open) {
   const trace = {
     type: "heatmap", z, x, y: z.map((_, r) => r), hoverinfo: "none", xgap: x.length < 100 ? 1 : 0, ygap: z.length < 120 ? 1 : 0,
     colorscale: COLORS, ...(heat.binary ? { zmin: 0, zmax: 1 } : {}),
-    colorbar: { thickness: 12, outlinewidth: 0, tickformat: heat.binary ? ".0%" : "~g", len: 1, x: 1.01 },
+    colorbar: { thickness: 12, outlinewidth: 0, tickformat: heat.binary ? ".0%" : "~g", len: 1, ypad: 0, x: 1.01 },
   };
   const layout = {
     ...plain(), margin: { l: 64, r: 8, t: 6, b: 38 }, height: Math.max(180, Math.min(HEAT_PX, z.length * 9)) + 44, dragmode: false,

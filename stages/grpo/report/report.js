@@ -63,15 +63,16 @@ function facts(page, run) {
     const found = chart?.series.find((each) => each.run === run.run);
     return found ? { unit: chart.unit, title: chart.title, first: found.y[0], last: found.y.at(-1) } : null;
   };
-  return { reward: ends("Reward"), passed: ends("Pass rate"), kl: ends("KL"), length: ends("Response length"), truncated: ends("Truncated") };
+  return { reward: ends("Reward"), passed: ends("Pass rate"), kl: ends("KL"), length: ends("Response length"), truncated: ends("Truncated"), held: ends("Held-out pass@k") };
 }
 
 function tiles(page) {
   const [run] = page.runs;
-  const { reward, passed, kl, length, truncated } = facts(page, run);
+  const { reward, passed, kl, length, truncated, held } = facts(page, run);
   const list = [
     passed && [number(passed.last, "share"), `pass rate, from ${number(passed.first, "share")}`],
     reward && [number(reward.last), `reward, from ${number(reward.first)}`],
+    held && [number(held.last, "share"), `held-out pass@1, from ${number(held.first, "share")}`],
     kl && [number(kl.last), "KL to the reference, nats"],
     length && [number(length.last), `response tokens, from ${number(length.first)}`],
     truncated && [number(truncated.last, "share"), "cut off"],
