@@ -157,6 +157,33 @@ def test_score_is_the_learners_at_temperature_1(engine: vllm_engine.VllmEngine, 
     assert np.abs(np.array(measured.logprobs) - np.stack(scores)).max() < 1e-5
 
 
+def test_an_exported_policy_is_what_the_learner_has(
+    opened: vllm_engine.VllmEngine,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    grpo: Callable[..., tuple[int, str, str]],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipeline.yaml").write_text(
+        f"{{run: r, iterations: 1, model: '{checkpoint}', prompts: {{source: arithmetic}}, score: {{rewards:"
+        " [{function: length_penalty, arguments: {max_tokens: 4, buffer_tokens: 4}}]}, generate: {engine:"
+        " transformers, prompts_per_iteration: 4, max_new_tokens: 8}, update: {learning_rate: 0.01}}"
+    )
+    for command in (("run",), ("export", "--out", "exported")):
+        code, _, err = grpo(*command)
+        assert code == 0, err
+    opened.load(tmp_path / "exported")
+    sequences = [[*LONG[0][:64]], [*LONG[1][:64]]]
+    trained, start = (
+        np.array(probe.measure(load_model(folder, "cpu"), sequences).logprobs)
+        for folder in (tmp_path / "exported", checkpoint)
+    )
+    scores = np.stack(opened.score(sequences))
+    assert np.abs(trained - scores).max() < 1e-5
+    assert np.abs(start - scores).max() > 1e-2  # it did train
+
+
 def test_k_samples_differ_and_each_seed_gives_its_own(engine: vllm_engine.VllmEngine) -> None:
     [group] = sample(engine, requests(SHORT[:1], k=8))
     assert len({tuple(one.token_ids) for one in group.samples}) == 8

@@ -30,7 +30,7 @@ def export(run: Run, policy: int | None, out: Path, dtype: str | None, adapter: 
     dtype: cast the weights; None: as the run has them, float32, and those of the start as they came. adapter:
     only what LoRA trained, in peft's form.
 
-    Raises UsageError (exit 2) where `out` holds something or an argument makes no sense, InputError (exit 4) for
+    Raises UsageError (exit 2) where `out` holds something or an argument makes no sense, InputError (4) for
     a policy that was pruned, naming the nearest, and CorruptError (exit 6) for one that is damaged.
     """
     if dtype is not None and (adapter or dtype not in DTYPES):

@@ -1,6 +1,7 @@
 """push: an exported folder -> a repository on the hub; only where the user names one."""
 
 from pathlib import Path
+from typing import Any
 
 from grpo.errors import ResourceError, UsageError
 
@@ -26,11 +27,14 @@ def push(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    # What a connection raises is the HTTP client's own error: httpx or httpx2, by the release of the library.
+    client_error: Any = HfHubHTTPError.__mro__[1]
+
     api = HfApi()
     try:
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="grpo export")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (client_error, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ResourceError(
             f"--push {name}: {reason}; the folder is complete: `hf upload {name} {folder}` tries again"
