@@ -4,7 +4,7 @@
 structured outputs see to it that it gives one. The proxy fails requests in four ways in turn (status 500,
 429 with Retry-After, a lost connection, a hang) before vLLM sees them, and counts what vLLM answered.
 
-Run: python benchmarks/judge.py > benchmarks/judge.txt
+Run: PYTHONPATH=. python benchmarks/judge.py > benchmarks/judge.txt
 """
 
 import json
@@ -17,9 +17,6 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 from machine import describe
 from tests.score import vllm_server
@@ -69,7 +66,8 @@ def with_retries(folder: Path, endpoint: Endpoint) -> None:
     print("retries: 5 (the default)")
     _show(folder, endpoint, *_grpo(folder, "score"))
     attempts = _sql(folder, "select attempts, count(*) as answers from judgements group by 1 order by 1")
-    print(f"  answers by attempts: {', '.join(f'{row["attempts"]}: {row["answers"]}' for row in attempts)}")
+    counts = ", ".join(f"{row['answers']} after {row['attempts']}" for row in attempts)
+    print(f"  requests that an answer took: {counts}")
 
 
 def only_failed(folder: Path, endpoint: Endpoint) -> None:
