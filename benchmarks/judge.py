@@ -40,7 +40,7 @@ score:
         scale: [0, 9]
         max_tokens: 16
         extra_body: {structured_outputs: {regex: "Score: [0-9]"}}
-      timeout_s: 3
+      timeout_s: 15
 """
 
 

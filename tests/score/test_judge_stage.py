@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.conftest import Grpo
 from tests.score.endpoint import Endpoint, Reply, fails, says, serve
-from tests.score.test_score_stage import PROMPTS, calls, failed, opened, reward, rows, scored, values
+from tests.score.test_score_stage import PROMPTS, SCORE, calls, failed, opened, reward, rows, scored, values
 
 from grpo import commands, tables
 from grpo.artifacts import Run
@@ -196,21 +196,6 @@ def test_a_signal_keeps_what_was_answered(tmp_path: Path) -> None:
         assert max(endpoint.answered().values()) == 1
         assert len(endpoint.asked) == 6
     assert values(again, "judge") == LENGTHS
-
-
-# The command itself would want a policy.
-SCORE = """
-import sys
-from pathlib import Path
-from grpo import commands
-from grpo.artifacts import Run
-from grpo.config import Config
-from grpo.console import Console
-
-folder = Path(sys.argv[1])
-run = Run(folder / "artifacts", Config.model_validate_json(sys.argv[2]), folder, Console(quiet=True))
-commands.run_stage(run, "score", "0", force=False)
-"""
 
 
 def test_a_killed_score_asks_only_what_was_under_way(tmp_path: Path) -> None:
