@@ -17,7 +17,7 @@ from grpo.score import scorers
 from grpo.score.judge import Judgement
 from grpo.score.outcome import Outcome
 from grpo.score.scorers import NOT_APPLICABLE, Key, Rollout, Scorers
-from grpo.score.shard import OUTPUT, Shard, rows_of
+from grpo.score.shard import Shard, rows_of
 
 TABLE = "judgements"
 
@@ -37,12 +37,20 @@ def score_by_judge(
     """
     earlier = {}
     if shard.old_answers is not None:
-        for key, said in _judgements(rows_of(run, OUTPUT, shard.old_answers, shard.iteration)).items():
+        path = run.path_of(shard.old_answers, staging.plan.output, shard.work.iteration)
+        for key, said in _judgements(rows_of(run, shard.old_answers, path)).items():
             if said.status == "ok" and (shard.old is None or key in kept):
                 earlier[key] = said
     said_of = _commit_answers(run, staging, tool, shard, rollouts, earlier)
     outcomes = {key: scorers.outcome_of(shard.reward, said) for key, said in said_of.items()}
     return {rollout.key: outcomes.get(rollout.key, NOT_APPLICABLE) for rollout in rollouts}
+
+
+def keep(run: Run, staging: Staging, shard: Shard) -> None:
+    """Commit the judgements of a shard that is kept as it is, where it has any."""
+    if shard.old_answers is not None:
+        path = run.path_of(shard.old_answers, staging.plan.output, shard.work.iteration)
+        staging.link_table(shard.old_answers, path, staging.file_name(TABLE, shard.index))
 
 
 def _commit_answers(
@@ -65,7 +73,7 @@ def _commit_answers(
         answers |= _staged(staging, batch)
         batches += 1
     todo = {key: text for key, text in asked.items() if key not in answers}
-    title = f"score {shard.iteration} {reward.name}"
+    title = f"{staging.plan.stage} {shard.work.iteration} {reward.name}"
     with run.console.progress(title, len(todo), "questions") as advance:
         for found in scorers.ask(run, tool, reward, todo):
             data = _table(shard, found.items())
@@ -99,6 +107,6 @@ def _judgements(rows: Iterable[dict[str, Any]]) -> dict[Key, Judgement]:
 
 
 def _table(shard: Shard, judgements: Iterable[tuple[Key, Judgement]]) -> pa.Table:
-    of_all = {"iteration": shard.iteration, "name": shard.reward.name}
+    of_all = {"iteration": shard.work.iteration, "name": shard.reward.name}
     rows = [{**of_all, "group_id": key[0], "sample_id": key[1], **asdict(said)} for key, said in judgements]
     return pa.Table.from_pylist(rows, schema=tables.schema(TABLE))

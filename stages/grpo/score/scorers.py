@@ -59,7 +59,7 @@ def open_scorers(run: Run) -> Iterator[Scorers]:
     Raises UsageError (exit 2) for a function that is no use, and a judge without key, package or rubric.
     """
     prompts = run.read("prompts", None)
-    columns = [name for name in prompts.column_names if name not in ("prompt", "messages")]
+    columns = columns_of(prompts)
     rewards = run.config.score.rewards
     rubrics = {reward.name: rubric_of(run, reward, columns) for reward in rewards if reward.judge is not None}
     with ExitStack() as stack:
@@ -86,6 +86,11 @@ def _open_models(run: Run) -> "dict[str, RewardModel]":
     return {
         reward.name: RewardModel(run.checkpoint_path(str(reward.model)), best_device()) for reward in rewards
     }
+
+
+def columns_of(prompts: pa.Table) -> list[str]:
+    """Columns of a prompts table that reward functions and rubrics get by name."""
+    return [name for name in prompts.column_names if name not in ("prompt", "messages")]
 
 
 def where(reward: RewardConfig) -> str:

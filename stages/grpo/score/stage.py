@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection
 from contextlib import AbstractContextManager
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,10 +23,13 @@ from grpo.errors import EngineError
 from grpo.score import judgements, scorers
 from grpo.score.functions import source_sha256
 from grpo.score.outcome import Outcome
-from grpo.score.scorers import Key, Rollout, Scorers
-from grpo.score.shard import OUTPUT, Shard, rows_of
+from grpo.score.scorers import Key, Rollout, Scorers, columns_of, spec_of
+from grpo.score.shard import Shard, Work, rows_of
+
+__all__ = ["Scorers", "Work", "columns_of", "spec_of"]  # of the rooms beside, for whoever scores rollouts
 
 NAME = "score"
+OUTPUT = "rewards"
 STAGE_VERSION = 1
 _FAILED = ("error", "timeout", "nonfinite")
 _READ = ["group_id", "sample_id", "prompt_id", "response", "response_token_ids"]
@@ -34,30 +38,38 @@ _READ = ["group_id", "sample_id", "prompt_id", "response", "response_token_ids"]
 def plan(run: Run, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when the rollouts are missing."""
     run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
-    rewards = run.config.score.rewards
-    described = {reward.name: _described(reward, {"name"}) for reward in rewards}
     references = (f"rollouts@{iteration}", "prompts")
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
         output=OUTPUT,
         iteration=iteration,
-        config={"score": {"rewards": described}},
+        config={"score": {"rewards": described(run)}},
         reads={reference: run.id_of(reference) or "" for reference in references},
-        sources={f"score.rewards.{reward.name}": _source(run, reward) for reward in rewards},
+        sources=sources_of(run),
     )
+
+
+def described(run: Run) -> dict[str, Any]:
+    """Every reward as configured, by name."""
+    return {reward.name: _described(reward, {"name"}) for reward in run.config.score.rewards}
 
 
 def _described(
     reward: RewardConfig, without: set[str], without_of_judge: Collection[str] = ()
 ) -> dict[str, Any]:
     """The configuration of a reward as part of a fingerprint: a judge's is there for judges alone."""
-    described = reward.model_dump(exclude=without)
+    found = reward.model_dump(exclude=without)
     if reward.judge is None:
-        del described["judge"]
+        del found["judge"]
     else:
-        described["judge"] = reward.judge.model_dump(exclude={*TRANSPORT, *without_of_judge})
-    return described
+        found["judge"] = reward.judge.model_dump(exclude={*TRANSPORT, *without_of_judge})
+    return found
+
+
+def sources_of(run: Run) -> dict[str, str]:
+    """What computes each reward, as part of a plan. Raises what finding its file, model or rubric does."""
+    return {f"score.rewards.{reward.name}": _source(run, reward) for reward in run.config.score.rewards}
 
 
 def _source(run: Run, reward: RewardConfig) -> str:
@@ -86,16 +98,27 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
     Raises EngineError (exit 8) after the commit when rewards failed and `score.on_error` is stop.
     """
     rollouts = run.require("rollouts", iteration, "grpo generate")
+    files = [(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
     before = run.manifest(OUTPUT, iteration)
-    earlier = None if _asked_again(run, staging, before) else before
+    work = Work(OUTPUT, "part", iteration, files, staging.plan.reads["prompts"], before)
+    ids, held = score(run, staging, tool, work)
+    manifest = staging.commit(ids, held, summary_of(run, held))
+    if run.partial(manifest):
+        raise EngineError(complaint(run, f"score: iteration {iteration}", OUTPUT, manifest))
+    return manifest
+
+
+def score(run: Run, staging: Staging, tool: Scorers, work: Work) -> tuple[dict[str, str], list[FileRecord]]:
+    """Score what of `work` is not scored yet: the id of each reward, and all shards, judgements last."""
+    earlier = None if _asked_again(run, staging, work.before) else work.before
     scored: list[FileRecord] = []
     answered: list[FileRecord] = []
     ids = {}
     for reward in run.config.score.rewards:
         own = []
-        for rollouts_file in rollouts.files:
-            shard = _shard(staging, reward, rollouts_file, earlier, len(scored))
-            record = staging.committed(staging.file_name("part", shard.index))
+        for rollouts, path in work.rollouts:
+            shard = _shard(staging, work, reward, rollouts, path, earlier, len(scored))
+            record = staging.committed(staging.file_name(work.prefix, shard.index))
             if record is None:
                 with staging.clock(reward.name):
                     record = _score_shard(run, staging, tool, shard)
@@ -105,16 +128,16 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
             own.append(record)
             scored.append(record)
         ids[f"reward/{reward.name}"] = id_of(own)
+    return ids, [*scored, *answered]
+
+
+def summary_of(run: Run, held: list[FileRecord]) -> dict[str, Any]:
+    """How many rewards failed, what became of each, and their weights."""
     statuses: Counter[str] = Counter()
-    for record in scored:
-        statuses.update(record.labels["statuses"])
-    failed = _failed(statuses)
+    for record in held:
+        statuses.update(record.labels.get("statuses", {}))  # judgements have none
     weights = {reward.name: reward.weight for reward in run.config.score.rewards}
-    summary = {"failed": failed, "statuses": dict(statuses), "weights": weights}
-    manifest = staging.commit(ids, [*scored, *answered], summary)
-    if run.partial(manifest):
-        raise EngineError(_complaint(run, iteration, failed, statuses))
-    return manifest
+    return {"failed": _failed(statuses), "statuses": dict(statuses), "weights": weights}
 
 
 def _asked_again(run: Run, staging: Staging, before: Manifest | None) -> bool:
@@ -124,55 +147,62 @@ def _asked_again(run: Run, staging: Staging, before: Manifest | None) -> bool:
 
 
 def _shard(
-    staging: Staging, reward: RewardConfig, rollouts: FileRecord, earlier: Manifest | None, index: int
+    staging: Staging,
+    work: Work,
+    reward: RewardConfig,
+    rollouts: FileRecord,
+    path: Path,
+    earlier: Manifest | None,
+    index: int,
 ) -> Shard:
     """earlier: the output whose rows may be kept."""
     apart = {"name", "weight", "timeout_s"}  # what no value depends on
-    source = staging.plan.sources[f"score.rewards.{reward.name}"]
-    read = [source, rollouts.sha256, staging.plan.reads["prompts"]]
+    read = [staging.plan.sources[f"score.rewards.{reward.name}"], rollouts.sha256, work.prompts_id]
     where = {"rubric"} if reward.judge is not None else set()  # its text is the source
     unit = digest([STAGE_VERSION, _described(reward, apart, where), *read])
     asked = digest([STAGE_VERSION, _described(reward, apart, {*where, *READING}), *read])
     files = earlier.files if earlier else []
-    old = next((file for file in files if file.table == OUTPUT and file.unit == unit), None)
+    old = next((file for file in files if file.table == work.table and file.unit == unit), None)
     same = [file for file in files if file.table == judgements.TABLE and file.unit == asked]
     same.sort(key=lambda file: file.labels["reward"] != reward.name)  # its own first
-    assert staging.plan.iteration is not None
-    return Shard(staging.plan.iteration, index, reward, rollouts, unit, asked, old, same[0] if same else None)
+    return Shard(work, index, reward, rollouts, path, unit, asked, old, same[0] if same else None)
 
 
 def _score_shard(run: Run, staging: Staging, tool: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
-    reward, old = shard.reward, shard.old
-    name = staging.file_name("part", shard.index)
-    if old is not None and _is_unchanged(old, reward):
-        answers = shard.old_answers
-        if answers is not None:
-            path = run.path_of(answers, OUTPUT, shard.iteration)
-            staging.link_table(answers, path, staging.file_name(judgements.TABLE, shard.index))
-        return staging.link_table(old, run.path_of(old, OUTPUT, shard.iteration), name)
-    rollouts = [Rollout(**row) for row in rows_of(run, "rollouts", shard.rollouts, shard.iteration, _READ)]
-    kept = {
-        (row["group_id"], row["sample_id"]): Outcome(row["value"], row["status"], row["error"])
-        for row in (rows_of(run, OUTPUT, old, shard.iteration) if old is not None else [])
-        if row["status"] not in _FAILED
-    }
+    reward, old, work = shard.reward, shard.old, shard.work
+    name = staging.file_name(work.prefix, shard.index)
+    kept: dict[Key, Outcome] = {}
+    if old is not None:
+        path = run.path_of(old, staging.plan.output, work.iteration)
+        if _is_unchanged(old, reward):
+            judgements.keep(run, staging, shard)
+            return staging.link_table(old, path, name)
+        for row in rows_of(run, old, path):
+            if row["status"] not in _FAILED:
+                outcome = Outcome(row["value"], row["status"], row["error"])
+                kept[row["group_id"], row["sample_id"]] = outcome
+    rollouts = [Rollout(**row) for row in rows_of(run, shard.rollouts, shard.path, _READ)]
     if reward.judge is not None:
         outcomes = judgements.score_by_judge(run, staging, tool, shard, rollouts, kept)
     else:
-        outcomes = kept | _score(run, tool, shard, [each for each in rollouts if each.key not in kept])
+        outcomes = kept | _score(
+            run, staging, tool, shard, [each for each in rollouts if each.key not in kept]
+        )
     ordered = [outcomes[rollout.key] for rollout in rollouts]
-    data = _table(shard.iteration, reward, rollouts, ordered)
+    data = _table(work.iteration, reward, rollouts, ordered)
     statuses = dict(Counter(outcome.status for outcome in ordered))
     labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
-    return staging.write_table(OUTPUT, name, data, shard.unit, **labels)
+    return staging.write_table(work.table, name, data, shard.unit, **labels)
 
 
-def _score(run: Run, tool: Scorers, shard: Shard, rollouts: list[Rollout]) -> dict[Key, Outcome]:
+def _score(
+    run: Run, staging: Staging, tool: Scorers, shard: Shard, rollouts: list[Rollout]
+) -> dict[Key, Outcome]:
     outcomes = {}
-    title = f"score {shard.iteration} {shard.reward.name}"
+    title = f"{staging.plan.stage} {shard.work.iteration} {shard.reward.name}"
     with run.console.progress(title, len(rollouts), "rollouts") as advance:
-        for rollout, outcome in scorers.score(run, tool, shard.iteration, shard.reward, rollouts):
+        for rollout, outcome in scorers.score(run, tool, shard.work.iteration, shard.reward, rollouts):
             outcomes[rollout.key] = outcome
             advance(1)
     return outcomes
@@ -204,14 +234,15 @@ def _table(
     return pa.table(columns, schema=tables.schema(OUTPUT))
 
 
-def _complaint(run: Run, iteration: int, failed: int, statuses: Counter[str]) -> str:
-    counts = ", ".join(f"{statuses[status]} {status}" for status in _FAILED if statuses[status])
-    first = next(
-        (row for row in run.read(OUTPUT, iteration, ["name", "status", "error"]).to_pylist() if row["error"]),
-        {"name": "", "error": ""},
-    )
+def complaint(run: Run, where: str, table: str, manifest: Manifest) -> str:
+    """That rewards failed, how many and the first of them; where: of what, as an error begins."""
+    assert manifest.iteration is not None
+    statuses: dict[str, int] = manifest.summary["statuses"]
+    counts = ", ".join(f"{statuses[status]} {status}" for status in _FAILED if statuses.get(status))
+    rows = run.read(table, manifest.iteration, ["name", "status", "error"]).to_pylist()
+    first = next((row for row in rows if row["error"]), {"name": "", "error": ""})
     return (
-        f"score: iteration {iteration}: {failed} of {sum(statuses.values())} rewards failed ({counts});"
+        f"{where}: {manifest.summary['failed']} of {sum(statuses.values())} rewards failed ({counts});"
         f" first: {first['name']}: {first['error']}; the same command scores only those again,"
         " `score.on_error: drop` leaves their rollouts out"
     )
