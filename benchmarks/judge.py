@@ -23,6 +23,7 @@ from tests.score import vllm_server
 from tests.score.endpoint import Endpoint, now_and_then, passes_on, serve
 
 PROMPTS, SAMPLES, SHARE = 125, 4, 0.1
+AGAIN = ("score", "--iteration", "0", "--force")
 RUBRIC = "{prompt} is {answer}. Rate the answer {response} from 0 to 9."
 PIPELINE = """\
 run: judged
@@ -75,7 +76,7 @@ def only_failed(folder: Path, endpoint: Endpoint) -> None:
     print("\nretries: 0, then --only-failed until none is left")
     setting = ["--set", "score.rewards[0].judge.retries=0"]
     endpoint.forget()
-    code, seconds = _grpo(folder, "score", "--force", *setting)
+    code, seconds = _grpo(folder, *AGAIN, *setting)
     rounds = 1
     _show_statuses(folder, code, seconds, rounds)
     while code == 8:
@@ -89,8 +90,9 @@ def killed(folder: Path, endpoint: Endpoint) -> None:
     """SIGKILL when about half is answered, then the same command again."""
     print("\nSIGKILL half-way, then the same command (16 questions under way, answers kept every second)")
     endpoint.forget()
-    worker = subprocess.Popen(_command("score", "--force"), cwd=folder, stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen(_command(*AGAIN), cwd=folder, stderr=subprocess.DEVNULL)
     while sum(endpoint.answered().values()) < PROMPTS * SAMPLES // 2:
+        assert worker.poll() is None
         time.sleep(0.01)
     os.kill(worker.pid, signal.SIGKILL)
     worker.wait()
