@@ -98,7 +98,7 @@ def killed(folder: Path, endpoint: Endpoint) -> None:
     worker.wait()
     time.sleep(1)  # for what vLLM still answers to nobody
     print(f"  killed with {sum(endpoint.answered().values())} answers given")
-    _show(folder, endpoint, *_grpo(folder, "score"))
+    _show(folder, endpoint, *_grpo(folder, *AGAIN[:-1]))
 
 
 def _show(folder: Path, endpoint: Endpoint, code: int, seconds: float) -> None:
