@@ -386,6 +386,20 @@ def test_a_reward_function_that_cannot_be_used(project: Path, grpo: Grpo) -> Non
     assert "exact_answer" in found["reward exact_anser"]
 
 
+def test_a_judge_is_looked_at_without_a_question(
+    project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    judge = "{url: 'http://127.0.0.1:9/v1', model: m, rubric: 'Rate {response}', api_key_env: JUDGE_KEY}"
+    code, checks, _ = doctor(grpo, "--set", f"score.rewards=[{{judge: {judge}}}]")
+    assert (code, list(problems(checks))) == (2, ["reward judge"])
+    assert "JUDGE_KEY is not set in the environment" in checks["reward judge"]["note"]
+    monkeypatch.setenv("JUDGE_KEY", "sk-1")
+    code, checks, _ = doctor(grpo, "--set", f"score.rewards=[{{judge: {judge}}}]")
+    assert (code, list(problems(checks))) == (0, [])  # nobody listens there, and nobody was asked
+    assert checks["reward judge"]["found"] == "m at http://127.0.0.1:9/v1"
+
+
 def test_a_reward_model_that_is_not_there(project: Path, grpo: Grpo) -> None:
     code, checks, _ = doctor(grpo, "--set", "score.rewards=[{model: ./judge}]")
     assert (code, list(problems(checks))) == (4, ["reward judge"])

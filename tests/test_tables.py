@@ -8,7 +8,7 @@ from grpo import tables
 from grpo.errors import CorruptError
 
 KEY = ["iteration", "group_id", "sample_id"]
-# The table list of the design and `judgements`, in the order on disk; `samples` shows the `mismatch` of logprobs.
+# The table list of the design, and `judgements`, in the order on disk. `samples` shows `mismatch`.
 NAMES = {
     "prompts": ["prompt_id", "prompt", "messages", "answer"],
     "rollouts": [

@@ -1,11 +1,12 @@
 """The bad input of RELIABILITY.md that is pipeline.yaml or the command line, row by row, and worse."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from tests.conftest import PIPELINE, Grpo
-from tests.faults.refusals import RUN, RUN_ON, Case, check, configure, folder, loop, nothing, write
+from tests.faults.refusals import RUN, RUN_ON, STARTED, Case, check, configure, folder, loop, nothing, write
 
 LEVELS = "abcdefghi"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -142,6 +143,60 @@ KEYS = [
 
 @pytest.mark.parametrize("case", KEYS, ids=lambda case: case.input[:60])
 def test_a_value_that_cannot_be_meant(project: Path, grpo: Grpo, case: Case) -> None:
+    check(grpo, case)
+
+
+def judge(keys: str, message: str, commits: Sequence[str] = ()) -> Case:
+    """A judge with these keys beside a url, a model and a rubric."""
+    shared = {"url": "'http://127.0.0.1:1/v1'", "model": "m", "rubric": "'Rate {response}'"}
+    shared.pop(keys.partition(":")[0], None)
+    given = ", ".join([*(f"{name}: {value}" for name, value in shared.items()), keys])
+    setting = f"score.rewards=[{{judge: {{{given}}}}}]"
+    return Case(f"judge: {keys}", nothing, [*RUN, "--set", setting], 2, message, commits)
+
+
+JUDGES = [
+    judge(
+        "url: 127.0.0.1:8000", "--set score.rewards[0].judge.url: expected http(s)://host[:port]/path without"
+    ),
+    judge(
+        "url: 'https://key@host/v1'", "judge.url: expected http(s)://host[:port]/path without a user, a query"
+    ),
+    judge(
+        "url: 'https://host/v1?key=1'",
+        "judge.url: expected http(s)://host[:port]/path without a user, a query",
+    ),
+    judge("pattern: '[0-9]'", "judge.pattern: needs exactly one group, the score; this one has 0"),
+    judge("pattern: '(a)(b)'", "judge.pattern: needs exactly one group, the score; this one has 2"),
+    judge("pattern: '('", "judge.pattern: is no regular expression: missing ), unterminated subpattern"),
+    judge("scale: [10, 1]", "judge.scale: expected [lowest, highest], the lowest first"),
+    judge("scale: [1]", "judge.scale: list should have at least 2 items"),
+    judge("grades: {A: 1.0}, scale: [0, 1]", "judge: grades say what an answer counts, and so does scale"),
+    judge("extra_body: {model: x}", "judge.extra_body: model has a key of its own, model"),
+    judge(
+        "extra_body: {stream: true}", "judge.extra_body: stream and n cannot be set: one whole answer is read"
+    ),
+    judge("concurrency: 0", "judge.concurrency: input should be greater than or equal to 1, found 0"),
+    judge("requests_per_minute: 0", "judge.requests_per_minute: input should be greater than 0, found 0"),
+    judge("retries: 101", "judge.retries: input should be less than or equal to 100, found 101"),
+    judge("api_key: sk-1", "judge.api_key: unknown key; did you mean api_key_env?"),
+    judge("rubric: ''", "judge.rubric: is empty; give the question, or a file that holds it"),
+    # and what only the run can see
+    judge("rubric: none.md", "none.md: No such file or directory", STARTED),
+    judge(
+        "rubric: 'Rate it'",
+        "score.rewards: judge: rubric: has no {response}, so every rollout would get the s",
+        STARTED,
+    ),
+    judge("rubric: '{response} {anwser}'", "rubric: {anwser} is no column; did you mean {answer}?", STARTED),
+    judge(
+        "api_key_env: NO_SUCH_KEY", "judge.api_key_env: NO_SUCH_KEY is not set in the environment", STARTED
+    ),
+]
+
+
+@pytest.mark.parametrize("case", JUDGES, ids=lambda case: case.input[:60])
+def test_a_judge_that_cannot_be_asked(project: Path, grpo: Grpo, case: Case) -> None:
     check(grpo, case)
 
 

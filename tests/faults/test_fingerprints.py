@@ -15,6 +15,8 @@ UPDATE, GENERATE, ADVANTAGE, EVALUATE = {"update"}, {"generate"}, {"advantage"},
 # Policies are measured by the engine and the rewards of training.
 ENGINE, SCORE = {"generate", "evaluate"}, {"score", "evaluate"}
 LENGTH = "{function: 'reward:length', weight: 0.0}"
+# A judge in place of the project's function: of its own keys, what none depends on is in test_judge_stage.py.
+JUDGE = "score.rewards=[{judge: {url: 'http://127.0.0.1:1/v1', model: m, rubric: 'Rate {response}'}}]"
 # Key -> (settings that change it, stages that differ then; FIXED: the run refuses them).
 KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "run": ([], NOTHING),  # another run
@@ -55,6 +57,22 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     ),
     "score.rewards.function": (["score.rewards[0].function=reward:length"], SCORE),
     "score.rewards.model": (["score.rewards=[{model: judge}]"], SCORE),
+    "score.rewards.judge.url": ([JUDGE], SCORE),
+    "score.rewards.judge.model": ([JUDGE.replace("model: m", "model: other")], SCORE),
+    "score.rewards.judge.rubric": ([JUDGE.replace("Rate", "Grade")], SCORE),
+    "score.rewards.judge.pattern": ([JUDGE.replace("}}]", ", pattern: '([0-9])'}}]")], SCORE),
+    "score.rewards.judge.grades": ([JUDGE.replace("}}]", ", grades: {A: 1.0}}}]")], SCORE),
+    "score.rewards.judge.scale": ([JUDGE.replace("}}]", ", scale: [0, 10]}}]")], SCORE),
+    "score.rewards.judge.temperature": ([JUDGE.replace("}}]", ", temperature: 1.0}}]")], SCORE),
+    "score.rewards.judge.max_tokens": ([JUDGE.replace("}}]", ", max_tokens: 9}}]")], SCORE),
+    "score.rewards.judge.extra_body": ([JUDGE.replace("}}]", ", extra_body: {top_p: 0.9}}}]")], SCORE),
+    "score.rewards.judge.api_key_env": ([JUDGE.replace("}}]", ", api_key_env: KEY}}]")], SCORE),
+    "score.rewards.judge.concurrency": ([JUDGE.replace("}}]", ", concurrency: 9}}]")], SCORE),
+    "score.rewards.judge.requests_per_minute": (
+        [JUDGE.replace("}}]", ", requests_per_minute: 9.0}}]")],
+        SCORE,
+    ),
+    "score.rewards.judge.retries": ([JUDGE.replace("}}]", ", retries: 9}}]")], SCORE),
     "score.rewards.name": (["score.rewards[0].name=other"], SCORE),
     "score.rewards.weight": (["score.rewards[0].weight=2.0"], SCORE),
     "score.rewards.arguments": (["score.rewards[0].arguments={a: 1}"], SCORE),

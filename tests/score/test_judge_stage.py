@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.conftest import Grpo
 from tests.score.endpoint import Endpoint, Reply, fails, says, serve
-from tests.score.test_score_stage import PROMPTS, calls, failed, opened, reward, rows, scored, values
+from tests.score.test_score_stage import PROMPTS, SCORE, calls, failed, opened, reward, rows, scored, values
 
 from grpo import commands, tables
 from grpo.artifacts import Run
@@ -143,7 +143,8 @@ def test_the_way_to_the_endpoint_changes_nothing(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("KEY", "secret")
     with serve(score_length) as endpoint:
         manifest = scored(opened(tmp_path, judge(endpoint)))
-        moved = {"url": "http://other:1/v1", "concurrency": 9, "retries": 9, "requests_per_minute": 9.0}
+        moved: dict[str, Any] = {"url": "http://other:1/v1", "concurrency": 9, "retries": 9}
+        moved["requests_per_minute"] = 9.0
         assert scored(opened(tmp_path, judge(endpoint, **moved, api_key_env="KEY"))) == manifest
     for path in (tmp_path / "artifacts").rglob("*"):
         assert path.is_dir() or b"secret" not in path.read_bytes(), path
@@ -205,13 +206,9 @@ def test_a_killed_score_asks_only_what_was_under_way(tmp_path: Path) -> None:
         return score_length(question, request)
 
     with serve(answer) as endpoint:
-        opened(tmp_path, judge(endpoint, concurrency=1))
-        code = (
-            "from tests.score.test_judge_stage import *;"
-            f"scored(opened(Path({str(tmp_path)!r}), "
-            f"judge(Endpoint({endpoint.url!r}), concurrency=1)))"
-        )
-        worker = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        run = opened(tmp_path, judge(endpoint, concurrency=1))
+        arguments = [str(tmp_path), run.config.model_dump_json()]
+        worker = subprocess.Popen([sys.executable, "-c", SCORE, *arguments], stderr=subprocess.DEVNULL)
         staged = tmp_path / "artifacts" / "r" / ".staging"
         while not any(staged.rglob("answers-*.sidecar.json")):
             assert worker.poll() is None
@@ -275,9 +272,10 @@ def test_a_killed_only_failed_is_finished_as_such(tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     run = opened(tmp_path, reward("fails_on_words"), reward("length"), on_error="drop")
     scored(run)
-    with pytest.raises(Interrupted), run.console.signals():
+    with run.console.signals():
         os.kill(os.getpid(), signal.SIGTERM)
-        only_failed(run)
+        with pytest.raises(Interrupted):
+            only_failed(run)
     calls(tmp_path, "length"), calls(tmp_path, "fails_on_words")
     (tmp_path / "broken").unlink()
     run = opened(tmp_path, reward("fails_on_words"), reward("length"), on_error="drop")
@@ -292,9 +290,10 @@ def test_only_failed_leaves_a_begun_force_alone(tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     run = opened(tmp_path, reward("fails_on_words"), reward("length"), on_error="drop")
     scored(run)
-    with pytest.raises(Interrupted), run.console.signals():
+    with run.console.signals():
         os.kill(os.getpid(), signal.SIGTERM)
-        scored(run, force=True)
+        with pytest.raises(Interrupted):
+            scored(run, force=True)
     calls(tmp_path, "length"), calls(tmp_path, "fails_on_words")
     run = opened(tmp_path, reward("fails_on_words"), reward("length"), on_error="drop")
     only_failed(run)

@@ -3,6 +3,10 @@
 """The real stage, real worker processes and a tiny reward model, on rollouts written by hand."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +22,7 @@ from grpo import commands, starter, tables
 from grpo.artifacts import Manifest, Plan, Run, Staging, files, id_of
 from grpo.config import Config
 from grpo.console import Console
-from grpo.errors import EngineError, GrpoError, InputError, UsageError
+from grpo.errors import EngineError, GrpoError, InputError, Interrupted, UsageError
 from grpo.generate import prompts as prompts_module
 from grpo.generate import stage as generate
 from grpo.score import stage
@@ -193,6 +197,21 @@ def calls(folder: Path, name: str) -> list[int]:
     found = [int(line) for line in path.read_text().split()] if path.exists() else []
     path.unlink(missing_ok=True)
     return found
+
+
+# `grpo score` in a process of its own; the command itself would want a policy.
+SCORE = """
+import sys
+from pathlib import Path
+from grpo import commands
+from grpo.artifacts import Run
+from grpo.config import Config
+from grpo.console import Console
+
+folder = Path(sys.argv[1])
+run = Run(folder / "artifacts", Config.model_validate_json(sys.argv[2]), folder, Console(quiet=True))
+commands.run_stage(run, "score", "0", force=False)
+"""
 
 
 def reward(function: str, **keys: Any) -> dict[str, Any]:
@@ -570,6 +589,37 @@ def test_another_reward_model_in_its_place_differs(tmp_path: Path) -> None:
     assert differs(run) == "differs (score.rewards.rm: its file changed); --force makes it again"
     scored(run, force=True)
     assert values(run, "rm")[0] == pytest.approx(value(shown("3+4=", "7")), abs=1e-5)
+
+
+def test_a_reward_model_goes_on_at_the_next_shard(tmp_path: Path) -> None:
+    value = write_classifier(tmp_path / "rm")
+    run = opened(tmp_path, {"model": "./rm"})
+    with run.console.signals():
+        os.kill(os.getpid(), signal.SIGTERM)  # which ends it behind the first shard
+        with pytest.raises(Interrupted):
+            scored(run)
+    [staged] = (run.path / ".staging").rglob("part-*.parquet")
+    before = staged.stat().st_ino
+    run = opened(tmp_path, {"model": "./rm"})
+    manifest = scored(run)
+    assert [file.rows for file in manifest.files] == [4, 2]
+    assert inodes(run, manifest, "rm")[0] == before
+    assert values(run, "rm")[0] == pytest.approx(value(shown("3+4=", "7")), abs=1e-5)
+
+
+def test_a_batch_that_takes_too_long_ends_the_command(tmp_path: Path) -> None:
+    """A forward pass of any model takes more than a microsecond: that stands for one that hangs."""
+    write_classifier(tmp_path / "rm")
+    run = opened(tmp_path, {"model": "./rm", "timeout_s": 1e-6}, max_tokens_per_batch=60)
+    arguments = [str(tmp_path), run.config.model_dump_json()]
+    done = subprocess.run([sys.executable, "-c", SCORE, *arguments], capture_output=True, text=True)
+    assert done.returncode == EngineError.exit_code
+    assert done.stderr.splitlines()[-1] == (
+        f"error: reward model {tmp_path}/rm: a batch of 2 rollouts took longer than timeout_s, 1e-06 s;"
+        " allow it more, or fewer score.max_tokens_per_batch"
+    )
+    assert run.manifest("rewards", 0) is None
+    scored(opened(tmp_path, {"model": "./rm"}))  # nothing is in its way
 
 
 def test_a_reward_model_that_is_not_there(tmp_path: Path) -> None:
