@@ -1,7 +1,7 @@
 """pages: a page of documentation -> its blocks, the commands in them, its links.
 
-Blocks are fenced with ```. The first word of the line that opens one is its language; title="reward.py" makes it
-the content of a file, title="benchmarks/objectives.txt" of a text the quotation of one.
+Blocks are fenced with ```. The first word of the line that opens one is its language; title="reward.py" makes
+it the content of a file, title="benchmarks/objectives.txt" of a text the quotation of one.
 """
 
 import re

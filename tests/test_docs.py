@@ -1,7 +1,7 @@
 """The pages below docs/: their commands run, their configurations parse, their links lead somewhere.
 
-A page's blocks are taken in order, in a folder of its own: one with a title is written to that file, commands are
-run. `# exit code 4` behind a command says how it ends; without, it succeeds.
+A page's blocks are taken in order, in a folder of its own: one with a title is written to that file, commands
+are run. `# exit code 4` behind a command says how it ends; without, it succeeds.
 """
 
 import importlib.util
@@ -26,9 +26,10 @@ pytestmark = pytest.mark.xdist_group("pages")  # one process, so that the quicks
 
 Grpo = Callable[..., tuple[int, str, str]]
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
-FROM_EMPTY = ("your-data-and-reward.md",)  # every file is on the page; the others begin with a finished quickstart
-# What it shows is of runs that went wrong and took minutes; its queries are tried on a healthy run, which may have
-# nothing to show, and its runs are not made.
+# Every file is on the page; the others begin with a finished quickstart.
+FROM_EMPTY = ("your-data-and-reward.md",)
+# What it shows is of runs that went wrong and took minutes: its queries are tried on a healthy run, which may
+# have nothing to show, and its runs are not made.
 OF_OTHER_RUNS = ("reading-a-run.md",)
 HAVE_COMMANDS = [name for name, text in PAGES.items() if "\n$ " in text]
 NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:e[+-]?\d+)?")
@@ -38,7 +39,7 @@ NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:e[+-]?\d+)?")
 def folder(
     quickstart: Path, starter_model: Path, tmp_path: Path, page: str, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """Where a page begins: the finished quickstart, or a folder with nothing but the starter model, trained."""
+    """Where a page begins: the finished quickstart, or an empty folder but for the starter model."""
     folder = tmp_path / "project"
     if page in FROM_EMPTY:
         shutil.copytree(starter_model, folder / "artifacts" / ".models" / "tiny-arithmetic")
@@ -64,7 +65,11 @@ def _run(page: str, command: str, grpo: Grpo) -> tuple[int, str, str]:
     if not command.startswith("grpo "):
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", "-c", command], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+            ["bash", "-c", command],
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.returncode, done.stdout, done.stderr
     words = shlex.split(command, comments=True)[1:]
@@ -84,7 +89,11 @@ def _check(page: str, command: str, shown: list[str], code: int, out: str, err: 
         assert len(lines) > 2 or page in OF_OTHER_RUNS, f"{command}: no rows"
     elif page not in OF_OTHER_RUNS:
         printed = {_shape(line) for line in (out + err).splitlines()}
-        assert [line for line in shown if line != "..." and _shape(line) not in printed] == [], (command, out, err)
+        assert [line for line in shown if line != "..." and _shape(line) not in printed] == [], (
+            command,
+            out,
+            err,
+        )
 
 
 def _shape(line: str) -> str:
@@ -97,13 +106,18 @@ def test_every_block_is_understood() -> None:
     for name, text in PAGES.items():
         assert len(blocks(text)) == num_fences(text), name
         for block in blocks(text):
-            assert block.language in ("console", "text", "yaml", "python", "json", "sql"), (name, block.language)
+            assert block.language in ("console", "text", "yaml", "python", "json", "sql"), (
+                name,
+                block.language,
+            )
 
 
 def test_configurations_on_the_pages_are_valid() -> None:
     from omegaconf import OmegaConf
 
-    base = OmegaConf.create("{run: a, model: b, prompts: {source: c}, score: {rewards: [{function: exact_answer}]}}")
+    base = OmegaConf.create(
+        "{run: a, model: b, prompts: {source: c}, score: {rewards: [{function: exact_answer}]}}"
+    )
     count = 0
     for name, text in {**PAGES, "../README.md": (ROOT / "README.md").read_text()}.items():
         for block in blocks(text):
@@ -134,7 +148,9 @@ def test_the_index_has_every_page() -> None:
 
 
 def test_quotations_of_benchmarks_are_what_these_printed() -> None:
-    quoted = [block for text in PAGES.values() for block in blocks(text) if block.title.startswith("benchmarks/")]
+    quoted = [
+        block for text in PAGES.values() for block in blocks(text) if block.title.startswith("benchmarks/")
+    ]
     assert len(quoted) >= 3
     for block in quoted:
         printed = [line.strip() for line in (ROOT / block.title).read_text().splitlines()]
@@ -148,7 +164,12 @@ def _lines(block: Block) -> list[str]:
 def test_every_exit_code_is_explained() -> None:
     codes = {int(row) for row in re.findall(r"^\| (\d+) \|", PAGES["troubleshooting.md"], re.MULTILINE)}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
-    assert codes == {kind.exit_code for kind in kinds if issubclass(kind, errors.GrpoError)} | {0, 1, 130, 143}
+    assert codes == {kind.exit_code for kind in kinds if issubclass(kind, errors.GrpoError)} | {
+        0,
+        1,
+        130,
+        143,
+    }
 
 
 @pytest.mark.parametrize("page", ["configuration", "tables"])
