@@ -196,6 +196,20 @@ def complete_and_measured(
     return folder
 
 
+@pytest.fixture(scope="session")
+def quickstart(starter_model: Path, grpo: Grpo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shipped configuration, cut to twelve iterations, after `grpo run`; read it only."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    shipped = (Path(__file__).parents[1] / "pipeline.yaml").read_text()
+    (folder / "pipeline.yaml").write_text(shipped.replace("iterations: 60", "iterations: 12"))
+    shutil.copytree(starter_model, folder / "artifacts" / ".models" / "tiny-arithmetic")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, _, err = grpo("run")
+    assert code == 0, err
+    return folder
+
+
 @pytest.fixture
 def measured_project(
     write_measured_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
