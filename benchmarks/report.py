@@ -10,6 +10,7 @@ Run: python benchmarks/report.py       result: benchmarks/report.txt
 """
 
 import json
+import os
 import re
 import resource
 import statistics
@@ -36,7 +37,7 @@ CORPUS = Path(__file__).parents[1] / "tests" / "data" / "gsm8k" / "train.jsonl"
 ITERATIONS, GROUPS, SAMPLES, PROMPTS = 60, 32, 16, 1000
 LENGTHS = (20, 80, 400)
 """Mean tokens of a response. The longest does not fit: the page says what it holds."""
-REPEATS = 5
+REPEATS = 3
 FILTERS = {
     "text": "$('f-text').value = 'total'",
     "reward": "$('f-min').value = '1'",
@@ -46,7 +47,11 @@ FILTERS = {
 
 
 def main() -> None:
-    print(f"report of {ITERATIONS} x {GROUPS * SAMPLES} rollouts; {describe()}; medians of {REPEATS}")
+    load = (
+        f"load average {os.getloadavg()[0]:.0f}"  # on a machine that is shared, seconds on the clock are more
+    )
+    what = f"report of {ITERATIONS} x {GROUPS * SAMPLES} rollouts"
+    print(f"{what}; {describe()}; {load}; medians of {REPEATS}", flush=True)
     filters = "".join(f"{'by ' + name:>14}" for name in FILTERS)
     numbers = f"{'build s':>8} {'cpu s':>6} {'MB':>6} {'open s':>7}"
     print(f"{'tokens':>6} {'rollouts in it':>15} {numbers}{filters}  (ms)")

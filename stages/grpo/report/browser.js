@@ -1,6 +1,7 @@
 // browser: the controls above the rollouts, what they come to, and the page of groups that is shown.
 
 const GROUPS_SHOWN = 5;
+const RESPONSES_SHOWN = 48; // on a page: more take longer to draw than one waits while typing
 
 function setUpBrowser(page, runs) {
   const state = { page: 0, prompts: null, range: null, shown: null };
@@ -72,15 +73,22 @@ function find(run, state) {
   $("found").textContent = `${whole.format(count)} of ${whole.format(run.rollouts)} rollouts in ${groups}`;
 }
 
+// Groups on a page: fewer where they are large.
+function pageSize(run) {
+  const perGroup = run.rollouts / Math.max(run.numGroups, 1);
+  return Math.max(1, Math.min(GROUPS_SHOWN, Math.floor(RESPONSES_SHOWN / perGroup)));
+}
+
 function show(run, state) {
-  const first = state.page * GROUPS_SHOWN;
-  const shown = state.groups.slice(first, first + GROUPS_SHOWN);
+  const size = pageSize(run);
+  const first = state.page * size;
+  const shown = state.groups.slice(first, first + size);
   const shade = $("f-shade").value;
   $("groups").replaceChildren(...shown.map((group) => groupCard(run, group, state.rows, shade)));
   if (!shown.length) $("groups").append(make("div", "card empty", nothing(run)));
   $("page-place").textContent = shown.length ? `groups ${whole.format(first + 1)}–${whole.format(first + shown.length)} of ${whole.format(state.groups.length)}` : "";
   $("page-back").disabled = state.page === 0;
-  $("page-next").disabled = first + GROUPS_SHOWN >= state.groups.length;
+  $("page-next").disabled = first + size >= state.groups.length;
   $("f-shade").disabled = Boolean(run.tokens_absent);
   $("shade-legend").replaceChildren(...legendOf(run, shade));
 }
