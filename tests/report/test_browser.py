@@ -219,7 +219,7 @@ def test_runs_are_overlaid_and_can_be_hidden(browser: Any, tmp_path: Path) -> No
     """A page of its own, so this test comes last. The second run has lost its tokenizer."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    runs = []
+    runs: list[str] = []
     for name, value in (("one", 1.0), ("two", 0.5)):
         rows = [
             row(n, 0, s, "ab", rewards={"right": value}, reward=value) for n in range(2) for s in range(2)
