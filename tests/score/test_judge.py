@@ -1,5 +1,6 @@
 """The judge's client against an endpoint of ours; a real vLLM server is in test_judge_vllm.py."""
 
+import sys
 import threading
 import time
 from typing import Any
@@ -199,7 +200,31 @@ def test_connections_stay_open_between_calls() -> None:
         judge.close()
 
 
+def test_who_has_enough_leaves_nothing_under_way() -> None:
+    def answer(question: str, request: dict[str, Any]) -> Reply:
+        return says("Score: 1") if question == "a" else Reply(hangs=True)
+
+    with serve(answer) as endpoint:
+        judge = judge_of(endpoint, concurrency=2)
+        batches = judge.ask(["a", "b", "c"], lambda: False)
+        assert [place for place, _ in next(batches)] == [0]
+        started = time.monotonic()
+        batches.close()
+        judge.close()
+    assert time.monotonic() - started < 5
+
+
 # ---- what is missing ----
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with serve() as endpoint, pytest.raises(UsageError) as caught:
+        judge_of(endpoint)
+    assert str(caught.value).startswith(
+        "score.rewards: judge: judge: needs the package openai (import of openai"
+    )
+    assert str(caught.value).endswith("; pip install 'grpo-stages[judge]'")
 
 
 def test_a_key_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

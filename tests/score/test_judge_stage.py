@@ -225,6 +225,27 @@ def test_a_killed_score_asks_only_what_was_under_way(tmp_path: Path) -> None:
     assert values(run, "judge") == LENGTHS
 
 
+def test_a_full_disk_ends_it_with_what_was_answered(tmp_path: Path) -> None:
+    def answer(question: str, request: dict[str, Any]) -> Reply:
+        time.sleep(0.4)  # so that answers come in several batches
+        return score_length(question, request)
+
+    with serve(answer) as endpoint:
+        run = opened(tmp_path, judge(endpoint, concurrency=1))
+        arguments = [sys.executable, "-c", SCORE, str(tmp_path), run.config.model_dump_json()]
+        # A batch takes about ten operations: the twentieth is in the second one.
+        environment = {**os.environ, "GRPO_FAULT": "ENOSPC:20"}
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+        assert "ResourceError: " in done.stderr.splitlines()[-1]
+        for noise in ("Exception ignored", "never retrieved", "never awaited", "destroyed"):
+            assert noise not in done.stderr
+        asked = len(endpoint.asked)
+        assert asked < 6
+        scored(run)
+        assert len(endpoint.asked) < asked + 6  # the first batch was kept
+    assert values(run, "judge") == LENGTHS
+
+
 # ---- only what failed ----
 
 

@@ -7,7 +7,7 @@ out of every message.
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ class Judge:
 
     def ask(
         self, questions: Sequence[str], stopping: Callable[[], bool]
-    ) -> Iterator[list[tuple[int, Judgement]]]:
+    ) -> Generator[list[tuple[int, Judgement]], None, None]:
         """Yield (place of the question, judgement) as they come, some at a time.
 
         What fails is a judgement too. When stopping() turns true no other question is asked, and it ends with

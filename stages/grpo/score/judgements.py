@@ -6,6 +6,7 @@ for again: another pattern, scale or weight reads it again. Only what failed is.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -66,8 +67,12 @@ def _commit_answers(
         batches += 1
     todo = {key: text for key, text in asked.items() if key not in answers}
     title = f"{staging.plan.stage} {shard.iteration} {reward.name}"
-    with run.console.progress(title, len(todo), "questions") as advance:
-        for found in scorers.ask(run, tool, reward, todo):
+    # Closed at once, whatever goes wrong here: requests must not outlive the judge's event loop.
+    with (
+        closing(scorers.ask(run, tool, reward, todo)) as arriving,
+        run.console.progress(title, len(todo), "questions") as advance,
+    ):
+        for found in arriving:
             data = _table(shard, found.items())
             staging.write_table(shard.answers_table, _batch_name(staging, shard, batches), data)
             answers |= found

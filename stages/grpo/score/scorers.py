@@ -1,7 +1,7 @@
 """scorers: rollouts -> outcomes, by whatever kind a reward is; nothing of a run is written here."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -161,12 +161,13 @@ def questions(tool: Scorers, reward: RewardConfig, rollouts: Sequence[Rollout]) 
 
 def ask(
     run: Run, tool: Scorers, reward: RewardConfig, asked: dict[Key, str]
-) -> Iterator[dict[Key, Judgement]]:
+) -> Generator[dict[Key, Judgement], None, None]:
     """Answers of a judge as they come. They end early when a signal asks to stop."""
     keys = list(asked)
-    stopping: Callable[[], bool] = run.console.is_stopping
-    for batch in tool.judges[reward.name].ask(list(asked.values()), stopping):
-        yield {keys[place]: said for place, said in batch}
+    judge = tool.judges[reward.name]
+    with closing(judge.ask(list(asked.values()), run.console.is_stopping)) as batches:
+        for batch in batches:
+            yield {keys[place]: said for place, said in batch}
 
 
 def outcome_of(reward: RewardConfig, said: Judgement) -> Outcome:
