@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from string import Template
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +33,7 @@ FROM_EMPTY = ("your-data-and-reward.md",)
 # have nothing to show, and its runs are not made.
 OF_OTHER_RUNS = ("reading-a-run.md",)
 HAVE_COMMANDS = [name for name, text in PAGES.items() if "\n$ " in text]
+LANGUAGES = ("console", "text", "yaml", "python", "json", "sql", "markdown")
 NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:e[+-]?\d+)?")
 
 
@@ -52,10 +54,15 @@ def folder(
 @pytest.mark.slow
 @pytest.mark.parametrize("page", HAVE_COMMANDS)
 def test_every_command_of_a_page_runs(page: str, folder: Path, grpo: Grpo) -> None:
+    settings: dict[str, str] = {}
     for block in blocks(PAGES[page]):
         if block.language == "console":
-            for command, shown in steps(block.text):
-                _check(page, command, shown, *_run(page, command, grpo))
+            for line, shown in steps(block.text):
+                if setting := re.fullmatch(r"([A-Z]+)='(.*)'", line):
+                    settings[setting[1]] = setting[2]
+                else:
+                    command = Template(line).safe_substitute(settings)
+                    _check(page, command, shown, *_run(page, command, grpo))
         elif block.title and not block.title.startswith("benchmarks/"):
             (folder / block.title).write_text(block.text)
 
