@@ -141,6 +141,28 @@ def test_a_cell_of_the_map_leads_to_its_rollouts(browser: Any) -> None:
     assert browser.find_element("id", "only-prompt").text.startswith("2 prompts, iteration 2")
 
 
+def test_the_mouse_zooms_all_charts_and_points_at_the_map(browser: Any) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def ranges() -> set[str]:
+        plots = "[...document.querySelectorAll('#charts-training .plot')]"
+        return set(browser.execute_script(f"return {plots}.map(p => String(p.layout.xaxis.range))"))
+
+    browser.execute_script("document.documentElement.style.scrollBehavior = 'auto'; scrollTo(0, 0)")
+    area = browser.find_element("css selector", ".plot .nsewdrag")
+    drag = ActionChains(browser).move_to_element_with_offset(area, -40, 0).click_and_hold()
+    drag.move_by_offset(60, 0).release().perform()
+    WebDriverWait(browser, 20).until(lambda _: len(ranges()) == 1 and ranges() != {"0,4"})
+    ActionChains(browser).move_to_element(area).double_click().perform()
+    WebDriverWait(browser, 20).until(lambda _: ranges() == {"0,4"})
+    browser.execute_script("document.getElementById('prompts').scrollIntoView()")
+    area = browser.find_element("css selector", "#heat .nsewdrag")
+    ActionChains(browser).move_to_element(area).perform()
+    pointed = browser.find_element("id", "heat-pointed")
+    WebDriverWait(browser, 20).until(lambda _: pointed.text.startswith("50.0 % of 16 rollouts"))
+
+
 def test_each_filter_finds_what_it_should(browser: Any) -> None:
     assert found(browser) == "10,000 of 10,000 rollouts in 1,250 groups"
     choose(browser, "f-iteration", "3")

@@ -119,13 +119,11 @@ function plain() {
   };
 }
 
+// What one chart was zoomed to, all are; what is the same already says nothing new.
 function zoomAll(source, change) {
-  const from = change["xaxis.range[0]"];
-  const all = change["xaxis.autorange"];
-  if (from === undefined && !all) return;
+  if (!Object.keys(change).some((key) => key.startsWith("xaxis."))) return;
+  const range = change["xaxis.autorange"] ? source.full : source.layout.xaxis.range;
   for (const { plot } of drawn) {
-    if (plot === source && !all) continue;
-    const range = all ? plot.full : [from, change["xaxis.range[1]"]];
-    if (range && String(plot.layout.xaxis.range) !== String(range)) Plotly.relayout(plot, { "xaxis.range": [...range] });
+    if (String(plot.layout.xaxis.range) !== String(range)) Plotly.relayout(plot, { "xaxis.range": [...range] });
   }
 }

@@ -29,7 +29,8 @@ select
     count(*) as rollouts,
     (
         sum(response_tokens)
-        + sum(strlen(prompt)) filter (sample_id = 0) / {_BYTES_PER_TOKEN}
+        + coalesce(sum(strlen(prompt)) filter (sample_id = 0), 0)
+            / {_BYTES_PER_TOKEN}
     )::bigint as tokens,
 from memory.main.rollouts
 where run = $run
