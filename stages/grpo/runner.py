@@ -26,6 +26,7 @@ from grpo.artifacts import (
     require_space,
     seal,
     staged_attempts,
+    unscored_rounds,
 )
 from grpo.errors import InputError, UsageError
 from grpo.generate import stage as generate
@@ -133,8 +134,9 @@ def _stale_because(
         present = run.id_of(reference)
         if present is None:
             return f"{reference} is gone"
-        if present != recorded and not (stage.output == score.OUTPUT and lacking(run, manifest)):
-            return f"{reference} changed"  # and not only grown by a round that score has not seen yet
+        grown = stage.output == score.OUTPUT and unscored_rounds(run, manifest)
+        if present != recorded and not grown:
+            return f"{reference} changed"
         if holder_of(reference) in stale:
             return f"{reference} is stale"
     try:

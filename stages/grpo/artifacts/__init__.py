@@ -3,7 +3,7 @@
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, read_manifest, seal
-from grpo.artifacts.partial import lacking, rounds_in
+from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
 from grpo.artifacts.retention import droppable, is_kept, prunable, prune
 from grpo.artifacts.run import (
     ARTIFACTS,
@@ -58,6 +58,7 @@ __all__ = [
     "is_weight_file",
     "iterations_in",
     "lacking",
+    "num_rounds",
     "open_run",
     "prunable",
     "prune",
@@ -67,9 +68,9 @@ __all__ = [
     "require_run",
     "require_space",
     "roll_forward",
-    "rounds_in",
     "seal",
     "staged_attempts",
     "staging_folders",
+    "unscored_rounds",
     "versions",
 ]

@@ -159,8 +159,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
     failed = _failed(statuses)
     weights = {reward.name: reward.weight for reward in run.config.score.rewards}
     summary = {"failed": failed, "statuses": dict(statuses), "weights": weights}
-    with staging.clock("signal"):
-        summary |= signal_summary(run, staging, rollouts, held, weights.values())
+    summary |= signal_summary(run, staging, rollouts, held, weights.values())
     manifest = staging.commit(ids, held, summary)
     if run.partial(manifest):
         raise EngineError(_complaint(run, iteration, failed, statuses))
