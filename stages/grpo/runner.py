@@ -21,6 +21,7 @@ from grpo.artifacts import (
     prune,
     require_space,
     staged_attempts,
+    unscored_rounds,
 )
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import evaluation
@@ -151,8 +152,9 @@ def _stale_because(
         present = run.id_of(reference)
         if present is None:
             return f"{reference} is gone"
-        if present != recorded and not (stage.output == score.OUTPUT and lacking(run, manifest)):
-            return f"{reference} changed"  # and not only grown by a round that score has not seen yet
+        grown = stage.output == score.OUTPUT and unscored_rounds(run, manifest)
+        if present != recorded and not grown:
+            return f"{reference} changed"
         if holder_of(reference) in stale:
             return f"{reference} is stale"
     try:

@@ -12,7 +12,7 @@ from grpo.artifacts.layout import (
     iterations_in,
 )
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, read_manifest, seal
-from grpo.artifacts.partial import lacking, rounds_in
+from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
 from grpo.artifacts.retention import droppable, is_kept, prunable, prune
 from grpo.artifacts.run import (
     ARTIFACTS,
@@ -69,6 +69,7 @@ __all__ = [
     "is_weight_file",
     "iterations_in",
     "lacking",
+    "num_rounds",
     "open_run",
     "prunable",
     "prune",
@@ -78,10 +79,10 @@ __all__ = [
     "require_run",
     "require_space",
     "roll_forward",
-    "rounds_in",
     "run_names",
     "seal",
     "staged_attempts",
     "staging_folders",
+    "unscored_rounds",
     "versions",
 ]

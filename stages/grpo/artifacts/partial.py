@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def lacking(run: "Run", manifest: Manifest | None) -> str:
     """What an output lacks; empty: nothing. Examples: `3 rewards failed`, `5 of 8 groups with signal ...`."""
     if manifest is not None and manifest.stage == "score":
-        return _failed(run, manifest) or _unscored(run, manifest)
+        return _failed(run, manifest) or unscored_rounds(run, manifest)
     if manifest is not None and manifest.stage == "generate":
         return _without_signal(run, manifest)
     return ""
@@ -36,18 +36,19 @@ def num_rounds(rollouts: Manifest) -> int:
     return int(rollouts.summary.get("rounds", 1))
 
 
-def _failed(run: "Run", rewards: Manifest) -> str:
-    failed = rewards.summary.get("failed")
-    return f"{failed} rewards failed" if failed and run.config.score.on_error == "stop" else ""
-
-
-def _unscored(run: "Run", rewards: Manifest) -> str:
+def unscored_rounds(run: "Run", rewards: Manifest) -> str:
+    """How many rounds of the rollouts that are there these rewards are of; empty: all, or other rollouts."""
     recorded = rewards.reads.get(f"rollouts@{rewards.iteration}")
     rollouts = run.manifest("rollouts", rewards.iteration)
     if recorded is None or rollouts is None:
         return ""
     scored, there = rounds_in(rollouts, recorded), num_rounds(rollouts)
     return f"{scored} of {there} rounds are scored" if 0 < scored < there else ""
+
+
+def _failed(run: "Run", rewards: Manifest) -> str:
+    failed = rewards.summary.get("failed")
+    return f"{failed} rewards failed" if failed and run.config.score.on_error == "stop" else ""
 
 
 def _without_signal(run: "Run", rollouts: Manifest) -> str:

@@ -6,8 +6,7 @@ the same plan: it keeps the shards of the rounds before by hard links, and sampl
 
 from collections.abc import Sequence
 
-from grpo.artifacts import Manifest, Plan, Run, Staging, lacking
-from grpo.artifacts.partial import num_rounds
+from grpo.artifacts import Manifest, Plan, Run, Staging, lacking, num_rounds
 from grpo.config import GenerateConfig
 from grpo.errors import DataError
 from grpo.generate.sampling import shards_of

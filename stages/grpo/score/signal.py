@@ -4,8 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from grpo import sql, tables
-from grpo.artifacts import FileRecord, Manifest, Run, Staging
-from grpo.artifacts.partial import num_rounds
+from grpo.artifacts import FileRecord, Manifest, Run, Staging, num_rounds
 from grpo.judged import count_signal, create_judged
 
 
@@ -20,7 +19,7 @@ def signal_summary(
         return {}
     paths = [staging.folder / record.name for record in held if record.table == "rewards"]
     rewards = tables.decode("rewards", ((path, path.read_bytes()) for path in paths))
-    with sql.connect([run], rollouts.iteration, ("rollouts",)) as connection:
+    with staging.clock("signal"), sql.connect([run], rollouts.iteration, ("rollouts",)) as connection:
         sql.register(connection, "_rewards_0", rewards)
         create_judged(connection, weights)
         found = count_signal(connection)

@@ -86,8 +86,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
     work = Work(OUTPUT, judgements.TABLE, "part", iteration, files, staging.plan.reads["prompts"], before)
     ids, held = score(run, staging, tool, work)
     summary = summary_of(run, held)
-    with staging.clock("signal"):
-        summary |= signal_summary(run, staging, rollouts, held, summary["weights"].values())
+    summary |= signal_summary(run, staging, rollouts, held, summary["weights"].values())
     manifest = staging.commit(ids, held, summary)
     if run.partial(manifest):
         raise EngineError(complaint(run, f"score: iteration {iteration}", OUTPUT, manifest))
