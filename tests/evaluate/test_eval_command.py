@@ -1,6 +1,7 @@
 """`grpo eval`: a policy of a run, or a checkpoint that no run knows."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -70,9 +71,11 @@ def test_a_checkpoint_needs_no_run(measured_project: Path, grpo: Grpo) -> None:
     assert json.loads(grpo("eval", "--json")[1])["policy"] == 0  # and this begins the run
 
 
-def test_a_killed_one_is_gone_on_with(measured_project: Path, grpo: Grpo) -> None:
-    code, _ = crash.in_child(Path(), ["eval", "model"], "kill:60")
-    assert code == -9
+def test_a_killed_one_is_gone_on_with(measured_project: Path, grpo: Grpo, tmp_path: Path) -> None:
+    operations = crash.recorded(crash.copy(Path(), tmp_path / "counted"), ["eval", "model"])
+    sidecar = "eval_rollouts-00001-"  # of the second shard: written, synced, renamed
+    at = min(n for n, made in enumerate(operations, 1) if re.search(f"{sidecar}.*sidecar", made.path))
+    assert crash.in_child(Path(), ["eval", "model"], f"kill:{at + 4}")[0] == -9
     [folder] = Path("artifacts/.eval").iterdir()
     shards = [
         path

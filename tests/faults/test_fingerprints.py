@@ -44,7 +44,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "generate.top_k": (["generate.top_k=9", "generate.allow_truncated_sampling=true"], ENGINE),
     "generate.min_p": (["generate.min_p=0.1", "generate.allow_truncated_sampling=true"], ENGINE),
     "generate.allow_truncated_sampling": (["generate.allow_truncated_sampling=true"], GENERATE),
-    "generate.rollouts_per_shard": (["generate.rollouts_per_shard=2"], ENGINE),
+    "generate.rollouts_per_shard": (["generate.rollouts_per_shard=8"], ENGINE),
     "generate.max_rows_per_batch": (["generate.max_rows_per_batch=2"], ENGINE),  # rounding
     "generate.prompts_sql": (["generate.prompts_sql=my.sql"], GENERATE),
     "generate.resample.until_groups_with_signal": (
