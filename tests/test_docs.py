@@ -27,8 +27,8 @@ pytestmark = pytest.mark.xdist_group("pages")  # one process, so that the quicks
 
 Grpo = Callable[..., tuple[int, str, str]]
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
-# Every file is on the page; the others begin with a finished quickstart.
-FROM_EMPTY = ("your-data-and-reward.md",)
+# Every file is on the page, or made by it; the others begin with a finished quickstart.
+FROM_EMPTY = ("quickstart.md", "your-data-and-reward.md")
 # What it shows is of runs that went wrong and took minutes: its queries are tried on a healthy run, which may
 # have nothing to show, and its runs are not made.
 OF_OTHER_RUNS = ("reading-a-run.md",)

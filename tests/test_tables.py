@@ -83,7 +83,7 @@ NAMES = {
     ],
 }
 # What policies are measured by has the columns of its sibling.
-NAMES |= {f"eval_{name}": NAMES[name] for name in ("prompts", "rollouts", "rewards")}
+NAMES |= {f"eval_{name}": NAMES[name] for name in ("prompts", "rollouts", "rewards", "judgements")}
 LISTS = {
     "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
     "prompt_token_ids": pa.list_(pa.int32()),
@@ -105,7 +105,7 @@ TYPES = {
     "logprobs": [*5 * ["int32"], "", "", "double"],
     "prompts": ["int64", "string", "", "string"],
 }
-TYPES |= {f"eval_{name}": TYPES[name] for name in ("prompts", "rollouts", "rewards")}
+TYPES |= {f"eval_{name}": TYPES[name] for name in ("prompts", "rollouts", "rewards", "judgements")}
 FILE = Path("part-00000-0123abcd.parquet")
 
 

@@ -76,6 +76,8 @@ def run_stage(
     )
     if only_failed and not iterations:
         opened.console.say(f"{name}: no reward failed; nothing to do")
+    elif not iterations and force:
+        raise UsageError(f"{name} --force: nothing is missing; say which to do again with --iteration N")
     elif not iterations:
         opened.console.say(f"{name}: nothing to do; --iteration N and --force do it again")
     with runner.Tools(opened) as tools:

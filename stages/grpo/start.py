@@ -129,10 +129,10 @@ def probe_of(checkpoint: Path, rows: list[Row], chat: Chat) -> probe.Probe:
 
 def _prompts(run: Run, begun: bool) -> None:
     manifest = run.manifest(prompts.OUTPUT, None)
-    if manifest is not None and begun and prompts.source_is_gone(run):
-        run.console.say(f"prompts.source: {run.config.prompts.source} is gone; the run has its own copy")
     plan = prompts.plan(run, kept=manifest if begun else None)
     if manifest is not None and plan.same_as(manifest):
+        if begun and prompts.source_is_gone(run):
+            run.console.say(f"prompts.source: {run.config.prompts.source} is gone; the run has its own copy")
         return
     if manifest is not None and begun:
         raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
