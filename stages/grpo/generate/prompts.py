@@ -56,7 +56,8 @@ def plan(run: Run, output: str = OUTPUT, kept: Manifest | None = None) -> Plan:
     """
     config = config_of(run, output)
     sources = {}
-    if kept is not None and (source_is_gone(run, output) or is_on_hub(config, run.imports)):
+    was_read = kept is not None and "prompts.source" in kept.sources
+    if kept is not None and ((was_read and source_is_gone(run, output)) or is_on_hub(config, run.imports)):
         sources = {name: sha256 for name, sha256 in kept.sources.items() if name == "prompts.source"}
     elif found := source_digest(config, run.imports):
         sources = {"prompts.source": found}
