@@ -100,6 +100,17 @@ def test_the_numbers_are_those_of_status_and_updates(finished: Path, grpo: Grpo)
     assert not {name for name in numbers if name.endswith(("/iteration", "/step", "/epoch", "/skipped"))}
 
 
+def test_an_evaluation_goes_with_the_iteration_that_samples_from_the_policy(
+    measured: Path, grpo: Grpo
+) -> None:
+    numbers = numbers_of(opened(), 1)
+    query = "select pass_at[1] as one, pass_at[3] as three, reward from evals where iteration = 1"
+    [row] = json.loads(grpo("sql", "--json", query)[1])
+    assert numbers["evaluate/pass@1"] == pytest.approx(row["one"])
+    assert numbers["evaluate/pass@3"] == pytest.approx(row["three"])
+    assert numbers["evaluate/reward"] == pytest.approx(row["reward"])
+
+
 def test_several_steps_are_their_mean_and_their_largest(project: Path, grpo: Grpo) -> None:
     assert grpo("run", "--until", "1", "--set", "update.epochs=2")[0] == 0
     rows = json.loads(grpo("sql", "--json", "select loss, ratio_max from updates order by epoch")[1])

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from grpo.artifacts import Run, files, read_sealed, seal
+from grpo.artifacts import EVALUATION, Run, files, read_sealed, seal
 from grpo.errors import EngineError, GrpoError, UsageError
 from grpo.status import summary_of
 
@@ -107,7 +107,18 @@ def numbers_of(run: Run, iteration: int) -> dict[str, float]:
                 max(values) if column.endswith("_max") else sum(values) / len(values)
             )
     numbers["update/steps_skipped"] = len(steps) - len(taken)
+    numbers |= _of_evaluation(run, iteration)
     return {name: float(value) for name, value in numbers.items() if value is not None}
+
+
+def _of_evaluation(run: Run, policy: int) -> dict[str, float | None]:
+    """Of the policy sampled from: evaluate/pass@1, evaluate/reward, ...; nothing where it was not measured."""
+    manifest = run.manifest(EVALUATION, policy)
+    if manifest is None:
+        return {}
+    names = ("reward", "response_tokens", "truncated")
+    passes = {f"evaluate/pass@{k}": value for k, value in (manifest.summary["pass_at"] or {}).items()}
+    return {**passes, **{f"evaluate/{name}": manifest.summary[name] for name in names}}
 
 
 def _logged(run: Run, name: str) -> int:
