@@ -112,7 +112,7 @@ def numbers_of(run: Run, iteration: int) -> dict[str, float]:
 
 
 def _of_evaluation(run: Run, policy: int) -> dict[str, float | None]:
-    """Of the policy sampled from: evaluate/pass@1, evaluate/reward, ...; nothing where it was not measured."""
+    """Of the policy sampled from: evaluate/pass@1, evaluate/reward, ...; nothing where it is not measured."""
     manifest = run.manifest(EVALUATION, policy)
     if manifest is None:
         return {}
