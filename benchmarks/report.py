@@ -60,7 +60,8 @@ def main() -> None:
             folder = Path(name)
             _write_run(folder, length)
             built = [_build(folder) for _ in range(REPEATS)]
-            seconds, processor = (statistics.median(each[place] for each in built) for place in (0, 1))
+            seconds = statistics.median(each[0] for each in built)
+            processor = statistics.median(each[1] for each in built)
             opened, rollouts, filtered = _open(folder / "benchmark.html")
         times = "".join(f"{statistics.median(filtered[name]):>14.1f}" for name in FILTERS)
         size = built[0][2]["bytes"] / 1e6

@@ -10,6 +10,7 @@ from tests.report.runs import make_run, row
 from tests.report.test_report import HOSTILE
 
 from grpo import report
+from grpo.artifacts import Run
 
 pytestmark = [
     pytest.mark.slow,
@@ -241,7 +242,7 @@ def test_runs_are_overlaid_and_can_be_hidden(browser: Any, tmp_path: Path) -> No
     """A page of its own, so this test comes last. The second run has lost its tokenizer."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    runs = []
+    runs: list[Run] = []
     for name, value in (("one", 1.0), ("two", 0.5)):
         rows = [
             row(n, 0, s, "ab", rewards={"right": value}, reward=value) for n in range(2) for s in range(2)
