@@ -164,7 +164,10 @@ def _tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=2000, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=2000, show_progress=False, special_tokens=["<|end|>"], initial_alphabet=alphabet
+        ),
     )
     return tokenizer
 
