@@ -60,8 +60,8 @@ def main() -> None:
             folder = Path(name)
             _write_run(folder, length)
             built = [_build(folder) for _ in range(REPEATS)]
-            seconds = statistics.median(clock for clock, _, _ in built)
-            processor = statistics.median(used for _, used, _ in built)
+            seconds = statistics.median(each[0] for each in built)
+            processor = statistics.median(each[1] for each in built)
             opened, rollouts, filtered = _open(folder / "benchmark.html")
         times = "".join(f"{statistics.median(filtered[name]):>14.1f}" for name in FILTERS)
         size = built[0][2]["bytes"] / 1e6
@@ -164,7 +164,10 @@ def _tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=2000, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=2000, show_progress=False, special_tokens=["<|end|>"], initial_alphabet=alphabet
+        ),
     )
     return tokenizer
 

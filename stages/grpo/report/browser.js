@@ -1,7 +1,8 @@
 // browser: the controls above the rollouts, what they come to, and the page of groups that is shown.
 
 const GROUPS_SHOWN = 5;
-const RESPONSES_SHOWN = 48; // on a page: more take longer to draw than one waits while typing
+const RESPONSES_SHOWN = 48; // on a page, and their tokens: more take longer to draw than one waits while typing
+const PAGE_TOKENS = 4000;
 
 function setUpBrowser(page, runs) {
   const state = { page: 0, prompts: null, range: null, shown: null };
@@ -75,8 +76,9 @@ function find(run, state) {
 
 // Groups on a page: fewer where they are large.
 function pageSize(run) {
-  const perGroup = run.rollouts / Math.max(run.numGroups, 1);
-  return Math.max(1, Math.min(GROUPS_SHOWN, Math.floor(RESPONSES_SHOWN / perGroup)));
+  const groups = Math.max(run.numGroups, 1);
+  const fit = Math.min((RESPONSES_SHOWN * groups) / run.rollouts, (PAGE_TOKENS * groups) / run.tokenStarts.at(-1));
+  return Math.max(1, Math.min(GROUPS_SHOWN, Math.floor(fit)));
 }
 
 function show(run, state) {
@@ -131,10 +133,10 @@ function legendOf(run, shade) {
 function setUpTip(run) {
   const tip = $("tip");
   $("groups").onmouseover = (event) => {
-    const token = event.target.closest?.("[data-from]");
-    tip.hidden = !token;
-    if (!token) return;
-    tip.textContent = tokenTip(run(), Number(token.dataset.from), Number(token.dataset.to));
+    const token = event.target.span ? event.target : event.target.parentElement; // or a mark within one
+    tip.hidden = !token?.span;
+    if (tip.hidden) return;
+    tip.textContent = tokenTip(run(), token.span.from, token.span.to);
     const box = token.getBoundingClientRect();
     const below = box.bottom + 8 + tip.offsetHeight < innerHeight;
     tip.style.top = `${below ? box.bottom + 8 : box.top - 8 - tip.offsetHeight}px`;

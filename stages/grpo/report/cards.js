@@ -1,6 +1,6 @@
 // cards: a group as a person reads it: its prompt, and its responses side by side, token by token.
 
-const TOKENS_SHOWN = 400; // of a response, before one asks for the rest
+const TOKENS_SHOWN = 300; // of a response, before one asks for the rest
 const SAMPLES_SHOWN = 16;
 const SHORT_BYTES = 60; // of the longest response of a group: then more of them fit side by side
 
@@ -122,8 +122,7 @@ function tokenSpans(run, first, end, start) {
 function tokenSpan(run, span, shade) {
   const element = make("span", shadeClass(run, span, shade), ...visible(span.text.replaceAll("\n", "↵\n")));
   if (run.special.includes(span.text)) element.classList.add("special");
-  element.dataset.from = span.from;
-  element.dataset.to = span.to;
+  element.span = span; // for whoever points at it
   return element;
 }
 
