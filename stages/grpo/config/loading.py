@@ -101,7 +101,7 @@ def _read(path: Path) -> Any:
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         at_tab = mark and lines[mark.line][mark.column : mark.column + 1] == "\t"
         hint = "; use spaces, not tabs" if at_tab else ""
-        raise UsageError(f"{path}{place}: {_first_sentence(str(error.problem))}{hint}") from None
+        raise UsageError(f"{path}{place}: {_first_sentence(_problem(error))}{hint}") from None
     except ReaderError as error:
         before = text[: error.position]
         place = f"{path}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
@@ -112,6 +112,11 @@ def _read(path: Path) -> Any:
         raise UsageError(f"{path}: expected sections with keys, found a single value") from None
     except (OmegaConfBaseException, ValueError) as error:  # of a tag or a key that is no text or number
         raise UsageError(f"{path}: {_first_sentence(str(error))}") from None
+
+
+def _problem(error: Any) -> str:
+    """What a YAML parser found; newer ones count how deep a text is nested before Python does."""
+    return "nested too deeply" if "nesting depth" in str(error.problem) else str(error.problem)
 
 
 def _first_sentence(text: str) -> str:
@@ -138,7 +143,7 @@ def _override(data: Any, override: str) -> Any:
     except RecursionError:
         raise UsageError(f"--set {override}: nested too deeply") from None
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-        text = str(error.problem if isinstance(error, MarkedYAMLError) else error)
+        text = _problem(error) if isinstance(error, MarkedYAMLError) else str(error)
         raise UsageError(f"--set {override}: {_first_sentence(text)}") from None
 
 
