@@ -1,6 +1,7 @@
 """commands: what a command does once its run is open. The command line itself is in cli/."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from grpo.artifacts.files import remove_folder
 from grpo.config import flatten
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import evaluation, report
+from grpo.generate.engine_choice import gpu_is_there
 from grpo.ranges import parse_range
 
 
@@ -41,11 +43,22 @@ def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[st
             measured.append(policy)
             opened.console.say(report.line_of(opened, policy))
 
+        _say_busy(opened)
         worked = runner.run_iterations(opened, until, tell, tell_policy)
     if not worked and not measured:
         opened.console.say(f"run {opened.name}: {until} iterations are complete; nothing to do")
     evaluations = [report.numbers_of(opened, policy) for policy in opened.evaluations()]
     return {"run": opened.name, "iterations": until, "worked": worked, "evaluations": evaluations}
+
+
+def _say_busy(opened: Run) -> None:
+    """With more to do than there are cores, torch's threads wait on each other: 30 times slower was seen."""
+    cores = os.cpu_count() or 1
+    if os.getloadavg()[0] > cores and "OMP_NUM_THREADS" not in os.environ and not gpu_is_there():
+        opened.console.say(
+            f"this machine is busy (load {os.getloadavg()[0]:.0f} on {cores} cores): OMP_NUM_THREADS=1 may be"
+            " many times faster"
+        )
 
 
 def _confirm(opened: Run, first: int) -> None:
@@ -123,10 +136,11 @@ def evaluate(opened: Run, policy: int | None, force: bool, out: Path | None) -> 
     out: a file for the rows of `eval_samples`. Raises InputError (exit 4) where the policy is not there, or
     was measured otherwise than configured and not `force`.
     """
-    if out is not None:
-        query.check_out(out)
     evaluation.config_of(opened)  # or there is nothing to do it with
-    number = max(opened.policies()) if policy is None else policy
+    have = opened.policies()
+    number = max(have) if policy is None else policy
+    if not 0 <= number <= max(opened.iterations(), default=-1) + 1:
+        raise UsageError(f"--policy {number}: run {opened.name} has policies 0 to {max(have)}")
     before = opened.manifest(evaluation.OUTPUT, number)
     if before is not None:
         _check_replace(opened, runner.EVALUATION, before, force, only_failed=False)
@@ -138,6 +152,17 @@ def evaluate(opened: Run, policy: int | None, force: bool, out: Path | None) -> 
         rows = "select * from eval_samples where iteration = $policy order by group_id, sample_id"
         query.write(sql.read([opened], rows, {"policy": number}), out)
     return report.numbers_of(opened, number)
+
+
+def check_eval_out(out: Path | None) -> None:
+    """Raise UsageError (exit 2) for a file that the rows of an evaluation cannot be written to."""
+    if out is None:
+        return
+    query.check_out(out)
+    if out.suffix == ".csv":
+        raise UsageError(
+            f"--out {out}: `rewards` is a map, which CSV has no place for; use .parquet or .json"
+        )
 
 
 def checkpoint_run(opened: Run, checkpoint: str) -> Run:

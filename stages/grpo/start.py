@@ -145,16 +145,16 @@ def _held_out(run: Run) -> None:
     if run.config.evaluate is None:
         return
     manifest = run.manifest(prompts.HELD_OUT, None)
-    if manifest is not None and prompts.source_is_gone(run, prompts.HELD_OUT):
-        source = run.config.evaluate.prompts.source
-        run.console.say(f"evaluate.prompts.source: {source} is gone; the run has its own copy")
-        return
     try:
         plan = prompts.plan(run, prompts.HELD_OUT, manifest)
-        if manifest is None or not plan.same_as(manifest):
-            limit = run.config.evaluate.max_new_tokens or run.config.generate.max_new_tokens
-            _normalise(run, plan, limit)
-            _say_shared(run)
+        if manifest is not None and plan.same_as(manifest):
+            if prompts.source_is_gone(run, prompts.HELD_OUT):
+                source = run.config.evaluate.prompts.source
+                run.console.say(f"evaluate.prompts.source: {source} is gone; the run has its own copy")
+            return
+        limit = run.config.evaluate.max_new_tokens or run.config.generate.max_new_tokens
+        _normalise(run, plan, limit)
+        _say_shared(run)
     except DataError as error:
         raise DataError(f"evaluate.prompts: {error}") from None
 

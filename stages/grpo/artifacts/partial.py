@@ -17,6 +17,8 @@ def lacking(run: "Run", manifest: Manifest | None) -> str:
     """What an output lacks; empty: nothing. Examples: `3 rewards failed`, `5 of 8 groups with signal ...`."""
     if manifest is not None and manifest.stage == "score":
         return _failed(run, manifest) or unscored_rounds(run, manifest)
+    if manifest is not None and manifest.stage == "evaluate":
+        return _failed(run, manifest)
     if manifest is not None and manifest.stage == "generate":
         return _without_signal(run, manifest)
     return ""

@@ -68,6 +68,7 @@ def evaluate(
 
     if checkpoint and (policy is not None or force):
         raise UsageError("eval: a checkpoint is measured from nothing; leave out --policy and --force")
+    commands.check_eval_out(out)
     if checkpoint:
         with locked(commands.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:
             found, what = commands.evaluate_checkpoint(opened, out), checkpoint

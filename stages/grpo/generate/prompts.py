@@ -52,11 +52,11 @@ def plan(run: Run, output: str = OUTPUT, kept: Manifest | None = None) -> Plan:
     """What the prompts of this run depend on. Raises DataError (exit 3) when the source is missing.
 
     kept: the prompts of a run that has begun. What they were made from is then not asked for again where it
-    is gone, or is on the hub, which holds what others put there.
+    is gone, or is on the hub, which holds what others put there. A name that was not read is missing.
     """
     config = config_of(run, output)
     sources = {}
-    was_read = kept is not None and "prompts.source" in kept.sources
+    was_read = kept is not None and kept.summary.get("source") == config.source
     if kept is not None and ((was_read and source_is_gone(run, output)) or is_on_hub(config, run.imports)):
         sources = {name: sha256 for name, sha256 in kept.sources.items() if name == "prompts.source"}
     elif found := source_digest(config, run.imports):
