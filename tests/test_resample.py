@@ -190,9 +190,14 @@ def test_between_rounds_nothing_is_mixed_with_another_configuration(project: Pat
     assert code == 4
     assert "generate of iteration 0 is partial" in err
     assert "and differs (generate.temperature: 1.0 -> 0.5); put that back, or `grpo run --from 0`" in err
+    more = "generate.resample={until_groups_with_signal: 6, max_rounds: 3}"
+    code, _, err = grpo("run", "--until", "1", "--set", more)
+    assert (code, "generate.resample.until_groups_with_signal: 5 -> 6" in err) == (4, True), err
     do(grpo, "run", "--until", "1", "--set", "generate.resample=null")  # goes on with what is there
     assert manifest("rollouts")["summary"]["rounds"] == 1
     assert manifest("update")["rows"] > 0
+    assert "nothing to do" in do(grpo, "run", *ONE)  # and that is history
+    assert manifest("rollouts")["summary"]["rounds"] == 1
 
 
 def test_a_fork_begins_between_the_rounds(rounds: Path, project: Path, grpo: Grpo) -> None:

@@ -9,7 +9,7 @@ with rewards_of as (
         group_id,
         sample_id,
         map(list(name order by name), list(value order by name)) as rewards,
-        sum(weight * value order by name) filter (weight <> 0) as total,
+        fsum(weight * value order by name) filter (weight <> 0) as total,
         bool_or(
             weight <> 0 and status in ('error', 'timeout', 'nonfinite')
         ) as failed,

@@ -2,6 +2,7 @@
 -- pass_at[k]: chance that one of k responses passes, 1 - C(n-c, k) / C(n, k) of
 -- a prompt with n responses of which c passed (Chen et al. 2021, 2107.03374),
 -- which is 1 - product(1 - k/i, i from n-c+1 to n); then the mean over prompts.
+-- Sums are ordered: equal tables give equal bits on any number of threads.
 -- Intervals are of 95 % and by prompt: responses to one prompt are no
 -- independent draws, prompts are.
 with by_prompt as (
@@ -12,7 +13,7 @@ with by_prompt as (
         count(*) as samples,
         count(passed) as n,
         count(*) filter (passed) as c,
-        avg(reward) as reward,
+        avg(reward order by sample_id) as reward,
         sum(response_tokens) as response_tokens,
         count(*) filter (finish_reason = 'length') as truncated,
     from eval_samples
@@ -40,6 +41,7 @@ estimates as (
     select
         run,
         iteration,
+        group_id,
         k,
         n,
         1 - coalesce(
@@ -54,6 +56,19 @@ estimates as (
     where n >= k
 ),
 
+spreads as (
+    select
+        run,
+        iteration,
+        k,
+        avg(value order by group_id) as p,
+        var_samp(value order by group_id) as variance,
+        count(*) as prompts,
+        sum(n) as responses,
+    from estimates
+    group by run, iteration, k
+),
+
 -- The number of independent trials that the spread over prompts amounts to
 -- (effective sample size, as in surveys with clusters): p (1 - p) over the
 -- variance of the mean; no less than there are prompts, no more than responses.
@@ -62,21 +77,17 @@ trials as (
         run,
         iteration,
         k,
-        avg(value) as p,
+        p,
         greatest(
-            count(*),
+            prompts,
             case
-                when avg(value) in (0, 1) or count(*) = 1 then count(*)
-                when var_samp(value) = 0 then sum(n)
-                else least(
-                    sum(n),
-                    avg(value) * (1 - avg(value)) * count(*) / var_samp(value)
-                )
+                when p in (0, 1) or prompts = 1 then prompts
+                when variance = 0 then responses
+                else least(responses, p * (1 - p) * prompts / variance)
             end
         ) as size,
         1.959963984540054 as z,
-    from estimates
-    group by run, iteration, k
+    from spreads
 ),
 
 -- Wilson's interval: within [0, 1], and of some width where all or none pass.
@@ -117,8 +128,9 @@ totals as (
         count(*) as prompts,
         sum(samples)::bigint as samples,
         sum(samples - n)::bigint as unscored,
-        avg(reward) as reward,
-        1.959963984540054 * stddev_samp(reward) / sqrt(count(reward)) as spread,
+        avg(reward order by group_id) as reward,
+        1.959963984540054 * stddev_samp(reward order by group_id)
+            / sqrt(count(reward)) as spread,
         sum(response_tokens) / sum(samples) as response_tokens,
         sum(truncated) / sum(samples) as truncated,
     from by_prompt
@@ -131,9 +143,14 @@ by_reward as (
         iteration,
         map(list(name order by name), list(value order by name)) as rewards,
     from (
-        select run, iteration, name, avg(value) as value
+        select run, iteration, name, avg(value order by group_id) as value
         from (
-            select run, iteration, group_id, name, avg(value) as value
+            select
+                run,
+                iteration,
+                group_id,
+                name,
+                avg(value order by sample_id) as value,
             from eval_rewards
             group by all
         )

@@ -25,8 +25,10 @@ weighted as (
     where weight <> 0
 ),
 
--- One term or two add up to the same in any order; more are ordered by name,
--- which costs five times as much. reward_names holds their number, one row.
+-- One term or two add up to the same in any order. More are ordered by name,
+-- which costs five times as much, and summed with compensation (fsum), so that
+-- 0.1 + 0.2 + 0.3 is 0.3 + 0.2 + 0.1: rounding is no difference between
+-- rollouts. reward_names holds their number, one row.
 rewards_in as (
     select
         iteration,
@@ -42,7 +44,7 @@ rewards_in as (
         iteration,
         group_id,
         sample_id,
-        sum(term order by name) as total,
+        fsum(term order by name) as total,
         bool_or(failed) as failed,
     from weighted
     where (select number > 2 from reward_names)

@@ -332,14 +332,23 @@ def test_two_weighted_rewards(tmp_path: Path) -> None:
     assert column(rows, "advantage") == [-2.5, 2.5]
 
 
-def test_three_rewards_are_added_in_the_order_of_their_names(tmp_path: Path) -> None:
-    # In the order of names ((1 + 1e16) - 1e16) is 0, because 1 + 1e16 rounds to 1e16;
-    # (1e16 - 1e16) + 1 would be 1. The rows are written in another order.
+def test_three_rewards_are_added_with_what_rounding_would_lose(tmp_path: Path) -> None:
+    # 1 + 1e16 - 1e16: plainly from left to right it is 0, because 1 + 1e16 rounds to 1e16. The rows are
+    # written in another order than that of the names, by which they are added.
     cells: Cells = {"c": ("ok", -1e16, 1.0), "b": ("ok", 1e16, 1.0), "a": ("ok", 1.0, 1.0)}
-    swapped: Cells = {"b": ("ok", -1e16, 1.0), "c": ("ok", 1.0, 1.0), "a": ("ok", 1e16, 1.0)}  # 0 + 1 = 1
+    swapped: Cells = {"b": ("ok", -1e16, 1.0), "c": ("ok", 1.0, 1.0), "a": ("ok", 1e16, 1.0)}
     rows = advantages(tmp_path, [[Row(cells), Row(swapped)]], scale="none")
-    assert column(rows, "reward") == [0.0, 1.0]
-    assert column(rows, "advantage") == [-0.5, 0.5]
+    assert column(rows, "reward") == [1.0, 1.0]
+    assert column(rows, "advantage") == [0.0, 0.0]
+
+
+def test_rounding_of_a_sum_is_no_difference(tmp_path: Path) -> None:
+    """0.1 + 0.2 + 0.3 is 0.6000000000000001 in floats, 0.3 + 0.2 + 0.1 is 0.6: the same reward."""
+    orders = ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1), (0.2, 0.3, 0.1))
+    group = [Row({name: ("ok", v, 1.0) for name, v in zip("abc", values, strict=True)}) for values in orders]
+    rows = advantages(tmp_path, [group], epsilon=0.0)
+    assert column(rows, "reward") == [0.6, 0.6, 0.6]
+    assert column(rows, "advantage") == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("names", [2, 3, 4])

@@ -20,7 +20,7 @@ from grpo.judged import create_judged
 
 NAME = "advantage"
 OUTPUT = "advantages"
-STAGE_VERSION = 1
+STAGE_VERSION = 2  # 2: sums of three rewards and more are compensated, which may change the last bit
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
 

@@ -54,16 +54,25 @@ def _failed(run: "Run", rewards: Manifest) -> str:
 
 
 def _without_signal(run: "Run", rollouts: Manifest) -> str:
-    """Decided by what the rollouts were planned with: a finished iteration is history."""
-    planned, configured = rollouts.config.get("generate", {}).get("resample"), run.config.generate.resample
-    if planned is None or configured is None or configured.model_dump() != planned:
+    """Decided by what the rollouts were planned with; `resample: null` goes on with what is there.
+
+    Rollouts that have advantages were gone on with: those are history.
+    """
+    planned = rollouts.config.get("generate", {}).get("resample")
+    if planned is None or run.config.generate.resample is None or _are_judged(run, rollouts):
         return ""
     rewards = run.manifest("rewards", rollouts.iteration)
     current = rewards and rewards.reads.get(f"rollouts@{rollouts.iteration}") == rollouts.ids["rollouts"]
     if not rewards or not current or _failed(run, rewards):
         return ""  # not known yet
     rounds, found = num_rounds(rollouts), int(rewards.summary["groups_with_signal"])
-    wanted = configured.until_groups_with_signal
-    if found >= wanted or rounds >= configured.max_rounds:
+    wanted = int(planned["until_groups_with_signal"])
+    if found >= wanted or rounds >= planned["max_rounds"]:
         return ""
     return f"{found} of {wanted} groups with signal after round {rounds - 1}"
+
+
+def _are_judged(run: "Run", rollouts: Manifest) -> bool:
+    advantages = run.manifest("advantages", rollouts.iteration)
+    read = advantages.reads.get(f"rollouts@{rollouts.iteration}") if advantages else None
+    return read == rollouts.ids["rollouts"]

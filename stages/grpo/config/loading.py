@@ -13,6 +13,7 @@ from grpo.config.model import Config
 from grpo.config.update import OBJECTIVES
 from grpo.errors import UsageError
 
+_CREDENTIALS = re.compile("://[^/@\\s]*@")  # of an address; no message may hold them
 _LINE_BREAK = re.compile("[\n\x85\u2028\u2029]")  # those of YAML; reading made one of \r and \r\n
 
 
@@ -169,7 +170,8 @@ def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> st
         text = first["msg"].removeprefix("Value error, ")
         text = text[0].lower() + text[1:]
         if not isinstance(first["input"], dict | list):
-            text += f", found {json.dumps(first['input'], default=str)}"
+            found = json.dumps(first["input"], default=str)
+            text += f", found {_CREDENTIALS.sub('://***@', found)}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     where = _where(location, path, overrides)
     return f"{where}{key}: {text}{more}" if key else f"{where}{text}{more}"
