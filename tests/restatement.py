@@ -56,14 +56,16 @@ def total_reward(rewards: list[Reward]) -> float | None:
 
     A reward of weight 0 is stored to be looked at, and counts for nothing, whatever its status.
     """
-    total = 0.0
+    total = lost = 0.0
     applicable = 0
     for reward in sorted(rewards, key=lambda reward: reward.name):
         if reward.weight == 0 or reward.status == "not_applicable":
             continue
         if reward.status != "ok" or reward.value is None or not isfinite(reward.value):
             return None
-        total += reward.weight * reward.value
+        term = reward.weight * reward.value - lost  # Kahan's sum: what rounding took is given back
+        lost = (total + term - total) - term
+        total += term
         applicable += 1
     return total if applicable else None
 
