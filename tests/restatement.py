@@ -5,7 +5,7 @@ batched torch; the property tests hold the two together. Nothing here imports `g
 """
 
 from dataclasses import dataclass, field
-from math import exp, isfinite, sqrt
+from math import exp, fsum, isfinite, sqrt
 
 GROUP_EPSILON = 1e-4
 
@@ -56,18 +56,14 @@ def total_reward(rewards: list[Reward]) -> float | None:
 
     A reward of weight 0 is stored to be looked at, and counts for nothing, whatever its status.
     """
-    total = lost = 0.0
-    applicable = 0
-    for reward in sorted(rewards, key=lambda reward: reward.name):
+    terms = []
+    for reward in rewards:
         if reward.weight == 0 or reward.status == "not_applicable":
             continue
         if reward.status != "ok" or reward.value is None or not isfinite(reward.value):
             return None
-        term = reward.weight * reward.value - lost  # Kahan's sum: what rounding took is given back
-        lost = (total + term - total) - term
-        total += term
-        applicable += 1
-    return total if applicable else None
+        terms.append(reward.weight * reward.value)
+    return fsum(terms) if terms else None
 
 
 def mean(values: list[float]) -> float:
