@@ -320,3 +320,13 @@ def test_the_page_shows_what_is_printed(scored_twice: Path, grpo: Grpo) -> None:
     names = [re.split(r"  +", label)[0] for label in labels]
     assert len(names) == 16
     assert [name for name in names if name not in page] == []
+
+
+def test_a_reward_that_one_run_has_is_named_with_its_values(finished: Path, grpo: Grpo) -> None:
+    more = "score.rewards=[{function: 'reward:code'}, {function: 'reward:length', weight: 2}]"
+    assert grpo("fork", "tiny", "more", "--iteration", "1", "--set", more)[0] == 0
+    code, out, err = grpo("compare", "tiny", "more", "--json")
+    assert code == 0, err
+    assert json.loads(out)["configuration"] == [
+        'score.rewards.length: added (function: "reward:length", weight: 2.0)'
+    ]

@@ -271,7 +271,8 @@ def _way_out(run: Run, iteration: int, name: str) -> str:
     found = {stage.name: run.manifest(stage.output, iteration) for stage in before}
     missing = [stage for stage, manifest in found.items() if manifest is None or lacking(run, manifest)]
     again = missing[0] if missing else name
-    if again in (generate.NAME, update.NAME) and iteration and run.is_pruned(iteration - 1):
+    needs_policy = not missing or again in (generate.NAME, update.NAME)  # --from goes on to the update
+    if needs_policy and iteration and run.is_pruned(iteration - 1):
         nearest = max(number for number in run.policies() if number <= iteration)
         return (
             f"policy {iteration} was pruned: `grpo run --from {nearest}` does it and all that follows again,"

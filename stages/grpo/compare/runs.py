@@ -1,5 +1,6 @@
 """compare.runs: two runs -> where they part, what is configured otherwise, their curves and last numbers."""
 
+import json
 from itertools import groupby
 from typing import Any
 
@@ -7,7 +8,7 @@ from grpo import sql
 from grpo.artifacts import STAGE_OUTPUTS, Run, created_config
 from grpo.compare.difference import Group, difference
 from grpo.compare.rewards import query
-from grpo.config import differing_keys, flatten
+from grpo.config import Config, differing_keys, flatten
 from grpo.errors import UsageError
 from grpo.ranges import parse_range
 
@@ -73,8 +74,11 @@ def _shared(parted: dict[str, dict[str, Any] | None], common: list[int]) -> int:
 
 def _configuration(a: Run, b: Run) -> list[str]:
     """What differs: keys of run.json, and the content of what has the same name."""
-    before, after = (flatten(created_config(run.name, run.root).model_dump()) for run in (a, b))
-    texts = differing_keys({**before, "run": ""}, {**after, "run": ""})
+    created = [created_config(run.name, run.root) for run in (a, b)]
+    before, after = (
+        flatten(config.model_dump(exclude={"run": True, "score": {"rewards": True}})) for config in created
+    )
+    texts = [*differing_keys(before, after), *_rewards(*created)]
     for output in ("prompts", "policy"):
         ids = [
             manifest.ids if manifest else {} for manifest in (run.manifest(output, None) for run in (a, b))
@@ -84,6 +88,24 @@ def _configuration(a: Run, b: Run) -> list[str]:
             for name in sorted(ids[0].keys() & ids[1].keys())
             if ids[0][name] != ids[1][name]
         ]
+    return texts
+
+
+def _rewards(a: Config, b: Config) -> list[str]:
+    """What differs between rewards of the same name, and the rewards that only one of the two has."""
+    mine, theirs = (
+        {each.name: each.model_dump(exclude={"name"}) for each in config.score.rewards} for config in (a, b)
+    )
+    texts = []
+    for name in dict.fromkeys([*mine, *theirs]):
+        place = f"score.rewards.{name}"
+        if name in mine and name in theirs:
+            texts += differing_keys(mine[name], theirs[name], f"{place}.")
+        else:
+            [reward] = [each for config in (a, b) for each in config.score.rewards if each.name == name]
+            given = reward.model_dump(exclude={"name"}, exclude_defaults=True)
+            values = ", ".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
+            texts.append(f"{place}: {'removed' if name in mine else 'added'} ({values})")
     return texts
 
 
@@ -115,8 +137,12 @@ def _last(a: Run, b: Run, chosen: list[int]) -> list[dict[str, Any]]:
         by_run: dict[str, dict[Group, float]] = {a.name: {}, b.name: {}}
         for row in members:
             by_run[row["run"]][row["iteration"], row["group_id"], row["prompt_id"]] = row["value"]
-        if all(by_run.values()):
-            numbers.append({"name": name, **difference(by_run[a.name], by_run[b.name])})
+        both = {key[0] for key in by_run[a.name]} & {key[0] for key in by_run[b.name]}
+        of_a, of_b = (
+            {key: value for key, value in by_run[run.name].items() if key[0] in both} for run in (a, b)
+        )
+        if both:
+            numbers.append({"name": name, **difference(of_a, of_b)})
     return sorted(numbers, key=lambda number: _place(number["name"]))
 
 

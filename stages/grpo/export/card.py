@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 
 from grpo import status
-from grpo.artifacts import STAGE_OUTPUTS, Run, created_config, is_hub_id
-from grpo.config import Config, differing_keys
+from grpo.artifacts import EVALUATION, STAGE_OUTPUTS, Run, created_config, is_hub_id
+from grpo.config import Config, RewardConfig, differing_keys
+from grpo.config.prompts import BUILT_IN
 from grpo.generate.prompts import is_on_hub
 
 _ROWS_SHOWN = 5
@@ -75,13 +76,13 @@ def _base(run: Run, config: Config) -> str:
 def _training(config: Config, policy: int) -> str:
     generate, update = config.generate, config.update
     rewards = "\n".join(
-        f"| `{reward.name}` | {_cell(reward.function or reward.model)} | {reward.weight:g} |"
+        f"| `{reward.name}` | {_cell(_scored_by(reward))} | {reward.weight:g} |"
         for reward in config.score.rewards
     )
     source = config.prompts.source
     subset = f", subset {config.prompts.subset}" if config.prompts.subset else ""
     of_split = (
-        "" if config.prompts.is_file or source == "arithmetic" else f" (split {config.prompts.split}{subset})"
+        "" if config.prompts.is_file or source in BUILT_IN else f" (split {config.prompts.split}{subset})"
     )
     lora = f", LoRA of rank {update.lora.rank}" if update.lora else ""
     return (
@@ -91,15 +92,21 @@ def _training(config: Config, policy: int) -> str:
         f" temperature {generate.temperature:g}\n"
         f"- Update: learning rate {update.learning_rate:g}, KL coefficient {update.kl_coefficient:g}{lora}\n"
         "\n"
-        f"| reward | function or model | weight |\n|---|---|---|\n{rewards}"
+        f"| reward | function, model or judge | weight |\n|---|---|---|\n{rewards}"
     )
+
+
+def _scored_by(reward: RewardConfig) -> str:
+    if reward.judge is not None:
+        return f"{reward.judge.model}, asked: {reward.judge.rubric}"
+    return str(reward.function or reward.model)
 
 
 def _metrics(run: Run, policy: int) -> list[str]:
     """Iteration 0 and the last ones that made this policy."""
     shown = sorted({0, *range(max(policy - _ROWS_SHOWN, 0), policy)}) if policy else []
     if not shown:
-        return []
+        return _held_out(run, policy)
     names = ("reward", "kl", "entropy", "length", "truncated")
     rows = [f"| iteration | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for iteration in shown:
@@ -110,7 +117,22 @@ def _metrics(run: Run, policy: int) -> list[str]:
         "## Metrics",
         "Means over the rollouts of an iteration, sampled before its update.",
         "\n".join(rows),
+        *_held_out(run, policy),
     ]
+
+
+def _held_out(run: Run, policy: int) -> list[str]:
+    """What the policy was measured to be on prompts that it was not trained on."""
+    manifest = run.manifest(EVALUATION, policy)
+    if manifest is None:
+        return []
+    found = manifest.summary
+    passes = [
+        f"pass@{k} {value:.3f} ({found['pass_at_low'][k]:.3f} to {found['pass_at_high'][k]:.3f})"
+        for k, value in (found["pass_at"] or {}).items()
+    ]
+    reward = [] if found["reward"] is None else [f"reward {found['reward']:.4g}"]
+    return [f"On {found['prompts']} held-out prompts, with 95 % intervals: {', '.join([*passes, *reward])}."]
 
 
 def _versions(run: Run, policy: int) -> str:
