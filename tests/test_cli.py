@@ -210,7 +210,8 @@ def test_show_prints_prompts_responses_rewards_and_advantages(finished: Path, gr
 def test_show_refuses_a_condition_that_is_none(finished: Path, grpo: Grpo) -> None:
     code, out, err = grpo("show", "--where", "nope = 1")
     assert (code, out) == (2, "")
-    assert err.startswith('error: query: Binder Error: Referenced column "nope" not found')
+    assert err.startswith('error: --where nope = 1: Binder Error: Referenced column "nope" not found')
+    assert "select" not in err
 
 
 def test_sql_prints_a_table_or_json(finished: Path, grpo: Grpo) -> None:

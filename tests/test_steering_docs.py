@@ -20,7 +20,7 @@ def test_the_commands_of_the_page_run(
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "pipeline.yaml", tmp_path)
     shutil.copytree(starter_model, tmp_path / "artifacts" / ".models" / "tiny-arithmetic")
-    [query] = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
+    [query] = re.findall(r"```sql .*?\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "next.sql").write_text(query)
     answers = []
     for command in re.findall(r"^\$ grpo (.*)$", PAGE, re.MULTILINE):

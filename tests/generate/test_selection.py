@@ -118,7 +118,7 @@ def test_what_the_query_leaves_open_is_drawn_by_a_permutation_and_said(project: 
     code, _, err = grpo("run", *SETTING)
     assert code == 0, err
     for iteration, count in ((0, 1), (1, 0)):
-        said = f"generate {iteration}: generate.prompts_sql gives {count} prompts for 3 groups; the rest"
+        said = f"generate {iteration}: generate.prompts_sql gives prompts for {count} of 3 groups; the rest"
         assert said in err
         assert manifest(iteration)["summary"]["groups_by_query"] == count
     found = drawn(grpo)

@@ -154,8 +154,8 @@ def _work(run: Run, iteration: int, tool: Sampler, rounds: int) -> Work:
     chosen = select(run, iteration, rounds, tool.prompts)
     if chosen.by_query is not None and chosen.by_query < len(chosen.rows):
         run.console.say(
-            f"generate {iteration}: {KEY} gives {chosen.by_query} prompts for {len(chosen.rows)} groups; the"
-            " rest is drawn by a seeded permutation"
+            f"generate {iteration}: {KEY} gives prompts for {chosen.by_query} of {len(chosen.rows)} groups;"
+            " the rest is drawn by a seeded permutation"
         )
     chat = chat_of(run.config.prompts, run.imports)
     draws = draws_of(tool.prompts.take(chosen.rows).to_pylist(), tool, chat, chosen.by_query)

@@ -78,7 +78,13 @@ def ordered(run: Run, iteration: int, choice: Choice) -> dict[int, list[int]]:
     """
     _check_sort(run, iteration, choice)
     statement = _MATCHING.format(where=choice.where or "true")
-    found = sql.read([run], statement, {"prompt": choice.prompt}, iteration)
+    try:
+        found = sql.read([run], statement, {"prompt": choice.prompt}, iteration)
+    except UsageError as error:
+        if choice.where is None:
+            raise
+        what = str(error).removeprefix("query: ").partition(" LINE 1:")[0]  # behind it is our own query
+        raise UsageError(f"--where {choice.where}: {what}") from None
     matching = set(found["group_id"].to_pylist())
     rows = sql.read([run], query("keys"), {"sort": choice.sort}, iteration).to_pylist()
     rows = [row for row in rows if row["group_id"] in matching]
