@@ -52,7 +52,13 @@ YAML = [
     text("YAML: two documents", f"{PIPELINE}---\n{PIPELINE}", ":12:1: but found another document"),
     text("YAML: aliases that expand to 9^9", BOMB, ":1:1: YAML node expansion exceeds the configured limit"),
     text("YAML: an alias of itself", "run: &x [*x]\n", ":1:6: YAML recursive aliases are not supported"),
-    text("YAML: 5,000 lists in one another", f"run: {'[' * 5000}{']' * 5000}\n", ": nested too deeply"),
+    Case(  # with line and column where the parser counts how deep it is
+        "YAML: 5,000 lists in one another",
+        write("pipeline.yaml", f"run: {'[' * 5000}{']' * 5000}\n"),
+        RUN,
+        2,
+        ": nested too deeply",
+    ),
     text(
         "YAML: a value of a million characters",
         f"run: {'x' * 10**6}\n{PIPELINE[10:]}",
@@ -266,7 +272,7 @@ COMMANDS = [
         ["sql", "select 1", "--timeout-s", "-1"], "--timeout-s -1: expected seconds, more than 0 and finite"
     ),
     words(["sql", "select 1", "--out", "."], "--out .: expected a file ending in .parquet, .csv or .json"),
-    words(["show", "--where", "1;2"], "query: Parser Error: syntax error at or near"),
+    words(["show", "--where", "1;2"], "--where 1;2: Parser Error: syntax error at or near"),
     words(
         ["show", "--groups", "0"], "Invalid value for '--groups': Input should be greater than or equal to 1"
     ),

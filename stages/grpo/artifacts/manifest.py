@@ -155,6 +155,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         return _parsed(path, found.st_ino, found.st_size, found.st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:  # a link to itself, say
+        raise CorruptError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 @lru_cache(maxsize=2**14)
