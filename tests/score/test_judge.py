@@ -1,5 +1,6 @@
 """The judge's client against an endpoint of ours; a real vLLM server is in test_judge_vllm.py."""
 
+import json
 import sys
 import threading
 import time
@@ -10,7 +11,8 @@ from tests.score.endpoint import Endpoint, Reply, fails, says, serve
 
 from grpo.config import JudgeConfig
 from grpo.errors import UsageError
-from grpo.score.judge import MAX_FAILURES_IN_A_ROW, Judge, Judgement
+from grpo.score.completion import Judgement
+from grpo.score.judge import MAX_FAILURES_IN_A_ROW, Judge
 
 KEY = "sk-0123456789abcdef"
 
@@ -108,7 +110,14 @@ def test_what_is_refused_is_not_repeated_and_the_key_is_not_shown(monkeypatch: p
         (says(""), "judge: an empty answer (ended by stop)"),
         (Reply(body=b'{"choices": []}'), "judge: not a chat completion: "),
         (Reply(body=b"[1]"), "judge: not a chat completion: "),
-        (Reply(body=b"{"), "judge: "),
+        (Reply(body=b"{"), "judge: not a chat completion: {"),
+        (Reply(body=b"[" * 100_000), "judge: not a chat completion: [[["),
+        (Reply(body=b'{"choices": "none"}'), "judge: not a chat completion: "),
+        (Reply(body=b'{"choices": [{"message": null}]}'), "judge: not a chat completion: "),
+        (
+            Reply(body=b'{"choices": [{"message": {"content": [{"type": "text", "text": "Score: 3"}]}}]}'),
+            "judge: not a chat completion: ",
+        ),
         (
             Reply(body=b"<html>", headers={"content-type": "text/html"}),
             "judge: not a chat completion: <html>",
@@ -127,6 +136,28 @@ def test_what_utf_8_cannot_hold_becomes_a_question_mark() -> None:
     with serve(lambda question, request: Reply(body=body)) as endpoint:
         [found] = ask(judge_of(endpoint), "a")
     assert found.answer == "Score: 1 ?"
+
+
+@pytest.mark.parametrize(
+    ("beside", "stored"),
+    [
+        ({"model": None, "usage": None}, (None, "stop", None, None)),
+        (
+            {"model": 7, "usage": {"prompt_tokens": "abc", "completion_tokens": 4}},
+            (None, "stop", None, 4),
+        ),
+        (
+            {"model": "m", "usage": {"prompt_tokens": 2**40, "completion_tokens": -1.5}},
+            ("m", "stop", None, None),
+        ),
+        ({"model": "m", "usage": [1, 2]}, ("m", "stop", None, None)),
+    ],
+)
+def test_nonsense_beside_an_answer_is_null(beside: dict[str, Any], stored: tuple[Any, ...]) -> None:
+    body = json.dumps({**json.loads(says("Score: 1").body), **beside}).encode()
+    with serve(lambda question, request: Reply(body=body)) as endpoint:
+        [found] = ask(judge_of(endpoint), "a")
+    assert found == Judgement("ok", "Score: 1", None, *stored, 1)
 
 
 # ---- many at once ----

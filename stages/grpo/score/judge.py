@@ -8,15 +8,11 @@ out of every message.
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo.config import JudgeConfig
 from grpo.errors import UsageError
-from grpo.score.outcome import one_line
-
-if TYPE_CHECKING:
-    from openai.types.chat import ChatCompletion
+from grpo.score.completion import Judgement, failure, judgement_of
 
 # What a kill loses: answers wait this long, or for this many, until they are handed on to be committed.
 BATCH_S, BATCH_ANSWERS = 1.0, 64
@@ -24,23 +20,6 @@ BATCH_S, BATCH_ANSWERS = 1.0, 64
 MAX_FAILURES_IN_A_ROW = 32
 LONGEST_PAUSE_S = 120.0  # that the openai package waits when Retry-After asks for it
 _OF_ONE_QUESTION = (400, 413, 422)  # statuses that say nothing of the others
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What came back for one question. status: `ok` (an answer), `error` or `timeout` (`error` says why).
-
-    Example: Judgement("ok", "Score: 7", None, "qwen3-8b", "stop", 210, 4, 1).
-    """
-
-    status: str
-    answer: str | None = None
-    error: str | None = None
-    model: str | None = None
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    answer_tokens: int | None = None
-    attempts: int | None = None
 
 
 class Judge:
@@ -97,12 +76,12 @@ class Judge:
         try:
             async with asyncio.timeout(self._limit_s()):
                 raw = await self._client.chat.completions.with_raw_response.create(**self._request(question))
-            return self._judgement(raw.parse(), raw.retries_taken + 1), True
+            return judgement_of(self._without_key(raw.text), raw.retries_taken + 1), True
         except (openai.APITimeoutError, TimeoutError):
             return self._failure("timeout", f"no answer within {self._timeout_s:g} s"), False
         except openai.APIStatusError as error:
             return self._failure("error", error.message), error.status_code in _OF_ONE_QUESTION
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: what came is not JSON
+        except openai.OpenAIError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             return self._failure("error", f"{error}{cause}"), False
 
@@ -121,31 +100,11 @@ class Judge:
         turn_s = self._config.concurrency * self._pace.interval_s
         return (self._config.retries + 1) * (self._timeout_s + LONGEST_PAUSE_S + turn_s)
 
-    def _judgement(self, completion: "ChatCompletion", attempts: int) -> Judgement:
-        choices = getattr(completion, "choices", None)  # the package does not check what it is sent
-        if not choices or choices[0].message is None:
-            return self._failure("error", f"not a chat completion: {str(completion)[:200]}")
-        message, usage = choices[0].message, completion.usage
-        if not message.content:
-            why = (
-                f"it refused: {message.refusal}"
-                if message.refusal
-                else f"ended by {choices[0].finish_reason}"
-            )
-            return self._failure("error", f"an empty answer ({why})")
-        return Judgement(
-            "ok",
-            _storable(message.content),
-            model=_storable(completion.model or ""),
-            finish_reason=choices[0].finish_reason,
-            prompt_tokens=usage.prompt_tokens if usage else None,
-            answer_tokens=usage.completion_tokens if usage else None,
-            attempts=attempts,
-        )
-
     def _failure(self, status: str, text: str) -> Judgement:
-        shown = text.replace(self._key, "***") if self._key else text
-        return Judgement(status, error=one_line(f"judge: {shown}"))
+        return failure(status, self._without_key(text))
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
 
 
 class _Asking:
@@ -234,8 +193,3 @@ def _key(where: str, config: JudgeConfig) -> str:
     if not key:
         raise UsageError(f"{where}: judge.api_key_env: {config.api_key_env} is not set in the environment")
     return key
-
-
-def _storable(text: str) -> str:
-    """The text with lone surrogates, which JSON can carry and UTF-8 cannot, as question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")

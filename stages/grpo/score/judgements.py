@@ -15,7 +15,7 @@ import pyarrow as pa
 from grpo import tables
 from grpo.artifacts import Run, Staging
 from grpo.score import scorers
-from grpo.score.judge import Judgement
+from grpo.score.completion import Judgement
 from grpo.score.outcome import Outcome
 from grpo.score.scorers import NOT_APPLICABLE, Key, Rollout, Scorers
 from grpo.score.shard import Shard, rows_of

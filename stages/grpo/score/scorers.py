@@ -11,8 +11,9 @@ import pyarrow as pa
 from grpo.artifacts import Run
 from grpo.config import RewardConfig
 from grpo.score.call import FunctionSpec, GroupCall
+from grpo.score.completion import Judgement
 from grpo.score.functions import FunctionPool
-from grpo.score.judge import Judge, Judgement
+from grpo.score.judge import Judge
 from grpo.score.outcome import Outcome
 from grpo.score.rubric import check_placeholders, question, read_rubric, read_score
 
