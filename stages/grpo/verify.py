@@ -31,7 +31,7 @@ from grpo.console import stdout_console
 from grpo.errors import CorruptError
 from grpo.remedy import Damage, Place, command_for, damage, read_by
 from grpo.rewind import intent_path, read_intent
-from grpo.runner import evaluation_states, states
+from grpo.staleness import evaluation_states, states
 
 if TYPE_CHECKING:
     import pyarrow as pa
