@@ -36,8 +36,6 @@ from grpo.staleness import evaluation_states, states
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_INVARIANTS = Path(__file__).with_name("invariants.sql")
-
 
 @dataclass
 class Report:
@@ -94,7 +92,7 @@ def verify(run: Run) -> Report:
     report.damages += [damage(run, place, wrong) for place in sorted(wrong, key=_in_order)]
     report.stale = _unfinished(run)
     if not report.damages and not report.stale:
-        rows = sql.read([run], _INVARIANTS.read_text()).to_pylist()
+        rows = sql.read([run], sql.own_text("invariants")).to_pylist()
         report.broken = {row["invariant"]: row["rows"] for row in rows}
         present = states(run)
         report.stale = [
