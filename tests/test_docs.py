@@ -11,13 +11,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.conftest import Grpo
 from tests.pages import DOCS, ROOT, Block, anchors, blocks, links, num_fences, steps, texts
 
 from grpo import errors
@@ -25,7 +25,6 @@ from grpo.config.loading import validated
 
 pytestmark = pytest.mark.xdist_group("pages")  # one process, so that the quickstart runs once
 
-Grpo = Callable[..., tuple[int, str, str]]
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 WITH_README = {**PAGES, "../README.md": (ROOT / "README.md").read_text()}
 # Every file is on the page, or made by it; the others begin with a finished quickstart.

@@ -1,20 +1,19 @@
 """Tools are opened once, and those of two stages take turns on the accelerator."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import Grpo
 
 from grpo import pipeline, runner
 from grpo.artifacts import Manifest, Run
 from grpo.config import load as load_config
 from grpo.console import Console
 from grpo.pipeline import Stage, Tools
-
-Grpo = Callable[..., tuple[int, str, str]]
 
 
 def test_the_tool_of_the_stage_before_leaves_when_the_next_one_starts(project: Path) -> None:

@@ -8,15 +8,13 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import Grpo
 
 from grpo.artifacts import seal
-
-Grpo = Callable[..., tuple[int, str, str]]
 
 ARTIFACTS = Path("artifacts/tiny")
 STAGES = ("generate", "score", "advantage", "update")
