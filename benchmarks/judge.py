@@ -7,7 +7,6 @@ structured outputs see to it that it gives one. The proxy fails requests in four
 Run: PYTHONPATH=. python benchmarks/judge.py > benchmarks/judge.txt
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -16,9 +15,9 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from machine import describe
+from process import GRPO, answer
 from tests.score import vllm_server
 from tests.score.endpoint import Endpoint, now_and_then, passes_on, serve
 
@@ -66,7 +65,9 @@ def with_retries(folder: Path, endpoint: Endpoint) -> None:
     """As shipped: five retries."""
     print("retries: 5 (the default)")
     _show(folder, endpoint, *_grpo(folder, "score"))
-    attempts = _sql(folder, "select attempts, count(*) as answers from judgements group by 1 order by 1")
+    attempts = answer(
+        folder, "sql", "select attempts, count(*) as answers from judgements group by 1 order by 1"
+    )
     counts = ", ".join(f"{row['answers']} after {row['attempts']}" for row in attempts)
     print(f"  requests that an answer took: {counts}")
 
@@ -90,7 +91,7 @@ def killed(folder: Path, endpoint: Endpoint) -> None:
     """SIGKILL when about half is answered, then the same command again."""
     print("\nSIGKILL half-way, then the same command (16 questions under way, answers kept every second)")
     endpoint.forget()
-    worker = subprocess.Popen(_command(*AGAIN), cwd=folder, stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen([*GRPO, *AGAIN], cwd=folder, stderr=subprocess.DEVNULL)
     while sum(endpoint.answered().values()) < PROMPTS * SAMPLES // 2:
         assert worker.poll() is None
         time.sleep(0.01)
@@ -107,7 +108,9 @@ def _show(folder: Path, endpoint: Endpoint, code: int, seconds: float) -> None:
 
 
 def _show_statuses(folder: Path, code: int, seconds: float, number: int | None = None) -> None:
-    rows = _sql(folder, "select status, count(*) as rows from rewards group by status order by status")
+    rows = answer(
+        folder, "sql", "select status, count(*) as rows from rewards group by status order by status"
+    )
     found = ", ".join(f"{row['rows']} {row['status']}" for row in rows)
     title = "rewards" if number is None else f"round {number}"
     print(f"  {title}: {found} (exit {code}, {seconds:.1f} s)")
@@ -120,7 +123,7 @@ def _show_counts(folder: Path, endpoint: Endpoint) -> None:
     query = (
         "select prompt || ' is ' || answer || '. Rate the answer ' || response || ' from 0 to 9.' as question"
     )
-    expected = Counter(row["question"] for row in _sql(folder, f"{query} from samples"))
+    expected = Counter(row["question"] for row in answer(folder, "sql", f"{query} from samples"))
     answered = endpoint.answered()
     never, more = expected - answered, answered - expected
     print(f"  rollouts never answered: {never.total()}; answered more than once: {more.total()}")
@@ -132,22 +135,12 @@ def _way(status: int, drops: bool, hangs: bool) -> str:
     return "answered" if status == 200 else f"status {status}"
 
 
-def _sql(folder: Path, query: str) -> list[dict[str, Any]]:
-    found = subprocess.run(_command("sql", query, "--json"), cwd=folder, capture_output=True, check=True)
-    rows: list[dict[str, Any]] = json.loads(found.stdout)
-    return rows
-
-
 def _grpo(folder: Path, *arguments: str) -> tuple[int, float]:
     started = time.perf_counter()
-    done = subprocess.run(_command(*arguments), cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run([*GRPO, *arguments], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 8):
         sys.exit(done.stderr)
     return done.returncode, time.perf_counter() - started
-
-
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from grpo.cli import main; main()", *arguments]
 
 
 def _version(package: str) -> str:

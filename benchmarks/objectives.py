@@ -6,20 +6,17 @@ so one learning rate does for all of them.
 Run: python benchmarks/objectives.py        result: benchmarks/objectives.txt and .png
 """
 
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from machine import describe
+from process import answer, train
 
 from grpo.config import UpdateConfig
 
 HERE = Path(__file__).parent
-GRPO = [sys.executable, "-c", "from grpo.cli import main; main()"]
 ITERATIONS = 40
 OBJECTIVES: tuple[str, ...] = get_args(UpdateConfig.model_fields["objective"].annotation)
 REWARDS = "select avg(reward) as reward from samples group by iteration order by iteration"
@@ -45,20 +42,8 @@ def _run(folder: Path, objective: str) -> tuple[list[float], dict[str, float]]:
     """Mean reward by iteration, and the accuracy on the held-out sums before and after."""
     shutil.copy(HERE.parent / "pipeline.yaml", folder)
     settings = (f"update.objective={objective}", f"iterations={ITERATIONS}", "generate.engine=transformers")
-    result = _json(folder, "run", "--json", *(part for setting in settings for part in ("--set", setting)))
-    rewards = [row["reward"] for row in _json(folder, "sql", "--json", REWARDS)]
-    return rewards, _held_out(result)
-
-
-def _held_out(result: dict[str, Any]) -> dict[str, float]:
-    """Accuracy of the starting policy and of the last one, as `grpo run --json` has it."""
-    first, *_, last = (row["pass_at"]["1"] for row in result["evaluations"])
-    return {"before": first, "after": last}
-
-
-def _json(folder: Path, *arguments: str) -> Any:
-    done = subprocess.run([*GRPO, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+    accuracy = train(folder, *settings)
+    return [row["reward"] for row in answer(folder, "sql", REWARDS)], accuracy
 
 
 def _draw(curves: dict[str, list[float]], picture: Path) -> None:

@@ -14,10 +14,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
 from machine import describe
+from process import GRPO, answer
 
 from grpo import report
 from grpo.artifacts import Run
@@ -26,6 +25,7 @@ from grpo.console import Console
 from grpo.report.picture import picture
 
 ROOT = Path(__file__).parents[1]
+PARTS = "select stage, part, seconds from timings where iteration is not null"
 WORK = {"sample", "exact_answer", "train", "reference", "recompute"}
 DRAWN = ("Reward", "KL to the reference", "Response length")
 
@@ -36,7 +36,7 @@ def main() -> None:
         started = time.perf_counter()
         moments, last = _run(Path(folder))
         seconds = time.perf_counter() - started
-        parts = _query(Path(folder), "select stage, part, seconds from timings where iteration is not null")
+        parts = answer(Path(folder), "sql", PARTS)
         if len(sys.argv) > 1:
             _draw(Path(folder), Path(sys.argv[1]))
     print(f"quickstart; {describe()}")
@@ -56,9 +56,8 @@ def main() -> None:
 
 def _run(folder: Path) -> tuple[list[float], str]:
     """When each iteration was reported, and the last line."""
-    command = [sys.executable, "-c", "from grpo.cli import main; main()", "run"]
     moments, line = [], ""
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*GRPO, "run"], cwd=folder, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("iteration"):
@@ -66,14 +65,6 @@ def _run(folder: Path) -> tuple[list[float], str]:
     if process.returncode:
         sys.exit(f"grpo run failed: {line}")
     return moments, line.strip()
-
-
-def _query(folder: Path, query: str) -> list[dict[str, Any]]:
-    out = folder / "out.parquet"
-    code = "from grpo.cli import main; main()"
-    subprocess.run([sys.executable, "-c", code, "sql", query, "--out", out], cwd=folder, check=True)
-    rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
-    return rows
 
 
 def _draw(folder: Path, file: Path) -> None:

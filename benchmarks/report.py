@@ -14,8 +14,6 @@ import os
 import re
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -25,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from machine import describe
+from process import answer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from grpo import tables
@@ -71,10 +70,9 @@ def main() -> None:
 
 def _build(folder: Path) -> tuple[float, float, dict[str, Any]]:
     """Seconds on the clock and of the processor, all cores together; and what the command said."""
-    command = [sys.executable, "-c", "from grpo.cli import main; main()", "report", "benchmark", "--json"]
     before, started = _processor_s(), time.perf_counter()
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
-    return time.perf_counter() - started, _processor_s() - before, json.loads(done.stdout)
+    said = answer(folder, "report", "benchmark")
+    return time.perf_counter() - started, _processor_s() - before, said
 
 
 def _processor_s() -> float:

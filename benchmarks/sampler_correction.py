@@ -7,18 +7,15 @@ engine computes what the learner does, and its two curves are one.
 Run: python benchmarks/sampler_correction.py        result: benchmarks/sampler_correction.txt and .png
 """
 
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from machine import describe
+from process import answer, train
 
 HERE = Path(__file__).parent
-GRPO = [sys.executable, "-c", "from grpo.cli import main; main()"]
 RUNS = {
     "sampled": ["update.old_logprobs=sampled"],
     "corrected": ["update.old_logprobs=recomputed", "update.sampler_correction=truncate"],
@@ -52,21 +49,8 @@ def main() -> None:
 def _run(folder: Path, settings: list[str]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The curve of one run, a row per iteration, and its accuracy on the held-out sums before and after."""
     shutil.copy(HERE.parent / "pipeline.yaml", folder)
-    overrides = [part for setting in settings for part in ("--set", setting)]
-    result = _json(folder, "run", "--json", *overrides)
-    curve: list[dict[str, Any]] = _json(folder, "sql", "--json", CURVE)
-    return curve, _held_out(result)
-
-
-def _held_out(result: dict[str, Any]) -> dict[str, float]:
-    """Accuracy of the starting policy and of the last one, as `grpo run --json` has it."""
-    first, *_, last = (row["pass_at"]["1"] for row in result["evaluations"])
-    return {"before": first, "after": last}
-
-
-def _json(folder: Path, *arguments: str) -> Any:
-    done = subprocess.run([*GRPO, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+    accuracy = train(folder, *settings)
+    return answer(folder, "sql", CURVE), accuracy
 
 
 def _table(curves: dict[str, list[dict[str, Any]]], accuracies: dict[str, dict[str, float]]) -> list[str]:

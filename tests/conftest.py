@@ -150,6 +150,23 @@ def run_cli(*arguments: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def run_within(folder: Path, *arguments: str) -> str:
+    """Run a command that succeeds in a folder; what it says on stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, _, err = run_cli(*arguments)
+    assert code == 0, err
+    return err
+
+
+def copy_to_work_in(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a project; the test runs in it."""
+    folder = tmp_path / "project"
+    shutil.copytree(source, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def grpo() -> Grpo:
     """grpo("run", "--json"): run a command in the present folder -> (exit code, stdout, stderr)."""
@@ -157,15 +174,10 @@ def grpo() -> Grpo:
 
 
 @pytest.fixture(scope="session")
-def complete(
-    write_project: Callable[[Path], Path], grpo: Grpo, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def complete(write_project: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose two iterations are done; read it only."""
     folder = write_project(tmp_path_factory.mktemp("complete") / "project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        code, _, err = grpo("run")
-    assert code == 0, err
+    run_within(folder, "run")
     return folder
 
 
@@ -185,28 +197,22 @@ def write_measured_project(write_project: Callable[[Path], Path]) -> Callable[[P
 
 @pytest.fixture(scope="session")
 def complete_and_measured(
-    write_measured_project: Callable[[Path], Path], grpo: Grpo, tmp_path_factory: pytest.TempPathFactory
+    write_measured_project: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A project whose two iterations are done and whose policies 0, 1 and 2 are measured; read it only."""
     folder = write_measured_project(tmp_path_factory.mktemp("measured") / "project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        code, _, err = grpo("run")
-    assert code == 0, err
+    run_within(folder, "run")
     return folder
 
 
 @pytest.fixture(scope="session")
-def quickstart(starter_model: Path, grpo: Grpo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quickstart(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the shipped configuration, cut to twelve iterations, after `grpo run`; read it only."""
     folder = tmp_path_factory.mktemp("quickstart")
     shipped = (Path(__file__).parents[1] / "pipeline.yaml").read_text()
     (folder / "pipeline.yaml").write_text(shipped.replace("iterations: 60", "iterations: 12"))
     shutil.copytree(starter_model, folder / "artifacts" / ".models" / "tiny-arithmetic")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        code, _, err = grpo("run")
-    assert code == 0, err
+    run_within(folder, "run")
     return folder
 
 
@@ -223,10 +229,7 @@ def measured_project(
 @pytest.fixture
 def measured(complete_and_measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of a project whose policies 0, 1 and 2 are measured; the test runs in it."""
-    folder = tmp_path / "project"
-    shutil.copytree(complete_and_measured, folder)
-    monkeypatch.chdir(folder)
-    return folder
+    return copy_to_work_in(complete_and_measured, tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -240,10 +243,7 @@ def project(write_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: 
 @pytest.fixture
 def finished(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of a project whose two iterations are done; the test runs in it."""
-    folder = tmp_path / "project"
-    shutil.copytree(complete, folder)
-    monkeypatch.chdir(folder)
-    return folder
+    return copy_to_work_in(complete, tmp_path, monkeypatch)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -27,6 +27,16 @@ def blocks(text: str) -> list[Block]:
     return [Block(*found.groups(default="")) for found in _BLOCK.finditer(text)]
 
 
+def texts(page: str, language: str) -> list[str]:
+    """The blocks of one language."""
+    return [block.text for block in blocks(page) if block.language == language]
+
+
+def commands(page: str) -> list[str]:
+    """What the console blocks of a page run."""
+    return [command for console in texts(page, "console") for command, _ in steps(console)]
+
+
 def num_fences(text: str) -> int:
     return len(_FENCE.findall(text))
 

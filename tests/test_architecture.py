@@ -20,6 +20,8 @@ RANKS = (
     ("probe", "head", "judged"),
     STAGES,
     ("evaluate", "starter"),
+    ("pipeline",),
+    ("staleness",),
     ("runner",),
     ("start", "status", "show", "collect", "rewind", "query", "compare", "report"),
     ("fork", "remedy", "track", "export", "init"),
@@ -155,7 +157,9 @@ def test_only_artifacts_moves_and_removes_files() -> None:
                 assert not wrong, f"{name_of(path)}:{node.lineno}: {name}"
 
 
-@pytest.mark.parametrize("module", ["cli", "runner", "config", "tables", "artifacts", "sql", "commands"])
+@pytest.mark.parametrize(
+    "module", ["cli", "runner", "pipeline", "config", "tables", "artifacts", "sql", "commands"]
+)
 def test_importing_does_not_load_torch(module: str) -> None:
     code = f"import sys, grpo.{module}; print({{'torch', 'transformers', 'vllm'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

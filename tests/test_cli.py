@@ -1,15 +1,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
-
-Grpo = Callable[..., tuple[int, str, str]]
+from tests.conftest import Grpo
 
 ARTIFACTS = Path("artifacts/tiny")
 PYTHON = [sys.executable, "-c"]

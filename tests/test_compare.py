@@ -2,39 +2,31 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.conftest import Grpo, copy_to_work_in, run_within
 from tests.test_cli import HOSTILE, SHOWN, hostile_rollouts
-
-Grpo = Callable[..., tuple[int, str, str]]
 
 REWARDS = 'score.rewards=[{function: "reward:code"}, {function: "reward:length", weight: 0}]'
 
 
 @pytest.fixture(scope="module")
-def scored_twice_once(complete: Path, grpo: Grpo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scored_twice_once(complete: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose rollouts have the reward `length` too, of weight 0; read it only."""
     folder = tmp_path_factory.mktemp("compare") / "project"
     shutil.copytree(complete, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        code, _, err = grpo("score", "--iteration", "0-1", "--force", "--set", REWARDS)
-    assert code == 0, err
+    run_within(folder, "score", "--iteration", "0-1", "--force", "--set", REWARDS)
     return folder
 
 
 @pytest.fixture
 def scored_twice(scored_twice_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it; the test runs in it."""
-    folder = tmp_path / "project"
-    shutil.copytree(scored_twice_once, folder)
-    monkeypatch.chdir(folder)
-    return folder
+    return copy_to_work_in(scored_twice_once, tmp_path, monkeypatch)
 
 
 # Rank correlation

@@ -11,22 +11,22 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from types import ModuleType
 from typing import Any
 
 import pytest
-from tests.pages import DOCS, ROOT, Block, anchors, blocks, links, num_fences, steps
+from tests.conftest import Grpo
+from tests.pages import DOCS, ROOT, Block, anchors, blocks, links, num_fences, steps, texts
 
 from grpo import errors
 from grpo.config.loading import validated
 
 pytestmark = pytest.mark.xdist_group("pages")  # one process, so that the quickstart runs once
 
-Grpo = Callable[..., tuple[int, str, str]]
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+WITH_README = {**PAGES, "../README.md": (ROOT / "README.md").read_text()}
 # Every file is on the page, or made by it; the others begin with a finished quickstart.
 FROM_EMPTY = ("quickstart.md", "your-data-and-reward.md")
 # What it shows is of runs that went wrong and took minutes: its queries are tried on a healthy run, which may
@@ -124,23 +124,34 @@ def test_configurations_on_the_pages_are_valid() -> None:
     base = OmegaConf.create(
         "{run: a, model: b, prompts: {source: c}, score: {rewards: [{function: exact_answer}]}}"
     )
-    count = 0
-    for name, text in {**PAGES, "../README.md": (ROOT / "README.md").read_text()}.items():
-        for block in blocks(text):
-            if block.language != "yaml":
-                continue
-            count += 1
-            given = OmegaConf.create(block.text)
-            whole = given if "run" in given else OmegaConf.merge(base, given)
-            data: Any = OmegaConf.to_container(whole)
-            validated(data, Path(name))
-    assert count >= 5
+    shown = [(name, text) for name, page in WITH_README.items() for text in texts(page, "yaml")]
+    for name, text in shown:
+        given = OmegaConf.create(text)
+        whole = given if "run" in given else OmegaConf.merge(base, given)
+        data: Any = OmegaConf.to_container(whole)
+        validated(data, Path(name))
+    assert len(shown) >= 15
+
+
+def test_a_command_that_is_not_run_here_knows_its_options(grpo: Grpo) -> None:
+    shown = [
+        line for page in WITH_README.values() for text in texts(page, "text") for line in text.split("\n")
+    ]
+    found = [re.match(r"grpo ([a-z]+)(?: (.*?))?(?:#.*)?$", line) for line in shown]
+    commands = [(line[1], line[2] or "") for line in found if line]
+    assert len(commands) >= 10
+    helps = {command: grpo(command, "--help") for command in {command for command, _ in commands}}
+    for command, rest in commands:
+        code, out, _ = helps[command]
+        assert code == 0, command
+        assert [option for option in re.findall(r"--[a-z-]+", rest) if option not in out] == [], command
 
 
 def test_links_lead_somewhere() -> None:
     broken = []
-    for page in [ROOT / "README.md", *(DOCS / name for name in PAGES)]:
-        for link in links(page.read_text()):
+    for name, text in WITH_README.items():
+        page = DOCS / name
+        for link in links(text):
             target, _, anchor = link.partition("#")
             path = page.parent / target if target else page
             if not path.exists() or (anchor and anchor not in anchors(path.read_text())):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import Grpo
 
 from grpo.doctor import checkpoint, disk, memory, versions
 from grpo.errors import CorruptError, InputError
 
-Grpo = Callable[..., tuple[int, str, str]]
 GIB = 2**30
 
 

@@ -4,7 +4,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from tests import tiny
+from tests.conftest import Grpo
 from transformers import Qwen2ForSequenceClassification
 
 from grpo import starter
@@ -23,7 +23,6 @@ from grpo.score.rewards import BUILT_IN, gsm8k, regex_format
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gsm8k.yaml"
 DATA = Path(__file__).parent / "data" / "gsm8k" / "train.jsonl"
-Grpo = Callable[..., tuple[int, str, str]]
 K = 8
 
 

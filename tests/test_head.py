@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import BYTES, qwen2
+from tests.tiny import BYTES, WIDTHS, qwen2
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -24,14 +24,9 @@ from grpo.logprobs import token_logprobs
 
 N, D, V = 37, 16, 258
 NARROWEST = 1  # chunk_bytes: chunks of D columns then, the last one of 2
-# Widths, layers and heads of every tiny model, by the names that most configurations have.
 TINY: dict[str, Any] = {
     "vocab_size": BYTES,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **WIDTHS,
     "max_position_embeddings": 128,
     "bos_token_id": None,
     "eos_token_id": None,

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.conftest import Grpo
 
 from grpo.artifacts import checkpoint_id
 from grpo.errors import CorruptError
 from grpo.model import load_model
 from grpo.probe import Probe, measure, probe_sequences, read_probe, write_perturbed
-
-Grpo = Callable[..., tuple[int, str, str]]
 
 ARTIFACTS = Path("artifacts/tiny")
 

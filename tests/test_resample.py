@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import Grpo
+from tests.conftest import Grpo, run_within
 from tests.faults import crash
 
 from grpo.generate.engine import group_seed
@@ -20,14 +20,10 @@ ONE = ("--until", "1", *SETTING)
 
 
 @pytest.fixture(scope="module")
-def resampled(write_project: Any, grpo: Grpo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def resampled(write_project: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A project of one iteration, which takes three rounds, and what `run` said; read it only."""
     folder = write_project(tmp_path_factory.mktemp("resampled") / "project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        code, _, err = grpo("run", *ONE)
-    assert code == 0, err
-    return folder, err
+    return folder, run_within(folder, "run", *ONE)
 
 
 @pytest.fixture

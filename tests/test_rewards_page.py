@@ -1,6 +1,5 @@
 """docs/rewards.md: each configuration in it scores a finished run, with the files that it shows."""
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,28 +7,25 @@ from typing import Any
 import pytest
 import yaml
 from tests.conftest import PIPELINE, Grpo
+from tests.pages import DOCS, texts
 from tests.score.endpoint import says, serve
 from tests.score.test_score_stage import write_classifier
 
-PAGE = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+PAGE = (DOCS / "rewards.md").read_text()
 
 
 def test_the_page_has_what_is_tried_here() -> None:
-    assert [len(blocks(language)) for language in ("yaml", "python", "markdown", "sql")] == [6, 2, 1, 1]
+    assert [len(texts(PAGE, language)) for language in ("yaml", "python", "markdown", "sql")] == [6, 2, 1, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(6))
 def test_an_example_scores(finished: Path, grpo: Grpo, number: int) -> None:
-    for source in blocks("python"):
+    for source in texts(PAGE, "python"):
         Path(source.splitlines()[0].removeprefix("# ")).write_text(source)
-    Path("rubric.md").write_text(blocks("markdown")[0])
+    Path("rubric.md").write_text(texts(PAGE, "markdown")[0])
     write_classifier(finished / "reward-model")
-    shown: dict[str, Any] = yaml.safe_load(blocks("yaml")[number])
+    shown: dict[str, Any] = yaml.safe_load(texts(PAGE, "yaml")[number])
     config = yaml.safe_load(PIPELINE) | shown
     with serve(
         lambda question, request: says("INCORRECT" if "CORRECT" in question else "Score: 4")
@@ -49,7 +45,7 @@ def test_an_example_scores(finished: Path, grpo: Grpo, number: int) -> None:
     assert sorted(row["name"] for row in yaml.safe_load(out)) == sorted(names), err
     assert {row["status"] for row in yaml.safe_load(out)} == {"ok"}
     if names == ["taste"]:
-        code, out, err = grpo("sql", blocks("sql")[0], "--json")
+        code, out, err = grpo("sql", texts(PAGE, "sql")[0], "--json")
         assert {(row["value"], row["answer"]) for row in yaml.safe_load(out)} == {(0.4, "Score: 4")}, err
 
 

@@ -5,14 +5,12 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import Grpo
 from tests.test_cli import HOSTILE, SHOWN, hostile_rollouts
-
-Grpo = Callable[..., tuple[int, str, str]]
 
 REWARDS = 'score.rewards=[{function: "reward:code"}, {function: "reward:length", weight: 0}]'
 

@@ -2,20 +2,25 @@
 
 from typing import Any
 
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen3Config
+
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""Of every tiny model, by the names that most configurations have."""
 
 BYTES = 258  # vocabulary of the starter's tokenizer: the bytes, end of sequence (256), padding (257)
 
 
 def qwen2(**changes: Any) -> Qwen2Config:
-    """A Qwen2 with two layers, 32 wide, over BYTES, with any key changed."""
+    """A Qwen2 of WIDTHS over BYTES, with any key changed."""
     values = {
+        **WIDTHS,
         "vocab_size": BYTES,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "max_position_embeddings": 128,
         "initializer_range": 0.3,
         "bos_token_id": None,
@@ -23,3 +28,21 @@ def qwen2(**changes: Any) -> Qwen2Config:
         "pad_token_id": 257,
     }
     return Qwen2Config(**(values | changes))
+
+
+def qwen3_for_vllm() -> Qwen3Config:
+    """A Qwen3 over BYTES with tied embeddings. vLLM's kernels want heads of 32 at least."""
+    return Qwen3Config(
+        vocab_size=BYTES,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=257,
+    )

@@ -16,7 +16,7 @@ from grpo.artifacts import (
 )
 from grpo.console import stdout_console
 from grpo.errors import InputError, UsageError
-from grpo.runner import EVALUATION, STAGES
+from grpo.pipeline import EVALUATE, STAGES
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def abandoned(run: Run) -> list[Path]:
     root = run.path / ".staging"
     wanted = {folder for folder in staging_folders(run) if not _is_committed(run, folder)}
     for iteration in {*run.iterations(), *iterations_in(root)}:
-        for stage in (*STAGES, EVALUATION):
+        for stage in (*STAGES, EVALUATE):
             try:
                 plan = stage.plan(run, iteration)
             except (InputError, UsageError):

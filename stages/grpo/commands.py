@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo import query, rewind, runner, sql, start, status, track
+from grpo import query, rewind, runner, sql, staleness, start, status, track
 from grpo.artifacts import Manifest, Run, digest
 from grpo.artifacts.files import remove_folder
 from grpo.config import flatten
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import evaluation, report
 from grpo.generate.engine_choice import gpu_is_there
+from grpo.pipeline import EVALUATE, STAGES, Stage, Tools, perform
 from grpo.ranges import parse_range
+from grpo.score import stage as score
 
 
 def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def run_stage(
 
     only_failed: of `score`, the rows that failed, and nothing else.
     """
-    [stage] = [stage for stage in runner.STAGES if stage.name == name]
+    [stage] = [stage for stage in STAGES if stage.name == name]
     results = []
     iterations = (
         _failed_iterations(opened, stage, wanted) if only_failed else _iterations(opened, stage, wanted)
@@ -93,12 +95,12 @@ def run_stage(
         raise UsageError(f"{name} --force: nothing is missing; say which to do again with --iteration N")
     elif not iterations:
         opened.console.say(f"{name}: nothing to do; --iteration N and --force do it again")
-    with runner.Tools(opened) as tools:
+    with Tools(opened) as tools:
         for iteration in iterations:
             before = opened.manifest(stage.output, iteration)
             if before is not None:
                 _check_replace(opened, stage, before, force, only_failed)
-            manifest = runner.perform(opened, stage, iteration, tools, force, only_failed)
+            manifest = perform(opened, stage, iteration, tools, force, only_failed)
             done = before is None or manifest.fingerprint != before.fingerprint
             text = f"{manifest.rows} rows" if done else "nothing to do, it is complete"
             opened.console.say(f"{name} {iteration}: {text}")
@@ -106,16 +108,14 @@ def run_stage(
     return results
 
 
-def _check_replace(
-    opened: Run, stage: runner.Stage, before: Manifest, force: bool, only_failed: bool
-) -> None:
+def _check_replace(opened: Run, stage: Stage, before: Manifest, force: bool, only_failed: bool) -> None:
     """Refuse what differs without --force; with it, say what may become stale."""
     iteration = before.iteration
     assert iteration is not None
     if only_failed:
         _check_kept(opened, stage, before)
     if force or only_failed:
-        after = runner.followers(opened, stage.output, iteration)
+        after = staleness.followers(opened, stage.output, iteration)
         if after:
             more = f" and {len(after) - 4} more" if len(after) > 4 else ""
             listed = ", ".join(after[:4]) + more
@@ -123,9 +123,9 @@ def _check_replace(
                 f"{stage.name} {iteration}: if its result changes, these become stale: {listed}"
             )
         return
-    if runner.inputs_changed(opened, before):
+    if staleness.inputs_changed(opened, before):
         return  # stale: it is done again without being asked twice
-    if changes := runner.differences_of(opened, stage, before):
+    if changes := staleness.differences_of(opened, stage, before):
         place = opened.folder(stage.output, iteration)
         raise InputError(f"{place}: differs ({'; '.join(changes)}); --force makes it again")
 
@@ -143,11 +143,11 @@ def evaluate(opened: Run, policy: int | None, force: bool, out: Path | None) -> 
         raise UsageError(f"--policy {number}: run {opened.name} has policies 0 to {max(have)}")
     before = opened.manifest(evaluation.OUTPUT, number)
     if before is not None:
-        _check_replace(opened, runner.EVALUATION, before, force, only_failed=False)
-    with runner.Tools(opened) as tools:
+        _check_replace(opened, EVALUATE, before, force, only_failed=False)
+    with Tools(opened) as tools:
         if force or before is None or not evaluation.plan(opened, number).same_as(before):
-            runner.check_rewards(opened, tools)
-        runner.perform(opened, runner.EVALUATION, number, tools, force)
+            evaluation.check(opened, tools.borrow(score.NAME))
+        perform(opened, EVALUATE, number, tools, force)
     if out is not None:
         rows = "select * from eval_samples where iteration = $policy order by group_id, sample_id"
         query.write(sql.read([opened], rows, {"policy": number}), out)
@@ -192,7 +192,7 @@ def evaluate_checkpoint(opened: Run, out: Path | None) -> dict[str, Any]:
     return found
 
 
-def _failed_iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:
+def _failed_iterations(opened: Run, stage: Stage, wanted: str) -> list[int]:
     """Of the iterations asked for, or of all, those in which rewards failed."""
     numbers = _iterations(opened, stage, wanted or "all")
     if wanted and wanted != "all":
@@ -202,13 +202,13 @@ def _failed_iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[in
     return [number for number, found in manifests.items() if found and found.summary["failed"]]
 
 
-def _check_kept(opened: Run, stage: runner.Stage, before: Manifest) -> None:
+def _check_kept(opened: Run, stage: Stage, before: Manifest) -> None:
     """Raise InputError (exit 4) where rows would be kept that would not be made in the same way now."""
     place = opened.folder(stage.output, before.iteration)
     again = f"`grpo {stage.name} --iteration {before.iteration}"
-    if runner.inputs_changed(opened, before):
+    if staleness.inputs_changed(opened, before):
         raise InputError(f"{place}: stale, so no row of it can be kept; {again}` does it again")
-    changes = runner.differences_of(opened, stage, before)
+    changes = staleness.differences_of(opened, stage, before)
     # A time-out is no part of any value, and a longer one is why it is tried again.
     if others := [change for change in changes if ".timeout_s: " not in change]:
         raise InputError(
@@ -217,7 +217,7 @@ def _check_kept(opened: Run, stage: runner.Stage, before: Manifest) -> None:
         )
 
 
-def _iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:
+def _iterations(opened: Run, stage: Stage, wanted: str) -> list[int]:
     """Iterations of `--iteration`: a number, a range, `all`, or the earliest that can be done and is not."""
     have = opened.iterations()
     if wanted:
@@ -228,7 +228,7 @@ def _iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:
         if last > (have[-1] + 1 if have else 0):
             raise UsageError(f"--iteration {wanted}: run {opened.name} has {_range(opened)}")
         return list(range(first, last + 1))
-    present = runner.states(opened)
+    present = staleness.states(opened)
     following = have[-1] + 1 if have else 0
     for iteration in [*have, *([following] if following < opened.config.iterations else [])]:
         state = present[iteration][stage.name].name if iteration in present else "missing"
@@ -237,7 +237,7 @@ def _iterations(opened: Run, stage: runner.Stage, wanted: str) -> list[int]:
     return []
 
 
-def _can_plan(opened: Run, stage: runner.Stage, iteration: int) -> bool:
+def _can_plan(opened: Run, stage: Stage, iteration: int) -> bool:
     try:
         stage.plan(opened, iteration)
     except InputError:

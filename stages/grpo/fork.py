@@ -7,7 +7,6 @@ import os
 from itertools import count, takewhile
 from typing import Any
 
-from grpo import runner
 from grpo.artifacts import (
     EVALUATION,
     MANIFEST,
@@ -21,7 +20,8 @@ from grpo.artifacts import (
 )
 from grpo.errors import InputError, UsageError
 from grpo.generate.prompts import HELD_OUT
-from grpo.runner import STAGES, differences_of
+from grpo.pipeline import EVALUATE, STAGES
+from grpo.staleness import differences_of
 from grpo.start import run_json
 
 
@@ -81,7 +81,7 @@ def _link_evaluations(source: Run, staged: Run, first: int) -> None:
         manifest = source.manifest(EVALUATION, policy)
         if manifest is None or source.partial(manifest):
             continue
-        if policy < first or not differences_of(staged, runner.EVALUATION, manifest):
+        if policy < first or not differences_of(staged, EVALUATE, manifest):
             _link(source, staged, EVALUATION, policy)
 
 

@@ -5,24 +5,21 @@ counts groups for generate.resample, take it from here.
 """
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from grpo import sql
 
-_FOLDER = Path(__file__).parent
-
 
 def create_judged(connection: Any, weights: Collection[float]) -> None:
     """Make the view `judged` in a connection to the tables of one iteration; weights: of its rewards."""
     number = sum(weight != 0 for weight in weights)
     sql.register(connection, "reward_names", pa.table({"number": [number]}))
-    sql.create_view(connection, "judged", (_FOLDER / "judged.sql").read_text())
+    sql.create_view(connection, "judged", sql.own_text("judged"))
 
 
 def count_signal(connection: Any) -> int:
     """How many groups have signal: scored rollouts whose rewards differ. Needs `judged`."""
-    [row] = sql.query(connection, (_FOLDER / "signal.sql").read_text()).to_pylist()
+    [row] = sql.query(connection, sql.own_text("signal")).to_pylist()
     return int(row["groups_with_signal"])

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from grpo.artifacts import Run, discard, files, read_sealed, seal
 from grpo.errors import InputError
-from grpo.runner import EVALUATION, STAGES, Stage, State, evaluation_states, states
+from grpo.pipeline import EVALUATE, STAGES, Stage
+from grpo.staleness import State, evaluation_states, states
 from grpo.update import stage as update
 
 
@@ -41,7 +42,7 @@ def finish_start_over(run: Run) -> None:
         discard(run, run.iteration_root(iteration))
     discard(run, run.staging_root(first))
     if _measured_otherwise(run, first):
-        discard(run, run.folder(EVALUATION.output, first))
+        discard(run, run.folder(EVALUATE.output, first))
     for stage in reversed(redone):  # nothing stays that was made from what is gone
         discard(run, run.folder(stage.output, first))
     files.remove_file(intent_path(run))

@@ -1,170 +1,19 @@
 """runner: iterations x stages. What is done, what is stale, what runs next.
 
-The state of everything is read from manifests; the runner remembers nothing. `grpo run` and the stage
-commands take the same path through `perform`.
+The state of everything is read from manifests; the runner remembers nothing.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from typing import Any
 
-from grpo.advantage import stage as advantage
-from grpo.artifacts import (
-    Manifest,
-    Plan,
-    Run,
-    Staging,
-    choose_attempt,
-    holder_of,
-    lacking,
-    prune,
-    require_space,
-    staged_attempts,
-    unscored_rounds,
-)
-from grpo.errors import InputError, UsageError
+from grpo.artifacts import Run, lacking, prune
+from grpo.errors import InputError
 from grpo.evaluate import evaluation
 from grpo.generate import stage as generate
+from grpo.pipeline import EVALUATE, STAGES, Stage, Tools, perform
 from grpo.score import stage as score
+from grpo.staleness import differences_of, state_of, states
 from grpo.update import stage as update
 from grpo.update.check import check_start
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage as the runner sees it; the functions are those of its stage.py."""
-
-    name: str
-    output: str
-    plan: Callable[[Run, int], Plan]
-    open_tool: Callable[[Run], AbstractContextManager[Any]]
-    run: Callable[[Run, int, Staging, Any], Manifest]
-    release: Callable[[Any], None]
-
-
-STAGES = tuple(
-    Stage(module.NAME, module.OUTPUT, module.plan, module.open_tool, module.run, module.release)
-    for module in (generate, score, advantage, update)
-)
-# No stage of the four, but done in the same way: with the tools of two of them, so it opens none.
-EVALUATION = Stage(
-    evaluation.NAME,
-    evaluation.OUTPUT,
-    evaluation.plan,
-    lambda _: nullcontext(),
-    evaluation.run,
-    lambda _: None,
-)
-
-
-@dataclass(frozen=True)
-class State:
-    """Of one stage in one iteration: done, partial, stale, differs or missing; and why."""
-
-    name: str
-    why: str = ""
-
-
-class Tools:
-    """What is slow to set up, opened when a stage first needs it and kept until the end."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
-        self._working: Stage | None = None
-
-    def __enter__(self) -> "Tools":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def get(self, stage: Stage) -> Any:
-        """The stage's tool. That of the stage before leaves the accelerator first: they take turns."""
-        if self._working is not None and self._working is not stage:
-            self._working.release(self._open[self._working.name])
-        self._working = stage
-        return self._opened(stage)
-
-    def borrow(self, name: str, beside: bool = False) -> Any:
-        """The tool of the stage `name` for an evaluation. beside: the one that works may stay where it is."""
-        [stage] = [stage for stage in STAGES if stage.name == name]
-        return self._opened(stage) if beside else self.get(stage)
-
-    def _opened(self, stage: Stage) -> Any:
-        if stage.name not in self._open:
-            self._open[stage.name] = self._stack.enter_context(stage.open_tool(self._run))
-        return self._open[stage.name]
-
-
-def perform(
-    run: Run, stage: Stage, iteration: int, tools: Tools, force: bool = False, only_failed: bool = False
-) -> Manifest:
-    """Bring one stage of one iteration up to date: do it, finish it, or find that nothing is to be done.
-
-    force: anew, whatever is there; only_failed: anew for the rows that failed.
-    """
-    plan = stage.plan(run, iteration)
-    committed = run.manifest(stage.output, iteration)
-    attempt = choose_attempt(run, plan, committed, force, only_failed)
-    if committed is not None and committed.fingerprint == plan.fingerprint(attempt):
-        return committed
-    require_space(run, stage.output, iteration)
-    tool = tools.borrow if stage is EVALUATION else tools.get(stage)
-    manifest = stage.run(run, iteration, Staging(run, plan, attempt, only_failed), tool)
-    if stage.output == update.OUTPUT:
-        prune(run)
-    return manifest
-
-
-def states(run: Run, until: int | None = None) -> dict[int, dict[str, State]]:
-    """State of every stage of every iteration on disk (up to `until`), by iteration and stage name."""
-    stale: set[tuple[str, int | None]] = set()
-    found: dict[int, dict[str, State]] = {}
-    for iteration in run.iterations():
-        if until is not None and iteration > until:
-            break
-        found[iteration] = {stage.name: state_of(run, stage, iteration, stale) for stage in STAGES}
-    return found
-
-
-def state_of(run: Run, stage: Stage, iteration: int, stale: set[tuple[str, int | None]]) -> State:
-    """State of one output; what is stale is added to `stale`, since what reads it is stale too."""
-    manifest = run.manifest(stage.output, iteration)
-    if manifest is None:
-        return State("missing")
-    reason = _stale_because(run, stage, iteration, manifest, stale)
-    if reason:
-        stale.add((stage.output, iteration))
-        return State("stale", reason)
-    if lacks := lacking(run, manifest):
-        return State("partial", lacks)
-    changes = differences_of(run, stage, manifest)
-    return State("differs", "; ".join(changes)) if changes else State("done")
-
-
-def _stale_because(
-    run: Run, stage: Stage, iteration: int, manifest: Manifest, stale: set[tuple[str, int | None]]
-) -> str:
-    for reference, recorded in manifest.reads.items():
-        present = run.id_of(reference)
-        if present is None:
-            return f"{reference} is gone"
-        grown = stage.output == score.OUTPUT and unscored_rounds(run, manifest)
-        if present != recorded and not grown:
-            return f"{reference} changed"
-        if holder_of(reference) in stale:
-            return f"{reference} is stale"
-    try:
-        plan = stage.plan(run, iteration)
-    except InputError as error:
-        return str(error)
-    except UsageError:
-        return ""  # the user's function or SQL is gone: that differs
-    added = [reference for reference in plan.reads if reference not in manifest.reads]
-    return f"{added[0]} is new" if added and not plan.differences(manifest) else ""
 
 
 def run_iterations(
@@ -173,44 +22,44 @@ def run_iterations(
     """Complete iterations 0 .. until-1, doing only what is missing; returns how many were worked on.
 
     With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them.
-
     Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
     """
-    _refuse_stale(run, states(run))
+    _refuse_stale(run)
     prune(run)  # what a killed one left
     worked, begun = 0, False
     with Tools(run) as tools:
         for iteration in range(until + 1):
-            todo = [s for s in STAGES if iteration < until and _is_open(run, s, iteration)]
-            measured = not evaluation_is_due(run, iteration, until)
-            if measured and not todo:
-                continue
-            if not begun:
-                _say_changes(run, todo, iteration)
-                # What score and update cannot use must stop before rollouts are paid for.
-                check_start(run, until)
-                check_rewards(run, tools)
-                begun = True
-            if not measured:
+            trained = False
+            while todo := what_to_do(run, iteration, until):
+                if not begun:
+                    _say_changes(run, todo, iteration)
+                    _check_before(run, tools, until)
+                    begun = True
                 run.console.stop_requested()
-                perform(run, EVALUATION, iteration, tools)
-                report_policy(iteration)
-            if not todo:
-                continue
-            # With generate.resample, what the rewards show may open the stage before again.
-            while (
-                stage := next((each for each in STAGES if _is_open(run, each, iteration)), None)
-            ) is not None:
-                run.console.stop_requested()
-                perform(run, stage, iteration, tools)
-            worked += 1
-            report(iteration)
+                perform(run, todo[0], iteration, tools)
+                if todo[0] is EVALUATE:
+                    report_policy(iteration)
+                else:
+                    trained = True
+            if trained:
+                worked += 1
+                report(iteration)
     return worked
 
 
-def check_rewards(run: Run, tools: Tools) -> None:
-    """Open what scores. UsageError (exit 2) for a function that is no use, on held-out prompts too."""
-    scorers = tools.get(STAGES[1])
+def what_to_do(run: Run, iteration: int, until: int) -> list[Stage]:
+    """What is not done of an iteration, in order; first the evaluation of the policy that it samples from.
+
+    To be asked again after each: with generate.resample, what the rewards show may open generate again.
+    """
+    due = [EVALUATE] if evaluation_is_due(run, iteration, until) else []
+    return due + [stage for stage in STAGES if iteration < until and _is_open(run, stage, iteration)]
+
+
+def _check_before(run: Run, tools: Tools, until: int) -> None:
+    """What score and update cannot use must stop before rollouts are paid for."""
+    check_start(run, until)
+    scorers = tools.borrow(score.NAME)
     if run.config.evaluate is not None:
         evaluation.check(run, scorers)
 
@@ -223,20 +72,9 @@ def evaluation_is_due(run: Run, policy: int, until: int) -> bool:
     config = run.config.evaluate
     if config is None or (policy % config.every and policy != until):
         return False
-    if run.manifest(STAGES[0].output, policy) is not None:
+    if run.manifest(generate.OUTPUT, policy) is not None:
         return False
-    return state_of(run, EVALUATION, policy, set()).name in ("missing", "partial", "stale")
-
-
-def evaluation_states(run: Run, present: dict[int, dict[str, State]]) -> dict[int, State]:
-    """State of the evaluation of every policy that has one. present: as states() gives it."""
-    stale: set[tuple[str, int | None]] = {
-        (stage.output, iteration)
-        for iteration, by_stage in present.items()
-        for stage in STAGES
-        if by_stage[stage.name].name == "stale"
-    }
-    return {policy: state_of(run, EVALUATION, policy, stale) for policy in run.evaluations()}
+    return state_of(run, EVALUATE, policy, set()).name in ("missing", "partial", "stale")
 
 
 def _is_open(run: Run, stage: Stage, iteration: int) -> bool:
@@ -255,8 +93,8 @@ def _is_open(run: Run, stage: Stage, iteration: int) -> bool:
     return manifest is None or bool(lacks)
 
 
-def _refuse_stale(run: Run, present: dict[int, dict[str, State]]) -> None:
-    for iteration, by_stage in present.items():
+def _refuse_stale(run: Run) -> None:
+    for iteration, by_stage in states(run).items():
         for name, state in by_stage.items():
             if state.name == "stale":
                 raise InputError(
@@ -291,8 +129,8 @@ def _say_changes(run: Run, todo: list[Stage], iteration: int) -> None:
     """Name each key that is not what the last manifest of its stage was made with."""
     measured = [policy for policy in run.evaluations() if policy <= iteration]
     if run.config.evaluate is not None and measured:
-        last = run.manifest(EVALUATION.output, measured[-1])
-        for change in differences_of(run, EVALUATION, last) if last else ():
+        last = run.manifest(EVALUATE.output, measured[-1])
+        for change in differences_of(run, EVALUATE, last) if last else ():
             run.console.say(f"from the next evaluation: {change}")
     for stage in STAGES:
         last = run.manifest(stage.output, iteration if stage not in todo else iteration - 1)
@@ -300,43 +138,3 @@ def _say_changes(run: Run, todo: list[Stage], iteration: int) -> None:
             continue
         for change in differences_of(run, stage, last):
             run.console.say(f"from iteration {iteration if stage in todo else iteration + 1}: {change}")
-
-
-def differences_of(run: Run, stage: Stage, manifest: Manifest) -> list[str]:
-    """What changed in configuration and code since `manifest` of `stage`."""
-    assert manifest.iteration is not None
-    try:
-        plan = stage.plan(run, manifest.iteration)
-    except UsageError as error:
-        return [str(error)]
-    changes = plan.differences(manifest)
-    return changes or ([] if plan.same_as(manifest) else ["its shard plan"])
-
-
-def inputs_changed(run: Run, manifest: Manifest) -> bool:
-    """Whether anything an output read has another id now."""
-    return any(run.id_of(reference) != recorded for reference, recorded in manifest.reads.items())
-
-
-def followers(run: Run, output: str, iteration: int) -> list[str]:
-    """Outputs on disk that read `output` of `iteration`, directly or not: `update@3`, in order."""
-    reached: set[tuple[str, int | None]] = {(output, iteration)}
-    texts = []
-    for number in sorted(n for n in {*run.iterations(), *run.evaluations()} if n >= iteration):
-        for stage in (EVALUATION, *STAGES):
-            manifest = run.manifest(stage.output, number)
-            if manifest is None or (stage.output, number) in reached:
-                continue
-            holders = {holder_of(reference) for reference in manifest.reads}
-            if holders & reached:
-                reached.add((stage.output, number))
-                texts.append(f"{stage.output}@{number}")
-    return texts
-
-
-def unfinished(run: Run, stage: Stage, iteration: int) -> bool:
-    """Whether an attempt at the output was begun and not committed."""
-    try:
-        return bool(staged_attempts(run, stage.plan(run, iteration)))
-    except InputError:
-        return False

@@ -95,8 +95,7 @@ def connect(
         settings = [(run.name, _settings(run, found[run.name])) for run in runs]
         _create_view(connection, "_eval_settings", settings)
         for view in _DERIVED:
-            query_text = Path(__file__).with_name(f"{view}.sql").read_text()
-            connection.execute(f"create view {view} as {query_text}")
+            connection.execute(f"create view {view} as {own_text(view)}")
         for setting in ("enable_external_access = false", "lock_configuration = true"):
             connection.execute(f"set {setting}")
         yield connection
@@ -171,6 +170,11 @@ def create_view(connection: duckdb.DuckDBPyConnection, name: str, statement: str
 def register(connection: duckdb.DuckDBPyConnection, name: str, data: pa.Table) -> None:
     """Show `data` under `name`; `_<table>_0` replaces what the view of a single run's table reads."""
     connection.register(name, data)
+
+
+def own_text(name: str) -> str:
+    """A query of this package: `compare/paired` stands in compare/paired.sql."""
+    return (Path(__file__).parent / f"{name}.sql").read_text()
 
 
 def user_file(run: Run, key: str, name: str) -> Path:

@@ -5,7 +5,8 @@ from typing import Any
 from grpo.artifacts import STAGE_OUTPUTS, Manifest, Run
 from grpo.console import stdout_console
 from grpo.evaluate.report import interval, numbers_of
-from grpo.runner import STAGES, State, evaluation_states, states, unfinished
+from grpo.pipeline import STAGES
+from grpo.staleness import State, evaluation_states, states, unfinished
 
 MISMATCH_WARNING = 0.05  # nats per token; float32 gives 1e-6, bfloat16 about 1e-2
 _ROWS_SHOWN = 20

@@ -31,12 +31,10 @@ from grpo.console import stdout_console
 from grpo.errors import CorruptError
 from grpo.remedy import Damage, Place, command_for, damage, read_by
 from grpo.rewind import intent_path, read_intent
-from grpo.runner import evaluation_states, states
+from grpo.staleness import evaluation_states, states
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_INVARIANTS = Path(__file__).with_name("invariants.sql")
 
 
 @dataclass
@@ -94,7 +92,7 @@ def verify(run: Run) -> Report:
     report.damages += [damage(run, place, wrong) for place in sorted(wrong, key=_in_order)]
     report.stale = _unfinished(run)
     if not report.damages and not report.stale:
-        rows = sql.read([run], _INVARIANTS.read_text()).to_pylist()
+        rows = sql.read([run], sql.own_text("invariants")).to_pylist()
         report.broken = {row["invariant"]: row["rows"] for row in rows}
         present = states(run)
         report.stale = [

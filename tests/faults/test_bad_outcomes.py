@@ -288,7 +288,7 @@ def test_no_space_for_what_a_stage_is_about_to_write(
 ) -> None:
     """Found before the stage's tool is opened: no engine, no worker, no model."""
     monkeypatch.setattr("grpo.artifacts.space.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr("grpo.runner.Tools.get", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("grpo.pipeline.Tools.get", lambda *_: pytest.fail("work was begun"))
     output = {"generate": "rollouts", "score": "rewards", "advantage": "advantages"}.get(stage, stage)
     message = (
         f"iteration=000001/{output}: needs about 1 MiB, 0 MiB are free on its disk; free some (`grpo gc`)"

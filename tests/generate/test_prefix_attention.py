@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.tiny import WIDTHS
 from transformers import (
     AutoModelForCausalLM,
     DiffLlamaConfig,
@@ -24,11 +25,7 @@ from grpo.generate.transformers_engine import sample_batch, score_batch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **WIDTHS,
     "max_position_embeddings": 64,
     "eos_token_id": 3,
     "pad_token_id": 3,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.tiny import WIDTHS
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -27,11 +28,7 @@ from grpo.model import load_model
 VOCABULARY = 40
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **WIDTHS,
     "max_position_embeddings": 64,
     "eos_token_id": 3,
     "pad_token_id": 3,  # the pad token is the end-of-sequence token, as in many checkpoints

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import NewTally
+from tests.tiny import qwen3_for_vllm
 
 from grpo import probe, starter
 from grpo.errors import DataError, EngineError, UsageError
@@ -39,26 +40,12 @@ LONG = [[(7 * i + j) % 250 for i in range(260)] for j in range(2)]
 
 
 def write_checkpoint(folder: Path, seed: int) -> Path:
-    """A random Qwen3 with tied embeddings, far from uniform. vLLM's kernels want heads of 32 at least."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """A random Qwen3 with tied embeddings, far from uniform."""
+    from transformers import Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        vocab_size=258,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=257,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = Qwen3ForCausalLM(config)
+        model: Any = Qwen3ForCausalLM(qwen3_for_vllm())
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)

@@ -1,9 +1,9 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import Grpo
 
 from grpo import report, sql
 from grpo.artifacts import Run
@@ -11,7 +11,6 @@ from grpo.cli.opening import reading
 from grpo.report import curve_list, curves
 
 Charts = dict[str, dict[str, Any]]
-Grpo = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")

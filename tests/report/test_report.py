@@ -3,12 +3,12 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.conftest import Grpo
 from tests.report.runs import make_run, row
 
 from grpo import report, sql
@@ -16,7 +16,6 @@ from grpo.artifacts import Run
 from grpo.report import heat
 from grpo.report.pack import pack
 
-Grpo = Callable[..., tuple[int, str, str]]
 HOSTILE = "</script><script>window.hacked=1</script>\x1b[31m\u202e<img src=x onerror=window.hacked=1>"
 
 

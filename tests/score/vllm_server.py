@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tests.tiny import qwen3_for_vllm
 
 from grpo import starter
 
@@ -31,25 +32,11 @@ ENVIRONMENT = {
 
 def write_judge(folder: Path) -> Path:
     """A random Qwen3 with the starter's tokenizer and chat template; a token is a byte."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        vocab_size=258,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=257,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        Qwen3ForCausalLM(config).save_pretrained(folder)
+        Qwen3ForCausalLM(qwen3_for_vllm()).save_pretrained(folder)
     starter.build_tokenizer().save_pretrained(folder)
     return folder
 

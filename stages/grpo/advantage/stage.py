@@ -6,7 +6,6 @@ trains on exactly the rows with keep = true.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -114,10 +113,12 @@ def _advantages(run: Run, iteration: int) -> Iterator[pa.Table]:
             "batch_deviation": None,
         }
         if config.scale == "batch":
-            parameters |= sql.query(connection, _query("batch_deviation")).to_pylist()[0]
+            parameters |= sql.query(connection, sql.own_text("advantage/batch_deviation")).to_pylist()[0]
         blocks = (
             sql.query(
-                connection, _query("advantage"), {**parameters, "first_group": first, "last_group": last}
+                connection,
+                sql.own_text("advantage/advantage"),
+                {**parameters, "first_group": first, "last_group": last},
             )
             for first, last in _blocks(connection)
         )
@@ -165,10 +166,6 @@ def _selected(run: Run, connection: Any, data: pa.Table) -> pa.Table:
 def _reward_weights(run: Run, iteration: int) -> dict[str, float]:
     weights: dict[str, float] = run.require("rewards", iteration, "grpo score").summary["weights"]
     return weights
-
-
-def _query(name: str) -> str:
-    return Path(__file__).with_name(f"{name}.sql").read_text()
 
 
 def _replace(data: pa.Table, own: pa.Table, name: str) -> pa.Table:

@@ -13,7 +13,7 @@ from grpo.artifacts.layout import (
 )
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, read_manifest, seal
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
-from grpo.artifacts.retention import droppable, is_kept, prunable, prune
+from grpo.artifacts.retention import droppable, is_kept, prune
 from grpo.artifacts.run import (
     ARTIFACTS,
     PRUNED,
@@ -71,7 +71,6 @@ __all__ = [
     "lacking",
     "num_rounds",
     "open_run",
-    "prunable",
     "prune",
     "read_json",
     "read_manifest",

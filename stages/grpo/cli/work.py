@@ -97,24 +97,29 @@ def _stage_command(name: str, summary: str) -> None:
         if as_json:
             print_json(result)
 
-    app.command(name, help=summary)(command)
+    command.__doc__ = summary
+    app.command(name)(command)
 
 
 _stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
 
 
-@app.command(help="Stage 2: rollouts + prompts -> rewards.")
+@app.command()
 def score(
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006
     iteration: StageIteration = "",
     force: ForceOption = False,
     only_failed: Annotated[
-        bool, typer.Option("--only-failed", help="Again, but only the rows that failed; default: everywhere.")
+        bool,
+        typer.Option(
+            "--only-failed",
+            help="Again, but only rows whose status is error, timeout or nonfinite; default: everywhere.",
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Rows whose status is error, timeout or nonfinite failed; all others stay as they are."""
+    """Stage 2: rollouts + prompts -> rewards."""
     from grpo import commands
 
     if force and only_failed:

@@ -1,6 +1,5 @@
 """compare.rewards: two rewards over the same rollouts -> how far they agree on which of them are better."""
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +19,7 @@ def describe(run: Run, a: str, b: str, wanted: str, num_examples: int) -> dict[s
     """
     first, last = chosen_iterations(run, wanted)
     names = {"a": a, "b": b}
-    found = sql.read([run], query("paired"), {**names, "first": first, "last": last})
+    found = sql.read([run], sql.own_text("compare/paired"), {**names, "first": first, "last": last})
     both = found.drop_null()
     if not len(both):
         raise InputError(_nothing_to_compare(run, a, b, wanted, found))
@@ -49,18 +48,13 @@ def chosen_iterations(run: Run, wanted: str) -> tuple[int, int]:
     return first, last
 
 
-def query(name: str) -> str:
-    """One of the queries beside this file."""
-    return Path(__file__).with_name(f"{name}.sql").read_text()
-
-
 def measured(run: Run, both: pa.Table, epsilon: float) -> tuple[pa.Table, pa.Table]:
     """The rows of groups.sql and totals.sql over `both`, rows of paired.sql without null."""
     with sql.connect([run], outputs=()) as connection:
         sql.register(connection, "paired", both)
-        groups = sql.query(connection, query("groups"), {"epsilon": epsilon})
+        groups = sql.query(connection, sql.own_text("compare/groups"), {"epsilon": epsilon})
         sql.register(connection, "groups", groups)
-        return groups, sql.query(connection, query("totals"))
+        return groups, sql.query(connection, sql.own_text("compare/totals"))
 
 
 def _overall(both: pa.Table, iteration: int | None) -> dict[str, float | None]:
@@ -94,7 +88,9 @@ def _examples(run: Run, both: pa.Table, groups: pa.Table, count: int) -> list[di
 def _example(run: Run, both: pa.Table, group: dict[str, Any]) -> dict[str, Any]:
     """One group: its prompt, and its responses with both values, the best by A first."""
     key = {name: group[name] for name in ("iteration", "group_id")}
-    texts = sql.read([run], query("texts"), {"group_id": key["group_id"]}, key["iteration"]).to_pylist()
+    texts = sql.read(
+        [run], sql.own_text("compare/texts"), {"group_id": key["group_id"]}, key["iteration"]
+    ).to_pylist()
     same = pc.and_(*(pc.equal(both[name], value) for name, value in key.items()))
     responses = {row["sample_id"]: row["response"] for row in texts}
     members = [

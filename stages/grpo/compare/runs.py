@@ -7,13 +7,12 @@ from typing import Any
 from grpo import sql
 from grpo.artifacts import STAGE_OUTPUTS, Run, created_config
 from grpo.compare.difference import Group, difference
-from grpo.compare.rewards import query
 from grpo.config import Config, differing_keys, flatten
 from grpo.errors import UsageError
 from grpo.ranges import parse_range
 
 # Each gives (run, iteration, name, value), the curve `name` of a run: one more curve is one more query.
-CURVES = ("curves", "reward_curves", "eval_curves")
+CURVES = ("compare/curves", "compare/reward_curves", "compare/eval_curves")
 LAST = 5  # iterations whose groups make the last numbers: one alone has few
 _ORDER = (
     *("reward", "rewards", "evaluation", "kl", "entropy", "length", "truncated", "groups_with_signal"),
@@ -111,7 +110,7 @@ def _rewards(a: Config, b: Config) -> list[str]:
 
 def _curves(a: Run, b: Run, first: int, last: int) -> list[dict[str, Any]]:
     """Each curve by iteration in both runs; a reward that one of them does not have is left out."""
-    statement = " union all ".join(f"({query(name)})" for name in CURVES)
+    statement = " union all ".join(f"({sql.own_text(name)})" for name in CURVES)
     rows = sql.read([a, b], statement).to_pylist()
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
@@ -131,7 +130,9 @@ def _curves(a: Run, b: Run, first: int, last: int) -> list[dict[str, Any]]:
 
 def _last(a: Run, b: Run, chosen: list[int]) -> list[dict[str, Any]]:
     """The means of the last iterations in common, and how far they are apart."""
-    rows = sql.read([a, b], query("last_groups"), {"first": chosen[0], "last": chosen[-1]}).to_pylist()
+    rows = sql.read(
+        [a, b], sql.own_text("compare/last_groups"), {"first": chosen[0], "last": chosen[-1]}
+    ).to_pylist()
     numbers = []
     for name, members in groupby(rows, key=lambda row: row["name"]):
         by_run: dict[str, dict[Group, float]] = {a.name: {}, b.name: {}}

@@ -122,20 +122,11 @@ def prepare(
         chats = chats or any(row["messages"] is not None for _, row in chunk)
         lengths = num_tokens([row for _, row in chunk])
         for (place, row), length in zip(chunk, lengths, strict=True):
-            if "id" in row:
-                if (name := json.dumps(row["id"], default=str)) in ids:
-                    raise DataError(f"{place}: id {row['id']!r} stands twice; ids must be unique")
-                ids.add(name)
-            if room is None or length <= room:
+            _add_id(place, row, ids)
+            if _fits(place, length, room, config):
                 kept.append(row)
                 longest = max(longest, length)
-            elif config.on_long_prompt == "skip":
-                skipped += 1
-            else:
-                raise DataError(
-                    f"{place}: prompt of {length} tokens, but the context leaves room for {room} beside"
-                    " max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"
-                )
+        skipped += len(chunk) - len(kept)
         if kept:
             data = _table(kept, schema)
             schema = data.schema
@@ -156,6 +147,26 @@ def prepare(
             " made from; put those back, or give a new `run:` name"
         )
     return staging.commit({output: id_of(records)}, records, summary)
+
+
+def _add_id(place: str, row: Row, ids: set[str]) -> None:
+    """Add the user's own id of a row, where it has one, to those met before."""
+    if "id" in row:
+        if (name := json.dumps(row["id"], default=str)) in ids:
+            raise DataError(f"{place}: id {row['id']!r} stands twice; ids must be unique")
+        ids.add(name)
+
+
+def _fits(place: str, length: int, room: int | None, config: PromptsConfig) -> bool:
+    """Whether a prompt leaves room for a response; without on_long_prompt: skip it has to."""
+    if room is None or length <= room:
+        return True
+    if config.on_long_prompt == "skip":
+        return False
+    raise DataError(
+        f"{place}: prompt of {length} tokens, but the context leaves room for {room} beside"
+        " max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"
+    )
 
 
 def draw(num_prompts: int, seed: int, iteration: int, count: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 """show.choice: which rollouts are meant: of which iteration, which groups in which order, which page."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from grpo import sql
@@ -86,7 +85,7 @@ def ordered(run: Run, iteration: int, choice: Choice) -> dict[int, list[int]]:
         what = str(error).removeprefix("query: ").partition(" LINE 1:")[0]  # behind it is our own query
         raise UsageError(f"--where {choice.where}: {what}") from None
     matching = set(found["group_id"].to_pylist())
-    rows = sql.read([run], query("keys"), {"sort": choice.sort}, iteration).to_pylist()
+    rows = sql.read([run], sql.own_text("show/keys"), {"sort": choice.sort}, iteration).to_pylist()
     rows = [row for row in rows if row["group_id"] in matching]
     for name, wanted, noun in (("group_id", choice.group, "group"), ("sample_id", choice.sample, "sample")):
         if wanted is not None:
@@ -106,14 +105,9 @@ def ordered(run: Run, iteration: int, choice: Choice) -> dict[int, list[int]]:
 
 def fetch(run: Run, iteration: int, order: dict[int, list[int]]) -> list[Row]:
     """Rows of `samples` of these groups and samples of an iteration, in this order."""
-    found = sql.read([run], query("rows"), {"groups": list(order)}, iteration)
+    found = sql.read([run], sql.own_text("show/rows"), {"groups": list(order)}, iteration)
     rows = {(row["group_id"], row["sample_id"]): row for row in found.to_pylist(maps_as_pydicts="strict")}
     return [rows[group, sample] for group, samples in order.items() for sample in samples]
-
-
-def query(name: str) -> str:
-    """One of the queries beside this file."""
-    return Path(__file__).with_name(f"{name}.sql").read_text()
 
 
 def rewards_of(run: Run, iteration: int) -> list[str]:

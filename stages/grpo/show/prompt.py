@@ -8,7 +8,7 @@ from grpo import sql
 from grpo.artifacts import Run
 from grpo.console import printable, sparkline, thinned
 from grpo.errors import UsageError
-from grpo.show.choice import Row, query
+from grpo.show.choice import Row
 from grpo.show.groups import answer_of, number
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ _DRAWS_SHOWN = 20
 
 def draws_of(run: Run, prompt: int) -> list[Draw]:
     """Every group that drew a prompt, earliest first. Raises UsageError (exit 2) where there is none."""
-    found = sql.read([run], query("draws"), {"prompt_id": prompt}).to_pylist(maps_as_pydicts="strict")
+    found = sql.read([run], sql.own_text("show/draws"), {"prompt_id": prompt}).to_pylist(
+        maps_as_pydicts="strict"
+    )
     draws = [list(rows) for _, rows in groupby(found, key=lambda row: (row["iteration"], row["group_id"]))]
     if not draws:
         manifest = run.manifest("prompts", None)

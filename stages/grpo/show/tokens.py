@@ -9,7 +9,7 @@ from grpo import sql
 from grpo.artifacts import Run
 from grpo.console import printable
 from grpo.errors import InputError
-from grpo.show.choice import Row, query
+from grpo.show.choice import Row
 from grpo.show.groups import number, print_prompt
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def add_tokens(run: Run, iteration: int, rows: list[Row]) -> list[Row]:
 
     tokenizer = Tokenizer.from_file(str(_tokenizer_path(run)))
     groups = {"groups": sorted({row["group_id"] for row in rows})}
-    sampled = _by_key(sql.read([run], query("tokens"), groups, iteration).to_pylist())
-    learned = _by_key(sql.read([run], query("learner"), groups, iteration).to_pylist())
+    sampled = _by_key(sql.read([run], sql.own_text("show/tokens"), groups, iteration).to_pylist())
+    learned = _by_key(sql.read([run], sql.own_text("show/learner"), groups, iteration).to_pylist())
     found = []
     for row in rows:
         key = row["group_id"], row["sample_id"]

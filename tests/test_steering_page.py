@@ -1,16 +1,15 @@
 """docs/steering.md: its commands run on the quickstart, and do what it says."""
 
 import json
-import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from tests.conftest import Grpo
+from tests.pages import DOCS, ROOT, commands, texts
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "steering.md").read_text()
+PAGE = (DOCS / "steering.md").read_text()
 
 
 @pytest.mark.slow
@@ -20,11 +19,11 @@ def test_the_commands_of_the_page_run(
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "pipeline.yaml", tmp_path)
     shutil.copytree(starter_model, tmp_path / "artifacts" / ".models" / "tiny-arithmetic")
-    [query] = re.findall(r"```sql .*?\n(.*?)```", PAGE, re.DOTALL)
+    [query] = texts(PAGE, "sql")
     (tmp_path / "next.sql").write_text(query)
     answers = []
-    for command in re.findall(r"^\$ grpo (.*)$", PAGE, re.MULTILINE):
-        code, out, err = grpo(*shlex.split(command), "--json")
+    for command in commands(PAGE):
+        code, out, err = grpo(*shlex.split(command)[1:], "--json")
         assert code == 0, (command, err)
         answers.append(json.loads(out))
     assert [answer["worked"] for answer in answers[::2]] == [4, 2, 4]

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from tests.conftest import Grpo
+from tests.pages import DOCS, commands, texts
 
 from grpo.config import EvaluateConfig
 
-PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+PAGE = (DOCS / "evaluation.md").read_text()
 
 
 def test_its_configuration_is_one() -> None:
-    [text] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    [text] = texts(PAGE, "yaml")
     section = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(section, dict)
     config = EvaluateConfig.model_validate(section["evaluate"])
@@ -21,10 +22,8 @@ def test_its_configuration_is_one() -> None:
 
 
 def test_its_commands_run(measured: Path, grpo: Grpo) -> None:
-    blocks = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
-    commands = [command for block in blocks for command in block.split("$ ") if command]
-    assert len(commands) == 4
-    for command in commands:
+    assert len(commands(PAGE)) == 4
+    for command in commands(PAGE):
         # The policies of the page are 0 and 10, those of this run 0, 1 and 2.
         code, out, err = grpo(*shlex.split(re.sub(r"\b10\b", "1", command))[1:])
         assert (code, err) == (0, ""), command

@@ -1,0 +1,20 @@
+"""docs/tracking.md: what a tracker gets has the names that are listed there."""
+
+import re
+from pathlib import Path
+
+from tests.pages import DOCS
+
+from grpo.artifacts import ARTIFACTS, Run
+from grpo.config import load
+from grpo.console import Console
+from grpo.track import numbers_of
+
+
+def test_the_names_that_a_tracker_gets_are_the_listed_ones(complete: Path) -> None:
+    page = (DOCS / "tracking.md").read_text()
+    listed = re.findall(r"`((?:reward|rewards|generate|update|seconds)/[^`]+)`", page)
+    patterns = [re.sub("<[a-z]+>", r"\\w+", name) for name in listed]
+    run = Run(complete / ARTIFACTS, load(complete / "pipeline.yaml"), complete, Console(quiet=True))
+    for name in numbers_of(run, 1):
+        assert any(re.fullmatch(pattern, name) for pattern in patterns), name
