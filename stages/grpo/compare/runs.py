@@ -1,7 +1,7 @@
 """compare.runs: two runs -> where they part, what is configured otherwise, their curves and last numbers."""
 
 import json
-from itertools import groupby
+from collections.abc import Set
 from typing import Any
 
 from grpo import sql
@@ -20,6 +20,7 @@ _ORDER = (
     *("rollouts_spent", "tokens_spent", "seconds"),
 )
 _EVERY = 2**31 - 1  # above any iteration
+_OF_EVERY_GROUP = "length"  # a number that no group lacks
 _PART_OF = {"prompts": "prompts.source", "policy": "model", "reference": "update.reference"}
 
 
@@ -132,18 +133,31 @@ def _curves(a: Run, b: Run, first: int, last: int) -> list[dict[str, Any]]:
 def _last(a: Run, b: Run, chosen: list[int]) -> list[dict[str, Any]]:
     """The means of the last iterations in common, and how far they are apart."""
     rows = sql.read([a, b], query("last_groups"), {"first": chosen[0], "last": chosen[-1]}).to_pylist()
+    same_prompts = a.id_of("prompts") == b.id_of("prompts")
+    found: dict[str, dict[str, dict[Group, float]]] = {}
+    for row in rows:
+        of_run = found.setdefault(row["name"], {a.name: {}, b.name: {}})[row["run"]]
+        of_run[row["iteration"], row["group_id"], row["prompt_id"]] = row["value"]
+    drawn = [found[_OF_EVERY_GROUP][run.name].keys() for run in (a, b)]
     numbers = []
-    for name, members in groupby(rows, key=lambda row: row["name"]):
-        by_run: dict[str, dict[Group, float]] = {a.name: {}, b.name: {}}
-        for row in members:
-            by_run[row["run"]][row["iteration"], row["group_id"], row["prompt_id"]] = row["value"]
+    for name, by_run in found.items():
         both = {key[0] for key in by_run[a.name]} & {key[0] for key in by_run[b.name]}
         of_a, of_b = (
             {key: value for key, value in by_run[run.name].items() if key[0] in both} for run in (a, b)
         )
         if both:
-            numbers.append({"name": name, **difference(of_a, of_b)})
+            number = difference(of_a, of_b, same_prompts)
+            left_out = _left_out(*drawn, of_a, of_b) if number["paired"] else {}
+            numbers.append({"name": name, **number, "left_out": left_out})
     return sorted(numbers, key=lambda number: _place(number["name"]))
+
+
+def _left_out(
+    drawn_a: Set[Group], drawn_b: Set[Group], of_a: dict[Group, float], of_b: dict[Group, float]
+) -> dict[str, int]:
+    """How many groups are no part of the pairs, by why; drawn: the groups that a run has."""
+    in_both = drawn_a & drawn_b
+    return {"without_value": len(in_both - (of_a.keys() & of_b.keys())), "in_one_run": len(drawn_a ^ drawn_b)}
 
 
 def _place(name: str) -> tuple[int, str]:
