@@ -233,6 +233,10 @@ def test_equal_responses_are_counted() -> None:
         (["--group", "3"], "--group 3: iteration 1 has groups 0 to 2"),
         (["--group", "0", "--sample", "2"], "--sample 2: iteration 1 has samples 0 to 1"),
         (["--group", "0", "--where", "false"], "--group 0: no rollout meets the condition"),
+        (
+            ["--where", "true); select 1 as group_id --"],
+            "--where true); select 1 as group_id --: 2 statements, divided by `;`; write one",
+        ),
         (["--reward", "x"], "--reward x: iteration 1 has code"),
         (["--prompt", "6"], "--prompt 6: the run has prompts 0 to 5"),
         (["--against", "x"], "artifacts/x: no such run; runs there: tiny"),

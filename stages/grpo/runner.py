@@ -26,6 +26,7 @@ from grpo.artifacts import (
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import evaluation
 from grpo.generate import stage as generate
+from grpo.generate.selection import check as check_prompts_sql
 from grpo.score import stage as score
 from grpo.update import stage as update
 from grpo.update.check import check_start
@@ -187,8 +188,10 @@ def run_iterations(
                 continue
             if not begun:
                 _say_changes(run, todo, iteration)
-                # What score and update cannot use must stop before rollouts are paid for.
+                # What no stage can use must stop before rollouts are paid for.
                 check_start(run, until)
+                check_prompts_sql(run)
+                advantage.check(run)
                 check_rewards(run, tools)
                 begun = True
             if not measured:

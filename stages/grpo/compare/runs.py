@@ -138,7 +138,7 @@ def _last(a: Run, b: Run, chosen: list[int]) -> list[dict[str, Any]]:
     for row in rows:
         of_run = found.setdefault(row["name"], {a.name: {}, b.name: {}})[row["run"]]
         of_run[row["iteration"], row["group_id"], row["prompt_id"]] = row["value"]
-    drawn = [found[_OF_EVERY_GROUP][run.name].keys() for run in (a, b)]
+    drawn_a, drawn_b = (found[_OF_EVERY_GROUP][run.name].keys() for run in (a, b))
     numbers = []
     for name, by_run in found.items():
         both = {key[0] for key in by_run[a.name]} & {key[0] for key in by_run[b.name]}
@@ -147,7 +147,7 @@ def _last(a: Run, b: Run, chosen: list[int]) -> list[dict[str, Any]]:
         )
         if both:
             number = difference(of_a, of_b, same_prompts)
-            left_out = _left_out(*drawn, of_a, of_b) if number["paired"] else {}
+            left_out = _left_out(drawn_a, drawn_b, of_a, of_b) if number["paired"] else {}
             numbers.append({"name": name, **number, "left_out": left_out})
     return sorted(numbers, key=lambda number: _place(number["name"]))
 
