@@ -10,7 +10,7 @@ from tests.conftest import Grpo
 from grpo.artifacts import ARTIFACTS, Run
 from grpo.config import Config, load
 from grpo.console import Console
-from grpo.track import numbers_of
+from grpo.track import evaluation_of, numbers_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -39,11 +39,12 @@ def test_each_command_knows_its_options(page: str, grpo: Grpo) -> None:
         assert all(option in out for option in re.findall(r"--[a-z-]+", rest)), (command, rest)
 
 
-def test_the_names_that_a_tracker_gets_are_the_listed_ones(complete: Path) -> None:
+def test_the_names_that_a_tracker_gets_are_the_listed_ones(complete_and_measured: Path) -> None:
     listed = re.findall(
-        r"`((?:reward|rewards|generate|update|seconds)/[^`]+)`", (DOCS / "tracking.md").read_text()
+        r"`((?:reward|rewards|generate|update|seconds|evaluate)/[^`]+)`", (DOCS / "tracking.md").read_text()
     )
     patterns = [re.sub("<[a-z]+>", r"\\w+", name) for name in listed]
-    run = Run(complete / ARTIFACTS, load(complete / "pipeline.yaml"), complete, Console(quiet=True))
-    for name in numbers_of(run, 1):
+    folder = complete_and_measured
+    run = Run(folder / ARTIFACTS, load(folder / "pipeline.yaml"), folder, Console(quiet=True))
+    for name in [*numbers_of(run, 1), *evaluation_of(run, 2)]:
         assert any(re.fullmatch(pattern, name) for pattern in patterns), name

@@ -37,11 +37,12 @@ def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[st
 
         def tell(iteration: int) -> None:
             opened.console.say(status.line_of(opened, iteration))
-            tracked(iteration)
+            tracked()
 
         def tell_policy(policy: int) -> None:
             measured.append(policy)
             opened.console.say(report.line_of(opened, policy))
+            tracked()
 
         _say_busy(opened)
         worked = runner.run_iterations(opened, until, tell, tell_policy)
