@@ -352,7 +352,7 @@ def test_runs_that_do_not_differ(finished: Path, grpo: Grpo) -> None:
         (
             ["tiny", "code", "--iteration", "7"],
             2,
-            "--iteration 7: the runs have none of it in common; rollouts: tiny of 0 to 1, code of 0 to 1",
+            "tiny code: have none of --iteration 7 in common; rollouts: tiny of 0 to 1, code of 0 to 1",
         ),
     ],
 )
@@ -375,6 +375,31 @@ def test_a_reward_that_an_iteration_does_not_have(finished: Path, grpo: Grpo) ->
     )
     data = json.loads(grpo("compare", "code", "length", "--json")[1])
     assert data["rollouts"] == {"compared": 6, "without_both": 6}
+
+
+def test_the_weighted_sum_is_there_after_advantage(project: Path, grpo: Grpo) -> None:
+    for command in ("generate", "score"):
+        assert grpo(command)[0] == 0
+    assert grpo("compare", "code", "reward") == (
+        *(4, ""),
+        "error: run tiny: no rollout has a value of reward; `grpo advantage` computes the weighted sum\n",
+    )
+
+
+def test_runs_of_which_one_is_not_begun_have_nothing_in_common(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", "--until", "0", "--set", "run=empty")[0] == 0
+    assert grpo("compare", "tiny", "empty") == (
+        *(2, ""),
+        "error: tiny empty: have no iteration in common; rollouts: tiny of 0 to 1, empty of none\n",
+    )
+
+
+def test_the_iteration_that_a_fork_shares_is_named(finished: Path, grpo: Grpo) -> None:
+    change = ("--set", "update.learning_rate=0.5")
+    assert grpo("fork", "tiny", "later", "--iteration", "1", *change)[0] == 0
+    assert grpo("run", "--set", "run=later", *change)[0] == 0
+    page = grpo("compare", "tiny", "later")[1]
+    assert "\niteration 0 is the same in both; the first that differ: update 1\n" in page
 
 
 def test_the_page_shows_what_is_printed(scored_twice: Path, grpo: Grpo) -> None:

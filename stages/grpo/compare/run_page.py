@@ -44,7 +44,8 @@ def _where_they_part(data: dict[str, Any]) -> str:
     firsts = {STAGE_OUTPUTS[output]: found["iteration"] for output, found in data["parted"].items() if found}
     begin = min(firsts.values())
     stages = ", ".join(f"{stage} {iteration}" for stage, iteration in firsts.items())
-    same = f"iterations 0 to {begin - 1} are the same in both" if shared else "they share no iteration"
+    iterations = "iteration 0 is" if begin == 1 else f"iterations 0 to {begin - 1} are"
+    same = f"{iterations} the same in both" if shared else "they share no iteration"
     return f"{same}; the first that differ: {stages}"
 
 

@@ -36,7 +36,8 @@ def describe(a: Run, b: Run, wanted: str) -> dict[str, Any]:
     chosen = [number for number in common if first <= number <= last]
     if not chosen:
         ranges = ", ".join(f"{name} of {_range(numbers)}" for name, numbers in have.items())
-        raise UsageError(f"--iteration {wanted}: the runs have none of it in common; rollouts: {ranges}")
+        none = "have no iteration" if wanted == "all" else f"have none of --iteration {wanted}"
+        raise UsageError(f"{a.name} {b.name}: {none} in common; rollouts: {ranges}")
     parted = parted_at(a, b)
     return {
         "a": a.name,
