@@ -135,13 +135,23 @@ def _relation(
     connection: Connection, statement: str, parameters: dict[str, Any] | None = None
 ) -> duckdb.DuckDBPyRelation:
     """What one statement would give; of a select nothing is computed yet."""
-    number = len(connection.extract_statements(statement))
+    number = len(_statements(connection, statement))
     if number > 1:  # DuckDB would run each and give the rows of the last
         raise UsageError(f"query: {number} statements, divided by `;`; write one")
     relation = connection.sql(statement, params=parameters)
     if relation is None:  # an empty text, or a statement that gives no rows
         raise UsageError("query: gives no rows; write a select")
     return relation
+
+
+def _statements(connection: Connection, text: str) -> list[duckdb.Statement]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"query: character {error.start} is a lone surrogate, no text; leave it out"
+        ) from None
+    return connection.extract_statements(text)
 
 
 def read(
@@ -228,7 +238,7 @@ def _used(
 ) -> dict[str, Any]:
     """Those of `parameters` that stand in the statement: DuckDB refuses the others."""
     try:
-        names = {name for part in connection.extract_statements(statement) for name in part.named_parameters}
+        names = {name for part in _statements(connection, statement) for name in part.named_parameters}
     except duckdb.Error as error:
         raise _explained(error, None) from None
     return {name: value for name, value in parameters.items() if name in names}
