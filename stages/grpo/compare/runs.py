@@ -8,7 +8,7 @@ from grpo import sql
 from grpo.artifacts import STAGE_OUTPUTS, Run, created_config
 from grpo.compare.difference import Group, difference
 from grpo.compare.rewards import query
-from grpo.config import Config, differing_keys, flatten
+from grpo.config import Config, differing_keys
 from grpo.errors import UsageError
 from grpo.ranges import parse_range
 
@@ -78,7 +78,7 @@ def _configuration(a: Run, b: Run) -> list[str]:
     """What differs: keys of run.json, and the content of what has the same name."""
     created = [created_config(run.name, run.root) for run in (a, b)]
     before, after = (
-        flatten(config.model_dump(exclude={"run": True, "score": {"rewards": True}})) for config in created
+        config.model_dump(exclude={"run": True, "score": {"rewards": True}}) for config in created
     )
     texts = [*differing_keys(before, after), *_rewards(*created)]
     for output in ("prompts", "policy"):
