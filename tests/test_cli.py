@@ -50,6 +50,7 @@ def test_without_a_command_there_is_only_help(grpo: Grpo) -> None:
         (["status", "nope"], 2, "artifacts/nope: no such run; runs there: tiny"),
         (["show", "nope"], 2, "artifacts/nope: no such run; runs there: tiny"),
         (["sql", "select 1", "--run", "nope"], 2, "artifacts/nope: no such run; runs there: tiny"),
+        (["sql", "select 1; select 2"], 2, "query: 2 statements, divided by `;`; write one"),
         (["run", "-c", "none.yaml"], 2, "none.yaml: no such file; give a configuration with -c FILE"),
         (
             ["status", "-c", "none.yaml"],

@@ -193,6 +193,74 @@ def test_difference_of_other_prompts_by_hand() -> None:
     assert (alone["low"], alone["high"], alone["difference"]) == (None, None, 6.0)
 
 
+def test_difference_over_the_groups_that_both_have_by_hand() -> None:
+    from grpo.compare.difference import difference
+
+    a = {(0, 0, 7): 1.0, (0, 1, 8): 2.0, (0, 2, 9): 3.0}
+    b = {(0, 0, 7): 2.0, (0, 1, 8): 2.0, (0, 3, 5): 90.0, (0, 4, 6): 90.0, (0, 5, 4): 90.0}
+    found = difference(a, b)
+    # two of three in common: differences 1 and 0, deviation sqrt(1/2), standard error 1/2
+    assert (found["a"], found["b"], found["difference"], found["paired"]) == (1.5, 2.0, 0.5, True)
+    assert (found["groups_a"], found["groups_b"]) == (2, 2)
+    assert found["high"] == pytest.approx(0.5 + 1.959964 / 2)
+    # one of two in common is chance: all groups, as two samples
+    found = difference({key: a[key] for key in [(0, 0, 7), (0, 2, 9)]}, b)
+    assert (found["paired"], found["groups_a"], found["groups_b"]) == (False, 2, 5)
+    assert difference(a, a, same_prompts=False)["paired"] is False
+
+
+def test_a_group_without_a_value_in_one_run_is_left_out_of_the_pairs(finished: Path, grpo: Grpo) -> None:
+    """Six prompts, drawn once each in two iterations; `some` does not apply to one of them."""
+    with Path("reward.py").open("a") as file:
+        file.write(
+            "\n\ndef some(prompts, completions, **columns):\n"
+            "    return [None if p == '0+1=' else float(len(c)) for p, c in zip(prompts, completions)]\n"
+        )
+    change = ("--set", 'score.rewards=[{name: code, function: "reward:some"}]')
+    assert grpo("fork", "tiny", "other", "--iteration", "0", *change)[0] == 0
+    assert grpo("run", "--set", "run=other", *change)[0] == 0
+    code, out, err = grpo("compare", "tiny", "other", "--json")
+    assert (code, err) == (0, "")
+    numbers = {row["name"]: row for row in json.loads(out)["last"]["numbers"]}
+    for name, groups in (("reward", 5), ("rewards.code", 5), ("length", 6), ("groups_with_signal", 6)):
+        row = numbers[name]
+        assert (row["paired"], row["groups_a"], row["groups_b"]) == (True, groups, groups), name
+        assert row["left_out"] == {"without_value": 6 - groups, "in_one_run": 0}, name
+    query = "select avg(reward) as mean from samples where prompt <> '0+1='"
+    [row] = json.loads(grpo("sql", query, "--json")[1])
+    assert numbers["reward"]["a"] == pytest.approx(row["mean"])  # of A too without that group
+    page = grpo("compare", "tiny", "other")[1]
+    assert "the same prompts in both: differences within a pair of groups\n" in page
+    assert "left out of reward, rewards.code: 1 group of which one of the runs has no value\n" in page
+
+
+def test_groups_that_one_run_sampled_beyond_are_left_out_of_the_pairs(finished: Path, grpo: Grpo) -> None:
+    more = ("--set", "run=more", "--set", "generate.resample={until_groups_with_signal: 6, max_rounds: 2}")
+    assert grpo("run", "--until", "1", *more)[0] == 0
+    data = json.loads(grpo("compare", "tiny", "more", "--json")[1])
+    assert data["configuration"] == [
+        'generate.resample: null -> {"until_groups_with_signal": 6, "max_rounds": 2}'
+    ]
+    assert all(row["paired"] for row in data["last"]["numbers"])
+    assert {row["groups_b"] for row in data["last"]["numbers"]} == {3}
+    assert data["last"]["numbers"][0]["left_out"] == {"without_value": 0, "in_one_run": 3}
+    page = grpo("compare", "tiny", "more")[1]
+    text = "groups_with_signal: 3 groups of a prompt that only one of the runs drew there\n"
+    assert text in page
+
+
+def test_the_same_numbers_of_other_prompts_are_no_pairs(finished: Path, grpo: Grpo) -> None:
+    others = Path("prompts.jsonl").read_text().replace("+1=", "+3=")
+    Path("others.jsonl").write_text(others)
+    assert grpo("run", "--until", "1", "--set", "run=other", "--set", "prompts.source=others.jsonl")[0] == 0
+    data = json.loads(grpo("compare", "tiny", "other", "--json")[1])
+    assert {(row["paired"], row["groups_a"], row["groups_b"]) for row in data["last"]["numbers"]} == {
+        (False, 3, 3)
+    }
+    assert all(row["left_out"] == {} for row in data["last"]["numbers"])
+    assert "other prompts in A than in B: differences between groups" in grpo("compare", "tiny", "other")[1]
+
+
 def test_two_runs_of_which_one_is_a_fork(finished: Path, grpo: Grpo) -> None:
     change = ("--set", "update.learning_rate=0.5")
     assert grpo("fork", "tiny", "other", "--iteration", "0", *change)[0] == 0
@@ -279,7 +347,7 @@ def test_runs_that_do_not_differ(finished: Path, grpo: Grpo) -> None:
         (
             ["tiny", "code", "--iteration", "7"],
             2,
-            "--iteration 7: the runs have none of it in common; rollouts: tiny of 0 to 1, code of 0 to 1",
+            "tiny code: have none of --iteration 7 in common; rollouts: tiny of 0 to 1, code of 0 to 1",
         ),
     ],
 )
@@ -302,6 +370,31 @@ def test_a_reward_that_an_iteration_does_not_have(finished: Path, grpo: Grpo) ->
     )
     data = json.loads(grpo("compare", "code", "length", "--json")[1])
     assert data["rollouts"] == {"compared": 6, "without_both": 6}
+
+
+def test_the_weighted_sum_is_there_after_advantage(project: Path, grpo: Grpo) -> None:
+    for command in ("generate", "score"):
+        assert grpo(command)[0] == 0
+    assert grpo("compare", "code", "reward") == (
+        *(4, ""),
+        "error: run tiny: no rollout has a value of reward; `grpo advantage` computes the weighted sum\n",
+    )
+
+
+def test_runs_of_which_one_is_not_begun_have_nothing_in_common(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", "--until", "0", "--set", "run=empty")[0] == 0
+    assert grpo("compare", "tiny", "empty") == (
+        *(2, ""),
+        "error: tiny empty: have no iteration in common; rollouts: tiny of 0 to 1, empty of none\n",
+    )
+
+
+def test_the_iteration_that_a_fork_shares_is_named(finished: Path, grpo: Grpo) -> None:
+    change = ("--set", "update.learning_rate=0.5")
+    assert grpo("fork", "tiny", "later", "--iteration", "1", *change)[0] == 0
+    assert grpo("run", "--set", "run=later", *change)[0] == 0
+    page = grpo("compare", "tiny", "later")[1]
+    assert "\niteration 0 is the same in both; the first that differ: update 1\n" in page
 
 
 def test_the_page_shows_what_is_printed(scored_twice: Path, grpo: Grpo) -> None:

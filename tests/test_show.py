@@ -186,7 +186,7 @@ def test_the_same_prompts_in_another_run(finished: Path, grpo: Grpo) -> None:
     assert "other iteration 1  " in out
     assert out.endswith("prompts 1 of 3; --page 2\n")
     code, _, err = grpo("show", "--iteration", "1", "--against", "other:7")
-    assert (code, err) == (2, "error: --iteration 7: run other has rollouts of 0 to 1\n")
+    assert (code, err) == (2, "error: --against other:7: run other has rollouts of 0 to 1, not of 7\n")
 
 
 def test_equal_responses_are_counted() -> None:
@@ -231,11 +231,17 @@ def test_equal_responses_are_counted() -> None:
         (["--group", "3"], "--group 3: iteration 1 has groups 0 to 2"),
         (["--group", "0", "--sample", "2"], "--sample 2: iteration 1 has samples 0 to 1"),
         (["--group", "0", "--where", "false"], "--group 0: no rollout meets the condition"),
+        (
+            ["--where", "true); select 1 as group_id --"],
+            "--where true); select 1 as group_id --: 2 statements, divided by `;`; write one",
+        ),
         (["--reward", "x"], "--reward x: iteration 1 has code"),
         (["--prompt", "6"], "--prompt 6: the run has prompts 0 to 5"),
         (["--against", "x"], "artifacts/x: no such run; runs there: tiny"),
         (["--against", "x:y"], "--against x:y: expected an iteration 40, a run NAME, or NAME:40"),
-        (["--against", "5"], "--iteration 5: run tiny has rollouts of 0 to 1"),
+        (["--against", "5"], "--against 5: run tiny has rollouts of 0 to 1, not of 5"),
+        (["--against", "tiny:7"], "--against tiny:7: run tiny has rollouts of 0 to 1, not of 7"),
+        (["--against", "0", "--iteration", "5"], "--iteration 5: run tiny has rollouts of 0 to 1"),
         (["--reverse"], "--reverse: turns the order of --sort; give both"),
         (
             ["--against", "0", "--group", "0"],
@@ -263,6 +269,11 @@ def test_iterations_without_a_prompt_in_common(inside: Path, grpo: Grpo) -> None
         "error: --against 0: iteration 1 and iteration 0 drew none of these prompts both; --prompt ID shows"
         " one over all iterations\n",
     )
+
+
+def test_a_condition_that_nothing_meets_is_no_matter_of_prompts(inside: Path, grpo: Grpo) -> None:
+    code, out, err = grpo("show", "--iteration", "1", "--against", "0", "--where", "reward > 1e9")
+    assert (code, out, err) == (0, "no rollout meets the condition\n", "")
 
 
 # Text that a model wrote, and the terminal

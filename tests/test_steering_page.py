@@ -36,28 +36,28 @@ def test_the_commands_of_the_page_run(
     assert pairs == [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (3, 2), (3, 3)]
 
 
-def test_the_curriculum_takes_three_prompts_that_teach_for_one_that_explores(
-    project: Path, grpo: Grpo
-) -> None:
-    """Of 24 prompts the first six are drawn in iteration 0: 2 to 5 have signal, 0 and 1 have none."""
+def test_the_curriculum_draws_what_teaches(project: Path, grpo: Grpo) -> None:
+    """Of 24 prompts 16 are drawn in iteration 0: those below 4 have signal, all others are always wrong."""
     rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(24)]
     (project / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (project / "reward.py").write_text(
         "def code(prompts, completions, **columns):\n"
         "    n = int(prompts[0].partition('+')[0])\n"
-        "    return [float(n == 0 or (n > 1 and sample == 0)) for sample in range(len(prompts))]\n"
+        "    return [float(n < 4 and sample % 2 == 0) for sample in range(len(prompts))]\n"
     )
-    text = (ROOT / "examples" / "curriculum.sql").read_text()
-    first = "select unnest([0, 1, 2, 3, 4, 5]) as prompt_id"
-    (project / "first.sql").write_text(first)
-    (project / "next.sql").write_text(text)
-    sizes = ("--set", "generate.prompts_per_iteration=6", "--set", "update.learning_rate=0.0")
-    assert grpo("run", "--until", "1", *sizes, "--set", "generate.prompts_sql=first.sql")[0] == 0
-    code, _, err = grpo("run", "--until", "2", *sizes, "--set", "generate.prompts_sql=next.sql")
+    (project / "first.sql").write_text("select unnest(range(16)) as prompt_id")
+    (project / "next.sql").write_text((ROOT / "examples" / "curriculum.sql").read_text())
+    keys = ("--set", "generate.samples_per_prompt=8", "--set", "update.learning_rate=0.0")
+    first = ("--set", "generate.prompts_per_iteration=16", "--set", "generate.prompts_sql=first.sql")
+    then = ("--set", "generate.prompts_per_iteration=6", "--set", "generate.prompts_sql=next.sql")
+    assert grpo("run", "--until", "1", *keys, *first)[0] == 0
+    code, _, err = grpo("run", "--until", "9", *keys, *then)
     assert code == 0, err
-    query = "select distinct group_id, prompt_id as id from rollouts where iteration = 1 order by all"
-    drawn = [row["id"] for row in json.loads(grpo("sql", query, "--json")[1])]
-    # Turns of those that teach: 1/3, 2/3, 1, 4/3; of the others: 1, 2, ..., those never drawn first. Two of
-    # equal turn stand by their number, and what teaches here has the lower one.
-    assert sorted([*drawn[:3], drawn[4]]) == [2, 3, 4, 5]
-    assert all(prompt >= 6 for prompt in (drawn[3], drawn[5]))
+    query = (
+        "select prompt_id, count(*) as drawn from samples where iteration > 0 and sample_id = 0 group by 1"
+    )
+    drawn = {row["prompt_id"]: row["drawn"] for row in json.loads(grpo("sql", query, "--json")[1])}
+    # p (1 - p): 0.25 for the first four and for those never drawn, (0.5 / 9) (8.5 / 9) = 0.05 for the others,
+    # whose squares are to each other as 23 to 1. Each of the last eight is drawn, then is as the others.
+    assert sum(drawn.get(n, 0) for n in range(4)) >= 24  # of 32; by uniform chance it would be 8
+    assert min(drawn.get(n, 0) for n in range(16, 24)) >= 1

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import sqlite3
 import struct
 import subprocess
@@ -17,7 +18,7 @@ from tests.conftest import Grpo
 from grpo.artifacts import ARTIFACTS, Run, seal
 from grpo.config import load
 from grpo.console import Console
-from grpo.track import numbers_of, tracking
+from grpo.track import evaluation_of, numbers_of, tracking
 
 pytest.importorskip("trackio")
 wandb = pytest.importorskip("wandb")
@@ -66,11 +67,17 @@ def log_records(content: bytes) -> Iterator[bytes]:
 
 
 def steps(rows: list[dict[str, Any]]) -> list[int]:
-    return [row["_step"] for row in rows]
+    internal = [row["_step"] for row in rows]
+    assert internal == sorted(set(internal))  # else Weights & Biases leaves some out
+    return [row["iteration"] for row in rows]
 
 
 def opened() -> Run:
     return Run(ARTIFACTS, load(Path("pipeline.yaml"), ["track=wandb"]), Path.cwd(), Console())
+
+
+def evaluations(rows: list[dict[str, Any]]) -> list[int]:
+    return [row["iteration"] for row in rows if "evaluate/reward" in row]
 
 
 # ---- what is logged ----
@@ -100,11 +107,9 @@ def test_the_numbers_are_those_of_status_and_updates(finished: Path, grpo: Grpo)
     assert not {name for name in numbers if name.endswith(("/iteration", "/step", "/epoch", "/skipped"))}
 
 
-def test_an_evaluation_goes_with_the_iteration_that_samples_from_the_policy(
-    measured: Path, grpo: Grpo
-) -> None:
-    numbers = numbers_of(opened(), 1)
-    query = "select pass_at[1] as one, pass_at[3] as three, reward from evals where iteration = 1"
+def test_the_numbers_of_an_evaluation_are_those_of_evals(measured: Path, grpo: Grpo) -> None:
+    numbers = evaluation_of(opened(), 2)
+    query = "select pass_at[1] as one, pass_at[3] as three, reward from evals where iteration = 2"
     [row] = json.loads(grpo("sql", "--json", query)[1])
     assert numbers["evaluate/pass@1"] == pytest.approx(row["one"])
     assert numbers["evaluate/pass@3"] == pytest.approx(row["three"])
@@ -158,7 +163,7 @@ def test_a_tracker_that_fails_does_not_stop_the_training(
     log = wandb.Run.log
 
     def refuse(tracked: Any, numbers: dict[str, float], step: int) -> None:
-        if step >= 1:
+        if numbers["iteration"] >= 1:
             raise ConnectionError("the service is down\nsecond line")
         log(tracked, numbers, step=step)
 
@@ -207,10 +212,83 @@ def test_a_missing_package_names_the_command_that_installs_it(
     assert not list(project.glob("artifacts/tiny/iteration=*"))
 
 
-def test_a_damaged_note_is_named(finished: Path, grpo: Grpo, offline: Path) -> None:
-    NOTE.write_bytes(seal({"wandb": 1}).replace(b"1", b"2", 1))
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (
+            seal({"wandb": 1}).replace(b"1", b"2", 1),
+            "content changed since it was committed (sha256 differs)",
+        ),
+        (b"", "is not JSON: Expecting value: line 1 column 1 (char 0)"),
+    ],
+)
+def test_a_damaged_note_is_named_with_the_way_out(
+    finished: Path, grpo: Grpo, offline: Path, content: bytes, found: str
+) -> None:
+    NOTE.write_bytes(content)
+    message = (
+        f"{NOTE}: {found}; it only notes how far the tracker got: remove it, and the next `grpo run` logs"
+        " every iteration again, which the tracker may show twice (`track: null` goes without)"
+    )
     code, _, err = grpo("run", "--set", "track=wandb")
-    assert (code, f"{NOTE}: content changed since it was committed" in err) == (6, True), err
+    assert (code, err.splitlines()[-1]) == (6, f"error: {message}")
+    code, out, _ = grpo("verify")
+    assert (code, f"damaged  {message}\n" in out) == (6, True), out
+    assert grpo("run")[0] == 0  # without a tracker nobody reads it
+    NOTE.unlink()
+    assert grpo("run", "--set", "track=wandb")[0] == 0
+    assert steps(history(offline)) == [0, 1]
+
+
+def test_every_evaluation_is_logged_once_the_last_one_too(
+    measured_project: Path, grpo: Grpo, offline: Path
+) -> None:
+    track = ("--set", "track=wandb")
+    assert grpo("run", "--until", "1", *track)[0] == 0
+    rows = history(offline)
+    assert (steps(rows), evaluations(rows)) == ([0, 0, 1], [0, 1])  # policy 0, iteration 0, policy 1
+    assert {name: rows[2][name] for name in evaluation_of(opened(), 1)} == pytest.approx(
+        evaluation_of(opened(), 1)
+    )
+    assert grpo("run", "--until", "1", *track)[0] == 0  # nothing to do, and nothing to log
+    assert len(list(offline.glob("offline-run-*"))) == 1
+    assert grpo("run", *track)[0] == 0  # goes on: that of policy 1 is not logged again
+    rows = history(offline)
+    assert (steps(rows), evaluations(rows)) == ([0, 0, 1, 1, 2], [0, 1, 2])
+    assert rows[3]["reward/mean"] == pytest.approx(numbers_of(opened(), 1)["reward/mean"])
+
+
+def test_an_evaluation_that_is_missing_with_the_tracker_alone_is_caught_up_with(
+    measured: Path, grpo: Grpo, offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    track, log = ("--set", "track=wandb"), wandb.Run.log
+
+    def refuse(tracked: Any, numbers: dict[str, float], step: int) -> None:
+        if numbers["iteration"] == 2:
+            raise ConnectionError("the service is down")
+        log(tracked, numbers, step=step)
+
+    monkeypatch.setattr(wandb.Run, "log", refuse)
+    code, _, err = grpo("run", *track)
+    failed = "track: wandb failed at the evaluation of policy 2: ConnectionError: the service is down"
+    assert (code, failed in err) == (8, True), err
+    monkeypatch.setattr(wandb.Run, "log", log)
+    assert grpo("run", *track)[0] == 0
+    rows = history(offline)
+    assert (steps(rows), evaluations(rows)) == ([0, 0, 1, 1, 2], [0, 1, 2])
+
+
+def test_an_evaluation_lost_to_a_kill_is_logged_when_it_is_made(
+    measured: Path, grpo: Grpo, offline: Path
+) -> None:
+    """All iterations are done and logged, the last policy is not measured yet: as after a kill."""
+    kept = shutil.move("artifacts/tiny/iteration=000002", "aside")
+    assert grpo("run", "--set", "evaluate=null", "--set", "track=wandb")[0] == 0
+    assert evaluations(history(offline)) == [0, 1]
+    assert grpo("run", "--set", "track=wandb")[0] == 0
+    rows = history(offline)
+    assert (steps(rows), evaluations(rows)) == ([0, 0, 1, 1, 2], [0, 1, 2])
+    assert Path(kept).exists()
 
 
 def test_without_track_nothing_is_imported_and_nothing_noted(finished: Path) -> None:

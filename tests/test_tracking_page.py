@@ -8,13 +8,14 @@ from tests.pages import DOCS
 from grpo.artifacts import ARTIFACTS, Run
 from grpo.config import load
 from grpo.console import Console
-from grpo.track import numbers_of
+from grpo.track import evaluation_of, numbers_of
 
 
-def test_the_names_that_a_tracker_gets_are_the_listed_ones(complete: Path) -> None:
+def test_the_names_that_a_tracker_gets_are_the_listed_ones(complete_and_measured: Path) -> None:
     page = (DOCS / "tracking.md").read_text()
-    listed = re.findall(r"`((?:reward|rewards|generate|update|seconds)/[^`]+)`", page)
+    listed = re.findall(r"`((?:reward|rewards|generate|update|seconds|evaluate)/[^`]+)`", page)
     patterns = [re.sub("<[a-z]+>", r"\\w+", name) for name in listed]
-    run = Run(complete / ARTIFACTS, load(complete / "pipeline.yaml"), complete, Console(quiet=True))
-    for name in numbers_of(run, 1):
+    folder = complete_and_measured
+    run = Run(folder / ARTIFACTS, load(folder / "pipeline.yaml"), folder, Console(quiet=True))
+    for name in [*numbers_of(run, 1), *evaluation_of(run, 2)]:
         assert any(re.fullmatch(pattern, name) for pattern in patterns), name

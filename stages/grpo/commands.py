@@ -39,11 +39,12 @@ def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[st
 
         def tell(iteration: int) -> None:
             opened.console.say(status.line_of(opened, iteration))
-            tracked(iteration)
+            tracked()
 
         def tell_policy(policy: int) -> None:
             measured.append(policy)
             opened.console.say(report.line_of(opened, policy))
+            tracked()
 
         _say_busy(opened)
         worked = runner.run_iterations(opened, until, tell, tell_policy)
@@ -102,10 +103,17 @@ def run_stage(
                 _check_replace(opened, stage, before, force, only_failed)
             manifest = perform(opened, stage, iteration, tools, force, only_failed)
             done = before is None or manifest.fingerprint != before.fingerprint
-            text = f"{manifest.rows} rows" if done else "nothing to do, it is complete"
-            opened.console.say(f"{name} {iteration}: {text}")
-            results.append({"iteration": iteration, "done": done, "rows": manifest.rows, "ids": manifest.ids})
+            rows, judgements = _rows_of(manifest)
+            text = f"{rows} rows{f', {judgements} judgements' if judgements else ''}"
+            opened.console.say(f"{name} {iteration}: {text if done else 'nothing to do, it is complete'}")
+            results.append({"iteration": iteration, "done": done, "rows": rows, "ids": manifest.ids})
     return results
+
+
+def _rows_of(manifest: Manifest) -> tuple[int, int]:
+    """What a stage wrote, and the answers of judges that stand beside rewards."""
+    judgements = sum(file.rows or 0 for file in manifest.files if file.table == "judgements")
+    return manifest.rows - judgements, judgements
 
 
 def _check_replace(opened: Run, stage: Stage, before: Manifest, force: bool, only_failed: bool) -> None:

@@ -5,10 +5,12 @@ The state of everything is read from manifests; the runner remembers nothing.
 
 from collections.abc import Callable
 
+from grpo.advantage import stage as advantage
 from grpo.artifacts import Run, lacking, prune
 from grpo.errors import InputError
 from grpo.evaluate import evaluation
 from grpo.generate import stage as generate
+from grpo.generate.selection import check as check_prompts_sql
 from grpo.pipeline import EVALUATE, STAGES, Stage, Tools, perform
 from grpo.score import stage as score
 from grpo.staleness import differences_of, state_of, states
@@ -57,8 +59,10 @@ def what_to_do(run: Run, iteration: int, until: int) -> list[Stage]:
 
 
 def _check_before(run: Run, tools: Tools, until: int) -> None:
-    """What score and update cannot use must stop before rollouts are paid for."""
+    """What no stage can use must stop before rollouts are paid for."""
     check_start(run, until)
+    check_prompts_sql(run)
+    advantage.check(run)
     scorers = tools.borrow(score.NAME)
     if run.config.evaluate is not None:
         evaluation.check(run, scorers)

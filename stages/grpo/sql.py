@@ -112,16 +112,14 @@ def query(
 ) -> pa.Table:
     """The rows of one statement.
 
-    Raises UsageError (exit 2) with DuckDB's message, ResourceError (exit 7) over a limit.
+    Raises UsageError (exit 2) with DuckDB's message or for two statements, ResourceError (exit 7) over a
+    limit.
     """
     timer = threading.Timer(timeout_s or 0, connection.interrupt)
     try:
         if timeout_s:
             timer.start()
-        relation = connection.sql(statement, params=parameters)
-        if relation is None:  # an empty text, or a statement that gives no rows
-            raise UsageError("query: gives no rows; write a select")
-        return relation.to_arrow_table()
+        return _relation(connection, statement, parameters).to_arrow_table()
     except duckdb.Error as error:
         raise _explained(error, timeout_s) from None
     except RuntimeError as error:
@@ -130,6 +128,29 @@ def query(
         raise KeyboardInterrupt from None  # which is what it was before DuckDB made this of it
     finally:
         timer.cancel()
+
+
+def _relation(
+    connection: Connection, statement: str, parameters: dict[str, Any] | None = None
+) -> duckdb.DuckDBPyRelation:
+    """What one statement would give; of a select nothing is computed yet."""
+    number = len(_statements(connection, statement))
+    if number > 1:  # DuckDB would run each and give the rows of the last
+        raise UsageError(f"query: {number} statements, divided by `;`; write one")
+    relation = connection.sql(statement, params=parameters)
+    if relation is None:  # an empty text, or a statement that gives no rows
+        raise UsageError("query: gives no rows; write a select")
+    return relation
+
+
+def _statements(connection: Connection, text: str) -> list[duckdb.Statement]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"query: character {error.start} is a lone surrogate, no text; leave it out"
+        ) from None
+    return connection.extract_statements(text)
 
 
 def read(
@@ -204,12 +225,24 @@ def user_rows(
         raise type(error)(f"{key}: {error}") from None
 
 
+def user_columns(
+    connection: Connection, key: str, statement: str, parameters: dict[str, Any] | None = None
+) -> list[str]:
+    """The columns that the user's query would give; computes nothing, and raises what user_rows() does."""
+    try:
+        return _relation(connection, statement, _used(connection, statement, parameters or {})).columns
+    except UsageError as error:
+        raise UsageError(f"{key}: {error}") from None
+    except duckdb.Error as error:
+        raise UsageError(f"{key}: {_explained(error, None)}") from None
+
+
 def _used(
     connection: duckdb.DuckDBPyConnection, statement: str, parameters: dict[str, Any]
 ) -> dict[str, Any]:
     """Those of `parameters` that stand in the statement: DuckDB refuses the others."""
     try:
-        names = {name for part in connection.extract_statements(statement) for name in part.named_parameters}
+        names = {name for part in _statements(connection, statement) for name in part.named_parameters}
     except duckdb.Error as error:
         raise _explained(error, None) from None
     return {name: value for name, value in parameters.items() if name in names}

@@ -2,7 +2,8 @@
 
 A tracker is for looking at; the tables hold the truth. So it never ends a training: what it raises is said,
 the run goes on without it, and the command ends with exit 8 when all is done. How far it got is noted in the
-run before each call, so that no iteration is logged twice; the next `grpo run` logs what is missing.
+run before each call, so that nothing is logged twice; the next `grpo run` logs what is missing. A policy that
+was measured is logged before the iteration that samples from it, the last one too.
 """
 
 import os
@@ -10,32 +11,45 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from grpo.artifacts import EVALUATION, Run, files, read_sealed, seal
-from grpo.errors import EngineError, GrpoError, UsageError
+from grpo.artifacts import EVALUATION, Run, files, lacking, read_sealed, seal
+from grpo.errors import CorruptError, EngineError, GrpoError, UsageError
+from grpo.runner import evaluation_is_due
 from grpo.status import summary_of
 
-_NOTE = ".track.json"
 _COUNTED = ("iteration", "epoch", "step", "skipped")  # columns of `updates` that are no measurements
 
 
+@dataclass(frozen=True)
+class Sent:
+    """How far a tracker got, from 0 on."""
+
+    iterations: int
+    policies: int
+    """Of which the evaluation was logged, or is not any more; as many as `iterations`, or one more."""
+
+
 @contextmanager
-def tracking(run: Run, until: int) -> Iterator[Callable[[int], None]]:
-    """Yields report(iteration), to be called when one of the first `until` is complete; it never raises.
+def tracking(run: Run, until: int) -> Iterator[Callable[[], None]]:
+    """Yields report(), to be called when an iteration is complete or a policy measured; it never raises.
+
+    until: what is logged is of the first so many iterations, and of the policies up to this one.
 
     Raises UsageError (exit 2) where the tracker is not installed and EngineError (exit 8) where it cannot be
     opened, both before the body; EngineError behind it where an iteration could not be logged.
     """
     name = run.config.track
-    if name is None or _logged(run, name) >= until:
-        yield lambda _: None
+    if name is None or not _has_more(run, name, until):
+        yield lambda: None
         return
-    tracker = _Tracker(run, name)
+    tracker = _Tracker(run, name, until)
     try:
-        tracker.report(until - 1)
+        tracker.report()
         yield tracker.report
     finally:
         tracker.attempt("at its end", tracker.module.finish)
@@ -49,21 +63,30 @@ def tracking(run: Run, until: int) -> Iterator[Callable[[int], None]]:
 class _Tracker:
     """A tracker with its run open. `failure`: what it raised first; from then on it is left alone."""
 
-    def __init__(self, run: Run, name: str) -> None:
+    def __init__(self, run: Run, name: str, until: int) -> None:
         self.run = run
         self.name = name
+        self.until = until
         self.failure = ""
         self.module = _OPEN[name](run)
 
-    def report(self, iteration: int) -> None:
-        """Log what is complete up to `iteration` and not logged yet."""
-        for number in range(_logged(self.run, self.name), iteration + 1):
-            if self.failure or self.run.manifest("update", number) is None:
+    def report(self) -> None:
+        """Log what is complete of the first `until` iterations and not logged yet."""
+        while not self.failure:
+            sent = _sent(self.run, self.name)
+            number = sent.iterations
+            if _is_measured(self.run, sent, self.until):
+                numbers, where = evaluation_of(self.run, number), f"at the evaluation of policy {number}"
+                after = Sent(number, number + 1)
+            elif _is_complete(self.run, sent, self.until):
+                numbers, where = numbers_of(self.run, number), f"at iteration {number}"
+                after = Sent(number + 1, number + 1)
+            else:
                 return
-            numbers = numbers_of(self.run, number)
-            _note(self.run, self.name, number + 1)
-            if not self.attempt(f"at iteration {number}", partial(self.module.log, numbers, step=number)):
-                _note(self.run, self.name, number)
+            _note(self.run, self.name, after)
+            log = partial(_LOG[self.name], self.module, numbers, number, after)
+            if not self.attempt(where, log):
+                _note(self.run, self.name, sent)
 
     def attempt(self, where: str, call: Callable[[], object]) -> bool:
         """Call the tracker; what it prints goes to stderr. False: it raised, which becomes the failure."""
@@ -107,34 +130,70 @@ def numbers_of(run: Run, iteration: int) -> dict[str, float]:
                 max(values) if column.endswith("_max") else sum(values) / len(values)
             )
     numbers["update/steps_skipped"] = len(steps) - len(taken)
-    numbers |= _of_evaluation(run, iteration)
+    return _known(numbers)
+
+
+def evaluation_of(run: Run, policy: int) -> dict[str, float]:
+    """What is logged of a policy that was measured: evaluate/pass@1, evaluate/reward, ..."""
+    summary = run.require(EVALUATION, policy, f"grpo eval --policy {policy}").summary
+    names = ("reward", "response_tokens", "truncated")
+    passes = {f"evaluate/pass@{k}": value for k, value in (summary["pass_at"] or {}).items()}
+    return _known({**passes, **{f"evaluate/{name}": summary[name] for name in names}})
+
+
+def _known(numbers: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items() if value is not None}
 
 
-def _of_evaluation(run: Run, policy: int) -> dict[str, float | None]:
-    """Of the policy sampled from: evaluate/pass@1, evaluate/reward, ...; nothing where it is not measured."""
-    manifest = run.manifest(EVALUATION, policy)
-    if manifest is None:
-        return {}
-    names = ("reward", "response_tokens", "truncated")
-    passes = {f"evaluate/pass@{k}": value for k, value in (manifest.summary["pass_at"] or {}).items()}
-    return {**passes, **{f"evaluate/{name}": manifest.summary[name] for name in names}}
+def _has_more(run: Run, name: str, until: int) -> bool:
+    """Whether there is something to log, or will be."""
+    sent = _sent(run, name)
+    return (
+        sent.iterations < until
+        or _is_measured(run, sent, until)
+        or (sent.policies <= until and evaluation_is_due(run, until, until))
+    )
 
 
-def _logged(run: Run, name: str) -> int:
-    """How many iterations, from 0 on, the tracker has been given."""
-    path = _note_path(run)
-    return int(read_sealed(path).get(name, 0)) if path.exists() else 0
+def _is_measured(run: Run, sent: Sent, until: int) -> bool:
+    """Whether the evaluation of the policy that the next iteration samples from is to be logged."""
+    if sent.policies > sent.iterations or sent.iterations > until:
+        return False
+    manifest = run.manifest(EVALUATION, sent.iterations)
+    return manifest is not None and not lacking(run, manifest)
 
 
-def _note(run: Run, name: str, count: int) -> None:
-    path = _note_path(run)
-    held = read_sealed(path) if path.exists() else {}
-    files.write_file(path, seal({**held, name: count}))
+def _is_complete(run: Run, sent: Sent, until: int) -> bool:
+    return sent.iterations < until and run.manifest("update", sent.iterations) is not None
 
 
-def _note_path(run: Run) -> Path:
-    return run.path / _NOTE
+def note_path(run: Run) -> Path:
+    """Where it is noted how far the trackers of a run got."""
+    return run.path / ".track.json"
+
+
+def read_note(run: Run) -> dict[str, Any]:
+    """By tracker what it was given. Raises CorruptError (exit 6), which says the way out."""
+    path = note_path(run)
+    try:
+        return read_sealed(path) if path.exists() else {}
+    except CorruptError as error:
+        raise CorruptError(
+            f"{error}; it only notes how far the tracker got: remove it, and the next `grpo run` logs every"
+            " iteration again, which the tracker may show twice (`track: null` goes without)"
+        ) from None
+
+
+def _sent(run: Run, name: str) -> Sent:
+    held = read_note(run)
+    iterations = int(held.get(name, 0))
+    return Sent(iterations, int(held.get(f"{name}/evaluate", iterations)))
+
+
+def _note(run: Run, name: str, sent: Sent) -> None:
+    files.write_file(
+        note_path(run), seal({**read_note(run), name: sent.iterations, f"{name}/evaluate": sent.policies})
+    )
 
 
 def _open_trackio(run: Run) -> ModuleType:
@@ -161,17 +220,20 @@ def _open_wandb(run: Run) -> ModuleType:
     settings = wandb.Settings(
         console="off", save_code=False, disable_code=True, disable_git=True, disable_job_creation=True
     )
-    return _opened(
-        wandb,
-        lambda: wandb.init(
+
+    def init() -> None:
+        wandb.init(
             project=_project(run),
             name=run.name,
             id=run.name,
             config=run.config.model_dump(),
             resume="allow",
             settings=settings,
-        ),
-    )
+        )
+        wandb.define_metric("iteration")
+        wandb.define_metric("*", step_metric="iteration")
+
+    return _opened(wandb, init)
 
 
 def _opened(module: ModuleType, init: Callable[[], object]) -> ModuleType:
@@ -198,4 +260,14 @@ def _project(run: Run) -> str:
     return re.sub(r"[/\\#?%:]", "-", run.imports.name) or "grpo"
 
 
+def _log_trackio(module: ModuleType, numbers: dict[str, float], iteration: int, after: Sent) -> None:
+    module.log(numbers, step=iteration)
+
+
+def _log_wandb(module: ModuleType, numbers: dict[str, float], iteration: int, after: Sent) -> None:
+    """It takes a step once, and none that is less: so each call has its own, and `iteration` is the axis."""
+    module.log({"iteration": iteration, **numbers}, step=after.iterations + after.policies)
+
+
 _OPEN: dict[str, Callable[[Run], ModuleType]] = {"trackio": _open_trackio, "wandb": _open_wandb}
+_LOG = {"trackio": _log_trackio, "wandb": _log_wandb}

@@ -32,6 +32,7 @@ from grpo.errors import CorruptError
 from grpo.remedy import Damage, Place, command_for, damage, read_by
 from grpo.rewind import intent_path, read_intent
 from grpo.staleness import evaluation_states, states
+from grpo.track import note_path, read_note
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -145,10 +146,11 @@ def print_report(run: Run, report: Report, discarded: bool) -> None:
 
 
 def _check_notes(run: Run, report: Report) -> None:
-    """What is no output: run.json, the intent of `--from`, and unfinished work."""
+    """What is no output: run.json, the intent of `--from`, the tracker's note, and unfinished work."""
     notes: list[tuple[Path, Callable[[], object]]] = [
         (run.path / "run.json", partial(open_run, run.name, run.root)),
         (intent_path(run), partial(read_intent, run)),
+        (note_path(run), partial(read_note, run)),
     ]
     for path, check in notes:
         try:

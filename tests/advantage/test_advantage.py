@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import restatement
+from tests.conftest import Grpo
 
 from grpo import sql, tables
 from grpo.advantage import stage
@@ -427,6 +428,24 @@ def test_where_that_is_no_sql(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r'^advantage.where: query: .*"rewrad" not found') as caught:
         advantages(tmp_path, [rows_of(1, 0)], where="rewrad > 0")
     assert caught.value.exit_code == 2
+    with pytest.raises(UsageError, match=r"^advantage.where: query: 2 statements, divided by `;`; write one"):
+        advantages(tmp_path / "two", [rows_of(1, 0)], where="true); select 0 as iteration --")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("where=rewrad > 0", 'advantage.where: query: Binder Error: Referenced column "rewrad" not found'),
+        ("where=true); select (1", "advantage.where: query: 2 statements, divided by `;`; write one"),
+        ("sql=my.sql", "my.sql: returns no column advantage; it must return iteration, group_id, sample_id"),
+    ],
+)
+def test_a_run_refuses_sql_before_it_samples(project: Path, grpo: Grpo, override: str, message: str) -> None:
+    Path("my.sql").write_text("select iteration, group_id, sample_id, reward from judged")
+    code, _, err = grpo("run", "--set", f"advantage.{override}")
+    assert code == 2, err
+    assert err.splitlines()[-1].startswith(f"error: {message}")
+    assert not list(Path("artifacts/tiny").glob("iteration=*"))
 
 
 # ---- a user's own estimator ----

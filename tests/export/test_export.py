@@ -167,6 +167,21 @@ def test_the_card_says_what_the_policy_is_made_of(finished: Path, grpo: Grpo) ->
     assert "- from iteration 2: `update.learning_rate: 0.01 -> 0.001`" in text
 
 
+def test_an_evaluation_of_which_nothing_was_scored_is_no_line_of_the_card(
+    measured_project: Path, grpo: Grpo
+) -> None:
+    """The reward applies to prompts of training, `n+1=`, and to no held-out one, `n+2=`."""
+    Path("reward.py").write_text(
+        "def code(prompts, completions, **columns):\n"
+        "    return [None if '+2' in p else float(len(c)) for p, c in zip(prompts, completions)]\n"
+    )
+    assert grpo("run", "--until", "1")[0] == 0
+    assert grpo("export", "--out", "out")[0] == 0
+    card = Path("out/README.md").read_text()
+    assert "after 1 iteration of GRPO" in card
+    assert "held-out prompts, with" not in card
+
+
 def test_the_card_links_what_is_on_the_hub_and_holds_any_text(tmp_path: Path, finished: Path) -> None:
     run = opened()
     path = ARTIFACTS / "tiny" / "run.json"

@@ -157,6 +157,11 @@ def test_what_the_query_leaves_open_is_drawn_by_a_permutation_and_said(project: 
         ("selec", 2, 'query: Parser Error: syntax error at or near "selec" LINE 1: selec ^'),
         ("copy prompts to 'x.csv'", 2, "query: "),
         ("select $other as prompt_id", 2, "query: "),
+        (
+            "select 3 as prompt_id; select 4 as prompt_id",
+            2,
+            "query: 2 statements, divided by `;`; write one",
+        ),
         (None, 2, "next.sql: no such file"),
     ],
 )
@@ -171,3 +176,29 @@ def test_a_query_that_cannot_be_used(
     assert message in err
     assert not Path("artifacts/tiny/iteration=000000/rollouts").exists()
     assert not Path("x.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("select 3 as prompt_id; select 4 as prompt_id", "query: 2 statements, divided by `;`; write one"),
+        ("select prompt from prompts", "next.sql: returns no column prompt_id; it must return those of the"),
+        ("select prompt_id from samples where rewrad > 0", 'query: Binder Error: Referenced column "rewrad"'),
+    ],
+)
+def test_a_run_refuses_a_query_before_it_samples_to_measure(
+    measured_project: Path, grpo: Grpo, query: str, message: str
+) -> None:
+    write(query)
+    code, _, err = grpo("run", *SETTING)
+    assert code == 2, err
+    assert err.splitlines()[-1].startswith(f"error: generate.prompts_sql: {message}")
+    assert not list(Path("artifacts/tiny").glob("iteration=*"))
+    assert not list(Path("artifacts/tiny").glob(".staging/iteration=*"))
+
+
+def test_a_pivot_and_comments_behind_a_semicolon_are_one_statement(project: Path, grpo: Grpo) -> None:
+    write("select c as prompt_id from (pivot (select 'c' as k, 4 as v) on k using max(v)); -- the end")
+    code, _, err = grpo("run", "--until", "1", *SETTING)
+    assert code == 0, err
+    assert drawn(grpo)[0][0] == 4

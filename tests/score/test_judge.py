@@ -153,7 +153,9 @@ def test_what_utf_8_cannot_hold_becomes_a_question_mark() -> None:
         ({"model": "m", "usage": [1, 2]}, ("m", "stop", None, None)),
     ],
 )
-def test_nonsense_beside_an_answer_is_null(beside: dict[str, Any], stored: tuple[Any, ...]) -> None:
+def test_nonsense_beside_an_answer_is_null(
+    beside: dict[str, Any], stored: tuple[str | None, str, int | None, int | None]
+) -> None:
     body = json.dumps({**json.loads(says("Score: 1").body), **beside}).encode()
     with serve(lambda question, request: Reply(body=body)) as endpoint:
         [found] = ask(judge_of(endpoint), "a")

@@ -1,5 +1,6 @@
 """A judge as a reward of the real stage: what is kept, what is asked again, what is not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -342,6 +343,11 @@ def test_a_run_with_a_judge_is_verified_and_queried(project: Path, grpo: Grpo) -
         assert len(endpoint.asked) == 12
         code, out, err = grpo("status", "--json", *options)
         assert out.count('"done"') == 8, out
+        # 3 prompts x 2 samples of an iteration: as many rewards, each with an answer
+        code, out, err = grpo("score", "--iteration", "1", "--force", *options)
+        assert (code, err.splitlines()[-1]) == (0, "score 1: 6 rows, 6 judgements"), err
+        code, out, err = grpo("score", "--iteration", "1", "--force", "--json", *options)
+        assert [result["rows"] for result in json.loads(out)] == [6], err
         (project / "rubric.md").write_text("{response} {prompt}")
         code, out, err = grpo("status", *options)
         assert "score.rewards.taste: its file changed" in out, out

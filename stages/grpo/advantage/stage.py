@@ -100,6 +100,20 @@ def run(run: Run, iteration: int, staging: Staging, tool: None) -> Manifest:
     return staging.commit({OUTPUT: id_of(records)}, records, summary)
 
 
+def check(run: Run) -> None:
+    """Raise UsageError (exit 2) for SQL of the user's that cannot be run, whatever the tables will hold."""
+    config = run.config.advantage
+    if config.sql is None and config.where is None:
+        return
+    with sql.connect([run], outputs=()) as connection:
+        create_judged(connection, [reward.weight for reward in run.config.score.rewards])
+        if config.sql is not None:
+            text = sql.user_text(run, "advantage.sql", config.sql)
+            _check_columns(sql.user_columns(connection, "advantage.sql", text), config.sql)
+        if config.where is not None:
+            sql.user_columns(connection, "advantage.where", _condition(config.where))
+
+
 def _advantages(run: Run, iteration: int) -> Iterator[pa.Table]:
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
@@ -158,9 +172,18 @@ def _selected(run: Run, connection: Any, data: pa.Table) -> pa.Table:
         data = _replace(data, sql.user_rows(connection, "advantage.sql", text), config.sql)
     if config.where is not None:
         sql.register(connection, "_advantages_0", data)
-        condition = f"select {_KEY} from samples where ({config.where})"
-        data = _drop(data, sql.user_rows(connection, "advantage.where", condition))
+        data = _drop(data, sql.user_rows(connection, "advantage.where", _condition(config.where)))
     return data
+
+
+def _condition(where: str) -> str:
+    return f"select {_KEY} from samples where ({where})"
+
+
+def _check_columns(columns: list[str], name: str) -> None:
+    missing = [column for column in (*tables.KEY, "advantage") if column not in columns]
+    if missing:
+        raise UsageError(f"{name}: returns no column {missing[0]}; it must return {_KEY}, advantage")
 
 
 def _reward_weights(run: Run, iteration: int) -> dict[str, float]:
@@ -170,9 +193,7 @@ def _reward_weights(run: Run, iteration: int) -> dict[str, float]:
 
 def _replace(data: pa.Table, own: pa.Table, name: str) -> pa.Table:
     """`data` with the advantages of the user's query; rows that it leaves out are not kept."""
-    missing = [column for column in (*tables.KEY, "advantage") if column not in own.column_names]
-    if missing:
-        raise UsageError(f"{name}: returns no column {missing[0]}; it must return {_KEY}, advantage")
+    _check_columns(own.column_names, name)
     own = own.select([*tables.KEY, "advantage"]).rename_columns([*tables.KEY, "own"])
     if own.group_by(list(tables.KEY)).aggregate([]).num_rows != own.num_rows:
         raise DataError(f"{name}: returns a rollout twice; it must return each ({_KEY}) once")

@@ -1,7 +1,8 @@
 """compare.difference: a number in two runs -> their difference with its confidence interval, by group.
 
 The rollouts of a group share their prompt, so that the group is what is independent, not the rollout. Where
-both runs drew the same prompts, groups are compared pair by pair: how hard a prompt is then drops out.
+both runs drew the same prompts, groups are compared pair by pair: how hard a prompt is then drops out. A
+group that only one of them has a number of is left out of that.
 """
 
 import math
@@ -14,13 +15,18 @@ NORMAL_95 = 1.959964  # 97.5 % quantile of the standard normal distribution
 Group = tuple[int, int, int]  # iteration, group_id, prompt_id
 
 
-def difference(a: dict[Group, float], b: dict[Group, float]) -> dict[str, Any]:
+def difference(a: dict[Group, float], b: dict[Group, float], same_prompts: bool = True) -> dict[str, Any]:
     """Means of `a` and `b` over groups, `b - a`, and the ends of its 95 % interval (normal approximation).
 
-    Paired where both have the same groups of the same prompts, else that of two samples (Welch). The interval
-    is null for fewer than two groups.
+    Paired over the groups of the same prompts that both have, where these are more than half of the groups of
+    the run that has fewer; else that of two samples (Welch): runs that drew on their own have a few in common
+    by chance, and those few say less than all. same_prompts: whether a prompt_id is one prompt in both. The
+    interval is null for fewer than two groups.
     """
-    paired = a.keys() == b.keys()
+    common = a.keys() & b.keys() if same_prompts else set()
+    paired = 2 * len(common) > min(len(a), len(b))
+    if paired:
+        a, b = ({key: run[key] for key in common} for run in (a, b))
     values_a, values_b = (np.array([run[key] for key in sorted(run)]) for run in (a, b))
     if paired:
         error = _standard_error(values_b - values_a)

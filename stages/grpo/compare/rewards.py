@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from grpo import sql
 from grpo.artifacts import Run
 from grpo.compare.rank import kendall, spearman
+from grpo.compare.subjects import SUM
 from grpo.errors import InputError, UsageError
 from grpo.ranges import parse_range
 
@@ -106,7 +107,10 @@ def _nothing_to_compare(run: Run, a: str, b: str, wanted: str, found: pa.Table) 
     where = "" if wanted == "all" else f" of iteration {wanted}"
     without = [name for name, column in ((a, "a"), (b, "b")) if found[column].null_count == len(found)]
     lacking = without[0] if without else f"both {a} and {b}"
-    return (
-        f"run {run.name}: no rollout{where} has a value of {lacking}; give the reward weight 0 in"
-        " score.rewards, and `grpo score --iteration N --force` scores old rollouts"
+    way = (
+        "`grpo advantage` computes the weighted sum"
+        if without == [SUM]
+        else "give the reward weight 0 in score.rewards, and `grpo score --iteration N --force` scores old"
+        " rollouts"
     )
+    return f"run {run.name}: no rollout{where} has a value of {lacking}; {way}"

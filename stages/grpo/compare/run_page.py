@@ -16,6 +16,10 @@ _IN_TABLE = (
 )
 _SHORT = {"groups_with_signal": "signal", "rollouts_spent": "rollouts", "tokens_spent": "tokens"}
 _COUNTS = ("rollouts_spent", "tokens_spent")
+_LEFT_OUT = {
+    "without_value": "of which one of the runs has no value",
+    "in_one_run": "of a prompt that only one of the runs drew there",
+}
 
 
 def print_runs(data: dict[str, Any]) -> None:
@@ -40,7 +44,8 @@ def _where_they_part(data: dict[str, Any]) -> str:
     firsts = {STAGE_OUTPUTS[output]: found["iteration"] for output, found in data["parted"].items() if found}
     begin = min(firsts.values())
     stages = ", ".join(f"{stage} {iteration}" for stage, iteration in firsts.items())
-    same = f"iterations 0 to {begin - 1} are the same in both" if shared else "they share no iteration"
+    iterations = "iteration 0 is" if begin == 1 else f"iterations 0 to {begin - 1} are"
+    same = f"{iterations} the same in both" if shared else "they share no iteration"
     return f"{same}; the first that differ: {stages}"
 
 
@@ -63,12 +68,32 @@ def _print_last(console: "Console", data: dict[str, Any]) -> None:
         cells = (f"{row['a']:.3f}", f"{row['b']:.3f}", f"{row['difference']:+.3f}", interval, of)
         table.add_row(Text(printable(row["name"])), *cells, style="bold" if clear else "")
     console.print(table)
-    how = (
-        "the same prompts in both: differences within a pair of groups"
-        if all(row["paired"] for row in last["numbers"])
-        else "other prompts in A than in B: differences between groups that are not pairs"
-    )
-    console.print(f"bold: 0 is outside the interval; {how}", style="dim", highlight=False)
+    for text in (f"bold: 0 is outside the interval; {_how(last['numbers'])}", *_left_out(last["numbers"])):
+        console.print(Text(printable(text), "dim"), soft_wrap=True)
+
+
+def _how(numbers: list[dict[str, Any]]) -> str:
+    """What the differences are between; a number with two counts of groups is none of pairs."""
+    paired = {row["paired"] for row in numbers}
+    if paired == {True}:
+        return "the same prompts in both: differences within a pair of groups"
+    if paired == {False}:
+        return "other prompts in A than in B: differences between groups that are not pairs"
+    return "within a pair of groups, but where A and B have a number of groups each: those are not pairs"
+
+
+def _left_out(numbers: list[dict[str, Any]]) -> list[str]:
+    """A line for what is left out, of the numbers of which it is the same."""
+    found: dict[str, list[str]] = {}
+    for row in numbers:
+        reasons = [
+            f"{count} {'group' if count == 1 else 'groups'} {why}"
+            for reason, why in _LEFT_OUT.items()
+            if (count := row["left_out"].get(reason))
+        ]
+        if reasons:
+            found.setdefault(" and ".join(reasons), []).append(row["name"])
+    return [f"left out of {', '.join(names)}: {text}" for text, names in found.items()]
 
 
 def _print_overview(console: "Console", data: dict[str, Any]) -> None:

@@ -1,13 +1,13 @@
 """compare.runs: two runs -> where they part, what is configured otherwise, their curves and last numbers."""
 
 import json
-from itertools import groupby
+from collections.abc import Set
 from typing import Any
 
 from grpo import sql
 from grpo.artifacts import STAGE_OUTPUTS, Run, created_config
 from grpo.compare.difference import Group, difference
-from grpo.config import Config, differing_keys, flatten
+from grpo.config import Config, differing_keys
 from grpo.errors import UsageError
 from grpo.ranges import parse_range
 
@@ -19,6 +19,7 @@ _ORDER = (
     *("rollouts_spent", "tokens_spent", "seconds"),
 )
 _EVERY = 2**31 - 1  # above any iteration
+_OF_EVERY_GROUP = "length"  # a number that no group lacks
 _PART_OF = {"prompts": "prompts.source", "policy": "model", "reference": "update.reference"}
 
 
@@ -34,7 +35,8 @@ def describe(a: Run, b: Run, wanted: str) -> dict[str, Any]:
     chosen = [number for number in common if first <= number <= last]
     if not chosen:
         ranges = ", ".join(f"{name} of {_range(numbers)}" for name, numbers in have.items())
-        raise UsageError(f"--iteration {wanted}: the runs have none of it in common; rollouts: {ranges}")
+        none = "have no iteration" if wanted == "all" else f"have none of --iteration {wanted}"
+        raise UsageError(f"{a.name} {b.name}: {none} in common; rollouts: {ranges}")
     parted = parted_at(a, b)
     return {
         "a": a.name,
@@ -75,7 +77,7 @@ def _configuration(a: Run, b: Run) -> list[str]:
     """What differs: keys of run.json, and the content of what has the same name."""
     created = [created_config(run.name, run.root) for run in (a, b)]
     before, after = (
-        flatten(config.model_dump(exclude={"run": True, "score": {"rewards": True}})) for config in created
+        config.model_dump(exclude={"run": True, "score": {"rewards": True}}) for config in created
     )
     texts = [*differing_keys(before, after), *_rewards(*created)]
     for output in ("prompts", "policy"):
@@ -133,18 +135,31 @@ def _last(a: Run, b: Run, chosen: list[int]) -> list[dict[str, Any]]:
     rows = sql.read(
         [a, b], sql.own_text("compare/last_groups"), {"first": chosen[0], "last": chosen[-1]}
     ).to_pylist()
+    same_prompts = a.id_of("prompts") == b.id_of("prompts")
+    found: dict[str, dict[str, dict[Group, float]]] = {}
+    for row in rows:
+        of_run = found.setdefault(row["name"], {a.name: {}, b.name: {}})[row["run"]]
+        of_run[row["iteration"], row["group_id"], row["prompt_id"]] = row["value"]
+    drawn_a, drawn_b = (found[_OF_EVERY_GROUP][run.name].keys() for run in (a, b))
     numbers = []
-    for name, members in groupby(rows, key=lambda row: row["name"]):
-        by_run: dict[str, dict[Group, float]] = {a.name: {}, b.name: {}}
-        for row in members:
-            by_run[row["run"]][row["iteration"], row["group_id"], row["prompt_id"]] = row["value"]
+    for name, by_run in found.items():
         both = {key[0] for key in by_run[a.name]} & {key[0] for key in by_run[b.name]}
         of_a, of_b = (
             {key: value for key, value in by_run[run.name].items() if key[0] in both} for run in (a, b)
         )
         if both:
-            numbers.append({"name": name, **difference(of_a, of_b)})
+            number = difference(of_a, of_b, same_prompts)
+            left_out = _left_out(drawn_a, drawn_b, of_a, of_b) if number["paired"] else {}
+            numbers.append({"name": name, **number, "left_out": left_out})
     return sorted(numbers, key=lambda number: _place(number["name"]))
+
+
+def _left_out(
+    drawn_a: Set[Group], drawn_b: Set[Group], of_a: dict[Group, float], of_b: dict[Group, float]
+) -> dict[str, int]:
+    """How many groups are no part of the pairs, by why; drawn: the groups that a run has."""
+    in_both = drawn_a & drawn_b
+    return {"without_value": len(in_both - (of_a.keys() & of_b.keys())), "in_one_run": len(drawn_a ^ drawn_b)}
 
 
 def _place(name: str) -> tuple[int, str]:

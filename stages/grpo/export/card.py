@@ -34,10 +34,11 @@ def card_of(run: Run, policy: int, dtype: str | None, adapter: bool) -> str:
     config = created_config(run.name, run.root)
     kind = "LoRA adapter" if adapter else f"weights {f'in {dtype}' if dtype else 'as they came'}"
     objective = config.update.objective
+    iterations = f"{policy} iteration{'' if policy == 1 else 's'}"
     parts = [
         _front_matter(run, config, adapter),
         f"# {run.name}, policy {policy}",
-        f"{_base(run, config)} after {policy} iterations of GRPO, objective `{objective}`; {kind}.",
+        f"{_base(run, config)} after {iterations} of GRPO, objective `{objective}`; {kind}.",
         "## Use",
         _USE_ADAPTER if adapter else _USE,
         "## Training",
@@ -132,6 +133,8 @@ def _held_out(run: Run, policy: int) -> list[str]:
         for k, value in (found["pass_at"] or {}).items()
     ]
     reward = [] if found["reward"] is None else [f"reward {found['reward']:.4g}"]
+    if not passes and not reward:  # nothing of it was scored
+        return []
     return [f"On {found['prompts']} held-out prompts, with 95 % intervals: {', '.join([*passes, *reward])}."]
 
 

@@ -77,19 +77,33 @@ def asked_for(run: Run, iteration: int, prompt_ids: np.ndarray) -> np.ndarray:
         for output in _PAST:
             for file in run.require(output, number, "grpo run").files:
                 run.verify(file, run.path_of(file, output, number))
-    parameters = {
-        "iteration": iteration,
-        "seed": run.config.seed,
-        "prompts_per_iteration": run.config.generate.prompts_per_iteration,
-    }
     with sql.connect([run], range(iteration), _PAST, repeatable=True) as connection:
         sql.seed_random(connection, run.config.seed, iteration)
-        found = sql.user_rows(connection, KEY, text, parameters)
-    if "prompt_id" not in found.column_names:
+        found = sql.user_rows(connection, KEY, text, _parameters(run, iteration))
+    _check_columns(name, found.column_names)
+    return _rows_of(found["prompt_id"], prompt_ids, f"{KEY}: {name}")
+
+
+def check(run: Run) -> None:
+    """Raise UsageError (exit 2) for a query that cannot be run, whatever the tables will hold."""
+    name = run.config.generate.prompts_sql
+    if name is None:
+        return
+    text = sql.user_text(run, KEY, name)
+    with sql.connect([run], outputs=()) as connection:
+        _check_columns(name, sql.user_columns(connection, KEY, text, _parameters(run, 0)))
+
+
+def _parameters(run: Run, iteration: int) -> dict[str, int]:
+    count = run.config.generate.prompts_per_iteration
+    return {"iteration": iteration, "seed": run.config.seed, "prompts_per_iteration": count}
+
+
+def _check_columns(name: str, columns: list[str]) -> None:
+    if "prompt_id" not in columns:
         raise UsageError(
             f"{KEY}: {name}: returns no column prompt_id; it must return those of the next groups"
         )
-    return _rows_of(found["prompt_id"], prompt_ids, f"{KEY}: {name}")
 
 
 def _rows_of(column: pa.ChunkedArray, prompt_ids: np.ndarray, where: str) -> np.ndarray:

@@ -74,11 +74,11 @@ def _show_groups(run: Run, choice: Choice, look: Look) -> None:
 def _show_against(run: Run, choice: Choice, look: Look, against: str, opened: Callable[[str], Run]) -> None:
     iteration = choosing.chosen_iteration(run, choice.iteration)
     other, other_iteration = prompt.moment(run, iteration, against, opened)
-    other_iteration = choosing.chosen_iteration(other, other_iteration)
+    other_iteration = choosing.chosen_iteration(other, other_iteration, f"--against {against}")
     rows = choosing.fetch(run, iteration, choosing.ordered(run, iteration, choice))
     others = choosing.fetch(other, other_iteration, choosing.ordered(other, other_iteration, Choice()))
     pairs = prompt.pairs_of(rows, others)
-    if not pairs:
+    if rows and not pairs:
         raise UsageError(
             f"--against {against}: iteration {iteration} and iteration {other_iteration} drew none of these"
             " prompts both; --prompt ID shows one over all iterations"

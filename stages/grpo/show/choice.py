@@ -59,14 +59,18 @@ def turned(items: list[Any], choice: Choice, noun: str = "groups") -> tuple[list
     return shown, Page(begin + 1, begin + len(shown), len(items), choice.page, noun)
 
 
-def chosen_iteration(run: Run, iteration: int | None) -> int:
-    """The iteration asked for, else the newest. Raises UsageError (exit 2) where it has no rollouts."""
+def chosen_iteration(run: Run, iteration: int | None, asked: str = "") -> int:
+    """The iteration asked for, else the newest. Raises UsageError (exit 2) where it has no rollouts.
+
+    asked: the option that names it, with its value; else --iteration.
+    """
     have = [number for number in run.iterations() if run.manifest("rollouts", number)]
     if not have:
         raise UsageError(f"run {run.name}: holds no rollouts yet")
     chosen = have[-1] if iteration is None else iteration
     if chosen not in have:
-        raise UsageError(f"--iteration {chosen}: run {run.name} has rollouts of {have[0]} to {have[-1]}")
+        there = f"{have[0]} to {have[-1]}" if not asked else f"{have[0]} to {have[-1]}, not of {chosen}"
+        raise UsageError(f"{asked or f'--iteration {chosen}'}: run {run.name} has rollouts of {there}")
     return chosen
 
 
