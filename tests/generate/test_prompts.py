@@ -111,15 +111,35 @@ def test_columns_can_have_other_names(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("taken", ["prompt", "messages", "answer"])
+@pytest.mark.parametrize("taken", ["prompt", "messages", "answer", "Answer"])
 def test_a_column_of_our_name_that_is_not_mapped_is_refused(tmp_path: Path, taken: str) -> None:
     # Kept as it is, the user's `answer` would stand in the place of the mapped one.
     names = {"prompt": "question", "answer": "solution", "messages": "chat"}
     row = {"question": "q", "solution": "s", taken: "other"}
     message = refused(tmp_path, lambda: table(tmp_path, row, columns=names))
+    key = taken.lower()
     assert message == (
         f"p.jsonl:1: column {taken} has the name of one of the pipeline's own columns, but"
-        f" prompts.columns.{taken} names another; rename yours"
+        f" prompts.columns.{key} is {names[key]}; say {key}: {taken} there, or rename yours"
+    )
+
+
+@pytest.mark.parametrize("key", ["answer", "messages", "prompt"])
+def test_a_column_that_is_named_and_that_no_row_has_is_refused(tmp_path: Path, key: str) -> None:
+    rows = [{"prompt": "a", "messages": [{"role": "user", "content": "a"}], "answer": "1", "totl": 1}] * 2
+    columns = {key: "total"}
+    others = [{name: value for name, value in row.items() if name != key} for row in rows]
+    message = refused(tmp_path, lambda: table(tmp_path, *others, columns=columns))
+    found = ", ".join(others[0])
+    assert message == f"prompts.source: p.jsonl: no column total; found {found} (prompts.columns.{key})"
+
+
+def test_columns_that_sql_does_not_tell_apart_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "Level": 1}, {"prompt": "b", "level": 2}]
+    message = refused(tmp_path, lambda: table(tmp_path, *rows))
+    assert message == (
+        "prompts.source: columns Level and level differ by case alone, which SQL does not tell apart;"
+        " rename one"
     )
 
 
@@ -510,7 +530,7 @@ def test_the_configuration_says_what_it_is_by_default() -> None:
     assert (config.chat, config.system, config.on_long_prompt) == (False, None, "error")
 
 
-@pytest.mark.parametrize("name", ["group_id", "run", "completions"])
+@pytest.mark.parametrize("name", ["group_id", "run", "completions", "Run", "Prompt_ID"])
 def test_a_column_with_a_name_of_the_pipelines_own_is_refused(name: str) -> None:
     config = PromptsConfig(source="p.jsonl")
     with pytest.raises(DataError) as caught:

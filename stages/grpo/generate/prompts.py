@@ -221,12 +221,21 @@ def normalised(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]
 
     `folder`: what a path in `config` is relative to. Raises DataError (exit 3) naming file and line.
     """
+    named = {key: name for key, name in config.columns.model_dump().items() if name != key}  # by the user
+    found: dict[str, None] = {}
     for prompt_id, (place, row) in enumerate(read_rows(config, folder)):
+        found |= dict.fromkeys(row)
         yield place, {"prompt_id": prompt_id, **_normalise(place, row, config)}
+    if absent := [key for key, name in named.items() if name not in found]:
+        raise DataError(
+            f"prompts.source: {config.source}: no column {named[absent[0]]}; found {', '.join(found)}"
+            f" (prompts.columns.{absent[0]})"
+        )
 
 
 def _normalise(place: str, row: Row, config: PromptsConfig) -> Row:
-    if reserved := [name for name in _RESERVED if name in row]:
+    # SQL does not tell Run from run: the user's would be hidden behind the pipeline's.
+    if reserved := [name for name in row if name.lower() in _RESERVED]:
         raise DataError(
             f"{place}: column {reserved[0]} is the pipeline's own; give yours another name, such as id"
         )
@@ -250,10 +259,11 @@ def _normalise(place: str, row: Row, config: PromptsConfig) -> Row:
         messages = [{"role": "system", "content": config.system}, *messages]
     taken = {names.prompt, names.messages, names.answer}
     others = {name: value for name, value in row.items() if name not in taken}
-    if clash := [name for name in ("prompt", "messages", "answer") if name in others]:
+    if clash := [name for name in others if name.lower() in ("prompt", "messages", "answer")]:
+        key = clash[0].lower()
         raise DataError(
             f"{place}: column {clash[0]} has the name of one of the pipeline's own columns, but"
-            f" prompts.columns.{clash[0]} names another; rename yours"
+            f" prompts.columns.{key} is {getattr(names, key)}; say {key}: {clash[0]} there, or rename yours"
         )
     answer = _answer(place, names.answer, row.get(names.answer))
     return {"prompt": prompt, "messages": messages, "answer": answer, **others}
@@ -310,6 +320,11 @@ def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
     fixed = tables.schema("prompts")
     try:
         names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
+        if alike := [name for name in names if [each.lower() for each in names].count(name.lower()) > 1]:
+            raise DataError(
+                f"prompts.source: columns {alike[0]} and {alike[1]} differ by case alone, which SQL does not"
+                " tell apart; rename one"
+            )
         own = pa.table({name: _column(rows, name) for name in names})
         found = pa.schema([*fixed, *(own.schema if names else ())])
         if deep := [field.name for field in found if _depth(field.type) > _MAX_DEPTH]:

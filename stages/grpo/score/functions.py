@@ -143,8 +143,9 @@ class FunctionPool:
     def _group_result(self, spec: FunctionSpec, flight: "_Flight") -> list[Outcome] | Outcome:
         try:
             result: list[Outcome] | Outcome = self._result(flight)
-        except TimeoutError:  # pebble's: the import hung, or the process ended itself with status 0
-            return Outcome(None, "timeout", f"no result within {spec.timeout_s:g} s")
+        except TimeoutError:  # pebble's, and not the watchdog's, which would have said where it hung
+            why = "the import of its module hung, or the process ended itself with status 0"
+            return Outcome(None, "timeout", f"no result within {spec.timeout_s:g} s ({why})")
         except ProcessExpired as error:
             where = worker.where_it_hung(self._folder.name, error.pid)
             if where is not None:
