@@ -1,6 +1,6 @@
-"""runner: iterations x stages. What is done, what is stale, what runs next.
+"""runner: iterations x stages. What runs next.
 
-The state of everything is read from manifests; the runner remembers nothing.
+What is done and what is stale is read from manifests; the runner remembers nothing.
 """
 
 from collections.abc import Callable
