@@ -222,6 +222,7 @@ def test_a_group_without_a_value_in_one_run_is_left_out_of_the_pairs(finished: P
     code, out, err = grpo("compare", "tiny", "other", "--json")
     assert (code, err) == (0, "")
     numbers = {row["name"]: row for row in json.loads(out)["last"]["numbers"]}
+    assert "means of iterations 0 to 1\n" in grpo("compare", "tiny", "other")[1]
     for name, groups in (("reward", 5), ("rewards.code", 5), ("length", 6), ("groups_with_signal", 6)):
         row = numbers[name]
         assert (row["paired"], row["groups_a"], row["groups_b"]) == (True, groups, groups), name
@@ -285,13 +286,18 @@ def test_two_runs_of_which_one_is_a_fork(finished: Path, grpo: Grpo) -> None:
     [other] = json.loads(grpo("sql", query, "--run", "other", "--json")[1])
     assert curves["length"][1]["b"] == other["length"]
     numbers = {row["name"]: row for row in data["last"]["numbers"]}
-    assert (numbers["reward"]["groups_a"], numbers["reward"]["paired"]) == (6, True)  # 2 x 3 groups
+    # 3 groups of iteration 1; those of iteration 0 are the same in both
+    assert (data["last"]["first"], data["last"]["last"]) == (1, 1)
+    assert (numbers["reward"]["groups_a"], numbers["reward"]["paired"]) == (3, True)
+    apart = other["length"] - curves["length"][1]["a"]
+    assert numbers["length"]["difference"] == pytest.approx(apart)
     code, page, err = grpo("compare", "tiny", "other")
     assert (code, err) == (0, "")
     assert (
         "they share no iteration; the first that differ: generate 1, score 1, advantage 1, update 0" in page
     )
     assert "update.learning_rate: 0.01 -> 0.5" in page
+    assert "\nmeans of iteration 1\n" in page
     code, out, _ = grpo("compare", "tiny", "other", "--iteration", "1", "--json")
     assert {p["iteration"] for c in json.loads(out)["curves"] for p in c["points"]} == {1}
 
@@ -302,6 +308,8 @@ def test_runs_that_do_not_differ(finished: Path, grpo: Grpo) -> None:
     assert (code, err) == (0, "")
     assert "no difference in the 2 iterations that both have" in out
     assert "configured otherwise (A -> B)\n  nothing\n" in out
+    assert "no means: rollouts, rewards and advantages of these iterations are the same in both\n" in out
+    assert json.loads(grpo("compare", "tiny", "same", "--json")[1])["last"] is None
 
 
 # Which of the two

@@ -189,36 +189,6 @@ def test_the_same_prompts_in_another_run(finished: Path, grpo: Grpo) -> None:
     assert (code, err) == (2, "error: --against other:7: run other has rollouts of 0 to 1, not of 7\n")
 
 
-def test_equal_responses_are_counted() -> None:
-    from rich.console import Console
-
-    from grpo.show.prompt import pairs_of, print_pair
-
-    def draw(iteration: int, responses: list[tuple[str, float]]) -> list[dict[str, Any]]:
-        common = {
-            "run": "r",
-            "iteration": iteration,
-            "group_id": 0,
-            "prompt_id": 4,
-            "prompt": "1+1=",
-            "answer": "2",
-        }
-        mean = sum(reward for _, reward in responses) / len(responses)
-        texts = [{"response": text, "reward": reward, "response_tokens": 2} for text, reward in responses]
-        return [{**common, **text, "sample_id": n, "group_mean": mean} for n, text in enumerate(texts)]
-
-    before = draw(3, [("2", 1.0), ("11", 0.0), ("2", 1.0), ("", 0.0)])
-    after = draw(40, [("2", 1.0)] * 4)
-    [(left, right)] = pairs_of(before, after)
-    console = Console(width=80)
-    with console.capture() as captured:
-        print_pair(console, left, right)
-    lines = [" ".join(line.split()) for line in captured.get().splitlines()]
-    assert "iteration 3 iteration 40" in lines
-    assert "reward 0.500 2.0 tokens reward 1.000 2.0 tokens" in lines
-    assert lines[-4:-1] == ["2 x +1.000 2 4 x +1.000 2", "1 x +0.000 (empty)", "1 x +0.000 11"]
-
-
 # What is refused
 
 
@@ -239,6 +209,8 @@ def test_equal_responses_are_counted() -> None:
         (["--prompt", "6"], "--prompt 6: the run has prompts 0 to 5"),
         (["--against", "x"], "artifacts/x: no such run; runs there: tiny"),
         (["--against", "x:y"], "--against x:y: expected an iteration 40, a run NAME, or NAME:40"),
+        (["--against", "²"], "artifacts/²: no such run; runs there: tiny"),  # a digit, and no number
+        (["--against", "tiny:²"], "--against tiny:²: expected an iteration 40, a run NAME, or NAME:40"),
         (["--against", "5"], "--against 5: run tiny has rollouts of 0 to 1, not of 5"),
         (["--against", "tiny:7"], "--against tiny:7: run tiny has rollouts of 0 to 1, not of 7"),
         (["--against", "0", "--iteration", "5"], "--iteration 5: run tiny has rollouts of 0 to 1"),
@@ -250,6 +222,14 @@ def test_equal_responses_are_counted() -> None:
         (
             ["--against", "0", "--side-by-side"],
             "--side-by-side: changes nothing of what --against shows; leave one of them out",
+        ),
+        (
+            ["--tokens", "--side-by-side"],
+            "--side-by-side: changes nothing of what --tokens shows; leave one of them out",
+        ),
+        (
+            ["--tokens", "--reward", "code"],
+            "--reward: changes nothing of what --tokens shows; leave one of them out",
         ),
         (
             ["--prompt", "0", "--page", "2"],

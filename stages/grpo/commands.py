@@ -68,7 +68,11 @@ def _confirm(opened: Run, first: int) -> None:
     """Ask before `--from` moves anything. UsageError (exit 2) for no, and where nobody can be asked."""
     later, stages = rewind.done_again(opened, first)
     parts = [f"of iteration {first} {', '.join(stage.name for stage in stages)}"] if stages else []
-    parts += [f"all of {_iterations_text(later)}"] if later else []
+    sampled = set(opened.iterations())
+    if iterations := [number for number in later if number in sampled]:
+        parts.append(f"all of {_iterations_text(iterations)}")
+    # The last policy has an evaluation and nothing else: it is no iteration.
+    parts += [f"the evaluation of policy {number}" for number in later if number not in sampled]
     if not parts:
         return
     text = f"--from {first}: {' and '.join(parts)} will be done again; what is there goes to .trash"

@@ -128,6 +128,26 @@ def test_the_map_joins_neighbours_and_says_so(browser: Any) -> None:
     assert z[-1] == [0.75] * ITERATIONS  # group 7, all right, and a neighbour
 
 
+def test_the_map_names_whole_iterations_in_the_middle_of_their_cells(browser: Any) -> None:
+    ticks = "const {xaxis} = document.getElementById('heat').layout; return [xaxis.tickvals, xaxis.ticktext]"
+    assert browser.execute_script(ticks) == [[0, 1, 2, 3, 4], ["0", "1", "2", "3", "4"]]
+    choose(browser, "heat-column", "5")
+    assert browser.execute_script(ticks) == [[2], ["0\u20134"]]
+    choose(browser, "heat-column", "10")  # of which there are five; its middle is that of ten
+    assert browser.execute_script(ticks) == [[4.5], ["0\u20134"]]
+    narrow = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
+    choose(browser, "heat-column", "1")  # five labels of 80 pixels do not fit
+    assert browser.execute_script(ticks) == [[0, 2, 4], ["0", "2", "4"]]
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    choose(browser, "heat-column", "auto")
+
+
+def test_the_head_names_the_reward_of_the_pass_rate(browser: Any) -> None:
+    first = browser.find_element("css selector", ".tile").text
+    assert first == "50.2 %\npass rate: right, from 50.2 %"  # (249 * 4 + 8) / 2000
+
+
 def test_a_cell_of_the_map_leads_to_its_rollouts(browser: Any) -> None:
     browser.execute_script(
         "document.getElementById('heat').emit('plotly_hover', {points: [{pointIndex: [124, 2]}]})"
@@ -245,9 +265,8 @@ def test_runs_are_overlaid_and_can_be_hidden(browser: Any, tmp_path: Path) -> No
 
     runs: list[Run] = []
     for name, value in (("one", 1.0), ("two", 0.5)):
-        rows = [
-            row(n, 0, s, "ab", rewards={"right": value}, reward=value) for n in range(2) for s in range(2)
-        ]
+        rewards = {"right": value, "exact": 1.0}
+        rows = [row(n, 0, s, "ab", rewards=rewards, reward=value) for n in range(2) for s in range(2)]
         runs.append(make_run(tmp_path / name, rows, name=name, seed=len(runs)))
     (tmp_path / "two" / "model" / "tokenizer.json").unlink()
     (tmp_path / "two.html").write_bytes(report.build(runs, None)[0])
@@ -255,6 +274,8 @@ def test_runs_are_overlaid_and_can_be_hidden(browser: Any, tmp_path: Path) -> No
     WebDriverWait(browser, 60).until(lambda _: browser.execute_script("return document.body.dataset.ready"))
     first = "return document.querySelector('.plot').data.map(trace => [trace.name, trace.y[0]])"
     assert browser.execute_script(first) == [["one", 1], ["two", 0.5]]
+    heads = [element.text for element in browser.find_elements("css selector", "#summary th")]
+    assert heads[4:6] == ["Pass rate: exact, last", "KL, last"]
     browser.execute_script("document.querySelector('#legend button').click()")
     assert browser.execute_script(first) == [["two", 0.5]]
     table = browser.find_element("css selector", "table.config").text

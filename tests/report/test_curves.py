@@ -84,6 +84,21 @@ def test_the_curves_agree_with_what_grpo_status_shows(
         assert values == pytest.approx([each["seconds"][stage] for each in status]), stage
 
 
+def test_the_last_evaluation_is_no_iteration_that_took_seconds(
+    complete_and_measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two iterations, and policies 0, 1 and 2 measured: that of 2 is no part of an iteration."""
+    monkeypatch.chdir(complete_and_measured)
+    charts = {
+        chart["title"]: chart["series"]
+        for chart in report.charts([reading("tiny", Path("pipeline.yaml"), [])])
+    }
+    assert charts["Held-out reward"][0]["x"] == [0, 1, 2]
+    seconds = {each["name"]: each["x"] for each in charts["Seconds by stage"]}
+    assert list(seconds) == ["generate", "score", "advantage", "update", "evaluate"]
+    assert list(seconds.values()) == [[0, 1]] * 5
+
+
 def test_the_curves_of_an_evaluation(hand: Run) -> None:
     """pass@1 and the largest k, each with its interval: here over a stand-in for the view `evals`."""
     view = """

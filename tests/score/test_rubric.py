@@ -90,6 +90,8 @@ def test_a_rubric_file_that_is_no_use(tmp_path: Path, content: bytes | None, pro
     [
         ({}, "Good.\nScore: 7", Outcome(7.0, "ok")),
         ({}, "Score: -0.5  \nThat is all.", Outcome(-0.5, "ok")),
+        ({}, "ok\r\nScore: 3\r\n", Outcome(3.0, "ok")),
+        ({"pattern": "^(YES|NO)$", "grades": {"YES": 1.0}}, "Hm.\r\nYES\r\n", Outcome(1.0, "ok")),
         ({}, "Score: 7\nYes.\nScore: 7", Outcome(7.0, "ok")),  # twice the same
         ({"scale": [1.0, 5.0]}, "Score: 4", Outcome(0.75, "ok")),  # (4 - 1) / (5 - 1)
         ({"scale": [0.0, 10.0]}, "Score: 0", Outcome(0.0, "ok")),

@@ -16,6 +16,7 @@ _IN_TABLE = (
 )
 _SHORT = {"groups_with_signal": "signal", "rollouts_spent": "rollouts", "tokens_spent": "tokens"}
 _COUNTS = ("rollouts_spent", "tokens_spent")
+_NO_MEANS = "no means: rollouts, rewards and advantages of these iterations are the same in both"
 _LEFT_OUT = {
     "without_value": "of which one of the runs has no value",
     "in_one_run": "of a prompt that only one of the runs drew there",
@@ -56,7 +57,12 @@ def _print_last(console: "Console", data: dict[str, Any]) -> None:
     from rich.text import Text
 
     last = data["last"]
-    console.print(Text(f"\nmeans of iterations {last['first']} to {last['last']}", "bold"))
+    if last is None:
+        console.print(Text(f"\n{_NO_MEANS}"))
+        return
+    first, end = last["first"], last["last"]
+    iterations = f"iteration {first}" if first == end else f"iterations {first} to {end}"
+    console.print(Text(f"\nmeans of {iterations}", "bold"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in ("A", "B", "B - A", "95 % interval", "groups"):

@@ -19,6 +19,7 @@ _ORDER = (
     *("rollouts_spent", "tokens_spent", "seconds"),
 )
 _EVERY = 2**31 - 1  # above any iteration
+_MEASURED = ("rollouts", "rewards", "advantages")  # outputs that the last numbers are of
 _OF_EVERY_GROUP = "length"  # a number that no group lacks
 _PART_OF = {"prompts": "prompts.source", "policy": "model", "reference": "update.reference"}
 
@@ -46,7 +47,7 @@ def describe(a: Run, b: Run, wanted: str) -> dict[str, Any]:
         "shared_iterations": _shared(parted, common),
         "configuration": _configuration(a, b),
         "curves": _curves(a, b, first, last),
-        "last": {"first": chosen[-LAST:][0], "last": chosen[-1], "numbers": _last(a, b, chosen[-LAST:])},
+        "last": _last(a, b, _own(parted, chosen)[-LAST:]),
     }
 
 
@@ -71,6 +72,15 @@ def _shared(parted: dict[str, dict[str, Any] | None], common: list[int]) -> int:
     """Iterations from the first on of which every output is the same in both."""
     first = min((found["iteration"] for found in parted.values() if found), default=len(common))
     return sum(1 for number in common if number < first)
+
+
+def _own(parted: dict[str, dict[str, Any] | None], chosen: list[int]) -> list[int]:
+    """The iterations of `chosen` from the first on whose rollouts, rewards or advantages differ.
+
+    What comes before is the same row by row: a difference of 0 that says nothing of how the runs differ.
+    """
+    begin = min((found["iteration"] for output in _MEASURED if (found := parted[output])), default=_EVERY)
+    return [number for number in chosen if number >= begin]
 
 
 def _configuration(a: Run, b: Run) -> list[str]:
@@ -130,8 +140,10 @@ def _curves(a: Run, b: Run, first: int, last: int) -> list[dict[str, Any]]:
     return sorted(curves, key=lambda curve: _place(curve["name"]))
 
 
-def _last(a: Run, b: Run, chosen: list[int]) -> list[dict[str, Any]]:
-    """The means of the last iterations in common, and how far they are apart."""
+def _last(a: Run, b: Run, chosen: list[int]) -> dict[str, Any] | None:
+    """The means of the last iterations that are not the same in both, and how far they are apart."""
+    if not chosen:
+        return None
     rows = sql.read(
         [a, b], sql.own_text("compare/last_groups"), {"first": chosen[0], "last": chosen[-1]}
     ).to_pylist()
@@ -151,7 +163,8 @@ def _last(a: Run, b: Run, chosen: list[int]) -> list[dict[str, Any]]:
             number = difference(of_a, of_b, same_prompts)
             left_out = _left_out(drawn_a, drawn_b, of_a, of_b) if number["paired"] else {}
             numbers.append({"name": name, **number, "left_out": left_out})
-    return sorted(numbers, key=lambda number: _place(number["name"]))
+    numbers.sort(key=lambda number: _place(number["name"]))
+    return {"first": chosen[0], "last": chosen[-1], "numbers": numbers}
 
 
 def _left_out(

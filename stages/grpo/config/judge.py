@@ -26,8 +26,8 @@ class JudgeConfig(Section):
     """What it is asked, once per rollout: text, or a .md or .txt file, with {response} and perhaps {prompt},
     {answer} or any column in braces; {{word}} is {word} itself."""
     pattern: str = SCORE_LINE
-    """Regular expression (^ and $ match at lines) whose one group is the score in the answer. It may match
-    several times if all give the same; no match is an error of that rollout, never a 0."""
+    """Regular expression (^ and $ match at lines, CRLF is read as LF) whose one group is the score in the
+    answer. It may match several times if all give the same; no match is an error of its row, never a 0."""
     grades: dict[str, float] = Field({})
     """What the text found counts: {CORRECT: 1.0, INCORRECT: 0.0}; any other is an error. Empty: a number."""
     scale: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None

@@ -162,7 +162,8 @@ TRAINING = (
         """
         select run, iteration, stage as series, sum(seconds) as value,
         from timings
-        where iteration is not null
+        -- The last policy is measured and nothing else: that is no iteration.
+        semi join rollouts using (run, iteration)
         group by run, iteration, stage
         order by run,
             list_position(

@@ -3,6 +3,7 @@
 
 const ROW_PX = 3; // the least height at which a row can still be seen and pointed at
 const HEAT_PX = 480;
+const TICK_PX = 80; // of a label such as 1200–1209
 const COLORS = [[0, "#b93a14"], [0.25, "#ea8f4f"], [0.5, "#f4dcb0"], [0.75, "#93c9ba"], [1, "#217f6f"]];
 
 function setUpHeat(page, heats, open) {
@@ -68,7 +69,7 @@ function drawHeat(heat, wanted, open) {
   const perColumn = wanted === "auto" ? columnWidth(heat, first, last, plot.clientWidth) : Number(wanted);
   const { z, counts } = binned(heat, order, perRow, perColumn, first, last);
   describeHeat(heat, order.length, perRow, perColumn);
-  const x = z[0].map((_, c) => first + (c + 0.5) * perColumn - 0.5);
+  const x = z[0].map((_, c) => first + c * perColumn + (perColumn - 1) / 2); // the middle of its iterations
   const trace = {
     type: "heatmap", z, x, y: z.map((_, r) => r), hoverinfo: "none", xgap: x.length < 100 ? 1 : 0, ygap: z.length < 120 ? 1 : 0,
     colorscale: COLORS, ...(heat.binary ? { zmin: 0, zmax: 1 } : {}),
@@ -76,14 +77,13 @@ function drawHeat(heat, wanted, open) {
   };
   const layout = {
     ...plain(), margin: { l: 64, r: 8, t: 6, b: 38 }, height: Math.max(180, Math.min(HEAT_PX, z.length * 9)) + 44, dragmode: false,
-    xaxis: { title: { text: "iteration", standoff: 6 }, showgrid: false, zeroline: false, fixedrange: true, tickformat: "d" },
+    xaxis: { title: { text: "iteration", standoff: 6 }, showgrid: false, zeroline: false, fixedrange: true, ...columnTicks(x, first, last, perColumn, plot.clientWidth) },
     yaxis: { showgrid: false, zeroline: false, fixedrange: true, ticktext: ["hardest", "easiest"], tickvals: [0, z.length - 1], autorange: "reversed" },
   };
   Plotly.react(plot, [trace], layout, { displayModeBar: false, responsive: true });
   const place = (event) => {
     const [r, c] = event.points[0].pointIndex;
-    const from = first + c * perColumn;
-    return { r, from, to: Math.min(from + perColumn - 1, last), members: order.slice(r * perRow, (r + 1) * perRow), rollouts: counts[r][c], value: z[r][c] };
+    return { r, ...iterationsOf(c, first, last, perColumn), members: order.slice(r * perRow, (r + 1) * perRow), rollouts: counts[r][c], value: z[r][c] };
   };
   plot.removeAllListeners("plotly_hover");
   plot.removeAllListeners("plotly_click");
@@ -98,6 +98,25 @@ function columnWidth(heat, first, last, pixels) {
   const drawsPerIteration = heat.columns.prompt.length / iterations;
   const wanted = Math.max(heat.prompts.length / drawsPerIteration, (iterations * 3) / Math.max(pixels - 120, 200));
   return Math.max(1, Math.min(Math.ceil(wanted - 0.2), Math.ceil(iterations / 12)));
+}
+
+// The iterations of a column; the last one may have fewer.
+function iterationsOf(column, first, last, perColumn) {
+  const from = first + column * perColumn;
+  return { from, to: Math.min(from + perColumn - 1, last) };
+}
+
+// The iterations of as many columns as can be read, each in the middle of its column; every 1, 2, 5, 10, 20 ...
+function columnTicks(x, first, last, perColumn, pixels) {
+  const least = Math.max(1, (x.length * TICK_PX) / pixels);
+  const power = 10 ** Math.floor(Math.log10(least));
+  const every = power * [1, 2, 5, 10].find((step) => step * power >= least);
+  const columns = [...x.keys()].filter((column) => column % every === 0);
+  const ticktext = columns.map((column) => {
+    const { from, to } = iterationsOf(column, first, last, perColumn);
+    return from === to ? `${from}` : `${from}–${to}`;
+  });
+  return { tickvals: columns.map((column) => x[column]), ticktext };
 }
 
 function describeHeat(heat, prompts, perRow, perColumn) {

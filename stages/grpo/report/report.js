@@ -57,20 +57,24 @@ function head(page) {
 
 // The numbers of a run that one asks for first: from curves and counts, with how they began.
 function facts(page, run) {
-  const series = (title) => page.charts.find((chart) => chart.title.startsWith(title) && chart.series.length);
   const ends = (title) => {
-    const chart = series(title);
+    const chart = page.charts.find((each) => each.title === title);
     const found = chart?.series.find((each) => each.run === run.run);
-    return found ? { unit: chart.unit, title: chart.title, first: found.y[0], last: found.y.at(-1) } : null;
+    return found ? { first: found.y[0], last: found.y.at(-1) } : null;
   };
-  return { reward: ends("Reward"), passed: ends("Pass rate"), kl: ends("KL"), length: ends("Response length"), truncated: ends("Truncated"), held: ends("Held-out pass@k") };
+  return { reward: ends("Reward"), passed: ends(passRate(page)), kl: ends("KL to the reference"), length: ends("Response length"), truncated: ends("Truncated"), held: ends("Held-out pass@k") };
+}
+
+// The title of the first curve that is a pass rate; it says of which reward.
+function passRate(page) {
+  return page.charts.find((chart) => chart.title.startsWith("Pass rate: "))?.title ?? "Pass rate";
 }
 
 function tiles(page) {
   const [run] = page.runs;
   const { reward, passed, kl, length, truncated, held } = facts(page, run);
   const list = [
-    passed && [number(passed.last, "share"), `pass rate, from ${number(passed.first, "share")}`],
+    passed && [number(passed.last, "share"), `${passRate(page).replace("Pass", "pass")}, from ${number(passed.first, "share")}`],
     reward && [number(reward.last), `reward, from ${number(reward.first)}`],
     held && [number(held.last, "share"), `held-out pass@1, from ${number(held.first, "share")}`],
     kl && [number(kl.last), "KL to the reference, nats"],
@@ -84,7 +88,7 @@ function tiles(page) {
 }
 
 function overview(page) {
-  const names = ["Run", "Iterations", "Rollouts", "Reward, first → last", "Pass rate, last", "KL, last", "Tokens, last", "Time"];
+  const names = ["Run", "Iterations", "Rollouts", "Reward, first → last", `${passRate(page)}, last`, "KL, last", "Tokens, last", "Time"];
   const rows = page.runs.map((run, index) => {
     const { reward, passed, kl, length } = facts(page, run);
     const cells = [

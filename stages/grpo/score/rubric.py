@@ -69,7 +69,8 @@ def question(text: str, prompt: Text, response: str, columns: Mapping[str, Any])
 
 def read_score(judge: JudgeConfig, answer: str) -> Outcome:
     """The reward that an answer gives; an answer that cannot be read is an error with its first words."""
-    found = list(dict.fromkeys(re.findall(judge.pattern, answer, re.MULTILINE)))
+    lines = answer.replace("\r\n", "\n")  # $ matches before \n alone
+    found = list(dict.fromkeys(re.findall(judge.pattern, lines, re.MULTILINE)))
     if len(found) != 1:
         said = f"gives {len(found)} scores, {', '.join(found[:5])}" if found else "has no score"
         return _unreadable(said, answer)

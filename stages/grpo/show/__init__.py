@@ -13,13 +13,15 @@ from grpo.show import groups, prompt, tokens
 from grpo.show.choice import Choice, Page, Row
 
 __all__ = ["Choice", "Look", "show"]
+_LOOKS = ("side_by_side", "tokens", "reward")  # options of how a group is shown
 
 
 @dataclass(frozen=True)
 class Look:
     """The options of `grpo show` that say how rollouts are shown."""
 
-    rewards: list[str]
+    reward: list[str]
+    """Names of the rewards to show by part; none: all, where there are several."""
     side_by_side: bool = False
     tokens: bool = False
     pager: bool = True
@@ -32,29 +34,30 @@ def show(run: Run, choice: Choice, look: Look, against: str, opened: Callable[[s
     Raises UsageError (exit 2) for what is not there, or does not go together.
     """
     if against:
-        _refuse(choice, look, "--against", ("group", "sample"))
+        _refuse(choice, look, "--against", ("group", "sample", *_LOOKS))
         _show_against(run, choice, look, against, opened)
     elif choice.prompt is not None and choice.iteration is None:
         options = ("where", "group", "sample", "sort", "reverse", "groups", "page")
-        _refuse(choice, look, "--prompt without --iteration", options)
+        _refuse(choice, look, "--prompt without --iteration", (*options, *_LOOKS))
         _show_over_time(run, choice.prompt, look)
     else:
+        if look.tokens:
+            _refuse(choice, look, "--tokens", ("side_by_side", "reward"))
         _show_groups(run, choice, look)
 
 
 def _refuse(choice: Choice, look: Look, what: str, options: tuple[str, ...]) -> None:
     """Raise UsageError for an option that would change nothing of what is shown."""
-    given = [name for name in options if getattr(choice, name) != getattr(Choice(), name)]
-    given += [name for name in ("side_by_side", "tokens") if getattr(look, name)]
-    given += ["reward"] if look.rewards else []
-    if given:
-        option = given[0].replace("_", "-")
+    given, usual = {**vars(choice), **vars(look)}, {**vars(Choice()), **vars(Look([]))}
+    without_use = [name for name in options if given[name] != usual[name]]
+    if without_use:
+        option = without_use[0].replace("_", "-")
         raise UsageError(f"--{option}: changes nothing of what {what} shows; leave one of them out")
 
 
 def _show_groups(run: Run, choice: Choice, look: Look) -> None:
     iteration = choosing.chosen_iteration(run, choice.iteration)
-    rewards = _rewards(run, iteration, look.rewards)
+    rewards = _rewards(run, iteration, look.reward)
     order = choosing.ordered(run, iteration, choice)
     chosen, page = choosing.turned(list(order), choice)
     rows = choosing.fetch(run, iteration, {group: order[group] for group in chosen})

@@ -31,9 +31,10 @@ def print_prompt(console: "Console", first: Row) -> None:
     from rich.text import Text
 
     mean, deviation = first["group_mean"], first["group_std"]
-    spread = "" if mean is None else f"   reward {mean:.3f} ± {deviation or 0:.3f}"
+    reward = "" if mean is None else f"   reward {mean:.3f}"
+    spread = "" if deviation is None else f" ± {deviation:.3f}"  # a group of one has none
     where = f"iteration {first['iteration']}  group {first['group_id']}  prompt {first['prompt_id']}"
-    console.rule(Text(f"{where}{spread}"), align="left", style="dim")
+    console.rule(Text(f"{where}{reward}{spread}"), align="left", style="dim")
     console.print(Text(printable(first["prompt"]).rstrip()), answer_of(first))
 
 

@@ -38,9 +38,9 @@ def draws_of(run: Run, prompt: int) -> list[Draw]:
 def moment(run: Run, iteration: int, against: str, opened: Any) -> tuple[Run, int]:
     """What `--against` names: an iteration `40`, a run at the same one `NAME`, or both `NAME:40`."""
     name, _, at = against.partition(":")
-    if against.isdigit():
+    if against.isdecimal():  # isdigit() is true of ² too, which int() refuses
         name, at = "", against
-    if not (at.isdigit() or (name and not at and ":" not in against)):
+    if not (at.isdecimal() or (name and not at and ":" not in against)):
         raise UsageError(f"--against {against}: expected an iteration 40, a run NAME, or NAME:40")
     other = opened(name) if name else run
     if other.name != run.name:
@@ -97,8 +97,8 @@ def print_over_time(console: "Console", draws: list[Draw]) -> None:
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("iteration", "group", "reward", "tokens", "different"):
-        table.add_column(name, justify="right")
-    table.add_column("responses, the most frequent first", overflow="ellipsis", no_wrap=True, ratio=1)
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("responses, the most frequent first")  # alone gives way where the line is full
     span = _span(draws)
     for draw in thinned(draws, _DRAWS_SHOWN):
         tokens = sum(row["response_tokens"] for row in draw) / len(draw)
@@ -145,10 +145,10 @@ def _responses(draw: Draw, span: Span) -> "Table":
 
 
 def _counted(draw: Draw, span: Span) -> "Text":
-    """Responses on one line: `6 x 9   2 x 72`."""
+    """Responses on one line, cut off where it ends: `6 x 9   2 x 72`."""
     from rich.text import Text
 
-    text = Text()
+    text = Text(no_wrap=True, overflow="ellipsis")
     for (response, reward), count in _frequent(draw):
         text.append(f"{'   ' if text else ''}{count} x ", "dim")
         text.append(" ".join(printable(response).split()) or "(empty)", _colour(reward, span))
