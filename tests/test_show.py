@@ -210,6 +210,10 @@ def test_the_same_prompts_in_another_run(finished: Path, grpo: Grpo) -> None:
         (["--against", "x"], "artifacts/x: no such run; runs there: tiny"),
         (["--against", "x:y"], "--against x:y: expected an iteration 40, a run NAME, or NAME:40"),
         (["--against", "²"], "artifacts/²: no such run; runs there: tiny"),  # a digit, and no number
+        (
+            ["--against", "tiny:1000000000"],
+            "--against tiny:1000000000: expected an iteration 40, a run NAME, or NAME:40",
+        ),
         (["--against", "tiny:²"], "--against tiny:²: expected an iteration 40, a run NAME, or NAME:40"),
         (["--against", "5"], "--against 5: run tiny has rollouts of 0 to 1, not of 5"),
         (["--against", "tiny:7"], "--against tiny:7: run tiny has rollouts of 0 to 1, not of 7"),

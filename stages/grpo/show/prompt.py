@@ -1,5 +1,6 @@
 """show.prompt: one prompt at two moments or over a whole training: how its responses change."""
 
+import re
 from collections import Counter
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Draw = list[Row]  # the rollouts of one group
 Span = tuple[float, float]  # the lowest and the highest reward of what is shown
 _DRAWS_SHOWN = 20
+_NUMBER = re.compile("[0-9]{1,9}")  # int() refuses ², which is a digit, and thousands of digits
 
 
 def draws_of(run: Run, prompt: int) -> list[Draw]:
@@ -38,9 +40,9 @@ def draws_of(run: Run, prompt: int) -> list[Draw]:
 def moment(run: Run, iteration: int, against: str, opened: Any) -> tuple[Run, int]:
     """What `--against` names: an iteration `40`, a run at the same one `NAME`, or both `NAME:40`."""
     name, _, at = against.partition(":")
-    if against.isdecimal():  # isdigit() is true of ² too, which int() refuses
+    if _NUMBER.fullmatch(against):
         name, at = "", against
-    if not (at.isdecimal() or (name and not at and ":" not in against)):
+    if not (_NUMBER.fullmatch(at) or (name and not at and ":" not in against)):
         raise UsageError(f"--against {against}: expected an iteration 40, a run NAME, or NAME:40")
     other = opened(name) if name else run
     if other.name != run.name:
