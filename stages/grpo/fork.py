@@ -66,8 +66,9 @@ def _link_all(source: Run, staged: Run, first: int) -> list[str]:
         for number in range(first):
             for output in STAGE_OUTPUTS:
                 _link(source, staged, output, number)
-        _link_evaluations(source, staged, first)
-        return _take_over(source, staged, first)
+        taken = _take_over(source, staged, first)
+        _link_evaluations(source, staged, first, STAGES[0].name in taken)
+        return taken
     except FileNotFoundError as error:
         raise InputError(
             f"{error.filename}: gone while it was linked; `grpo verify {source.name}` says whether it is"
@@ -75,13 +76,16 @@ def _link_all(source: Run, staged: Run, first: int) -> list[str]:
         ) from None
 
 
-def _link_evaluations(source: Run, staged: Run, first: int) -> None:
-    """Link what the shared policies were measured to be. Policy `first` only as the fork would measure it."""
+def _link_evaluations(source: Run, staged: Run, first: int, sampled: bool) -> None:
+    """Link what the shared policies were measured to be.
+
+    Policy `first` only as the fork would measure it, unless it was sampled from and so is history too.
+    """
     for policy in (number for number in source.evaluations() if number <= first):
         manifest = source.manifest(EVALUATION, policy)
         if manifest is None or source.partial(manifest):
             continue
-        if policy < first or not differences_of(staged, EVALUATE, manifest):
+        if policy < first or sampled or not differences_of(staged, EVALUATE, manifest):
             _link(source, staged, EVALUATION, policy)
 
 

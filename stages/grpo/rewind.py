@@ -41,7 +41,9 @@ def finish_start_over(run: Run) -> None:
         discard(run, run.staging_root(iteration))
         discard(run, run.iteration_root(iteration))
     discard(run, run.staging_root(first))
-    if _measured_otherwise(run, first):
+    # Where its rollouts stay, how a policy was measured is history: `grpo run` does not measure it again.
+    sampled_anew = STAGES[0] in redone or run.manifest(STAGES[0].output, first) is None
+    if sampled_anew and _measured_otherwise(run, first):
         discard(run, run.folder(EVALUATE.output, first))
     for stage in reversed(redone):  # nothing stays that was made from what is gone
         discard(run, run.folder(stage.output, first))

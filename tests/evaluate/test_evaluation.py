@@ -293,6 +293,16 @@ def test_from_leaves_the_last_evaluation_where_the_policy_stays(measured: Path, 
     assert states(grpo, *new) == {0: "differs", 1: "done", 2: "done"}
 
 
+def test_from_leaves_how_a_policy_was_measured_where_its_rollouts_stay(measured: Path, grpo: Grpo) -> None:
+    before = inodes(1)
+    new = ["--set", "score.rewards[0].weight=2.0"]
+    err = succeed(grpo, "run", "--from", "1", "--yes", *new)
+    assert re.findall(r"^policy +([0-9]+) ", err, re.M) == ["2"]
+    assert inodes(1) == before
+    assert states(grpo, *new) == {0: "differs", 1: "differs", 2: "done"}
+    assert grpo("verify")[0] == 0
+
+
 def test_what_a_forced_stage_makes_stale_names_evaluations(measured: Path, grpo: Grpo) -> None:
     err = succeed(grpo, "update", "--iteration", "0", "--force")
     assert "become stale: evaluation@1, rollouts@1, rewards@1, advantages@1 and 2 more" in err
@@ -301,12 +311,17 @@ def test_what_a_forced_stage_makes_stale_names_evaluations(measured: Path, grpo:
 def test_a_fork_shares_what_the_shared_policies_were_measured_to_be(measured: Path, grpo: Grpo) -> None:
     fork = Path("artifacts/other")
     succeed(grpo, "fork", "tiny", "other", "--iteration", "1", "--set", "evaluate.pass_threshold=2.0")
-    assert [path.parent.name for path in sorted(fork.glob("*/evaluation"))] == ["iteration=000000"]
-    for path in [*fork.glob("iteration=000000/evaluation/*"), *fork.glob("eval_prompts/*")]:
+    # Policy 1 was measured in another way than the fork would, and its rollouts are shared too.
+    measured_there = [path.parent.name for path in sorted(fork.glob("*/evaluation"))]
+    assert measured_there == ["iteration=000000", "iteration=000001"]
+    for path in [*fork.glob("iteration=00000[01]/evaluation/*"), *fork.glob("eval_prompts/*")]:
         assert path.samefile(RUN / path.relative_to(fork))
     options = ["--set", "run=other", "--set", "evaluate.pass_threshold=2.0"]
     assert re.findall(r"^policy +([0-9]+) ", succeed(grpo, "run", *options), re.M) == ["2"]
     assert grpo("verify", "other")[0] == grpo("verify", "tiny")[0] == 0
+    hotter = ["--iteration", "1", "--set", "evaluate.pass_threshold=2.0", "--set", "generate.temperature=0.9"]
+    succeed(grpo, "fork", "tiny", "hotter", *hotter)  # samples policy 1 anew, and so measures it anew
+    assert not Path("artifacts/hotter/iteration=000001").exists()
     succeed(grpo, "fork", "tiny", "same")
     assert len(list(Path("artifacts/same").glob("*/evaluation"))) == 3
     assert "nothing to do" in succeed(grpo, "run", "--set", "run=same")

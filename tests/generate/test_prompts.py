@@ -134,6 +134,11 @@ def test_a_column_that_is_named_and_that_no_row_has_is_refused(tmp_path: Path, k
     assert message == f"prompts.source: p.jsonl: no column total; found {found} (prompts.columns.{key})"
 
 
+def test_a_file_without_rows_is_said_as_such_whatever_columns_are_named(tmp_path: Path) -> None:
+    message = refused(tmp_path, lambda: table(tmp_path, columns={"prompt": "question"}))
+    assert message == "prompts.source: p.jsonl: holds no prompt that can be used"
+
+
 def test_columns_that_sql_does_not_tell_apart_are_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "Level": 1}, {"prompt": "b", "level": 2}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))

@@ -226,7 +226,7 @@ def normalised(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]
     for prompt_id, (place, row) in enumerate(read_rows(config, folder)):
         found |= dict.fromkeys(row)
         yield place, {"prompt_id": prompt_id, **_normalise(place, row, config)}
-    if absent := [key for key, name in named.items() if name not in found]:
+    if found and (absent := [key for key, name in named.items() if name not in found]):
         raise DataError(
             f"prompts.source: {config.source}: no column {named[absent[0]]}; found {', '.join(found)}"
             f" (prompts.columns.{absent[0]})"
