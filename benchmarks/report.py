@@ -30,7 +30,7 @@ from grpo import tables
 from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, files, id_of
 from grpo.config import Config
 from grpo.console import Console
-from grpo.start import run_json
+from grpo.pipeline.prepare import run_json
 
 CORPUS = Path(__file__).parents[1] / "tests" / "data" / "gsm8k" / "train.jsonl"
 ITERATIONS, GROUPS, SAMPLES, PROMPTS = 60, 32, 16, 1000

@@ -58,7 +58,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    from grpo import starter
+    from grpo.models import starter_model as starter
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = starter.build_tokenizer()
@@ -96,7 +96,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def starter_model(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """The starter model, trained once for all workers; read it only."""
-    from grpo import starter
+    from grpo.models import starter_model as starter
 
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "starter" / "tiny-arithmetic"

@@ -17,17 +17,19 @@ from tests import tiny
 from tests.conftest import NewTally
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
-from grpo import start, starter, tables
+from grpo import tables
 from grpo.artifacts import Manifest, Plan, Run, Staging, choose_attempt
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import DataError, InputError, Interrupted, UsageError
 from grpo.generate import stage
-from grpo.generate.engine import Engine, Group, Request, Sample, Sampling, group_seed
-from grpo.generate.prompts import draw
+from grpo.generate.engines.protocol import Engine, Group, Request, Sample, Sampling, group_seed
+from grpo.models import starter_model
+from grpo.pipeline import prepare
+from grpo.prompts.table import draw
 
 EOS_IDS = [
-    starter.build_tokenizer().eos_token_id,
+    starter_model.build_tokenizer().eos_token_id,
     *range(0, 250, 8),
 ]  # many, so that some responses end early
 VOCABULARY = 258
@@ -56,7 +58,7 @@ def write_checkpoint(path: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)  # far from uniform
     model.generation_config.eos_token_id = EOS_IDS
     model.save_pretrained(path)
-    starter.build_tokenizer().save_pretrained(path)
+    starter_model.build_tokenizer().save_pretrained(path)
     return path
 
 
@@ -83,7 +85,7 @@ def opened(
         "score": {"rewards": [{"function": "exact_answer"}]},
     }
     run = Run(folder / "artifacts", Config.model_validate(config), folder, Console(quiet=True))
-    start.prepare(run)
+    prepare.prepare(run)
     return run
 
 

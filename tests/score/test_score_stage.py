@@ -18,15 +18,17 @@ import torch
 from tests import tiny
 from transformers import Qwen2ForSequenceClassification
 
-from grpo import commands, starter, tables
+from grpo import tables
 from grpo.artifacts import Manifest, Plan, Run, Staging, files, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import EngineError, GrpoError, InputError, Interrupted, UsageError
-from grpo.generate import prompts as prompts_module
 from grpo.generate import stage as generate
+from grpo.models import starter_model
+from grpo.pipeline import work
+from grpo.prompts import table as prompts_module
 from grpo.score import stage
-from grpo.score.rewards import gsm8k
+from grpo.score.functions.built_in import gsm8k
 
 K = 2
 # Two groups a shard, three groups: shards of 4 and 2 rollouts.
@@ -168,7 +170,7 @@ def rollouts_table(places: Sequence[tuple[int, int]]) -> pa.Table:
 
 def scored(run: Run, force: bool = False) -> Manifest:
     """`grpo score --iteration 0`."""
-    commands.run_stage(run, "score", "0", force)
+    work.run_stage(run, "score", "0", force)
     manifest = run.manifest("rewards", 0)
     assert manifest is not None
     return manifest
@@ -505,7 +507,7 @@ def test_advantage_refuses_a_partial_output(tmp_path: Path) -> None:
     run = opened(tmp_path, reward("fails_on_words"))
     failed(run)
     with pytest.raises(GrpoError) as caught:
-        commands.run_stage(run, "advantage", "0", force=False)
+        work.run_stage(run, "advantage", "0", force=False)
     assert caught.value.exit_code == 4
     assert run.manifest("advantages", 0) is None
 
@@ -518,11 +520,11 @@ def write_classifier(folder: Path, seed: int = 0) -> Callable[[str], float]:
     torch.manual_seed(seed)
     model = Qwen2ForSequenceClassification(tiny.qwen2(num_labels=1)).eval()
     model.save_pretrained(folder)
-    starter.build_tokenizer().save_pretrained(folder)
+    starter_model.build_tokenizer().save_pretrained(folder)
 
     def value(text: str) -> float:
         # <|endoftext|> is token 256; everything else is bytes.
-        before, *after = text.split(starter.EOS)
+        before, *after = text.split(starter_model.EOS)
         token_ids = list(before.encode()) + [t for part in after for t in (256, *part.encode())]
         with torch.inference_mode():
             return float(model(input_ids=torch.tensor([token_ids])).logits[0, 0])
@@ -532,7 +534,7 @@ def write_classifier(folder: Path, seed: int = 0) -> Callable[[str], float]:
 
 def shown(prompt: str, response: str, system: str = "") -> str:
     """A finished conversation, as the starter's chat template writes it."""
-    return f"{system}user: {prompt}\nassistant: {response}{starter.EOS}\n"
+    return f"{system}user: {prompt}\nassistant: {response}{starter_model.EOS}\n"
 
 
 @pytest.mark.parametrize("chat", [False, True])

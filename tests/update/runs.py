@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow as pa
 from tests.update.examples import MAX_NEW_TOKENS
 
-from grpo import probe, tables
+from grpo import tables
 from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
-from grpo.model import load_model
+from grpo.models import weight_check
+from grpo.models.loading import load_model
 from grpo.update import stage
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner
@@ -28,8 +29,10 @@ def commit_table(
 def make_run(root: Path, config: Config, policy: Path, reference: Path) -> Run:
     run = Run(root, config, root, Console(quiet=True))
     staging = Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0)
-    sequences = probe.probe_sequences([range(10)], context=None)
-    record = staging.write_bytes("", probe.FILE, probe.measure(load_model(policy, "cpu"), sequences).encode())
+    sequences = weight_check.probe_sequences([range(10)], context=None)
+    record = staging.write_bytes(
+        "", weight_check.FILE, weight_check.measure(load_model(policy, "cpu"), sequences).encode()
+    )
     staging.commit({"policy": "start", "reference": "reference"}, [record], {})
     staging = Staging(run, Plan("prompts", 1, "prompts", None, {}, {}), 0)
     staging.commit({"prompts": "prompts"}, [], {"longest_prompt_tokens": 6})

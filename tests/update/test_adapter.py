@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3MoeConfig
 
 from grpo.errors import CorruptError, EngineError, InputError, UsageError
-from grpo.model import load_model
+from grpo.models.loading import load_model
 from grpo.update import adapter as room
 from grpo.update.adapter import (
     adapter_files,

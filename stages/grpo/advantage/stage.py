@@ -15,7 +15,7 @@ from grpo import sql, tables
 from grpo.artifacts import Manifest, Plan, Run, Staging, id_of, lacking
 from grpo.artifacts.files import sha256_of
 from grpo.errors import DataError, InputError, UsageError
-from grpo.judged import create_judged
+from grpo.sql.scored import create_judged
 
 NAME = "advantage"
 OUTPUT = "advantages"

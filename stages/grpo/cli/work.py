@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from grpo.cli.entry import app
-from grpo.cli.opening import (
+from grpo.cli.options import (
     CONFIG,
     ConfigOption,
     JsonOption,
@@ -35,17 +35,17 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Every iteration, resuming by itself: what is complete is not done again."""
-    from grpo import commands
+    from grpo.pipeline import work
 
     if yes and from_ is None:
         raise UsageError("--yes: says yes to what `--from N` asks; give both or neither")
     if dry_run:
         if from_ is not None:
             raise UsageError("--dry-run: --from N says itself what it will do, and asks; give one of them")
-        commands.dry_run(configured(config, set_, as_json))
+        work.dry_run(configured(config, set_, as_json))
         return
     with working(config, set_, as_json) as opened:
-        result = commands.run(opened, until, from_, yes)
+        result = work.run(opened, until, from_, yes)
     if as_json:
         print_json(result)
 
@@ -63,23 +63,23 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
-    from grpo import commands
-    from grpo.evaluate import report
+    from grpo.inspect import evaluations
+    from grpo.pipeline import work
 
     if checkpoint and (policy is not None or force):
         raise UsageError("eval: a checkpoint is measured from nothing; leave out --policy and --force")
-    commands.check_eval_out(out)
+    work.check_eval_out(out)
     if checkpoint:
-        with locked(commands.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:
-            found, what = commands.evaluate_checkpoint(opened, out), checkpoint
+        with locked(work.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:
+            found, what = work.evaluate_checkpoint(opened, out), checkpoint
     else:
         with working(config, set_, as_json) as opened:
-            found = {"run": opened.name, **commands.evaluate(opened, policy, force, out)}
+            found = {"run": opened.name, **work.evaluate(opened, policy, force, out)}
             what = f"policy {found['policy']} of run {opened.name}"
     if as_json:
         print_json(found)
     else:
-        report.print_evaluation(what, found)
+        evaluations.print_evaluation(what, found)
 
 
 def _stage_command(name: str, summary: str) -> None:
@@ -90,10 +90,10 @@ def _stage_command(name: str, summary: str) -> None:
         force: ForceOption = False,
         as_json: JsonOption = False,
     ) -> None:
-        from grpo import commands
+        from grpo.pipeline import work
 
         with working(config, set_, as_json) as opened:
-            result = commands.run_stage(opened, name, iteration, force)
+            result = work.run_stage(opened, name, iteration, force)
         if as_json:
             print_json(result)
 
@@ -120,14 +120,14 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: rollouts + prompts -> rewards."""
-    from grpo import commands
+    from grpo.pipeline import work
 
     if force and only_failed:
         raise UsageError(
             "--only-failed: keeps what did not fail, and --force keeps nothing; give one of them"
         )
     with working(config, set_, as_json) as opened:
-        result = commands.run_stage(opened, "score", iteration, force, only_failed)
+        result = work.run_stage(opened, "score", iteration, force, only_failed)
     if as_json:
         print_json(result)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from grpo import sql
 from grpo.artifacts import Run
 from grpo.errors import DataError, UsageError
-from grpo.generate.prompts import draw
+from grpo.prompts.table import draw
 
 KEY = "generate.prompts_sql"
 _PAST = ("rollouts", "rewards", "advantages")

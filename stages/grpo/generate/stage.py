@@ -13,11 +13,8 @@ from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
 from grpo.artifacts.files import sha256_of
 from grpo.config import GenerateConfig
 from grpo.errors import UsageError
-from grpo.generate.chat import chat_of
-from grpo.generate.engine import Engine
-from grpo.generate.engine_choice import choose_engine, default_dtype
-from grpo.generate.handover import Handover
-from grpo.generate.prompts import HELD_OUT
+from grpo.generate.engines.choice import choose_engine, default_dtype
+from grpo.generate.engines.protocol import Engine
 from grpo.generate.rounds import (
     all_shards,
     another_round,
@@ -37,7 +34,10 @@ from grpo.generate.sampling import (
     shard_names,
 )
 from grpo.generate.selection import KEY, past_tables, select
-from grpo.probe import LENGTH
+from grpo.generate.weight_sync import Handover
+from grpo.models.weight_check import LENGTH
+from grpo.prompts.chat import chat_of
+from grpo.prompts.table import HELD_OUT
 
 NAME = "generate"
 OUTPUT = "rollouts"
@@ -77,7 +77,7 @@ def described(config: GenerateConfig) -> dict[str, Any]:
 @contextmanager
 def open_tool(run: Run) -> Iterator[Sampler]:
     """Choose the engine; it is opened when the first iteration needs it."""
-    from grpo.model import best_device, context_length, load_config, load_tokenizer
+    from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 
     name, why = choose_engine(run.config.generate.engine)
     if name != "vllm" and (truncated := run.config.generate.truncation()):
@@ -121,10 +121,10 @@ def make_engine(
     Raises EngineError or UsageError where vLLM is not what is needed, or not given what it knows.
     """
     if name == "transformers":
-        from grpo.generate.transformers_engine import TransformersEngine
+        from grpo.generate.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(device, config.max_rows_per_batch)
-    from grpo.generate.vllm_engine import VllmEngine
+    from grpo.generate.engines.vllm_engine import VllmEngine
 
     # A probe is scored by sampling one token behind it.
     needed = max(longest_prompt + config.max_new_tokens, LENGTH + 1)

@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from grpo.artifacts import Run
 from grpo.config import RewardConfig
-from grpo.score.call import FunctionSpec, GroupCall
-from grpo.score.completion import Judgement
-from grpo.score.functions import FunctionPool
-from grpo.score.judge import Judge
+from grpo.score.functions.call import FunctionSpec, GroupCall
+from grpo.score.functions.pool import FunctionPool
+from grpo.score.judge.client import Judge
+from grpo.score.judge.completion import Judgement
+from grpo.score.judge.rubric import check_placeholders, question, read_rubric, read_score
 from grpo.score.outcome import Outcome
-from grpo.score.rubric import check_placeholders, question, read_rubric, read_score
 
 if TYPE_CHECKING:
     from grpo.score.reward_model import RewardModel
@@ -81,7 +81,7 @@ def _open_models(run: Run) -> "dict[str, RewardModel]":
     rewards = [reward for reward in run.config.score.rewards if reward.model is not None]
     if not rewards:
         return {}
-    from grpo.model import best_device
+    from grpo.models.loading import best_device
     from grpo.score.reward_model import RewardModel
 
     return {

@@ -17,8 +17,9 @@ from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
 from grpo.config import RewardConfig
 from grpo.errors import EngineError
-from grpo.score import judgements, scorers
-from grpo.score.functions import source_sha256
+from grpo.score import scorers
+from grpo.score.functions.pool import source_sha256
+from grpo.score.judge import answers as judgements
 from grpo.score.outcome import Outcome
 from grpo.score.scorers import Key, Rollout, Scorers
 from grpo.score.shard import STAGE_VERSION, Shard, Work, configured, rows_of, shard_of

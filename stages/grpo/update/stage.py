@@ -59,7 +59,7 @@ def plan(run: Run, iteration: int) -> Plan:
 @contextmanager
 def open_tool(run: Run) -> "Iterator[Learner]":
     """The learner, with nothing loaded yet."""
-    from grpo.model import best_device
+    from grpo.models.loading import best_device
     from grpo.update.learner import Learner
 
     yield Learner(run.config.update, best_device(), run.config.seed)
