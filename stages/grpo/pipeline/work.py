@@ -12,13 +12,13 @@ from grpo.artifacts.files import remove_folder
 from grpo.cli.ranges import parse_range
 from grpo.config import flatten
 from grpo.errors import InputError, UsageError
-from grpo.evaluate import stage as evaluation
+from grpo.evaluate import plan as evaluation
 from grpo.generate.engines.choice import gpu_is_there
 from grpo.inspect import evaluations as report
 from grpo.inspect import query, status, track
 from grpo.pipeline import prepare, restart, runner, states
-from grpo.pipeline.stages import EVALUATE, STAGES, Stage, Tools, perform
-from grpo.score import stage as score
+from grpo.pipeline.resources import Resources
+from grpo.pipeline.stages import BY_NAME, EVALUATE, Stage, perform
 
 
 def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def run_stage(
 
     only_failed: of `score`, the rows that failed, and nothing else.
     """
-    [stage] = [stage for stage in STAGES if stage.name == name]
+    stage = BY_NAME[name]
     results = []
     iterations = (
         _failed_iterations(opened, stage, wanted) if only_failed else _iterations(opened, stage, wanted)
@@ -103,12 +103,12 @@ def run_stage(
         raise UsageError(f"{name} --force: nothing is missing; say which to do again with --iteration N")
     elif not iterations:
         opened.console.say(f"{name}: nothing to do; --iteration N and --force do it again")
-    with Tools(opened) as tools:
+    with Resources(opened) as resources:
         for iteration in iterations:
             before = opened.manifest(stage.output, iteration)
             if before is not None:
                 _check_replace(opened, stage, before, force, only_failed)
-            manifest = perform(opened, stage, iteration, tools, force, only_failed)
+            manifest = perform(opened, stage, iteration, resources, force, only_failed)
             done = before is None or manifest.fingerprint != before.fingerprint
             rows, judgements = _rows_of(manifest)
             text = f"{rows} rows{f', {judgements} judgements' if judgements else ''}"
@@ -159,10 +159,10 @@ def evaluate(opened: Run, policy: int | None, force: bool, out: Path | None) -> 
     before = opened.manifest(evaluation.OUTPUT, number)
     if before is not None:
         _check_replace(opened, EVALUATE, before, force, only_failed=False)
-    with Tools(opened) as tools:
+    with Resources(opened) as resources:
         if force or before is None or not evaluation.plan(opened, number).same_as(before):
-            evaluation.check(opened, tools.borrow(score.NAME))
-        perform(opened, EVALUATE, number, tools, force)
+            EVALUATE.load().check(opened, number, resources.borrow)
+        perform(opened, EVALUATE, number, resources, force)
     if out is not None:
         rows = "select * from eval_samples where iteration = $policy order by group_id, sample_id"
         query.write(sql.read([opened], rows, {"policy": number}), out)
