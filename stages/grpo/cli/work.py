@@ -35,6 +35,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Every iteration, resuming by itself: what is complete is not done again."""
+    from grpo.inspect import evaluations, log
     from grpo.pipeline import work
 
     if yes and from_ is None:
@@ -44,10 +45,17 @@ def run(
             raise UsageError("--dry-run: --from N says itself what it will do, and asks; give one of them")
         work.dry_run(configured(config, set_, as_json))
         return
+    if until is not None and until < 0:
+        raise UsageError(f"--until {until}: expected a number of iterations, 0 or more")
     with working(config, set_, as_json) as opened:
-        result = work.run(opened, until, from_, yes)
+        until = opened.config.iterations if until is None else until
+        if from_ is not None:
+            work.restart_from(opened, from_, yes)
+        with log.reporting(opened, until) as (iteration, policy):
+            worked = work.run(opened, until, iteration, policy)
+        found = [evaluations.numbers_of(opened, policy) for policy in opened.evaluations()]
     if as_json:
-        print_json(result)
+        print_json({"run": opened.name, "iterations": until, "worked": worked, "evaluations": found})
 
 
 @app.command("eval")
@@ -63,19 +71,25 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
+    from grpo.artifacts import files
     from grpo.inspect import evaluations
-    from grpo.pipeline import work
+    from grpo.pipeline import prepare, work
 
     if checkpoint and (policy is not None or force):
         raise UsageError("eval: a checkpoint is measured from nothing; leave out --policy and --force")
-    work.check_eval_out(out)
+    evaluations.check_out(out)
     if checkpoint:
         with locked(work.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:
-            found, what = work.evaluate_checkpoint(opened, out), checkpoint
+            prepare.prepare(opened)
+            work.evaluate(opened, None, False)
+            what, found = checkpoint, {"checkpoint": opened.config.model}
+            found |= evaluations.delivered(opened, 0, out)
+            files.remove_folder(opened.path)
     else:
         with working(config, set_, as_json) as opened:
-            found = {"run": opened.name, **work.evaluate(opened, policy, force, out)}
-            what = f"policy {found['policy']} of run {opened.name}"
+            policy = work.evaluate(opened, policy, force)
+            found = {"run": opened.name, **evaluations.delivered(opened, policy, out)}
+            what = f"policy {policy} of run {opened.name}"
     if as_json:
         print_json(found)
     else:
