@@ -1,11 +1,11 @@
 """cli.work: the commands that train: a whole run, or one stage of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from grpo.cli.entry import app
 from grpo.cli.options import (
     CONFIG,
     ConfigOption,
@@ -22,7 +22,6 @@ StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all
 ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, also where nothing is missing.")]
 
 
-@app.command()
 def run(
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
@@ -58,7 +57,6 @@ def run(
         print_json({"run": opened.name, "iterations": until, "worked": worked, "evaluations": found})
 
 
-@app.command("eval")
 def evaluate(
     checkpoint: Annotated[
         str, typer.Argument(help="A checkpoint directory; none: a policy of the run.")
@@ -96,7 +94,7 @@ def evaluate(
         evaluations.print_evaluation(what, found)
 
 
-def _stage_command(name: str, summary: str) -> None:
+def _stage_command(name: str, summary: str) -> Callable[..., None]:
     def command(
         config: ConfigOption = CONFIG,
         set_: SetOption = [],  # noqa: B006
@@ -112,13 +110,12 @@ def _stage_command(name: str, summary: str) -> None:
             print_json(result)
 
     command.__doc__ = summary
-    app.command(name)(command)
+    return command
 
 
-_stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
+generate = _stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
 
 
-@app.command()
 def score(
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006
@@ -146,5 +143,5 @@ def score(
         print_json(result)
 
 
-_stage_command("advantage", "Stage 3: rollouts + rewards -> advantages.")
-_stage_command("update", "Stage 4: policy + rollouts + advantages -> next policy.")
+advantage = _stage_command("advantage", "Stage 3: rollouts + rewards -> advantages.")
+update = _stage_command("update", "Stage 4: policy + rollouts + advantages -> next policy.")
