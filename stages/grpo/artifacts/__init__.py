@@ -13,7 +13,7 @@ from grpo.artifacts.layout import (
 )
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, read_manifest, seal
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
-from grpo.artifacts.retention import droppable, is_kept, prune
+from grpo.artifacts.retention import droppable, is_kept, prune, prune_behind
 from grpo.artifacts.run import (
     ARTIFACTS,
     PRUNED,
@@ -74,6 +74,7 @@ __all__ = [
     "num_rounds",
     "open_run",
     "prune",
+    "prune_behind",
     "read_json",
     "read_manifest",
     "read_sealed",

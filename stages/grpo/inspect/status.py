@@ -15,7 +15,11 @@ _STYLES = {"done": "green", "partial": "yellow", "stale": "red", "changed": "yel
 
 def describe(run: Run) -> dict[str, Any]:
     """Everything `grpo status` shows, as plain data: the run's configuration decides what differs."""
-    present = states(run)
+    with run.steady():
+        return _described(run, states(run))
+
+
+def _described(run: Run, present: dict[int, dict[str, State]]) -> dict[str, Any]:
     return {
         "run": run.name,
         "iterations": [_describe_iteration(run, number, by_stage) for number, by_stage in present.items()],

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.artifacts import Manifest, Plan, Product, Run, Staging, id_of, prune
+from grpo.artifacts import Manifest, Plan, Product, Run, Staging, id_of, prune_behind
 from grpo.errors import InputError
 from grpo.update.outputs import (
     summary_of,
@@ -62,7 +62,8 @@ def release(learner: "Learner") -> None:
 def after(run: Run, manifest: Manifest, learner: "Learner") -> None:
     """What is in memory is what was just committed; checkpoints that are no longer kept go."""
     learner.holds = (manifest.ids["policy"], manifest.ids["optimizer"])
-    prune(run)
+    assert manifest.iteration is not None
+    prune_behind(run, manifest.iteration)
 
 
 def produce(run: Run, iteration: int, staging: Staging, learner: "Learner") -> Product:
