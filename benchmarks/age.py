@@ -102,8 +102,8 @@ def main() -> None:
         middle = statistics.median(seconds)
         print(f"iteration {age:>5}  {middle:.3f}  (ratio {middle / first:.2f})")
     print(f"CPU seconds beyond imports at {OLD} iterations, median of {NUM_TRIES}")
-    for text, seconds in commands.items():
-        print(f"{text:<42}  {seconds:.3f}")
+    for text, beyond in commands.items():
+        print(f"{text:<42}  {beyond:.3f}")
 
 
 def _write_project(folder: Path) -> None:

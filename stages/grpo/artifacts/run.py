@@ -4,6 +4,7 @@ Readers take no lock and trust only manifests: file lists come from them, sizes 
 opened and its sha256 when a stage reads it.
 """
 
+import gc
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,11 +64,17 @@ class Run:
 
         For a look over all iterations, in which nothing is committed.
         """
-        outer, self._seen = self._seen, {} if self._seen is None else self._seen
+        if self._seen is not None:
+            yield
+            return
+        self._seen, collecting = {}, gc.isenabled()
+        gc.disable()  # all that is read is kept to the end: walking it again and again doubles the time
         try:
             yield
         finally:
-            self._seen = outer
+            self._seen = None
+            if collecting:
+                gc.enable()
 
     def once(self, key: Hashable, look: Callable[[], _Found]) -> _Found:
         """What `look` finds: within steady(), what it found the first time."""
