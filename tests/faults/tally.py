@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-TABLE = os.environ.get(
-    "GRPO_LONG", ""
-)  # `make test-long`: every point, and the table of counts goes to this file
+Extent = TypeVar("Extent")
+
+# How much is tried: by `make test` one point of each kind; by `make test-faults` a sample of all points, with
+# GRPO_FAULTS=sampled; by `make test-long` every point, and GRPO_LONG names the file for the table of counts.
+TABLE = os.environ.get("GRPO_LONG", "")
 LONG = bool(TABLE)
+SAMPLED = LONG or bool(os.environ.get("GRPO_FAULTS"))
+if os.environ.get("GRPO_FAULTS", "") not in ("", "sampled"):
+    raise ValueError(f"GRPO_FAULTS={os.environ['GRPO_FAULTS']}: expected sampled, or nothing")
 _PROPERTY = "fault"
 _HEADER = ("fault", "where", "there are", "tried", "held")
 
@@ -29,6 +34,11 @@ class Tally:
         self._row["tried"] += count
         yield
         self._row["held"] += count
+
+
+def extent(one: Extent, sampled: Extent, full: Extent) -> Extent:
+    """What `make test`, `make test-faults` and `make test-long` try."""
+    return full if LONG else sampled if SAMPLED else one
 
 
 def chosen(count: int, every: int) -> list[int]:

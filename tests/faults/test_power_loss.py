@@ -16,14 +16,14 @@ import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
 from tests.faults.disk import Disk
-from tests.faults.tally import chosen
+from tests.faults.tally import chosen, extent
 
-pytestmark = pytest.mark.slow
-SCENARIOS = ("run", "next", "from 0", "prune", "gc", "fork")
+pytestmark = [pytest.mark.slow, pytest.mark.sampled]
+ALL = ("run", "next", "from 0", "prune", "gc", "fork")
 NEVER_PRUNED = ["--set", "checkpoints.keep_last=null"]  # pruned.json alone says that something was
 
 
-@pytest.fixture(params=SCENARIOS)
+@pytest.fixture(params=extent(("run",), ALL, ALL))
 def scenario(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -151,7 +151,7 @@ def test_every_sync_is_needed(
 ) -> None:
     """Each sync in turn does nothing, in all commands: then some failure of one does damage."""
     trials = []
-    for name in SCENARIOS:
+    for name in ALL:
         (tmp_path / name).mkdir()
         start = crash.begun(name, write_project, complete, tmp_path / name / "start")
         trials.append(Trial(name, start, tmp_path / name))

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
-from tests.faults.tally import LONG
+from tests.faults.tally import extent
 
-pytestmark = pytest.mark.slow
-RACES = 200 if LONG else 8
-QUERIES = 5_000 if LONG else 60
+pytestmark = [pytest.mark.slow, pytest.mark.sampled]
+RACES = extent(2, 8, 200)
+QUERIES = extent(40, 60, 5_000)
 
 
 @pytest.mark.parametrize("other", [["run"], ["generate", "--iteration", "0"]], ids=["run", "generate"])
