@@ -27,11 +27,12 @@ from machine import describe
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from grpo import runner, start, starter
 from grpo.artifacts import Run
 from grpo.config import Config
 from grpo.console import Console
-from grpo.model import load_model
+from grpo.models import starter_model
+from grpo.models.loading import load_model
+from grpo.pipeline import prepare, runner
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -111,14 +112,14 @@ def rows_of() -> tuple[list[Row], list[Row], list[Row]]:
 
 def train(folder: Path, rows: Sequence[Row]) -> None:
     """A starter model that gives each prompt its two answers with their shares."""
-    tokenizer = starter.build_tokenizer()
+    tokenizer = starter_model.build_tokenizer()
     answers = [
         (row[0], text, share) for row in rows for text, share in ((row[1], row[3]), (row[2], 1 - row[3]))
     ]
     ids_AT, labels_AT = encoded(tokenizer, [(prompt, text) for prompt, text, _ in answers])
     share_A = torch.tensor([share for _, _, share in answers])
     torch.manual_seed(0)
-    model = starter._untrained(tokenizer)
+    model = starter_model._untrained(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=TRAINING_STEPS, pct_start=0.1)
     for _ in range(TRAINING_STEPS):
@@ -146,14 +147,16 @@ def encoded(
     for p, a in zip(prompts, answers, strict=True):
         padding = longest - len(p) - len(a)
         ids.append(p + a + [tokenizer.pad_token_id] * padding)
-        labels.append([starter.IGNORED] * len(p) + a + [starter.IGNORED] * padding)
+        labels.append([starter_model.IGNORED] * len(p) + a + [starter_model.IGNORED] * padding)
     return torch.tensor(ids), torch.tensor(labels)
 
 
 def negative_logprobs(model: Any, ids_AT: torch.Tensor, labels_AT: torch.Tensor) -> torch.Tensor:
     """-log p(answer | prompt) of each pair."""
     logits_AVT = model(input_ids=ids_AT[:, :-1]).logits.transpose(1, 2)
-    loss_AT = cross_entropy(logits_AVT, labels_AT[:, 1:], ignore_index=starter.IGNORED, reduction="none")
+    loss_AT = cross_entropy(
+        logits_AVT, labels_AT[:, 1:], ignore_index=starter_model.IGNORED, reduction="none"
+    )
     return loss_AT.sum(dim=1)
 
 
@@ -189,7 +192,7 @@ def measured(folder: Path, arm: str, rate: float, seed: int, products: tuple[lis
             raise Enough
 
     with run.lock():
-        start.prepare(run)
+        prepare.prepare(run)
         try:
             runner.run_iterations(run, config.iterations, note, lambda _: None)
         except Enough:
@@ -200,7 +203,7 @@ def measured(folder: Path, arm: str, rate: float, seed: int, products: tuple[lis
 @torch.no_grad()
 def accuracy(policy: Path, products: tuple[list[Row], list[Row]]) -> tuple[float, float]:
     """Mean probability of the right answer, by measure."""
-    model, tokenizer = load_model(policy, "cpu"), starter.build_tokenizer()
+    model, tokenizer = load_model(policy, "cpu"), starter_model.build_tokenizer()
     both = (encoded(tokenizer, [(row[0], row[1]) for row in rows]) for rows in products)
     prompted, held_out = (float((-negative_logprobs(model, *pair)).exp().mean()) for pair in both)
     return prompted, held_out

@@ -22,17 +22,20 @@ from typing import Any
 import generate_builtin
 from machine import describe
 
-from grpo import start, starter
 from grpo.artifacts import Run, Staging
 from grpo.config import Config
 from grpo.console import Console
 from grpo.generate import stage
-from grpo.generate.chat import Chat
-from grpo.generate.engine import group_seed
-from grpo.generate.prompts import draw, encode
+from grpo.generate.engines.protocol import group_seed
+from grpo.generate.plan import plan as planned
 from grpo.generate.sampling import Sampler
-from grpo.model import eos_token_ids
-from grpo.probe import measure, read_probe
+from grpo.models import starter_model
+from grpo.models.loading import eos_token_ids
+from grpo.models.weight_check import measure, read_probe
+from grpo.pipeline import prepare
+from grpo.pipeline.stages import GENERATE, make
+from grpo.prompts.chat import Chat
+from grpo.prompts.table import draw, encode
 
 ROUNDS = 15
 K = 8
@@ -43,10 +46,10 @@ def main() -> None:
     print(f"{describe()}, OMP_NUM_THREADS {threads}; medians of {ROUNDS} interleaved rounds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        starter.ensure(folder / "starter", lambda line: None)
+        starter_model.ensure(folder / "starter", lambda line: None)
         large = folder / "qwen2"
         generate_builtin.write_qwen2(large)
-        starter.build_tokenizer().save_pretrained(large)
+        starter_model.build_tokenizer().save_pretrained(large)
         print("\nvLLM: the generate stage against LLM.generate on the same engine (tokens/s)")
         for title, model, options in (
             ("starter 0.4M, 256 prompts, 8 tokens", folder / "starter", {"max_new_tokens": 8}),
@@ -75,17 +78,17 @@ def open_run(folder: Path, name: str, model: Path, options: dict[str, Any]) -> R
         }
     )
     run = Run(folder / "artifacts", config, folder, Console(quiet=True))
-    start.prepare(run)
+    prepare.prepare(run)
     return run
 
 
 def compare_stage(folder: Path, title: str, model: Path, options: dict[str, Any]) -> None:
     run = open_run(folder, title.partition(" ")[0], model, options)
-    with stage.open_tool(run) as tool:
+    with stage.open_resource(run) as tool:
         attempts = iter(range(10**6))
 
         def ours() -> int:
-            manifest = stage.run(run, 0, Staging(run, stage.plan(run, 0), next(attempts)), tool)
+            manifest = make(run, GENERATE, Staging(run, planned(run, 0), next(attempts)), tool)
             return int(manifest.summary["response_tokens"])
 
         ours()  # opens the engine
@@ -136,7 +139,7 @@ def compare_handover(folder: Path, model: Path) -> None:
     """Two policies in turn; a bare reload for the one, the handover for the other."""
     import torch
 
-    from grpo.model import load_model
+    from grpo.models.loading import load_model
     from grpo.update.checkpoint import policy_files
 
     run = open_run(folder, "handover", model, {"max_new_tokens": 8})
@@ -150,8 +153,8 @@ def compare_handover(folder: Path, model: Path) -> None:
         (other / name).write_bytes(b"".join(content))
     sequences = read_probe(run.probe_path(0)).sequences
     policies = [(path, measure(load_model(path, "cpu"), sequences)) for path in (other, model)]
-    with stage.open_tool(run) as tool:
-        stage.run(run, 0, Staging(run, stage.plan(run, 0), 0), tool)
+    with stage.open_resource(run) as tool:
+        make(run, GENERATE, Staging(run, planned(run, 0), 0), tool)
         raw = raw_generate(run, tool)
         llm: Any = tool.engine._llm  # type: ignore[attr-defined]
         seconds: dict[str, list[float]] = {"handover": [], "bare reload": []}

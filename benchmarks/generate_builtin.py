@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from grpo import starter
-from grpo.generate import arithmetic
-from grpo.generate.engine import Request, Sampling, group_seed
-from grpo.generate.transformers_engine import TransformersEngine
-from grpo.model import eos_token_ids, load_model
+from grpo.generate.engines.protocol import Request, Sampling, group_seed
+from grpo.generate.engines.transformers_engine import TransformersEngine
+from grpo.models import starter_model
+from grpo.models.loading import eos_token_ids, load_model
+from grpo.prompts import arithmetic
 
 NUM_SAMPLES = 8
 VOCABULARY = 258  # of both models, and the starter's padding is its last token
@@ -79,7 +79,7 @@ def main() -> None:
 
 def cases(folder: Path) -> list[Case]:
     small, large = folder / "starter", folder / "qwen2"
-    starter.ensure(small, lambda _: None)
+    starter_model.ensure(small, lambda _: None)
     write_qwen2(large)
     tokenizer = AutoTokenizer.from_pretrained(small)
     sums = [tokenizer.encode(row["prompt"]) for row in arithmetic.training_rows()]

@@ -76,7 +76,7 @@ def in_process(way: str, num_tokens: int) -> tuple[float, float]:
 def measure(way: str, num_tokens: int) -> None:
     import torch
 
-    from grpo.head import Head, head_logprobs
+    from grpo.models.head import Head, head_logprobs
 
     # If memory runs out after all, it is this process that ends.
     Path("/proc/self/oom_score_adj").write_text("1000")

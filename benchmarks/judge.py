@@ -18,8 +18,8 @@ from pathlib import Path
 
 from machine import describe
 from process import GRPO, answer
-from tests.score import vllm_server
-from tests.score.endpoint import Endpoint, now_and_then, passes_on, serve
+from tests.score.judge import vllm_server
+from tests.score.judge.endpoint import Endpoint, now_and_then, passes_on, serve
 
 PROMPTS, SAMPLES, SHARE = 125, 4, 0.1
 AGAIN = ("score", "--iteration", "0", "--force")

@@ -18,11 +18,11 @@ from pathlib import Path
 from machine import describe
 from process import GRPO, answer
 
-from grpo import report
 from grpo.artifacts import Run
 from grpo.config import load
 from grpo.console import Console
-from grpo.report.picture import picture
+from grpo.inspect import report
+from grpo.inspect.report.picture import picture
 
 ROOT = Path(__file__).parents[1]
 PARTS = "select stage, part, seconds from timings where iteration is not null"

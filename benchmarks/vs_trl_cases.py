@@ -15,7 +15,7 @@ from typing import Any
 from generate_builtin import PAD_ID, VOCABULARY, write_qwen2
 from transformers import GenerationConfig
 
-from grpo import starter
+from grpo.models import starter_model
 
 K = 8
 LEARNING_RATE = 1e-6  # TRL's default; so small that the lengths of random responses stay as they are
@@ -56,7 +56,7 @@ def write_case(folder: Path, case: Case) -> None:
     write_qwen2(model)
     generation: Any = GenerationConfig
     generation(eos_token_id=list(case.eos_ids), pad_token_id=PAD_ID).save_pretrained(model)
-    tokenizer = starter.build_tokenizer()
+    tokenizer = starter_model.build_tokenizer()
     if VOCABULARY in case.eos_ids:
         tokenizer.add_special_tokens({"eos_token": "<|never|>"})
         assert tokenizer.eos_token_id == VOCABULARY

@@ -56,7 +56,7 @@ HELD_OUT = [{"prompt": f"{n}+2=", "answer": str(n + 2)} for n in range(4)]
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
-    """once(name, build): the folder that build(folder) fills, by the first of all workers that asks for it."""
+    """once(name, build): a folder that build(folder) fills, for the first of all workers that asks for it."""
     base = tmp_path_factory.getbasetemp()
     shared = (base if worker_id == "master" else base.parent) / "shared"
 
@@ -79,7 +79,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    from grpo import starter
+    from grpo.models import starter_model as starter
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = starter.build_tokenizer()
@@ -117,7 +117,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def starter_model(once: Once) -> Path:
     """The starter model, and the lines said when it was trained, in a file beside it; read it only."""
-    from grpo import starter
+    from grpo.models import starter_model as starter
 
     def build(folder: Path) -> None:
         said: list[str] = []

@@ -10,26 +10,22 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "stages" / "grpo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 STAGES = ("generate", "score", "advantage", "update")
-# A room may import rooms of lower rank only; the four stages are of one rank and never import one another.
-RANKS = (
-    ("", "errors"),  # "": the package's own __init__, which holds the version
-    ("console", "ranges"),
-    ("tables", "config"),
+# A file imports files of rooms further up only; rooms of one row never import one another.
+ORDER = (
+    ("errors",),
+    ("console", "tables", "config"),
     ("artifacts",),
-    ("sql", "model", "logprobs", "attention"),
-    ("probe", "head", "judged"),
+    ("sql", "prompts", "execute"),
+    ("models", "environments"),
     STAGES,
-    ("evaluate", "starter"),
+    ("evaluate",),
     ("pipeline",),
-    ("staleness",),
-    ("runner",),
-    ("start", "status", "show", "collect", "rewind", "query", "compare", "report"),
-    ("fork", "remedy", "track", "export", "init"),
-    ("verify",),
-    ("commands", "doctor"),
+    ("inspect",),
+    ("manage",),
     ("cli",),
 )
-RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+LOOSE = 8  # files beside the rooms
 MAX_LINES = 350
 
 
@@ -73,7 +69,9 @@ def importers(package: str) -> list[str]:
 
 
 def test_every_room_has_a_rank() -> None:
-    assert {room_of(module_of(path)) for path in FILES} - set(RANK) == set()
+    rooms = {room_of(module_of(path)) for path in FILES} - {""}  # "": the package's own __init__
+    assert rooms - set(RANK) == set()
+    assert len(list(PACKAGE.glob("*.*"))) <= LOOSE
 
 
 def test_imports_go_one_way() -> None:
@@ -81,11 +79,23 @@ def test_imports_go_one_way() -> None:
         f"{name_of(path)} imports {imported}"
         for path in FILES
         for imported in imports(path)
-        if imported.split(".")[0] == "grpo"
+        if imported.startswith("grpo.")
         and room_of(imported) != room_of(module_of(path))
         and RANK[room_of(imported)] >= RANK[room_of(module_of(path))]
     ]
     assert wrong == []
+
+
+def test_engines_know_errors_and_models_only() -> None:
+    """What samples can be read, and replaced, without the rest of the pipeline."""
+    for path in (PACKAGE / "generate" / "engines").glob("*.py"):
+        own = {name for name in imports(path) if name.startswith("grpo.")}
+        wrong = {
+            name
+            for name in own
+            if room_of(name) not in ("errors", "models") and not name.startswith("grpo.generate.engines")
+        }
+        assert wrong == set(), name_of(path)
 
 
 def test_a_stage_never_imports_another_stage() -> None:
@@ -99,8 +109,8 @@ def test_a_stage_never_imports_another_stage() -> None:
 
 
 def test_only_one_file_imports_duckdb_and_only_one_may_import_vllm() -> None:
-    assert importers("duckdb") == ["sql.py"]
-    assert set(importers("vllm")) <= {"generate/vllm_engine.py"}
+    assert importers("duckdb") == ["sql/connection.py"]
+    assert set(importers("vllm")) <= {"generate/engines/vllm_engine.py"}
 
 
 def test_nothing_unpickles_and_nothing_evaluates_text() -> None:
@@ -132,10 +142,12 @@ def test_nothing_catches_everything() -> None:
     # The user's reward functions may raise anything: what a worker does with that is marked there (BLE001).
     # vLLM raises bare Exception too, so that nothing narrower would turn its failures into an EngineError.
     allowed = {
-        "score/call.py": {"BaseException"},
-        "score/worker.py": {"BaseException"},
-        "generate/vllm_engine.py": {"Exception"},
-        "track.py": {"Exception"},  # a tracker is a service of others: training goes on, whatever it raises
+        "score/functions/call.py": {"BaseException"},
+        "score/functions/worker.py": {"BaseException"},
+        "generate/engines/vllm_engine.py": {"Exception"},
+        "inspect/track.py": {
+            "Exception"
+        },  # a tracker is a service of others: training goes on, whatever it raises
     }
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -147,7 +159,7 @@ def test_nothing_catches_everything() -> None:
 
 def test_only_artifacts_moves_and_removes_files() -> None:
     # worker.py: the note on where a function hung, in a temporary folder; no part of a run.
-    allowed = {"artifacts/files.py", "score/worker.py"}
+    allowed = {"artifacts/files.py", "score/functions/worker.py"}
     methods = {"unlink", "rename", "rmtree", "rmdir", "mkdir", "link", "symlink_to"}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -158,7 +170,7 @@ def test_only_artifacts_moves_and_removes_files() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "runner", "pipeline", "config", "tables", "artifacts", "sql", "commands"]
+    "module", ["cli", "pipeline.runner", "pipeline.work", "config", "tables", "artifacts", "sql"]
 )
 def test_importing_does_not_load_torch(module: str) -> None:
     code = f"import sys, grpo.{module}; print({{'torch', 'transformers', 'vllm'}} & set(sys.modules))"

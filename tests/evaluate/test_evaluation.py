@@ -12,7 +12,7 @@ from tests.conftest import HELD_OUT, Grpo
 from tests.faults import crash
 
 from grpo.config import load
-from grpo.generate.engine import group_seed
+from grpo.generate.engines.protocol import group_seed
 
 RUN = crash.RUN
 
@@ -167,7 +167,7 @@ def test_a_limit_of_its_own_for_longer_responses(measured: Path, grpo: Grpo) -> 
 def test_the_engine_keeps_a_policy_from_its_evaluation_to_its_sampling(
     measured_project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grpo.generate.transformers_engine import TransformersEngine
+    from grpo.generate.engines.transformers_engine import TransformersEngine
 
     loaded: list[str] = []
     load_weights = TransformersEngine.load
@@ -534,7 +534,7 @@ def test_mistakes_in_the_section(
 def test_null_is_as_in_training(measured_project: Path) -> None:
     from grpo.artifacts import Run
     from grpo.console import Console
-    from grpo.evaluate.evaluation import settings
+    from grpo.evaluate.plan import settings
 
     config = load(Path("pipeline.yaml"), ["generate.temperature=0.7"])
     assert settings(Run(Path(), config, Path(), Console(quiet=True))) == {

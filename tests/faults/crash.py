@@ -20,8 +20,9 @@ import pyarrow.dataset  # noqa: F401
 from tests.conftest import run_cli
 from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
-from grpo import collect, fork, runner, start, verify  # noqa: F401
 from grpo.artifacts.faults import VARIABLE
+from grpo.manage import fork, gc, verify  # noqa: F401
+from grpo.pipeline import prepare, runner  # noqa: F401
 
 RUN = Path("artifacts/tiny")
 NEW_REWARD = "score.rewards=[{function: 'reward:length'}]"

@@ -14,7 +14,7 @@ from tests.conftest import Grpo
 from tests.faults.refusals import RUN, STARTED, Case, check, configure, folder, loop, nothing, write
 
 from grpo.generate import stage
-from grpo.generate.engine import Engine, Group, Sample
+from grpo.generate.engines.protocol import Engine, Group, Sample
 
 GOOD = '{"prompt": "1+1=", "answer": "2"}\n'
 SOURCE = "source: prompts.jsonl"

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
 
-from grpo import pipeline
+from grpo.pipeline import stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -45,7 +45,7 @@ def test_a_full_disk_is_exit_7_and_with_room_the_same_command_completes_it(
     most = shutil.disk_usage(whole).used
     expected = crash.contents(whole)
     if not checked:
-        monkeypatch.setattr(pipeline, "require_space", lambda *_: None)
+        monkeypatch.setattr(stages, "require_space", lambda *_: None)
     sizes = range(least // 1024 + 8, most // 1024 - 8, 16)
     tally = new_tally("a full disk (tmpfs)", "run, " + ("checked before" if checked else "not checked"))
     before = 0

@@ -14,7 +14,7 @@ from tests.restatement import Objective, Response
 from torch import Tensor
 
 from grpo.config.update import OBJECTIVES
-from grpo.logprobs import token_logprobs
+from grpo.models.logprobs import token_logprobs
 from grpo.update.loss import (
     MAX_LOG_RATIO,
     Step,

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from grpo import tables
 from grpo.errors import DataError
-from grpo.generate.engine import Group, Request
+from grpo.generate.engines.protocol import Group, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,13 +11,13 @@ import pyarrow as pa
 
 from grpo.artifacts import FileRecord, Run, Staging, digest
 from grpo.config import GenerateConfig
-from grpo.generate.chat import Chat
-from grpo.generate.engine import Engine, Group, Request, Sampling, group_seed
-from grpo.generate.handover import Handover
-from grpo.generate.prompts import encode
+from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
-from grpo.generate.source import Row
-from grpo.probe import read_probe
+from grpo.generate.weight_sync import Handover
+from grpo.models.weight_check import read_probe
+from grpo.prompts.chat import Chat
+from grpo.prompts.source import Row
+from grpo.prompts.table import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,12 +149,6 @@ def _sampling(
                 yield group
 
         yield groups()
-
-
-def shards_of(num_groups: int, samples: int, rollouts_per_shard: int) -> list[list[int]]:
-    """[first group, one past the last] of each shard: whole groups, rollouts_per_shard at most."""
-    size = max(1, rollouts_per_shard // samples)
-    return [[start, min(start + size, num_groups)] for start in range(0, num_groups, size)]
 
 
 def _table(requests: list[Request], groups: list[Group], tool: Sampler, work: Work) -> pa.Table:

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import CorruptError, InputError
-from grpo.model import context_length, empty_cache, load_tokenizer
-from grpo.score.deadline import deadline
+from grpo.models.loading import context_length, empty_cache, load_tokenizer
+from grpo.score.functions.built_in import Text
+from grpo.score.functions.deadline import deadline
 from grpo.score.outcome import Outcome, one_line
-from grpo.score.rewards import Text
 
 NO_LIMIT = 10**30  # as tokenizers say it
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from grpo import sql, tables
 from grpo.artifacts import FileRecord, Manifest, Run, Staging, num_rounds
-from grpo.judged import count_signal, create_judged
+from grpo.sql.scored import count_signal, create_judged
 
 
 def signal_summary(

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grpo.errors import CorruptError, EngineError, InputError, UsageError
-from grpo.model import load_skeleton
+from grpo.models.loading import load_skeleton
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from grpo.config import UpdateConfig
 from grpo.errors import EngineError
-from grpo.model import copy_weights, empty_cache, load_model
+from grpo.models.loading import copy_weights, empty_cache, load_model
 from grpo.update import processes
 from grpo.update.adapter import adapter_off, add_adapter, load_adapter, reset_adapter
 from grpo.update.batch import Rollouts, longest_pair, made_up_pair

@@ -18,10 +18,10 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo.attention import attending
 from grpo.errors import UsageError
-from grpo.head import head_logprobs, split_head
-from grpo.logprobs import token_logprobs
+from grpo.models.attention import attending
+from grpo.models.head import head_logprobs, split_head
+from grpo.models.logprobs import token_logprobs
 from grpo.update import tree_attention
 from grpo.update.batch import Rollouts, made_up_pair
 from grpo.update.layout import PROMPT, Cost, Layout, MicroBatch, build, tree_of

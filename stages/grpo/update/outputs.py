@@ -7,7 +7,7 @@ import pyarrow as pa
 from grpo import tables
 from grpo.artifacts import FileRecord, Run, Staging
 from grpo.errors import EngineError
-from grpo.probe import FILE, measure, read_probe
+from grpo.models.weight_check import FILE, measure, read_probe
 
 if TYPE_CHECKING:
     from grpo.update.batch import Rollouts

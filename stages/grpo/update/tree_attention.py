@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from grpo.attention import refuse_others
+from grpo.models.attention import refuse_others
 
 NAME = "grpo_trees"  # of the attention function
 # The kernel behind scaled_dot_product_attention, which does not give the sums of exponentials.

@@ -1,6 +1,0 @@
-"""export: a policy of a run -> a plain Hugging Face directory with a model card."""
-
-from grpo.export.folder import export
-from grpo.export.push import check_repository, push
-
-__all__ = ["check_repository", "export", "push"]

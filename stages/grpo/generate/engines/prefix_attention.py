@@ -1,0 +1,166 @@
+"""prefix_attention: attention of samples to their prompts, whose keys and values are kept once.
+
+The samples of a prompt see the same prompt: a step of decoding reads its keys and values once, not once per
+sample. Otherwise it is plain full attention: one softmax over the prompt and the sample's own response.
+The responses come from the model's cache, the prompts from an argument that the model hands on.
+
+Shapes: P prompts, N rows (samples still in the batch), K slots of a prompt (as many as any prompt has rows;
+those a prompt does not need compute row 0 again, and nobody reads them), H heads of keys and values,
+R heads of queries to each, Q = K * R queries, L prompt positions, T response positions, S = L + T,
+D head dimension, X any.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from grpo.generate.engines.kv_cache import GrowingLayer, Move, new_cache
+from grpo.models.attention import attending, refuse_others
+
+NAME = "grpo_prefix"  # of the attention function; no mask is made for a name transformers does not know
+
+
+class Prefix:
+    """The keys and values of the prompts of a batch, and which rows continue which prompt.
+
+    prompts, responses: caches of new_cache; the model goes on to fill `responses`.
+    visible_PL: True where not padding; None: no padding.
+    """
+
+    def __init__(
+        self, prompts: DynamicCache, responses: DynamicCache, visible_PL: Tensor | None, prompt_N: Tensor
+    ) -> None:
+        self.layers = [_layer(layer) for layer in prompts.layers]
+        self.responses = responses
+        self.asked: set[int] = set()  # layers
+        self.prompt_N = prompt_N
+        self.bias_PL: Tensor | None = None  # added to the scores
+        if visible_PL is not None:
+            self.bias_PL = torch.zeros(visible_PL.shape, device=visible_PL.device)
+            self.bias_PL.masked_fill_(~visible_PL, -torch.inf)
+        self._assign_slots()
+
+    def leave(self, move: Move) -> None:
+        """Let rows leave, and prompts that have no row left."""
+        self.prompt_N = move.apply(self.prompt_N)
+        prompts = Move.out(self._count_rows() == 0)
+        if prompts.num_left < self._num_prompts:
+            number_P = torch.arange(self._num_prompts, device=self.prompt_N.device)
+            number_P[prompts.from_M] = prompts.to_M
+            self.prompt_N = number_P[self.prompt_N]
+            self.layers = [(prompts.apply(keys), prompts.apply(values)) for keys, values in self.layers]
+            self.bias_PL = None if self.bias_PL is None else prompts.apply(self.bias_PL)
+        self._assign_slots()
+
+    def attend(self, layer: int, query_NHRD: Tensor, keys_NHTD: Tensor, values_NHTD: Tensor) -> Tensor:
+        """The values that scaled queries find in the prompts and the responses, [N, H, R, D]."""
+        self.asked.add(layer)
+        keys_PHDL, values_PHLD = self.layers[layer]
+        num_positions = keys_PHDL.shape[-1]
+        scores_PHQL = self._to_slots(query_NHRD) @ keys_PHDL
+        if self.bias_PL is not None:
+            scores_PHQL += self.bias_PL[:, None, None]
+        scores_PHQT = self._to_slots(query_NHRD @ keys_NHTD.transpose(-1, -2))
+        # A row always sees its own last token, so no softmax is over padding alone.
+        weights_PHQS = torch.cat([scores_PHQL, scores_PHQT], -1).softmax(-1, dtype=torch.float32)
+        weights_PHQS = weights_PHQS.to(values_PHLD.dtype)
+        found_PHQD = weights_PHQS[..., :num_positions] @ values_PHLD
+        weights_NHRT = self._to_rows(weights_PHQS[..., num_positions:])
+        return self._to_rows(found_PHQD) + weights_NHRT @ values_NHTD
+
+    @property
+    def _num_prompts(self) -> int:
+        return len(self.layers[0][0])
+
+    def _count_rows(self) -> Tensor:
+        return torch.bincount(self.prompt_N, minlength=self._num_prompts)
+
+    def _assign_slots(self) -> None:
+        num_rows_P = self._count_rows()
+        self.num_slots = max(num_rows_P.tolist(), default=0)
+        order_N = self.prompt_N.argsort(stable=True)
+        sorted_N = self.prompt_N[order_N]
+        rows_N = torch.arange(len(order_N), device=order_N.device)
+        slot_N = rows_N - (num_rows_P.cumsum(0) - num_rows_P)[sorted_N] + sorted_N * self.num_slots
+        self.slot_N = torch.empty_like(slot_N)  # of each row
+        self.slot_N[order_N] = slot_N
+        self.row_PK = torch.zeros(self._num_prompts * self.num_slots, dtype=torch.int64, device=rows_N.device)
+        self.row_PK[self.slot_N] = rows_N
+
+    def _to_slots(self, rows_NHRX: Tensor) -> Tensor:
+        """[N, H, R, X] -> [P, H, Q, X]."""
+        _, heads, repeats, width = rows_NHRX.shape
+        slots = rows_NHRX[self.row_PK].view(-1, self.num_slots, heads, repeats, width)
+        return slots.transpose(1, 2).reshape(-1, heads, self.num_slots * repeats, width)
+
+    def _to_rows(self, slots_PHQX: Tensor) -> Tensor:
+        """[P, H, Q, X] -> [N, H, R, X], back from _to_slots."""
+        prompts, heads, _, width = slots_PHQX.shape
+        slots = slots_PHQX.view(prompts, heads, self.num_slots, -1, width).transpose(1, 2)
+        rows_NHRX: Tensor = slots.flatten(0, 1)[self.slot_N]
+        return rows_NHRX
+
+
+def prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    prefix: Prefix,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """One token per row: query [N, H * R, 1, D], key and value [N, H, T, D] -> [N, 1, H * R, D].
+
+    Raises TypeError for an argument that it does not know and that would change the result.
+    """
+    refuse_others(NAME, {**others, "attention_mask": attention_mask})
+    assert isinstance(module.layer_idx, int)
+    layer = prefix.responses.layers[module.layer_idx]
+    assert isinstance(layer, GrowingLayer)
+    if key is not layer.keys or value is not layer.values:
+        # The model changes what it takes from the cache, so the prompts would have to be changed as well.
+        raise TypeError("prefix_attention takes no keys and values but those of the cache")
+    rows, heads, _, dimension = key.shape
+    scale = dimension**-0.5 if scaling is None else scaling
+    query_NHRD = query.reshape(rows, heads, -1, dimension) * scale
+    found_NHRD = prefix.attend(module.layer_idx, query_NHRD, key, value)
+    return found_NHRD.reshape(rows, 1, -1, value.shape[-1]), None
+
+
+def attending_to_prefix(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Within, the model's attention is prefix_attention: forward() needs the argument `prefix`."""
+    return attending(model, NAME, prefix_attention)
+
+
+@torch.inference_mode()
+def takes_prefix(model: PreTrainedModel) -> bool:
+    """Whether every layer of the model is plain full attention that prefix_attention computes.
+
+    Found out by one step of decoding: what reaches an attention function is known to the model's code alone.
+    """
+    prompts, responses = (new_cache(model.config, max_new_tokens=1) for _ in range(2))
+    full = all(type(layer) is GrowingLayer for layer in prompts.layers)
+    if model.config._attn_implementation != "sdpa" or not model._supports_attention_backend or not full:
+        return False
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model(input_ids=token, past_key_values=prompts, use_cache=True)
+    prefix = Prefix(prompts, responses, None, token[0])
+    try:
+        with attending_to_prefix(model):
+            model(input_ids=token, position_ids=token + 1, past_key_values=responses, prefix=prefix)
+    except TypeError:  # a module on the way takes no such argument, or prefix_attention not all of its own
+        return False
+    return prefix.asked == set(range(len(prompts.layers)))
+
+
+def _layer(layer: Any) -> tuple[Tensor, Tensor]:
+    """Keys [P, H, D, L] and values [P, H, L, D], as the matrix products on a CPU read them fastest."""
+    assert isinstance(layer, GrowingLayer)
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys.transpose(-1, -2).contiguous(), layer.values.contiguous()

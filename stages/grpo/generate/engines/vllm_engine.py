@@ -1,0 +1,275 @@
+"""vllm_engine: vLLM as an Engine. Opened once, in this process, and reloaded for each policy.
+
+Deliberately different from `LLM.generate`: all requests are in flight at once and groups come out as they
+finish; log-probs are the processed ones (after temperature) from flat lists; sampling settings come from the
+pipeline alone, never from the checkpoint's generation_config. vLLM's reload is made whole here (see `load`),
+and nobody takes its word: handover.py compares what it computes.
+"""
+
+import dataclasses
+import difflib
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+from grpo.errors import EngineError, GrpoError, UsageError
+from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, check_requests
+from grpo.generate.engines.vllm_settings import defaults, executor, set_environment
+from grpo.generate.engines.vllm_version import INSTALL, check_version
+from grpo.models.loading import eos_token_ids
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.outputs import RequestOutput
+
+# What the pipeline decides: another value would break what the stages promise.
+_OURS = {
+    *("model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "seed", "logprobs_mode"),
+    *("generation_config", "override_generation_config", "trust_remote_code", "enable_sleep_mode"),
+    *("max_model_len", "load_format", "model_impl"),
+}
+
+
+class VllmEngine:
+    """The Engine of engine.py by vLLM.
+
+    options: vLLM's engine arguments. max_model_len: tokens of the longest prompt and response together.
+    """
+
+    def __init__(self, options: dict[str, Any], max_model_len: int) -> None:
+        check_version()
+        set_environment()
+        check_options(options)
+        self._options = options
+        self._settings = {**defaults(max_model_len), **executor(options), **options}
+        self._llm: LLM | None = None
+        self._workers: list[BaseProcess] = []
+        self._stop_ids: list[int] = []
+        self._asleep = False
+        self.precision = ""
+
+    def load(self, checkpoint: Path) -> None:
+        """Open the engine at `checkpoint`, or give the open one its weights. Raises EngineError."""
+        self._stop_ids = sorted(eos_token_ids(checkpoint))
+        with self._failures("loading"):
+            if self._llm is None:
+                others = set(active_children())
+                self._llm = _open(checkpoint, self._settings)
+                gc.collect()
+                gc.freeze()  # as in vLLM's own engine process: the collector then skips its million objects
+                self._workers = [child for child in active_children() if child not in others]
+                config = self._llm.llm_engine.model_config
+                self.precision = config.quantization or str(config.dtype).removeprefix("torch.")
+                return
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])  # level 2 discarded them: what is there now is garbage
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint)})
+            self._llm.apply_model(_repack_head)
+            if self._asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
+            # vLLM leaves this to its caller: cached prefixes belong to the old weights.
+            if not self._llm.reset_prefix_cache():
+                raise EngineError("generate: vLLM kept its prefix cache over new weights")
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-probs of every token but the first: vLLM's prompt log-probs, which know no temperature."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        requests = [(str(number), sequence, params) for number, sequence in enumerate(sequences)]
+        outputs = {output.request_id: output for output in self._finished(requests)}
+        return [np.array(outputs[name].prompt_logprobs.logprobs, dtype=np.float32) for name, _, _ in requests]
+
+    def sample(
+        self,
+        shards: Sequence[Sequence[Request]],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+    ) -> Iterator[Group]:
+        """Yield each group once, as it finishes. Raises DataError, EngineError."""
+        from vllm import SamplingParams
+
+        assert self._llm is not None, "load() comes before sample()"
+        model = self._llm.llm_engine.model_config
+        for shard in shards:  # vLLM would cut a response that does not fit
+            check_requests(shard, sampling, model.get_vocab_size(), model.max_model_len)
+
+        def params(request: Request) -> SamplingParams:
+            return SamplingParams(
+                n=len(request.seeds),
+                seed=request.seeds[0],  # sample s gets this plus s, which is request.seeds[s]
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k or 0,
+                min_p=sampling.min_p,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=self._stop_ids,
+                ignore_eos=True,  # stop_token_ids holds every end-of-sequence id already
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+
+        requests = [(str(r.group_id), r.prompt_token_ids, params(r)) for r in chain.from_iterable(shards)]
+        for output in self._finished(requests):
+            group = Group(int(output.request_id), [_sample(completion) for completion in output.outputs])
+            on_tokens(sum(len(sample.token_ids) for sample in group.samples))
+            yield group
+
+    def _finished(self, requests: Sequence[tuple[str, Sequence[int], Any]]) -> "Iterator[RequestOutput]":
+        """Put all requests in flight; yield each when it is done. If nobody asks on, the rest is aborted."""
+        from vllm.sampling_params import RequestOutputKind
+
+        assert self._llm is not None, "load() comes before use"
+        assert not self._asleep, "load() comes before use"
+        engine = self._llm.llm_engine
+        open_requests = set()
+        try:
+            with self._failures("sampling"):
+                for name, token_ids, params in requests:
+                    params.output_kind = RequestOutputKind.FINAL_ONLY
+                    engine.add_request(name, {"prompt_token_ids": list(token_ids)}, params)
+                    open_requests.add(name)
+            while open_requests:
+                with self._failures("sampling"):
+                    outputs = [output for output in engine.step() if output.finished]
+                for output in outputs:
+                    open_requests.discard(output.request_id)
+                    yield output
+        except GeneratorExit:
+            engine.abort_request(list(open_requests))
+            raise
+
+    def release(self) -> None:
+        """Sleep at level 2 on a GPU: weights and caches are discarded. On a CPU there is nothing to leave."""
+        if self._llm is None or self._asleep or not self._settings.get("enable_sleep_mode"):
+            return
+        with self._failures("sleeping"):
+            self._llm.sleep(level=2)
+        self._asleep = True
+
+    def close(self) -> None:
+        """End vLLM, its workers included."""
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        with self._failures("closing"):
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            gc.unfreeze()
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+    @contextmanager
+    def _failures(self, doing: str) -> Iterator[None]:
+        """Whatever vLLM raises is an engine failure; it raises bare Exception too."""
+        try:
+            yield
+        except GrpoError:
+            raise
+        except ValidationError as error:  # of vLLM's configuration
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else ""
+            if name in self._options:
+                message = f"{self._options[name]!r}: {first['msg']}"
+                raise UsageError(f"generate.engine_options.{name}: {message}") from error
+            raise self._failure(doing, first["msg"]) from error
+        except Exception as error:
+            raise self._failure(doing, str(error) or type(error).__name__) from error
+
+    def _failure(self, doing: str, text: str) -> EngineError:
+        dead = [f"{p.name} died (exit code {p.exitcode})" for p in self._workers if not p.is_alive()]
+        found = ", ".join(dead) or shorten(text, width=300, placeholder=" ...")
+        return EngineError(
+            f"generate: vLLM failed while {doing}: {found}; what is committed is kept"
+            " (VLLM_LOGGING_LEVEL=INFO shows its own log)"
+        )
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise UsageError (exit 2) for an option that vLLM does not have, or that is not the user's to set.
+
+    Raises EngineError (exit 8) when vLLM is there but cannot be imported.
+    """
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+    except ImportError as error:  # a library of another build, often: vLLM's own dependencies are many
+        message = f"vllm is installed but cannot be imported: {error}"
+        raise EngineError(f"generate.engine: {message}; {INSTALL}") from error
+    known = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
+    for name, value in options.items():
+        where = f"generate.engine_options.{name}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"{where}: vLLM has no such engine argument{hint}")
+        if name in _OURS:
+            raise UsageError(f"{where}: the pipeline sets it; leave it out")
+        _check_type(where, known[name], value)
+        if name == "enable_chunked_prefill" and value and not torch.cuda.is_available():
+            raise UsageError(f"{where}: vLLM cannot split prefills with seeds on a CPU; leave it out")
+        if name == "data_parallel_size" and value != 1:
+            raise UsageError(
+                f"{where}: {value}, but the engine runs in this process, where 1 is right;"
+                " use tensor_parallel_size"
+            )
+
+
+def _check_type(where: str, kind: Any, value: Any) -> None:
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {value!r}: {error.errors()[0]['msg']}") from None
+    except PydanticUserError:  # a type of vLLM's own, or one named only for type checkers: vLLM checks it
+        return
+
+
+def _open(checkpoint: Path, settings: dict[str, Any]) -> "LLM":
+    from vllm import LLM
+
+    # On a CPU vLLM replaces torch.set_num_threads and may leave one thread to the learner.
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return LLM(model=str(checkpoint), **settings)
+    finally:
+        torch.set_num_threads = set_num_threads
+        set_num_threads(num_threads)
+
+
+def _repack_head(model: torch.nn.Module) -> None:
+    """Pack the output head anew from its weights, in every worker.
+
+    On a CPU the head holds a packed copy, which a reload leaves as it was where the head is tied to the
+    embeddings: log-probs were off by 0.19 nats, in silence.
+    """
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def _sample(completion: Any) -> Sample:
+    return Sample(
+        token_ids=np.array(completion.token_ids, dtype=np.int32),
+        logprobs=np.array(completion.logprobs.logprobs, dtype=np.float32),
+        finish_reason=completion.finish_reason,
+    )

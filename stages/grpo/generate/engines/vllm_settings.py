@@ -1,0 +1,71 @@
+"""vllm_settings: how vLLM is opened, before the user's own engine_options. Nothing here imports it."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from grpo.errors import UsageError
+from grpo.generate.engines.choice import default_dtype
+
+# Weights, caches and a CUDA graph pool; the rest is for what the learner leaves on a GPU they share.
+_GPU_SHARE = 0.85
+CPU_CACHE_GIB = "4"
+
+
+def set_environment() -> None:
+    """vLLM is steered by environment variables, read when it is imported; what the user set stays."""
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: opened in seconds, killed with it
+        "VLLM_LOGGING_LEVEL": "CRITICAL",  # what goes wrong is raised, and becomes one line
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would pin the learner's threads too
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").addHandler(logging.NullHandler())  # for what it logs before it reads its level
+    if not torch.cuda.is_available():
+        # What vLLM compiles on a CPU is a count of ranks that nobody reads: 20 s, and it needs a compiler.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # for its workers
+        torch._dynamo.config.disable = True  # for this process
+
+
+def defaults(max_model_len: int) -> dict[str, Any]:
+    """The engine arguments of this machine, before the user's own."""
+    shared = {
+        "dtype": default_dtype(),
+        "max_model_len": max_model_len,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # not the checkpoint's: sampling settings are the pipeline's
+        "logprobs_mode": "processed_logprobs",
+        "trust_remote_code": False,
+        "model_impl": "vllm",  # its other one patches transformers' classes, which the learner uses
+        "seed": 0,  # unused: every request has its own
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if torch.cuda.is_available():
+        return shared | {"gpu_memory_utilization": _GPU_SHARE, "enable_sleep_mode": True}
+    return shared | {
+        "enforce_eager": True,
+        # With per-request seeds, a split prefill kills the engine ("CPU Generator does not use offset").
+        "enable_chunked_prefill": False,
+    }
+
+
+def executor(options: dict[str, Any]) -> dict[str, str]:
+    """In this process where one worker is enough: opened in a third of the time."""
+    parts = {name: options.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+    for name, value in parts.items():
+        if value < 1:
+            raise UsageError(f"generate.engine_options.{name}: {value}; 1 or more is right")
+    backend = "uni" if set(parts.values()) == {1} else "mp"
+    if backend == "mp" and options.get("distributed_executor_backend") == "uni":  # vLLM would wait for ever
+        more = ", ".join(f"{name} {value}" for name, value in parts.items() if value != 1)
+        raise UsageError(
+            f"generate.engine_options.distributed_executor_backend: uni is one worker, but {more} needs more;"
+            " use mp"
+        )
+    return {"distributed_executor_backend": backend}

@@ -1,0 +1,125 @@
+"""handover: a policy on disk -> the engine, and the proof that the engine has it.
+
+Stale weights are a bug that engines do have: a reload that reports success and leaves a copy behind. So
+behaviour is compared, not bytes: the engine scores the policy's probe before it samples.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from grpo.errors import EngineError
+from grpo.generate.engines.protocol import Engine
+from grpo.models.weight_check import PERTURBATION, Probe, measure, write_perturbed
+
+FLOAT32_TOLERANCE = (
+    1e-4  # nats per token, mean; measured 1e-7 to 1e-6 for what is right, 0.01 and more for stale
+)
+ROUNDED_TOLERANCE = 3.0  # other precisions: times the disagreement on the freshly loaded starting policy
+
+
+class Handover:
+    """What the engine holds, and how far it may be from the learner. One for the life of an engine."""
+
+    def __init__(self, engine: Engine, device: str, say: Callable[[str], None]) -> None:
+        self.engine = engine
+        self._device = device
+        self._say = say
+        self._holds: str | None = None
+        self._last: tuple[str, list[np.ndarray]] | None = None
+        self._tolerance: float | None = None
+        self._told_free = False
+
+    def open(self, start: Path, probe: Probe, scratch: Path) -> None:
+        """Load the starting policy, see how close the engine is, and make it follow a perturbed copy.
+
+        The copy, as large as the checkpoint, stands in `scratch` for the while. Raises EngineError (exit 8)
+        when the engine does not follow.
+        """
+        from grpo.models.loading import empty_cache, load_model
+
+        with tempfile.TemporaryDirectory(dir=scratch) as name:
+            perturbed = Path(name)
+            write_perturbed(start, perturbed)
+            moved = measure(load_model(perturbed, self._device), probe.sequences)
+            empty_cache(self._device)  # the engine asks for most of it
+            self.engine.load(start)
+            fresh = probe.difference(self.engine.score(probe.sequences))
+            exact = self.engine.precision == "float32"
+            self._tolerance = (
+                FLOAT32_TOLERANCE if exact else max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * fresh)
+            )
+            self._check("the starting policy", probe, fresh)
+            self._check_telling(fresh, probe.difference([np.array(row) for row in moved.logprobs]))
+            self.engine.load(perturbed)
+            scores = self.engine.score(probe.sequences)
+            self._check("a perturbed copy", moved, moved.difference(scores))
+            self._last = ("", scores)
+        if not exact:
+            self._say(
+                f"engine: {self.engine.precision}, {fresh:.1e} nats per token from the learner's float32"
+                " on the starting policy"
+            )
+
+    def bring(self, policy_id: str, checkpoint: Path, probe: Probe) -> float | None:
+        """Have the engine hold policy `policy_id`; returns its disagreement with the learner.
+
+        None: the engine holds it already. Raises EngineError (exit 8) when the engine's weights are stale.
+        """
+        if self._holds == policy_id:
+            return None
+        assert self._tolerance is not None, "open() comes before bring()"
+        self._holds = None
+        self.engine.load(checkpoint)
+        scores = self.engine.score(probe.sequences)
+        difference = probe.difference(scores)
+        self._check("the policy", probe, difference)
+        # Small steps in bfloat16 hide below any tolerance, but they never leave every bit as it was.
+        if self._last is not None and self._last[0] != policy_id and _identical(self._last[1], scores):
+            raise EngineError(
+                f"generate: the engine gives {checkpoint} the very log-probs of the policy before: its"
+                " weights are stale; nothing was sampled"
+            )
+        self._holds, self._last = policy_id, (policy_id, scores)
+        return difference
+
+    def release(self) -> None:
+        """Have the engine leave the accelerator; the next bring() loads again."""
+        self._holds = None
+        self.engine.release()
+        if self._device == "cuda" and not self._told_free:
+            self._told_free = True
+            self._say(f"engine: asleep; {_free_gpu_memory()} of GPU memory are free for the learner")
+
+    def _check_telling(self, fresh: float, movement: float) -> None:
+        """Raise EngineError where the tolerance would let an engine through that did not move at all."""
+        assert self._tolerance is not None
+        if not self._tolerance < movement / 2:
+            raise EngineError(
+                f"generate: the engine is {fresh:.1e} nats per token from the learner on the starting policy,"
+                f" and a change of every weight by {PERTURBATION:.0%} moves it by {movement:.1e}: too far"
+                " apart to tell stale weights; use another engine_options.dtype or quantization than"
+                f" {self.engine.precision}"
+            )
+
+    def _check(self, what: str, probe: Probe, difference: float) -> None:
+        assert self._tolerance is not None
+        if not difference <= self._tolerance:  # NaN is not
+            raise EngineError(
+                f"generate: the engine does not compute {what} as the learner does: {difference:.1e} nats per"
+                f" token apart, at most {self._tolerance:.1e} is right in {self.engine.precision}; its"
+                " weights are stale or it is not the same model; nothing was sampled"
+            )
+
+
+def _free_gpu_memory() -> str:
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB"
+
+
+def _identical(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

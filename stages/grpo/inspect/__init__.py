@@ -1,0 +1,1 @@
+"""inspect: reads runs, changes nothing."""

@@ -1,0 +1,100 @@
+"""report: an evaluation as a person reads it, a line of a log or a table: the summary in its manifest."""
+
+from pathlib import Path
+from typing import Any
+
+from grpo import sql
+from grpo.artifacts import EVALUATION, Run
+from grpo.console import printable, stdout_console
+from grpo.errors import UsageError
+from grpo.inspect import query
+
+
+def numbers_of(run: Run, policy: int) -> dict[str, Any]:
+    """What an evaluation came to, as `evals` has it, and how it was made; empty where there is none."""
+    manifest = run.manifest(EVALUATION, policy)
+    if manifest is None:
+        return {}
+    names = (
+        *("prompts", "samples", "unscored", "failed", "pass_at", "pass_at_low", "pass_at_high"),
+        *("reward", "reward_low", "reward_high", "rewards", "response_tokens", "truncated"),
+    )
+    made = manifest.config["evaluate"]
+    kept = ("samples_per_prompt", "temperature", "max_new_tokens", "pass_reward", "pass_threshold")
+    numbers = {name: manifest.summary[name] for name in names}
+    seconds = sum(run.timings(EVALUATION, policy).values())
+    return {"policy": policy, **numbers, **{key: made[key] for key in kept}, "seconds": seconds}
+
+
+def check_out(out: Path | None) -> None:
+    """Raise UsageError (exit 2) for a file that the rows of an evaluation cannot be written to."""
+    if out is None:
+        return
+    query.check_out(out)
+    if out.suffix == ".csv":
+        raise UsageError(
+            f"--out {out}: `rewards` is a map, which CSV has no place for; use .parquet or .json"
+        )
+
+
+def delivered(run: Run, policy: int, out: Path | None) -> dict[str, Any]:
+    """numbers_of(), and its rows of `eval_samples` written to `out`, where that is given."""
+    if out is not None:
+        rows = "select * from eval_samples where iteration = $policy order by group_id, sample_id"
+        query.write(sql.read([run], rows, {"policy": policy}), out)
+    return numbers_of(run, policy)
+
+
+def line_of(run: Run, policy: int) -> str:
+    """One line for the log of `grpo run`."""
+    found = numbers_of(run, policy)
+    known = [f"{name} {value:.3f}{interval(low, high)}" for name, value, low, high in _shares(found)[:1]]
+    known += [f"{name} {value:.3f}" for name, value, _, _ in _shares(found)[1:][-1:]]
+    if found["reward"] is not None:
+        known.append(f"reward {found['reward']:.3f}")
+    known.append(f"length {found['response_tokens']:.1f}")
+    unscored = f"  {found['unscored']} of {found['samples']} unscored" if found["unscored"] else ""
+    return f"{'policy':<9} {policy:>4}  {'  '.join(known)}{unscored}  {found['seconds']:.2f} s"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """A 95 % interval, as it stands behind a number."""
+    return "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
+
+
+def print_evaluation(what: str, found: dict[str, Any]) -> None:
+    """The table of `grpo eval`. what: the policy measured, in words."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    samples, greedy = found["samples_per_prompt"], found["temperature"] == 0
+    how = "greedy" if greedy else f"{samples} responses each, temperature {found['temperature']:g}"
+    passing = f"pass: {found['pass_reward']} >= {found['pass_threshold']:g}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, side in (("measure", "left"), ("value", "right"), ("95 % interval", "left")):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    rewards = [(f"reward {name}", value, None, None) for name, value in found["rewards"].items()]
+    reward = ("reward", found["reward"], found["reward_low"], found["reward_high"])
+    rest = [
+        (name, found[key], None, None) for name, key in (("length", "response_tokens"), ("truncated",) * 2)
+    ]
+    for name, value, low, high in [*_shares(found), reward, *rewards, *rest]:
+        shown = "" if value is None else f"{value:.3f}"
+        table.add_row(Text(printable(name)), shown, interval(low, high).strip(" ()"))
+    out = stdout_console()
+    title = printable(f"{what}: {found['prompts']:,} prompts, {how}; {passing}")
+    out.print(title, markup=False, highlight=False, soft_wrap=True)
+    out.print(table)
+    if found["unscored"]:
+        missing = f"{found['unscored']} of {found['samples']} responses"
+        text = f"{missing} have no {found['pass_reward']}, and do not count in pass@k"
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shares(found: dict[str, Any]) -> list[tuple[str, float, float, float]]:
+    """(pass@k, value, low, high) by k; none where no response was scored."""
+    return [
+        (f"pass@{k}", value, found["pass_at_low"][k], found["pass_at_high"][k])
+        for k, value in (found["pass_at"] or {}).items()
+    ]

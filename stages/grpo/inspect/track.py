@@ -1,0 +1,273 @@
+"""track: what an iteration came to -> the tracker that `track` names, Trackio or Weights & Biases.
+
+A tracker is for looking at; the tables hold the truth. So it never ends a training: what it raises is said,
+the run goes on without it, and the command ends with exit 8 when all is done. How far it got is noted in the
+run before each call, so that nothing is logged twice; the next `grpo run` logs what is missing. A policy that
+was measured is logged before the iteration that samples from it, the last one too.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from grpo.artifacts import EVALUATION, Run, files, lacking, read_sealed, seal
+from grpo.errors import CorruptError, EngineError, GrpoError, UsageError
+from grpo.inspect.status import summary_of
+from grpo.pipeline.runner import evaluation_is_due
+
+_COUNTED = ("iteration", "epoch", "step", "skipped")  # columns of `updates` that are no measurements
+
+
+@dataclass(frozen=True)
+class Sent:
+    """How far a tracker got, from 0 on."""
+
+    iterations: int
+    policies: int
+    """Of which the evaluation was logged, or is not any more; as many as `iterations`, or one more."""
+
+
+@contextmanager
+def tracking(run: Run, until: int) -> Iterator[Callable[[], None]]:
+    """Yields report(), to be called when an iteration is complete or a policy measured; it never raises.
+
+    until: what is logged is of the first so many iterations, and of the policies up to this one.
+
+    Raises UsageError (exit 2) where the tracker is not installed and EngineError (exit 8) where it cannot be
+    opened, both before the body; EngineError behind it where an iteration could not be logged.
+    """
+    name = run.config.track
+    if name is None or not _has_more(run, name, until):
+        yield lambda: None
+        return
+    tracker = _Tracker(run, name, until)
+    try:
+        tracker.report()
+        yield tracker.report
+    finally:
+        tracker.attempt("at its end", tracker.module.finish)
+    if tracker.failure:
+        raise EngineError(
+            f"track: {tracker.failure}; the iterations are complete, and the next `grpo run` logs what is"
+            " missing (`track: null` goes without)"
+        )
+
+
+class _Tracker:
+    """A tracker with its run open. `failure`: what it raised first; from then on it is left alone."""
+
+    def __init__(self, run: Run, name: str, until: int) -> None:
+        self.run = run
+        self.name = name
+        self.until = until
+        self.failure = ""
+        self.module = _OPEN[name](run)
+
+    def report(self) -> None:
+        """Log what is complete of the first `until` iterations and not logged yet."""
+        while not self.failure:
+            sent = _sent(self.run, self.name)
+            number = sent.iterations
+            if _is_measured(self.run, sent, self.until):
+                numbers, where = evaluation_of(self.run, number), f"at the evaluation of policy {number}"
+                after = Sent(number, number + 1)
+            elif _is_complete(self.run, sent, self.until):
+                numbers, where = numbers_of(self.run, number), f"at iteration {number}"
+                after = Sent(number + 1, number + 1)
+            else:
+                return
+            _note(self.run, self.name, after)
+            log = partial(_LOG[self.name], self.module, numbers, number, after)
+            if not self.attempt(where, log):
+                _note(self.run, self.name, sent)
+
+    def attempt(self, where: str, call: Callable[[], object]) -> bool:
+        """Call the tracker; what it prints goes to stderr. False: it raised, which becomes the failure."""
+        try:
+            with redirect_stdout(sys.stderr):
+                call()
+        except GrpoError:  # an interruption, not the tracker's
+            raise
+        except Exception as error:  # noqa: BLE001 - a service of others may raise anything, and training goes on
+            reason = (str(error).splitlines() or [""])[0]
+            text = f"{self.name} failed {where}: {type(error).__name__}: {reason}"
+            self.failure = self.failure or text
+            self.run.console.say(f"track: {text}; training goes on without it")
+            return False
+        return True
+
+
+def numbers_of(run: Run, iteration: int) -> dict[str, float]:
+    """What is logged of an iteration, by grouped names such as reward/mean, update/kl, seconds/generate.
+
+    rewards/<name>: the mean of a reward over the rollouts that have it. update/<column>: of `updates`, the
+    mean over the steps taken, of a column ending in _max the largest. What is not known is left out.
+    """
+    summary = summary_of(run, iteration)
+    numbers = {
+        "reward/mean": summary["reward"],
+        "generate/length": summary["length"],
+        "generate/truncated": summary["truncated"],
+        **{f"seconds/{stage}": seconds for stage, seconds in summary["seconds"].items()},
+    }
+    rewards = (
+        run.read("rewards", iteration, ["name", "value"]).group_by("name").aggregate([("value", "mean")])
+    )
+    numbers |= {f"rewards/{row['name']}": row["value_mean"] for row in rewards.to_pylist()}
+    steps = run.read("updates", iteration).to_pylist()
+    taken = [step for step in steps if not step["skipped"]]
+    for column in (name for name in steps[0] if name not in _COUNTED):
+        values = [step[column] for step in taken if step[column] is not None]
+        if values:
+            numbers[f"update/{column}"] = (
+                max(values) if column.endswith("_max") else sum(values) / len(values)
+            )
+    numbers["update/steps_skipped"] = len(steps) - len(taken)
+    return _known(numbers)
+
+
+def evaluation_of(run: Run, policy: int) -> dict[str, float]:
+    """What is logged of a policy that was measured: evaluate/pass@1, evaluate/reward, ..."""
+    summary = run.require(EVALUATION, policy, f"grpo eval --policy {policy}").summary
+    names = ("reward", "response_tokens", "truncated")
+    passes = {f"evaluate/pass@{k}": value for k, value in (summary["pass_at"] or {}).items()}
+    return _known({**passes, **{f"evaluate/{name}": summary[name] for name in names}})
+
+
+def _known(numbers: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in numbers.items() if value is not None}
+
+
+def _has_more(run: Run, name: str, until: int) -> bool:
+    """Whether there is something to log, or will be."""
+    sent = _sent(run, name)
+    return (
+        sent.iterations < until
+        or _is_measured(run, sent, until)
+        or (sent.policies <= until and evaluation_is_due(run, until, until))
+    )
+
+
+def _is_measured(run: Run, sent: Sent, until: int) -> bool:
+    """Whether the evaluation of the policy that the next iteration samples from is to be logged."""
+    if sent.policies > sent.iterations or sent.iterations > until:
+        return False
+    manifest = run.manifest(EVALUATION, sent.iterations)
+    return manifest is not None and not lacking(run, manifest)
+
+
+def _is_complete(run: Run, sent: Sent, until: int) -> bool:
+    return sent.iterations < until and run.manifest("update", sent.iterations) is not None
+
+
+def note_path(run: Run) -> Path:
+    """Where it is noted how far the trackers of a run got."""
+    return run.path / ".track.json"
+
+
+def read_note(run: Run) -> dict[str, Any]:
+    """By tracker what it was given. Raises CorruptError (exit 6), which says the way out."""
+    path = note_path(run)
+    try:
+        return read_sealed(path) if path.exists() else {}
+    except CorruptError as error:
+        raise CorruptError(
+            f"{error}; it only notes how far the tracker got: remove it, and the next `grpo run` logs every"
+            " iteration again, which the tracker may show twice (`track: null` goes without)"
+        ) from None
+
+
+def _sent(run: Run, name: str) -> Sent:
+    held = read_note(run)
+    iterations = int(held.get(name, 0))
+    return Sent(iterations, int(held.get(f"{name}/evaluate", iterations)))
+
+
+def _note(run: Run, name: str, sent: Sent) -> None:
+    files.write_file(
+        note_path(run), seal({**read_note(run), name: sent.iterations, f"{name}/evaluate": sent.policies})
+    )
+
+
+def _open_trackio(run: Run) -> ModuleType:
+    try:
+        import trackio
+    except ImportError:
+        raise _missing("trackio") from None
+    return _opened(
+        trackio,
+        lambda: trackio.init(
+            project=_project(run), name=run.name, config=run.config.model_dump(), resume="allow", embed=False
+        ),
+    )
+
+
+def _open_wandb(run: Run) -> ModuleType:
+    # Read when it is imported. It reports its own errors to its maker otherwise.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    try:
+        import wandb
+    except ImportError:
+        raise _missing("wandb") from None
+    # Of what it would send unasked: no output, no code, no git state. GPU and memory curves are a part of it.
+    settings = wandb.Settings(
+        console="off", save_code=False, disable_code=True, disable_git=True, disable_job_creation=True
+    )
+
+    def init() -> None:
+        wandb.init(
+            project=_project(run),
+            name=run.name,
+            id=run.name,
+            config=run.config.model_dump(),
+            resume="allow",
+            settings=settings,
+        )
+        wandb.define_metric("iteration")
+        wandb.define_metric("*", step_metric="iteration")
+
+    return _opened(wandb, init)
+
+
+def _opened(module: ModuleType, init: Callable[[], object]) -> ModuleType:
+    try:
+        with redirect_stdout(sys.stderr):
+            init()
+    except GrpoError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise EngineError(
+            f"track: {module.__name__} cannot be opened: {type(error).__name__}: {reason}; nothing was"
+            " sampled (`track: null` goes without)"
+        ) from error
+    return module
+
+
+def _missing(name: str) -> UsageError:
+    return UsageError(f"track: {name}: is not installed; pip install 'grpo-stages[{name}]'")
+
+
+def _project(run: Run) -> str:
+    """The folder of the configuration, so that its runs stand side by side; without what wandb refuses."""
+    return re.sub(r"[/\\#?%:]", "-", run.imports.name) or "grpo"
+
+
+def _log_trackio(module: ModuleType, numbers: dict[str, float], iteration: int, after: Sent) -> None:
+    module.log(numbers, step=iteration)
+
+
+def _log_wandb(module: ModuleType, numbers: dict[str, float], iteration: int, after: Sent) -> None:
+    """It takes a step once, and none that is less: so each call has its own, and `iteration` is the axis."""
+    module.log({"iteration": iteration, **numbers}, step=after.iterations + after.policies)
+
+
+_OPEN: dict[str, Callable[[Run], ModuleType]] = {"trackio": _open_trackio, "wandb": _open_wandb}
+_LOG = {"trackio": _log_trackio, "wandb": _log_wandb}

@@ -1,0 +1,1 @@
+"""manage: looks after runs."""

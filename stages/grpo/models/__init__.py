@@ -1,0 +1,1 @@
+"""models: a checkpoint, and what is computed with it."""

@@ -1,0 +1,335 @@
+"""head: hidden states -> log-probability and entropy of chosen tokens, with no [N, V] tensor in memory.
+
+One chunk of the vocabulary at a time: the forward keeps a running softmax of each token (Milakov and
+Gimelshein 2018, arXiv:1805.02867), the backward computes each chunk's logits again. Chunks of the vocabulary
+and not of the tokens: a chunk's rows of the weight gradient are complete after one product, and what is added
+to again and again is the gradient of the hidden states, which is far smaller.
+
+Shapes: N positions (any mixture of rows and tokens), D width of a hidden state, V vocabulary, C its chunk.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from grpo.models.logprobs import token_logprobs
+
+# Small beside the head's own weight and gradient (0.5 GB each at V = 151,936, D = 896), and wide enough at 8k
+# tokens (C = 2,048) for products at full speed: benchmarks/head.txt.
+CHUNK_BYTES = 2**26
+# Stands for a log-prob of -inf beside its probability: exp() of it is 0 in every type, and times 0 it is 0.
+_NEVER = -1e4
+# What configurations call a factor of the logits (Granite divides by it, HyperCLOVA X multiplies), and a cap.
+_SCALE_KEYS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_PROOF_TOKENS = 8
+# A cap of 30 does not show in the logits of a random model, and leaves no doubt in logits of this size.
+_PROOF_LOGIT = 100.0
+_PROOF_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states to logits: x = scale * (hidden @ weight.T + bias), or softcap * tanh(x / softcap)."""
+
+    weight_VD: Tensor
+    """The output embedding's parameter itself, tied to the input embedding or not."""
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    """> 0; 1 leaves the logits as they are."""
+    softcap: float | None = None
+    """> 0: no logit is larger in absolute value; None: no bound."""
+
+
+def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Head] | None:
+    """The trunk of a causal language model, whose last_hidden_state the head reads, and that head.
+
+    Proven on a few tokens: the model's own logits are the head's on what the trunk gives, for hidden states
+    as they are and for such with logits of 100. None where nothing known here does that, the output layer is
+    not a plain Linear, or all logits are 0 and so prove nothing: then only the model's own logits are right.
+    Needs a model in eval mode, in float32
+    or float64, outside autocast. A tensor in Head is the model's: it changes with it.
+    """
+    assert not model.training
+    trunk, linear = model.get_decoder(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    # Not a subclass: an adapter computes the same until it has learned something.
+    if not isinstance(trunk, PreTrainedModel) or trunk is model or type(linear) is not torch.nn.Linear:
+        return None
+    for scale, softcap in _scales_and_softcaps(model.config):
+        head = Head(linear.weight, linear.bias, scale, softcap)
+        if _reproduces(model, trunk, head):
+            return trunk, head
+    return None
+
+
+def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
+    """Logits [..., V] of hidden states [..., D]: float32, or float64 where these are.
+
+    Under autocast the product is in its type, and all else, which it would not cast, is in float32.
+    """
+    product_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD)
+    logits_NV = product_NV.to(torch.promote_types(product_NV.dtype, torch.float32))
+    if head.bias_V is not None:
+        logits_NV = logits_NV + head.bias_V
+    if head.scale != 1:
+        logits_NV = logits_NV * head.scale
+    if head.softcap is not None:
+        logits_NV = torch.tanh(logits_NV / head.softcap) * head.softcap
+    return logits_NV
+
+
+def head_logprobs(
+    hidden_ND: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    temperature_N: Tensor,
+    *,
+    with_entropy: bool,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each position's target and, when asked for, the entropy there in nats.
+
+    What token_logprobs(head_logits(hidden_ND, head), ...) gives, to rounding, in value and gradient.
+    hidden_ND: any floating type; targets_N: int64; temperature_N: > 0. Returns logprobs_N (<= 0) and
+    entropy_N (>= 0) or None, float32, or float64 where the hidden states are. An entropy that no loss uses
+    costs the backward nothing. Under autocast the products are in its type, and all else is in float32.
+
+    chunk_bytes: size of an [N, C] tensor; up to three are alive at once. Logits that fit into one chunk are
+    kept for the backward instead of computed twice.
+    """
+    num_tokens, width = hidden_ND.shape
+    device, product_dtype = hidden_ND.device.type, hidden_ND.dtype
+    if torch.is_autocast_enabled(device) and product_dtype != torch.float64:
+        product_dtype = torch.get_autocast_dtype(device)
+    dtype = torch.promote_types(product_dtype, torch.float32)
+    # Not narrower than D: the hidden states are as large, and narrow products are slow.
+    chunk = max(chunk_bytes // (max(num_tokens, 1) * dtype.itemsize), width)
+    if chunk >= len(head.weight_VD):
+        logits_NV = head_logits(hidden_ND, head)
+        return token_logprobs(logits_NV, targets_N, temperature_N, with_entropy=with_entropy)
+    form = _Form(head.scale, head.softcap, product_dtype, dtype, chunk, with_entropy)
+    temperature_N = temperature_N.to(dtype)
+    results: tuple[Tensor, Tensor | None] = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head.weight_VD, head.bias_V, targets_N, temperature_N, form
+    )
+    return results
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The constants of one call: the head's, the type of the products, that of all else, C, what is asked."""
+
+    scale: float
+    softcap: float | None
+    product_dtype: torch.dtype
+    dtype: torch.dtype
+    chunk: int
+    with_entropy: bool
+
+
+class _Logits:
+    """The logits of one pass over the vocabulary, by chunks that share their memory."""
+
+    def __init__(
+        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature_N: Tensor, form: _Form
+    ) -> None:
+        self.weight_VD, self.bias_V, self.form = weight_VD, bias_V, form
+        # A logit over its temperature, z, is inner * (h @ W.T + b), and with a cap outer * tanh(that).
+        if form.softcap is None:
+            self.inner_N = form.scale / temperature_N
+            self.outer_N = torch.ones_like(temperature_N)
+        else:
+            self.inner_N = torch.full_like(temperature_N, form.scale / form.softcap)
+            self.outer_N = form.softcap / temperature_N
+        # One factor per row of the hidden states is one per row of the product, for a fraction of the work.
+        self.scaled_ND = (hidden_ND.to(form.dtype) * self.inner_N[:, None]).to(form.product_dtype)
+        self._memory: dict[str, Tensor] = {}
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(columns, weight_CD in the products' type, inner * (h @ W.T + b) in memory of the next chunk)."""
+        for start in range(0, len(self.weight_VD), self.form.chunk):
+            columns = slice(start, min(start + self.form.chunk, len(self.weight_VD)))
+            weight_CD = self.weight_VD[columns].to(self.form.product_dtype)
+            logits_NC = self.memory("logits", columns)
+            if weight_CD.dtype == logits_NC.dtype:
+                torch.mm(self.scaled_ND, weight_CD.t(), out=logits_NC)
+            else:
+                product_NC = self.memory("product", columns, weight_CD.dtype)
+                logits_NC.copy_(torch.mm(self.scaled_ND, weight_CD.t(), out=product_NC))
+            if self.bias_V is not None:
+                logits_NC.addcmul_(self.inner_N[:, None], self.bias_V[columns].to(self.form.dtype))
+            yield columns, weight_CD, logits_NC
+
+    def for_product(self, values_NC: Tensor, columns: slice) -> Tensor:
+        """The values in the products' type."""
+        if values_NC.dtype == self.form.product_dtype:
+            return values_NC
+        return self.memory("product", columns, self.form.product_dtype).copy_(values_NC)
+
+    def memory(self, name: str, columns: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """[N, C] not set to anything; the same memory for the same name."""
+        num_tokens, num_columns = len(self.scaled_ND), columns.stop - columns.start
+        if name not in self._memory:
+            size = num_tokens * self.form.chunk
+            self._memory[name] = self.scaled_ND.new_empty(size, dtype=dtype or self.form.dtype)
+        return self._memory[name][: num_tokens * num_columns].view(num_tokens, num_columns)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Log-probs and entropy [N]. Products are in place, into `out`, or of types cast here: all that autocast
+    leaves alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        temperature_N: Tensor,
+        form: _Form,
+    ) -> tuple[Tensor, Tensor | None]:
+        logits = _Logits(hidden_ND, weight_VD, bias_V, temperature_N, form)
+        # Finite, because -inf - -inf is NaN. total: sum exp(z - top); weighted: sum (z - top) exp(z - top).
+        top_N = torch.full_like(temperature_N, torch.finfo(form.dtype).min)
+        total_N, weighted_N, target_N = (torch.zeros_like(top_N) for _ in range(3))
+        for columns, _, z_NC in logits.chunks():
+            if form.softcap is not None:
+                z_NC.tanh_().mul_(logits.outer_N[:, None])
+            inside_N, place_N = _locate(targets_N, columns)
+            target_N = torch.where(inside_N, z_NC.gather(1, place_N[:, None])[:, 0], target_N)
+            before_N, top_N = top_N, torch.maximum(top_N, z_NC.amax(dim=1))
+            shift_N = (before_N - top_N).clamp_min_(_NEVER)
+            z_NC.sub_(top_N[:, None])
+            p_NC = torch.exp(z_NC, out=logits.memory("p", columns) if form.with_entropy else z_NC)
+            if form.with_entropy:
+                weighted_N = shift_N.exp() * (weighted_N + shift_N * total_N)
+                weighted_N += z_NC.clamp_min_(_NEVER).mul_(p_NC).sum(dim=1)
+            total_N = shift_N.exp() * total_N + p_NC.sum(dim=1)
+        entropy_N = total_N.log() - weighted_N / total_N if form.with_entropy else None
+        logsumexp_N = top_N + total_N.log()
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, temperature_N, logsumexp_N, entropy_N)
+        ctx.form = form
+        ctx.set_materialize_grads(False)  # None, not zeros, for an entropy that no loss uses
+        return target_N - top_N - total_N.log(), entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V, targets_N, temperature_N, logsumexp_N, entropy_N = ctx.saved_tensors
+        if grad_logprobs_N is None:
+            grad_logprobs_N = torch.zeros_like(logsumexp_N)
+        softmax = _Softmax(targets_N, logsumexp_N, entropy_N, grad_logprobs_N, grad_entropy_N)
+        logits = _Logits(hidden_ND, weight_VD, bias_V, temperature_N, ctx.form)
+        wanted = zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
+        grads = [torch.zeros_like(x, dtype=ctx.form.dtype) if wants else None for x, wants in wanted]
+        grad_hidden_ND, grad_weight_VD, grad_bias_V = grads
+        for columns, weight_CD, logits_NC in logits.chunks():
+            grad_NC = softmax.gradient(logits, columns, logits_NC)
+            if grad_bias_V is not None:
+                torch.mv(grad_NC.t(), logits.inner_N, out=grad_bias_V[columns])
+            grad_NC = logits.for_product(grad_NC, columns)
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD[columns], grad_NC.t(), logits.scaled_ND)
+            if grad_hidden_ND is not None:
+                _add_product(grad_hidden_ND, grad_NC, weight_CD)
+        if grad_hidden_ND is not None:
+            grad_hidden_ND.mul_(logits.inner_N[:, None])
+        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """What the backward knows of each token's distribution, and the gradients that arrive at its results."""
+
+    targets_N: Tensor
+    logsumexp_N: Tensor
+    entropy_N: Tensor | None
+    grad_logprobs_N: Tensor
+    grad_entropy_N: Tensor | None
+
+    def gradient(self, logits: _Logits, columns: slice, logits_NC: Tensor) -> Tensor:
+        """Gradient [N, C] at what logits.chunks() gave, whose memory it overwrites.
+
+        d logprob / dz_j = [j = target] - p_j and d entropy / dz_j = -p_j (log p_j + entropy).
+        """
+        bend_NC, z_NC = None, logits_NC
+        if logits.form.softcap is not None:
+            bend_NC = logits_NC.tanh_()
+            z_NC = torch.mul(bend_NC, logits.outer_N[:, None], out=logits.memory("z", columns))
+        logprobs_NC = z_NC.sub_(self.logsumexp_N[:, None])
+        if self.grad_entropy_N is None or self.entropy_N is None:
+            grad_NC = logprobs_NC.exp_().mul_(-self.grad_logprobs_N[:, None])
+        else:
+            p_NC = torch.exp(logprobs_NC, out=logits.memory("p", columns))
+            constant_N = self.grad_logprobs_N + self.grad_entropy_N * self.entropy_N
+            grad_NC = logprobs_NC.clamp_min_(_NEVER).mul_(-self.grad_entropy_N[:, None])
+            grad_NC.sub_(constant_N[:, None]).mul_(p_NC)
+        inside_N, place_N = _locate(self.targets_N, columns)
+        grad_NC.scatter_add_(1, place_N[:, None], (self.grad_logprobs_N * inside_N)[:, None])
+        if bend_NC is not None:
+            # d tanh(u) / du = 1 - tanh(u) ** 2
+            grad_NC.mul_(bend_NC.square_().neg_().add_(1)).mul_(logits.outer_N[:, None])
+        return grad_NC
+
+
+def _locate(targets_N: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(whether a token's target is among the columns, bool; its place there, 0 for any other)."""
+    place_N = targets_N - columns.start
+    inside_N = (place_N >= 0) & (place_N < columns.stop - columns.start)
+    return inside_N, place_N.masked_fill(~inside_N, 0)
+
+
+def _add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:
+    """sum_ += left @ right, where the sum may be of a wider type."""
+    if sum_.dtype == left.dtype:
+        sum_.addmm_(left, right)
+    else:
+        sum_.add_(left @ right)
+
+
+def _scales_and_softcaps(config: PreTrainedConfig) -> Iterator[tuple[float, float | None]]:
+    """Factors and caps that a configuration may mean, the plain head first."""
+    text = config.get_text_config(decoder=True)
+    given = [value for key in _SCALE_KEYS if (value := getattr(text, key, None))]
+    caps = [value for key in _SOFTCAP_KEYS if (value := getattr(text, key, None))]
+    scales = [1.0, *(factor for value in given if value > 0 for factor in (float(value), 1 / value))]
+    yield from ((scale, cap) for cap in [None, *map(float, caps)] for scale in scales)
+
+
+@torch.no_grad()
+def _reproduces(model: PreTrainedModel, trunk: PreTrainedModel, head: Head) -> bool:
+    """Whether the model's logits are the head's, for the trunk's hidden states and for larger ones."""
+    input_ids_BL = torch.arange(_PROOF_TOKENS, device=model.device)[None] % len(head.weight_VD)
+    hidden_BLD = getattr(trunk(input_ids=input_ids_BL, use_cache=False), "last_hidden_state", None)
+    if hidden_BLD is None or hidden_BLD.shape[-1] != head.weight_VD.shape[-1]:
+        return False
+    product_BLV = torch.nn.functional.linear(hidden_BLD, head.weight_VD)
+    largest = product_BLV.abs().max().item() * head.scale
+    if largest == 0:  # no factor makes it larger, and every scale and cap would pass
+        return False
+    for factor in (1.0, _PROOF_LOGIT / largest):
+
+        def enlarge(module: Any, arguments: Any, output: Any, factor: float = factor) -> Any:
+            output.last_hidden_state = output.last_hidden_state * factor
+            return output
+
+        hook = trunk.register_forward_hook(enlarge)
+        try:
+            right_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
+        finally:
+            hook.remove()
+        logits_BLV = head_logits(hidden_BLD * factor, head)
+        if logits_BLV.shape != right_BLV.shape:
+            return False
+        if not (logits_BLV - right_BLV).abs().max() <= _PROOF_TOLERANCE * right_BLV.abs().max():
+            return False
+    return True

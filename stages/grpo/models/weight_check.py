@@ -1,0 +1,114 @@
+"""probe: a few sequences of a run's own tokens, and the log-probs a policy gives them.
+
+Every policy on disk carries one, computed by the learner's code from the saved weights. An engine that took
+the weights scores the same tokens: a digest of parameters proves nothing, since engines keep copies of them
+in other layouts. All policies of a run are probed with the same sequences, so that what an engine gives for
+one can be compared with what it gave for the last.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
+from grpo.errors import ResourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILE = "probe.json"
+NUM_SEQUENCES = 8
+LENGTH = 64  # tokens of a sequence: 504 log-probs in all, a forward pass of no weight
+# Relative change of every weight in a perturbed copy: moves log-probs by 0.1 and more, above any tolerance.
+PERTURBATION = 0.1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Sequences of token ids, and of each token but the first its log-prob at temperature 1.
+
+    Example: sequences [[51, 43, 52]], logprobs [[-2.3, -0.7]].
+    """
+
+    sequences: list[list[int]]
+    logprobs: list[list[float]]
+
+    def encode(self) -> bytes:
+        """As JSON; the numbers keep their bits."""
+        return json.dumps(asdict(self), allow_nan=False).encode()
+
+    def is_finite(self) -> bool:
+        """Whether every log-prob is a number, which encode() needs."""
+        return all(math.isfinite(logprob) for row in self.logprobs for logprob in row)
+
+    def difference(self, logprobs: Sequence[np.ndarray]) -> float:
+        """Mean |difference| per token, in nats, to what another computed for the same sequences."""
+        own = np.concatenate([np.asarray(row, dtype=np.float64) for row in self.logprobs])
+        return float(np.abs(own - np.concatenate(logprobs)).mean())
+
+
+def read_probe(path: Path) -> Probe:
+    """The probe in `path`. Raises CorruptError (exit 6) when it is none."""
+    data = read_json(path, sequences=list, logprobs=list)
+    return Probe(data["sequences"], data["logprobs"])
+
+
+def probe_sequences(prompts: Iterable[Sequence[int]], context: int | None) -> list[list[int]]:
+    """The prompts' tokens as one stream, begun again where it ends, cut into NUM_SEQUENCES equal pieces.
+
+    context: the most positions the model has. One is left: engines score a prompt by sampling behind it.
+    """
+    length = LENGTH if context is None else min(LENGTH, context - 1)
+    tokens = [int(token) for prompt in prompts for token in prompt]
+    stream = list(islice(cycle(tokens), NUM_SEQUENCES * length))
+    return [stream[start : start + length] for start in range(0, len(stream), length)]
+
+
+def measure(model: "PreTrainedModel", sequences: list[list[int]]) -> Probe:
+    """Probe `model`, which may be in training: nothing of it changes. All sequences have one length."""
+    import torch
+
+    from grpo.models.logprobs import token_logprobs
+
+    input_ids_BL = torch.tensor(sequences, device=model.device)
+    with torch.inference_mode():
+        logits_NV = model(input_ids=input_ids_BL, use_cache=False).logits[:, :-1].flatten(0, 1)
+        targets_N = input_ids_BL[:, 1:].flatten()
+        logprobs_N, _ = token_logprobs(logits_NV, targets_N, torch.ones_like(targets_N))
+    return Probe(sequences, logprobs_N.reshape(len(sequences), -1).tolist())
+
+
+def write_perturbed(checkpoint: Path, folder: Path) -> None:
+    """Write into `folder` a copy of `checkpoint` with noise of PERTURBATION times each weight.
+
+    What is finite stays so: a weight too large for that is the largest of its type.
+    """
+    import shutil
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(0)
+    for path in checkpoint_files(checkpoint):
+        target = folder / path.name
+        if not is_weight_file(path.name) or path.suffix == ".json":
+            with files.resource_errors(target):
+                shutil.copyfile(path, target)
+            continue
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator) * PERTURBATION
+                limit = min(torch.finfo(kind).max for kind in (tensor.dtype, torch.float32))
+                tensors[name] = (tensor.float() * (1 + noise)).clamp(-limit, limit).to(tensor.dtype)
+        try:
+            save_file(tensors, target, metadata={"format": "pt"})
+        except SafetensorError as error:  # of writing; it has no errno
+            raise ResourceError(f"{target}: {error}; {files.free_space(target)}") from error

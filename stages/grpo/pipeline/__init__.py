@@ -1,0 +1,1 @@
+"""pipeline: what runs next, and how."""

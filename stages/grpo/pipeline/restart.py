@@ -1,0 +1,88 @@
+"""rewind: `--from N`, what it does again, and how that is moved out of the way."""
+
+from pathlib import Path
+
+from grpo.artifacts import Run, discard, files, read_sealed, seal
+from grpo.errors import InputError
+from grpo.pipeline.stages import EVALUATE, STAGES, UPDATE, Stage
+from grpo.pipeline.states import State, evaluation_states, states
+
+
+def start_over(run: Run, iteration: int) -> None:
+    """`--from N`: note the intent, then clear the way; a killed one is finished by the next run.
+
+    Raises InputError (exit 4), with nothing moved, when the checkpoint to go on from was pruned or something
+    before `iteration` is missing or stale: a plain run could not go on from there.
+    """
+    present = states(run, iteration)  # what is later goes, however damaged it is
+    for number in range(iteration):
+        for name, state in present.get(number, {STAGES[0].name: State("missing")}).items():
+            if state.name in ("missing", "partial", "stale"):
+                raise InputError(
+                    f"--from {iteration}: {name} of iteration {number} is {state.name}; nothing was moved;"
+                    f" begin with that: --from {number}, or `grpo {name} --iteration {number}`"
+                )
+    _, redone = done_again(run, iteration)
+    if redone or run.manifest(UPDATE.output, iteration) is None:
+        run.require_checkpoint(iteration)
+    files.write_file(intent_path(run), seal({"from": iteration}))
+    files.sync_folder(run.path)
+    finish_start_over(run)
+
+
+def finish_start_over(run: Run) -> None:
+    """Move later iterations, then what is stale or differs in N and what follows it there, to .trash."""
+    first = read_intent(run)
+    if first is None:
+        return
+    later, redone = done_again(run, first)
+    for iteration in reversed(later):
+        discard(run, run.staging_root(iteration))
+        discard(run, run.iteration_root(iteration))
+    discard(run, run.staging_root(first))
+    # Where its rollouts stay, how a policy was measured is history: `grpo run` does not measure it again.
+    sampled_anew = STAGES[0] in redone or run.manifest(STAGES[0].output, first) is None
+    if sampled_anew and _measured_otherwise(run, first):
+        discard(run, run.folder(EVALUATE.output, first))
+    for stage in reversed(redone):  # nothing stays that was made from what is gone
+        discard(run, run.folder(stage.output, first))
+    files.remove_file(intent_path(run))
+    files.sync_folder(run.path)
+
+
+def intent_path(run: Run) -> Path:
+    """Where `--from` notes what it is about to do."""
+    return run.path / ".from.json"
+
+
+def read_intent(run: Run) -> int | None:
+    """The N of a `--from N` that is not finished. Raises CorruptError (exit 6) when it cannot be read."""
+    path = intent_path(run)
+    return int(read_sealed(path, **{"from": int})["from"]) if path.exists() else None
+
+
+def done_again(run: Run, first: int) -> tuple[list[int], list[Stage]]:
+    """What `--from` does again: later iterations, and stages of `first` from a stale or differing one on.
+
+    Also its update where that was pruned: the policy to go on from is made once more.
+    """
+    by_stage = states(run, first).get(first, {})
+    old = {name for name, state in by_stage.items() if state.name in ("stale", "differs")}
+    old |= {UPDATE.name} if run.is_pruned(first) else set()
+    changed = [stage.name in old for stage in STAGES]
+    stages = [*(STAGES[changed.index(True) :] if any(changed) else ())]
+    again = [stage for stage in stages if stage.name in by_stage]
+    iterations = run.iterations()
+    # The last policy has an evaluation and nothing else; it goes where the policy is made again.
+    kept = first + 1 if run.manifest(UPDATE.output, first) is not None and not again else first
+    measured = [policy for policy in run.evaluations() if policy not in iterations and policy > kept]
+    return sorted([*(n for n in iterations if n > first), *measured]), again
+
+
+def _measured_otherwise(run: Run, policy: int) -> bool:
+    """Whether a policy that is still there was measured in another way than configured now, or stale."""
+    if policy not in run.evaluations() or (policy and run.is_pruned(policy - 1)):
+        return False
+    if run.config.evaluate is None:
+        return False
+    return evaluation_states(run, states(run))[policy].name in ("stale", "differs")

@@ -1,0 +1,135 @@
+"""runner: iterations x stages. What runs next.
+
+What is done and what is stale is read from manifests; the runner remembers nothing.
+"""
+
+from collections.abc import Callable
+
+from grpo.artifacts import Run, lacking, prune
+from grpo.errors import InputError
+from grpo.pipeline.resources import Resources
+from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage, perform
+from grpo.pipeline.states import differences_of, state_of, states
+
+
+def run_iterations(
+    run: Run, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
+) -> tuple[int, int]:
+    """Complete iterations 0 .. until-1, doing only what is missing; how many were worked on, and evaluated.
+
+    With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them.
+    Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
+    """
+    _refuse_stale(run)
+    prune(run)  # what a killed one left
+    worked, evaluated, begun = 0, 0, False
+    with Resources(run) as resources:
+        for iteration in range(until + 1):
+            trained = False
+            while todo := what_to_do(run, iteration, until):
+                if not begun:
+                    _say_changes(run, todo, iteration)
+                    _check_before(run, resources, until)
+                    begun = True
+                run.console.stop_requested()
+                perform(run, todo[0], iteration, resources)
+                if todo[0] is EVALUATE:
+                    report_policy(iteration)
+                    evaluated += 1
+                else:
+                    trained = True
+            if trained:
+                worked += 1
+                report(iteration)
+    return worked, evaluated
+
+
+def what_to_do(run: Run, iteration: int, until: int) -> list[Stage]:
+    """What is not done of an iteration, in order; first the evaluation of the policy that it samples from.
+
+    To be asked again after each: with generate.resample, what the rewards show may open generate again.
+    """
+    due = [EVALUATE] if evaluation_is_due(run, iteration, until) else []
+    return due + [stage for stage in STAGES if iteration < until and _is_open(run, stage, iteration)]
+
+
+def _check_before(run: Run, resources: Resources, until: int) -> None:
+    """What no stage can use must stop before rollouts are paid for."""
+    for stage in (*STAGES, *([EVALUATE] if run.config.evaluate is not None else [])):
+        stage.load().check(run, until, resources.borrow)
+
+
+def evaluation_is_due(run: Run, policy: int, until: int) -> bool:
+    """Whether `grpo run` measures a policy: one of those configured, not measured, and not yet sampled from.
+
+    What was sampled from before `evaluate` was configured, or otherwise, is history.
+    """
+    config = run.config.evaluate
+    if config is None or (policy % config.every and policy != until):
+        return False
+    if run.manifest(GENERATE.output, policy) is not None:
+        return False
+    return state_of(run, EVALUATE, policy, set()).name in ("missing", "partial", "stale")
+
+
+def _is_open(run: Run, stage: Stage, iteration: int) -> bool:
+    """Whether an output is missing or partial.
+
+    Raises InputError (exit 4) for rollouts that want another round of what is configured otherwise now.
+    """
+    manifest = run.manifest(stage.output, iteration)
+    lacks = lacking(run, manifest)
+    unfinished_rounds = manifest if lacks and stage is GENERATE else None
+    if unfinished_rounds is not None and (changes := differences_of(run, stage, unfinished_rounds)):
+        raise InputError(
+            f"run {run.name}: generate of iteration {iteration} is partial ({lacks}) and differs"
+            f" ({'; '.join(changes)}); put that back, or `grpo run --from {iteration}` does it again"
+        )
+    return manifest is None or bool(lacks)
+
+
+def _refuse_stale(run: Run) -> None:
+    for iteration, by_stage in states(run).items():
+        for name, state in by_stage.items():
+            if state.name == "stale":
+                raise InputError(
+                    f"run {run.name}: {name} of iteration {iteration} is stale ({state.why});"
+                    f" {_way_out(run, iteration, name)}"
+                )
+
+
+def _way_out(run: Run, iteration: int, name: str) -> str:
+    """What to do about a stale output: first make again what it read and what is no longer there."""
+    before = STAGES[: [stage.name for stage in STAGES].index(name)]
+    found = {stage.name: run.manifest(stage.output, iteration) for stage in before}
+    missing = [stage for stage, manifest in found.items() if manifest is None or lacking(run, manifest)]
+    again = missing[0] if missing else name
+    needs_policy = not missing or again in (GENERATE.name, UPDATE.name)  # --from goes on to the update
+    if needs_policy and iteration and run.is_pruned(iteration - 1):
+        nearest = max(number for number in run.policies() if number <= iteration)
+        return (
+            f"policy {iteration} was pruned: `grpo run --from {nearest}` does it and all that follows again,"
+            f" `grpo fork {run.name} NEW --iteration {nearest}` too, elsewhere"
+        )
+    if missing:
+        verb = "makes it again" if found[again] is None else "goes on with it"
+        return f"`grpo {again} --iteration {iteration}` {verb}"
+    return (
+        f"`grpo run --from {iteration}` does it and all that follows again,"
+        f" `grpo {name} --iteration {iteration}` it alone"
+    )
+
+
+def _say_changes(run: Run, todo: list[Stage], iteration: int) -> None:
+    """Name each key that is not what the last manifest of its stage was made with."""
+    measured = [policy for policy in run.evaluations() if policy <= iteration]
+    if run.config.evaluate is not None and measured:
+        last = run.manifest(EVALUATE.output, measured[-1])
+        for change in differences_of(run, EVALUATE, last) if last else ():
+            run.console.say(f"from the next evaluation: {change}")
+    for stage in STAGES:
+        last = run.manifest(stage.output, iteration if stage not in todo else iteration - 1)
+        if last is None or (stage in todo and iteration == 0):
+            continue
+        for change in differences_of(run, stage, last):
+            run.console.say(f"from iteration {iteration if stage in todo else iteration + 1}: {change}")

@@ -1,0 +1,243 @@
+"""work: what a command that works does once its run is open. The command line itself is in cli/."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grpo.artifacts import Manifest, Run, digest
+from grpo.artifacts.layout import parse_iterations
+from grpo.config import flatten
+from grpo.errors import InputError, UsageError
+from grpo.evaluate import plan as evaluation
+from grpo.generate.engines.choice import gpu_is_there
+from grpo.pipeline import prepare, restart, runner, states
+from grpo.pipeline.resources import Resources
+from grpo.pipeline.stages import BY_NAME, EVALUATE, Stage, perform
+
+
+def run(opened: Run, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]) -> int:
+    """`grpo run`: complete iterations and say where nothing was to be done; how many were worked on."""
+    _say_busy(opened)
+    worked, measured = runner.run_iterations(opened, until, report, report_policy)
+    if not worked and not measured:
+        opened.console.say(f"run {opened.name}: {until} iterations are complete; nothing to do")
+    return worked
+
+
+def restart_from(opened: Run, first: int, yes: bool) -> None:
+    """`--from N`: clear the way, unless told not to. yes: do not ask before anything is moved."""
+    if not 0 <= first <= max(opened.iterations(), default=-1):  # N itself may be what is lost
+        raise UsageError(
+            f"--from {first}: run {opened.name} has no iteration {first}; it has {_range(opened)}"
+        )
+    if not yes:
+        _confirm(opened, first)
+    restart.start_over(opened, first)
+
+
+def _say_busy(opened: Run) -> None:
+    """With more to do than there are cores, torch's threads wait on each other: 30 times slower was seen."""
+    cores = os.cpu_count() or 1
+    if os.getloadavg()[0] > cores and "OMP_NUM_THREADS" not in os.environ and not gpu_is_there():
+        opened.console.say(
+            f"this machine is busy (load {os.getloadavg()[0]:.0f} on {cores} cores): OMP_NUM_THREADS=1 may be"
+            " many times faster"
+        )
+
+
+def _confirm(opened: Run, first: int) -> None:
+    """Ask before `--from` moves anything. UsageError (exit 2) for no, and where nobody can be asked."""
+    later, stages = restart.done_again(opened, first)
+    parts = [f"of iteration {first} {', '.join(stage.name for stage in stages)}"] if stages else []
+    sampled = set(opened.iterations())
+    if iterations := [number for number in later if number in sampled]:
+        parts.append(f"all of {_iterations_text(iterations)}")
+    # The last policy has an evaluation and nothing else: it is no iteration.
+    parts += [f"the evaluation of policy {number}" for number in later if number not in sampled]
+    if not parts:
+        return
+    text = f"--from {first}: {' and '.join(parts)} will be done again; what is there goes to .trash"
+    if not sys.stdin.isatty():
+        raise UsageError(f"{text}; give --yes too")
+    if not opened.console.confirm(text):
+        raise UsageError(f"--from {first}: not confirmed; nothing was moved")
+
+
+def run_stage(
+    opened: Run, name: str, wanted: str, force: bool, only_failed: bool = False
+) -> list[dict[str, Any]]:
+    """One stage command over the iterations asked for. Raises InputError (exit 4) for what differs.
+
+    only_failed: of `score`, the rows that failed, and nothing else.
+    """
+    stage = BY_NAME[name]
+    results = []
+    iterations = (
+        _failed_iterations(opened, stage, wanted) if only_failed else _iterations(opened, stage, wanted)
+    )
+    if only_failed and not iterations:
+        opened.console.say(f"{name}: no reward failed; nothing to do")
+    elif not iterations and force:
+        raise UsageError(f"{name} --force: nothing is missing; say which to do again with --iteration N")
+    elif not iterations:
+        opened.console.say(f"{name}: nothing to do; --iteration N and --force do it again")
+    with Resources(opened) as resources:
+        for iteration in iterations:
+            before = opened.manifest(stage.output, iteration)
+            if before is not None:
+                _check_replace(opened, stage, before, force, only_failed)
+            manifest = perform(opened, stage, iteration, resources, force, only_failed)
+            done = before is None or manifest.fingerprint != before.fingerprint
+            rows, judgements = _rows_of(manifest)
+            text = f"{rows} rows{f', {judgements} judgements' if judgements else ''}"
+            opened.console.say(f"{name} {iteration}: {text if done else 'nothing to do, it is complete'}")
+            results.append({"iteration": iteration, "done": done, "rows": rows, "ids": manifest.ids})
+    return results
+
+
+def _rows_of(manifest: Manifest) -> tuple[int, int]:
+    """What a stage wrote, and the answers of judges that stand beside rewards."""
+    judgements = sum(file.rows or 0 for file in manifest.files if file.table == "judgements")
+    return manifest.rows - judgements, judgements
+
+
+def _check_replace(opened: Run, stage: Stage, before: Manifest, force: bool, only_failed: bool) -> None:
+    """Refuse what differs without --force; with it, say what may become stale."""
+    iteration = before.iteration
+    assert iteration is not None
+    if only_failed:
+        _check_kept(opened, stage, before)
+    if force or only_failed:
+        after = states.followers(opened, stage.output, iteration)
+        if after:
+            more = f" and {len(after) - 4} more" if len(after) > 4 else ""
+            listed = ", ".join(after[:4]) + more
+            opened.console.say(
+                f"{stage.name} {iteration}: if its result changes, these become stale: {listed}"
+            )
+        return
+    if states.inputs_changed(opened, before):
+        return  # stale: it is done again without being asked twice
+    if changes := states.differences_of(opened, stage, before):
+        place = opened.folder(stage.output, iteration)
+        raise InputError(f"{place}: differs ({'; '.join(changes)}); --force makes it again")
+
+
+def evaluate(opened: Run, policy: int | None, force: bool) -> int:
+    """`grpo eval` of a policy of a run, by default the newest: made where it is missing; which it is.
+
+    Raises InputError (exit 4) where the policy is not there, or was measured otherwise than configured and
+    not `force`.
+    """
+    evaluation.config_of(opened)  # or there is nothing to do it with
+    have = opened.policies()
+    number = max(have) if policy is None else policy
+    if not 0 <= number <= max(opened.iterations(), default=-1) + 1:
+        raise UsageError(f"--policy {number}: run {opened.name} has policies 0 to {max(have)}")
+    before = opened.manifest(evaluation.OUTPUT, number)
+    if before is not None:
+        _check_replace(opened, EVALUATE, before, force, only_failed=False)
+    with Resources(opened) as resources:
+        if force or before is None or not evaluation.plan(opened, number).same_as(before):
+            EVALUATE.load().check(opened, number, resources.borrow)
+        perform(opened, EVALUATE, number, resources, force)
+    return number
+
+
+def checkpoint_run(opened: Run, checkpoint: str) -> Run:
+    """A run whose policy 0 is a checkpoint of any origin, to measure it as those of `opened` are.
+
+    It is named by all it depends on, so that a killed evaluation is gone on with, and removed when it is
+    done. Raises UsageError (exit 2) without `evaluate`.
+    """
+    path = Path(checkpoint) if Path(checkpoint).is_dir() else prepare.resolve_model(opened, checkpoint)
+    model, config = str(path.absolute()), opened.config
+    changes = {
+        "model": model,
+        "prompts": evaluation.config_of(opened).prompts,
+        "update": config.update.model_copy(update={"reference": None}),
+    }
+    values = config.model_copy(update=changes)
+    name = digest([values.model_dump(), opened.checkpoint_id(model)])[:16]
+    root = opened.root / ".eval"
+    return Run(root, values.model_copy(update={"run": name}), opened.imports, opened.console)
+
+
+def _failed_iterations(opened: Run, stage: Stage, wanted: str) -> list[int]:
+    """Of the iterations asked for, or of all, those in which rewards failed."""
+    numbers = _iterations(opened, stage, wanted or "all")
+    if wanted and wanted != "all":
+        for number in numbers:
+            opened.require(stage.output, number, f"grpo {stage.name} --iteration {number}")
+    manifests = {number: opened.manifest(stage.output, number) for number in numbers}
+    return [number for number, found in manifests.items() if found and found.summary["failed"]]
+
+
+def _check_kept(opened: Run, stage: Stage, before: Manifest) -> None:
+    """Raise InputError (exit 4) where rows would be kept that would not be made in the same way now."""
+    place = opened.folder(stage.output, before.iteration)
+    again = f"`grpo {stage.name} --iteration {before.iteration}"
+    if states.inputs_changed(opened, before):
+        raise InputError(f"{place}: stale, so no row of it can be kept; {again}` does it again")
+    changes = states.differences_of(opened, stage, before)
+    # A time-out is no part of any value, and a longer one is why it is tried again.
+    if others := [change for change in changes if ".timeout_s: " not in change]:
+        raise InputError(
+            f"{place}: differs ({'; '.join(others)}), so --only-failed cannot keep the other rows;"
+            f" {again} --force` does it again"
+        )
+
+
+def _iterations(opened: Run, stage: Stage, wanted: str) -> list[int]:
+    """Iterations of `--iteration`: a number, a range, `all`, or the earliest that can be done and is not."""
+    have = opened.iterations()
+    if wanted:
+        bounds = parse_iterations(wanted)
+        if bounds is None:
+            return have
+        first, last = bounds
+        if last > (have[-1] + 1 if have else 0):
+            raise UsageError(f"--iteration {wanted}: run {opened.name} has {_range(opened)}")
+        return list(range(first, last + 1))
+    present = states.states(opened)
+    following = have[-1] + 1 if have else 0
+    for iteration in [*have, *([following] if following < opened.config.iterations else [])]:
+        state = present[iteration][stage.name].name if iteration in present else "missing"
+        if state in ("missing", "partial", "stale") and _can_plan(opened, stage, iteration):
+            return [iteration]
+    return []
+
+
+def _can_plan(opened: Run, stage: Stage, iteration: int) -> bool:
+    try:
+        stage.plan(opened, iteration)
+    except InputError:
+        return False
+    return True
+
+
+def _range(opened: Run) -> str:
+    have = opened.iterations()
+    return _iterations_text(have) if have else "no iteration yet"
+
+
+def _iterations_text(numbers: list[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    return f"iteration {first}" if first == last else f"iterations {first} to {last}"
+
+
+def dry_run(opened: Run) -> None:
+    """Print every resolved value, and on stderr what `grpo run` would do."""
+    values = flatten(opened.config.model_dump())
+    if opened.console.quiet:
+        print(json.dumps(opened.config.model_dump(), indent=1))
+    else:
+        width = max(map(len, values))
+        for key, value in values.items():
+            print(f"{key:<{width}}  {json.dumps(value)}")
+    exists = (opened.path / "run.json").exists() and opened.manifest("policy", None) is not None
+    done = sum(1 for n in opened.iterations() if opened.manifest("update", n)) if exists else 0
+    opened.console.say(f"{done} of {opened.config.iterations} iterations are complete")

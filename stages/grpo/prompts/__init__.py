@@ -1,0 +1,1 @@
+"""prompts: the user's data -> the prompts table."""

@@ -1,0 +1,1 @@
+"""functions: reward functions, built in and the user's."""

@@ -1,0 +1,198 @@
+"""functions: reward functions + groups -> outcomes, each call in a worker process
+
+A reward function is the user's code and may hang, crash or be killed: it runs in processes (pebble) that
+are kept open between iterations, and only the rollouts that it fails on are lost. Time is kept twice. A
+watchdog in the worker (faulthandler: a C thread, so code that holds the interpreter lock cannot stop it) ends
+the worker, also when our own process is dead; its clock starts after the import of the function's module.
+pebble's clock includes that import, and is the second line.
+"""
+
+import signal
+import tempfile
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from grpo.errors import EngineError, UsageError
+from grpo.score.functions import worker
+from grpo.score.functions.call import FunctionSpec, GroupCall
+from grpo.score.functions.source import find_file, source_sha256
+from grpo.score.outcome import Outcome, one_line
+
+IMPORT_TIMEOUT_S = 120.0  # of the first import of a function's module; a cold torch takes tens of seconds
+SPARE_S = 5.0  # what pebble's clock allows beyond the time-out and three times the measured import
+CALLS_PER_WORKER = 2  # in flight: one running and one waiting, so that memory stays bounded
+MAX_RESTARTS = (
+    3  # of the pool for one call: a worker that dies between calls breaks the pool, not the function
+)
+POLL_S = 1.0  # how often a broken pool is looked for; a result is seen at once
+
+
+class FunctionPool:
+    """Worker processes for reward functions: they start at the first call and live until close().
+
+    import_root comes first on their sys.path. Calls come from one thread.
+    """
+
+    def __init__(self, import_root: Path, num_workers: int) -> None:
+        self._import_root = import_root.resolve()
+        self._num_workers = num_workers
+        self._folder = tempfile.TemporaryDirectory(prefix="grpo-rewards-")
+        self._checked: dict[str, tuple[str, float]] = {}  # function -> (source sha256, seconds of its import)
+        self._pool = self._open()
+
+    def check(self, spec: FunctionSpec, columns: Collection[str] | None = None) -> None:
+        """Import the function in a worker. Raises UsageError saying what is wrong with it or its arguments.
+
+        columns: the data set's column names; without them, keywords that the function needs go unchecked.
+        """
+        file = find_file(spec.function, self._import_root)
+        problem: str | None
+        try:
+            problem, import_s = self._result(
+                self._start(worker.examine, (spec, file, columns), IMPORT_TIMEOUT_S)
+            )
+        except TimeoutError:
+            problem = (
+                f"the import of its module did not end within {IMPORT_TIMEOUT_S:g} s, or ended the process"
+                " with status 0"
+            )
+        except ProcessExpired as error:
+            problem = f"the import of its module ended the process ({_ending(error.exitcode)})"
+        if problem is not None:
+            raise UsageError(f"reward function {spec.function!r}: {problem}")
+        self._checked[spec.function] = (source_sha256(spec.function, self._import_root), import_s)
+
+    def score(self, spec: FunctionSpec, groups: Iterable[GroupCall]) -> Iterator[list[Outcome]]:
+        """Yield the outcomes of each group, in order; a bad rollout is an outcome, never an exception.
+
+        A call that fails as a whole (raises, hangs, crashes, wrong count) is repeated rollout by rollout, so
+        a function whose values depend on the rest of the group then sees each rollout alone. Raises
+        UsageError as check() does, and EngineError when no worker can be started.
+        """
+        limit_s = self._limit_s(spec)
+        remaining = iter(groups)
+        waiting: deque[tuple[GroupCall, _Flight]] = deque()
+        try:
+            while True:
+                while len(waiting) < CALLS_PER_WORKER * self._num_workers:
+                    group = next(remaining, None)
+                    if group is None:
+                        break
+                    waiting.append((group, self._start_group(spec, group, limit_s)))
+                if not waiting:
+                    return
+                group, flight = waiting.popleft()
+                yield self._outcomes(spec, group, flight)
+        finally:
+            for _, flight in waiting:
+                flight.future.cancel()
+
+    def close(self) -> None:
+        """End the workers, busy or not."""
+        self._stop()
+        self._folder.cleanup()
+
+    def _limit_s(self, spec: FunctionSpec) -> float:
+        """pebble's time-out of one call. Checks a function that is new, reloads one whose file changed."""
+        source = source_sha256(spec.function, self._import_root)
+        if spec.function not in self._checked:
+            self.check(spec)
+        elif self._checked[spec.function][0] != source:
+            self._restart()
+            self.check(spec)
+        return spec.timeout_s + SPARE_S + 3 * self._checked[spec.function][1]
+
+    def _outcomes(self, spec: FunctionSpec, group: GroupCall, flight: "_Flight") -> list[Outcome]:
+        result = self._group_result(spec, flight)
+        if isinstance(result, list):
+            return result
+        num_rollouts = len(group.completions)
+        if num_rollouts == 1:
+            return [result]
+        flights = [self._start_group(spec, group.alone(s), flight.limit_s) for s in range(num_rollouts)]
+        results = [self._group_result(spec, alone) for alone in flights]
+        return [alone[0] if isinstance(alone, list) else alone for alone in results]
+
+    def _group_result(self, spec: FunctionSpec, flight: "_Flight") -> list[Outcome] | Outcome:
+        try:
+            result: list[Outcome] | Outcome = self._result(flight)
+        except TimeoutError:  # pebble's, and not the watchdog's, which would have said where it hung
+            why = "the import of its module hung, or the process ended itself with status 0"
+            return Outcome(None, "timeout", f"no result within {spec.timeout_s:g} s ({why})")
+        except ProcessExpired as error:
+            where = worker.where_it_hung(self._folder.name, error.pid)
+            if where is not None:
+                return Outcome(
+                    None, "timeout", one_line(f"no result within {spec.timeout_s:g} s (in {where})")
+                )
+            return Outcome(None, "error", f"the process ended during the call ({_ending(error.exitcode)})")
+        return result
+
+    def _start_group(self, spec: FunctionSpec, group: GroupCall, limit_s: float) -> "_Flight":
+        return self._start(worker.score, (self._folder.name, spec, group), limit_s)
+
+    def _start(self, function: Callable[..., Any], args: tuple[Any, ...], limit_s: float) -> "_Flight":
+        if not self._pool.active:
+            self._restart()
+        pool = self._pool
+        return _Flight(function, args, limit_s, pool, pool.schedule(function, args, timeout=limit_s))
+
+    def _result(self, flight: "_Flight") -> Any:
+        """Wait for a call. Raises TimeoutError, ProcessExpired, and EngineError when the pool keeps breaking.
+
+        pebble gives a whole pool up when a worker dies outside a call. Calls it had not yet sent to a worker
+        then never end, so they are started again in a new pool.
+        """
+        for _ in range(MAX_RESTARTS + 1):
+            while flight.pool.active and not flight.future.done():
+                wait([flight.future], timeout=POLL_S)
+            if flight.future.done() and not isinstance(flight.future.exception(), BrokenProcessPool):
+                return flight.future.result()
+            flight = self._start(flight.function, flight.args, flight.limit_s)
+        raise EngineError(
+            f"the reward workers ended {MAX_RESTARTS + 1} times before any result; their output is above "
+            '(a script that starts them needs `if __name__ == "__main__":`)'
+        )
+
+    def _open(self) -> ProcessPool:
+        # spawn: a fork of a process that has threads (torch, pyarrow) can deadlock.
+        return ProcessPool(
+            max_workers=self._num_workers,
+            initializer=worker.start,
+            initargs=(str(self._import_root),),
+            context=get_context("spawn"),
+        )
+
+    def _restart(self) -> None:
+        self._stop()
+        self._pool = self._open()
+
+    def _stop(self) -> None:
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A call under way, with what is needed to start it again."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    limit_s: float
+    pool: ProcessPool
+    future: "Future[Any]"
+
+
+def _ending(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"exit status {exitcode}"
+    name = signal.Signals(-exitcode).name
+    return f"{name}, perhaps out of memory" if name == "SIGKILL" else name

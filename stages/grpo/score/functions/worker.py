@@ -1,0 +1,67 @@
+"""worker: one reward call inside a worker process, under a watchdog
+
+Runs in spawned processes, so it imports little. Whatever the user's code raises is caught here and comes
+back as plain data: an exception that cannot be unpickled would break the pool.
+"""
+
+import faulthandler
+import os
+import re
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from grpo.score.functions import call
+from grpo.score.functions.call import FunctionSpec, GroupCall
+from grpo.score.outcome import Outcome
+
+# faulthandler's lines, innermost first: `  File "/project/reward.py", line 12 in solve`
+FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>[0-9]+) in (?P<name>.*)$', re.MULTILINE)
+
+
+def start(import_root: str) -> None:
+    """Prepare a new worker: the user's modules first on the path, and nothing of theirs on our stdout."""
+    sys.path.insert(0, import_root)
+    # A pyc is matched by size and whole seconds: one written now would hide an edit made in the same second.
+    sys.dont_write_bytecode = True
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+
+
+def examine(
+    spec: FunctionSpec, file: Path | None, columns: Collection[str] | None
+) -> tuple[str | None, float]:
+    """call.find_problem, and the seconds that it took: nearly all of them the import."""
+    started = time.perf_counter()
+    problem = call.find_problem(spec, file, columns)
+    return problem, time.perf_counter() - started
+
+
+def score(folder: str, spec: FunctionSpec, group: GroupCall) -> list[Outcome] | Outcome:
+    """Outcomes of a group, or the one outcome of a call that failed as a whole.
+
+    After spec.timeout_s the process writes where it was to `folder/<pid>` and ends with status 1.
+    """
+    try:
+        function = call.load(spec.function)
+        with Path(folder, str(os.getpid())).open("w") as traces:
+            faulthandler.dump_traceback_later(spec.timeout_s, exit=True, file=traces)
+            try:
+                return call.run(spec, function, group)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+    except BaseException as error:  # noqa: BLE001 - sys.exit() of a reward function too is only its own failure
+        return Outcome(None, "error", call.describe(error))
+
+
+def where_it_hung(folder: str, pid: int) -> str | None:
+    """ "solve, reward.py, line 12" when the watchdog ended worker `pid`, else None. Forgets it."""
+    path = Path(folder, str(pid))
+    traces = path.read_text(errors="replace") if path.exists() else ""
+    path.unlink(missing_ok=True)
+    if not traces:
+        return None
+    main_thread = traces.rpartition("most recent call first")[2]  # the oldest thread is printed last
+    frame = FRAME.search(main_thread)
+    return f"{frame['name']}, {Path(frame['file']).name}, line {frame['line']}" if frame else "unknown place"

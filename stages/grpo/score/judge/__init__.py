@@ -1,0 +1,1 @@
+"""judge: a model behind an endpoint as a reward."""

