@@ -91,42 +91,11 @@ def test_a_file_that_is_no_configuration(project: Path, grpo: Grpo, case: Case) 
 
 TWICE = "score.rewards=[{function: 'reward:code'}, {function: 'reward:code'}]"
 KEYS = [
-    # unknown key
-    key("generate.sample_per_prompt=4", "unknown key; did you mean samples_per_prompt?"),
-    key("score.rewards[0].weigth=1", "unknown key; did you mean weight?"),
+    # unknown key, wrong type, out of range: one of each, for the command line; all are in tests/config
     key("modle=x", "unknown key; did you mean model?"),
-    # wrong type (`true` for a number, `8.5` for a count, nan, inf)
-    key("generate.temperature=true", "input should be a valid number, found true"),
-    key("generate.samples_per_prompt=true", "input should be a valid integer, found true"),
-    key("generate.samples_per_prompt=8.5", "input should be a valid integer, found 8.5"),
-    key("update.learning_rate=.nan", "input should be a finite number, found NaN"),
-    key("update.learning_rate=.inf", "input should be a finite number, found Infinity"),
     key("update.learning_rate=1e309", "input should be a finite number, found Infinity"),
-    key("update=null", "expected a section with keys, found null"),
-    key("score.rewards={a: 1}", "input should be a valid list"),
-    Case(
-        "a reward that is text",
-        nothing,
-        [*RUN, "--set", "score.rewards=[x]"],
-        2,
-        "score.rewards[0]: expected a",
-    ),
-    # out of range
     key("iterations=0", "input should be greater than or equal to 1, found 0"),
-    key("iterations=-1", "input should be greater than or equal to 1, found -1"),
-    key("iterations=2147483648", "input should be less than 2147483648, found 2147483648"),
-    key(
-        "generate.prompts_per_iteration=2000000",
-        "input should be less than or equal to 1048576, found 2000000",
-    ),
-    key("generate.temperature=0.001", "input should be greater than or equal to 0.01, found 0.001"),
-    key("update.warmup_steps=2147483648", "input should be less than 2147483648"),
-    key("score.workers=100000", "input should be less than or equal to 1024, found 100000"),
-    key("score.rewards[0].timeout_s=1.0e+10", "input should be less than or equal to 1000000, found 1"),
-    key("run=../x", "string should match pattern"),
-    key("run=..", "string should match pattern"),
-    # contradictory fields (K < 2, `top_p < 1`, longer than the model's context)
-    key("generate.samples_per_prompt=1", "input should be greater than or equal to 2, found 1"),
+    # contradictory fields (`top_p < 1`, longer than the model's context)
     Case(
         "top_p < 1",
         nothing,
