@@ -14,7 +14,7 @@ from tests.faults.tally import LONG, SAMPLED, chosen, extent
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled]
 EVERY = 9  # in `make test-faults`
-ALL = ("run", "next", "from", "score", "eval", "gc", "fork")
+ALL = ("run", "next", "from", "score", "evaluate", "gc", "fork")
 ERRORS = ("ENOSPC", "EIO", "EACCES")
 
 
