@@ -10,7 +10,7 @@ from tests.faults import crash
 from tests.faults.tally import extent
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled]
-TIMES = extent(1, 6, 80)  # of each damage
+TIMES = extent("files damaged in each way")
 STAGES = ("generate", "score", "advantage", "update")
 READERS = {"rollouts": "score", "rewards": "advantage", "advantages": "update"}  # output -> who reads it
 CHANCE = random.Random(0)

@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
-from tests.faults.tally import LONG, SAMPLED, chosen, extent
+from tests.faults.tally import ERRORS, ONE_OF_EACH, extent
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled]
-EVERY = 9  # in `make test-faults`
-ALL = ("run", "next", "from", "score", "evaluate", "gc", "fork")
-ERRORS = ("ENOSPC", "EIO", "EACCES")
 
 
-@pytest.fixture(params=extent(("run", "from"), ALL, ALL))
+@pytest.fixture(params=extent("commands with a fault at an operation"))
 def scenario(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -32,10 +29,10 @@ def undisturbed(
     return crash.recorded(folder, command), crash.contents(folder)
 
 
-def points(operations: list[crash.Operation], every: int) -> list[int]:
+def points(operations: list[crash.Operation], every: int | str, first: int = 1) -> list[int]:
     """Numbers of the operations to disturb."""
-    if SAMPLED:
-        return chosen(len(operations), every)
+    if every != ONE_OF_EACH:
+        return list(range(first, len(operations) + 1, int(every)))
     of_kind: dict[str, list[int]] = {}
     for number, operation in enumerate(operations, 1):
         of_kind.setdefault(operation.kind, []).append(number)
@@ -48,7 +45,7 @@ def test_killed_at_any_operation_the_same_command_completes_it(
     command = crash.SCENARIOS[scenario].command
     operations, expected = undisturbed(start, command, tmp_path / "undisturbed")
     tally = new_tally("SIGKILL at an operation", scenario, len(operations))
-    for number in points(operations, EVERY):
+    for number in points(operations, extent("operations with SIGKILL")):
         with tally.trial():
             folder = crash.copy(start, tmp_path / "killed")
             code, err = crash.in_child(folder, command, f"kill:{number}")
@@ -63,7 +60,7 @@ def test_killed_between_rounds_no_shard_is_made_again(
     command = crash.SCENARIOS[scenario].command
     operations, expected = undisturbed(start, command, tmp_path / "undisturbed")
     tally = new_tally("SIGKILL at an operation", scenario, len(operations))
-    for number in points(operations, 4 * EVERY):
+    for number in points(operations, extent("operations with SIGKILL in `rounds`")):
         with tally.trial():
             folder = crash.copy(start, tmp_path / "killed")
             code, err = crash.in_child(folder, command, f"kill:{number}")
@@ -73,17 +70,16 @@ def test_killed_between_rounds_no_shard_is_made_again(
             assert before <= set(crash.finished_shards(folder).values()), number
 
 
-@pytest.mark.parametrize("kind", extent(ERRORS[:1], ERRORS, ERRORS))
+@pytest.mark.parametrize("kind", extent("errors"))
 def test_an_operation_that_fails_is_exit_7_and_the_same_command_completes_it(
     scenario: str, kind: str, start: Path, tmp_path: Path, new_tally: NewTally
 ) -> None:
     """The errors take turns: in the long test every third operation fails in one of the three ways."""
     command = crash.SCENARIOS[scenario].command
     operations, expected = undisturbed(start, command, tmp_path / "undisturbed")
-    count = len(operations)
-    tally = new_tally(f"{kind} at an operation", scenario, count)
-    turns = range(1 + 3 * ERRORS.index(kind), count + 1, 9 if LONG else 3 * EVERY)
-    for number in turns if SAMPLED else points(operations, EVERY):
+    tally = new_tally(f"{kind} at an operation", scenario, len(operations))
+    first = 1 + 3 * ERRORS.index(kind)
+    for number in points(operations, extent("operations with each error"), first):
         with tally.trial():
             folder = crash.copy(start, tmp_path / "failed")
             code, err = crash.in_child(folder, command, f"{kind}:{number}")

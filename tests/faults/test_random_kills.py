@@ -12,12 +12,12 @@ from tests.faults import crash
 from tests.faults.tally import extent
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled]
-KILLS = extent(10, 50, 1_000)
+KILLS = extent("SIGKILL at a random time")
 RUN = ["run", "--until", "6", "--set", "checkpoints={keep_last: null}"]
 LONG_RUN = [
     "run",
     "--until",
-    extent("8", "12", "200"),
+    str(extent("iterations of a long run")),
     "--set",
     "checkpoints={keep_last: 3, keep_every: null}",
 ]

@@ -14,7 +14,7 @@ from tests.faults import crash
 from tests.faults.tally import extent
 
 pytestmark = pytest.mark.slow
-TIMES = extent(1, 4, 20)
+TIMES = extent("SIGINT and SIGTERM, each")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # Two seconds a rollout, in a thread of its own: the second signal finds a shard in the making.
 SLOW = """\

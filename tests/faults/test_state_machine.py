@@ -198,7 +198,7 @@ def advice(text: str) -> str:
 def test_whatever_happens_a_run_can_be_completed(
     write_project: Callable[[Path], Path], tmp_path: Path, new_tally: NewTally
 ) -> None:
-    examples, steps = extent((2, 6), (4, 8), (25, 20))
+    examples, steps = extent("rows of commands by chance"), extent("commands in such a row, at most")
     Machine.project = write_project(tmp_path / "project")
     Machine.tally = new_tally("commands, kills, damage, edits by chance", f"up to {steps} in a row")
     run_state_machine_as_test(
