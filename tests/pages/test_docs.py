@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import Grpo
+from tests.faults.tally import introduction
 from tests.pages.pages import DOCS, ROOT, Block, Shell, anchors, blocks, links, num_fences, texts
 
 from grpo import errors
@@ -167,6 +168,10 @@ def test_every_exit_code_is_explained() -> None:
 def test_generated_pages_are_current(page: str) -> None:
     build = _module(DOCS / "build.py")
     assert getattr(build, page)() == PAGES[f"{page}.md"], "run `python docs/build.py`"
+
+
+def test_the_page_of_faults_says_what_is_tried() -> None:
+    assert PAGES["faults.md"].startswith("\n".join(introduction())), "see tests/faults/tally.py"
 
 
 def _module(path: Path) -> ModuleType:
