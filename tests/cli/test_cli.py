@@ -342,7 +342,7 @@ def test_status_without_the_reward_file_says_that_score_differs(finished: Path, 
 def test_a_stage_command_does_not_go_beyond_the_configured_iterations(finished: Path, grpo: Grpo) -> None:
     code, _, err = grpo("generate")
     assert code == 0
-    assert err == "generate: nothing to do; --iteration N and --force do it again\n"
+    assert err == "generate: nothing to do; rerun it with --iteration N --force\n"
 
 
 @pytest.mark.parametrize("query", [" "])

@@ -174,7 +174,7 @@ JUDGES = [
     ),
     judge("pattern: '[0-9]'", "judge.pattern: needs exactly one group, the score; this one has 0"),
     judge("pattern: '(a)(b)'", "judge.pattern: needs exactly one group, the score; this one has 2"),
-    judge("pattern: '('", "judge.pattern: is no regular expression: missing ), unterminated subpattern"),
+    judge("pattern: '('", "judge.pattern: is not a regular expression: missing ), unterminated subpattern"),
     judge("scale: [10, 1]", "judge.scale: expected [lowest, highest], the lowest first"),
     judge("scale: [1]", "judge.scale: list should have at least 2 items"),
     judge("grades: {A: 1.0}, scale: [0, 1]", "judge: grades say what an answer counts, and so does scale"),
@@ -194,7 +194,9 @@ JUDGES = [
         "score.rewards: judge: rubric: has no {response}, so every rollout would get the s",
         STARTED,
     ),
-    judge("rubric: '{response} {anwser}'", "rubric: {anwser} is no column; did you mean {answer}?", STARTED),
+    judge(
+        "rubric: '{response} {anwser}'", "rubric: {anwser} is not a column; did you mean {answer}?", STARTED
+    ),
     judge(
         "api_key_env: NO_SUCH_KEY", "judge.api_key_env: NO_SUCH_KEY is not set in the environment", STARTED
     ),
