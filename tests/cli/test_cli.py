@@ -23,7 +23,7 @@ def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nsys.argv = ['grpo', '--help']\nfrom grpo.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, file=sys.stderr)\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'duckdb', 'pydantic', 'omegaconf', 'pebble'}\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'duckdb', 'pydantic', 'ruamel', 'pebble'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([*PYTHON, code], capture_output=True, text=True, check=True)
