@@ -14,15 +14,15 @@ from grpo.pipeline.states import differences_of, state_of, states
 
 def run_iterations(
     run: Run, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
-) -> int:
-    """Complete iterations 0 .. until-1, doing only what is missing; returns how many were worked on.
+) -> tuple[int, int]:
+    """Complete iterations 0 .. until-1, doing only what is missing; how many were worked on, and evaluated.
 
     With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them.
     Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
     """
     _refuse_stale(run)
     prune(run)  # what a killed one left
-    worked, begun = 0, False
+    worked, evaluated, begun = 0, 0, False
     with Resources(run) as resources:
         for iteration in range(until + 1):
             trained = False
@@ -35,12 +35,13 @@ def run_iterations(
                 perform(run, todo[0], iteration, resources)
                 if todo[0] is EVALUATE:
                     report_policy(iteration)
+                    evaluated += 1
                 else:
                     trained = True
             if trained:
                 worked += 1
                 report(iteration)
-    return worked
+    return worked, evaluated
 
 
 def what_to_do(run: Run, iteration: int, until: int) -> list[Stage]:
