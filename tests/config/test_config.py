@@ -72,6 +72,7 @@ def refusal(load_text: Load, tmp_path: Path) -> Refuse:
             "pipeline.yaml:3:1: found character '\\t' that cannot start any token; use spaces, not tabs",
         ),
         ("run: r\nmodel: a\x07b\n", "pipeline.yaml:2:9: control character U+0007 in the text"),
+        ("run: r\nmodel: a\0b\n", "pipeline.yaml:2:9: control character U+0000 in the text"),
         (b"run: r\nmodel: caf\xe9\n", "pipeline.yaml:2:11: not UTF-8; save the file as UTF-8"),
         (
             "run: r\nmodel: a\nrun: s\n",
