@@ -442,8 +442,8 @@ LORA = "update.lora={rank: 2, alpha: 4}"
         (
             ["update.lora={rank: 2, alpha: 4, targets: [q]}"],
             2,
-            "update.lora.targets: 'q' is not a linear module that can take an adapter; of this model these can:"
-            " down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+            "update.lora.targets: 'q' is not a linear module that can take an adapter; of this model these"
+            " can: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         ),
         (
             ["update.schedule=linear", "iterations=1"],
