@@ -9,7 +9,7 @@ from grpo.config import Config, overridden_keys
 from grpo.errors import CorruptError, DataError, InputError, UsageError
 from grpo.models import weight_check
 from grpo.prompts import table as prompts
-from grpo.prompts.chat import Chat, chat_of
+from grpo.prompts.chat import Chat, chat_of, encode
 from grpo.prompts.source import Row
 
 STARTER = "tiny-arithmetic"
@@ -116,7 +116,7 @@ def probe_of(checkpoint: Path, rows: list[Row], chat: Chat) -> weight_check.Prob
 
     device = best_device()
     model = load_model(checkpoint, device)
-    token_ids = prompts.encode(rows, load_tokenizer(checkpoint), chat)[1]
+    token_ids = encode(rows, load_tokenizer(checkpoint), chat)[1]
     found = weight_check.measure(model, weight_check.probe_sequences(token_ids, context_length(model.config)))
     del model
     empty_cache(device)  # the engine asks for most of it
@@ -188,7 +188,7 @@ def _normalise(run: Run, plan: Plan, max_new_tokens: int, expected: str | None =
     chat = chat_of(prompts.config_of(run, plan.output), run.imports)
 
     def num_tokens(rows: list[Row]) -> list[int]:
-        return [len(ids) for ids in prompts.encode(rows, tokenizer, chat)[1]]
+        return [len(ids) for ids in encode(rows, tokenizer, chat)[1]]
 
     prompts.prepare(run, Staging(run, plan, 0), num_tokens, room, expected)
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, Manifest, Run
 from grpo.artifacts.run import check_size
-from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
+from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError, read_text
 
 VIEWS = (*tables.TABLES, "samples", "eval_samples", "evals", "timings", "manifests")
 MEMORY_GIB = 1.0
@@ -210,10 +210,7 @@ def user_file(run: Run, key: str, name: str) -> Path:
 def user_text(run: Run, key: str, name: str) -> str:
     """What is in it. Raises UsageError (exit 2)."""
     path = user_file(run, key, name)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{key}: {path}: not UTF-8; save the file as UTF-8") from None
+    return read_text(path, f"{key}: {path}")
 
 
 def user_rows(
