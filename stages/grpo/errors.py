@@ -5,8 +5,6 @@ would be right. `main()` in cli/entry.py prints that line and exits with the cod
 catches it.
 """
 
-from pathlib import Path
-
 
 class GrpoError(Exception):
     """A fault with a one-line message for the user; `exit_code` is the exit status of the command."""
@@ -67,16 +65,3 @@ class Interrupted(GrpoError):
 def first_line(error: BaseException) -> str:
     """What a library says of its error, in one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def read_text(path: Path, place: str) -> str:
-    """A text file of the user's, with or without a byte order mark.
-
-    place: how a message begins. Raises UsageError where the file cannot be read or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{place}: not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{place}: {error.strerror}") from None

@@ -4,10 +4,12 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import typer
 
+from grpo.cli import inspect, manage, work
 from grpo.console import printable
 from grpo.errors import GrpoError, ResourceError
 
@@ -17,6 +19,35 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Pipeline": {
+        "run": work.run,
+        "generate": work.generate,
+        "score": work.score,
+        "advantage": work.advantage,
+        "update": work.update,
+        "eval": work.evaluate,
+    },
+    "Look": {
+        "status": inspect.status,
+        "sql": inspect.sql,
+        "show": inspect.show,
+        "report": inspect.report,
+        "compare": inspect.compare,
+    },
+    "Look after": {
+        "init": manage.init,
+        "doctor": manage.doctor,
+        "fork": manage.fork,
+        "export": manage.export,
+        "verify": manage.verify,
+        "gc": manage.gc,
+    },
+}
+"""Every command, by the panel of `grpo --help` that it is in."""
+for _panel, _commands in COMMANDS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_panel)(_command)
 _INTERRUPTED = 130
 _MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
 
@@ -25,7 +56,7 @@ def main() -> None:
     """Run the command line; a GrpoError ends it with one line on stderr and its exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when it is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # so do the libraries of the hub
-    threading.excepthook = _end_process
+    threading.excepthook = end_process
     usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
     try:
         code = app(standalone_mode=False) or 0
@@ -58,7 +89,7 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _end_process(failure: threading.ExceptHookArgs) -> None:
+def end_process(failure: threading.ExceptHookArgs) -> None:
     """An error of a thread beside the main one, which hangs in C or on a GPU: nothing else ends it."""
     if isinstance(failure.exc_value, GrpoError):
         _report(str(failure.exc_value), failure.exc_value.exit_code)

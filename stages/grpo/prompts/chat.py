@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import PromptsConfig
-from grpo.errors import DataError, InputError, UsageError, first_line, read_text
+from grpo.config.named_files import read_text
+from grpo.errors import DataError, InputError, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of, is_hub_id
+from grpo.artifacts import FileRecord, Manifest, Plan, Product, Run, Staging, id_of, is_hub_id
 from grpo.artifacts.files import sha256_of
 from grpo.config import PromptsConfig
 from grpo.config.prompts import BUILT_IN
@@ -126,7 +126,7 @@ def prepare(
             " made from; put those back, or give a new `run:` name"
         )
     summary = {"skipped": skipped, "longest_prompt_tokens": longest, "source": config.source}
-    return staging.commit({output: id_of(records)}, records, summary)
+    return staging.commit(Product({output: id_of(records)}, records, summary))
 
 
 def _chunks(rows: Iterator[tuple[str, Row]]) -> Iterator[list[tuple[str, Row]]]:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, Manifest, Run
 from grpo.artifacts.run import check_size
-from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError, read_text
+from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
 
 VIEWS = (*tables.TABLES, "samples", "eval_samples", "evals", "timings", "manifests")
 MEMORY_GIB = 1.0
@@ -197,20 +197,6 @@ def register(connection: duckdb.DuckDBPyConnection, name: str, data: pa.Table) -
 def own_text(name: str) -> str:
     """A query of this package: `inspect/compare/paired` is inspect/compare/paired.sql."""
     return (Path(__file__).parents[1] / f"{name}.sql").read_text()
-
-
-def user_file(run: Run, key: str, name: str) -> Path:
-    """The file of SQL that a key of the configuration names. Raises UsageError (exit 2)."""
-    path = run.imports / name
-    if not path.is_file():
-        raise UsageError(f"{key}: {path}: no such file")
-    return path
-
-
-def user_text(run: Run, key: str, name: str) -> str:
-    """What is in it. Raises UsageError (exit 2)."""
-    path = user_file(run, key, name)
-    return read_text(path, f"{key}: {path}")
 
 
 def user_rows(
