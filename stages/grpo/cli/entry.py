@@ -56,7 +56,7 @@ def main() -> None:
     """Run the command line; a GrpoError ends it with one line on stderr and its exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when it is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # so do the libraries of the hub
-    threading.excepthook = end_process
+    threading.excepthook = _end_process
     usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
     try:
         code = app(standalone_mode=False) or 0
@@ -89,7 +89,7 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def end_process(failure: threading.ExceptHookArgs) -> None:
+def _end_process(failure: threading.ExceptHookArgs) -> None:
     """An error of a thread beside the main one, which hangs in C or on a GPU: nothing else ends it."""
     if isinstance(failure.exc_value, GrpoError):
         _report(str(failure.exc_value), failure.exc_value.exit_code)
