@@ -15,7 +15,7 @@ def status(
     every: Annotated[bool, typer.Option("--all", help="Every iteration, not only the last.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Iterations x stages: done, partial, stale, differs, missing; reward, KL, length, seconds."""
+    """Iterations x stages: done, partial, stale, changed, missing; reward, KL, length, seconds."""
     from grpo.inspect import status as status_module
 
     opened = reading(name, config, set_)

@@ -74,7 +74,7 @@ def evaluate(
     from grpo.pipeline import prepare, work
 
     if checkpoint and (policy is not None or force):
-        raise UsageError("eval: a checkpoint is measured from nothing; leave out --policy and --force")
+        raise UsageError("evaluate: a checkpoint is measured from nothing; leave out --policy and --force")
     evaluations.check_out(out)
     if checkpoint:
         with locked(work.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:

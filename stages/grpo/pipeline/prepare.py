@@ -1,20 +1,18 @@
-"""start: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
+"""prepare: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, created_config, files, seal, versions
 from grpo.config import Config, overridden_keys
-from grpo.errors import CorruptError, DataError, InputError, UsageError
+from grpo.errors import DataError, InputError, UsageError
 from grpo.models import weight_check
+from grpo.models.find import resolve_model
 from grpo.prompts import table as prompts
-from grpo.prompts.chat import Chat, chat_of, encode
+from grpo.prompts.chat import chat_of, encode
 from grpo.prompts.source import Row
 
-STARTER = "tiny-arithmetic"
-STAGE_VERSION = 2  # 2: with a probe
-NUM_PROBE_PROMPTS = weight_check.NUM_SEQUENCES * weight_check.LENGTH  # enough, were each a single token
+STAGE_VERSION = 2  # 2: with a weight check
 
 
 def prepare(run: Run) -> None:
@@ -47,23 +45,6 @@ def prepare(run: Run) -> None:
         files.write_file(run.path / "run.json", run_json(run.config))
 
 
-def resolve_model(run: Run, name: str) -> Path:
-    """The local directory of a checkpoint; the starter model is trained when it is first asked for."""
-    if name == STARTER:
-        folder = starter_folder(run)
-        if not folder.exists():  # the folder appears complete; training it imports torch
-            from grpo.models import starter_model
-
-            starter_model.ensure(folder, run.console.say)
-        return folder
-    return run.checkpoint_path(name)
-
-
-def starter_folder(run: Run) -> Path:
-    """Where the starter model is, once it is trained: all runs share it."""
-    return run.root / ".models" / STARTER
-
-
 def _check_seed(run: Run, created: bool) -> None:
     if created:
         seed = created_config(run.name, run.root).seed
@@ -86,12 +67,12 @@ def _check_models(
 def _recorded(run: Run, reference: str) -> str | None:
     """Id of what the run stands on, from the first output that was made from it."""
     manifests = (run.manifest(output, n) for n in run.iterations() for output in STAGE_OUTPUTS)
-    found = (manifest.reads.get(reference) for manifest in manifests if manifest is not None)
+    found = (manifest.inputs.get(reference) for manifest in manifests if manifest is not None)
     return next((id_ for id_ in found if id_), None)
 
 
 def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None:
-    """Commit the ids of the starting policy and the reference, and the policy's probe.
+    """Commit the ids of the starting policy and the reference, and the policy's weight check.
 
     Raises what load_model does for either: a reference that cannot be used is not found at the first update.
     """
@@ -99,33 +80,13 @@ def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None
         from grpo.models.loading import load_model
 
         load_model(run.start["reference"], "cpu")
-    rows = run.read(prompts.OUTPUT, None).slice(0, NUM_PROBE_PROMPTS).to_pylist()
+    rows = run.read(prompts.OUTPUT, None).slice(0, weight_check.NUM_PROMPTS).to_pylist()
     plan = Plan("policy", STAGE_VERSION, "policy", None, names, {}, ids)
     staging = Staging(run, plan, 0)
-    found = probe_of(run.start["policy"], rows, chat_of(run.config.prompts, run.imports))
+    found = weight_check.weight_check_of(run.start["policy"], rows, chat_of(run.config.prompts, run.imports))
     record = staging.write_bytes("", weight_check.FILE, found.encode())
     paths = {part: str(path) for part, path in run.start.items()}
     staging.commit(Product(ids, [record], paths))
-
-
-def probe_of(checkpoint: Path, rows: list[Row], chat: Chat) -> weight_check.Probe:
-    """The probe of a starting policy: of the prompts `rows`, the first NUM_PROBE_PROMPTS of a run.
-
-    Raises CorruptError (exit 6) where finite weights give log-probs that are not.
-    """
-    from grpo.models.loading import best_device, context_length, empty_cache, load_model, load_tokenizer
-
-    device = best_device()
-    model = load_model(checkpoint, device)
-    token_ids = encode(rows, load_tokenizer(checkpoint), chat)[1]
-    found = weight_check.measure(model, weight_check.probe_sequences(token_ids, context_length(model.config)))
-    del model
-    empty_cache(device)  # the engine asks for most of it
-    if not found.is_finite():
-        raise CorruptError(
-            f"{checkpoint}: its log-probs are not finite, though its weights are: too large for float32"
-        )
-    return found
 
 
 def _prompts(run: Run, begun: bool) -> None:
