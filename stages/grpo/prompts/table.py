@@ -94,15 +94,13 @@ def prepare(
 ) -> Manifest:
     """Write and commit `prompts`, or `eval_prompts`: the output of the plan that is staged.
 
-    `num_tokens` gives the length of each row's prompt as the model sees it; `room` is the longest that leaves
-    space for max_new_tokens (None: the model has no limit). Raises DataError (exit 3) naming file and line,
-    InputError (exit 4), with nothing committed, where an id is `expected` and theirs is another.
+    num_tokens: of each row's prompt as the model sees it; room: the most that leave space for max_new_tokens,
+    None: no limit. Raises DataError (3) naming file and line, InputError (4) where another id is `expected`.
     """
     output = staging.plan.output
     config = config_of(run, output)
     records: list[FileRecord] = []
-    ids, skipped, longest, schema = set[str](), 0, 0, None
-    chats = False
+    ids, skipped, longest, schema, chats = set[str](), 0, 0, None, False
     for chunk in _chunks(normalised(config, run.imports)):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
         kept = _usable(chunk, num_tokens, room, config, ids)
