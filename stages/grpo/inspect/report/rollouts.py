@@ -19,13 +19,14 @@ def read(connection: sql.Connection, run: Run, limit: Limits) -> tuple[dict[str,
 
     def query(name: str, **values: Any) -> list[dict[str, Any]]:
         text = sql.own_text(f"inspect/report/{name}")
-        return sql.query(connection, text, {"run": run.name, **values}).to_pylist()
+        rows: list[dict[str, Any]] = sql.query(connection, text, {"run": run.name, **values}).to_pylist()
+        return rows
 
     chosen = choose(query("rollout_sizes"), limit)
     groups = 2**31 - 1 if chosen.groups is None else chosen.groups
     found = query("rollouts", iterations=chosen.iterations, groups=groups)
     prompts = query("rollout_prompts", iterations=chosen.iterations, groups=groups)
-    document = {
+    document: dict[str, Any] = {
         "prompts": {row.pop("prompt_id"): row for row in prompts},
         "rollouts": found,
         "tokens_absent": "",
