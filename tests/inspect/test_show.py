@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 from tests.cli.test_cli import HOSTILE, SHOWN, hostile_rollouts
 from tests.conftest import Grpo
+from tests.inspect.report.runs import make_run, row
+
+from grpo.errors import InputError
+from grpo.inspect.show.tokens import add_tokens
 
 REWARDS = 'score.rewards=[{function: "reward:code"}, {function: "reward:length", weight: 0}]'
 
@@ -129,12 +133,13 @@ def test_tokens_with_what_sampler_and_learner_say(inside: Path, grpo: Grpo) -> N
     assert "learner " in out
 
 
-def test_without_a_tokenizer_there_are_no_tokens(inside: Path, grpo: Grpo) -> None:
-    for path in Path().rglob("tokenizer.json"):
-        path.unlink()
-    code, _, err = grpo("show", "--tokens")
-    assert code == 4
-    assert err.endswith("tokenizer.json: missing, and no policy of run tiny has one; --tokens needs it\n")
+def test_without_a_tokenizer_there_are_no_tokens(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [row(0, 0, 0)])
+    path = tmp_path / "model" / "tokenizer.json"
+    path.unlink()
+    with pytest.raises(InputError) as caught:
+        add_tokens(run, 0, [])
+    assert str(caught.value) == f"{path}: missing, and no policy of run hand has one; --tokens needs it"
 
 
 # A prompt as training goes on

@@ -10,6 +10,7 @@ from grpo.console import printable
 from grpo.errors import InputError
 from grpo.inspect.show.choice import Row
 from grpo.inspect.show.groups import number, print_prompt
+from grpo.models.tokenizer import FILE, pieces, starting_policy, tokenizer_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,8 +32,6 @@ def add_tokens(run: Run, iteration: int, rows: list[Row]) -> list[Row]:
 
     Raises InputError (exit 4) when no policy of the run has a tokenizer that says what a token is.
     """
-    from grpo.models.tokenizer import FILE, pieces, starting_policy, tokenizer_of
-
     tokenizer = tokenizer_of(run)
     if tokenizer is None:
         path = (starting_policy(run) or run.path) / FILE
