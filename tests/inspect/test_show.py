@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.cli.test_cli import HOSTILE, SHOWN, hostile_rollouts
 from tests.conftest import Grpo
-from tests.inspect.report.runs import make_run, row
+from tests.inspect.report import runs
 
 from grpo.errors import InputError
 from grpo.inspect.show.tokens import add_tokens
@@ -134,7 +134,7 @@ def test_tokens_with_what_sampler_and_learner_say(inside: Path, grpo: Grpo) -> N
 
 
 def test_without_a_tokenizer_there_are_no_tokens(tmp_path: Path) -> None:
-    run = make_run(tmp_path, [row(0, 0, 0)])
+    run = runs.make_run(tmp_path, [runs.row(0, 0, 0)])
     path = tmp_path / "model" / "tokenizer.json"
     path.unlink()
     with pytest.raises(InputError) as caught:
