@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from grpo.config import Config
 from grpo.config.update import OBJECTIVES
-from grpo.tables import TABLES, WITH_OWN_COLUMNS
+from grpo.tables import ITERATIONS, TABLES, WITH_OWN_COLUMNS
 
 HERE = Path(__file__).parent
 
@@ -41,7 +41,7 @@ def configuration() -> str:
 
 
 def tables() -> str:
-    """Every column of every table."""
+    """Every column of every table, and of the view `iterations`."""
     lines = [
         "# Tables",
         "",
@@ -50,6 +50,7 @@ def tables() -> str:
         "The key of the tables of rollouts is (`iteration`, `group_id`, `sample_id`). `grpo sql` shows each table",
         "over all iterations with a column `run` before the others, and these views more:",
         "",
+        "- `iterations`: one row per iteration: [every number](#iterations) that the other commands show of it.",
         "- `samples`: one row per rollout: its scalars, `answer`, `rewards` as map(name, value), the columns of",
         "  `advantages`, and `mismatch`.",
         "- `eval_samples`: one row per rollout of an evaluation: its scalars, `answer` (where `eval_prompts` are still",
@@ -61,9 +62,10 @@ def tables() -> str:
         "- `timings`: seconds by `iteration`, `stage` and `part`.",
         "- `manifests`: one row per committed output, with what it read and the configuration it was made with.",
     ]
-    for name, columns in TABLES.items():
+    for name, columns in {"iterations": ITERATIONS, **TABLES}.items():
         lines += ["", f"## {name}", "", "| column | type | meaning |", "|---|---|---|"]
-        lines += [f"| `{column}` | `{data_type}` | {text} |" for column, (data_type, text) in columns.items()]
+        texts = ((column, kind, text.replace("|", "\\|")) for column, (kind, text) in columns.items())
+        lines += [f"| `{column}` | `{kind}` | {text} |" for column, kind, text in texts]
         if name in WITH_OWN_COLUMNS:
             lines.append("| any other | as in the source | the data set's own columns, untouched |")
     return "\n".join([*lines, ""])

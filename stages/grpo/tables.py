@@ -171,6 +171,78 @@ TABLES: dict[str, Columns] = {
     "eval_rewards": EVAL_REWARDS,
     "eval_judgements": EVAL_JUDGEMENTS,
 }
+_NUMBERS, _COUNTS = pa.map_(pa.string(), pa.float64()), pa.map_(pa.string(), pa.int64())  # by name
+# The view `iterations` (sql/views/iterations.sql), which has `run` before these. "Mean over the steps": over
+# the optimiser steps taken, each weighed by its response tokens.
+ITERATIONS: Columns = {
+    "iteration": (pa.int32(), "iteration, from 0"),
+    "reward": (pa.float64(), "mean of the weighted sum of the rewards, over scored rollouts"),
+    "rewards": (
+        _NUMBERS,
+        "mean of each reward by its name, without its weight, over the rollouts that have it",
+    ),
+    "pass_rate": (
+        pa.float64(),
+        "share of rollouts whose `evaluate.pass_reward` (the first reward where that is not set) is at least"
+        " `evaluate.pass_threshold` (1), over the rollouts that have it",
+    ),
+    "groups": (pa.int64(), "groups sampled"),
+    "groups_without_signal": (
+        pa.float64(),
+        "share of groups whose rewards are all equal (`group_std` is 0), of those with two scored rollouts",
+    ),
+    "rollouts": (pa.int64(), "rollouts sampled"),
+    "rollouts_kept": (pa.int64(), "rollouts that update trains on"),
+    "rollouts_dropped": (_COUNTS, "the other rollouts by `reason`"),
+    "tokens": (pa.int64(), "response tokens sampled, in all"),
+    "response_tokens": (pa.float64(), "mean response tokens of a rollout"),
+    "response_tokens_max": (pa.int32(), "response tokens of the longest rollout"),
+    "truncated": (pa.float64(), "share of responses cut off at max_new_tokens"),
+    "steps": (pa.int64(), "optimiser steps, those skipped included"),
+    "steps_skipped": (pa.int64(), "steps with nothing to learn from"),
+    "loss": (pa.float64(), "`loss` of `updates`, mean over the steps"),
+    "policy_loss": (pa.float64(), "minus the aggregated surrogate, mean over the steps"),
+    "kl": (pa.float64(), "KL estimate to the reference in nats, mean over the steps; null without a KL term"),
+    "entropy": (pa.float64(), "entropy per response token in nats, mean over the steps"),
+    "ratio_mean": (pa.float64(), "importance ratio, mean over the steps"),
+    "ratio_max": (pa.float64(), "largest importance ratio of all steps"),
+    "clip_fraction_low": (
+        pa.float64(),
+        "share of ratios clipped below, mean over the steps; null without clipping",
+    ),
+    "clip_fraction_high": (
+        pa.float64(),
+        "share of ratios clipped above, mean over the steps; null without clipping",
+    ),
+    "grad_norm": (pa.float64(), "norm of the gradient before clipping, mean over the steps"),
+    "learning_rate": (pa.float64(), "learning rate, mean over the steps"),
+    "mismatch_mean": (
+        pa.float64(),
+        "mean distance of learner and sampler in nats per token, before the first step",
+    ),
+    "mismatch_max": (pa.float64(), "largest of the same"),
+    "mismatch_kl": (pa.float64(), "k3 estimate of KL(old || policy), before the first step"),
+    "effective_sample_size": (
+        pa.float64(),
+        "of the learner's weights over the sampler's, as a share of the tokens",
+    ),
+    "over_cap_fraction": (
+        pa.float64(),
+        "share of tokens whose weight is over `update.sampler_correction_cap`",
+    ),
+    "seconds": (pa.float64(), "seconds of the four stages"),
+    "stage_seconds": (
+        _NUMBERS,
+        "seconds of each stage by its name, and of `evaluate` where its policy was measured",
+    ),
+    "tokens_per_second": (pa.float64(), "`tokens` by the seconds of generate"),
+    "eval_pass_at_1": (
+        pa.float64(),
+        "pass@1 of the policy that the iteration samples from; null if not measured",
+    ),
+    "eval_reward": (pa.float64(), "mean held-out reward of that policy; null if not measured"),
+}
+
 WITH_OWN_COLUMNS = ("prompts", "eval_prompts")  # the user's data set may have more
 
 

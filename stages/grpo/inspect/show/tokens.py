@@ -10,7 +10,7 @@ from grpo.artifacts import Run
 from grpo.console import printable
 from grpo.errors import InputError
 from grpo.inspect.show.choice import Row
-from grpo.inspect.show.groups import number, print_prompt
+from grpo.inspect.show.groups import print_prompt, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +78,7 @@ def print_tokens(console: "Console", rows: list[Row]) -> None:
         samples = list(members)
         print_prompt(console, samples[0])
         for row in samples:
-            numbers = (number(row["reward"], "none"), number(row["advantage"], row["reason"]) or "none")
+            numbers = (signed(row["reward"], "none"), signed(row["advantage"], row["reason"] or "none"))
             console.print(
                 Text(f"sample {row['sample_id']}  reward {numbers[0]}  advantage {numbers[1]}", "dim"),
                 highlight=False,
