@@ -180,7 +180,7 @@ def table(
     from rich.text import Text
 
     style = {"box": None, "header_style": "dim"} if plain else {"box": box.SIMPLE_HEAD}
-    found = Table(title=title, title_justify="left", pad_edge=False, **style)  # type: ignore[arg-type]
+    found = Table(title=title, title_justify="left", pad_edge=False, **style)
     for name in columns:
         side: Any = "left" if name in left else "right"
         found.add_column(Text(printable(name)), justify=side, overflow="fold")

@@ -28,8 +28,8 @@ Numbers = dict[str, Any]
 def row_of(run: Run, iteration: int) -> Numbers:
     """The row of the view. Reads the tables of this iteration and no other."""
     with sql.connect([run], iteration) as connection:
-        [row] = sql.query(connection, "from iterations").to_pylist(maps_as_pydicts="strict")
-    return row
+        rows: list[Numbers] = sql.query(connection, "from iterations").to_pylist(maps_as_pydicts="strict")
+    return rows[0]
 
 
 def kept_of(run: Run, iterations: Iterable[int]) -> dict[int, Numbers]:

@@ -136,8 +136,8 @@ def _print_told(console: Any, told: Iterable[tuple[str, int]], noun: str, nouns:
         places.setdefault(text, []).append(place)
     for text, where in places.items():
         several = f"{len(where)} {nouns}, {where[0]} to {where[-1]}"
-        place = f"{noun} {where[0]}" if len(where) == 1 else several
-        console.print(f"{place}: {text}", markup=False, highlight=False, soft_wrap=True)
+        begin = f"{noun} {where[0]}" if len(where) == 1 else several
+        console.print(f"{begin}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_reasons(console: Any, rows: list[Row]) -> None:

@@ -56,7 +56,7 @@ def _summary(total: dict[str, Any]) -> "Table":
 
     found = Table(box=None, pad_edge=False, show_header=False)
     for side in ("left", "right", "right"):
-        found.add_column(justify=side)  # type: ignore[arg-type]
+        found.add_column(justify=side)
 
     def heading(text: str, *cells: str) -> None:
         found.add_row(Text(text, "bold"), *(Text(cell, "dim") for cell in cells))
