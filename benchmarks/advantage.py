@@ -19,10 +19,11 @@ import pyarrow as pa
 from machine import describe
 
 from grpo import tables
-from grpo.advantage import stage
-from grpo.artifacts import Plan, Run, Staging, id_of
+from grpo.advantage.plan import plan as planned
+from grpo.artifacts import Plan, Product, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
+from grpo.pipeline.stages import ADVANTAGE, make
 
 K = 8
 SHARD_ROWS = 2**20
@@ -55,7 +56,7 @@ def _in_process(folder: Path, attempt: int) -> tuple[float, float]:
 def _run_stage(folder: Path, attempt: int) -> tuple[float, float]:
     run = _run(folder)
     started = time.perf_counter()
-    stage.run(run, 0, Staging(run, stage.plan(run, 0), attempt), None)
+    make(run, ADVANTAGE, Staging(run, planned(run, 0), attempt), None)
     seconds = time.perf_counter() - started
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -84,7 +85,7 @@ def _write_run(folder: Path, size: int) -> None:
         ids = (
             {"rollouts": id_of(records)} if output == "rollouts" else {"reward/exact_answer": id_of(records)}
         )
-        staging.commit(ids, records, {"failed": 0, "weights": {"exact_answer": 1.0}})
+        staging.commit(Product(ids, records, {"failed": 0, "weights": {"exact_answer": 1.0}}))
 
 
 def _keys(rows: np.ndarray) -> dict[str, np.ndarray]:

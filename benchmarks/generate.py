@@ -27,11 +27,13 @@ from grpo.config import Config
 from grpo.console import Console
 from grpo.generate import stage
 from grpo.generate.engines.protocol import group_seed
+from grpo.generate.plan import plan as planned
 from grpo.generate.sampling import Sampler
 from grpo.models import starter_model
 from grpo.models.loading import eos_token_ids
 from grpo.models.weight_check import measure, read_probe
 from grpo.pipeline import prepare
+from grpo.pipeline.stages import GENERATE, make
 from grpo.prompts.chat import Chat
 from grpo.prompts.table import draw, encode
 
@@ -82,11 +84,11 @@ def open_run(folder: Path, name: str, model: Path, options: dict[str, Any]) -> R
 
 def compare_stage(folder: Path, title: str, model: Path, options: dict[str, Any]) -> None:
     run = open_run(folder, title.partition(" ")[0], model, options)
-    with stage.open_tool(run) as tool:
+    with stage.open_resource(run) as tool:
         attempts = iter(range(10**6))
 
         def ours() -> int:
-            manifest = stage.run(run, 0, Staging(run, stage.plan(run, 0), next(attempts)), tool)
+            manifest = make(run, GENERATE, Staging(run, planned(run, 0), next(attempts)), tool)
             return int(manifest.summary["response_tokens"])
 
         ours()  # opens the engine
@@ -151,8 +153,8 @@ def compare_handover(folder: Path, model: Path) -> None:
         (other / name).write_bytes(b"".join(content))
     sequences = read_probe(run.probe_path(0)).sequences
     policies = [(path, measure(load_model(path, "cpu"), sequences)) for path in (other, model)]
-    with stage.open_tool(run) as tool:
-        stage.run(run, 0, Staging(run, stage.plan(run, 0), 0), tool)
+    with stage.open_resource(run) as tool:
+        make(run, GENERATE, Staging(run, planned(run, 0), 0), tool)
         raw = raw_generate(run, tool)
         llm: Any = tool.engine._llm  # type: ignore[attr-defined]
         seconds: dict[str, list[float]] = {"handover": [], "bare reload": []}

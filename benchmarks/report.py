@@ -27,7 +27,7 @@ from process import answer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from grpo import tables
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, files, id_of
+from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, files, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.pipeline.prepare import run_json
@@ -140,7 +140,7 @@ def _write_run(folder: Path, length: int) -> None:
     (folder / "model").mkdir()
     tokenizer.save(str(folder / "model" / "tokenizer.json"))
     staging = Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0)
-    staging.commit({"policy": "start", "reference": "start"}, [], {"policy": "model"})
+    staging.commit(Product({"policy": "start", "reference": "start"}, [], {"policy": "model"}))
     walk = [token for line in lines for token in tokenizer.encode(line["answer"]).ids]
     generator = np.random.default_rng(0)
     for iteration in range(ITERATIONS):
@@ -153,7 +153,7 @@ def _write_run(folder: Path, length: int) -> None:
                 staging.write_table(table, staging.file_name(table, 0), held[table])
                 for table in (("updates", "logprobs") if output == "update" else (output,))
             ]
-            staging.commit({output: id_of(records)}, records, {})
+            staging.commit(Product({output: id_of(records)}, records, {}))
 
 
 def _tokenizer(texts: list[str]) -> Tokenizer:

@@ -20,10 +20,12 @@ from tests.conftest import Grpo
 
 from grpo import sql, tables
 from grpo.advantage import stage
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, id_of
+from grpo.advantage.plan import plan as planned
+from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import DataError, GrpoError, UsageError
+from grpo.pipeline.stages import ADVANTAGE, make
 
 # 0.5 / (sqrt(1 / 3) + 1e-4): rewards 1, 0, 0, 1 deviate by 0.5 each, the squares add up to 1, n - 1 is 3.
 UNIT = 0.5 / (math.sqrt(1 / 3) + 1e-4)
@@ -64,7 +66,7 @@ def commit(run: Run, output: str, iteration: int | None, parts: list[pa.Table], 
         staging.write_table(output, staging.file_name("part", i), part) for i, part in enumerate(parts)
     ]
     ids = {name: id_of(records) for name in manifest.get("ids", [output])}
-    staging.commit(ids, records, manifest.get("summary", {}))
+    staging.commit(Product(ids, records, manifest.get("summary", {})))
 
 
 def rollouts_table(groups: list[list[Row]]) -> pa.Table:
@@ -131,8 +133,8 @@ def write_inputs(run: Run, groups: list[list[Row]], answers: list[str | None] | 
 
 
 def compute(run: Run) -> list[dict[str, Any]]:
-    staging = Staging(run, stage.plan(run, 0), 0)
-    stage.run(run, 0, staging, None)
+    staging = Staging(run, planned(run, 0), 0)
+    make(run, ADVANTAGE, staging, None)
     found: list[dict[str, Any]] = run.read("advantages", 0).to_pylist()
     return found
 
@@ -717,7 +719,7 @@ def test_samples_has_exactly_one_row_per_rollout(tmp_path: Path) -> None:
     ]
     logprobs = pa.Table.from_pylist(read, schema=tables.schema("logprobs"))
     staging = Staging(run, Plan("update", 1, "update", 0, {}, {}), 0)
-    staging.commit({}, [staging.write_table("logprobs", "logprobs-0.parquet", logprobs)], {})
+    staging.commit(Product({}, [staging.write_table("logprobs", "logprobs-0.parquet", logprobs)], {}))
     with sql.connect([run]) as connection:
         after = sql.query(connection, statement).to_pylist()
 

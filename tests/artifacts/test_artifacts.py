@@ -17,6 +17,7 @@ from grpo.artifacts import (
     FileRecord,
     Manifest,
     Plan,
+    Product,
     Run,
     Staging,
     checkpoint_id,
@@ -25,6 +26,7 @@ from grpo.artifacts import (
     discard,
     files,
     id_of,
+    lacking,
     open_run,
     prune,
     roll_forward,
@@ -77,7 +79,7 @@ def records(staging: Staging) -> list[FileRecord]:
 def commit(run: Run, attempt: int = 0, plan: Plan = PLAN, value: float = 1.0) -> Manifest:
     staging = stage_two_shards(run, attempt, plan, value)
     held = records(staging)
-    return staging.commit({"reward/a": id_of(held)}, held, {"failed": 0})
+    return staging.commit(Product({"reward/a": id_of(held)}, held, {"failed": 0}))
 
 
 def tree(folder: Path) -> list[str]:
@@ -134,7 +136,7 @@ def test_a_shard_is_committed_by_its_sidecar(run: Run) -> None:
     assert record == FileRecord.model_validate(sidecar)
 
 
-def test_resume_finds_committed_shards_and_removes_leftovers(run: Run) -> None:
+def test_resume_finds_committed_shards_and_the_commit_removes_leftovers(run: Run) -> None:
     staging = stage_two_shards(run)
     first, second = (staging.file_name("part", group) for group in range(2))
     (staging.folder / f"{second}.sidecar.json").unlink()  # killed before the sidecar: no shard
@@ -144,8 +146,12 @@ def test_resume_finds_committed_shards_and_removes_leftovers(run: Run) -> None:
     resumed = Staging(again(run), PLAN, 0)
     assert resumed.committed(first) == staging.committed(first) is not None
     assert resumed.committed(second) is None
-    assert [path for path in tree(resumed.folder) if path.endswith(".tmp")] == []
+    # They may be another worker's, which is writing them: they stay until the output is complete.
+    assert len([path for path in tree(resumed.folder) if path.endswith(".tmp")]) == 2
     assert Staging(again(run), PLAN, 1).committed(first) is None  # another attempt has its own folder
+    resumed.write_table("rewards", second, rows(1))
+    resumed.commit(Product({"reward/a": id_of(records(resumed))}, records(resumed), {"failed": 0}))
+    assert [path for path in tree(run.path) if path.endswith(".tmp")] == []
 
 
 def test_a_staged_shard_that_changed_is_refused(run: Run) -> None:
@@ -230,7 +236,7 @@ def test_killed_at_any_point_of_a_commit_the_next_process_finishes_it(
     staging = stage_two_shards(run, attempt=1, value=0.5)
     held = records(staging)
     with killed_at(call, number):
-        staging.commit({"reward/a": id_of(held)}, held, {"failed": 0})
+        staging.commit(Product({"reward/a": id_of(held)}, held, {"failed": 0}))
     found = again(run).manifest("rewards", 0)
     assert {"old": before, "none": None}.get(seen, found) == found
     if found is not None:
@@ -245,7 +251,7 @@ def test_killed_at_any_point_of_a_commit_the_next_process_finishes_it(
         assert choose_attempt(run, PLAN, before, force=False) == 1
         resumed = Staging(again(run), PLAN, 1)
         assert records(resumed) == held
-        resumed.commit({"reward/a": id_of(held)}, held, {"failed": 0})
+        resumed.commit(Product({"reward/a": id_of(held)}, held, {"failed": 0}))
     found = again(run).manifest("rewards", 0)
     assert found is not None
     assert (found.attempt, found.fingerprint, found.files) == (1, PLAN.fingerprint(1), held)
@@ -377,12 +383,12 @@ def test_an_attempt_older_than_the_committed_one_is_never_gone_on_with(run: Run)
 def test_a_partial_output_is_tried_again_as_a_new_attempt(run: Run) -> None:
     staging = stage_two_shards(run)
     held = records(staging)
-    committed = staging.commit({"reward/a": id_of(held)}, held, {"failed": 1})
-    assert run.partial(committed)
+    committed = staging.commit(Product({"reward/a": id_of(held)}, held, {"failed": 1}))
+    assert lacking(run, committed) == "1 rewards failed"
     assert choose_attempt(run, PLAN, committed, force=False) == 1
     drop = {**CONFIG, "score": {**CONFIG["score"], "on_error": "drop"}}
     dropping = Run(run.root, Config.model_validate(drop), run.imports, run.console)
-    assert not dropping.partial(committed)
+    assert lacking(dropping, committed) == ""
     assert choose_attempt(dropping, PLAN, committed, force=False) == 0
 
 
@@ -510,23 +516,23 @@ def test_what_is_missing_names_the_command(run: Run) -> None:
 def test_a_policy_of_iteration_i_is_held_by_update_i_minus_1(run: Run) -> None:
     assert run.id_of("policy@0") is None
     Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0).commit(
-        {"policy": "P", "reference": "R"}, [], {}
+        Product({"policy": "P", "reference": "R"}, [], {})
     )
     update = Plan("update", 1, "update", 0, {}, {})
-    Staging(run, update, 0).commit({"policy": "P1", "optimizer": "O1"}, [], {})
+    Staging(run, update, 0).commit(Product({"policy": "P1", "optimizer": "O1"}, [], {}))
     references = ("policy@0", "reference", "policy@1", "optimizer@1", "policy@2", "optimizer@0")
     assert [run.id_of(name) for name in references] == ["P", "R", "P1", "O1", None, None]
 
 
 def test_the_probe_of_a_policy_is_held_with_it(run: Run) -> None:
     first = Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0)
-    first.commit({"policy": "P", "reference": "R"}, [first.write_bytes("", "probe.json", b"{}")], {})
+    first.commit(Product({"policy": "P", "reference": "R"}, [first.write_bytes("", "probe.json", b"{}")], {}))
     with pytest.raises(InputError) as caught:
         run.probe_path(1)
     folder = run.path / "iteration=000000" / "update"
     assert str(caught.value) == f"{folder}: missing; run `grpo run` first"
     later = Staging(run, Plan("update", 1, "update", 0, {}, {}), 0)
-    later.commit({"policy": "P1"}, [later.write_bytes("policy", "probe.json", b"[]")], {})
+    later.commit(Product({"policy": "P1"}, [later.write_bytes("policy", "probe.json", b"[]")], {}))
     paths = [run.path / "policy" / "probe.json", folder / "policy" / "probe.json"]
     assert [run.probe_path(iteration) for iteration in (0, 1)] == paths
     for iteration, path in enumerate(paths):
@@ -634,7 +640,7 @@ def commit_update(run: Run, iteration: int) -> None:
     probe = staging.write_bytes("policy", "probe.json", b"{}")
     optimizer = staging.write_bytes("optimizer", "optimizer.safetensors", b"moments")
     ids = {"policy": id_of([policy]), "optimizer": id_of([optimizer])}
-    staging.commit(ids, [policy, probe, optimizer], {})
+    staging.commit(Product(ids, [policy, probe, optimizer], {}))
 
 
 def keeping(run: Run, keep_last: int | None, keep_every: int | None) -> Run:
@@ -701,7 +707,7 @@ def test_staging_writes_nothing_of_time_into_ids(run: Run) -> None:
     with staging.clock("part"):
         pass
     held = records(staging)
-    staging.commit({"reward/a": id_of(held)}, held, {})
+    staging.commit(Product({"reward/a": id_of(held)}, held, {}))
     folder = run.folder("rewards", 0)
     assert list(json.loads((folder / "timings.json").read_bytes())["seconds"]) == ["part"]
     assert "seconds" not in (folder / "manifest.json").read_text()

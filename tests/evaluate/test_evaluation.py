@@ -534,7 +534,7 @@ def test_mistakes_in_the_section(
 def test_null_is_as_in_training(measured_project: Path) -> None:
     from grpo.artifacts import Run
     from grpo.console import Console
-    from grpo.evaluate.stage import settings
+    from grpo.evaluate.plan import settings
 
     config = load(Path("pipeline.yaml"), ["generate.temperature=0.7"])
     assert settings(Run(Path(), config, Path(), Console(quiet=True))) == {

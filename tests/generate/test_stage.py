@@ -18,14 +18,16 @@ from tests.conftest import NewTally
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from grpo import tables
-from grpo.artifacts import Manifest, Plan, Run, Staging, choose_attempt
+from grpo.artifacts import Manifest, Plan, Product, Run, Staging, choose_attempt
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import DataError, InputError, Interrupted, UsageError
 from grpo.generate import stage
 from grpo.generate.engines.protocol import Engine, Group, Request, Sample, Sampling, group_seed
+from grpo.generate.plan import plan as planned
 from grpo.models import starter_model
 from grpo.pipeline import prepare
+from grpo.pipeline.stages import GENERATE, make
 from grpo.prompts.table import draw
 
 EOS_IDS = [
@@ -94,12 +96,12 @@ Wrap = Callable[[Engine], Engine]
 
 def generated(run: Run, wrap: Wrap | None = None, iteration: int = 0) -> Manifest:
     """One iteration, from where it was left."""
-    plan = stage.plan(run, iteration)
+    plan = planned(run, iteration)
     attempt = choose_attempt(run, plan, run.manifest("rollouts", iteration), force=False)
-    with stage.open_tool(run) as tool:
+    with stage.open_resource(run) as tool:
         if wrap is not None:
             tool.engine = tool.handover.engine = wrap(tool.engine)
-        return stage.run(run, iteration, Staging(run, plan, attempt), tool)
+        return make(run, GENERATE, Staging(run, plan, attempt), tool)
 
 
 def output(run: Run) -> dict[str, bytes]:
@@ -265,7 +267,7 @@ def test_another_iteration_has_other_seeds_and_draws(
     contents = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     contents["probe.json"] = run.probe_path(0).read_bytes()
     records = [staging.write_bytes("policy", name, content) for name, content in contents.items()]
-    staging.commit({"policy": "p1"}, records, {})
+    staging.commit(Product({"policy": "p1"}, records, {}))
     manifest = generated(run, iteration=1)
     later = run.read("rollouts", 1)
     assert manifest.iteration == 1
@@ -314,7 +316,7 @@ def test_shards_are_whole_groups(
     checkpoint: Path, tmp_path: Path, rollouts_per_shard: int, shards: list[list[int]]
 ) -> None:
     run = opened(tmp_path, checkpoint, rollouts_per_shard=rollouts_per_shard)
-    assert stage.plan(run, 0).shards == shards
+    assert planned(run, 0).shards == shards
 
 
 @pytest.mark.parametrize("rollouts_per_shard", [1, 1000])
@@ -426,17 +428,17 @@ def test_a_signal_ends_the_work_after_the_current_shard(
 
 def test_the_engine_keeps_its_weights_while_the_policy_is_the_same(checkpoint: Path, tmp_path: Path) -> None:
     run = opened(tmp_path, checkpoint)
-    plan = stage.plan(run, 0)
-    with stage.open_tool(run) as tool:
+    plan = planned(run, 0)
+    with stage.open_resource(run) as tool:
         engine = Watched(tool.engine, lambda _, group: group)
         tool.engine = tool.handover.engine = engine
-        first = stage.run(run, 0, Staging(run, plan, 0), tool)
+        first = make(run, GENERATE, Staging(run, plan, 0), tool)
         # The starting policy, a perturbed copy of it, and the policy: see handover.py.
         assert engine.num_loads == 3
-        again = stage.run(run, 0, Staging(run, plan, 1), tool)
+        again = make(run, GENERATE, Staging(run, plan, 1), tool)
         assert engine.num_loads == 3
         stage.release(tool)
-        after_release = stage.run(run, 0, Staging(run, plan, 2), tool)
+        after_release = make(run, GENERATE, Staging(run, plan, 2), tool)
         assert engine.num_loads == 4
     differences = [manifest.summary["probe_difference"] for manifest in (first, again, after_release)]
     assert 0 <= differences[0] == differences[2] <= 1e-5
@@ -542,10 +544,10 @@ def test_without_prompts_there_is_nothing_to_plan(tmp_path: Path, checkpoint: Pa
     run = opened(tmp_path, checkpoint)
     bare = Run(tmp_path / "elsewhere", run.config, tmp_path, Console(quiet=True))
     with pytest.raises(InputError) as caught:
-        stage.plan(bare, 0)
+        planned(bare, 0)
     assert str(caught.value) == f"{tmp_path}/elsewhere/r/prompts: missing; run `grpo run` first"
     with pytest.raises(InputError) as caught:
-        stage.plan(run, 3)
+        planned(run, 3)
     where = f"{tmp_path}/artifacts/r/iteration=000002/update"
     assert str(caught.value) == f"{where}: missing; run `grpo update --iteration 2` first"
 

@@ -195,7 +195,7 @@ def test_killed_while_writing_it_leaves_nothing_and_the_next_call_finishes(
 ) -> None:
     # Killed when the weights are written and the tokenizer is not.
     code = (
-        "import os, signal, sys; from pathlib import Path; from grpo import starter\n"
+        "import os, signal, sys; from pathlib import Path; from grpo.models import starter_model as starter\n"
         "starter.PreTrainedTokenizerFast.save_pretrained = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "starter.ensure(Path(sys.argv[1]), print)"
     )

@@ -19,16 +19,16 @@ from tests import tiny
 from transformers import Qwen2ForSequenceClassification
 
 from grpo import tables
-from grpo.artifacts import Manifest, Plan, Run, Staging, files, id_of
+from grpo.artifacts import Manifest, Plan, Product, Run, Staging, files, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import EngineError, GrpoError, InputError, Interrupted, UsageError
-from grpo.generate import stage as generate
+from grpo.generate import plan as generate
 from grpo.models import starter_model
 from grpo.pipeline import work
 from grpo.prompts import table as prompts_module
-from grpo.score import stage
 from grpo.score.functions.built_in import gsm8k
+from grpo.score.plan import plan as planned
 
 K = 2
 # Two groups a shard, three groups: shards of 4 and 2 rollouts.
@@ -140,7 +140,7 @@ def write_inputs(run: Run) -> None:
     """Commit `policy`, `prompts` and the rollouts of iteration 0: group g is prompt g."""
     files.make_folder(run.path)
     ids = {"policy": "p", "reference": "p"}
-    Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0).commit(ids, [], {})
+    Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0).commit(Product(ids, [], {}))
     prompts_module.prepare(run, Staging(run, prompts_module.plan(run), 0), lambda rows: [1] * len(rows), None)
     plan = generate.plan(run, 0)
     staging = Staging(run, plan, 0)
@@ -148,7 +148,7 @@ def write_inputs(run: Run) -> None:
     for index, (start, end) in enumerate(plan.shards):
         data = rollouts_table([(g, s) for g in range(start, end) for s in range(K)])
         records.append(staging.write_table("rollouts", staging.file_name("part", index), data))
-    staging.commit({"rollouts": id_of(records)}, records, {})
+    staging.commit(Product({"rollouts": id_of(records)}, records, {}))
 
 
 def rollouts_table(places: Sequence[tuple[int, int]]) -> pa.Table:
@@ -205,14 +205,14 @@ def calls(folder: Path, name: str) -> list[int]:
 SCORE = """
 import sys
 from pathlib import Path
-from grpo import commands
+from grpo.pipeline import work
 from grpo.artifacts import Run
 from grpo.config import Config
 from grpo.console import Console
 
 folder = Path(sys.argv[1])
 run = Run(folder / "artifacts", Config.model_validate_json(sys.argv[2]), folder, Console(quiet=True))
-commands.run_stage(run, "score", "0", force=False)
+work.run_stage(run, "score", "0", force=False)
 """
 
 
@@ -472,7 +472,7 @@ def test_changed_rollouts_are_scored_anew(tmp_path: Path) -> None:
     records = [
         staging.write_table("rollouts", staging.file_name("part", n), part) for n, part in enumerate(data)
     ]
-    staging.commit({"rollouts": id_of(records)}, records, {})
+    staging.commit(Product({"rollouts": id_of(records)}, records, {}))
     scored(run)  # stale: no --force is needed
     assert calls(tmp_path, "length") == [2]  # the shard that changed, and not the other
     assert values(run, "length") == [1.0, 2.0, 1.0, 4.0, 2.0, 0.0]
@@ -626,6 +626,6 @@ def test_a_batch_that_takes_too_long_ends_the_command(tmp_path: Path) -> None:
 
 def test_a_reward_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        stage.plan(opened(tmp_path, {"model": "./rm"}), 0)
+        planned(opened(tmp_path, {"model": "./rm"}), 0)
     where = f"{tmp_path}/rm"
     assert str(caught.value) == f"{where}: no such directory; a Hugging Face checkpoint directory is needed"

@@ -8,14 +8,15 @@ import pyarrow as pa
 from tests.update.examples import MAX_NEW_TOKENS
 
 from grpo import tables
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, id_of
+from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.models import weight_check
 from grpo.models.loading import load_model
-from grpo.update import stage
+from grpo.pipeline.stages import UPDATE, make
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner
+from grpo.update.plan import plan as planned
 
 
 def commit_table(
@@ -23,7 +24,7 @@ def commit_table(
 ) -> None:
     staging = Staging(run, Plan(STAGE_OUTPUTS.get(table, table), 1, table, iteration, config or {}, {}), 0)
     record = staging.write_table(table, staging.file_name("part", 0), data)
-    staging.commit({table: id_of([record])}, [record], {})
+    staging.commit(Product({table: id_of([record])}, [record], {}))
 
 
 def make_run(root: Path, config: Config, policy: Path, reference: Path) -> Run:
@@ -33,9 +34,9 @@ def make_run(root: Path, config: Config, policy: Path, reference: Path) -> Run:
     record = staging.write_bytes(
         "", weight_check.FILE, weight_check.measure(load_model(policy, "cpu"), sequences).encode()
     )
-    staging.commit({"policy": "start", "reference": "reference"}, [record], {})
+    staging.commit(Product({"policy": "start", "reference": "reference"}, [record], {}))
     staging = Staging(run, Plan("prompts", 1, "prompts", None, {}, {}), 0)
-    staging.commit({"prompts": "prompts"}, [], {"longest_prompt_tokens": 6})
+    staging.commit(Product({"prompts": "prompts"}, [], {"longest_prompt_tokens": 6}))
     run.start = {"policy": policy, "reference": reference}
     return run
 
@@ -70,6 +71,6 @@ def commit_rollouts(run: Run, iteration: int, kept: Rollouts, unkept: Rollouts |
 
 
 def update(run: Run, iteration: int, learner: Learner) -> list[dict[str, Any]]:
-    stage.run(run, iteration, Staging(run, stage.plan(run, iteration), 0), learner)
+    make(run, UPDATE, Staging(run, planned(run, iteration), 0), learner)
     rows: list[dict[str, Any]] = run.read("updates", iteration).to_pylist()
     return rows

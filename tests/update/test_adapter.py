@@ -328,7 +328,7 @@ def logits_of_merged(model: PeftModel, config: Any) -> Tensor:
 def test_the_files_are_the_same_everywhere(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path / "base")
     script = (
-        "import sys; from pathlib import Path; from grpo.model import load_model;"
+        "import sys; from pathlib import Path; from grpo.models.loading import load_model;"
         "from grpo.update.adapter import add_adapter, adapter_files;"
         "model = add_adapter(load_model(Path(sys.argv[1]), 'cpu'), 4, 8, None, 3);"
         "[(Path(sys.argv[2]) / name).write_bytes(content) for name, content in adapter_files(model)]"

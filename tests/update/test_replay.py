@@ -25,10 +25,11 @@ from tests.update.runs import commit_rollouts, make_run, update
 
 from grpo.artifacts import Run
 from grpo.config import Config
-from grpo.update import stage
 from grpo.update.batch import Rollouts, minibatches
 from grpo.update.learner import Learner
-from grpo.update.replay import iterations_of, longest, read_kept
+from grpo.update.plan import iterations_of
+from grpo.update.plan import plan as planned
+from grpo.update.replay import longest, read_kept
 
 SETTINGS: dict[str, Any] = {
     "replay_iterations": 1,
@@ -136,9 +137,9 @@ def test_the_plan_reads_what_is_replayed_and_no_more(tmp_path: Path, untied: Pat
     parts = [sampled(untied, iteration, 0.1) for iteration in range(3)]
     run = after(tmp_path, configuration(**SETTINGS), untied, other, parts)
     assert [list(iterations_of(run, iteration)) for iteration in range(3)] == [[0], [0, 1], [1, 2]]
-    tables = [reference for reference in stage.plan(run, 2).reads if "s@" in reference]
+    tables = [reference for reference in planned(run, 2).reads if "s@" in reference]
     assert tables == ["rollouts@1", "advantages@1", "rollouts@2", "advantages@2"]
-    assert stage.plan(run, 2).reads["rollouts@1"] == run.id_of("rollouts@1")
+    assert planned(run, 2).reads["rollouts@1"] == run.id_of("rollouts@1")
     kept = read_kept(run, 2, tmp_path)
     assert kept.keys.tolist() == joined(parts[1:]).keys.tolist()
     np.testing.assert_array_equal(kept.old_logprobs[0], parts[1].old_logprobs[0])

@@ -12,73 +12,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grpo import sql, tables
-from grpo.artifacts import Manifest, Plan, Run, Staging, id_of, lacking
-from grpo.artifacts.files import sha256_of
-from grpo.errors import DataError, InputError, UsageError
+from grpo.advantage.plan import NAME, OUTPUT
+from grpo.artifacts import Manifest, Product, Run, Staging, id_of
+from grpo.config.named_files import named_text
+from grpo.errors import DataError, UsageError
 from grpo.sql.scored import create_judged
 
-NAME = "advantage"
-OUTPUT = "advantages"
-STAGE_VERSION = 2  # 2: sums of three rewards and more are compensated, which may change the last bit
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
 
 
-def plan(run: Run, iteration: int) -> Plan:
-    """What this stage would do now. Raises InputError (exit 4) when an input is missing or partial."""
-    config = run.config.advantage
-    rollouts = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
-    rewards = run.require("rewards", iteration, f"grpo score --iteration {iteration}")
-    if why := lacking(run, rewards):
-        raise InputError(f"{run.folder('rewards', iteration)}: {why}; {_way_on(rewards)}")
-    if why := lacking(run, rollouts):
-        raise InputError(f"{run.folder('rollouts', iteration)}: {why}; {_way_on(rollouts)}")
-    sources = {}
-    if config.sql is not None:
-        sources["advantage.sql"] = sha256_of(sql.user_file(run, "advantage.sql", config.sql))
-    return Plan(
-        stage=NAME,
-        stage_version=STAGE_VERSION,
-        output=OUTPUT,
-        iteration=iteration,
-        config={"advantage": config.model_dump()},
-        reads=_reads(run, iteration, rewards),
-        sources=sources,
-    )
-
-
-def _way_on(manifest: Manifest) -> str:
-    """What to do about an output that lacks something."""
-    command = f"`grpo {manifest.stage} --iteration {manifest.iteration}`"
-    if manifest.stage == "generate":
-        return f"{command} samples another round, `generate.resample: null` goes on with these"
-    if manifest.summary["failed"]:
-        return f"{command} tries them again, `score.on_error: drop` leaves them out"
-    return f"{command} scores the others"
-
-
-def _reads(run: Run, iteration: int, rewards: Manifest) -> dict[str, str]:
-    """Ids of the inputs. A reward of weight 0 counts only for a user's own SQL, which may look at it."""
-    config = run.config.advantage
-    own_sql = config.where is not None or config.sql is not None
-    weights: dict[str, float] = rewards.summary["weights"]
-    names = [f"reward/{name}@{iteration}" for name in weights if own_sql or weights[name] != 0]
-    references = [f"rollouts@{iteration}", *names, *(["prompts"] if own_sql else [])]
-    return {reference: run.id_of(reference) or "" for reference in references}
-
-
 @contextmanager
-def open_tool(run: Run) -> Iterator[None]:
+def open_resource(run: Run) -> Iterator[None]:
     """Nothing is kept open: a connection sees the files that were there when it was made."""
     yield
 
 
-def release(tool: None) -> None:
+def release(opened: None) -> None:
     """Nothing is kept on an accelerator."""
 
 
-def run(run: Run, iteration: int, staging: Staging, tool: None) -> Manifest:
-    """Write and commit `advantages` of one iteration."""
+def after(run: Run, manifest: Manifest, opened: None) -> None:
+    """Nothing follows from committed advantages."""
+
+
+def produce(run: Run, iteration: int, staging: Staging, opened: None) -> Product:
+    """The `advantages` of one iteration."""
     for table, output in (("rollouts", "rollouts"), ("rewards", "rewards")):
         for file in run.require(output, iteration, f"grpo {NAME}").files:
             if file.table == table:
@@ -97,10 +56,10 @@ def run(run: Run, iteration: int, staging: Staging, tool: None) -> Manifest:
         run.console.say(f"advantage {iteration}: no rollout is kept, so update has nothing to learn from")
     reward_mean = total / scored if scored else None
     summary = {"kept": kept, "zero_advantage": zero, "scored": scored, "reward_mean": reward_mean}
-    return staging.commit({OUTPUT: id_of(records)}, records, summary)
+    return Product({OUTPUT: id_of(records)}, records, summary)
 
 
-def check(run: Run) -> None:
+def check(run: Run, until: int, resources: object) -> None:
     """Raise UsageError (exit 2) for SQL of the user's that cannot be run, whatever the tables will hold."""
     config = run.config.advantage
     if config.sql is None and config.where is None:
@@ -108,7 +67,7 @@ def check(run: Run) -> None:
     with sql.connect([run], outputs=()) as connection:
         create_judged(connection, [reward.weight for reward in run.config.score.rewards])
         if config.sql is not None:
-            text = sql.user_text(run, "advantage.sql", config.sql)
+            text = named_text(run.imports, "advantage.sql", config.sql)
             _check_columns(sql.user_columns(connection, "advantage.sql", text), config.sql)
         if config.where is not None:
             sql.user_columns(connection, "advantage.where", _condition(config.where))
@@ -168,7 +127,7 @@ def _selected(run: Run, connection: Any, data: pa.Table) -> pa.Table:
     config = run.config.advantage
     sql.register(connection, "_advantages_0", data)
     if config.sql is not None:
-        text = sql.user_text(run, "advantage.sql", config.sql)
+        text = named_text(run.imports, "advantage.sql", config.sql)
         data = _replace(data, sql.user_rows(connection, "advantage.sql", text), config.sql)
     if config.where is not None:
         sql.register(connection, "_advantages_0", data)

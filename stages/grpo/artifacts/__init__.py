@@ -28,6 +28,7 @@ from grpo.artifacts.run import (
 )
 from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import (
+    Product,
     Staging,
     check_staged,
     choose_attempt,
@@ -51,6 +52,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "Plan",
+    "Product",
     "Run",
     "Staging",
     "check_staged",

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from grpo.errors import UsageError
+
 STAGE_OUTPUTS = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
 """Outputs of an iteration in order, and the stage that makes each."""
 EVALUATION = "evaluation"
@@ -43,3 +45,16 @@ def holder_of(reference: str) -> tuple[str, int | None]:
     if name in ("policy", "optimizer", "adapter"):
         return ("policy", None) if iteration == 0 else ("update", iteration - 1)
     return ("rewards" if name.startswith("reward/") else name), iteration
+
+
+def parse_iterations(wanted: str) -> tuple[int, int] | None:
+    """First and last of `3` or `0-19`; None for `all`. Raises UsageError (exit 2) for anything else."""
+    if wanted == "all":
+        return None
+    match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", wanted)
+    if not match:
+        raise UsageError(f"--iteration {wanted}: expected a number such as 3, a range such as 0-19, or all")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if first > last:
+        raise UsageError(f"--iteration {wanted}: ends before it begins; did you mean {last}-{first}?")
+    return first, last

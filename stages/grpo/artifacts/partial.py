@@ -5,15 +5,11 @@ it as a new attempt. Rewards that failed are scored again. With generate.resampl
 too few groups with signal get another round, and rewards of the rounds before score only that.
 """
 
-from typing import TYPE_CHECKING
-
 from grpo.artifacts.manifest import Manifest, id_of
-
-if TYPE_CHECKING:
-    from grpo.artifacts.run import Run
+from grpo.artifacts.run import Run
 
 
-def lacking(run: "Run", manifest: Manifest | None) -> str:
+def lacking(run: Run, manifest: Manifest | None) -> str:
     """What an output lacks; empty: nothing. Examples: `3 rewards failed`, `5 of 8 groups with signal ...`."""
     if manifest is not None and manifest.stage == "score":
         return _failed(run, manifest) or unscored_rounds(run, manifest)
@@ -38,7 +34,7 @@ def num_rounds(rollouts: Manifest) -> int:
     return int(rollouts.summary.get("rounds", 1))
 
 
-def unscored_rounds(run: "Run", rewards: Manifest) -> str:
+def unscored_rounds(run: Run, rewards: Manifest) -> str:
     """How many rounds of the rollouts that are there these rewards are of; empty: all, or other rollouts."""
     recorded = rewards.reads.get(f"rollouts@{rewards.iteration}")
     rollouts = run.manifest("rollouts", rewards.iteration)
@@ -48,12 +44,12 @@ def unscored_rounds(run: "Run", rewards: Manifest) -> str:
     return f"{scored} of {there} rounds are scored" if 0 < scored < there else ""
 
 
-def _failed(run: "Run", rewards: Manifest) -> str:
+def _failed(run: Run, rewards: Manifest) -> str:
     failed = rewards.summary.get("failed")
     return f"{failed} rewards failed" if failed and run.config.score.on_error == "stop" else ""
 
 
-def _without_signal(run: "Run", rollouts: Manifest) -> str:
+def _without_signal(run: Run, rollouts: Manifest) -> str:
     """Decided by what the rollouts were planned with; `resample: null` goes on with what is there.
 
     Rollouts that have advantages were gone on with: those are history.
@@ -72,7 +68,7 @@ def _without_signal(run: "Run", rollouts: Manifest) -> str:
     return f"{found} of {wanted} groups with signal after round {rounds - 1}"
 
 
-def _are_judged(run: "Run", rollouts: Manifest) -> bool:
+def _are_judged(run: Run, rollouts: Manifest) -> bool:
     advantages = run.manifest("advantages", rollouts.iteration)
     read = advantages.reads.get(f"rollouts@{rollouts.iteration}") if advantages else None
     return read == rollouts.ids["rollouts"]

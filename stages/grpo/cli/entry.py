@@ -2,10 +2,12 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import typer
 
+from grpo.cli import inspect, manage, work
 from grpo.errors import GrpoError, ResourceError
 
 app = typer.Typer(
@@ -14,6 +16,35 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Pipeline": {
+        "run": work.run,
+        "generate": work.generate,
+        "score": work.score,
+        "advantage": work.advantage,
+        "update": work.update,
+        "eval": work.evaluate,
+    },
+    "Look": {
+        "status": inspect.status,
+        "sql": inspect.sql,
+        "show": inspect.show,
+        "report": inspect.report,
+        "compare": inspect.compare,
+    },
+    "Look after": {
+        "init": manage.init,
+        "doctor": manage.doctor,
+        "fork": manage.fork,
+        "export": manage.export,
+        "verify": manage.verify,
+        "gc": manage.gc,
+    },
+}
+"""Every command, by the panel of `grpo --help` that it is in."""
+for _panel, _commands in COMMANDS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_panel)(_command)
 _INTERRUPTED = 130
 
 

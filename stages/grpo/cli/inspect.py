@@ -5,11 +5,9 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli.entry import app
 from grpo.cli.options import CONFIG, ConfigOption, JsonOption, RunArgument, SetOption, print_json, reading
 
 
-@app.command()
 def status(
     name: RunArgument = "",
     config: ConfigOption = CONFIG,
@@ -27,7 +25,6 @@ def status(
         status_module.print_status(opened, every)
 
 
-@app.command()
 def sql(
     query: Annotated[str, typer.Argument(help="A query; none: an interactive prompt.")] = "",
     config: ConfigOption = CONFIG,
@@ -43,7 +40,6 @@ def sql(
     query_module.answer(runs, query, out, timeout_s, as_json)
 
 
-@app.command()
 def show(
     name: RunArgument = "",
     config: ConfigOption = CONFIG,
@@ -75,7 +71,6 @@ def show(
     )
 
 
-@app.command()
 def compare(
     a: Annotated[str, typer.Argument(help="A reward, or a run; `reward` is the weighted sum.")],
     b: Annotated[str, typer.Argument(help="The other.")],
@@ -96,7 +91,6 @@ def compare(
         compare_module.print_comparison(result)
 
 
-@app.command()
 def report(
     names: Annotated[
         list[str] | None, typer.Argument(help="Runs; default: that of the configuration.")

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli.entry import app
 from grpo.cli.options import (
     CONFIG,
     ConfigOption,
@@ -22,7 +21,6 @@ from grpo.cli.options import (
 from grpo.errors import UsageError
 
 
-@app.command()
 def doctor(
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006
@@ -42,7 +40,6 @@ def doctor(
     raise typer.Exit(report.exit_code)
 
 
-@app.command()
 def verify(
     name: RunArgument = "",
     config: ConfigOption = CONFIG,
@@ -66,7 +63,6 @@ def verify(
     raise typer.Exit(report.exit_code)
 
 
-@app.command()
 def gc(
     name: RunArgument = "",
     config: ConfigOption = CONFIG,
@@ -86,7 +82,6 @@ def gc(
         collect.print_garbage(found, opened, dry_run)
 
 
-@app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="Where; made if it is missing. Default: here.")] = Path(),
     as_json: JsonOption = False,
@@ -102,7 +97,6 @@ def init(
         typer.echo(f"made {', '.join(map(str, paths))}; go on with: {there}grpo run", err=True)
 
 
-@app.command()
 def export(
     name: RunArgument = "",
     out: Annotated[Path | None, typer.Option(help="The folder to write; required.")] = None,
@@ -131,7 +125,6 @@ def export(
         print_json(result)
 
 
-@app.command()
 def fork(
     source: Annotated[str, typer.Argument(help="Name of the run to begin as.")],
     new: Annotated[str, typer.Argument(help="Name of the new run.")],

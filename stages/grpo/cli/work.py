@@ -1,11 +1,11 @@
 """cli.work: the commands that train: a whole run, or one stage of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from grpo.cli.entry import app
 from grpo.cli.options import (
     CONFIG,
     ConfigOption,
@@ -22,7 +22,6 @@ StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all
 ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, also where nothing is missing.")]
 
 
-@app.command()
 def run(
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
@@ -35,6 +34,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Every iteration, resuming by itself: what is complete is not done again."""
+    from grpo.inspect import evaluations, log
     from grpo.pipeline import work
 
     if yes and from_ is None:
@@ -44,13 +44,19 @@ def run(
             raise UsageError("--dry-run: --from N says itself what it will do, and asks; give one of them")
         work.dry_run(configured(config, set_, as_json))
         return
+    if until is not None and until < 0:
+        raise UsageError(f"--until {until}: expected a number of iterations, 0 or more")
     with working(config, set_, as_json) as opened:
-        result = work.run(opened, until, from_, yes)
+        until = opened.config.iterations if until is None else until
+        if from_ is not None:
+            work.restart_from(opened, from_, yes)
+        with log.reporting(opened, until) as (iteration, policy):
+            worked = work.run(opened, until, iteration, policy)
+        found = [evaluations.numbers_of(opened, policy) for policy in opened.evaluations()]
     if as_json:
-        print_json(result)
+        print_json({"run": opened.name, "iterations": until, "worked": worked, "evaluations": found})
 
 
-@app.command("eval")
 def evaluate(
     checkpoint: Annotated[
         str, typer.Argument(help="A checkpoint directory; none: a policy of the run.")
@@ -63,26 +69,32 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
+    from grpo.artifacts import files
     from grpo.inspect import evaluations
-    from grpo.pipeline import work
+    from grpo.pipeline import prepare, work
 
     if checkpoint and (policy is not None or force):
         raise UsageError("eval: a checkpoint is measured from nothing; leave out --policy and --force")
-    work.check_eval_out(out)
+    evaluations.check_out(out)
     if checkpoint:
         with locked(work.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:
-            found, what = work.evaluate_checkpoint(opened, out), checkpoint
+            prepare.prepare(opened)
+            work.evaluate(opened, None, False)
+            what, found = checkpoint, {"checkpoint": opened.config.model}
+            found |= evaluations.delivered(opened, 0, out)
+            files.remove_folder(opened.path)
     else:
         with working(config, set_, as_json) as opened:
-            found = {"run": opened.name, **work.evaluate(opened, policy, force, out)}
-            what = f"policy {found['policy']} of run {opened.name}"
+            policy = work.evaluate(opened, policy, force)
+            found = {"run": opened.name, **evaluations.delivered(opened, policy, out)}
+            what = f"policy {policy} of run {opened.name}"
     if as_json:
         print_json(found)
     else:
         evaluations.print_evaluation(what, found)
 
 
-def _stage_command(name: str, summary: str) -> None:
+def _stage_command(name: str, summary: str) -> Callable[..., None]:
     def command(
         config: ConfigOption = CONFIG,
         set_: SetOption = [],  # noqa: B006
@@ -98,13 +110,12 @@ def _stage_command(name: str, summary: str) -> None:
             print_json(result)
 
     command.__doc__ = summary
-    app.command(name)(command)
+    return command
 
 
-_stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
+generate = _stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
 
 
-@app.command()
 def score(
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006
@@ -132,5 +143,5 @@ def score(
         print_json(result)
 
 
-_stage_command("advantage", "Stage 3: rollouts + rewards -> advantages.")
-_stage_command("update", "Stage 4: policy + rollouts + advantages -> next policy.")
+advantage = _stage_command("advantage", "Stage 3: rollouts + rewards -> advantages.")
+update = _stage_command("update", "Stage 4: policy + rollouts + advantages -> next policy.")

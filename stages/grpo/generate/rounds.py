@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from grpo.artifacts import Manifest, Plan, Run, Staging, lacking, num_rounds
 from grpo.config import GenerateConfig
 from grpo.errors import DataError
-from grpo.generate.sampling import shards_of
+from grpo.generate.plan import shards_of_round
 
 
 def rounds_to_hold(run: Run, plan: Plan, before: Manifest | None) -> int:
@@ -30,11 +30,6 @@ def rounds_to_hold(run: Run, plan: Plan, before: Manifest | None) -> int:
 def another_round(run: Run, plan: Plan, before: Manifest | None) -> str:
     """Why this attempt adds a round to what is committed; empty: it does not."""
     return lacking(run, before) if before is not None and plan.same_as(before) else ""
-
-
-def shards_of_round(config: GenerateConfig) -> list[list[int]]:
-    """shards_of() the groups of one round."""
-    return shards_of(config.prompts_per_iteration, config.samples_per_prompt, config.rollouts_per_shard)
 
 
 def all_shards(config: GenerateConfig, rounds: int) -> list[range]:

@@ -151,12 +151,6 @@ def _sampling(
         yield groups()
 
 
-def shards_of(num_groups: int, samples: int, rollouts_per_shard: int) -> list[list[int]]:
-    """[first group, one past the last] of each shard: whole groups, rollouts_per_shard at most."""
-    size = max(1, rollouts_per_shard // samples)
-    return [[start, min(start + size, num_groups)] for start in range(0, num_groups, size)]
-
-
 def _table(requests: list[Request], groups: list[Group], tool: Sampler, work: Work) -> pa.Table:
     return rollouts_table(
         requests,

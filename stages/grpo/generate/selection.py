@@ -12,10 +12,11 @@ import pyarrow as pa
 
 from grpo import sql
 from grpo.artifacts import Run
+from grpo.config.named_files import named_text
 from grpo.errors import DataError, UsageError
+from grpo.generate.plan import KEY
 from grpo.prompts.table import draw
 
-KEY = "generate.prompts_sql"
 _PAST = ("rollouts", "rewards", "advantages")
 
 
@@ -54,25 +55,13 @@ def least_drawn(num_prompts: int, drawn: np.ndarray, count: int, seed: list[int]
     return rows
 
 
-def past_tables(run: Run, iteration: int) -> list[str]:
-    """What the query may read, as references: the tables of all earlier iterations."""
-    references = []
-    for number in range(iteration):
-        run.require("rollouts", number, f"grpo generate --iteration {number}")
-        rewards = run.require("rewards", number, f"grpo score --iteration {number}")
-        run.require("advantages", number, f"grpo advantage --iteration {number}")
-        names = [f"reward/{name}" for name in rewards.summary["weights"]]
-        references += [f"{name}@{number}" for name in ("rollouts", *names, "advantages")]
-    return references
-
-
 def asked_for(run: Run, iteration: int, prompt_ids: np.ndarray) -> np.ndarray:
     """Rows of the prompts table that the query asks for, in its order; prompt_ids: of that table, ascending.
 
     Raises UsageError (exit 2) for a query that cannot be run, DataError (exit 3) for ids that cannot be used.
     """
     name = str(run.config.generate.prompts_sql)
-    text = sql.user_text(run, KEY, name)
+    text = named_text(run.imports, KEY, name)
     for number in range(iteration):
         for output in _PAST:
             for file in run.require(output, number, "grpo run").files:
@@ -89,7 +78,7 @@ def check(run: Run) -> None:
     name = run.config.generate.prompts_sql
     if name is None:
         return
-    text = sql.user_text(run, KEY, name)
+    text = named_text(run.imports, KEY, name)
     with sql.connect([run], outputs=()) as connection:
         _check_columns(name, sql.user_columns(connection, KEY, text, _parameters(run, 0)))
 

@@ -8,20 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from grpo import sql
-from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
-from grpo.artifacts.files import sha256_of
+from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of
 from grpo.config import GenerateConfig
 from grpo.errors import UsageError
-from grpo.generate.engines.choice import choose_engine, default_dtype
+from grpo.generate import selection
+from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Engine
+from grpo.generate.plan import KEY, OUTPUT
 from grpo.generate.rounds import (
     all_shards,
     another_round,
     check_same_prompts,
     keep_rounds,
     rounds_to_hold,
-    shards_of_round,
 )
 from grpo.generate.sampling import (
     Sampler,
@@ -33,49 +32,19 @@ from grpo.generate.sampling import (
     sampling_of,
     shard_names,
 )
-from grpo.generate.selection import KEY, past_tables, select
 from grpo.generate.weight_sync import Handover
 from grpo.models.weight_check import LENGTH
 from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
 
-NAME = "generate"
-OUTPUT = "rollouts"
-STAGE_VERSION = 3  # 3: the built-in engine adds up attention otherwise, which may change bits
 
-
-def plan(run: Run, iteration: int) -> Plan:
-    """What this stage would do now. Raises InputError (exit 4) when prompts or policy are missing."""
-    config = run.config.generate
-    run.require("prompts", None, "grpo run")
-    if iteration > 0:
-        run.require("update", iteration - 1, f"grpo update --iteration {iteration - 1}")
-    references, sources = ["prompts", f"policy@{iteration}"], {}
-    if config.prompts_sql is not None:
-        references += past_tables(run, iteration)
-        sources[KEY] = sha256_of(sql.user_file(run, KEY, config.prompts_sql))
-    return Plan(
-        stage=NAME,
-        stage_version=STAGE_VERSION,
-        output=OUTPUT,
-        iteration=iteration,
-        config={"seed": run.config.seed, "generate": described(config)},
-        reads={reference: run.id_of(reference) or "" for reference in references},
-        sources=sources,
-        shards=shards_of_round(config),
-    )
-
-
-def described(config: GenerateConfig) -> dict[str, Any]:
-    """Every key of the section, with the engine that is taken and what it computes in."""
-    values = {**config.model_dump(), "engine": choose_engine(config.engine)[0]}
-    if values["engine"] == "vllm":
-        values["engine_options"] = {"dtype": default_dtype(), **config.engine_options}
-    return values
+def check(run: Run, until: int, resources: object) -> None:
+    """Raise UsageError (exit 2) for a `generate.prompts_sql` that cannot be run."""
+    selection.check(run)
 
 
 @contextmanager
-def open_tool(run: Run) -> Iterator[Sampler]:
+def open_resource(run: Run) -> Iterator[Sampler]:
     """Choose the engine; it is opened when the first iteration needs it."""
     from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 
@@ -108,9 +77,13 @@ def _longest_prompt(run: Run) -> int:
     return max(longest, int(held_out.summary["longest_prompt_tokens"]) + more)
 
 
-def release(tool: Sampler) -> None:
+def release(sampler: Sampler) -> None:
     """Leave the accelerator to the next stage."""
-    tool.handover.release()
+    sampler.handover.release()
+
+
+def after(run: Run, manifest: Manifest, sampler: Sampler) -> None:
+    """Nothing follows from committed rollouts."""
 
 
 def make_engine(
@@ -131,34 +104,34 @@ def make_engine(
     return VllmEngine(config.engine_options, needed if context is None else min(needed, context))
 
 
-def run(run: Run, iteration: int, staging: Staging, tool: Sampler) -> Manifest:
-    """Sample what is not committed yet, shard by shard, and commit `rollouts` of one iteration."""
+def produce(run: Run, iteration: int, staging: Staging, sampler: Sampler) -> Product:
+    """The `rollouts` of one iteration: what of them is not committed yet is sampled, shard by shard."""
     before = run.manifest(OUTPUT, iteration)
     rounds = rounds_to_hold(run, staging.plan, before)
     if why := another_round(run, staging.plan, before):
         run.console.say(f"generate {iteration}: {why}: round {rounds - 1}")
     with staging.clock("prompts"):
-        work = _work(run, iteration, tool, rounds)
+        work = _work(run, iteration, sampler, rounds)
     names = shard_names(staging, work)
     with staging.clock("write"):
         keep_rounds(run, staging, before, names)
     check_same_prompts(staging, names, [drawn_digest(work.draws, groups) for groups in work.shards])
-    held, engine = sample(run, staging, tool, work)
+    held, engine = sample(run, staging, sampler, work)
     by_query = work.draws.by_query
     drawn = {"rounds": rounds} | ({} if by_query is None else {"groups_by_query": by_query})
-    return staging.commit({OUTPUT: id_of(held)}, held, {**_summary(held), **drawn, **engine})
+    return Product({OUTPUT: id_of(held)}, held, {**_summary(held), **drawn, **engine})
 
 
-def _work(run: Run, iteration: int, tool: Sampler, rounds: int) -> Work:
+def _work(run: Run, iteration: int, sampler: Sampler, rounds: int) -> Work:
     config = run.config.generate
-    chosen = select(run, iteration, rounds, tool.prompts)
+    chosen = selection.select(run, iteration, rounds, sampler.prompts)
     if chosen.by_query is not None and chosen.by_query < len(chosen.rows):
         run.console.say(
             f"generate {iteration}: {KEY} gives prompts for {chosen.by_query} of {len(chosen.rows)} groups;"
             " the rest is drawn by a seeded permutation"
         )
     chat = chat_of(run.config.prompts, run.imports)
-    draws = draws_of(tool.prompts.take(chosen.rows).to_pylist(), tool, chat, chosen.by_query)
+    draws = draws_of(sampler.prompts.take(chosen.rows).to_pylist(), sampler, chat, chosen.by_query)
     return Work(
         table=OUTPUT,
         prefix="part",

@@ -1,9 +1,13 @@
 """report: an evaluation as a person reads it, a line of a log or a table: the summary in its manifest."""
 
+from pathlib import Path
 from typing import Any
 
+from grpo import sql
 from grpo.artifacts import EVALUATION, Run
 from grpo.console import interval, number, printable, stdout_console, table
+from grpo.errors import UsageError
+from grpo.inspect import query
 
 
 def numbers_of(run: Run, policy: int) -> dict[str, Any]:
@@ -20,6 +24,25 @@ def numbers_of(run: Run, policy: int) -> dict[str, Any]:
     numbers = {name: manifest.summary[name] for name in names}
     seconds = sum(run.timings(EVALUATION, policy).values())
     return {"policy": policy, **numbers, **{key: made[key] for key in kept}, "seconds": seconds}
+
+
+def check_out(out: Path | None) -> None:
+    """Raise UsageError (exit 2) for a file that the rows of an evaluation cannot be written to."""
+    if out is None:
+        return
+    query.check_out(out)
+    if out.suffix == ".csv":
+        raise UsageError(
+            f"--out {out}: `rewards` is a map, which CSV has no place for; use .parquet or .json"
+        )
+
+
+def delivered(run: Run, policy: int, out: Path | None) -> dict[str, Any]:
+    """numbers_of(), and its rows of `eval_samples` written to `out`, where that is given."""
+    if out is not None:
+        rows = "select * from eval_samples where iteration = $policy order by group_id, sample_id"
+        query.write(sql.read([run], rows, {"policy": policy}), out)
+    return numbers_of(run, policy)
 
 
 def line_of(run: Run, policy: int) -> str:

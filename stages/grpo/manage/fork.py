@@ -17,6 +17,7 @@ from grpo.artifacts import (
     Run,
     created_config,
     files,
+    lacking,
 )
 from grpo.errors import InputError, UsageError
 from grpo.pipeline.prepare import run_json
@@ -83,7 +84,7 @@ def _link_evaluations(source: Run, staged: Run, first: int, sampled: bool) -> No
     """
     for policy in (number for number in source.evaluations() if number <= first):
         manifest = source.manifest(EVALUATION, policy)
-        if manifest is None or source.partial(manifest):
+        if manifest is None or lacking(source, manifest):
             continue
         if policy < first or sampled or not differences_of(staged, EVALUATE, manifest):
             _link(source, staged, EVALUATION, policy)
@@ -121,7 +122,7 @@ def _take_over(source: Run, staged: Run, iteration: int) -> list[str]:
     for stage in STAGES:
         manifest = source.manifest(stage.output, iteration)
         # Rollouts that want another round are taken with the rewards that say so.
-        failed = stage.name != "generate" and source.partial(manifest)
+        failed = stage.name != "generate" and lacking(source, manifest)
         if manifest is None or failed or differences_of(staged, stage, manifest):
             break
         _link(source, staged, stage.output, iteration)

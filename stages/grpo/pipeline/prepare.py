@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, created_config, files, seal, versions
+from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, created_config, files, seal, versions
 from grpo.config import Config, overridden_keys
 from grpo.errors import CorruptError, DataError, InputError, UsageError
 from grpo.models import weight_check
@@ -104,7 +104,8 @@ def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None
     staging = Staging(run, plan, 0)
     found = probe_of(run.start["policy"], rows, chat_of(run.config.prompts, run.imports))
     record = staging.write_bytes("", weight_check.FILE, found.encode())
-    staging.commit(ids, [record], {part: str(path) for part, path in run.start.items()})
+    paths = {part: str(path) for part, path in run.start.items()}
+    staging.commit(Product(ids, [record], paths))
 
 
 def probe_of(checkpoint: Path, rows: list[Row], chat: Chat) -> weight_check.Probe:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from grpo.artifacts import Run, discard, files, read_sealed, seal
 from grpo.errors import InputError
-from grpo.pipeline.stages import EVALUATE, STAGES, Stage
+from grpo.pipeline.stages import EVALUATE, STAGES, UPDATE, Stage
 from grpo.pipeline.states import State, evaluation_states, states
-from grpo.update import stage as update
 
 
 def start_over(run: Run, iteration: int) -> None:
@@ -24,7 +23,7 @@ def start_over(run: Run, iteration: int) -> None:
                     f" begin with that: --from {number}, or `grpo {name} --iteration {number}`"
                 )
     _, redone = done_again(run, iteration)
-    if redone or run.manifest(update.OUTPUT, iteration) is None:
+    if redone or run.manifest(UPDATE.output, iteration) is None:
         run.require_checkpoint(iteration)
     files.write_file(intent_path(run), seal({"from": iteration}))
     files.sync_folder(run.path)
@@ -69,13 +68,13 @@ def done_again(run: Run, first: int) -> tuple[list[int], list[Stage]]:
     """
     by_stage = states(run, first).get(first, {})
     old = {name for name, state in by_stage.items() if state.name in ("stale", "differs")}
-    old |= {update.NAME} if run.is_pruned(first) else set()
+    old |= {UPDATE.name} if run.is_pruned(first) else set()
     changed = [stage.name in old for stage in STAGES]
     stages = [*(STAGES[changed.index(True) :] if any(changed) else ())]
     again = [stage for stage in stages if stage.name in by_stage]
     iterations = run.iterations()
     # The last policy has an evaluation and nothing else; it goes where the policy is made again.
-    kept = first + 1 if run.manifest(update.OUTPUT, first) is not None and not again else first
+    kept = first + 1 if run.manifest(UPDATE.output, first) is not None and not again else first
     measured = [policy for policy in run.evaluations() if policy not in iterations and policy > kept]
     return sorted([*(n for n in iterations if n > first), *measured]), again
 

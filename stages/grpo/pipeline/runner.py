@@ -5,48 +5,43 @@ What is done and what is stale is read from manifests; the runner remembers noth
 
 from collections.abc import Callable
 
-from grpo.advantage import stage as advantage
 from grpo.artifacts import Run, lacking, prune
 from grpo.errors import InputError
-from grpo.evaluate import stage as evaluation
-from grpo.generate import stage as generate
-from grpo.generate.selection import check as check_prompts_sql
-from grpo.pipeline.stages import EVALUATE, STAGES, Stage, Tools, perform
+from grpo.pipeline.resources import Resources
+from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage, perform
 from grpo.pipeline.states import differences_of, state_of, states
-from grpo.score import stage as score
-from grpo.update import stage as update
-from grpo.update.check import check_start
 
 
 def run_iterations(
     run: Run, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
-) -> int:
-    """Complete iterations 0 .. until-1, doing only what is missing; returns how many were worked on.
+) -> tuple[int, int]:
+    """Complete iterations 0 .. until-1, doing only what is missing; how many were worked on, and evaluated.
 
     With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them.
     Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
     """
     _refuse_stale(run)
     prune(run)  # what a killed one left
-    worked, begun = 0, False
-    with Tools(run) as tools:
+    worked, evaluated, begun = 0, 0, False
+    with Resources(run) as resources:
         for iteration in range(until + 1):
             trained = False
             while todo := what_to_do(run, iteration, until):
                 if not begun:
                     _say_changes(run, todo, iteration)
-                    _check_before(run, tools, until)
+                    _check_before(run, resources, until)
                     begun = True
                 run.console.stop_requested()
-                perform(run, todo[0], iteration, tools)
+                perform(run, todo[0], iteration, resources)
                 if todo[0] is EVALUATE:
                     report_policy(iteration)
+                    evaluated += 1
                 else:
                     trained = True
             if trained:
                 worked += 1
                 report(iteration)
-    return worked
+    return worked, evaluated
 
 
 def what_to_do(run: Run, iteration: int, until: int) -> list[Stage]:
@@ -58,14 +53,10 @@ def what_to_do(run: Run, iteration: int, until: int) -> list[Stage]:
     return due + [stage for stage in STAGES if iteration < until and _is_open(run, stage, iteration)]
 
 
-def _check_before(run: Run, tools: Tools, until: int) -> None:
+def _check_before(run: Run, resources: Resources, until: int) -> None:
     """What no stage can use must stop before rollouts are paid for."""
-    check_start(run, until)
-    check_prompts_sql(run)
-    advantage.check(run)
-    scorers = tools.borrow(score.NAME)
-    if run.config.evaluate is not None:
-        evaluation.check(run, scorers)
+    for stage in (*STAGES, *([EVALUATE] if run.config.evaluate is not None else [])):
+        stage.load().check(run, until, resources.borrow)
 
 
 def evaluation_is_due(run: Run, policy: int, until: int) -> bool:
@@ -76,7 +67,7 @@ def evaluation_is_due(run: Run, policy: int, until: int) -> bool:
     config = run.config.evaluate
     if config is None or (policy % config.every and policy != until):
         return False
-    if run.manifest(generate.OUTPUT, policy) is not None:
+    if run.manifest(GENERATE.output, policy) is not None:
         return False
     return state_of(run, EVALUATE, policy, set()).name in ("missing", "partial", "stale")
 
@@ -88,7 +79,7 @@ def _is_open(run: Run, stage: Stage, iteration: int) -> bool:
     """
     manifest = run.manifest(stage.output, iteration)
     lacks = lacking(run, manifest)
-    unfinished_rounds = manifest if lacks and stage.name == generate.NAME else None
+    unfinished_rounds = manifest if lacks and stage is GENERATE else None
     if unfinished_rounds is not None and (changes := differences_of(run, stage, unfinished_rounds)):
         raise InputError(
             f"run {run.name}: generate of iteration {iteration} is partial ({lacks}) and differs"
@@ -113,7 +104,7 @@ def _way_out(run: Run, iteration: int, name: str) -> str:
     found = {stage.name: run.manifest(stage.output, iteration) for stage in before}
     missing = [stage for stage, manifest in found.items() if manifest is None or lacking(run, manifest)]
     again = missing[0] if missing else name
-    needs_policy = not missing or again in (generate.NAME, update.NAME)  # --from goes on to the update
+    needs_policy = not missing or again in (GENERATE.name, UPDATE.name)  # --from goes on to the update
     if needs_policy and iteration and run.is_pruned(iteration - 1):
         nearest = max(number for number in run.policies() if number <= iteration)
         return (

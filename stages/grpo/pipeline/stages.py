@@ -4,84 +4,90 @@
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from grpo.advantage import stage as advantage
-from grpo.artifacts import Manifest, Plan, Run, Staging, choose_attempt, prune, require_space
-from grpo.evaluate import stage as evaluation
-from grpo.generate import stage as generate
-from grpo.score import stage as score
-from grpo.update import stage as update
+from grpo.advantage import plan as advantage
+from grpo.artifacts import Manifest, Plan, Product, Run, Staging, choose_attempt, require_space
+from grpo.evaluate import plan as evaluate
+from grpo.generate import plan as generate
+from grpo.score import plan as score
+from grpo.update import plan as update
+
+if TYPE_CHECKING:
+    from grpo.pipeline.resources import Resources
+
+
+class Work(Protocol):
+    """The heavy half of a stage, its stage.py: imported when the stage is opened, for that may take seconds.
+
+    Parameters are passed by position. A resource is what is slow to set up and kept between iterations.
+    """
+
+    def check(self, run: Run, until: int, resources: Any, /) -> None:
+        """Raise now what iterations before `until` would fail with, as far as it can be known."""
+
+    def open_resource(self, run: Run, /) -> AbstractContextManager[Any]:
+        """The stage's resource, until the end of the run."""
+
+    def produce(self, run: Run, iteration: int, staging: Staging, resource: Any, /) -> Product:
+        """Make the output of one iteration, shard by shard; what is committed of it already is kept."""
+
+    def release(self, resource: Any, /) -> None:
+        """Leave the accelerator to the next stage."""
+
+    def after(self, run: Run, manifest: Manifest, resource: Any, /) -> None:
+        """What follows from a commit: raise for rows that failed, drop what is no longer kept."""
+
+
+if TYPE_CHECKING:  # each of them is one
+    from grpo.advantage import stage as _advantage
+    from grpo.evaluate import stage as _evaluate
+    from grpo.generate import stage as _generate
+    from grpo.score import stage as _score
+    from grpo.update import stage as _update
+
+    _WORKS: tuple[Work, ...] = (_generate, _score, _advantage, _update, _evaluate)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as the runner sees it; the functions are those of its stage.py."""
+    """A stage as the runner sees it. The light half is in its plan.py, the heavy one in its stage.py."""
 
     name: str
     output: str
     plan: Callable[[Run, int], Plan]
-    open_tool: Callable[[Run], AbstractContextManager[Any]]
-    run: Callable[[Run, int, Staging, Any], Manifest]
-    release: Callable[[Any], None]
+    load: Callable[[], Work]
+    borrows: bool = False
+    """Whether it works with the resources of other stages instead of one of its own."""
 
 
-STAGES = tuple(
-    Stage(module.NAME, module.OUTPUT, module.plan, module.open_tool, module.run, module.release)
-    for module in (generate, score, advantage, update)
-)
-# No stage of the four, but done in the same way: with the tools of two of them, so it opens none.
-EVALUATE = Stage(
-    evaluation.NAME,
-    evaluation.OUTPUT,
-    evaluation.plan,
-    lambda _: nullcontext(),
-    evaluation.run,
-    lambda _: None,
-)
+def _stage(plan: Any, borrows: bool = False) -> Stage:
+    def load() -> Work:
+        return cast(Work, import_module(f"grpo.{plan.NAME}.stage"))
+
+    return Stage(plan.NAME, plan.OUTPUT, plan.plan, load, borrows)
 
 
-class Tools:
-    """What is slow to set up, opened when a stage first needs it and kept until the end."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
-        self._working: Stage | None = None
-
-    def __enter__(self) -> "Tools":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def get(self, stage: Stage) -> Any:
-        """The stage's tool. That of the stage before leaves the accelerator first: they take turns."""
-        if self._working is not None and self._working is not stage:
-            self._working.release(self._open[self._working.name])
-        self._working = stage
-        return self._opened(stage)
-
-    def borrow(self, name: str, beside: bool = False) -> Any:
-        """The tool of the stage called `name`. beside: the one that works may stay where it is."""
-        [stage] = [stage for stage in STAGES if stage.name == name]
-        return self._opened(stage) if beside else self.get(stage)
-
-    def _opened(self, stage: Stage) -> Any:
-        if stage.name not in self._open:
-            self._open[stage.name] = self._stack.enter_context(stage.open_tool(self._run))
-        return self._open[stage.name]
+STAGES = tuple(_stage(plan) for plan in (generate, score, advantage, update))
+GENERATE, SCORE, ADVANTAGE, UPDATE = STAGES
+EVALUATE = _stage(evaluate, borrows=True)  # none of the four, but done in the same way
+BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def perform(
-    run: Run, stage: Stage, iteration: int, tools: Tools, force: bool = False, only_failed: bool = False
+    run: Run,
+    stage: Stage,
+    iteration: int,
+    resources: "Resources",
+    force: bool = False,
+    only_failed: bool = False,
 ) -> Manifest:
     """Bring one stage of one iteration up to date: do it, finish it, or find that nothing is to be done.
 
-    force: anew, whatever is there; only_failed: anew for the rows that failed.
+    force: rerun, whatever is there; only_failed: rerun for the rows that failed.
     """
     plan = stage.plan(run, iteration)
     committed = run.manifest(stage.output, iteration)
@@ -89,8 +95,13 @@ def perform(
     if committed is not None and committed.fingerprint == plan.fingerprint(attempt):
         return committed
     require_space(run, stage.output, iteration)
-    tool = tools.borrow if stage is EVALUATE else tools.get(stage)
-    manifest = stage.run(run, iteration, Staging(run, plan, attempt, only_failed), tool)
-    if stage.output == update.OUTPUT:
-        prune(run)
+    return make(run, stage, Staging(run, plan, attempt, only_failed), resources.get(stage))
+
+
+def make(run: Run, stage: Stage, staging: Staging, resource: Any) -> Manifest:
+    """Make the output that `staging` was opened for, and commit it: a stage only makes it."""
+    assert staging.plan.iteration is not None
+    work = stage.load()
+    manifest = staging.commit(work.produce(run, staging.plan.iteration, staging, resource))
+    work.after(run, manifest, resource)
     return manifest

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from grpo.artifacts import Manifest, Run, holder_of, lacking, staged_attempts, unscored_rounds
 from grpo.errors import InputError, UsageError
-from grpo.pipeline.stages import EVALUATE, STAGES, Stage
-from grpo.score import stage as score
+from grpo.pipeline.stages import EVALUATE, SCORE, STAGES, Stage
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def _stale_because(
         present = run.id_of(reference)
         if present is None:
             return f"{reference} is gone"
-        grown = stage.output == score.OUTPUT and unscored_rounds(run, manifest)
+        grown = stage.output == SCORE.output and unscored_rounds(run, manifest)
         if present != recorded and not grown:
             return f"{reference} changed"
         if holder_of(reference) in stale:

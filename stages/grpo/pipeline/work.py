@@ -1,61 +1,42 @@
-"""commands: what a command does once its run is open. The command line itself is in cli/."""
+"""work: what a command that works does once its run is open. The command line itself is in cli/."""
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo import sql
 from grpo.artifacts import Manifest, Run, digest
-from grpo.artifacts.files import remove_folder
-from grpo.cli.ranges import parse_range
+from grpo.artifacts.layout import parse_iterations
 from grpo.config import flatten
 from grpo.console import iterations_text
 from grpo.errors import InputError, UsageError
-from grpo.evaluate import stage as evaluation
+from grpo.evaluate import plan as evaluation
 from grpo.generate.engines.choice import gpu_is_there
-from grpo.inspect import evaluations as report
-from grpo.inspect import query, status, track
 from grpo.pipeline import prepare, restart, runner, states
-from grpo.pipeline.stages import EVALUATE, STAGES, Stage, Tools, perform
-from grpo.score import stage as score
+from grpo.pipeline.resources import Resources
+from grpo.pipeline.stages import BY_NAME, EVALUATE, Stage, perform
 
 
-def run(opened: Run, until: int | None, from_: int | None, yes: bool) -> dict[str, Any]:
-    """`grpo run`: complete iterations, and report each and every policy that is measured.
-
-    yes: do not ask before `from_` moves anything away.
-    """
-    until = opened.config.iterations if until is None else until
-    if until < 0:
-        raise UsageError(f"--until {until}: expected a number of iterations, 0 or more")
-    if from_ is not None:
-        if not 0 <= from_ <= max(opened.iterations(), default=-1):  # N itself may be what is lost
-            raise UsageError(
-                f"--from {from_}: run {opened.name} has no iteration {from_}; it has {_range(opened)}"
-            )
-        if not yes:
-            _confirm(opened, from_)
-        restart.start_over(opened, from_)
-    measured: list[int] = []
-    with track.tracking(opened, until) as tracked:
-
-        def tell(iteration: int) -> None:
-            opened.console.say(status.line_of(opened, iteration))
-            tracked()
-
-        def tell_policy(policy: int) -> None:
-            measured.append(policy)
-            opened.console.say(report.line_of(opened, policy))
-            tracked()
-
-        _say_busy(opened)
-        worked = runner.run_iterations(opened, until, tell, tell_policy)
+def run(opened: Run, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]) -> int:
+    """`grpo run`: complete iterations and say where nothing was to be done; how many were worked on."""
+    _say_busy(opened)
+    worked, measured = runner.run_iterations(opened, until, report, report_policy)
     if not worked and not measured:
         opened.console.say(f"run {opened.name}: {until} iterations are complete; nothing to do")
-    evaluations = [report.numbers_of(opened, policy) for policy in opened.evaluations()]
-    return {"run": opened.name, "iterations": until, "worked": worked, "evaluations": evaluations}
+    return worked
+
+
+def restart_from(opened: Run, first: int, yes: bool) -> None:
+    """`--from N`: clear the way, unless told not to. yes: do not ask before anything is moved."""
+    if not 0 <= first <= max(opened.iterations(), default=-1):  # N itself may be what is lost
+        raise UsageError(
+            f"--from {first}: run {opened.name} has no iteration {first}; it has {_range(opened)}"
+        )
+    if not yes:
+        _confirm(opened, first)
+    restart.start_over(opened, first)
 
 
 def _say_busy(opened: Run) -> None:
@@ -93,7 +74,7 @@ def run_stage(
 
     only_failed: of `score`, the rows that failed, and nothing else.
     """
-    [stage] = [stage for stage in STAGES if stage.name == name]
+    stage = BY_NAME[name]
     results = []
     iterations = (
         _failed_iterations(opened, stage, wanted) if only_failed else _iterations(opened, stage, wanted)
@@ -104,12 +85,12 @@ def run_stage(
         raise UsageError(f"{name} --force: nothing is missing; say which to do again with --iteration N")
     elif not iterations:
         opened.console.say(f"{name}: nothing to do; --iteration N and --force do it again")
-    with Tools(opened) as tools:
+    with Resources(opened) as resources:
         for iteration in iterations:
             before = opened.manifest(stage.output, iteration)
             if before is not None:
                 _check_replace(opened, stage, before, force, only_failed)
-            manifest = perform(opened, stage, iteration, tools, force, only_failed)
+            manifest = perform(opened, stage, iteration, resources, force, only_failed)
             done = before is None or manifest.fingerprint != before.fingerprint
             rows, judgements = _rows_of(manifest)
             text = f"{rows} rows{f', {judgements} judgements' if judgements else ''}"
@@ -146,11 +127,11 @@ def _check_replace(opened: Run, stage: Stage, before: Manifest, force: bool, onl
         raise InputError(f"{place}: differs ({'; '.join(changes)}); --force makes it again")
 
 
-def evaluate(opened: Run, policy: int | None, force: bool, out: Path | None) -> dict[str, Any]:
-    """`grpo eval` of a policy of a run, by default the newest: its evaluation, made where it is not there.
+def evaluate(opened: Run, policy: int | None, force: bool) -> int:
+    """`grpo eval` of a policy of a run, by default the newest: made where it is missing; which it is.
 
-    out: a file for the rows of `eval_samples`. Raises InputError (exit 4) where the policy is not there, or
-    was measured otherwise than configured and not `force`.
+    Raises InputError (exit 4) where the policy is not there, or was measured otherwise than configured and
+    not `force`.
     """
     evaluation.config_of(opened)  # or there is nothing to do it with
     have = opened.policies()
@@ -160,25 +141,11 @@ def evaluate(opened: Run, policy: int | None, force: bool, out: Path | None) -> 
     before = opened.manifest(evaluation.OUTPUT, number)
     if before is not None:
         _check_replace(opened, EVALUATE, before, force, only_failed=False)
-    with Tools(opened) as tools:
+    with Resources(opened) as resources:
         if force or before is None or not evaluation.plan(opened, number).same_as(before):
-            evaluation.check(opened, tools.borrow(score.NAME))
-        perform(opened, EVALUATE, number, tools, force)
-    if out is not None:
-        rows = "select * from eval_samples where iteration = $policy order by group_id, sample_id"
-        query.write(sql.read([opened], rows, {"policy": number}), out)
-    return report.numbers_of(opened, number)
-
-
-def check_eval_out(out: Path | None) -> None:
-    """Raise UsageError (exit 2) for a file that the rows of an evaluation cannot be written to."""
-    if out is None:
-        return
-    query.check_out(out)
-    if out.suffix == ".csv":
-        raise UsageError(
-            f"--out {out}: `rewards` is a map, which CSV has no place for; use .parquet or .json"
-        )
+            EVALUATE.load().check(opened, number, resources.borrow)
+        perform(opened, EVALUATE, number, resources, force)
+    return number
 
 
 def checkpoint_run(opened: Run, checkpoint: str) -> Run:
@@ -198,14 +165,6 @@ def checkpoint_run(opened: Run, checkpoint: str) -> Run:
     name = digest([values.model_dump(), opened.checkpoint_id(model)])[:16]
     root = opened.root / ".eval"
     return Run(root, values.model_copy(update={"run": name}), opened.imports, opened.console)
-
-
-def evaluate_checkpoint(opened: Run, out: Path | None) -> dict[str, Any]:
-    """`grpo eval CHECKPOINT`: measure the checkpoint of a checkpoint_run(), and leave nothing behind."""
-    prepare.prepare(opened)
-    found = {"checkpoint": opened.config.model, **evaluate(opened, 0, False, out)}
-    remove_folder(opened.path)
-    return found
 
 
 def _failed_iterations(opened: Run, stage: Stage, wanted: str) -> list[int]:
@@ -237,7 +196,7 @@ def _iterations(opened: Run, stage: Stage, wanted: str) -> list[int]:
     """Iterations of `--iteration`: a number, a range, `all`, or the earliest that can be done and is not."""
     have = opened.iterations()
     if wanted:
-        bounds = parse_range(wanted)
+        bounds = parse_iterations(wanted)
         if bounds is None:
             return have
         first, last = bounds

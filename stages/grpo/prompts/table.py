@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of, is_hub_id
+from grpo.artifacts import FileRecord, Manifest, Plan, Product, Run, Staging, id_of, is_hub_id
 from grpo.artifacts.files import sha256_of
 from grpo.config import PromptsConfig
 from grpo.config.prompts import BUILT_IN
@@ -146,7 +146,7 @@ def prepare(
             f"prompts: fixed for the run {run.name}, but {config.source} holds others than its rollouts were"
             " made from; put those back, or give a new `run:` name"
         )
-    return staging.commit({output: id_of(records)}, records, summary)
+    return staging.commit(Product({output: id_of(records)}, records, summary))
 
 
 def _add_id(place: str, row: Row, ids: set[str]) -> None:

@@ -14,7 +14,7 @@ from grpo.score.functions.call import FunctionSpec, GroupCall
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.completion import Judgement
-from grpo.score.judge.rubric import check_placeholders, question, read_rubric, read_score
+from grpo.score.judge.rubric import question, read_score, rubric_of, where
 from grpo.score.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def open_scorers(run: Run) -> Iterator[Scorers]:
     prompts = run.read("prompts", None)
     columns = columns_of(prompts)
     rewards = run.config.score.rewards
-    rubrics = {reward.name: rubric_of(run, reward, columns) for reward in rewards if reward.judge is not None}
+    rubrics = {
+        reward.name: rubric_of(reward, run.imports, columns) for reward in rewards if reward.judge is not None
+    }
     with ExitStack() as stack:
         judges = {}
         for reward in rewards:
@@ -94,22 +96,9 @@ def columns_of(prompts: pa.Table) -> list[str]:
     return [name for name in prompts.column_names if name not in ("prompt", "messages")]
 
 
-def where(reward: RewardConfig) -> str:
-    """A reward in a message."""
-    return f"score.rewards: {reward.name}"
-
-
 def spec_of(reward: RewardConfig) -> FunctionSpec:
     """A configured reward function as the workers are told of it."""
     return FunctionSpec(str(reward.function), reward.arguments, reward.timeout_s)
-
-
-def rubric_of(run: Run, reward: RewardConfig, columns: list[str] | None = None) -> str:
-    """The text of a judge's rubric. Raises UsageError for a file or a placeholder that is not there."""
-    assert reward.judge is not None
-    text = read_rubric(where(reward), reward.judge.rubric, run.imports)
-    check_placeholders(where(reward), text, columns)
-    return text
 
 
 def score(

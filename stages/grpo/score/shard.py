@@ -1,6 +1,5 @@
 """shard: one reward over one shard of rollouts, and what an earlier output holds of it."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,9 +7,8 @@ from typing import Any, NamedTuple
 from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Run, Staging, digest
 from grpo.config import RewardConfig
-from grpo.config.judge import READING, TRANSPORT
-
-STAGE_VERSION = 1  # of `score`; a part of the digests below, so another makes every reward be computed anew
+from grpo.config.judge import READING
+from grpo.score.plan import STAGE_VERSION, configured
 
 
 class File(NamedTuple):
@@ -104,18 +102,6 @@ def shard_of(
         old=first(old),
         old_answers=first(answers),
     )
-
-
-def configured(
-    reward: RewardConfig, without: set[str], without_of_judge: Collection[str] = ()
-) -> dict[str, Any]:
-    """The configuration of a reward as part of a fingerprint: a judge's is there for judges alone."""
-    found = reward.model_dump(exclude=without)
-    if reward.judge is None:
-        del found["judge"]
-    else:
-        found["judge"] = reward.judge.model_dump(exclude={*TRANSPORT, *without_of_judge})
-    return found
 
 
 def rows_of(run: Run, file: File, columns: list[str] | None = None) -> list[dict[str, Any]]:

@@ -7,95 +7,65 @@ A rollout that cannot be scored is a row with a status, never a silent zero. Wha
 """
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from hashlib import sha256
 from typing import Any
 
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import FileRecord, Manifest, Plan, Run, Staging, id_of
+from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, lacking
 from grpo.config import RewardConfig
 from grpo.errors import EngineError
 from grpo.score import scorers
-from grpo.score.functions.pool import source_sha256
 from grpo.score.judge import answers as judgements
 from grpo.score.outcome import Outcome
+from grpo.score.plan import NAME, OUTPUT
 from grpo.score.scorers import Key, Rollout, Scorers
-from grpo.score.shard import STAGE_VERSION, Shard, Work, configured, rows_of, shard_of
+from grpo.score.shard import Shard, Work, rows_of, shard_of
 from grpo.score.signal import say_short, signal_summary
 
-NAME = "score"
-OUTPUT = "rewards"
 _FAILED = ("error", "timeout", "nonfinite")
 _READ = ["group_id", "sample_id", "prompt_id", "response", "response_token_ids"]
 
 
-def plan(run: Run, iteration: int) -> Plan:
-    """What this stage would do now. Raises InputError (exit 4) when the rollouts are missing."""
-    run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
-    references = (f"rollouts@{iteration}", "prompts")
-    return Plan(
-        stage=NAME,
-        stage_version=STAGE_VERSION,
-        output=OUTPUT,
-        iteration=iteration,
-        config={"score": {"rewards": described(run)}},
-        reads={reference: run.id_of(reference) or "" for reference in references},
-        sources=sources_of(run),
-    )
+def check(run: Run, until: int, resources: Callable[[str], Any]) -> None:
+    """Open what scores: a function, model or judge that is no use is an error of that."""
+    resources(NAME)
 
 
-def described(run: Run) -> dict[str, Any]:
-    """Every reward as configured, by name."""
-    return {reward.name: configured(reward, {"name"}) for reward in run.config.score.rewards}
-
-
-def sources_of(run: Run) -> dict[str, str]:
-    """What computes each reward, as part of a plan; errors as source_sha256's and checkpoint_id's."""
-    return {f"score.rewards.{reward.name}": _source(run, reward) for reward in run.config.score.rewards}
-
-
-def _source(run: Run, reward: RewardConfig) -> str:
-    """sha256 of the function's file (empty: built in) or of the rubric's text; the id of a reward model."""
-    if reward.function is not None:
-        return source_sha256(reward.function, run.imports)
-    if reward.judge is not None:
-        return sha256(scorers.rubric_of(run, reward).encode()).hexdigest()
-    return run.checkpoint_id(str(reward.model))
-
-
-def open_tool(run: Run) -> AbstractContextManager[Scorers]:
+def open_resource(run: Run) -> AbstractContextManager[Scorers]:
     """What scores, kept open between iterations; errors as scorers.open_scorers()."""
     return scorers.open_scorers(run)
 
 
-def release(tool: Scorers) -> None:
+def release(opened: Scorers) -> None:
     """Take the reward models off the accelerator until they are asked again."""
-    for model in tool.models.values():
+    for model in opened.models.values():
         model.release()
 
 
-def run(run: Run, iteration: int, staging: Staging, tool: Scorers) -> Manifest:
-    """Score what is not scored yet and commit `rewards` of one iteration.
+def after(run: Run, manifest: Manifest, opened: Scorers) -> None:
+    """Raise EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop."""
+    assert manifest.iteration is not None
+    if lacking(run, manifest):
+        raise EngineError(complaint(run, f"score: iteration {manifest.iteration}", OUTPUT, manifest))
+    say_short(run, run.require("rollouts", manifest.iteration, "grpo generate"), manifest)
 
-    Raises EngineError (exit 8) after the commit when rewards failed and `score.on_error` is stop.
-    """
+
+def produce(run: Run, iteration: int, staging: Staging, opened: Scorers) -> Product:
+    """The `rewards` of one iteration: what of them is not there yet is scored."""
     rollouts = run.require("rollouts", iteration, "grpo generate")
     files = [(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
     before = run.manifest(OUTPUT, iteration)
     work = Work(OUTPUT, judgements.TABLE, "part", iteration, files, staging.plan.reads["prompts"], before)
-    ids, held = score(run, staging, tool, work)
+    ids, held = score(run, staging, opened, work)
     summary = summary_of(run, held)
     summary |= signal_summary(run, staging, rollouts, held, summary["weights"].values())
-    manifest = staging.commit(ids, held, summary)
-    if run.partial(manifest):
-        raise EngineError(complaint(run, f"score: iteration {iteration}", OUTPUT, manifest))
-    say_short(run, rollouts, manifest)
-    return manifest
+    return Product(ids, held, summary)
 
 
-def score(run: Run, staging: Staging, tool: Scorers, work: Work) -> tuple[dict[str, str], list[FileRecord]]:
+def score(run: Run, staging: Staging, opened: Scorers, work: Work) -> tuple[dict[str, str], list[FileRecord]]:
     """Score what of `work` is not scored yet: the id of each reward, and all shards, judgements last."""
     earlier = None if _asked_again(run, staging, work.before) else work.before
     scored: list[FileRecord] = []
@@ -108,7 +78,7 @@ def score(run: Run, staging: Staging, tool: Scorers, work: Work) -> tuple[dict[s
             record = staging.committed(shard.name(staging))
             if record is None:
                 with staging.clock(reward.name):
-                    record = _score_shard(run, staging, tool, shard)
+                    record = _score_shard(run, staging, opened, shard)
                 run.console.stop_requested()
             answers = staging.committed(shard.answers_name(staging))
             answered += [answers] if answers is not None else []
@@ -130,10 +100,10 @@ def summary_of(run: Run, held: list[FileRecord]) -> dict[str, Any]:
 def _asked_again(run: Run, staging: Staging, before: Manifest | None) -> bool:
     """Whether this is a `--force` with nothing changed: then every reward is computed anew."""
     again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
-    return again and not staging.only_failed and not run.partial(before)
+    return again and not staging.only_failed and not lacking(run, before)
 
 
-def _score_shard(run: Run, staging: Staging, tool: Scorers, shard: Shard) -> FileRecord:
+def _score_shard(run: Run, staging: Staging, opened: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
     reward, old = shard.reward, shard.old
     name = shard.name(staging)
@@ -148,10 +118,10 @@ def _score_shard(run: Run, staging: Staging, tool: Scorers, shard: Shard) -> Fil
         if row["status"] not in _FAILED
     }
     if reward.judge is not None:
-        outcomes = judgements.score_by_judge(run, staging, tool, shard, rollouts, kept)
+        outcomes = judgements.score_by_judge(run, staging, opened, shard, rollouts, kept)
     else:
         todo = [rollout for rollout in rollouts if rollout.key not in kept]
-        outcomes = kept | _score(run, staging, tool, shard, todo)
+        outcomes = kept | _score(run, staging, opened, shard, todo)
     ordered = [outcomes[rollout.key] for rollout in rollouts]
     data = _table(shard.iteration, reward, rollouts, ordered)
     statuses = dict(Counter(outcome.status for outcome in ordered))
@@ -160,12 +130,12 @@ def _score_shard(run: Run, staging: Staging, tool: Scorers, shard: Shard) -> Fil
 
 
 def _score(
-    run: Run, staging: Staging, tool: Scorers, shard: Shard, rollouts: list[Rollout]
+    run: Run, staging: Staging, opened: Scorers, shard: Shard, rollouts: list[Rollout]
 ) -> dict[Key, Outcome]:
     outcomes = {}
     title = f"{staging.plan.stage} {shard.iteration} {shard.reward.name}"
     with run.console.progress(title, len(rollouts), "rollouts") as advance:
-        for rollout, outcome in scorers.score(run, tool, shard.iteration, shard.reward, rollouts):
+        for rollout, outcome in scorers.score(run, opened, shard.iteration, shard.reward, rollouts):
             outcomes[rollout.key] = outcome
             advance(1)
     return outcomes

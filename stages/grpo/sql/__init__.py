@@ -14,9 +14,7 @@ from grpo.sql.connection import (
     register,
     seed_random,
     user_columns,
-    user_file,
     user_rows,
-    user_text,
 )
 
 __all__ = [
@@ -33,7 +31,5 @@ __all__ = [
     "register",
     "seed_random",
     "user_columns",
-    "user_file",
     "user_rows",
-    "user_text",
 ]

@@ -204,23 +204,6 @@ def own_text(name: str) -> str:
     return (Path(__file__).parents[1] / f"{name}.sql").read_text()
 
 
-def user_file(run: Run, key: str, name: str) -> Path:
-    """The file of SQL that a key of the configuration names. Raises UsageError (exit 2)."""
-    path = run.imports / name
-    if not path.is_file():
-        raise UsageError(f"{key}: {path}: no such file")
-    return path
-
-
-def user_text(run: Run, key: str, name: str) -> str:
-    """What is in it. Raises UsageError (exit 2)."""
-    path = user_file(run, key, name)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{key}: {path}: not UTF-8; save the file as UTF-8") from None
-
-
 def user_rows(
     connection: duckdb.DuckDBPyConnection, key: str, statement: str, parameters: dict[str, Any] | None = None
 ) -> pa.Table:

@@ -11,14 +11,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from grpo.artifacts import Run
+from grpo.update.plan import iterations_of
 
 if TYPE_CHECKING:
     from grpo.update.batch import Rollouts
-
-
-def iterations_of(run: Run, iteration: int) -> range:
-    """The iterations whose rollouts the update of `iteration` trains on, earliest first."""
-    return range(max(0, iteration - run.config.update.replay_iterations), iteration + 1)
 
 
 def read_kept(run: Run, iteration: int, folder: Path) -> "Rollouts":

@@ -1,6 +1,9 @@
-"""schedule: the learning rate of each optimiser step of a run. Pure: plain numbers in, a number out."""
+"""schedule: the learning rate of each optimiser step of a run. Plain numbers in, a number out."""
 
 import math
+
+from grpo.config import Config
+from grpo.errors import UsageError
 
 
 def learning_rate(base: float, schedule: str, step: int, num_steps: int, warmup_steps: int) -> float:
@@ -23,3 +26,13 @@ def learning_rate(base: float, schedule: str, step: int, num_steps: int, warmup_
         return base * (1 - progress)
     assert schedule == "cosine", schedule
     return base * (1 + math.cos(math.pi * progress)) / 2
+
+
+def check_schedule(config: Config, iteration: int) -> None:
+    """Raise UsageError (exit 2) where the learning rate has reached 0 before `iteration`."""
+    schedule = config.update.schedule
+    if schedule != "constant" and iteration >= config.iterations:
+        raise UsageError(
+            f"update.schedule: {schedule} reaches 0 after iterations: {config.iterations};"
+            f" found iteration {iteration}; raise `iterations`, or set schedule: constant"
+        )

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.artifacts import Manifest, Plan, Run, Staging, id_of
+from grpo.artifacts import Manifest, Plan, Product, Run, Staging, id_of, prune
 from grpo.errors import InputError
-from grpo.update.check import check_schedule
 from grpo.update.outputs import summary_of, write_checkpoint, write_logprobs, write_probe, write_updates
-from grpo.update.replay import iterations_of, longest, max_new_tokens_of, read_kept
+from grpo.update.plan import OUTPUT
+from grpo.update.replay import longest, max_new_tokens_of, read_kept
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,42 +22,25 @@ if TYPE_CHECKING:
     from grpo.update.learner import Learner
     from grpo.update.objective import Stored
 
-NAME = "update"
-OUTPUT = "update"
-STAGE_VERSION = 2
-# Memory and time only, but for rounding; the reference counts by its id.
-_NOT_RESULT = {"max_tokens_per_batch", "gradient_checkpointing", "prompt_sharing", "reference"}
 
+def check(run: Run, until: int, resources: object) -> None:
+    """Check what iterations before `until` need; no weight is read.
 
-def plan(run: Run, iteration: int) -> Plan:
-    """What this stage would do now. Raises InputError (exit 4) when an input is missing."""
-    references = [f"policy@{iteration}"]
-    for number in iterations_of(run, iteration):
-        run.require("rollouts", number, f"grpo generate --iteration {number}")
-        run.require("advantages", number, f"grpo advantage --iteration {number}")
-        references += [f"rollouts@{number}", f"advantages@{number}"]
-    if iteration > 0:
-        references.append(f"optimizer@{iteration}")
-        if run.config.update.lora:
-            references.append(f"adapter@{iteration}")
-    update = run.config.update
-    if update.kl_coefficient:
-        references.append("reference")
-    config = {"seed": run.config.seed, "update": update.model_dump(exclude=_NOT_RESULT)}
-    if update.schedule != "constant":
-        config["iterations"] = run.config.iterations  # over which the learning rate falls
-    return Plan(
-        stage=NAME,
-        stage_version=STAGE_VERSION,
-        output=OUTPUT,
-        iteration=iteration,
-        config=config,
-        reads={reference: run.id_of(reference) or "" for reference in references},
-    )
+    Raises UsageError (exit 2) for a schedule that ends before them or targets the model has not, EngineError
+    (exit 8) where update.lora has no peft.
+    """
+    from grpo.update.schedule import check_schedule
+
+    check_schedule(run.config, until - 1)
+    if lora := run.config.update.lora:
+        from grpo.update.adapter import check_targets, require_peft
+
+        require_peft()
+        check_targets(run.start["policy"], lora.targets)
 
 
 @contextmanager
-def open_tool(run: Run) -> "Iterator[Learner]":
+def open_resource(run: Run) -> "Iterator[Learner]":
     """The learner, with nothing loaded yet."""
     from grpo.models.loading import best_device
     from grpo.update.learner import Learner
@@ -65,29 +48,35 @@ def open_tool(run: Run) -> "Iterator[Learner]":
     yield Learner(run.config.update, best_device(), run.config.seed)
 
 
-def release(tool: "Learner") -> None:
+def release(learner: "Learner") -> None:
     """Leave the accelerator to the next stage."""
-    tool.release()
+    learner.release()
 
 
-def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest:
-    """Train on the kept rollouts of one iteration; commit policy, optimiser state and tables."""
+def after(run: Run, manifest: Manifest, learner: "Learner") -> None:
+    """What is in memory is what was just committed; checkpoints that are no longer kept go."""
+    learner.holds = (manifest.ids["policy"], manifest.ids["optimizer"])
+    prune(run)
+
+
+def produce(run: Run, iteration: int, staging: Staging, learner: "Learner") -> Product:
+    """Train on the kept rollouts of one iteration: policy, optimiser state and tables."""
     clock = staging.clock
     with clock("load"):
-        _load(run, iteration, staging.plan, tool)
+        _load(run, iteration, staging.plan, learner)
         rollouts = read_kept(run, iteration, staging.folder)
     with clock("check"):
         before = run.manifest(OUTPUT, iteration - 1) if iteration > 0 else None
         last = before.summary["layout"] if before is not None else None
-        layout = tool.check_layout(rollouts, longest(run, iteration), last)
+        layout = learner.check_layout(rollouts, longest(run, iteration), last)
         _say_refused(run, iteration, layout)
-    tool.holds = (None, None)  # until the commit has happened, memory is ahead of the disk
-    rows, stored = _train(run, iteration, rollouts, tool, staging)
+    learner.holds = (None, None)  # until the commit has happened, memory is ahead of the disk
+    rows, stored = _train(run, iteration, rollouts, learner, staging)
     with clock("write"):
         updates = write_updates(rows, staging)
         logprobs = write_logprobs(iteration, rollouts, stored, staging)
-        policy, adapter, optimizer = write_checkpoint(run, tool, staging)
-        probe = write_probe(run, tool, staging)
+        policy, adapter, optimizer = write_checkpoint(run, learner, staging)
+        probe = write_probe(run, learner, staging)
         ids = {
             "policy": id_of(sorted(policy, key=lambda record: record.name)),
             "optimizer": id_of([optimizer]),
@@ -96,9 +85,7 @@ def run(run: Run, iteration: int, staging: Staging, tool: "Learner") -> Manifest
             **({"adapter": id_of(adapter)} if adapter else {}),
         }
     held = [updates, *logprobs, *policy, *adapter, probe, optimizer]
-    manifest = staging.commit(ids, held, {**summary_of(rows), **layout})
-    tool.holds = (ids["policy"], ids["optimizer"])
-    return manifest
+    return Product(ids, held, {**summary_of(rows), **layout})
 
 
 def _load(run: Run, iteration: int, plan: Plan, learner: "Learner") -> None:
@@ -238,7 +225,7 @@ def _row(
 
 def _learning_rate(run: Run, iteration: int, number: int) -> float:
     """Learning rate of a step; the schedule counts the steps that are configured, taken or not."""
-    from grpo.update.schedule import learning_rate
+    from grpo.update.schedule import check_schedule, learning_rate
 
     config = run.config.update
     per_iteration = config.epochs * config.steps_per_iteration

@@ -57,7 +57,7 @@ def test_the_driver_says_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_choosing_imports_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys; from grpo.generate.engine_choice import choose_engine, gpu_is_there;"
+        "import sys; from grpo.generate.engines.choice import choose_engine, gpu_is_there;"
         " choose_engine('auto'); gpu_is_there();"
         " print({'torch', 'transformers', 'vllm'} & set(sys.modules))"
     )

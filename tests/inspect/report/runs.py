@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Run, Staging, files, id_of
+from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, files, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.models import starter_model
@@ -67,7 +67,7 @@ def make_run(
     if not (root / "model").exists():
         starter_model.build_tokenizer().save_pretrained(root / "model")
     staging = Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0)
-    staging.commit({"policy": "start", "reference": "start"}, [], {"policy": "model"})
+    staging.commit(Product({"policy": "start", "reference": "start"}, [], {"policy": "model"}))
     every = sorted(rows, key=lambda each: int(each["iteration"]))
     for iteration, members in groupby(every, key=lambda each: int(each["iteration"])):
         _commit(run, iteration, list(members), [each for each in updates if each["iteration"] == iteration])
@@ -102,4 +102,4 @@ def _commit(run: Run, iteration: int, rows: list[Row], updates: list[Row]) -> No
                 [{n: each.get(n) for n in schema.names} for each in held[table]], schema
             )
             records.append(staging.write_table(table, staging.file_name(table, 0), data))
-        staging.commit({output: id_of(records)}, records, {})
+        staging.commit(Product({output: id_of(records)}, records, {}))

@@ -11,7 +11,8 @@ import pytest
 from grpo.errors import UsageError
 from grpo.score.functions.built_in import BUILT_IN
 from grpo.score.functions.call import FunctionSpec
-from grpo.score.functions.pool import FunctionPool, source_sha256
+from grpo.score.functions.pool import FunctionPool
+from grpo.score.functions.source import source_sha256
 
 ROOT = Path(__file__).parent / "functions_root"
 

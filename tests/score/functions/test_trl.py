@@ -10,7 +10,8 @@ import pytest
 
 from grpo.errors import UsageError
 from grpo.score.functions.call import FunctionSpec, GroupCall
-from grpo.score.functions.pool import FunctionPool, source_sha256
+from grpo.score.functions.pool import FunctionPool
+from grpo.score.functions.source import source_sha256
 
 # A factory's reward function is made in the user's own file: two lines.
 REWARD = """\

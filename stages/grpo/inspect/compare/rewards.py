@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from grpo import sql
 from grpo.artifacts import Run
-from grpo.cli.ranges import parse_range
+from grpo.artifacts.layout import parse_iterations
 from grpo.errors import InputError, UsageError
 from grpo.inspect.compare.rank import kendall, spearman
 from grpo.inspect.compare.subjects import SUM
@@ -43,7 +43,7 @@ def chosen_iterations(run: Run, wanted: str) -> tuple[int, int]:
     have = [number for number in run.iterations() if run.manifest("rollouts", number)]
     if not have:
         raise UsageError(f"run {run.name}: holds no rollouts yet")
-    first, last = parse_range(wanted) or (have[0], have[-1])
+    first, last = parse_iterations(wanted) or (have[0], have[-1])
     if not any(first <= number <= last for number in have):
         raise UsageError(f"--iteration {wanted}: run {run.name} has rollouts of {have[0]} to {have[-1]}")
     return first, last

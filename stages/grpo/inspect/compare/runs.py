@@ -6,7 +6,7 @@ from typing import Any
 
 from grpo import sql
 from grpo.artifacts import STAGE_OUTPUTS, Run, created_config
-from grpo.cli.ranges import parse_range
+from grpo.artifacts.layout import parse_iterations
 from grpo.config import Config, differing_keys
 from grpo.errors import UsageError
 from grpo.inspect.compare.difference import Group, difference
@@ -30,7 +30,7 @@ def describe(a: Run, b: Run, wanted: str) -> dict[str, Any]:
     """
     have = {run.name: _sampled(run) for run in (a, b)}
     common = sorted({*have[a.name]} & {*have[b.name]})
-    first, last = parse_range(wanted) or (0, _EVERY)
+    first, last = parse_iterations(wanted) or (0, _EVERY)
     chosen = [number for number in common if first <= number <= last]
     if not chosen:
         ranges = ", ".join(f"{name} of {_range(numbers)}" for name, numbers in have.items())

@@ -13,7 +13,8 @@ from grpo.prompts.source import Row
 from grpo.prompts.table import OUTPUT, config_of, encode, is_on_hub, normalised, source_is_gone
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
-from grpo.score.scorers import rubric_of, spec_of, where
+from grpo.score.judge.rubric import rubric_of, where
+from grpo.score.scorers import spec_of
 
 NUM_ROWS = 1000  # read of the source; a run reads and checks all
 
@@ -74,7 +75,7 @@ def _check_judge(run: Run, reward: RewardConfig, columns: list[str] | None) -> C
     name, needed = f"reward {reward.name}", "a judge with its rubric and its key (nothing is asked)"
     found = f"{reward.judge.model} at {reward.judge.url}"
     try:
-        rubric_of(run, reward, columns)
+        rubric_of(reward, run.imports, columns)
         Judge(where(reward), reward.judge, reward.timeout_s).close()
     except GrpoError as error:
         return failed(name, found, needed, error)

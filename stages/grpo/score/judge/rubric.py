@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo.config import JudgeConfig
+from grpo.config import JudgeConfig, RewardConfig
 from grpo.errors import UsageError
 from grpo.score.functions.built_in import Text
 from grpo.score.outcome import Outcome, one_line
@@ -19,6 +19,19 @@ from grpo.score.outcome import Outcome, one_line
 FILE = re.compile(r"\S+\.(md|txt)")
 PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
 _SHOWN = 80  # characters of an answer in an error; the whole of it is in `judgements`
+
+
+def where(reward: RewardConfig) -> str:
+    """A reward in a message."""
+    return f"score.rewards: {reward.name}"
+
+
+def rubric_of(reward: RewardConfig, folder: Path, columns: Collection[str] | None = None) -> str:
+    """The text of a judge's rubric. Raises UsageError for a file or a placeholder that is not there."""
+    assert reward.judge is not None
+    text = read_rubric(where(reward), reward.judge.rubric, folder)
+    check_placeholders(where(reward), text, columns)
+    return text
 
 
 def read_rubric(where: str, rubric: str, folder: Path) -> str:

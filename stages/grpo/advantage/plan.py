@@ -1,0 +1,53 @@
+"""advantage, planned: what the advantages of an iteration depend on."""
+
+from grpo.artifacts import Manifest, Plan, Run, lacking
+from grpo.artifacts.files import sha256_of
+from grpo.config.named_files import named_file
+from grpo.errors import InputError
+
+NAME = "advantage"
+OUTPUT = "advantages"
+STAGE_VERSION = 2  # 2: sums of three rewards and more are compensated, which may change the last bit
+
+
+def plan(run: Run, iteration: int) -> Plan:
+    """What this stage would do now. Raises InputError (exit 4) when an input is missing or partial."""
+    config = run.config.advantage
+    rollouts = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
+    rewards = run.require("rewards", iteration, f"grpo score --iteration {iteration}")
+    if why := lacking(run, rewards):
+        raise InputError(f"{run.folder('rewards', iteration)}: {why}; {_way_on(rewards)}")
+    if why := lacking(run, rollouts):
+        raise InputError(f"{run.folder('rollouts', iteration)}: {why}; {_way_on(rollouts)}")
+    sources = {}
+    if config.sql is not None:
+        sources["advantage.sql"] = sha256_of(named_file(run.imports, "advantage.sql", config.sql))
+    return Plan(
+        stage=NAME,
+        stage_version=STAGE_VERSION,
+        output=OUTPUT,
+        iteration=iteration,
+        config={"advantage": config.model_dump()},
+        reads=_reads(run, iteration, rewards),
+        sources=sources,
+    )
+
+
+def _way_on(manifest: Manifest) -> str:
+    """What to do about an output that lacks something."""
+    command = f"`grpo {manifest.stage} --iteration {manifest.iteration}`"
+    if manifest.stage == "generate":
+        return f"{command} samples another round, `generate.resample: null` goes on with these"
+    if manifest.summary["failed"]:
+        return f"{command} tries them again, `score.on_error: drop` leaves them out"
+    return f"{command} scores the others"
+
+
+def _reads(run: Run, iteration: int, rewards: Manifest) -> dict[str, str]:
+    """Ids of the inputs. A reward of weight 0 counts only for a user's own SQL, which may look at it."""
+    config = run.config.advantage
+    own_sql = config.where is not None or config.sql is not None
+    weights: dict[str, float] = rewards.summary["weights"]
+    names = [f"reward/{name}@{iteration}" for name in weights if own_sql or weights[name] != 0]
+    references = [f"rollouts@{iteration}", *names, *(["prompts"] if own_sql else [])]
+    return {reference: run.id_of(reference) or "" for reference in references}

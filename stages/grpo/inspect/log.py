@@ -1,0 +1,23 @@
+"""log: the lines that `grpo run` says, and what it sends to a tracker."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from grpo.artifacts import Run
+from grpo.inspect import evaluations, status, track
+
+
+@contextmanager
+def reporting(run: Run, until: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """What to call when an iteration is complete, and when a policy was evaluated; errors as tracking()'s."""
+    with track.tracking(run, until) as tracked:
+
+        def iteration(number: int) -> None:
+            run.console.say(status.line_of(run, number))
+            tracked()
+
+        def policy(number: int) -> None:
+            run.console.say(evaluations.line_of(run, number))
+            tracked()
+
+        yield iteration, policy

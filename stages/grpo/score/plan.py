@@ -1,0 +1,61 @@
+"""score, planned: what the rewards of an iteration depend on."""
+
+from collections.abc import Collection
+from hashlib import sha256
+from typing import Any
+
+from grpo.artifacts import Plan, Run
+from grpo.config import RewardConfig
+from grpo.config.judge import TRANSPORT
+from grpo.score.functions.source import source_sha256
+from grpo.score.judge.rubric import rubric_of
+
+NAME = "score"
+OUTPUT = "rewards"
+STAGE_VERSION = 1  # a part of the digest of every shard too, so another makes every reward be computed anew
+
+
+def plan(run: Run, iteration: int) -> Plan:
+    """What this stage would do now. Raises InputError (exit 4) when the rollouts are missing."""
+    run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
+    references = (f"rollouts@{iteration}", "prompts")
+    return Plan(
+        stage=NAME,
+        stage_version=STAGE_VERSION,
+        output=OUTPUT,
+        iteration=iteration,
+        config={"score": {"rewards": described(run)}},
+        reads={reference: run.id_of(reference) or "" for reference in references},
+        sources=sources_of(run),
+    )
+
+
+def described(run: Run) -> dict[str, Any]:
+    """Every reward as configured, by name."""
+    return {reward.name: configured(reward, {"name"}) for reward in run.config.score.rewards}
+
+
+def sources_of(run: Run) -> dict[str, str]:
+    """What computes each reward, as part of a plan; errors as source_sha256's and checkpoint_id's."""
+    return {f"score.rewards.{reward.name}": _source(run, reward) for reward in run.config.score.rewards}
+
+
+def _source(run: Run, reward: RewardConfig) -> str:
+    """sha256 of the function's file (empty: built in) or of the rubric's text; the id of a reward model."""
+    if reward.function is not None:
+        return source_sha256(reward.function, run.imports)
+    if reward.judge is not None:
+        return sha256(rubric_of(reward, run.imports).encode()).hexdigest()
+    return run.checkpoint_id(str(reward.model))
+
+
+def configured(
+    reward: RewardConfig, without: set[str], without_of_judge: Collection[str] = ()
+) -> dict[str, Any]:
+    """The configuration of a reward as part of a fingerprint: a judge's is there for judges alone."""
+    found = reward.model_dump(exclude=without)
+    if reward.judge is None:
+        del found["judge"]
+    else:
+        found["judge"] = reward.judge.model_dump(exclude={*TRANSPORT, *without_of_judge})
+    return found

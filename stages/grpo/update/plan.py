@@ -1,0 +1,41 @@
+"""update, planned: what the next policy depends on."""
+
+from grpo.artifacts import Plan, Run
+
+NAME = "update"
+OUTPUT = "update"
+STAGE_VERSION = 2
+# Memory and time only, but for rounding; the reference counts by its id.
+_NOT_RESULT = {"max_tokens_per_batch", "gradient_checkpointing", "prompt_sharing", "reference"}
+
+
+def plan(run: Run, iteration: int) -> Plan:
+    """What this stage would do now. Raises InputError (exit 4) when an input is missing."""
+    references = [f"policy@{iteration}"]
+    for number in iterations_of(run, iteration):
+        run.require("rollouts", number, f"grpo generate --iteration {number}")
+        run.require("advantages", number, f"grpo advantage --iteration {number}")
+        references += [f"rollouts@{number}", f"advantages@{number}"]
+    if iteration > 0:
+        references.append(f"optimizer@{iteration}")
+        if run.config.update.lora:
+            references.append(f"adapter@{iteration}")
+    update = run.config.update
+    if update.kl_coefficient:
+        references.append("reference")
+    config = {"seed": run.config.seed, "update": update.model_dump(exclude=_NOT_RESULT)}
+    if update.schedule != "constant":
+        config["iterations"] = run.config.iterations  # over which the learning rate falls
+    return Plan(
+        stage=NAME,
+        stage_version=STAGE_VERSION,
+        output=OUTPUT,
+        iteration=iteration,
+        config=config,
+        reads={reference: run.id_of(reference) or "" for reference in references},
+    )
+
+
+def iterations_of(run: Run, iteration: int) -> range:
+    """The iterations whose rollouts the update of `iteration` trains on, earliest first."""
+    return range(max(0, iteration - run.config.update.replay_iterations), iteration + 1)

@@ -1,0 +1,118 @@
+"""Resources are opened once, and those of two stages take turns on the accelerator."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from tests.conftest import Grpo
+
+from grpo.artifacts import Run
+from grpo.config import load as load_config
+from grpo.console import Console
+from grpo.pipeline import stages
+from grpo.pipeline.resources import Resources
+from grpo.pipeline.stages import Stage, Work
+
+
+def fake(**functions: Any) -> Work:
+    """The heavy half of a stage that has these functions alone."""
+    return cast(Work, SimpleNamespace(**functions))
+
+
+def test_the_resource_of_the_stage_before_leaves_when_the_next_one_starts(project: Path) -> None:
+    happened: list[str] = []
+
+    @contextmanager
+    def opened(name: str) -> Iterator[str]:
+        happened.append(f"open {name}")
+        yield f"resource of {name}"
+        happened.append(f"close {name}")
+
+    def stage(name: str) -> Stage:
+        return replace(
+            stages.STAGES[0],
+            name=name,
+            load=lambda: fake(
+                open_resource=lambda _: opened(name),
+                release=lambda resource: happened.append(f"release {resource}"),
+            ),
+        )
+
+    one, two, three = stage("one"), stage("two"), stage("three")
+    run = Run(Path("artifacts"), load_config(Path("pipeline.yaml")), Path(), Console(quiet=True))
+    with Resources(run) as resources:
+        assert resources.get(one) == "resource of one"
+        assert resources.get(one) == "resource of one"  # still its turn
+        assert happened == ["open one"]
+        resources.get(two)
+        assert happened[1:] == ["release resource of one", "open two"]  # in this order: both may not fit
+        resources.get(three)
+        resources.get(one)  # open already, and only that of the stage before is released
+        assert happened[3:] == ["release resource of two", "open three", "release resource of three"]
+        del happened[:]
+    assert happened == ["close three", "close two", "close one"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        # A reward model takes the place of the engine on the accelerator; functions need none.
+        (False, ["open generate", "release generate", "open score", "release score"]),
+        (True, ["open generate", "open score"]),
+    ],
+)
+def test_an_evaluation_leaves_the_engine_where_it_is_unless_a_reward_needs_the_room(
+    project: Path, monkeypatch: pytest.MonkeyPatch, beside: bool, expected: list[str]
+) -> None:
+    happened: list[str] = []
+
+    @contextmanager
+    def opened(name: str) -> Iterator[str]:
+        happened.append(f"open {name}")
+        yield name
+
+    def noting(stage: Stage) -> Stage:
+        return replace(
+            stage,
+            load=lambda: fake(
+                open_resource=lambda _: opened(stage.name),
+                release=lambda resource: happened.append(f"release {resource}"),
+            ),
+        )
+
+    for stage in stages.STAGES:
+        monkeypatch.setitem(stages.BY_NAME, stage.name, noting(stage))
+    run = Run(Path("artifacts"), load_config(Path("pipeline.yaml")), Path(), Console(quiet=True))
+    with Resources(run) as resources:
+        assert resources.borrow("generate") == "generate"
+        assert resources.borrow("score", beside=beside) == "score"
+        assert resources.get(stages.BY_NAME["generate"]) == "generate"  # the iteration behind the evaluation
+    assert happened == expected
+
+
+def test_every_stage_releases_its_resource_once_an_iteration(
+    project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    def noting(call: Any, text: str) -> Any:
+        def noted(*arguments: Any) -> Any:
+            happened.append(text)
+            return call(*arguments)
+
+        return noted
+
+    for stage in stages.STAGES:
+        work = import_module(f"grpo.{stage.name}.stage")
+        for name, sign in (("produce", ""), ("release", "-")):
+            monkeypatch.setattr(work, name, noting(getattr(work, name), sign + stage.name))
+    code, _, err = grpo("run")
+    assert code == 0, err
+    iteration = ["generate", "-generate", "score", "-score", "advantage", "-advantage", "update"]
+    # The rewards are looked at before anything is sampled; what is last has nobody to leave for.
+    assert happened == ["-score", *iteration, "-update", *iteration]
