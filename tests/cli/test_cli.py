@@ -335,7 +335,7 @@ def test_status_without_the_reward_file_says_that_score_differs(finished: Path, 
     code, out, _ = grpo("status", "--json")
     assert code == 0
     first = json.loads(out)["iterations"][0]["stages"]
-    assert first["score"]["state"] == "differs"
+    assert first["score"]["state"] == "changed"
     assert "reward" in first["score"]["why"]
     assert first["update"]["state"] == "done"
 

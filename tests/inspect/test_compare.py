@@ -242,12 +242,10 @@ def test_a_group_without_a_value_in_one_run_is_left_out_of_the_pairs(finished: P
 
 
 def test_groups_that_one_run_sampled_beyond_are_left_out_of_the_pairs(finished: Path, grpo: Grpo) -> None:
-    more = ("--set", "run=more", "--set", "generate.resample={until_groups_with_signal: 6, max_rounds: 2}")
+    more = ("--set", "run=more", "--set", "generate.dynamic_sampling={min_groups: 6, max_rounds: 2}")
     assert grpo("run", "--until", "1", *more)[0] == 0
     data = json.loads(grpo("compare", "tiny", "more", "--json")[1])
-    assert data["configuration"] == [
-        'generate.resample: null -> {"until_groups_with_signal": 6, "max_rounds": 2}'
-    ]
+    assert data["configuration"] == ['generate.dynamic_sampling: null -> {"min_groups": 6, "max_rounds": 2}']
     assert all(row["paired"] for row in data["last"]["numbers"])
     assert {row["groups_b"] for row in data["last"]["numbers"]} == {3}
     assert data["last"]["numbers"][0]["left_out"] == {"without_value": 0, "in_one_run": 3}

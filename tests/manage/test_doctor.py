@@ -422,15 +422,15 @@ def test_the_built_in_engine_agrees_with_the_learner(project: Path, grpo: Grpo) 
     )
     assert (numbers["prompts"], numbers["rollouts"]) == (4, 8)  # K = 2
     assert 8 <= numbers["tokens"] <= 8 * 4
-    assert numbers["probe_difference"] < 1e-6
+    assert numbers["weight_check_difference"] < 1e-6
     assert numbers["mismatch_mean"] <= numbers["mismatch_max"] < 1e-5
     assert numbers["largest_ratio_error"] < 1e-5
     assert numbers["effective_sample_size"] == pytest.approx(1, abs=1e-6)
-    assert (checks["handover"]["level"], checks["agreement"]["level"]) == ("ok", "ok")
+    assert (checks["weight sync"]["level"], checks["agreement"]["level"]) == ("ok", "ok")
     assert sorted(path.name for path in project.iterdir()) == before
     code, out, err = grpo("doctor", "--model", *settings)
     assert (code, err.count("\n")) == (0, 0)
-    assert "effective_sample_size  1.0000" in out
+    assert "effective_sample_size    1.0000" in out
 
 
 @pytest.mark.parametrize(

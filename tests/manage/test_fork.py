@@ -29,7 +29,7 @@ def test_a_fork_is_made_of_links_and_goes_on_in_its_own_way(finished: Path, grpo
     assert not (FORK / "iteration=000001/rewards").exists()
     options = ["--set", "run=other", "--set", crash.NEW_REWARD]
     assert states(grpo, "other", *options) == [
-        ["done", "differs", "done", "done"],
+        ["done", "changed", "done", "done"],
         ["done", *["missing"] * 3],
     ]
     assert grpo("run", *options, "--set", "iterations=3")[0] == 0

@@ -179,7 +179,7 @@ def test_from_makes_an_iteration_that_is_gone(finished: Path, grpo: Grpo) -> Non
 
 def test_what_cannot_be_read_is_not_called_damaged(finished: Path, grpo: Grpo) -> None:
     path = RUN / "iteration=000001/rollouts/manifest.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 3'))
     code, out, err = grpo("verify", "--discard")
     assert (code, out, "written by a newer grpo" in err) == (4, "", True)
     assert path.exists()

@@ -89,8 +89,8 @@ def test_a_run_makes_what_the_design_says(finished: Path, grpo: Grpo) -> None:
     tables = sorted(path.name.partition("-")[0] for path in update.glob("*.parquet"))
     assert tables == ["logprobs", "updates"]
     assert (update / "policy" / "model.safetensors").exists()
-    assert manifest(0, "update")["ids"]["policy"] == manifest(1, "rollouts")["reads"]["policy@1"]
-    assert manifest(0, "update")["ids"]["optimizer"] == manifest(1, "update")["reads"]["optimizer@1"]
+    assert manifest(0, "update")["ids"]["policy"] == manifest(1, "rollouts")["inputs"]["policy@1"]
+    assert manifest(0, "update")["ids"]["optimizer"] == manifest(1, "update")["inputs"]["optimizer@1"]
     assert not list(ARTIFACTS.glob(".staging/**/*.json"))
 
 
@@ -160,10 +160,10 @@ def test_another_reward_differs_and_is_refused_without_force(finished: Path, grp
     before = digests()
     why = 'score.rewards.code.function: "reward:code" -> "reward:length"'
     named = "score.rewards=[{function: 'reward:length', name: code}]"
-    assert states(grpo, "--set", named) == [["done", "differs", "done", "done"]] * 2
+    assert states(grpo, "--set", named) == [["done", "changed", "done", "done"]] * 2
     assert reasons(grpo, "--set", named) == {"score 0": why, "score 1": why}
     folder = ARTIFACTS / "iteration=000000" / "rewards"
-    message = f"error: {folder}: differs ({why}); --force makes it again\n"
+    message = f"error: {folder}: changed ({why}); --force makes it again\n"
     assert grpo("score", "--iteration", "0", "--set", named) == (4, "", message)
     assert digests() == before
 
@@ -286,7 +286,7 @@ def test_an_edited_key_is_named_and_changes_only_what_comes_next(finished: Path,
     query = "select iteration, learning_rate from updates order by all"
     rates = [row["learning_rate"] for row in json.loads(grpo("sql", query, "--json")[1])]
     assert rates == [0.01, 0.01, 0.02]
-    assert states(grpo) == [["done", "done", "done", "differs"]] * 2 + [["done"] * 4]
+    assert states(grpo) == [["done", "done", "done", "changed"]] * 2 + [["done"] * 4]
     assert reasons(grpo)["update 0"] == "update.learning_rate: 0.01 -> 0.02"
     assert grpo("run")[2] == "run tiny: 3 iterations are complete; nothing to do\n"
 
@@ -401,7 +401,7 @@ def test_a_repaired_function_is_another_function_and_scores_everything(
     after = manifest(0, "rewards")
     assert after["summary"]["statuses"] == {"ok": 6}
     # Values that the old source gave must not be mixed with those of the new one.
-    assert after["sources"] != before["sources"]
+    assert after["user_files"] != before["user_files"]
     assert {f["unit"] for f in after["files"]}.isdisjoint(f["unit"] for f in before["files"])
     assert states(grpo) == DONE
     weights = "iteration=000001/update/policy/model.safetensors"
@@ -658,7 +658,7 @@ def test_a_stale_engine_stops_a_stage_command_too(
 
 def test_the_built_in_engine_and_the_learner_agree_to_1e_5(finished: Path, grpo: Grpo) -> None:
     for iteration in (0, 1):
-        assert 0 <= manifest(iteration, "rollouts")["summary"]["probe_difference"] <= 1e-5
+        assert 0 <= manifest(iteration, "rollouts")["summary"]["weight_check_difference"] <= 1e-5
     query = "select mismatch_mean, mismatch_max, ratio_mean, ratio_max from updates where step = 0"
     rows = json.loads(grpo("sql", query, "--json")[1])
     assert len(rows) == 2
@@ -668,16 +668,16 @@ def test_the_built_in_engine_and_the_learner_agree_to_1e_5(finished: Path, grpo:
         assert abs(row["ratio_max"] - 1) <= 1e-3
 
 
-def test_a_learning_rate_of_0_leaves_policy_and_probe_as_they_are(project: Path, grpo: Grpo) -> None:
+def test_a_learning_rate_of_0_leaves_policy_and_weight_check_as_they_are(project: Path, grpo: Grpo) -> None:
     code, _, err = grpo("run", "--set", "update.learning_rate=0")
     assert code == 0, err
     ids = [manifest(iteration, "update")["ids"]["policy"] for iteration in (0, 1)]
-    probes = [
-        (ARTIFACTS / folder / "probe.json").read_bytes()
+    checks = [
+        (ARTIFACTS / folder / "weight_check.json").read_bytes()
         for folder in ("policy", "iteration=000000/update/policy", "iteration=000001/update/policy")
     ]
     assert ids[0] == ids[1]
-    assert probes[0] == probes[1] == probes[2]
+    assert checks[0] == checks[1] == checks[2]
     query = "select mismatch_mean, ratio_max from updates order by iteration"
     for row in json.loads(grpo("sql", query, "--json")[1]):
         assert row["mismatch_mean"] <= 1e-5

@@ -13,7 +13,7 @@ _BELONGS = {
     ".model",
     ".txt",
 }  # weights, configuration, tokenizer, template
-_OURS = {"probe.json", "trainer_state.json"}
+_OURS = {"weight_check.json", "trainer_state.json"}
 
 
 def is_weight_file(name: str) -> bool:

@@ -23,7 +23,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "score": work.score,
         "advantage": work.advantage,
         "update": work.update,
-        "eval": work.evaluate,
+        "evaluate": work.evaluate,
     },
     "Look": {
         "status": inspect.status,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from grpo.cli import lazy
 from grpo.cli.options import CONFIG, ConfigOption, JsonOption, RunArgument, SetOption, print_json, reading
 
 
@@ -15,14 +16,12 @@ def status(
     every: Annotated[bool, typer.Option("--all", help="Every iteration, not only the last.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Iterations x stages: done, partial, stale, differs, missing; reward, KL, length, seconds."""
-    from grpo.inspect import status as status_module
-
+    """Iterations x stages: done, partial, stale, changed, missing; reward, KL, length, seconds."""
     opened = reading(name, config, set_)
     if as_json:
-        print_json(status_module.describe(opened))
+        print_json(lazy.status.describe(opened))
     else:
-        status_module.print_status(opened, every)
+        lazy.status.print_status(opened, every)
 
 
 def sql(
@@ -34,10 +33,8 @@ def sql(
     as_json: JsonOption = False,
 ) -> None:
     """Read-only SQL over the tables of runs, and over samples, timings and manifests."""
-    from grpo.inspect import query as query_module
-
     runs = [reading(name, config, []) for name in dict.fromkeys(names or [""])]
-    query_module.answer(runs, query, out, timeout_s, as_json)
+    lazy.query.answer(runs, query, out, timeout_s, as_json)
 
 
 def show(
@@ -62,13 +59,9 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Read rollouts as a person: prompt, its K responses, rewards, advantages; one prompt over time."""
-    from grpo.inspect import show as show_module
-
-    choice = show_module.Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
-    look = show_module.Look(reward, side_by_side, tokens, not no_pager, as_json)
-    show_module.show(
-        reading(name, config, []), choice, look, against, lambda other: reading(other, config, [])
-    )
+    choice = lazy.show.Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
+    look = lazy.show.Look(reward, side_by_side, tokens, not no_pager, as_json)
+    lazy.show.show(reading(name, config, []), choice, look, against, lambda other: reading(other, config, []))
 
 
 def compare(
@@ -81,14 +74,12 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Two rewards over the same rollouts, or two runs: where they agree, and where not."""
-    from grpo.inspect import compare as compare_module
-
-    subjects = compare_module.choose(a, b, run, lambda name: reading(name, config, []))
-    result = compare_module.describe(subjects, a, b, iteration, examples)
+    subjects = lazy.compare.choose(a, b, run, lambda name: reading(name, config, []))
+    result = lazy.compare.describe(subjects, a, b, iteration, examples)
     if as_json:
         print_json(result)
     else:
-        compare_module.print_comparison(result)
+        lazy.compare.print_comparison(result)
 
 
 def report(
@@ -102,9 +93,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """One HTML file to read and to send: curves, pass rate by prompt, every rollout; runs overlaid."""
-    from grpo.inspect import report as report_module
-
     runs = [reading(name, config, []) for name in dict.fromkeys(names or [""])]
-    result = report_module.write(runs, out, png, rollouts)
+    result = lazy.report.write(runs, out, png, rollouts)
     if as_json:
         print_json(result)

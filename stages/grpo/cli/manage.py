@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from grpo.cli import lazy
 from grpo.cli.options import (
     CONFIG,
     ConfigOption,
@@ -30,13 +31,11 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine for what the configuration needs; makes no run."""
-    from grpo.manage import doctor as doctor_module
-
-    report = doctor_module.examine(configured(config, set_, as_json), model)
+    report = lazy.doctor.examine(configured(config, set_, as_json), model)
     if as_json:
         print_json(report.describe())
     else:
-        doctor_module.print_report(report)
+        lazy.doctor.print_report(report)
     raise typer.Exit(report.exit_code)
 
 
@@ -48,18 +47,16 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Every hash, schema and invariant of a run; what is damaged, and what to do about it."""
-    from grpo.manage import verify as verify_module
-
     opened = reading(name, config, set_, damaged=True)
     # What a crash cut off is not finished first: that may be what is damaged.
     with opened.lock() if discard else nullcontext():
-        report = verify_module.verify(opened)
+        report = lazy.verify.verify(opened)
         if discard:
-            verify_module.discard_damaged(opened, report)
+            lazy.verify.discard_damaged(opened, report)
     if as_json:
         print_json({"run": opened.name, **report.describe()})
     else:
-        verify_module.print_report(opened, report, discard)
+        lazy.verify.print_report(opened, report, discard)
     raise typer.Exit(report.exit_code)
 
 
@@ -71,15 +68,13 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Remove the trash, abandoned staging, and checkpoints that `checkpoints` does not keep."""
-    from grpo.manage import gc as collect
-
     opened = reading(name, config, set_)
     with nullcontext() if dry_run else locked(opened):
-        found = collect.garbage(opened) if dry_run else collect.collect(opened)
+        found = lazy.gc.garbage(opened) if dry_run else lazy.gc.collect(opened)
     if as_json:
-        print_json(collect.describe(found, opened, dry_run))
+        print_json(lazy.gc.describe(found, opened, dry_run))
     else:
-        collect.print_garbage(found, opened, dry_run)
+        lazy.gc.print_garbage(found, opened, dry_run)
 
 
 def init(
@@ -87,9 +82,7 @@ def init(
     as_json: JsonOption = False,
 ) -> None:
     """A new project that runs at once: pipeline.yaml, reward.py with its test, prompts.jsonl."""
-    from grpo.manage import init as init_module
-
-    paths = init_module.create(folder)
+    paths = lazy.init.create(folder)
     if as_json:
         print_json({"folder": str(folder), "files": [path.name for path in paths]})
     else:
@@ -108,18 +101,16 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """A policy as a plain Hugging Face directory with a model card; uploads nothing unless told to."""
-    from grpo.manage import export as export_module
-
     if out is None:
         raise UsageError("--out: is required: the folder to write")
     if push is not None:
-        export_module.check_repository(push)
+        lazy.export.check_repository(push)
     opened = reading(name, config, [])
-    result = export_module.export(opened, policy, out, dtype, adapter)
+    result = lazy.export.export(opened, policy, out, dtype, adapter)
     size = f"{result['bytes'] / 2**20:,.1f} MiB"
     opened.console.say(f"policy {result['policy']} of run {opened.name}: {size} in {out}")
     if push is not None:
-        result["url"] = export_module.push(out, push)
+        result["url"] = lazy.export.push(out, push)
         opened.console.say(f"uploaded to {result['url']}")
     if as_json:
         print_json(result)
@@ -134,12 +125,10 @@ def fork(
     as_json: JsonOption = False,
 ) -> None:
     """A run that shares another one's first iterations, by hard links, and goes on in its own way."""
-    from grpo.manage import fork as fork_module
-
     forked = configured(config, [*set_, f"run={new}"], as_json)
-    result = fork_module.fork(reading(source, config, []), forked, iteration)
+    result = lazy.fork.fork(reading(source, config, []), forked, iteration)
     if as_json:
         print_json({"run": new, "from": source, **result})
     else:
         options = shlex.join(part for text in [*set_, f"run={new}"] for part in ("--set", text))
-        forked.console.say(f"{fork_module.describe(source, new, result)}; go on with: grpo run {options}")
+        forked.console.say(f"{lazy.fork.describe(source, new, result)}; go on with: grpo run {options}")

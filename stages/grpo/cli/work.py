@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from grpo.cli.lazy import artifacts, evaluations, log, prepare, work
 from grpo.cli.options import (
     CONFIG,
     ConfigOption,
@@ -34,9 +35,6 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Every iteration, resuming by itself: what is complete is not done again."""
-    from grpo.inspect import evaluations, log
-    from grpo.pipeline import work
-
     if yes and from_ is None:
         raise UsageError("--yes: says yes to what `--from N` asks; give both or neither")
     if dry_run:
@@ -69,12 +67,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
-    from grpo.artifacts import files
-    from grpo.inspect import evaluations
-    from grpo.pipeline import prepare, work
-
     if checkpoint and (policy is not None or force):
-        raise UsageError("eval: a checkpoint is measured from nothing; leave out --policy and --force")
+        raise UsageError("evaluate: a checkpoint is measured from nothing; leave out --policy and --force")
     evaluations.check_out(out)
     if checkpoint:
         with locked(work.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:
@@ -82,7 +76,7 @@ def evaluate(
             work.evaluate(opened, None, False)
             what, found = checkpoint, {"checkpoint": opened.config.model}
             found |= evaluations.delivered(opened, 0, out)
-            files.remove_folder(opened.path)
+            artifacts.files.remove_folder(opened.path)
     else:
         with working(config, set_, as_json) as opened:
             policy = work.evaluate(opened, policy, force)
@@ -102,7 +96,6 @@ def _stage_command(name: str, summary: str) -> Callable[..., None]:
         force: ForceOption = False,
         as_json: JsonOption = False,
     ) -> None:
-        from grpo.pipeline import work
 
         with working(config, set_, as_json) as opened:
             result = work.run_stage(opened, name, iteration, force)
@@ -131,8 +124,6 @@ def score(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: rollouts + prompts -> rewards."""
-    from grpo.pipeline import work
-
     if force and only_failed:
         raise UsageError(
             "--only-failed: keeps what did not fail, and --force keeps nothing; give one of them"

@@ -148,6 +148,9 @@ def _override(data: Any, override: str) -> Any:
         raise UsageError(f"--set {override}: {_first_sentence(text)}") from None
 
 
+_RENAMED = {"dynamic_sampling": "dynamic_sampling", "min_groups": "min_groups"}
+
+
 def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
     """The first problem as `where: section.key: what is wrong`, and how many more there are.
 
@@ -159,7 +162,8 @@ def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> st
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if first["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        name = str(location[-1])
+        near = difflib.get_close_matches(_RENAMED.get(name, name), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         text = f"unknown key; {hint}"
     elif first["type"] == "model_type":

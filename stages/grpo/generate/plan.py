@@ -30,8 +30,8 @@ def plan(run: Run, iteration: int) -> Plan:
         output=OUTPUT,
         iteration=iteration,
         config={"seed": run.config.seed, "generate": described(config)},
-        reads={reference: run.id_of(reference) or "" for reference in references},
-        sources=sources,
+        inputs={reference: run.id_of(reference) or "" for reference in references},
+        user_files=sources,
         shards=shards_of_round(config),
     )
 

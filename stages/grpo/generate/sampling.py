@@ -13,8 +13,8 @@ from grpo.artifacts import FileRecord, Run, Staging, digest
 from grpo.config import GenerateConfig
 from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
-from grpo.generate.weight_sync import Handover
-from grpo.models.weight_check import read_probe
+from grpo.generate.weight_sync import WeightSync
+from grpo.models.weight_check import read_weight_check
 from grpo.prompts.chat import Chat
 from grpo.prompts.source import Row
 from grpo.prompts.table import encode
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sampler:
-    """What stays open between iterations: engine, handover of policies to it, tokenizer, prompts."""
+    """What stays open between iterations: engine, weight_sync of policies to it, tokenizer, prompts."""
 
     engine: Engine
-    handover: Handover
+    weight_sync: WeightSync
     tokenizer: "PreTrainedTokenizerBase"
     vocabulary_size: int
     prompts: pa.Table
@@ -79,7 +79,7 @@ def sample(run: Run, staging: Staging, tool: Sampler, work: Work) -> tuple[list[
     held = [record for record in records if record is not None]
     assert len(held) == len(names), "the engine left groups out"
     precision = tool.engine.precision if todo else None  # nothing was left to sample: no engine
-    return held, {"precision": precision, "probe_difference": difference}
+    return held, {"precision": precision, "weight_check_difference": difference}
 
 
 def shard_names(staging: Staging, work: Work) -> list[str]:
@@ -113,15 +113,16 @@ def sampling_of(config: GenerateConfig, temperature: float, max_new_tokens: int)
 
 
 def _bring_policy(run: Run, staging: Staging, tool: Sampler, policy: int) -> float | None:
-    """Put a policy into the engine, opening it the first time; see handover.py."""
+    """Put a policy into the engine, opening it the first time; see weight_sync.py."""
     if not tool.is_open:
         with staging.clock("open"):
-            tool.handover.open(run.policy_folder(0), read_probe(run.probe_path(0)), run.staging_root(None))
+            check = read_weight_check(run.weight_check_path(0))
+            tool.weight_sync.open(run.policy_folder(0), check, run.staging_root(None))
         tool.is_open = True
     with staging.clock("load"):
-        policy_id = staging.plan.reads[f"policy@{policy}"]
-        probe = read_probe(run.probe_path(policy))
-        return tool.handover.bring(policy_id, run.policy_folder(policy), probe)
+        policy_id = staging.plan.inputs[f"policy@{policy}"]
+        check = read_weight_check(run.weight_check_path(policy))
+        return tool.weight_sync.bring(policy_id, run.policy_folder(policy), check)
 
 
 @contextmanager

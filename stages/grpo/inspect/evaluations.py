@@ -58,7 +58,7 @@ def line_of(run: Run, policy: int) -> str:
 
 
 def print_evaluation(what: str, found: dict[str, Any]) -> None:
-    """The table of `grpo eval`. what: the policy measured, in words."""
+    """The table of `grpo evaluate`. what: the policy measured, in words."""
     samples, greedy = found["samples_per_prompt"], found["temperature"] == 0
     how = "greedy" if greedy else f"{samples} responses each, temperature {found['temperature']:g}"
     passing = f"pass: {found['pass_reward']} >= {found['pass_threshold']:g}"

@@ -142,7 +142,7 @@ def numbers_of(run: Run, iteration: int) -> dict[str, float]:
 
 def evaluation_of(run: Run, policy: int) -> dict[str, float]:
     """What is logged of a policy that was measured: evaluate/pass@1, evaluate/reward, ..."""
-    summary = run.require(EVALUATION, policy, f"grpo eval --policy {policy}").summary
+    summary = run.require(EVALUATION, policy, f"grpo evaluate --policy {policy}").summary
     names = ("reward", "response_tokens", "truncated")
     passes = {f"evaluate/pass@{k}": value for k, value in (summary["pass_at"] or {}).items()}
     return _known({**passes, **{f"evaluate/{name}": summary[name] for name in names}})

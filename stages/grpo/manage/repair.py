@@ -5,7 +5,7 @@ from pathlib import Path
 
 from grpo.artifacts import EVALUATION, OUTPUTS, Run, holder_of, is_kept, read_manifest
 from grpo.errors import CorruptError, InputError
-from grpo.pipeline.prepare import resolve_model
+from grpo.models.find import resolve_model
 from grpo.prompts.table import HELD_OUT, config_of, source_is_gone
 
 Place = tuple[str, int | None]
@@ -57,7 +57,7 @@ def command_for(output: str, iteration: int | None) -> str:
     if stage is None or iteration is None:
         return "grpo run"
     if output == EVALUATION:
-        return f"grpo eval --policy {iteration}"
+        return f"grpo evaluate --policy {iteration}"
     return f"grpo {stage} --iteration {iteration}"
 
 

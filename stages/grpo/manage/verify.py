@@ -84,9 +84,9 @@ def verify(run: Run) -> Report:
             except CorruptError as error:
                 wrong[place] = str(error)
             else:
-                for reference in manifest.reads if manifest else ():
+                for reference in manifest.inputs if manifest else ():
                     readers.setdefault(holder_of(reference), place)
-                if manifest is not None and "evaluate.prompts" in manifest.sources:
+                if manifest is not None and "evaluate.prompts" in manifest.user_files:
                     readers.setdefault(("eval_prompts", None), place)
             advance(1)
     wrong |= _gone(run, readers, wrong)

@@ -47,7 +47,7 @@ def run_iterations(
 def what_to_do(run: Run, iteration: int, until: int) -> list[Stage]:
     """What is not done of an iteration, in order; first the evaluation of the policy that it samples from.
 
-    To be asked again after each: with generate.resample, what the rewards show may open generate again.
+    Asked after each stage: with generate.dynamic_sampling, what the rewards show may open generate again.
     """
     due = [EVALUATE] if evaluation_is_due(run, iteration, until) else []
     return due + [stage for stage in STAGES if iteration < until and _is_open(run, stage, iteration)]
@@ -82,7 +82,7 @@ def _is_open(run: Run, stage: Stage, iteration: int) -> bool:
     unfinished_rounds = manifest if lacks and stage is GENERATE else None
     if unfinished_rounds is not None and (changes := differences_of(run, stage, unfinished_rounds)):
         raise InputError(
-            f"run {run.name}: generate of iteration {iteration} is partial ({lacks}) and differs"
+            f"run {run.name}: generate of iteration {iteration} is partial ({lacks}) and changed"
             f" ({'; '.join(changes)}); put that back, or `grpo run --from {iteration}` does it again"
         )
     return manifest is None or bool(lacks)

@@ -14,7 +14,8 @@ from grpo.console import iterations_text
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import plan as evaluation
 from grpo.generate.engines.choice import gpu_is_there
-from grpo.pipeline import prepare, restart, runner, states
+from grpo.models.find import resolve_model
+from grpo.pipeline import restart, runner, states
 from grpo.pipeline.resources import Resources
 from grpo.pipeline.stages import BY_NAME, EVALUATE, Stage, perform
 
@@ -124,11 +125,11 @@ def _check_replace(opened: Run, stage: Stage, before: Manifest, force: bool, onl
         return  # stale: it is done again without being asked twice
     if changes := states.differences_of(opened, stage, before):
         place = opened.folder(stage.output, iteration)
-        raise InputError(f"{place}: differs ({'; '.join(changes)}); --force makes it again")
+        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force makes it again")
 
 
 def evaluate(opened: Run, policy: int | None, force: bool) -> int:
-    """`grpo eval` of a policy of a run, by default the newest: made where it is missing; which it is.
+    """`grpo evaluate` of a policy of a run, by default the newest: made where it is missing; which it is.
 
     Raises InputError (exit 4) where the policy is not there, or was measured otherwise than configured and
     not `force`.
@@ -154,7 +155,7 @@ def checkpoint_run(opened: Run, checkpoint: str) -> Run:
     It is named by all it depends on, so that a killed evaluation is gone on with, and removed when it is
     done. Raises UsageError (exit 2) without `evaluate`.
     """
-    path = Path(checkpoint) if Path(checkpoint).is_dir() else prepare.resolve_model(opened, checkpoint)
+    path = Path(checkpoint) if Path(checkpoint).is_dir() else resolve_model(opened, checkpoint)
     model, config = str(path.absolute()), opened.config
     changes = {
         "model": model,
@@ -187,7 +188,7 @@ def _check_kept(opened: Run, stage: Stage, before: Manifest) -> None:
     # A time-out is no part of any value, and a longer one is why it is tried again.
     if others := [change for change in changes if ".timeout_s: " not in change]:
         raise InputError(
-            f"{place}: differs ({'; '.join(others)}), so --only-failed cannot keep the other rows;"
+            f"{place}: changed ({'; '.join(others)}), so --only-failed cannot keep the other rows;"
             f" {again} --force` does it again"
         )
 

@@ -58,7 +58,7 @@ def plan(run: Run, output: str = OUTPUT, kept: Manifest | None = None) -> Plan:
     sources = {}
     was_read = kept is not None and kept.summary.get("source") == config.source
     if kept is not None and ((was_read and source_is_gone(run, output)) or is_on_hub(config, run.imports)):
-        sources = {name: sha256 for name, sha256 in kept.sources.items() if name == "prompts.source"}
+        sources = {name: sha256 for name, sha256 in kept.user_files.items() if name == "prompts.source"}
     elif found := source_digest(config, run.imports):
         sources = {"prompts.source": found}
     if path := template_path(config, run.imports):

@@ -75,7 +75,7 @@ def shard_of(
 ) -> Shard:
     """earlier: the output whose rows may be kept."""
     apart = {"name", "weight", "timeout_s"}  # what no value depends on
-    source = staging.plan.sources[f"score.rewards.{reward.name}"]
+    source = staging.plan.user_files[f"score.rewards.{reward.name}"]
     read = [source, rollouts[0].sha256, work.prompts_id]
     where = {"rubric"} if reward.judge is not None else set()  # its text is the source
     unit = digest([STAGE_VERSION, configured(reward, apart, where), *read])

@@ -58,7 +58,7 @@ def produce(run: Run, iteration: int, staging: Staging, opened: Scorers) -> Prod
     rollouts = run.require("rollouts", iteration, "grpo generate")
     files = [(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
     before = run.manifest(OUTPUT, iteration)
-    work = Work(OUTPUT, judgements.TABLE, "part", iteration, files, staging.plan.reads["prompts"], before)
+    work = Work(OUTPUT, judgements.TABLE, "part", iteration, files, staging.plan.inputs["prompts"], before)
     ids, held = score(run, staging, opened, work)
     summary = summary_of(run, held)
     summary |= signal_summary(run, staging, rollouts, held, summary["weights"].values())

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import Manifest, Plan, Product, Run, Staging, id_of, prune
 from grpo.errors import InputError
-from grpo.update.outputs import summary_of, write_checkpoint, write_logprobs, write_probe, write_updates
+from grpo.update.outputs import (
+    summary_of,
+    write_checkpoint,
+    write_logprobs,
+    write_updates,
+    write_weight_check,
+)
 from grpo.update.plan import OUTPUT
 from grpo.update.replay import longest, max_new_tokens_of, read_kept
 
@@ -76,7 +82,7 @@ def produce(run: Run, iteration: int, staging: Staging, learner: "Learner") -> P
         updates = write_updates(rows, staging)
         logprobs = write_logprobs(iteration, rollouts, stored, staging)
         policy, adapter, optimizer = write_checkpoint(run, learner, staging)
-        probe = write_probe(run, learner, staging)
+        weight_check = write_weight_check(run, learner, staging)
         ids = {
             "policy": id_of(sorted(policy, key=lambda record: record.name)),
             "optimizer": id_of([optimizer]),
@@ -84,7 +90,7 @@ def produce(run: Run, iteration: int, staging: Staging, learner: "Learner") -> P
             "logprobs": id_of(logprobs),
             **({"adapter": id_of(adapter)} if adapter else {}),
         }
-    held = [updates, *logprobs, *policy, *adapter, probe, optimizer]
+    held = [updates, *logprobs, *policy, *adapter, weight_check, optimizer]
     return Product(ids, held, {**summary_of(rows), **layout})
 
 
@@ -100,7 +106,7 @@ def _load(run: Run, iteration: int, plan: Plan, learner: "Learner") -> None:
             raise InputError(f"update.lora: {run.name} trains {trained}; what trains is fixed for a run")
         if weights:
             policy, adapter = run.start["policy"], weights[0].parent
-    ids = (plan.reads[f"policy@{iteration}"], plan.reads.get(f"optimizer@{iteration}"))
+    ids = (plan.inputs[f"policy@{iteration}"], plan.inputs.get(f"optimizer@{iteration}"))
     learner.load(policy, optimizer, ids, adapter)
     if run.config.update.kl_coefficient:
         is_start = run.id_of("reference") == run.id_of("policy@0")

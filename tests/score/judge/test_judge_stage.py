@@ -285,7 +285,7 @@ def test_only_failed_refuses_to_keep_what_would_be_made_otherwise(tmp_path: Path
     with pytest.raises(InputError) as caught:
         only_failed(run)
     assert str(caught.value) == (
-        f"{run.folder('rewards', 0)}: differs (score.rewards.fails_on_words.weight: 1.0 -> 2.0), so"
+        f"{run.folder('rewards', 0)}: changed (score.rewards.fails_on_words.weight: 1.0 -> 2.0), so"
         " --only-failed cannot keep the other rows; `grpo score --iteration 0 --force` does it again"
     )
 

@@ -60,7 +60,7 @@ class TransformersEngine:
         self._eos_ids = eos_token_ids(checkpoint)
         self._model = model
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs at temperature 1 of every token but the first, by the learner's formula and padding."""
         assert self._model is not None, "load() comes before score()"
         starts = range(0, len(sequences), self.max_rows_per_batch)
