@@ -150,10 +150,10 @@ def test_of_manifests_that_keep_nothing_the_view_is_asked(hand: Run) -> None:
     )
 
 
-def test_a_run_of_an_earlier_version_shows_what_the_view_gives(
+def test_manifests_from_before_they_kept_it_show_what_the_view_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grpo: Grpo
 ) -> None:
-    shutil.copytree(DATA / "schema-1", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(DATA / "schema-2", tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     status = json.loads(grpo("status", "tiny", "--json")[1])["iterations"]
     found = json.loads(grpo("sql", "from iterations order by iteration", "--run", "tiny", "--json")[1])
