@@ -4,6 +4,7 @@ Run: python docs/build.py
 """
 
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -15,7 +16,8 @@ from pydantic_core import PydanticUndefined
 
 from grpo.config import Config
 from grpo.config.update import OBJECTIVES
-from grpo.tables import ITERATIONS, TABLES, WITH_OWN_COLUMNS
+from grpo.sql import own_text
+from grpo.tables import TABLES, WITH_OWN_COLUMNS
 
 HERE = Path(__file__).parent
 
@@ -31,6 +33,9 @@ def configuration() -> str:
         "with exit code 2 and the place. `--set key=value` overrides a key: `--set update.learning_rate=1e-6`,",
         "`--set score.rewards[0].weight=0.5`; a list replaces the whole list. `grpo run --dry-run` shows every",
         "resolved value. Paths are relative to the configuration's folder.",
+        "",
+        "The file is YAML 1.2: `true` and `false` alone are truth values (`yes`, `no`, `on`, `off` are words, `0777` is",
+        "777), `1e-6` is a number, a date is text, and `${...}` is text too. Keys are text, and tabs belong into quotes.",
     ]
     lines += ["", "## Top level", "", *_table(Config, "", sections=False)]
     for name, field in Config.model_fields.items():
@@ -62,13 +67,39 @@ def tables() -> str:
         "- `timings`: seconds by `iteration`, `stage` and `part`.",
         "- `manifests`: one row per committed output, with what it read and the configuration it was made with.",
     ]
-    for name, columns in {"iterations": ITERATIONS, **TABLES}.items():
+    lines += [
+        "",
+        "## iterations",
+        "",
+        "A view. A mean over the steps is over the optimiser steps taken, each weighed by",
+    ]
+    lines += [
+        "its response tokens; a number whose table is not there yet is null.",
+        "",
+        "| column | meaning |",
+        "|---|---|",
+    ]
+    lines += [f"| `{column}` | {_cell(text)} |" for column, text in iterations().items()]
+    for name, columns in TABLES.items():
         lines += ["", f"## {name}", "", "| column | type | meaning |", "|---|---|---|"]
-        texts = ((column, kind, text.replace("|", "\\|")) for column, (kind, text) in columns.items())
-        lines += [f"| `{column}` | `{kind}` | {text} |" for column, kind, text in texts]
+        lines += [f"| `{column}` | `{kind}` | {_cell(text)} |" for column, (kind, text) in columns.items()]
         if name in WITH_OWN_COLUMNS:
             lines.append("| any other | as in the source | the data set's own columns, untouched |")
     return "\n".join([*lines, ""])
+
+
+def iterations() -> dict[str, str]:
+    """Columns of the view `iterations` -> the sentence above each in its query."""
+    final = own_text("sql/views/iterations").partition("final as (")[2].partition("    from present")[0]
+    columns = re.findall(r"((?: {8}-- .*\n)+)((?: {8,}[^-\s].*\n)+)", final)
+    return {
+        re.split(r"[.\s]", query.strip(" ,\n"))[-1]: " ".join(text.replace("-- ", "").split())
+        for text, query in columns
+    }
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _table(model: type[BaseModel], prefix: str, sections: bool = True) -> list[str]:

@@ -132,7 +132,7 @@ def test_run_twice_does_nothing(finished: Path, grpo: Grpo) -> None:
     before = digests()
     assert grpo("run") == (0, "", "run tiny: 2 iterations are complete; nothing to do\n")
     assert grpo("score", "--iteration", "0") == (0, "", "score 0: nothing to do, it is complete\n")
-    assert grpo("score") == (0, "", "score: nothing to do; --iteration N and --force do it again\n")
+    assert grpo("score") == (0, "", "score: nothing to do; rerun it with --iteration N --force\n")
     assert digests() == before
 
 
@@ -163,7 +163,7 @@ def test_another_reward_differs_and_is_refused_without_force(finished: Path, grp
     assert states(grpo, "--set", named) == [["done", "changed", "done", "done"]] * 2
     assert reasons(grpo, "--set", named) == {"score 0": why, "score 1": why}
     folder = ARTIFACTS / "iteration=000000" / "rewards"
-    message = f"error: {folder}: changed ({why}); --force makes it again\n"
+    message = f"error: {folder}: changed ({why}); --force reruns it\n"
     assert grpo("score", "--iteration", "0", "--set", named) == (4, "", message)
     assert digests() == before
 
@@ -442,7 +442,7 @@ LORA = "update.lora={rank: 2, alpha: 4}"
         (
             ["update.lora={rank: 2, alpha: 4, targets: [q]}"],
             2,
-            "update.lora.targets: 'q' is no linear module that can take an adapter; of this model these can:"
+            "update.lora.targets: 'q' is not a linear module that can take an adapter; of this model these can:"
             " down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         ),
         (

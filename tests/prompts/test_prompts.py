@@ -242,7 +242,7 @@ def test_messages_that_cannot_be_used_are_refused(tmp_path: Path, messages: Any,
     ("second", "message"),
     [
         ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
-        (r'{"prompt": "\ud800"}', "holds a lone surrogate (\\ud800-\\udfff), which is no text"),
+        (r'{"prompt": "\ud800"}', "holds a lone surrogate (\\ud800-\\udfff), which is not text"),
         ('{"prompt": "b", "x": NaN}', "holds NaN or Infinity, which is no JSON"),
         ('{"text": "b", "x": 1}', "no column prompt; found text, x (prompts.columns.prompt)"),
         ('{"prompt": null}', "prompt is None; a prompt must be text that is not empty"),

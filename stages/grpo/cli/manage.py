@@ -30,7 +30,7 @@ def doctor(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine for what the configuration needs; makes no run."""
+    """Check that this machine can run the configuration; creates no run."""
     report = lazy.doctor.examine(configured(config, set_, as_json), model)
     if as_json:
         print_json(report.describe())
@@ -46,7 +46,7 @@ def verify(
     discard: Annotated[bool, typer.Option("--discard", help="Move what is damaged to .trash.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Every hash, schema and invariant of a run; what is damaged, and what to do about it."""
+    """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
     opened = reading(name, config, set_, damaged=True)
     # What a crash cut off is not finished first: that may be what is damaged.
     with opened.lock() if discard else nullcontext():
@@ -64,10 +64,10 @@ def gc(
     name: RunArgument = "",
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006
-    dry_run: Annotated[bool, typer.Option(help="Show it, remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="List without removing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove the trash, abandoned staging, and checkpoints that `checkpoints` does not keep."""
+    """Remove the trash, abandoned staging, and checkpoints no longer kept."""
     opened = reading(name, config, set_)
     with nullcontext() if dry_run else locked(opened):
         found = lazy.gc.garbage(opened) if dry_run else lazy.gc.collect(opened)
@@ -78,16 +78,16 @@ def gc(
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where; made if it is missing. Default: here.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="Folder, created if missing (default: here).")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """A new project that runs at once: pipeline.yaml, reward.py with its test, prompts.jsonl."""
+    """Create a starter project: pipeline.yaml, reward.py with its test, prompts.jsonl."""
     paths = lazy.init.create(folder)
     if as_json:
         print_json({"folder": str(folder), "files": [path.name for path in paths]})
     else:
         there = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
-        typer.echo(f"made {', '.join(map(str, paths))}; go on with: {there}grpo run", err=True)
+        typer.echo(f"made {', '.join(map(str, paths))}; next: {there}grpo run", err=True)
 
 
 def export(
@@ -96,11 +96,11 @@ def export(
     policy: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (as trained), bfloat16 or float16.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Only what LoRA trained.")] = False,
-    push: Annotated[str | None, typer.Option(help="Upload it too, to owner/name on the hub.")] = None,
+    push: Annotated[str | None, typer.Option(help="Also upload to owner/name on the hub.")] = None,
     config: ConfigOption = CONFIG,
     as_json: JsonOption = False,
 ) -> None:
-    """A policy as a plain Hugging Face directory with a model card; uploads nothing unless told to."""
+    """Write a policy as a plain Hugging Face directory with a model card."""
     if out is None:
         raise UsageError("--out: is required: the folder to write")
     if push is not None:
@@ -117,18 +117,20 @@ def export(
 
 
 def fork(
-    source: Annotated[str, typer.Argument(help="Name of the run to begin as.")],
+    source: Annotated[str, typer.Argument(help="Run to start from.")],
     new: Annotated[str, typer.Argument(help="Name of the new run.")],
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006
-    iteration: Annotated[int | None, typer.Option(help="The first to differ; default: the next one.")] = None,
+    iteration: Annotated[
+        int | None, typer.Option(help="First iteration of the fork's own (default: the next).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """A run that shares another one's first iterations, by hard links, and goes on in its own way."""
+    """Start a run from the first iterations of another, shared by hard links."""
     forked = configured(config, [*set_, f"run={new}"], as_json)
     result = lazy.fork.fork(reading(source, config, []), forked, iteration)
     if as_json:
         print_json({"run": new, "from": source, **result})
     else:
         options = shlex.join(part for text in [*set_, f"run={new}"] for part in ("--set", text))
-        forked.console.say(f"{lazy.fork.describe(source, new, result)}; go on with: grpo run {options}")
+        forked.console.say(f"{lazy.fork.describe(source, new, result)}; next: grpo run {options}")

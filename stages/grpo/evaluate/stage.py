@@ -102,6 +102,7 @@ def _sampled(
     return sampling.Work(
         table=ROLLOUTS,
         prefix=ROLLOUTS,
+        iteration=policy,
         policy=policy,
         draws=draws,
         requests=requests,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of
+from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, policy_of
 from grpo.config import GenerateConfig
 from grpo.errors import UsageError
 from grpo.generate import selection
@@ -134,7 +134,8 @@ def _work(run: Run, iteration: int, sampler: Sampler, rounds: int) -> Work:
     return Work(
         table=OUTPUT,
         prefix="part",
-        policy=iteration,
+        iteration=iteration,
+        policy=policy_of(iteration),
         draws=draws,
         requests=requests_of(draws, run.config.seed, iteration, config.samples_per_prompt),
         shards=all_shards(config, rounds),

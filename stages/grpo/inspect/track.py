@@ -125,7 +125,7 @@ class _Tracker:
             reason = (str(error).splitlines() or [""])[0]
             text = f"{self.name} failed {where}: {type(error).__name__}: {reason}"
             self.failure = self.failure or text
-            self.run.console.say(f"track: {text}; training goes on without it")
+            self.run.console.say(f"track: {text}; training continues without it")
             return False
         return True
 

@@ -86,7 +86,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         try:
             json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError:
-            raise DataError(f"{place}: holds a lone surrogate (\\ud800-\\udfff), which is no text") from None
+            raise DataError(f"{place}: holds a lone surrogate (\\ud800-\\udfff), which is not text") from None
         except ValueError:
             raise DataError(f"{place}: holds NaN or Infinity, which is no JSON") from None
         if not isinstance(row, dict):

@@ -291,7 +291,7 @@ def test_only_failed_refuses_to_keep_what_would_be_made_otherwise(tmp_path: Path
 
 
 def test_a_killed_only_failed_is_finished_as_such(tmp_path: Path) -> None:
-    """Stopped after its first shard: the next plain `grpo score` goes on with it, and scores nothing else."""
+    """Stopped after its first shard: the next plain `grpo score` resumes it, and scores nothing else."""
     (tmp_path / "broken").touch()
     run = opened(tmp_path, reward("fails_on_words"), reward("length"), on_error="drop")
     scored(run)

@@ -68,7 +68,7 @@ def check_placeholders(where: str, text: str, columns: Collection[str] | None) -
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {{{near[0]}}}?" if near else f"there are {', '.join(known)}"
         raise UsageError(
-            f"{where}: rubric: {{{name}}} is no column; {hint} ({{{{{name}}}}} is the text itself)"
+            f"{where}: rubric: {{{name}}} is not a column; {hint} ({{{{{name}}}}} is the text itself)"
         )
 
 

@@ -1,6 +1,7 @@
 -- Grain: one row per run and iteration that holds any table. Every number of
--- an iteration that any command shows is defined here; what each column is
--- stands in tables.py. Null where its table is not there yet.
+-- an iteration that any command shows is defined here; docs/tables.md has the
+-- sentence above each column of `final`. Null where its table is not there yet.
+-- Mean over the steps: over the optimiser steps taken, weighed by their tokens.
 with of_rollouts as (
     select
         run,
@@ -180,31 +181,91 @@ present as (
 
 final as (
     select
+        -- name of the run
         present.run,
+        -- iteration, from 0
         present.iteration,
+        -- mean of the weighted sum of the rewards, over scored rollouts
         of_advantages.reward,
+        -- map(name, mean): of each reward without its weight, over the rollouts
+        -- that have it
         of_rewards.rewards,
+        -- share of rollouts whose `evaluate.pass_reward` (the first reward
+        -- where that is not set) is at least `evaluate.pass_threshold` (1),
+        -- over the rollouts that have it
         of_passes.pass_rate,
+        -- groups sampled
         of_rollouts.groups,
+        -- share of groups whose rewards are all equal (`group_std` is 0), of
+        -- those with two scored rollouts
         of_groups.groups_without_signal,
+        -- rollouts sampled
         of_rollouts.rollouts,
+        -- rollouts that update trains on
         of_advantages.rollouts_kept,
+        -- map(reason, number): the rollouts that update does not train on
         case
             when of_advantages.rollouts_kept is not null then
                 coalesce(of_reasons.rollouts_dropped, map {})
         end as rollouts_dropped,
+        -- response tokens sampled, in all
         of_rollouts.tokens,
+        -- mean response tokens of a rollout
         of_rollouts.response_tokens,
+        -- response tokens of the longest rollout
         of_rollouts.response_tokens_max,
+        -- share of responses cut off at max_new_tokens
         of_rollouts.truncated,
+        -- optimiser steps, those skipped included
         of_steps.steps,
+        -- steps with nothing to learn from
         of_steps.steps_skipped,
-        of_taken.* exclude (run, iteration),
+        -- `loss` of `updates`, mean over the steps
+        of_taken.loss,
+        -- minus the aggregated surrogate, mean over the steps
+        of_taken.policy_loss,
+        -- KL estimate to the reference in nats, mean over the steps; null
+        -- without a KL term
+        of_taken.kl,
+        -- entropy per response token in nats, mean over the steps
+        of_taken.entropy,
+        -- importance ratio, mean over the steps
+        of_taken.ratio_mean,
+        -- largest importance ratio of all steps
+        of_taken.ratio_max,
+        -- share of ratios clipped below, mean over the steps; null without
+        -- clipping
+        of_taken.clip_fraction_low,
+        -- share of ratios clipped above, mean over the steps; null without
+        -- clipping
+        of_taken.clip_fraction_high,
+        -- norm of the gradient before clipping, mean over the steps
+        of_taken.grad_norm,
+        -- learning rate, mean over the steps
+        of_taken.learning_rate,
+        -- mean distance of learner and sampler in nats per token, before the
+        -- first step
+        of_taken.mismatch_mean,
+        -- largest of the same
+        of_taken.mismatch_max,
+        -- k3 estimate of KL(old || policy), before the first step
+        of_taken.mismatch_kl,
+        -- of the learner's weights over the sampler's, as a share of the tokens
+        of_taken.effective_sample_size,
+        -- share of tokens whose weight is over `update.sampler_correction_cap`
+        of_taken.over_cap_fraction,
+        -- seconds of the four stages
         of_times.seconds,
+        -- map(stage, seconds): of each stage, and of `evaluate` where its
+        -- policy was measured
         of_times.stage_seconds,
+        -- `tokens` by the seconds of generate
         of_rollouts.tokens / nullif(of_times.generating, 0)
             as tokens_per_second,
+        -- pass@1 of the policy that the iteration samples from; null if not
+        -- measured
         evals.pass_at[1] as eval_pass_at_1,
+        -- mean held-out reward of that policy; null if not measured
         evals.reward as eval_reward,
     from present
     left join of_rollouts using (run, iteration)
