@@ -9,7 +9,7 @@ from grpo import sql
 from grpo.artifacts import Run
 from grpo.cli.options import reading
 from grpo.inspect import report
-from grpo.inspect.report import curve_list, curves
+from grpo.inspect.report import curves
 
 Charts = dict[str, dict[str, Any]]
 
@@ -54,17 +54,6 @@ def test_what_a_run_does_not_have_is_empty_and_says_why(charts: Charts) -> None:
     assert charts["Seconds by stage"]["absent"] == "nothing was timed"
 
 
-def test_a_curve_may_have_an_interval(hand: Run) -> None:
-    statement = (
-        "select 'hand' as run, 3 as iteration, 'k' as series, 0.5 as value, 0.4 as low, 'inf'::float as high"
-    )
-    curve = curves.Curve("Pass", curves.SHARE, "", "", statement)
-    [chart] = sql.consult([hand], lambda connection: curves.read(connection, ["hand"], (curve,)))
-    assert chart["series"] == [
-        {"run": "hand", "name": "k", "x": [3], "y": [0.5], "low": [0.4], "high": [None]}
-    ]
-
-
 def test_the_curves_agree_with_what_grpo_status_shows(
     complete: Path, monkeypatch: pytest.MonkeyPatch, grpo: Grpo
 ) -> None:
@@ -106,12 +95,12 @@ def test_the_curves_of_an_evaluation(hand: Run) -> None:
         select 'hand' as run, 4 as iteration, map([1, 2, 8]::bigint[], [0.25, 0.5, 0.75]) as pass_at,
             map([1, 2, 8]::bigint[], [0.125, 0.25, 0.5]) as pass_at_low,
             map([1, 2, 8]::bigint[], [0.375, 0.75, 1.0]) as pass_at_high,
-            2.0 as reward, 1.5 as reward_low, 2.5 as reward_high, 3.5 as response_tokens
+            2.0 as reward, 1.5 as reward_low, 'inf'::double as reward_high, 3.5 as response_tokens
     """
 
     def read(connection: sql.Connection) -> list[dict[str, Any]]:
         sql.create_view(connection, "evals", view)
-        return curves.read(connection, ["hand"], curve_list.EVALUATION)
+        return [chart for chart in curves.read(connection, ["hand"]) if chart["section"] == "evaluation"]
 
     passed, reward, length = (chart["series"] for chart in sql.consult([hand], read))
     assert [each["name"] for each in passed] == ["pass@1", "pass@8"]
@@ -119,5 +108,5 @@ def test_the_curves_of_an_evaluation(hand: Run) -> None:
         ([0.25], [0.125], [0.375]),
         ([0.75], [0.5], [1.0]),
     ]
-    assert (reward[0]["x"], reward[0]["y"], reward[0]["low"], reward[0]["high"]) == ([4], [2], [1.5], [2.5])
+    assert (reward[0]["x"], reward[0]["y"], reward[0]["low"], reward[0]["high"]) == ([4], [2], [1.5], [None])
     assert length[0]["y"] == [3.5]

@@ -2,7 +2,6 @@
 
 import math
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo import sql
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-_TOKENIZER = "tokenizer.json"
-_INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character yet
-_CHARACTER_BYTES = 4  # the longest character of UTF-8: what more tokens do not complete is none
 _LEAST_LIKELY = 5
 # Least probability -> background: the less likely, the warmer.
 SHADES = (
@@ -35,9 +31,12 @@ def add_tokens(run: Run, iteration: int, rows: list[Row]) -> list[Row]:
 
     Raises InputError (exit 4) when no policy of the run has a tokenizer that says what a token is.
     """
-    from tokenizers import Tokenizer
+    from grpo.models.tokenizer import FILE, pieces, starting_policy, tokenizer_of
 
-    tokenizer = Tokenizer.from_file(str(_tokenizer_path(run)))
+    tokenizer = tokenizer_of(run)
+    if tokenizer is None:
+        path = (starting_policy(run) or run.path) / FILE
+        raise InputError(f"{path}: missing, and no policy of run {run.name} has one; --tokens needs it")
     groups = {"groups": sorted({row["group_id"] for row in rows})}
     sampled = _by_key(sql.read([run], sql.own_text("inspect/show/tokens"), groups, iteration).to_pylist())
     learned = _by_key(sql.read([run], sql.own_text("inspect/show/learner"), groups, iteration).to_pylist())
@@ -50,23 +49,6 @@ def add_tokens(run: Run, iteration: int, rows: list[Row]) -> list[Row]:
         names = ("text", "token_id", "old_logprob", "policy_logprob")
         found.append({**row, "tokens": [dict(zip(names, values, strict=True)) for values in fields]})
     return found
-
-
-def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds. A character of several tokens stands at the last of them.
-
-    Only what was decoded since the last whole character is decoded again: time is linear in the tokens.
-    """
-    texts, begin, read = [], 0, 0
-    for end in range(1, len(ids) + 1):
-        before = tokenizer.decode(ids[begin:read], skip_special_tokens=False)
-        text = tokenizer.decode(ids[begin:end], skip_special_tokens=False)
-        waiting = text.endswith(_INCOMPLETE) and end - read < _CHARACTER_BYTES
-        whole = not waiting or end == len(ids)
-        texts.append(text[len(before) :] if whole else "")
-        if whole:
-            begin, read = read, end
-    return texts
 
 
 def print_tokens(console: "Console", rows: list[Row]) -> None:
@@ -139,17 +121,3 @@ def _learner(tokens: list[dict[str, Any]]) -> str:
 
 def _by_key(rows: list[Row]) -> dict[tuple[int, int], Row]:
     return {(row["group_id"], row["sample_id"]): row for row in rows}
-
-
-def _tokenizer_path(run: Run) -> Path:
-    """The tokenizer of any policy of the run: all of them have the same."""
-    manifest = run.manifest("policy", None)
-    folders = [Path(manifest.summary["policy"])] if manifest else []
-    folders += [run.folder("update", number - 1) / "policy" for number in reversed(run.policies()) if number]
-    for folder in folders:
-        if (folder / _TOKENIZER).is_file():
-            return folder / _TOKENIZER
-    looked = folders[0] if folders else run.path
-    raise InputError(
-        f"{looked / _TOKENIZER}: missing, and no policy of run {run.name} has one; --tokens needs it"
-    )
