@@ -16,15 +16,10 @@ _STYLES = {"done": "green", "partial": "yellow", "stale": "red", "changed": "yel
 Row = dict[str, Any]
 
 
-def describe(run: Run, last: int | None = None) -> dict[str, Any]:
-    """Everything `grpo status` shows, as plain data: the run's configuration decides what differs.
-
-    last: of how many iterations, from the end, it says the seconds too; None: of all.
-    """
+def describe(run: Run) -> dict[str, Any]:
+    """Everything `grpo status` shows, as plain data: the run's configuration decides what differs."""
     present = states(run)
     numbers = metrics.kept_of(run, present)
-    timed = list(present) if last is None else list(present)[-last:]
-    times = {iteration: metrics.times_of(run, iteration) for iteration in timed}
     return {
         "run": run.name,
         "iterations": [
@@ -32,7 +27,7 @@ def describe(run: Run, last: int | None = None) -> dict[str, Any]:
                 "iteration": iteration,
                 "stages": _stages(run, iteration, by_stage),
                 **numbers[iteration],
-                **times.get(iteration, {}),
+                **metrics.times_of(run, iteration),
             }
             for iteration, by_stage in present.items()
         ],
@@ -73,7 +68,7 @@ def line_of(run: Run, iteration: int) -> str:
 
 def print_status(run: Run, every: bool) -> None:
     """Print the table: the last iterations, or all with `every`; then why something is not done."""
-    data = describe(run, None if every else _ROWS_SHOWN)
+    data = describe(run)
     rows = data["iterations"]
     shown = rows if every else rows[-_ROWS_SHOWN:]
     columns = ["iteration", *(stage.name for stage in STAGES), "reward", "kl", "length", "mismatch"]
