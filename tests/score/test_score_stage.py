@@ -201,18 +201,20 @@ def calls(folder: Path, name: str) -> list[int]:
     return found
 
 
-# `grpo score` in a process of its own; the command itself would want a policy.
+# `grpo score` in a process of its own, without the command line: the command would want a policy.
 SCORE = """
 import sys
 from pathlib import Path
 from grpo.pipeline import work
 from grpo.artifacts import Run
+from grpo.cli import entry
 from grpo.config import Config
 from grpo.console import Console
 
 folder = Path(sys.argv[1])
 run = Run(folder / "artifacts", Config.model_validate_json(sys.argv[2]), folder, Console(quiet=True))
-work.run_stage(run, "score", "0", force=False)
+entry.app = lambda standalone_mode: work.run_stage(run, "score", "0", force=False)
+entry.main()
 """
 
 

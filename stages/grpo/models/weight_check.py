@@ -24,9 +24,8 @@ from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
 from grpo.errors import CorruptError, ResourceError
 from grpo.models.loading import best_device, context_length, empty_cache, load_model, load_tokenizer
 from grpo.models.logprobs import token_logprobs
-from grpo.prompts.chat import Chat
+from grpo.prompts.chat import Chat, encode
 from grpo.prompts.source import Row
-from grpo.prompts.table import encode
 
 FILE = "weight_check.json"
 NUM_SEQUENCES = 8

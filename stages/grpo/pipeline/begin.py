@@ -5,7 +5,7 @@ from grpo.errors import UsageError
 from grpo.models import weight_check
 from grpo.models.loading import context_length, load_config, load_model, load_tokenizer
 from grpo.prompts import table as prompts
-from grpo.prompts.chat import chat_of
+from grpo.prompts.chat import chat_of, encode
 from grpo.prompts.source import Row
 
 STAGE_VERSION = 2  # of `policy`; 2: with a weight check
@@ -42,6 +42,6 @@ def normalise(run: Run, plan: Plan, max_new_tokens: int, expected: str | None = 
     chat = chat_of(prompts.config_of(run, plan.output), run.imports)
 
     def num_tokens(rows: list[Row]) -> list[int]:
-        return [len(ids) for ids in prompts.encode(rows, tokenizer, chat)[1]]
+        return [len(ids) for ids in encode(rows, tokenizer, chat)[1]]
 
     prompts.prepare(run, Staging(run, plan, 0), num_tokens, room, expected)

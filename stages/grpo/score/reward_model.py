@@ -61,7 +61,7 @@ class RewardModel:
 
         max_tokens_per_batch: rows x longest row, padding included; memory only, it never changes a value
         beyond rounding. A rollout that is longer than the model's context is an `error`, never cut.
-        timeout_s: of one batch; one that takes longer ends the process (see deadline.py).
+        timeout_s: of one batch; one that takes longer ends the command (see deadline.py).
         """
         self._model.to(self._device)
         outcomes: dict[int, Outcome] = {}

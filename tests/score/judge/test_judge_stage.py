@@ -16,7 +16,7 @@ from tests.score.test_score_stage import PROMPTS, SCORE, calls, failed, opened, 
 
 from grpo import tables
 from grpo.artifacts import Run
-from grpo.errors import InputError, Interrupted, UsageError
+from grpo.errors import InputError, Interrupted, ResourceError, UsageError
 from grpo.pipeline import work
 
 RUBRIC = "{prompt} should be {answer}, is {response}"
@@ -238,7 +238,8 @@ def test_a_full_disk_ends_it_with_what_was_answered(tmp_path: Path) -> None:
         # A batch takes about ten operations: the twentieth is in the second one.
         environment = {**os.environ, "GRPO_FAULT": "ENOSPC:20"}
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-        assert "ResourceError: " in done.stderr.splitlines()[-1]
+        assert done.returncode == ResourceError.exit_code
+        assert "No space left on device" in done.stderr.splitlines()[-1]
         for noise in ("Exception ignored", "never retrieved", "never awaited", "destroyed"):
             assert noise not in done.stderr
         asked = len(endpoint.asked)
