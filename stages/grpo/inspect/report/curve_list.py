@@ -53,7 +53,9 @@ CURVES = (
         "Mean entropy per response token; near 0, sampling no longer explores.",
         "no update yet",
     ),
-    Curve("length", "Response length", "tokens", "Mean number of response tokens.", "no rollouts yet"),
+    Curve(
+        "response_tokens", "Response length", "tokens", "Mean number of response tokens.", "no rollouts yet"
+    ),
     Curve(
         "truncated", "Truncated", SHARE, "Share of responses cut off at max_new_tokens.", "no rollouts yet"
     ),
@@ -65,14 +67,14 @@ CURVES = (
         "no update yet, or none that clips",
     ),
     Curve(
-        "mismatch",
+        "mismatch_mean",
         "Mismatch",
         "nats",
         "Mean distance of sampler and learner per token, before any step; above 0.05 mind it.",
         "no update yet",
     ),
     Curve(
-        "no_signal",
+        "groups_without_signal",
         "Groups without signal",
         SHARE,
         "Share of groups whose rewards are all equal: their advantages are 0.",

@@ -3,13 +3,13 @@
 A run that has no rows for a curve has no such chart, and the page says why.
 """
 
-import math
 from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 from grpo import sql
+from grpo.console import finite
 from grpo.inspect.report.curve_list import CURVES, SHARE
 
 
@@ -39,17 +39,12 @@ def _series(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (run, name), members in groupby(rows, key=itemgetter("run", "series")):
         own = list(members)
         series = {"run": run, "name": name, "x": [row["iteration"] for row in own]}
-        series["y"] = [_finite(row["value"]) for row in own]
+        series["y"] = [finite(row["value"]) for row in own]
         for end in ("low", "high"):
             if any(row[end] is not None for row in own):
-                series[end] = [_finite(row[end]) for row in own]
+                series[end] = [finite(row[end]) for row in own]
         found.append(series)
     return found
-
-
-def _finite(value: float | None) -> float | None:
-    """A number that can be drawn; None, which is a gap, for NaN and infinity."""
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _named(name: str, rows: list[dict[str, Any]]) -> dict[str, str]:

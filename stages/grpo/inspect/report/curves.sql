@@ -1,21 +1,41 @@
 -- Grain: one row per curve, run, iteration and series that has a value there.
 -- place: the order of the series of a curve. low, high: of an interval.
 -- is_binary: whether a reward gives 0 and 1 only.
--- kl, entropy, mismatch: of the first step that was taken, where the weights are
--- still those that sampled; the other numbers of steps are means over all taken.
-with steps as (
-    select
-        *,
-        row_number() over (partition by run, iteration order by epoch, step) = 1
-            as is_first,
-    from updates
-    where not skipped
+with numbers as materialized (
+    from iterations
 ),
 
-groups_in as (
-    select distinct run, iteration, group_id, group_std,
-    from advantages
-    where group_std is not null
+plain as (
+    unpivot numbers
+    on reward, kl, entropy, response_tokens, truncated, mismatch_mean,
+        groups_without_signal, grad_norm
+    into name curve value value
+),
+
+clipped as (
+    unpivot numbers
+    on clip_fraction_low, clip_fraction_high
+    into name side value value
+),
+
+reward_means as (
+    select run, iteration, entry.key as name, entry.value as value,
+    from (
+        select run, iteration, unnest(map_entries(rewards)) as entry,
+        from numbers
+    )
+),
+
+binary_rewards as (
+    select run, name, bool_and(value in (0, 1)) as is_binary,
+    from rewards
+    where status = 'ok'
+    group by run, name
+),
+
+stage_times as (
+    select run, iteration, unnest(map_entries(stage_seconds)) as entry,
+    from numbers
 ),
 
 passes as (
@@ -24,57 +44,26 @@ passes as (
     where pass_at is not null
 ),
 
-plain as (
-    select 'reward' as curve, run, iteration,
-        avg(reward order by group_id, sample_id) as value,
-    from advantages group by run, iteration
-    union all
-    select 'kl', run, iteration, kl from steps where is_first
-    union all
-    select 'entropy', run, iteration, entropy from steps where is_first
-    union all
-    select 'mismatch', run, iteration, mismatch_mean from steps where is_first
-    union all
-    select 'length', run, iteration, avg(response_tokens),
-    from rollouts group by run, iteration
-    union all
-    select 'truncated', run, iteration, avg((finish_reason = 'length')::integer),
-    from rollouts group by run, iteration
-    union all
-    select 'no_signal', run, iteration, avg((group_std = 0)::integer),
-    from groups_in group by run, iteration
-    union all
-    select 'grad_norm', run, iteration, avg(grad_norm order by epoch, step),
-    from steps group by run, iteration
-    union all
-    select 'eval_length', run, iteration, response_tokens from evals
-),
-
 every as (
-    select *, '' as series, 0 as place from plain
+    select curve, run, iteration, '' as series, 0 as place, value,
+    from plain
     union all by name
     select 'rewards' as curve, run, iteration, name as series, 0 as place,
-        avg(value order by group_id, sample_id) as value,
-        bool_and(value in (0, 1)) as is_binary,
-    from rewards where status = 'ok' group by run, iteration, name
+        value, is_binary,
+    from reward_means
+    join binary_rewards using (run, name)
     union all by name
-    select 'clipped' as curve, run, iteration, 'low' as series, 0 as place,
-        avg(clip_fraction_low order by epoch, step) as value,
-    from steps group by run, iteration
+    select 'clipped' as curve, run, iteration,
+        side.replace('clip_fraction_', '') as series,
+        (series = 'high')::integer as place, value,
+    from clipped
     union all by name
-    select 'clipped' as curve, run, iteration, 'high' as series, 1 as place,
-        avg(clip_fraction_high order by epoch, step) as value,
-    from steps group by run, iteration
-    union all by name
-    select 'seconds' as curve, run, iteration, stage as series,
+    select 'seconds' as curve, run, iteration, entry.key as series,
         list_position(
-            ['generate', 'score', 'advantage', 'update', 'evaluate'], stage
+            ['generate', 'score', 'advantage', 'update', 'evaluate'], entry.key
         ) as place,
-        sum(seconds) as value,
-    from timings
-    -- The last policy is measured and nothing else: that is no iteration.
-    semi join rollouts using (run, iteration)
-    group by run, iteration, stage
+        entry.value as value,
+    from stage_times
     union all by name
     select 'eval_pass' as curve, run, iteration, 'pass@' || k as series,
         k as place, pass_at[k] as value,
@@ -83,6 +72,10 @@ every as (
     union all by name
     select 'eval_reward' as curve, run, iteration, '' as series, 0 as place,
         reward as value, reward_low as low, reward_high as high,
+    from evals
+    union all by name
+    select 'eval_length' as curve, run, iteration, '' as series, 0 as place,
+        response_tokens as value,
     from evals
 ),
 

@@ -9,7 +9,7 @@ from grpo.artifacts import Run
 from grpo.console import printable
 from grpo.errors import InputError
 from grpo.inspect.show.choice import Row
-from grpo.inspect.show.groups import number, print_prompt
+from grpo.inspect.show.groups import print_prompt, signed
 from grpo.models.tokenizer import FILE, pieces, starting_policy, tokenizer_of
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def print_tokens(console: "Console", rows: list[Row]) -> None:
         samples = list(members)
         print_prompt(console, samples[0])
         for row in samples:
-            numbers = (number(row["reward"], "none"), number(row["advantage"], row["reason"]) or "none")
+            numbers = (signed(row["reward"], "none"), signed(row["advantage"], row["reason"] or "none"))
             console.print(
                 Text(f"sample {row['sample_id']}  reward {numbers[0]}  advantage {numbers[1]}", "dim"),
                 highlight=False,
