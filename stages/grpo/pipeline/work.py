@@ -10,6 +10,7 @@ from typing import Any
 from grpo.artifacts import Manifest, Run, digest, prune
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import flatten
+from grpo.console import iterations_text
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import plan as evaluation
 from grpo.generate.engines.choice import gpu_is_there
@@ -55,12 +56,12 @@ def _confirm(opened: Run, first: int) -> None:
     parts = [f"of iteration {first} {', '.join(stage.name for stage in stages)}"] if stages else []
     sampled = set(opened.iterations())
     if iterations := [number for number in later if number in sampled]:
-        parts.append(f"all of {_iterations_text(iterations)}")
+        parts.append(f"all of {iterations_text(iterations)}")
     # The last policy has an evaluation and nothing else: it is no iteration.
     parts += [f"the evaluation of policy {number}" for number in later if number not in sampled]
     if not parts:
         return
-    text = f"--from {first}: {' and '.join(parts)} will be done again; what is there goes to .trash"
+    text = f"--from {first}: {' and '.join(parts)} will be rerun; what exists goes to .trash"
     if not sys.stdin.isatty():
         raise UsageError(f"{text}; give --yes too")
     if not opened.console.confirm(text):
@@ -84,7 +85,7 @@ def run_stage(
     elif not iterations and force:
         raise UsageError(f"{name} --force: nothing is missing; say which to do again with --iteration N")
     elif not iterations:
-        opened.console.say(f"{name}: nothing to do; --iteration N and --force do it again")
+        opened.console.say(f"{name}: nothing to do; rerun it with --iteration N --force")
     with Resources(opened) as resources:
         for iteration in iterations:
             before = opened.manifest(stage.output, iteration)
@@ -126,7 +127,7 @@ def _check_replace(opened: Run, stage: Stage, before: Manifest, force: bool, onl
         return  # stale: it is done again without being asked twice
     if changes := states.differences_of(opened, stage, before):
         place = opened.folder(stage.output, iteration)
-        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force makes it again")
+        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it")
 
 
 def evaluate(opened: Run, policy: int | None, force: bool) -> int:
@@ -184,13 +185,13 @@ def _check_kept(opened: Run, stage: Stage, before: Manifest) -> None:
     place = opened.folder(stage.output, before.iteration)
     again = f"`grpo {stage.name} --iteration {before.iteration}"
     if states.inputs_changed(opened, before):
-        raise InputError(f"{place}: stale, so no row of it can be kept; {again}` does it again")
+        raise InputError(f"{place}: stale, so no row of it can be kept; rerun it with {again}`")
     changes = states.differences_of(opened, stage, before)
     # A time-out is no part of any value, and a longer one is why it is tried again.
     if others := [change for change in changes if ".timeout_s: " not in change]:
         raise InputError(
             f"{place}: changed ({'; '.join(others)}), so --only-failed cannot keep the other rows;"
-            f" {again} --force` does it again"
+            f" {again} --force` reruns it"
         )
 
 
@@ -224,12 +225,7 @@ def _can_plan(opened: Run, stage: Stage, iteration: int) -> bool:
 
 def _range(opened: Run) -> str:
     have = opened.iterations()
-    return _iterations_text(have) if have else "no iteration yet"
-
-
-def _iterations_text(numbers: list[int]) -> str:
-    first, last = numbers[0], numbers[-1]
-    return f"iteration {first}" if first == last else f"iterations {first} to {last}"
+    return iterations_text(have) if have else "no iteration yet"
 
 
 def dry_run(opened: Run) -> None:

@@ -1,4 +1,5 @@
 import json
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -144,21 +145,15 @@ def test_final_number_of_a_response_without_one(response: str) -> None:
     assert final_number(response) is None
 
 
-def test_final_number_is_quick_on_hostile_responses() -> None:
-    # Each would take minutes if the search were quadratic; the limit is generous by a factor of 100.
-    for piece in (
-        "1,",
-        "answer: ",
-        "\\boxed{",
-        "####",
-        "1,111",
-        "-",
-        "$",
-        ".",
-        "answer is = ",
-        "answer is \n",
-    ):
-        final_number(piece * 50_000 + "7")
+@pytest.mark.parametrize(
+    "piece",
+    ["1,", "answer: ", "\\boxed{", "####", "1,111", "-", "$", ".", "answer is = ", "answer is \n"],
+)
+def test_final_number_is_quick_on_hostile_responses(piece: str) -> None:
+    # It would take minutes if the search were quadratic, and takes a tenth of a second.
+    began = time.process_time()
+    assert final_number(piece * 50_000 + "7") is not None
+    assert time.process_time() - began < 5
 
 
 # ---- regex_format ----
@@ -175,7 +170,7 @@ def test_regex_format_finds_anywhere_with_dots() -> None:
 
 
 def test_regex_format_refuses_a_broken_pattern() -> None:
-    with pytest.raises(ValueError, match=r"^pattern is no regular expression: .*position 0: '\('$"):
+    with pytest.raises(ValueError, match=r"^pattern is not a regular expression: .*position 0: '\('$"):
         regex_format([], [], pattern="(")
 
 
@@ -222,5 +217,5 @@ def test_math_verify_compares_as_mathematics(response: str, answer: str, value: 
 
 def test_math_verify_without_an_answer() -> None:
     assert math_verify(["p"] * 2, ["7", "7"], [None, "7"]) == [None, 1.0]
-    with pytest.raises(ValueError, match=r"^the answer is no mathematics: ''$"):
+    with pytest.raises(ValueError, match=r"^the answer is not mathematics: ''$"):
         math_verify(["p"], ["7"], [""])
