@@ -39,11 +39,12 @@ class Handover:
         when the engine does not follow.
         """
         from grpo.models.loading import empty_cache, load_model
+        from grpo.models.reader import Reader
 
         with tempfile.TemporaryDirectory(dir=scratch) as name:
             perturbed = Path(name)
             write_perturbed(start, perturbed)
-            moved = measure(load_model(perturbed, self._device), probe.sequences)
+            moved = measure(Reader(load_model(perturbed, self._device)), probe.sequences)
             empty_cache(self._device)  # the engine asks for most of it
             self.engine.load(start)
             fresh = probe.difference(self.engine.score(probe.sequences))

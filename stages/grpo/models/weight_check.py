@@ -20,7 +20,7 @@ from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
 from grpo.errors import ResourceError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from grpo.models.reader import Reader
 
 FILE = "probe.json"
 NUM_SEQUENCES = 8
@@ -70,17 +70,16 @@ def probe_sequences(prompts: Iterable[Sequence[int]], context: int | None) -> li
     return [stream[start : start + length] for start in range(0, len(stream), length)]
 
 
-def measure(model: "PreTrainedModel", sequences: list[list[int]]) -> Probe:
-    """Probe `model`, which may be in training: nothing of it changes. All sequences have one length."""
+def measure(reader: "Reader", sequences: list[list[int]]) -> Probe:
+    """Probe a model, which may be in training: nothing of it changes. All sequences have one length."""
     import torch
 
-    from grpo.models.logprobs import token_logprobs
-
-    input_ids_BL = torch.tensor(sequences, device=model.device)
+    input_ids_BL = torch.tensor(sequences, device=reader.model.device)
+    targets_N = input_ids_BL[:, 1:].flatten()
+    places_BL = torch.arange(input_ids_BL.numel(), device=input_ids_BL.device).view_as(input_ids_BL)
     with torch.inference_mode():
-        logits_NV = model(input_ids=input_ids_BL, use_cache=False).logits[:, :-1].flatten(0, 1)
-        targets_N = input_ids_BL[:, 1:].flatten()
-        logprobs_N, _ = token_logprobs(logits_NV, targets_N, torch.ones_like(targets_N))
+        inputs = {"input_ids": input_ids_BL, "use_cache": False}
+        logprobs_N, _ = reader(inputs, places_BL[:, :-1].flatten(), targets_N, torch.ones_like(targets_N))
     return Probe(sequences, logprobs_N.reshape(len(sequences), -1).tolist())
 
 

@@ -114,12 +114,14 @@ def probe_of(checkpoint: Path, rows: list[Row], chat: Chat) -> weight_check.Prob
     Raises CorruptError (exit 6) where finite weights give log-probs that are not.
     """
     from grpo.models.loading import best_device, context_length, empty_cache, load_model, load_tokenizer
+    from grpo.models.reader import Reader
 
     device = best_device()
-    model = load_model(checkpoint, device)
+    reader = Reader(load_model(checkpoint, device))
     token_ids = prompts.encode(rows, load_tokenizer(checkpoint), chat)[1]
-    found = weight_check.measure(model, weight_check.probe_sequences(token_ids, context_length(model.config)))
-    del model
+    sequences = weight_check.probe_sequences(token_ids, context_length(reader.model.config))
+    found = weight_check.measure(reader, sequences)
+    del reader
     empty_cache(device)  # the engine asks for most of it
     if not found.is_finite():
         raise CorruptError(

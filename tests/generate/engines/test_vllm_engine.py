@@ -26,6 +26,7 @@ from grpo.generate.engines.protocol import Group, Request, Sampling, group_seed
 from grpo.generate.weight_sync import Handover
 from grpo.models import starter_model, weight_check
 from grpo.models.loading import context_length, load_model
+from grpo.models.reader import Reader
 from grpo.models.logprobs import token_logprobs
 
 pytest.importorskip("vllm")
@@ -138,7 +139,7 @@ def test_logprobs_are_the_learners_after_temperature(
 
 def test_score_is_the_learners_at_temperature_1(engine: vllm_engine.VllmEngine, checkpoint: Path) -> None:
     sequences = [[*LONG[0][:64]], [*LONG[1][:64]]]
-    measured = weight_check.measure(load_model(checkpoint, "cpu"), sequences)
+    measured = weight_check.measure(Reader(load_model(checkpoint, "cpu")), sequences)
     scores = engine.score(sequences)
     assert [len(row) for row in scores] == [63, 63]
     assert np.abs(np.array(measured.logprobs) - np.stack(scores)).max() < 1e-5
@@ -163,7 +164,7 @@ def test_an_exported_policy_is_what_the_learner_has(
     opened.load(tmp_path / "exported")
     sequences = [[*LONG[0][:64]], [*LONG[1][:64]]]
     trained, start = (
-        np.array(weight_check.measure(load_model(folder, "cpu"), sequences).logprobs)
+        np.array(weight_check.measure(Reader(load_model(folder, "cpu")), sequences).logprobs)
         for folder in (tmp_path / "exported", checkpoint)
     )
     scores = np.stack(opened.score(sequences))
@@ -285,7 +286,7 @@ def test_the_probe_catches_a_stale_output_head_and_the_cure_passes(
 ) -> None:
     model = load_model(checkpoint, "cpu")
     policy_probe = weight_check.measure(
-        model, weight_check.probe_sequences(LONG, context_length(model.config))
+        Reader(model), weight_check.probe_sequences(LONG, context_length(model.config))
     )
     with monkeypatch.context() as patch:
         patch.setattr(vllm_engine, "_repack_head", lambda model: None)  # vLLM's reload as it is
@@ -313,7 +314,7 @@ def test_a_small_step_is_followed(engine: vllm_engine.VllmEngine, checkpoint: Pa
     save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
     models = {path: load_model(path, "cpu") for path in (checkpoint, small)}
     sequences = weight_check.probe_sequences(LONG, 512)
-    probes = {path: weight_check.measure(model, sequences) for path, model in models.items()}
+    probes = {path: weight_check.measure(Reader(model), sequences) for path, model in models.items()}
     handover = Handover(engine, "cpu", print)
     handover.open(checkpoint, probes[checkpoint], checkpoint.parent)
     handover.bring("0", checkpoint, probes[checkpoint])
