@@ -45,7 +45,7 @@ GROUPS, SAMPLES = 16, 8
 ARMS: dict[str, dict[str, Any]] = {
     "uniform": {},
     "curriculum": {"prompts_sql": "curriculum.sql"},
-    "resample": {"resample": {"until_groups_with_signal": GROUPS, "max_rounds": 8}},
+    "dynamic_sampling": {"dynamic_sampling": {"min_groups": GROUPS, "max_rounds": 8}},
 }
 HISTORY = """\
 looks before this one
@@ -53,12 +53,12 @@ looks before this one
   had signal), held-out products alone: 0.134 before; at the end of 10,000 rollouts, by seed
     uniform    0.46  0.43  0.46   in 79 iterations; about 0.35 after 2,000 to 2,900 rollouts
     curriculum 0.40  0.42  0.40   in 79 iterations; about 0.35 after 1,800 to 2,000 rollouts
-    resample   0.43  0.44  0.43   in 14 iterations; about 0.35 after 6,000 to 6,800 rollouts
+    dynamic_sampling   0.43  0.44  0.43   in 14 iterations; about 0.35 after 6,000 to 6,800 rollouts
   learning rate 1e-3, seeds 0 to 2, the same curriculum, prompted products: medians of rollouts to 0.4 and 0.5
-    uniform 2,304 and 7,552    curriculum 4,224 and never    resample 1,408 and 2,176
+    uniform 2,304 and 7,552    curriculum 4,224 and never    dynamic_sampling 1,408 and 2,176
   seeds 10 to 12, which are measured nowhere else: four curricula, two of them at 1e-3 and three at 3e-4;
   the one measured here was the best at 3e-4, and was not tried at 1e-3"""
-COLORS = {"uniform": "#8a94a3", "curriculum": "#1f4e79", "resample": "#e07b39"}
+COLORS = {"uniform": "#8a94a3", "curriculum": "#1f4e79", "dynamic_sampling": "#e07b39"}
 TRAINING_STEPS, TRAINING_BATCH = 400, 160
 Row = tuple[str, str, str, float]  # prompt, right answer, the other answer, share of the right one
 Curve = list[tuple[int, float, float]]  # (rollouts so far, accuracy by measure)

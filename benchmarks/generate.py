@@ -1,8 +1,8 @@
 """`grpo generate` against its engines alone, side by side in one run.
 
 vLLM: the generate stage (prompts, Parquet, log-probs, fsync and all) against `LLM.generate` of the very same
-engine, same prompts, seeds and options, log-probs on. Then the handover of new weights: from a new checkpoint
-on disk to the first group, probe included, against vLLM's bare reload to its first output.
+engine, same prompts, seeds and options, log-probs on. Then the weight sync: from a new checkpoint on
+disk to the first group, weight check included, against vLLM's bare reload to its first output.
 
 Built-in: against `model.generate` of transformers (generate_builtin.py).
 
@@ -32,11 +32,11 @@ from grpo.generate.sampling import Sampler
 from grpo.models import starter_model
 from grpo.models.loading import eos_token_ids
 from grpo.models.reader import Reader
-from grpo.models.weight_check import measure, read_probe
+from grpo.models.weight_check import measure, read_weight_check
 from grpo.pipeline import prepare
 from grpo.pipeline.stages import GENERATE, make
-from grpo.prompts.chat import Chat
-from grpo.prompts.table import draw, encode
+from grpo.prompts.chat import Chat, encode
+from grpo.prompts.table import draw
 
 ROUNDS = 15
 K = 8
@@ -58,7 +58,7 @@ def main() -> None:
         ):
             compare_stage(folder, title, model, options)
         print("\nvLLM: from a new checkpoint on disk to the first group (seconds)")
-        compare_handover(folder, folder / "starter")
+        compare_weight_sync(folder, folder / "starter")
     print()
     generate_builtin.main()
 
@@ -136,14 +136,14 @@ def raw_generate(run: Run, tool: Sampler) -> Callable[[], int]:
     return call
 
 
-def compare_handover(folder: Path, model: Path) -> None:
-    """Two policies in turn; a bare reload for the one, the handover for the other."""
+def compare_weight_sync(folder: Path, model: Path) -> None:
+    """Two policies in turn; a bare reload for the one, the weight_sync for the other."""
     import torch
 
     from grpo.models.loading import load_model
     from grpo.update.checkpoint import policy_files
 
-    run = open_run(folder, "handover", model, {"max_new_tokens": 8})
+    run = open_run(folder, "weight_sync", model, {"max_new_tokens": 8})
     changed = load_model(model, "cpu")
     with torch.no_grad():
         for parameter in changed.parameters():
@@ -152,24 +152,24 @@ def compare_handover(folder: Path, model: Path) -> None:
     other.mkdir()
     for name, content in policy_files(changed, model):
         (other / name).write_bytes(b"".join(content))
-    sequences = read_probe(run.probe_path(0)).sequences
+    sequences = read_weight_check(run.weight_check_path(0)).sequences
     policies = [(path, measure(Reader(load_model(path, "cpu")), sequences)) for path in (other, model)]
     with stage.open_resource(run) as tool:
         make(run, GENERATE, Staging(run, planned(run, 0), 0), tool)
         raw = raw_generate(run, tool)
         llm: Any = tool.engine._llm  # type: ignore[attr-defined]
-        seconds: dict[str, list[float]] = {"handover": [], "bare reload": []}
+        seconds: dict[str, list[float]] = {"weight_sync": [], "bare reload": []}
         for number in range(2 * ROUNDS):
-            path, probe = policies[number % 2]
+            path, check = policies[number % 2]
             started = time.perf_counter()
-            tool.handover.bring(str(number), path, probe)
-            seconds["handover"].append(time.perf_counter() - started)
+            tool.weight_sync.bring(str(number), path, check)
+            seconds["weight_sync"].append(time.perf_counter() - started)
             started = time.perf_counter()
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
             seconds["bare reload"].append(time.perf_counter() - started)
             raw()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    beyond = medians["handover"] - medians["bare reload"]
+    beyond = medians["weight_sync"] - medians["bare reload"]
     for name, value in medians.items():
         print(f"  {name:<14} {value:8.3f}")
     print(f"  beyond raw     {beyond:8.3f}")

@@ -443,7 +443,7 @@ def test_where_that_is_no_sql(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_refuses_sql_before_it_samples(project: Path, grpo: Grpo, override: str, message: str) -> None:
-    Path("my.sql").write_text("select iteration, group_id, sample_id, reward from judged")
+    Path("my.sql").write_text("select iteration, group_id, sample_id, reward from scored")
     code, _, err = grpo("run", "--set", f"advantage.{override}")
     assert code == 2, err
     assert err.splitlines()[-1].startswith(f"error: {message}")

@@ -170,7 +170,7 @@ def test_a_sidecar_that_is_none_is_refused(run: Run) -> None:
     with pytest.raises(CorruptError) as caught:
         Staging(again(run), PLAN, 0)
     assert str(caught.value) == (
-        f"{path}: not a sidecar; `grpo verify --discard` sets it aside, and the work is done again"
+        f"{path}: not a sidecar; `grpo verify --discard` sets it aside, and the work is rerun"
     )
 
 
@@ -183,7 +183,7 @@ def test_commit_puts_the_output_in_place(run: Run) -> None:
     found = again(run).manifest("rewards", 0)
     assert found == manifest
     assert (found.stage, found.iteration, found.attempt, found.rows) == ("score", 0, 0, 2)
-    assert (found.reads, found.config, found.sources) == (PLAN.reads, PLAN.config, PLAN.sources)
+    assert (found.inputs, found.config, found.user_files) == (PLAN.inputs, PLAN.config, PLAN.user_files)
     assert found.fingerprint == PLAN.fingerprint(0)
     assert again(run).read("rewards", 0)["group_id"].to_pylist() == [0, 1]
     assert again(run).id_of("reward/a@0") == found.ids["reward/a"]
@@ -306,10 +306,10 @@ def test_a_shard_may_be_a_hard_link(run: Run) -> None:
         {"iteration": 1},
         {"config": {"score": {"x": 2}}},
         {"config": {"score": {"x": None}}},
-        {"reads": {"rollouts@0": "abd"}},
-        {"reads": {"rollouts@0": "abc", "prompts": ""}},
-        {"sources": {"f": "124"}},
-        {"sources": {}},
+        {"inputs": {"rollouts@0": "abd"}},
+        {"inputs": {"rollouts@0": "abc", "prompts": ""}},
+        {"user_files": {"f": "124"}},
+        {"user_files": {}},
         {"shards": [[0, 2], [2, 4]]},
         {"shards": None},
     ],
@@ -320,8 +320,8 @@ def test_a_fingerprint_changes_with_each_component(change: dict[str, Any]) -> No
 
 def test_a_fingerprint_is_the_digest_of_canonical_json() -> None:
     text = (
-        '{"attempt":0,"config":{"score":{"x":1}},"iteration":0,"output":"rewards","reads":{"rollouts@0":"abc"},'
-        '"shards":[[0,4]],"sources":{"f":"123"},"stage":"score","stage_version":1}'
+        '{"attempt":0,"config":{"score":{"x":1}},"inputs":{"rollouts@0":"abc"},"iteration":0,"output":"rewards",'
+        '"shards":[[0,4]],"stage":"score","stage_version":1,"user_files":{"f":"123"}}'
     )
     assert PLAN.fingerprint(0) == hashlib.sha256(text.encode()).hexdigest()
     assert PLAN.fingerprint(1) != PLAN.fingerprint(0)
@@ -333,7 +333,7 @@ def test_differences_name_what_changed(run: Run) -> None:
     manifest = commit(run)
     assert PLAN.differences(manifest) == []
     assert PLAN.same_as(manifest)
-    changed = replace(PLAN, stage_version=2, config={"score": {"x": 2}}, sources={"f": "124"})
+    changed = replace(PLAN, stage_version=2, config={"score": {"x": 2}}, user_files={"f": "124"})
     assert changed.differences(manifest) == [
         "score.x: 1 -> 2",
         "f: its file changed",
@@ -422,7 +422,7 @@ def test_a_manifest_that_was_edited_is_found(run: Run, key: str) -> None:
         (b'{"stage": ', "is not JSON: Expecting value: line 1 column 11 (char 10)"),
         (b"{\xff", "is not JSON: 'utf-8' codec can't decode byte 0xff in position 1: invalid start byte"),
         (b"[]", "content changed since it was committed (sha256 differs)"),
-        (b'{"schema_version": 1}', "content changed since it was committed (sha256 differs)"),
+        (b'{"schema_version": 2}', "content changed since it was committed (sha256 differs)"),
     ],
 )
 def test_a_manifest_that_is_none(run: Run, content: bytes, message: str) -> None:
@@ -453,11 +453,11 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(run: Run, name: str) -
 
 def test_a_manifest_of_a_newer_version(run: Run) -> None:
     commit(run)
-    path = damaged_manifest(run, lambda data: data.update(schema_version=2, unknown="to us"))
+    path = damaged_manifest(run, lambda data: data.update(schema_version=3, unknown="to us"))
     with pytest.raises(InputError) as caught:
         again(run).manifest("rewards", 0)
     assert caught.value.exit_code == 4
-    assert str(caught.value) == f"{path}: written by a newer grpo (schema 2, this one reads up to 1)"
+    assert str(caught.value) == f"{path}: written by a newer grpo (schema 3, this one reads up to 2)"
 
 
 def flip_a_bit(path: Path) -> str:
@@ -524,21 +524,23 @@ def test_a_policy_of_iteration_i_is_held_by_update_i_minus_1(run: Run) -> None:
     assert [run.id_of(name) for name in references] == ["P", "R", "P1", "O1", None, None]
 
 
-def test_the_probe_of_a_policy_is_held_with_it(run: Run) -> None:
+def test_the_weight_check_of_a_policy_is_held_with_it(run: Run) -> None:
     first = Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0)
-    first.commit(Product({"policy": "P", "reference": "R"}, [first.write_bytes("", "probe.json", b"{}")], {}))
+    first.commit(
+        Product({"policy": "P", "reference": "R"}, [first.write_bytes("", "weight_check.json", b"{}")], {})
+    )
     with pytest.raises(InputError) as caught:
-        run.probe_path(1)
+        run.weight_check_path(1)
     folder = run.path / "iteration=000000" / "update"
     assert str(caught.value) == f"{folder}: missing; run `grpo run` first"
     later = Staging(run, Plan("update", 1, "update", 0, {}, {}), 0)
-    later.commit(Product({"policy": "P1"}, [later.write_bytes("policy", "probe.json", b"[]")], {}))
-    paths = [run.path / "policy" / "probe.json", folder / "policy" / "probe.json"]
-    assert [run.probe_path(iteration) for iteration in (0, 1)] == paths
+    later.commit(Product({"policy": "P1"}, [later.write_bytes("policy", "weight_check.json", b"[]")], {}))
+    paths = [run.path / "policy" / "weight_check.json", folder / "policy" / "weight_check.json"]
+    assert [run.weight_check_path(iteration) for iteration in (0, 1)] == paths
     for iteration, path in enumerate(paths):
         path.write_bytes(b"42")
         with pytest.raises(CorruptError) as corrupt:
-            again(run).probe_path(iteration)
+            again(run).weight_check_path(iteration)
         assert str(corrupt.value).startswith(f"{path}: ")
 
 
@@ -552,7 +554,7 @@ def test_a_checkpoint_id_is_of_weights_configuration_and_tokenizer(tmp_path: Pat
         (folder / name).write_text(name)
     before = checkpoint_id(folder)
     (folder / "README.md").write_text("no part of it")
-    (folder / "probe.json").write_text("nor this")
+    (folder / "weight_check.json").write_text("nor this")
     assert checkpoint_id(folder) == before
     assert checkpoint_id(folder.rename(tmp_path / "moved")) == before
     (tmp_path / "moved" / "config.json").write_text("other")
@@ -637,10 +639,10 @@ def test_an_unknown_run_names_those_that_are_there(run: Run) -> None:
 def commit_update(run: Run, iteration: int) -> None:
     staging = Staging(run, Plan("update", 1, "update", iteration, {}, {}), 0)
     policy = staging.write_bytes("policy", "model.safetensors", b"weights")
-    probe = staging.write_bytes("policy", "probe.json", b"{}")
+    check = staging.write_bytes("policy", "weight_check.json", b"{}")
     optimizer = staging.write_bytes("optimizer", "optimizer.safetensors", b"moments")
     ids = {"policy": id_of([policy]), "optimizer": id_of([optimizer])}
-    staging.commit(Product(ids, [policy, probe, optimizer], {}))
+    staging.commit(Product(ids, [policy, check, optimizer], {}))
 
 
 def keeping(run: Run, keep_last: int | None, keep_every: int | None) -> Run:
@@ -660,7 +662,7 @@ def test_the_newest_checkpoints_and_every_nth_are_kept_and_all_ids_stay(run: Run
     assert [n for n in run.iterations() if run.has_checkpoint(n)] == [2, 5, 6, 7]
     for iteration in (0, 1, 3, 4):
         folder = run.folder("update", iteration)
-        assert tree(folder) == ["manifest.json", "policy/probe.json", "pruned.json", "timings.json"]
+        assert tree(folder) == ["manifest.json", "policy/weight_check.json", "pruned.json", "timings.json"]
         assert run.id_of(f"optimizer@{iteration + 1}") == run.id_of("optimizer@8") is not None
         with pytest.raises(InputError) as caught:
             run.policy_folder(iteration + 1)

@@ -1,7 +1,7 @@
-"""Runs that earlier versions made stay readable; what a newer one made is refused by name.
+"""Runs of this schema stay readable; what an older or a newer one made is refused by name.
 
 data/schema-N holds a small run as the last release with SCHEMA_VERSION N wrote it, its checkpoint pruned.
-Never make one again: a new schema gets a new folder.
+Never make one again: a new schema gets a new folder. Schema 1 had other keys in its manifests.
 """
 
 import json
@@ -18,7 +18,7 @@ DATA = Path(__file__).parents[1] / "data"
 RUN = Path("artifacts/tiny")
 
 
-@pytest.fixture(params=range(1, SCHEMA_VERSION + 1))
+@pytest.fixture(params=range(2, SCHEMA_VERSION + 1))
 def old_run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the run that a schema version has left; the test runs beside it."""
     shutil.copytree(DATA / f"schema-{request.param}", tmp_path, dirs_exist_ok=True)
@@ -43,6 +43,17 @@ def test_a_run_of_every_released_version_is_whole_and_readable(old_run: Path, gr
     for command in ("status", "show"):
         code, _, err = grpo(command, "tiny")
         assert code == 0, err
+
+
+def test_an_older_version_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grpo: Grpo
+) -> None:
+    shutil.copytree(DATA / "schema-1", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = grpo("status", "tiny")
+    assert code == 4
+    assert f"written by an older grpo (schema 1, this one reads {SCHEMA_VERSION})" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_newer_version_is_refused_by_name(old_run: Path, grpo: Grpo) -> None:

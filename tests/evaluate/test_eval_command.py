@@ -1,4 +1,4 @@
-"""`grpo eval`: a policy of a run, or a checkpoint that no run knows."""
+"""`grpo evaluate`: a policy of a run, or a checkpoint that no run knows."""
 
 import json
 import re
@@ -15,18 +15,18 @@ NUMBERS = ("prompts", "samples", "pass_at", "pass_at_low", "pass_at_high", "rewa
 
 def test_a_policy_of_the_run_is_measured_once(measured: Path, grpo: Grpo) -> None:
     before = crash.contents(Path())
-    code, out, err = grpo("eval", "--policy", "1", "--json")
+    code, out, err = grpo("evaluate", "--policy", "1", "--json")
     found = json.loads(out)
     assert (code, err, found["run"], found["policy"]) == (0, "", "tiny", 1)
     assert crash.contents(Path()) == before
     [row] = json.loads(grpo("sql", "select * from evals where iteration = 1", "--json")[1])
     assert {name: found[name] for name in NUMBERS} == {name: row[name] for name in NUMBERS}
-    assert json.loads(grpo("eval", "--json")[1])["policy"] == 2  # the newest
+    assert json.loads(grpo("evaluate", "--json")[1])["policy"] == 2  # the newest
 
 
 def test_a_policy_that_was_not_measured_is_committed_to_the_run(finished: Path, grpo: Grpo) -> None:
     add = ["--set", "evaluate={prompts: {source: prompts.jsonl}, samples_per_prompt: 2, pass_threshold: 3}"]
-    code, out, err = grpo("eval", "--policy", "1", *add)
+    code, out, err = grpo("evaluate", "--policy", "1", *add)
     assert code == 0, err
     lines = [line.strip() for line in out.splitlines() if line.strip(" ─")]
     assert lines[0] == "policy 1 of run tiny: 6 prompts, 2 responses each, temperature 1; pass: code >= 3"
@@ -38,17 +38,17 @@ def test_a_policy_that_was_not_measured_is_committed_to_the_run(finished: Path, 
 
 def test_what_was_measured_otherwise_is_refused_without_force(measured: Path, grpo: Grpo) -> None:
     other = ["--set", "evaluate.samples_per_prompt=2"]
-    code, out, err = grpo("eval", "--policy", "1", *other)
+    code, out, err = grpo("evaluate", "--policy", "1", *other)
     place = RUN / "iteration=000001/evaluation"
-    differs = "differs (evaluate.samples_per_prompt: 3 -> 2); --force makes it again"
-    assert (code, out, err) == (4, "", f"error: {place}: {differs}\n")
-    assert json.loads(grpo("eval", "--policy", "1", "--force", "--json", *other)[1])["samples"] == 8
+    changed = "changed (evaluate.samples_per_prompt: 3 -> 2); --force reruns it"
+    assert (code, out, err) == (4, "", f"error: {place}: {changed}\n")
+    assert json.loads(grpo("evaluate", "--policy", "1", "--force", "--json", *other)[1])["samples"] == 8
 
 
 def test_the_same_policy_as_a_checkpoint_gives_the_same_numbers(measured: Path, grpo: Grpo) -> None:
     before = crash.contents(Path())
     checkpoint = RUN / "iteration=000000/update/policy"
-    code, out, err = grpo("eval", str(checkpoint), "--json", "--out", "responses.parquet")
+    code, out, err = grpo("evaluate", str(checkpoint), "--json", "--out", "responses.parquet")
     assert code == 0, err
     found = json.loads(out)
     [row] = json.loads(grpo("sql", "select * from evals where iteration = 1", "--json")[1])
@@ -64,18 +64,18 @@ def test_the_same_policy_as_a_checkpoint_gives_the_same_numbers(measured: Path, 
 
 
 def test_a_checkpoint_needs_no_run(measured_project: Path, grpo: Grpo) -> None:
-    code, out, err = grpo("eval", "model")
+    code, out, err = grpo("evaluate", "model")
     assert code == 0, err
     assert out.startswith("model: 4 prompts, 3 responses each, temperature 1; pass: code >= 3\n")
     assert not RUN.exists()
-    assert json.loads(grpo("eval", "--json")[1])["policy"] == 0  # and this begins the run
+    assert json.loads(grpo("evaluate", "--json")[1])["policy"] == 0  # and this begins the run
 
 
 def test_a_killed_one_is_gone_on_with(measured_project: Path, grpo: Grpo, tmp_path: Path) -> None:
-    operations = crash.recorded(crash.copy(Path(), tmp_path / "counted"), ["eval", "model"])
+    operations = crash.recorded(crash.copy(Path(), tmp_path / "counted"), ["evaluate", "model"])
     sidecar = "eval_rollouts-00001-"  # of the second shard: written, synced, renamed
     at = min(n for n, made in enumerate(operations, 1) if re.search(f"{sidecar}.*sidecar", made.path))
-    assert crash.in_child(Path(), ["eval", "model"], f"kill:{at + 4}")[0] == -9
+    assert crash.in_child(Path(), ["evaluate", "model"], f"kill:{at + 4}")[0] == -9
     [folder] = Path("artifacts/.eval").iterdir()
     shards = [
         path
@@ -83,7 +83,7 @@ def test_a_killed_one_is_gone_on_with(measured_project: Path, grpo: Grpo, tmp_pa
         if path.with_name(f"{path.name}.sidecar.json").exists()
     ]
     assert shards
-    assert grpo("eval", "model")[0] == 0
+    assert grpo("evaluate", "model")[0] == 0
     assert not folder.exists()
 
 
@@ -91,7 +91,7 @@ def test_a_reward_that_cannot_do_with_the_prompts_is_found_before_they_are_sampl
     measured: Path, grpo: Grpo
 ) -> None:
     Path("reward.py").write_text("def code(prompts, completions, level):\n    return [1.0]\n")
-    code, _, err = grpo("eval", "--force")
+    code, _, err = grpo("evaluate", "--force")
     assert (code, "level" in err, "engine:" in err) == (2, True, False), err
 
 
@@ -106,7 +106,7 @@ def test_a_reward_that_cannot_do_with_the_prompts_is_found_before_they_are_sampl
         (
             ["model", "--policy", "1"],
             2,
-            "eval: a checkpoint is measured from nothing; leave out --policy and --force",
+            "evaluate: a checkpoint is measured from nothing; leave out --policy and --force",
         ),
         (
             ["--policy", "7"],
@@ -124,4 +124,4 @@ def test_a_reward_that_cannot_do_with_the_prompts_is_found_before_they_are_sampl
 )
 def test_mistakes(measured: Path, grpo: Grpo, arguments: list[str], code: int, message: str) -> None:
     expected = f"error: {message.format(folder=measured)}\n"
-    assert grpo("eval", *arguments) == (code, "", expected)
+    assert grpo("evaluate", *arguments) == (code, "", expected)

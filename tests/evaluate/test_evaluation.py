@@ -126,7 +126,7 @@ def test_training_is_the_same_bits_with_and_without(measured: Path, complete: Pa
 def test_greedy(measured: Path, grpo: Grpo) -> None:
     greedy = ["--set", "evaluate.temperature=0", "--set", "evaluate.samples_per_prompt=1"]
     for policy in ("1", "2"):
-        succeed(grpo, "eval", "--policy", policy, "--force", *greedy, "--set", "seed=0")
+        succeed(grpo, "evaluate", "--policy", policy, "--force", *greedy, "--set", "seed=0")
     found = rows(
         grpo, "select temperature, seed, response from eval_rollouts where iteration = 2 order by all"
     )
@@ -159,7 +159,7 @@ def responses(checkpoint: Path) -> list[str]:
 
 
 def test_a_limit_of_its_own_for_longer_responses(measured: Path, grpo: Grpo) -> None:
-    succeed(grpo, "eval", "--force", "--set", "evaluate.max_new_tokens=9")
+    succeed(grpo, "evaluate", "--force", "--set", "evaluate.max_new_tokens=9")
     [row] = rows(grpo, "select max(response_tokens) as longest from eval_rollouts where iteration = 2")
     assert 4 < row["longest"] <= 9
 
@@ -219,7 +219,7 @@ def test_other_prompts_are_for_what_comes_next(measured: Path, grpo: Grpo) -> No
     assert "from the next evaluation: evaluate.prompts: its file changed\n" in err
     assert re.findall(r"^(policy|iteration) +([0-9]+) ", err, re.M) == [("iteration", "2"), ("policy", "3")]
     assert {policy: inodes(policy) for policy in range(3)} == before
-    assert states(grpo) == {0: "differs", 1: "differs", 2: "differs", 3: "done"}
+    assert states(grpo) == {0: "changed", 1: "changed", 2: "changed", 3: "done"}
     found = rows(
         grpo,
         "select iteration, count(*) as n, count(answer) as answers from eval_samples"
@@ -242,11 +242,11 @@ def test_taken_out_of_the_configuration_what_was_measured_stays(measured: Path, 
     off = ["--set", "evaluate=null"]
     err = succeed(grpo, "run", "--set", "iterations=3", *off)
     assert re.findall(r"^policy +([0-9]+) ", err, re.M) == []
-    assert states(grpo, *off) == {0: "differs", 1: "differs", 2: "differs"}
-    assert "policies, 0 to 2: evaluate differs: evaluate: is not configured" in grpo("status", *off)[1]
+    assert states(grpo, *off) == {0: "changed", 1: "changed", 2: "changed"}
+    assert "policies, 0 to 2: evaluate changed: evaluate: is not configured" in grpo("status", *off)[1]
     assert len(rows(grpo, "select * from evals")) == 3
     assert grpo("verify", *off)[0] == 0
-    code, _, err = grpo("eval", *off)
+    code, _, err = grpo("evaluate", *off)
     assert (code, err) == (
         2,
         "error: evaluate: is not configured; say in `evaluate.prompts.source` what to measure with\n",
@@ -290,7 +290,7 @@ def test_from_leaves_the_last_evaluation_where_the_policy_stays(measured: Path, 
     new = ["--set", "evaluate.pass_threshold=1.0", "--set", "generate.temperature=0.9"]
     err = succeed(grpo, "run", "--from", "1", "--yes", *new)
     assert re.findall(r"^policy +([0-9]+) ", err, re.M) == ["1", "2"]
-    assert states(grpo, *new) == {0: "differs", 1: "done", 2: "done"}
+    assert states(grpo, *new) == {0: "changed", 1: "done", 2: "done"}
 
 
 def test_from_leaves_how_a_policy_was_measured_where_its_rollouts_stay(measured: Path, grpo: Grpo) -> None:
@@ -299,7 +299,7 @@ def test_from_leaves_how_a_policy_was_measured_where_its_rollouts_stay(measured:
     err = succeed(grpo, "run", "--from", "1", "--yes", *new)
     assert re.findall(r"^policy +([0-9]+) ", err, re.M) == ["2"]
     assert inodes(1) == before
-    assert states(grpo, *new) == {0: "differs", 1: "differs", 2: "done"}
+    assert states(grpo, *new) == {0: "changed", 1: "changed", 2: "done"}
     assert grpo("verify")[0] == 0
 
 
@@ -333,7 +333,7 @@ def test_checkpoints_are_pruned_and_evaluations_stay(measured: Path, grpo: Grpo)
     assert not (RUN / "iteration=000000/update/policy/model.safetensors").exists()
     assert states(grpo, *keep) == dict.fromkeys(range(5), "done")
     assert grpo("verify")[0] == 0
-    code, _, err = grpo("eval", "--policy", "1", "--force", *keep)
+    code, _, err = grpo("evaluate", "--policy", "1", "--force", *keep)
     assert (code, "policy 1 was pruned" in err) == (4, True), err
     assert len(rows(grpo, "select * from evals")) == 5
     assert succeed(grpo, "gc", *keep) == ""
@@ -349,7 +349,7 @@ def test_killed_anywhere_nothing_is_sampled_twice_and_the_bytes_are_the_same(
     for policy in (0, 1, 2):
         shutil.rmtree(evaluation(policy))
     shutil.rmtree(RUN / "eval_prompts")
-    command = ["eval", "--policy", "1"]
+    command = ["evaluate", "--policy", "1"]
     count = len(crash.recorded(crash.copy(Path(), tmp_path / "counted"), command))
     for number in range(12, count, 17):
         folder = crash.copy(Path(), tmp_path / "killed")
@@ -388,7 +388,7 @@ def test_rewards_that_fail_stop_the_run_and_are_tried_again_alone(measured_proje
     failing("if prompts[0] == '3+2=': open('asked', 'a').write('x')")  # another file: another reward
     drop = ["--set", "score.on_error=drop"]
     assert grpo("run", "--until", "0", *drop)[0] == 0  # differs, and is history
-    assert states(grpo, *drop) == {0: "differs"}
+    assert states(grpo, *drop) == {0: "changed"}
     failing("if prompts[0] == '3+2=': raise ValueError('down')")
     code, _, err = grpo("run", "--until", "1")
     assert (code, message in err) == (8, True)  # nothing is sampled of a policy that is half measured
@@ -438,10 +438,10 @@ def test_a_damaged_evaluation_is_named_and_made_again(measured: Path, grpo: Grpo
     path.write_bytes(content)
     code, out, _ = grpo("verify", "--json", "--discard")
     [damage] = json.loads(out)["damaged"]
-    assert (code, damage["redo"]) == (6, "grpo eval --policy 2")
+    assert (code, damage["redo"]) == (6, "grpo evaluate --policy 2")
     assert damage["found"] == f"{path}: content changed since it was committed (sha256 differs)"
     assert not evaluation(2).exists()
-    succeed(grpo, "eval", "--policy", "2")
+    succeed(grpo, "evaluate", "--policy", "2")
     assert crash.contents(Path()) == before
     assert grpo("verify")[0] == 0
 
@@ -492,7 +492,7 @@ def rewrite(folder: Path, column: str, value: int) -> None:
 
 
 def test_abandoned_work_on_an_evaluation_is_garbage(measured: Path, grpo: Grpo) -> None:
-    command = ["eval", "--policy", "1", "--force", "--set", "evaluate.samples_per_prompt=2"]
+    command = ["evaluate", "--policy", "1", "--force", "--set", "evaluate.samples_per_prompt=2"]
     assert crash.in_child(Path(), command, "kill:14")[0] == -9
     [begun] = (RUN / ".staging/iteration=000001").iterdir()
     found = json.loads(grpo("gc", "--json")[1])["garbage"]

@@ -27,7 +27,7 @@ from grpo.pipeline import prepare, runner  # noqa: F401
 RUN = Path("artifacts/tiny")
 NEW_REWARD = "score.rewards=[{function: 'reward:length'}]"
 EVALUATE = "evaluate={prompts: {source: prompts.jsonl}, samples_per_prompt: 2}"
-ROUNDS = "generate.resample={until_groups_with_signal: 5, max_rounds: 3}"  # the tiny project takes all three
+ROUNDS = "generate.dynamic_sampling={min_groups: 5, max_rounds: 3}"  # the tiny project takes all three
 KEEP_2 = "checkpoints={keep_last: 2, keep_every: null}"
 
 
@@ -53,7 +53,7 @@ SCENARIOS = {
     "from": Scenario([*FROM, "1", "--set", NEW_REWARD], [], ["run", "--set", NEW_REWARD]),
     "score": Scenario(["score", "--iteration", "0-1", "--force"], []),
     "gc": Scenario(["gc", "--set", KEEP_2], [["run", "--until", "3"], [*FROM, "2", "--set", NEW_REWARD]]),
-    "eval": Scenario(["eval", "--policy", "1", "--set", EVALUATE], []),
+    "evaluate": Scenario(["evaluate", "--policy", "1", "--set", EVALUATE], []),
     "fork": Scenario(["fork", "tiny", "other", "--iteration", "1"], []),
     # With a trash that is there already, and a later iteration to move.
     "from 0": Scenario(
@@ -174,7 +174,7 @@ def copy(source: Path, target: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """sha256 of every table, weight, optimiser state and probe that the runs of a project have committed."""
+    """sha256 of every table, weight, optimiser state and weight check that the runs of a project hold."""
     return {plain(name): digest(folder, name) for name in _held(folder / "artifacts")}
 
 
@@ -205,7 +205,7 @@ def _held(root: Path) -> list[str]:
     names = []
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
-        counts = path.suffix in (".parquet", ".safetensors") or path.name == "probe.json"
+        counts = path.suffix in (".parquet", ".safetensors") or path.name == "weight_check.json"
         if counts and not any(part.startswith(".") for part in relative.parts):
             names.append(str(relative))
     return names

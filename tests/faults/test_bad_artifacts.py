@@ -209,7 +209,13 @@ DAMAGED = [
     ),
     Case("a shard: zeroed", part(zero), AGAIN, 6, CHANGED),
     Case("a shard: zeroed; sql", part(zero), READ, 6, "cannot be read as Parquet"),
-    Case("a probe: gone", Path(f"{TINY}/policy/probe.json").unlink, RUN_ON, 6, f"probe.json: {GONE}"),
+    Case(
+        "a weight check: gone",
+        Path(f"{TINY}/policy/weight_check.json").unlink,
+        RUN_ON,
+        6,
+        f"weight_check.json: {GONE}",
+    ),
     # folders and notes
     Case("an iteration: a file", file_for_iteration, RUN_ON, 7, "iteration=000001: File exists"),
     Case("a staged plan: no attempt", staged_plan, RUN_ON, 6, "plan.json: has no attempt of type int"),

@@ -145,7 +145,7 @@ def config(**changes: Any) -> Callable[[], object]:
 
 
 def damaged(name: str, spoil: Callable[[], object], message: str) -> Case:
-    """Weights are read for the policy's probe, which is of the prompts: these stay."""
+    """Weights are read for the policy's weight check, which is of the prompts: these stay."""
     return Case(name, spoil, RUN, 6, message, ("prompts",))
 
 

@@ -47,12 +47,12 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "generate.rollouts_per_shard": (["generate.rollouts_per_shard=8"], ENGINE),
     "generate.max_rows_per_batch": (["generate.max_rows_per_batch=2"], ENGINE),  # rounding
     "generate.prompts_sql": (["generate.prompts_sql=my.sql"], GENERATE),
-    "generate.resample.until_groups_with_signal": (
-        ["generate.resample={until_groups_with_signal: 6, max_rounds: 2}"],
+    "generate.dynamic_sampling.min_groups": (
+        ["generate.dynamic_sampling={min_groups: 6, max_rounds: 2}"],
         GENERATE,
     ),
-    "generate.resample.max_rounds": (
-        ["generate.resample={until_groups_with_signal: 6, max_rounds: 3}"],
+    "generate.dynamic_sampling.max_rounds": (
+        ["generate.dynamic_sampling={min_groups: 6, max_rounds: 3}"],
         GENERATE,
     ),
     "score.rewards.function": (["score.rewards[0].function=reward:length"], SCORE),
@@ -214,4 +214,4 @@ def test_exactly_the_expected_stages_differ(measured: Path, grpo: Grpo, key: str
         differing = {name for name, stage in row["stages"].items() if stage["state"] != "done"}
         assert differing == expected - EVALUATE, row
     for row in json.loads(out)["evaluations"]:
-        assert row["state"] == ("differs" if "evaluate" in expected else "done"), row
+        assert row["state"] == ("changed" if "evaluate" in expected else "done"), row

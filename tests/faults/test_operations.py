@@ -14,7 +14,7 @@ EVERY = 9  # in the short test
 ERRORS = ("ENOSPC", "EIO", "EACCES")
 
 
-@pytest.fixture(params=("run", "next", "from", "score", "eval", "gc", "fork"))
+@pytest.fixture(params=("run", "next", "from", "score", "evaluate", "gc", "fork"))
 def scenario(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

@@ -64,14 +64,14 @@ def test_the_query_sees_earlier_iterations_and_says_what_is_drawn(project: Path,
     found = manifest(2)
     names = ["rollouts", "reward/code", "advantages"]
     past = [f"{name}@{number}" for number in range(2) for name in names]
-    assert list(found["reads"]) == ["prompts", "policy@2", *past]
+    assert list(found["inputs"]) == ["prompts", "policy@2", *past]
     assert (
-        found["reads"]["reward/code@1"]
+        found["inputs"]["reward/code@1"]
         == json.loads(Path("artifacts/tiny/iteration=000001/rewards/manifest.json").read_text())["ids"][
             "reward/code"
         ]
     )
-    assert list(found["sources"]) == ["generate.prompts_sql"]
+    assert list(found["user_files"]) == ["generate.prompts_sql"]
     assert found["summary"]["groups_by_query"] == 3
 
     # Never of this iteration or a later one: iteration 1, made again, draws as before, and all stays fresh.
@@ -92,7 +92,7 @@ def test_the_query_sees_earlier_iterations_and_says_what_is_drawn(project: Path,
     # And so is the text of the query.
     write(Path("next.sql").read_text() + "-- the same")
     code, _, err = grpo("generate", "--iteration", "0", *SETTING)
-    assert (code, "differs (generate.prompts_sql: its file changed)" in err) == (4, True), err
+    assert (code, "changed (generate.prompts_sql: its file changed)" in err) == (4, True), err
 
 
 def test_parameters_and_random_numbers_are_the_same_each_time(project: Path, grpo: Grpo) -> None:

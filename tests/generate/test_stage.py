@@ -100,7 +100,7 @@ def generated(run: Run, wrap: Wrap | None = None, iteration: int = 0) -> Manifes
     attempt = choose_attempt(run, plan, run.manifest("rollouts", iteration), force=False)
     with stage.open_resource(run) as tool:
         if wrap is not None:
-            tool.engine = tool.handover.engine = wrap(tool.engine)
+            tool.engine = tool.weight_sync.engine = wrap(tool.engine)
         return make(run, GENERATE, Staging(run, plan, attempt), tool)
 
 
@@ -137,8 +137,8 @@ class Watched:
         for number, group in enumerate(self.engine.sample(shards, sampling, on_tokens)):
             yield self.spoil(number, group)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        return self.engine.score(sequences)
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        return self.engine.logprobs(sequences)
 
     def release(self) -> None:
         self.engine.release()
@@ -265,7 +265,7 @@ def test_another_iteration_has_other_seeds_and_draws(
     run = opened(tmp_path, checkpoint)
     staging = Staging(run, Plan("update", 1, "update", 0, {}, {}), 0)
     contents = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    contents["probe.json"] = run.probe_path(0).read_bytes()
+    contents["weight_check.json"] = run.weight_check_path(0).read_bytes()
     records = [staging.write_bytes("policy", name, content) for name, content in contents.items()]
     staging.commit(Product({"policy": "p1"}, records, {}))
     manifest = generated(run, iteration=1)
@@ -292,10 +292,10 @@ def test_the_manifest_counts_what_is_there(undisturbed: Run, rollouts: pa.Table)
         "truncated_fraction": reasons.count("length") / 18,
         "rounds": 1,
         "precision": "float32",
-        "probe_difference": manifest.summary["probe_difference"],
+        "weight_check_difference": manifest.summary["weight_check_difference"],
     }
-    assert 0 <= manifest.summary["probe_difference"] <= 1e-5  # nats per token
-    assert manifest.reads == {
+    assert 0 <= manifest.summary["weight_check_difference"] <= 1e-5  # nats per token
+    assert manifest.inputs == {
         "prompts": undisturbed.id_of("prompts"),
         "policy@0": undisturbed.id_of("policy@0"),
     }
@@ -398,9 +398,9 @@ def test_stopped_between_the_last_shard_and_the_manifest(
     manifests = [json.loads(files.pop("manifest.json")) for files in (found, expected)]
     assert found == expected
     # No engine was loaded by the process that wrote the manifest, and so none was compared.
-    assert manifests[0]["summary"].pop("probe_difference") is None
+    assert manifests[0]["summary"].pop("weight_check_difference") is None
     assert manifests[0]["summary"].pop("precision") is None
-    assert manifests[1]["summary"].pop("probe_difference") <= 1e-5
+    assert manifests[1]["summary"].pop("weight_check_difference") <= 1e-5
     assert manifests[1]["summary"].pop("precision") == "float32"
     assert all(manifest.pop("sha256") for manifest in manifests)  # each is that of its own manifest
     assert manifests[0] == manifests[1]
@@ -431,16 +431,16 @@ def test_the_engine_keeps_its_weights_while_the_policy_is_the_same(checkpoint: P
     plan = planned(run, 0)
     with stage.open_resource(run) as tool:
         engine = Watched(tool.engine, lambda _, group: group)
-        tool.engine = tool.handover.engine = engine
+        tool.engine = tool.weight_sync.engine = engine
         first = make(run, GENERATE, Staging(run, plan, 0), tool)
-        # The starting policy, a perturbed copy of it, and the policy: see handover.py.
+        # The starting policy, a perturbed copy of it, and the policy: see weight_sync.py.
         assert engine.num_loads == 3
         again = make(run, GENERATE, Staging(run, plan, 1), tool)
         assert engine.num_loads == 3
         stage.release(tool)
         after_release = make(run, GENERATE, Staging(run, plan, 2), tool)
         assert engine.num_loads == 4
-    differences = [manifest.summary["probe_difference"] for manifest in (first, again, after_release)]
+    differences = [manifest.summary["weight_check_difference"] for manifest in (first, again, after_release)]
     assert 0 <= differences[0] == differences[2] <= 1e-5
     assert differences[1] is None  # nothing was loaded, and so nothing compared
     assert first.ids == again.ids == after_release.ids

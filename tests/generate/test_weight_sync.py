@@ -16,12 +16,12 @@ from transformers import Qwen2ForCausalLM
 from grpo.errors import EngineError
 from grpo.generate.engines.protocol import Engine, Group, Request, Sampling
 from grpo.generate.engines.transformers_engine import TransformersEngine
-from grpo.generate.weight_sync import Handover
+from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import load_model
 from grpo.models.reader import Reader
-from grpo.models.weight_check import Probe, measure, probe_sequences
+from grpo.models.weight_check import WeightCheck, check_sequences, measure
 
-SEQUENCES = probe_sequences([list(b"3+4=7;"), list(b"What is 12 - 5? 7.")], None)
+SEQUENCES = check_sequences([list(b"3+4=7;"), list(b"What is 12 - 5? 7.")], None)
 LARGE, SMALL = 1e-2, 5e-7  # of one optimiser step: AdamW's first moves every weight by the learning rate
 
 
@@ -45,7 +45,7 @@ def stepped(policy: Path, folder: Path, size: float, seed: int = 0) -> Path:
     return folder
 
 
-def probe(policy: Path) -> Probe:
+def check(policy: Path) -> WeightCheck:
     return measure(Reader(load_model(policy, "cpu")), SEQUENCES)
 
 
@@ -83,8 +83,8 @@ class Faulty:
         self.num_loads += 1
         self._load(self.engine, checkpoint, self.num_loads)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        return [logprobs + np.float32(self.shift) for logprobs in self.engine.score(sequences)]
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        return [logprobs + np.float32(self.shift) for logprobs in self.engine.logprobs(sequences)]
 
     def sample(
         self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
@@ -133,17 +133,17 @@ def rounded(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
         parameter.data = parameter.data.bfloat16().float()
 
 
-def handover(load: Load = right, precision: str = "float32") -> tuple[Handover, Faulty]:
+def weight_sync(load: Load = right, precision: str = "float32") -> tuple[WeightSync, Faulty]:
     engine = Faulty(load, precision)
     as_engine: Engine = engine
-    return Handover(as_engine, "cpu", lambda _: None), engine
+    return WeightSync(as_engine, "cpu", lambda _: None), engine
 
 
-def opened(start: Path, load: Load = right, precision: str = "float32") -> tuple[Handover, Faulty]:
+def opened(start: Path, load: Load = right, precision: str = "float32") -> tuple[WeightSync, Faulty]:
     """Opened, and holding the starting policy, as an iteration 0 leaves it: after three loads."""
-    given, engine = handover(load, precision)
-    given.open(start, probe(start), start.parent)
-    given.bring("p0", start, probe(start))
+    given, engine = weight_sync(load, precision)
+    given.open(start, check(start), start.parent)
+    given.bring("p0", start, check(start))
     return given, engine
 
 
@@ -173,7 +173,7 @@ def test_an_engine_that_takes_every_policy_is_within_1e_5(tmp_path: Path, tied: 
     policy = start
     for number, size in enumerate([LARGE, 1e-4, 1e-5, SMALL], 1):
         policy = stepped(policy, tmp_path / f"p{number}", size)
-        difference = given.bring(f"p{number}", policy, probe(policy))
+        difference = given.bring(f"p{number}", policy, check(policy))
         assert difference is not None
         assert 0 <= difference <= 1e-5
     # The starting policy, its perturbed copy, the starting policy again, and four others.
@@ -182,10 +182,10 @@ def test_an_engine_that_takes_every_policy_is_within_1e_5(tmp_path: Path, tied: 
 
 def test_the_policy_that_is_held_is_not_loaded_again(start: Path, later: Path) -> None:
     given, engine = opened(start)
-    assert given.bring("p0", start, probe(start)) is None
+    assert given.bring("p0", start, check(start)) is None
     assert engine.num_loads == 3
-    assert given.bring("p1", later, probe(later)) is not None
-    assert given.bring("p1", later, probe(later)) is None
+    assert given.bring("p1", later, check(later)) is not None
+    assert given.bring("p1", later, check(later)) is None
     assert engine.num_loads == 4
 
 
@@ -194,7 +194,7 @@ def test_after_release_the_same_policy_is_loaded_again_and_may_score_as_before(s
     given, engine = opened(start)
     given.release()
     assert engine.engine._model is None
-    difference = given.bring("p0", start, probe(start))
+    difference = given.bring("p0", start, check(start))
     assert difference is not None
     assert difference <= 1e-5
     assert engine.num_loads == 4
@@ -203,14 +203,14 @@ def test_after_release_the_same_policy_is_loaded_again_and_may_score_as_before(s
 def test_a_policy_may_come_back(start: Path, later: Path) -> None:
     given, _ = opened(start)
     for name, policy in (("p1", later), ("p0", start), ("p1", later)):
-        assert given.bring(name, policy, probe(policy)) is not None
+        assert given.bring(name, policy, check(policy)) is not None
 
 
 def test_small_steps_pass_in_an_engine_that_rounds(start: Path, tmp_path: Path) -> None:
     said: list[str] = []
     engine = Faulty(rounded, "bfloat16")
-    given = Handover(engine, "cpu", said.append)
-    given.open(start, probe(start), start.parent)
+    given = WeightSync(engine, "cpu", said.append)
+    given.open(start, check(start), start.parent)
     assert len(said) == 1
     pattern = (
         r"engine: bfloat16, (\d\.\de-0\d) nats per token from the learner's float32 on the starting policy"
@@ -218,18 +218,18 @@ def test_small_steps_pass_in_an_engine_that_rounds(start: Path, tmp_path: Path) 
     found = re.fullmatch(pattern, said[0])
     assert found
     assert 1e-3 < float(found[1]) < 0.1
-    given.bring("p0", start, probe(start))
+    given.bring("p0", start, check(start))
     policy = start
     for number in range(1, 4):
         policy = stepped(policy, tmp_path / f"p{number}", SMALL, seed=number)
-        difference = given.bring(f"p{number}", policy, probe(policy))
+        difference = given.bring(f"p{number}", policy, check(policy))
         assert difference is not None
         assert difference > 1e-4  # no float32 tolerance would have let it pass
 
 
 def test_float32_says_nothing(start: Path) -> None:
     said: list[str] = []
-    Handover(Faulty(right, "float32"), "cpu", said.append).open(start, probe(start), start.parent)
+    WeightSync(Faulty(right, "float32"), "cpu", said.append).open(start, check(start), start.parent)
     assert said == []
 
 
@@ -239,9 +239,9 @@ def test_float32_says_nothing(start: Path) -> None:
 @pytest.mark.parametrize("load", [right, rounded])
 def test_a_load_that_only_works_once_is_found_when_the_engine_opens(start: Path, load: Load) -> None:
     precision = "float32" if load is right else "bfloat16"
-    given, _ = handover(stale_after(1, load), precision)
+    given, _ = weight_sync(stale_after(1, load), precision)
     with pytest.raises(EngineError, match="the engine does not compute a perturbed copy as the") as caught:
-        given.open(start, probe(start), start.parent)
+        given.open(start, check(start), start.parent)
     assert caught.value.exit_code == 8
     if load is right:
         assert re.fullmatch(too_far("a perturbed copy"), str(caught.value))
@@ -250,27 +250,27 @@ def test_a_load_that_only_works_once_is_found_when_the_engine_opens(start: Path,
 @pytest.mark.parametrize("load", [right, stale_after(1)])
 def test_an_engine_too_far_from_the_learner_to_tell_stale_weights_is_refused(start: Path, load: Load) -> None:
     """The tolerance is 3 x the disagreement: at a shift of 0.5 it would hold what did not move at all."""
-    given, engine = handover(load, "bfloat16")
+    given, engine = weight_sync(load, "bfloat16")
     engine.shift = 0.5
     pattern = (
         r"generate: the engine is 5\.0e-01 nats per token from the learner on the starting policy, and a"
         r" change of every weight by 10% moves it by \d\.\de[+-]\d\d: too far apart to tell stale weights; .*"
     )
     with pytest.raises(EngineError, match=pattern):
-        given.open(start, probe(start), start.parent)
+        given.open(start, check(start), start.parent)
 
 
 def test_a_load_that_only_works_twice_is_found_before_iteration_0_is_sampled(start: Path) -> None:
-    given, _ = handover(stale_after(2))
-    given.open(start, probe(start), start.parent)
+    given, _ = weight_sync(stale_after(2))
+    given.open(start, check(start), start.parent)
     with pytest.raises(EngineError, match=too_far("the policy")):  # it still has the perturbed copy
-        given.bring("p0", start, probe(start))
+        given.bring("p0", start, check(start))
 
 
 def test_a_load_that_stops_working_later_is_found(start: Path, later: Path) -> None:
     given, _ = opened(start, stale_after(3))
     with pytest.raises(EngineError, match=too_far("the policy")) as caught:
-        given.bring("p1", later, probe(later))
+        given.bring("p1", later, check(later))
     assert caught.value.exit_code == 8
 
 
@@ -279,10 +279,10 @@ def test_a_small_step_that_hides_under_the_tolerance_is_found_by_its_bits(
     start: Path, nudged: Path, load: Load, precision: str
 ) -> None:
     # A step of 5e-7 moves a log-prob by 1.4e-5 on average.
-    assert probe(nudged).difference([np.array(row) for row in probe(start).logprobs]) < 3e-5
+    assert check(nudged).difference([np.array(row) for row in check(start).logprobs]) < 3e-5
     given, _ = opened(start, stale_after(3, load), precision)
     with pytest.raises(EngineError) as caught:
-        given.bring("p1", nudged, probe(nudged))
+        given.bring("p1", nudged, check(nudged))
     assert (str(caught.value), caught.value.exit_code) == (very_logprobs(nudged), 8)
 
 
@@ -297,16 +297,16 @@ def test_the_bits_of_the_policy_before_are_remembered_over_a_release(start: Path
     given, _ = opened(start, back_to_the_start)
     given.release()
     with pytest.raises(EngineError) as caught:
-        given.bring("p1", nudged, probe(nudged))
+        given.bring("p1", nudged, check(nudged))
     assert str(caught.value) == very_logprobs(nudged)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_output_head_that_stays_behind_is_found_when_the_engine_opens(tmp_path: Path, tied: bool) -> None:
     start = write_policy(tmp_path / "p0", tied)
-    given, _ = handover(stale_head_after(1))
+    given, _ = weight_sync(stale_head_after(1))
     with pytest.raises(EngineError, match=too_far("a perturbed copy")):
-        given.open(start, probe(start), start.parent)
+        given.open(start, check(start), start.parent)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -315,7 +315,7 @@ def test_an_output_head_that_stays_behind_later_is_found(tmp_path: Path, tied: b
     later = stepped(start, tmp_path / "p1", LARGE)
     given, _ = opened(start, stale_head_after(3))
     with pytest.raises(EngineError, match=too_far("the policy")):
-        given.bring("p1", later, probe(later))
+        given.bring("p1", later, check(later))
 
 
 def test_a_head_that_stays_behind_small_steps_is_found_once_they_add_up(tmp_path: Path) -> None:
@@ -325,22 +325,22 @@ def test_a_head_that_stays_behind_small_steps_is_found_once_they_add_up(tmp_path
     policies = [policy]
     for number in range(1, 10):
         policies.append(stepped(policies[-1], tmp_path / f"p{number}", 2e-5))  # all in one direction
-    difference = given.bring("p1", policies[1], probe(policies[1]))
+    difference = given.bring("p1", policies[1], check(policies[1]))
     assert difference is not None
     assert difference > 1e-5  # more than an engine that is right
     with pytest.raises(EngineError, match=too_far("the policy")):
-        given.bring("p9", policies[9], probe(policies[9]))
+        given.bring("p9", policies[9], check(policies[9]))
 
 
 def test_what_failed_is_loaded_and_checked_again(start: Path, later: Path) -> None:
     given, engine = opened(start)
     engine.shift = 1.0
     with pytest.raises(EngineError):
-        given.bring("p1", later, probe(later))
+        given.bring("p1", later, check(later))
     with pytest.raises(EngineError):
-        given.bring("p1", later, probe(later))
+        given.bring("p1", later, check(later))
     engine.shift = 0.0
-    assert given.bring("p1", later, probe(later)) is not None
+    assert given.bring("p1", later, check(later)) is not None
     assert engine.num_loads == 3 + 3
 
 
@@ -360,41 +360,41 @@ def test_what_failed_is_loaded_and_checked_again(start: Path, later: Path) -> No
 def test_the_tolerance(
     start: Path, later: Path, precision: str, fresh: float, passes: float, fails: float, tolerance: str
 ) -> None:
-    given, engine = handover(precision=precision)
+    given, engine = weight_sync(precision=precision)
     engine.shift = fresh
-    given.open(start, probe(start), start.parent)
+    given.open(start, check(start), start.parent)
     engine.shift = passes
-    difference = given.bring("p1", later, probe(later))
+    difference = given.bring("p1", later, check(later))
     assert difference is not None
     assert abs(difference - abs(passes)) < 1e-5
     given.release()
     engine.shift = fails
     with pytest.raises(EngineError, match=too_far("the policy", precision, tolerance)) as caught:
-        given.bring("p1", later, probe(later))
+        given.bring("p1", later, check(later))
     assert f" {abs(fails):.1e} nats per token apart," in str(caught.value)
 
 
 def test_float32_that_is_not_the_learner_s_model_is_refused_at_once(start: Path) -> None:
-    given, engine = handover()
+    given, engine = weight_sync()
     engine.shift = 2e-4
     with pytest.raises(EngineError, match=too_far("the starting policy")):
-        given.open(start, probe(start), start.parent)
+        given.open(start, check(start), start.parent)
     assert engine.num_loads == 1
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_scores_that_are_no_numbers_are_an_error(start: Path, later: Path, precision: str) -> None:
-    given, engine = handover(precision=precision)
+    given, engine = weight_sync(precision=precision)
     engine.shift = float("nan")
     with pytest.raises(EngineError, match=too_far("the starting policy", precision)):
-        given.open(start, probe(start), start.parent)
+        given.open(start, check(start), start.parent)
     given, engine = opened(start, precision=precision)
     engine.shift = float("nan")
     with pytest.raises(EngineError, match=too_far("the policy", precision)):
-        given.bring("p1", later, probe(later))
+        given.bring("p1", later, check(later))
 
 
-def test_a_probe_of_another_policy_is_refused(start: Path, later: Path) -> None:
+def test_a_weight_check_of_another_policy_is_refused(start: Path, later: Path) -> None:
     given, _ = opened(start)
     with pytest.raises(EngineError, match=too_far("the policy")):
-        given.bring("p1", later, replace(probe(later), logprobs=probe(start).logprobs))
+        given.bring("p1", later, replace(check(later), logprobs=check(start).logprobs))

@@ -236,12 +236,10 @@ def test_a_group_without_a_value_in_one_run_is_left_out_of_the_pairs(finished: P
 
 
 def test_groups_that_one_run_sampled_beyond_are_left_out_of_the_pairs(finished: Path, grpo: Grpo) -> None:
-    more = ("--set", "run=more", "--set", "generate.resample={until_groups_with_signal: 6, max_rounds: 2}")
+    more = ("--set", "run=more", "--set", "generate.dynamic_sampling={min_groups: 6, max_rounds: 2}")
     assert grpo("run", "--until", "1", *more)[0] == 0
     data = json.loads(grpo("compare", "tiny", "more", "--json")[1])
-    assert data["configuration"] == [
-        'generate.resample: null -> {"until_groups_with_signal": 6, "max_rounds": 2}'
-    ]
+    assert data["configuration"] == ['generate.dynamic_sampling: null -> {"min_groups": 6, "max_rounds": 2}']
     assert all(row["paired"] for row in data["last"]["numbers"])
     assert {row["groups_b"] for row in data["last"]["numbers"]} == {3}
     assert data["last"]["numbers"][0]["left_out"] == {"without_value": 0, "in_one_run": 3}
@@ -307,7 +305,7 @@ def test_runs_that_do_not_differ(finished: Path, grpo: Grpo) -> None:
     code, out, err = grpo("compare", "tiny", "same")
     assert (code, err) == (0, "")
     assert "no difference in the 2 iterations that both have" in out
-    assert "configured otherwise (A -> B)\n  nothing\n" in out
+    assert "configured differently (A -> B)\n  nothing\n" in out
     assert "no means: rollouts, rewards and advantages of these iterations are the same in both\n" in out
     assert json.loads(grpo("compare", "tiny", "same", "--json")[1])["last"] is None
 
@@ -339,7 +337,7 @@ def test_runs_that_do_not_differ(finished: Path, grpo: Grpo) -> None:
         (
             ["code", "code"],
             2,
-            "code code: a thing differs in nothing from itself; give two rewards or two runs",
+            "code code: cannot compare a thing with itself; give two rewards or two runs",
         ),
         (
             ["code", "length", "--run", "none"],

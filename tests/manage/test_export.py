@@ -120,10 +120,11 @@ def test_an_exported_policy_starts_another_run(finished: Path, grpo: Grpo) -> No
     code, _, err = grpo("run", "--until", "1", "--set", "run=second", "--set", "model=./mine")
     assert code == 0, err
     first, second = (
-        json.loads((ARTIFACTS / run / "policy" / "probe.json").read_text()) for run in ("tiny", "second")
+        json.loads((ARTIFACTS / run / "policy" / "weight_check.json").read_text())
+        for run in ("tiny", "second")
     )
     assert first["sequences"] == second["sequences"]
-    last = json.loads((UPDATE / "policy" / "probe.json").read_text())
+    last = json.loads((UPDATE / "policy" / "weight_check.json").read_text())
     assert second["logprobs"] == last["logprobs"]  # it computes what the other run's last policy did
 
 

@@ -82,7 +82,7 @@ def test_a_checkpoint_that_is_no_longer_kept_goes(finished: Path, grpo: Grpo) ->
     for number in range(5):
         weights = RUN / f"iteration={number:06d}/update/policy/model.safetensors"
         assert weights.exists() == (number not in (0, 2))
-        assert (weights.parent / "probe.json").exists()
+        assert (weights.parent / "weight_check.json").exists()
     assert grpo("verify")[0] == 0
     assert json.loads(grpo("verify", "--json")[1])["pruned"] > 0
 

@@ -1,4 +1,4 @@
-"""Worked streams, a plain restatement of the log-probs in float64, and the probes of real runs."""
+"""Worked streams, a plain restatement of the log-probs in float64, and the checks of real runs."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from grpo.artifacts import checkpoint_id
 from grpo.errors import CorruptError
 from grpo.models.loading import load_model
 from grpo.models.reader import Reader
-from grpo.models.weight_check import Probe, measure, probe_sequences, read_probe, write_perturbed
+from grpo.models.weight_check import WeightCheck, check_sequences, measure, read_weight_check, write_perturbed
 
 ARTIFACTS = Path("artifacts/tiny")
 
@@ -30,7 +30,7 @@ def policy_of(iteration: int) -> Path:
 
 def test_the_stream_begins_again_where_it_ends() -> None:
     # 8 sequences of 64 tokens from a stream of 5: token n of all is prompt token n mod 5.
-    sequences = probe_sequences([[7, 8], [], [9, 5, 6]], None)
+    sequences = check_sequences([[7, 8], [], [9, 5, 6]], None)
     assert [len(sequence) for sequence in sequences] == [64] * 8
     assert sequences[0][:12] == [7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7, 8]
     assert sequences[1][:3] == [6, 7, 8]  # 64 mod 5 is 4
@@ -40,7 +40,7 @@ def test_the_stream_begins_again_where_it_ends() -> None:
 
 def test_a_long_stream_is_cut() -> None:
     prompts = [np.arange(start, start + 100, dtype=np.int32) for start in range(0, 1000, 100)]
-    sequences = probe_sequences(prompts, 4096)  # type: ignore[arg-type]
+    sequences = check_sequences(prompts, 4096)  # type: ignore[arg-type]
     assert [sequence[0] for sequence in sequences] == [0, 64, 128, 192, 256, 320, 384, 448]
     assert sequences[7][-1] == 511
     assert json.loads(json.dumps(sequences)) == sequences  # no numpy numbers are left
@@ -48,7 +48,7 @@ def test_a_long_stream_is_cut() -> None:
 
 @pytest.mark.parametrize(("context", "length"), [(None, 64), (1000, 64), (65, 64), (64, 63), (4, 3)])
 def test_a_sequence_leaves_a_position_of_the_context(context: int | None, length: int) -> None:
-    sequences = probe_sequences([[1, 2, 3]], context)
+    sequences = check_sequences([[1, 2, 3]], context)
     assert [len(sequence) for sequence in sequences] == [length] * 8
     assert sequences[1][0] == [1, 2, 3][length % 3]
 
@@ -69,9 +69,9 @@ def plain_logprobs(model: Any, sequence: list[int]) -> list[float]:
 def test_measure_equals_a_plain_restatement(starter_model: Path) -> None:
     sequences = [list(b"12+34=46"), list(b"99-99=0;")]
     model = load_model(starter_model, "cpu")
-    probe = measure(Reader(model), sequences)
+    check = measure(Reader(model), sequences)
     exact = load_model(starter_model, "cpu").double()
-    for sequence, logprobs in zip(sequences, probe.logprobs, strict=True):
+    for sequence, logprobs in zip(sequences, check.logprobs, strict=True):
         assert len(logprobs) == len(sequence) - 1
         assert np.abs(np.array(logprobs) - plain_logprobs(exact, sequence)).max() <= 1e-5
 
@@ -81,8 +81,8 @@ def test_measure_leaves_a_model_in_training_as_it_is(tiny_model: Path) -> None:
     model(torch.tensor([[50, 43, 49]])).logits.sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     before = [gradient.clone() for gradient in gradients if gradient is not None]
-    probe = measure(Reader(model), [[50, 43, 49]])
-    assert probe == measure(Reader(load_model(tiny_model, "cpu")), [[50, 43, 49]])
+    check = measure(Reader(model), [[50, 43, 49]])
+    assert check == measure(Reader(load_model(tiny_model, "cpu")), [[50, 43, 49]])
     after = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert len(before) == len(after) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -90,30 +90,30 @@ def test_measure_leaves_a_model_in_training_as_it_is(tiny_model: Path) -> None:
 
 
 def test_the_difference_is_the_mean_over_all_tokens() -> None:
-    probe = Probe([[1, 2, 3, 4], [5, 6]], [[-1.0, -2.0, -3.0], [-4.0]])
+    check = WeightCheck([[1, 2, 3, 4], [5, 6]], [[-1.0, -2.0, -3.0], [-4.0]])
     other = [np.array([-1.5, -2.0, -2.0], np.float32), np.array([-4.25], np.float32)]
     # (0.5 + 0 + 1 + 0.25) / 4; each row's mean and then the rows' would be (0.5 + 0.25) / 2 = 0.375.
-    assert probe.difference(other) == 0.4375
-    assert math.isnan(probe.difference([other[0], np.array([np.nan])]))
+    assert check.difference(other) == 0.4375
+    assert math.isnan(check.difference([other[0], np.array([np.nan])]))
 
 
 # On disk
 
 
-def test_a_probe_comes_back_with_the_same_bits(starter_model: Path, tmp_path: Path) -> None:
-    probe = measure(Reader(load_model(starter_model, "cpu")), probe_sequences([list(b"3+4=")], 64))
-    path = tmp_path / "probe.json"
-    path.write_bytes(probe.encode())
-    found = read_probe(path)
-    assert found == probe
-    bits = [np.array(one.logprobs, np.float32).tobytes() for one in (found, probe)]
+def test_a_weight_check_comes_back_with_the_same_bits(starter_model: Path, tmp_path: Path) -> None:
+    check = measure(Reader(load_model(starter_model, "cpu")), check_sequences([list(b"3+4=")], 64))
+    path = tmp_path / "weight_check.json"
+    path.write_bytes(check.encode())
+    found = read_weight_check(path)
+    assert found == check
+    bits = [np.array(one.logprobs, np.float32).tobytes() for one in (found, check)]
     assert bits[0] == bits[1]
-    assert found.encode() == probe.encode()
+    assert found.encode() == check.encode()
 
 
-def test_a_probe_with_what_is_no_number_is_never_written() -> None:
+def test_a_weight_check_with_what_is_no_number_is_never_written() -> None:
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
-        Probe([[1, 2]], [[float("nan")]]).encode()
+        WeightCheck([[1, 2]], [[float("nan")]]).encode()
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def test_a_probe_with_what_is_no_number_is_never_written() -> None:
         (b'{"sequences": []}', "has no logprobs of type list"),
     ],
 )
-def test_what_is_no_probe_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "probe.json"
+def test_what_is_no_weight_check_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "weight_check.json"
     path.write_bytes(content)
     with pytest.raises(CorruptError) as caught:
-        read_probe(path)
+        read_weight_check(path)
     assert (str(caught.value), caught.value.exit_code) == (f"{path}: {message}", 6)
 
 
@@ -157,9 +157,9 @@ def test_every_weight_of_a_perturbed_copy_differs_and_moves_the_log_probs(
         assert not torch.equal(after[key], tensor), key
         # Noise of 0.1 of each weight: none of it is beyond 6 standard deviations.
         assert float((after[key] / tensor - 1).nan_to_num().abs().max()) < 0.6
-    sequences = probe_sequences([list(b"3+4=7;"), list(b"12-5=7;")], 64)
-    probes = [measure(Reader(load_model(folder, "cpu")), sequences) for folder in (original, copies[0])]
-    moved = probes[0].difference([np.array(row) for row in probes[1].logprobs])
+    sequences = check_sequences([list(b"3+4=7;"), list(b"12-5=7;")], 64)
+    checks = [measure(Reader(load_model(folder, "cpu")), sequences) for folder in (original, copies[0])]
+    moved = checks[0].difference([np.array(row) for row in checks[1].logprobs])
     assert moved > 0.01  # a hundred times the tolerance in float32
 
 
@@ -208,34 +208,34 @@ def test_a_policy_whose_log_probs_overflow_is_refused_by_its_name(project: Path,
     )
 
 
-# The probes of a run
+# The checks of a run
 
 
-def test_the_probe_of_each_policy_is_what_its_files_give(finished: Path) -> None:
+def test_the_weight_check_of_each_policy_is_what_its_files_give(finished: Path) -> None:
     folders = [(ARTIFACTS / "policy", Path("model")), *((policy_of(i), policy_of(i)) for i in (0, 1))]
-    probes = [read_probe(where / "probe.json") for where, _ in folders]
-    for probe, (_, checkpoint) in zip(probes, folders, strict=True):
-        assert measure(Reader(load_model(checkpoint, "cpu")), probe.sequences) == probe  # to the last bit
+    checks = [read_weight_check(where / "weight_check.json") for where, _ in folders]
+    for check, (_, checkpoint) in zip(checks, folders, strict=True):
+        assert measure(Reader(load_model(checkpoint, "cpu")), check.sequences) == check  # to the last bit
     # 6 prompts of 4 bytes, `0+1=` and on, in a context of 64: 8 sequences of 63 tokens of the stream of 24.
     stream = list(b"0+1=1+1=2+1=3+1=4+1=5+1=") * 21
-    assert probes[0].sequences == [stream[63 * n : 63 * n + 63] for n in range(8)]
-    assert probes[0].sequences == probes[1].sequences == probes[2].sequences
-    logprobs = [probe.logprobs for probe in probes]
+    assert checks[0].sequences == [stream[63 * n : 63 * n + 63] for n in range(8)]
+    assert checks[0].sequences == checks[1].sequences == checks[2].sequences
+    logprobs = [check.logprobs for check in checks]
     assert logprobs[0] != logprobs[1] != logprobs[2] != logprobs[0]
 
 
-def test_the_id_of_a_policy_does_not_depend_on_its_probe(finished: Path, tmp_path: Path) -> None:
+def test_the_id_of_a_policy_does_not_depend_on_its_weight_check(finished: Path, tmp_path: Path) -> None:
     manifest = json.loads((policy_of(0).parent / "manifest.json").read_bytes())
     without = tmp_path / "without"
-    shutil.copytree(policy_of(0), without, ignore=shutil.ignore_patterns("probe.json"))
+    shutil.copytree(policy_of(0), without, ignore=shutil.ignore_patterns("weight_check.json"))
     assert manifest["ids"]["policy"] == checkpoint_id(policy_of(0)) == checkpoint_id(without)
     first = json.loads((ARTIFACTS / "policy" / "manifest.json").read_bytes())
     assert first["ids"]["policy"] == checkpoint_id(Path("model"))
 
 
 @pytest.mark.parametrize("iteration", [0, 1])
-def test_a_probe_that_was_tampered_with_is_found(finished: Path, grpo: Grpo, iteration: int) -> None:
-    path = (ARTIFACTS / "policy" if iteration == 0 else policy_of(iteration - 1)) / "probe.json"
+def test_a_weight_check_that_was_tampered_with_is_found(finished: Path, grpo: Grpo, iteration: int) -> None:
+    path = (ARTIFACTS / "policy" if iteration == 0 else policy_of(iteration - 1)) / "weight_check.json"
     text = path.read_text()
     path.write_text(text.replace("-5", "-4", 1))
     assert len(path.read_text()) == len(text)

@@ -13,7 +13,7 @@ from grpo.generate.engines.protocol import group_seed
 
 RUN = Path("artifacts/tiny")
 WANTED, MAX_ROUNDS = 5, 3
-RESAMPLE = f"generate.resample={{until_groups_with_signal: {WANTED}, max_rounds: {MAX_ROUNDS}}}"
+RESAMPLE = f"generate.dynamic_sampling={{min_groups: {WANTED}, max_rounds: {MAX_ROUNDS}}}"
 SETTING = ("--set", RESAMPLE)
 STAGES = ("generate", "score", "advantage", "update")
 ONE = ("--until", "1", *SETTING)
@@ -113,7 +113,8 @@ def test_stage_commands_go_round_by_round_and_end_as_a_run_does(
         "update": "missing",
     }
     code, _, err = grpo("advantage", "--iteration", "0", *SETTING)
-    way = "`grpo generate --iteration 0` samples another round, `generate.resample: null` goes on with these"
+    way = "`grpo generate --iteration 0` samples another round, `generate.dynamic_sampling: null` continues"
+    way += " with these"
     assert (code, err) == (4, f"error: {RUN}/iteration=000000/rollouts: {lacks}; {way}\n")
     do(grpo, "generate", *SETTING)
     assert states(grpo)["generate"] == "done"
@@ -138,11 +139,14 @@ def test_a_run_goes_on_from_between_the_rounds(rounds: Path, project: Path, grpo
 
 
 def test_after_the_last_round_training_goes_on_and_it_is_said(project: Path, grpo: Grpo) -> None:
-    few = "generate.resample={until_groups_with_signal: 6, max_rounds: 2}"  # all six would need signal
+    few = "generate.dynamic_sampling={min_groups: 6, max_rounds: 2}"  # all six would need signal
     err = do(grpo, "run", "--until", "1", "--set", few)
     signal = manifest("rewards")["summary"]["groups_with_signal"]
     assert signal < 6
-    assert f"score 0: {signal} of 6 groups with signal after 2 rounds (generate.resample.max_rounds)" in err
+    assert (
+        f"score 0: {signal} of 6 groups with signal after 2 rounds (generate.dynamic_sampling.max_rounds)"
+        in err
+    )
     assert manifest("rollouts")["summary"]["rounds"] == 2
     found = json.loads(grpo("status", "--json", "--set", few)[1])["iterations"][0]["stages"]
     assert {stage["state"] for stage in found.values()} == {"done"}
@@ -171,11 +175,11 @@ def test_rollouts_that_were_lost_are_made_again_with_all_rounds(rounds: Path, gr
 
 
 def test_a_finished_iteration_is_history_whatever_is_configured_later(rounds: Path, grpo: Grpo) -> None:
-    more = "generate.resample={until_groups_with_signal: 9, max_rounds: 4}"
-    for setting in (more, "generate.resample=null"):
+    more = "generate.dynamic_sampling={min_groups: 9, max_rounds: 4}"
+    for setting in (more, "generate.dynamic_sampling=null"):
         _, out, _ = grpo("status", "--json", "--set", setting)
         found = json.loads(out)["iterations"][0]["stages"]
-        assert [found[name]["state"] for name in STAGES] == ["differs", "done", "done", "done"]
+        assert [found[name]["state"] for name in STAGES] == ["changed", "done", "done", "done"]
         assert "nothing to do" in do(grpo, "run", "--until", "1", "--set", setting)
 
 
@@ -185,11 +189,14 @@ def test_between_rounds_nothing_is_mixed_with_another_configuration(project: Pat
     code, _, err = grpo("run", *ONE, "--set", "generate.temperature=0.5")
     assert code == 4
     assert "generate of iteration 0 is partial" in err
-    assert "and differs (generate.temperature: 1.0 -> 0.5); put that back, or `grpo run --from 0`" in err
-    more = "generate.resample={until_groups_with_signal: 6, max_rounds: 3}"
+    assert (
+        "and changed (generate.temperature: 1.0 -> 0.5); put that back, or rerun it with `grpo run --from 0`"
+        in err
+    )
+    more = "generate.dynamic_sampling={min_groups: 6, max_rounds: 3}"
     code, _, err = grpo("run", "--until", "1", "--set", more)
-    assert (code, "generate.resample.until_groups_with_signal: 5 -> 6" in err) == (4, True), err
-    do(grpo, "run", "--until", "1", "--set", "generate.resample=null")  # goes on with what is there
+    assert (code, "generate.dynamic_sampling.min_groups: 5 -> 6" in err) == (4, True), err
+    do(grpo, "run", "--until", "1", "--set", "generate.dynamic_sampling=null")  # goes on with what is there
     assert manifest("rollouts")["summary"]["rounds"] == 1
     assert manifest("update")["rows"] > 0
     assert "nothing to do" in do(grpo, "run", *ONE)  # and that is history
@@ -209,9 +216,9 @@ def test_a_fork_begins_between_the_rounds(rounds: Path, project: Path, grpo: Grp
 
 
 def test_more_groups_than_there_can_be_are_refused(project: Path, grpo: Grpo) -> None:
-    code, _, err = grpo("run", "--set", "generate.resample={until_groups_with_signal: 7, max_rounds: 2}")
+    code, _, err = grpo("run", "--set", "generate.dynamic_sampling={min_groups: 7, max_rounds: 2}")
     assert code == 2
     assert err == (
-        "error: pipeline.yaml with --set: generate: resample.until_groups_with_signal: 7 are more than the 3"
+        "error: pipeline.yaml with --set: generate: dynamic_sampling.min_groups: 7 are more than the 3"
         " groups of prompts_per_iteration times max_rounds 2; lower it, or raise those\n"
     )

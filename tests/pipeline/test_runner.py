@@ -89,8 +89,8 @@ def test_a_run_makes_what_the_design_says(finished: Path, grpo: Grpo) -> None:
     tables = sorted(path.name.partition("-")[0] for path in update.glob("*.parquet"))
     assert tables == ["logprobs", "updates"]
     assert (update / "policy" / "model.safetensors").exists()
-    assert manifest(0, "update")["ids"]["policy"] == manifest(1, "rollouts")["reads"]["policy@1"]
-    assert manifest(0, "update")["ids"]["optimizer"] == manifest(1, "update")["reads"]["optimizer@1"]
+    assert manifest(0, "update")["ids"]["policy"] == manifest(1, "rollouts")["inputs"]["policy@1"]
+    assert manifest(0, "update")["ids"]["optimizer"] == manifest(1, "update")["inputs"]["optimizer@1"]
     assert not list(ARTIFACTS.glob(".staging/**/*.json"))
 
 
@@ -132,7 +132,7 @@ def test_run_twice_does_nothing(finished: Path, grpo: Grpo) -> None:
     before = digests()
     assert grpo("run") == (0, "", "run tiny: 2 iterations are complete; nothing to do\n")
     assert grpo("score", "--iteration", "0") == (0, "", "score 0: nothing to do, it is complete\n")
-    assert grpo("score") == (0, "", "score: nothing to do; --iteration N and --force do it again\n")
+    assert grpo("score") == (0, "", "score: nothing to do; rerun it with --iteration N --force\n")
     assert digests() == before
 
 
@@ -160,10 +160,10 @@ def test_another_reward_differs_and_is_refused_without_force(finished: Path, grp
     before = digests()
     why = 'score.rewards.code.function: "reward:code" -> "reward:length"'
     named = "score.rewards=[{function: 'reward:length', name: code}]"
-    assert states(grpo, "--set", named) == [["done", "differs", "done", "done"]] * 2
+    assert states(grpo, "--set", named) == [["done", "changed", "done", "done"]] * 2
     assert reasons(grpo, "--set", named) == {"score 0": why, "score 1": why}
     folder = ARTIFACTS / "iteration=000000" / "rewards"
-    message = f"error: {folder}: differs ({why}); --force makes it again\n"
+    message = f"error: {folder}: changed ({why}); --force reruns it\n"
     assert grpo("score", "--iteration", "0", "--set", named) == (4, "", message)
     assert digests() == before
 
@@ -185,8 +185,8 @@ def test_a_forced_score_makes_what_follows_stale_and_from_does_it_again(finished
         "update 1": "policy@1 is stale",
     }
     message = (
-        "error: run tiny: advantage of iteration 0 is stale (reward/code@0 is gone); `grpo run --from 0` does"
-        " it and all that follows again, `grpo advantage --iteration 0` it alone\n"
+        "error: run tiny: advantage of iteration 0 is stale (reward/code@0 is gone); `grpo run --from 0`"
+        " reruns it and everything after; `grpo advantage --iteration 0` reruns it alone\n"
     )
     assert grpo("run") == (4, "", message)
     code, _, err = grpo("run", "--from", "0", "--yes")
@@ -286,7 +286,7 @@ def test_an_edited_key_is_named_and_changes_only_what_comes_next(finished: Path,
     query = "select iteration, learning_rate from updates order by all"
     rates = [row["learning_rate"] for row in json.loads(grpo("sql", query, "--json")[1])]
     assert rates == [0.01, 0.01, 0.02]
-    assert states(grpo) == [["done", "done", "done", "differs"]] * 2 + [["done"] * 4]
+    assert states(grpo) == [["done", "done", "done", "changed"]] * 2 + [["done"] * 4]
     assert reasons(grpo)["update 0"] == "update.learning_rate: 0.01 -> 0.02"
     assert grpo("run")[2] == "run tiny: 3 iterations are complete; nothing to do\n"
 
@@ -401,7 +401,7 @@ def test_a_repaired_function_is_another_function_and_scores_everything(
     after = manifest(0, "rewards")
     assert after["summary"]["statuses"] == {"ok": 6}
     # Values that the old source gave must not be mixed with those of the new one.
-    assert after["sources"] != before["sources"]
+    assert after["user_files"] != before["user_files"]
     assert {f["unit"] for f in after["files"]}.isdisjoint(f["unit"] for f in before["files"])
     assert states(grpo) == DONE
     weights = "iteration=000001/update/policy/model.safetensors"
@@ -442,8 +442,8 @@ LORA = "update.lora={rank: 2, alpha: 4}"
         (
             ["update.lora={rank: 2, alpha: 4, targets: [q]}"],
             2,
-            "update.lora.targets: 'q' is no linear module that can take an adapter; of this model these can:"
-            " down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+            "update.lora.targets: 'q' is not a linear module that can take an adapter; of this model these"
+            " can: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         ),
         (
             ["update.schedule=linear", "iterations=1"],
@@ -498,13 +498,13 @@ def test_from_asks_before_it_moves_anything(
     finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["run", "--from", "0", "--set", "update.learning_rate=0.02"]
-    text = "of iteration 0 update and all of iteration 1 will be done again"
+    text = "of iteration 0 update and all of iteration 1 will be rerun"
     before = digests(Path("artifacts"))
     code, out, err = grpo(*command)
     assert (code, out, err) == (
         2,
         "",
-        f"error: --from 0: {text}; what is there goes to .trash; give --yes too\n",
+        f"error: --from 0: {text}; what exists goes to .trash; give --yes too\n",
     )
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda: "n")
@@ -658,7 +658,7 @@ def test_a_stale_engine_stops_a_stage_command_too(
 
 def test_the_built_in_engine_and_the_learner_agree_to_1e_5(finished: Path, grpo: Grpo) -> None:
     for iteration in (0, 1):
-        assert 0 <= manifest(iteration, "rollouts")["summary"]["probe_difference"] <= 1e-5
+        assert 0 <= manifest(iteration, "rollouts")["summary"]["weight_check_difference"] <= 1e-5
     query = "select mismatch_mean, mismatch_max, ratio_mean, ratio_max from updates where step = 0"
     rows = json.loads(grpo("sql", query, "--json")[1])
     assert len(rows) == 2
@@ -668,16 +668,16 @@ def test_the_built_in_engine_and_the_learner_agree_to_1e_5(finished: Path, grpo:
         assert abs(row["ratio_max"] - 1) <= 1e-3
 
 
-def test_a_learning_rate_of_0_leaves_policy_and_probe_as_they_are(project: Path, grpo: Grpo) -> None:
+def test_a_learning_rate_of_0_leaves_policy_and_weight_check_as_they_are(project: Path, grpo: Grpo) -> None:
     code, _, err = grpo("run", "--set", "update.learning_rate=0")
     assert code == 0, err
     ids = [manifest(iteration, "update")["ids"]["policy"] for iteration in (0, 1)]
-    probes = [
-        (ARTIFACTS / folder / "probe.json").read_bytes()
+    checks = [
+        (ARTIFACTS / folder / "weight_check.json").read_bytes()
         for folder in ("policy", "iteration=000000/update/policy", "iteration=000001/update/policy")
     ]
     assert ids[0] == ids[1]
-    assert probes[0] == probes[1] == probes[2]
+    assert checks[0] == checks[1] == checks[2]
     query = "select mismatch_mean, ratio_max from updates order by iteration"
     for row in json.loads(grpo("sql", query, "--json")[1]):
         assert row["mismatch_mean"] <= 1e-5

@@ -31,7 +31,7 @@ def commit_table(
 def make_run(root: Path, config: Config, policy: Path, reference: Path) -> Run:
     run = Run(root, config, root, Console(quiet=True))
     staging = Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0)
-    sequences = weight_check.probe_sequences([range(10)], context=None)
+    sequences = weight_check.check_sequences([range(10)], context=None)
     record = staging.write_bytes(
         "", weight_check.FILE, weight_check.measure(Reader(load_model(policy, "cpu")), sequences).encode()
     )

@@ -137,9 +137,9 @@ def test_the_plan_reads_what_is_replayed_and_no_more(tmp_path: Path, untied: Pat
     parts = [sampled(untied, iteration, 0.1) for iteration in range(3)]
     run = after(tmp_path, configuration(**SETTINGS), untied, other, parts)
     assert [list(iterations_of(run, iteration)) for iteration in range(3)] == [[0], [0, 1], [1, 2]]
-    tables = [reference for reference in planned(run, 2).reads if "s@" in reference]
+    tables = [reference for reference in planned(run, 2).inputs if "s@" in reference]
     assert tables == ["rollouts@1", "advantages@1", "rollouts@2", "advantages@2"]
-    assert planned(run, 2).reads["rollouts@1"] == run.id_of("rollouts@1")
+    assert planned(run, 2).inputs["rollouts@1"] == run.id_of("rollouts@1")
     kept = read_kept(run, 2)
     assert kept.keys.tolist() == joined(parts[1:]).keys.tolist()
     np.testing.assert_array_equal(kept.old_logprobs[0], parts[1].old_logprobs[0])

@@ -2,9 +2,9 @@
 -- Formulas: docs/math.md. Every aggregate is ordered, so the result is the
 -- same to the last bit for any number of threads and any layout of files.
 -- A group of one is not kept; a group of equal rewards gets exactly 0.
-with judged_in as (
+with scored_in as (
     select *
-    from judged
+    from scored
     where group_id between $first_group and $last_group
 ),
 
@@ -16,7 +16,7 @@ group_statistics as (
         max(reward) = min(reward) as constant,
         avg(reward order by sample_id) as mean,
         stddev_samp(reward order by sample_id) as deviation,
-    from judged_in
+    from scored_in
     where scored
     group by iteration, group_id
 ),
@@ -24,7 +24,7 @@ group_statistics as (
 -- Rounding must not turn a constant group into noise divided by epsilon.
 measured as (
     select
-        judged_in.*,
+        scored_in.*,
         coalesce(group_size, 0) as group_size,
         constant,
         mean as group_mean,
@@ -44,7 +44,7 @@ measured as (
             when $drop_zero_variance and constant then 'zero_variance'
             when $truncated = 'drop' and truncated then 'truncated'
         end as reason,
-    from judged_in
+    from scored_in
     left join group_statistics using (iteration, group_id)
 ),
 

@@ -2,7 +2,7 @@
 -- group has at least two, before any are dropped; for scale: batch.
 with compared as (
     select group_id
-    from judged
+    from scored
     where scored
     group by group_id
     having count(*) >= 2
@@ -11,7 +11,7 @@ with compared as (
 final as (
     select
         stddev_samp(reward order by group_id, sample_id) as batch_deviation,
-    from judged
+    from scored
     where scored and group_id in (select group_id from compared)
 )
 

@@ -1,6 +1,6 @@
 """advantage: rollouts + rewards -> advantages.
 
-SQL over the tables of the iteration: judged.sql, then advantage.sql. All selection happens here: update
+SQL over the tables of the iteration: scored.sql, then advantage.sql. All selection happens here: update
 trains on exactly the rows with keep = true.
 """
 
@@ -16,7 +16,7 @@ from grpo.advantage.plan import NAME, OUTPUT
 from grpo.artifacts import Manifest, Product, Run, Staging, id_of
 from grpo.config.named_files import named_text
 from grpo.errors import DataError, UsageError
-from grpo.sql.scored import create_judged
+from grpo.sql.scored import create_scored
 
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
@@ -65,7 +65,7 @@ def check(run: Run, until: int, resources: object) -> None:
     if config.sql is None and config.where is None:
         return
     with sql.connect([run], outputs=()) as connection:
-        create_judged(connection, [reward.weight for reward in run.config.score.rewards])
+        create_scored(connection, [reward.weight for reward in run.config.score.rewards])
         if config.sql is not None:
             text = named_text(run.imports, "advantage.sql", config.sql)
             _check_columns(sql.user_columns(connection, "advantage.sql", text), config.sql)
@@ -77,7 +77,7 @@ def _advantages(run: Run, iteration: int) -> Iterator[pa.Table]:
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
     with sql.connect([run], iteration, ("rollouts", "rewards")) as connection:
-        create_judged(connection, _reward_weights(run, iteration).values())
+        create_scored(connection, _reward_weights(run, iteration).values())
         parameters: dict[str, Any] = {
             "scale": config.scale,
             "epsilon": config.epsilon,

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from grpo.config import differing_keys
 from grpo.errors import CorruptError, InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: inputs and user_files
 MANIFEST = "manifest.json"
 
 FileName = Annotated[
@@ -57,11 +57,11 @@ class Manifest(BaseModel):
     fingerprint: str
     ids: dict[str, str]
     """Name of each thing the output holds -> id (a digest of its content)."""
-    reads: dict[str, str]
+    inputs: dict[str, str]
     """Reference of each thing the stage read, such as rollouts@3 -> its id then."""
     config: dict[str, Any]
     """The part of the configuration the stage depends on."""
-    sources: dict[str, str]
+    user_files: dict[str, str]
     """The user's own files and models by name -> sha256."""
     files: list[FileRecord]
     rows: int
@@ -80,8 +80,8 @@ class Plan:
     output: str
     iteration: int | None
     config: dict[str, Any]
-    reads: dict[str, str]
-    sources: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str]
+    user_files: dict[str, str] = field(default_factory=dict)
     shards: Any = None
     """The shard plan: how the work is cut."""
 
@@ -92,8 +92,8 @@ class Plan:
     def differences(self, manifest: Manifest) -> list[str]:
         """What changed since `manifest` besides what was read: one text `key: old -> new` each."""
         texts = differing_keys(manifest.config, self.config)
-        for name in sorted(self.sources.keys() & manifest.sources.keys()):
-            if self.sources[name] != manifest.sources[name]:
+        for name in sorted(self.user_files.keys() & manifest.user_files.keys()):
+            if self.user_files[name] != manifest.user_files[name]:
                 texts.append(f"{name}: its file changed")
         if manifest.stage_version != self.stage_version:
             texts.append(f"{self.stage} version: {manifest.stage_version} -> {self.stage_version}")
@@ -167,6 +167,11 @@ def _parsed(path: Path, *_: int) -> Manifest:
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise InputError(
             f"{path}: written by a newer grpo (schema {version}, this one reads up to {SCHEMA_VERSION})"
+        )
+    if version in range(1, SCHEMA_VERSION):
+        raise InputError(
+            f"{path}: written by an older grpo (schema {version}, this one reads {SCHEMA_VERSION}); read it"
+            " with the release that wrote it, or make a new `run:`"
         )
     try:
         return Manifest.model_validate(unseal(path, data if isinstance(data, dict) else {}))

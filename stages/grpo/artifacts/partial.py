@@ -1,8 +1,8 @@
 """artifacts.partial: what a committed output still lacks, read from manifests alone.
 
 What lacks something is partial: the stage behind it refuses it, and the command that made it goes on with
-it as a new attempt. Rewards that failed are scored again. With generate.resample, rollouts whose rewards show
-too few groups with signal get another round, and rewards of the rounds before score only that.
+it as a new attempt. Rewards that failed are scored again. With generate.dynamic_sampling, rollouts whose
+rewards show too few groups with signal get another round, and rewards of the rounds before score only that.
 """
 
 from grpo.artifacts.manifest import Manifest, id_of
@@ -36,7 +36,7 @@ def num_rounds(rollouts: Manifest) -> int:
 
 def unscored_rounds(run: Run, rewards: Manifest) -> str:
     """How many rounds of the rollouts that are there these rewards are of; empty: all, or other rollouts."""
-    recorded = rewards.reads.get(f"rollouts@{rewards.iteration}")
+    recorded = rewards.inputs.get(f"rollouts@{rewards.iteration}")
     rollouts = run.manifest("rollouts", rewards.iteration)
     if recorded is None or rollouts is None:
         return ""
@@ -50,25 +50,25 @@ def _failed(run: Run, rewards: Manifest) -> str:
 
 
 def _without_signal(run: Run, rollouts: Manifest) -> str:
-    """Decided by what the rollouts were planned with; `resample: null` goes on with what is there.
+    """Decided by what the rollouts were planned with; `dynamic_sampling: null` goes on with what is there.
 
     Rollouts that have advantages were gone on with: those are history.
     """
-    planned = rollouts.config.get("generate", {}).get("resample")
-    if planned is None or run.config.generate.resample is None or _are_judged(run, rollouts):
+    planned = rollouts.config.get("generate", {}).get("dynamic_sampling")
+    if planned is None or run.config.generate.dynamic_sampling is None or _have_advantages(run, rollouts):
         return ""
     rewards = run.manifest("rewards", rollouts.iteration)
-    current = rewards and rewards.reads.get(f"rollouts@{rollouts.iteration}") == rollouts.ids["rollouts"]
+    current = rewards and rewards.inputs.get(f"rollouts@{rollouts.iteration}") == rollouts.ids["rollouts"]
     if not rewards or not current or _failed(run, rewards):
         return ""  # not known yet
     rounds, found = num_rounds(rollouts), int(rewards.summary["groups_with_signal"])
-    wanted = int(planned["until_groups_with_signal"])
+    wanted = int(planned["min_groups"])
     if found >= wanted or rounds >= planned["max_rounds"]:
         return ""
     return f"{found} of {wanted} groups with signal after round {rounds - 1}"
 
 
-def _are_judged(run: Run, rollouts: Manifest) -> bool:
+def _have_advantages(run: Run, rollouts: Manifest) -> bool:
     advantages = run.manifest("advantages", rollouts.iteration)
-    read = advantages.reads.get(f"rollouts@{rollouts.iteration}") if advantages else None
+    read = advantages.inputs.get(f"rollouts@{rollouts.iteration}") if advantages else None
     return read == rollouts.ids["rollouts"]

@@ -33,7 +33,7 @@ ARTIFACTS = Path("artifacts")
 PRUNED = "pruned.json"
 TIMINGS = "timings.json"
 _CHECKPOINT = ("policy", "adapter", "optimizer")
-_KEPT = "probe.json"  # a few kilobytes that say what a policy computed
+_KEPT = "weight_check.json"  # a few kilobytes that say what a policy computed
 _LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
 
 
@@ -148,14 +148,14 @@ class Run:
                 self.verify(file, self.path_of(file, "update", iteration - 1))
         return self.folder("update", iteration - 1) / "policy"
 
-    def probe_path(self, iteration: int) -> Path:
-        """The probe of policy `iteration`, verified: log-probs that whoever loads it must come to."""
+    def weight_check_path(self, iteration: int) -> Path:
+        """The weight check of policy `iteration`, verified: log-probs that whoever loads it must come to."""
         output, before = holder_of(f"policy@{iteration}")
         manifest = self.require(output, before, "grpo run")
-        file = next((file for file in manifest.files if file.name == "probe.json"), None)
+        file = next((file for file in manifest.files if file.name == "weight_check.json"), None)
         if file is None:
             place = self.folder(output, before)
-            raise InputError(f"{place}: has no probe.json, from before there were probes; make a new `run:`")
+            raise InputError(f"{place}: has no weight_check.json; make a new `run:`")
         path = self.path_of(file, output, before)
         self.verify(file, path)
         return path

@@ -1,7 +1,7 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
 from grpo.config.evaluate import EvaluateConfig
-from grpo.config.generate import GenerateConfig, ResampleConfig
+from grpo.config.generate import DynamicSamplingConfig, GenerateConfig
 from grpo.config.judge import JudgeConfig
 from grpo.config.loading import differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.model import AdvantageConfig, Config
@@ -13,12 +13,12 @@ __all__ = [
     "AdvantageConfig",
     "ColumnsConfig",
     "Config",
+    "DynamicSamplingConfig",
     "EvaluateConfig",
     "GenerateConfig",
     "JudgeConfig",
     "LoraConfig",
     "PromptsConfig",
-    "ResampleConfig",
     "RewardConfig",
     "ScoreConfig",
     "UpdateConfig",

@@ -7,10 +7,10 @@ from pydantic import Field, field_validator, model_validator
 from grpo.config.section import Count, Section, plain
 
 
-class ResampleConfig(Section):
+class DynamicSamplingConfig(Section):
     """Rounds of new prompts until enough groups have signal (dynamic sampling, DAPO, arXiv 2503.14476)."""
 
-    until_groups_with_signal: Count
+    min_groups: Count
     """Groups whose scored rewards differ, over all rounds of an iteration, that make another round needless;
     at most prompts_per_iteration * max_rounds."""
     max_rounds: Annotated[int, Field(ge=1, le=1024)]
@@ -52,7 +52,7 @@ class GenerateConfig(Section):
     prompts_sql: Annotated[str, Field(min_length=1)] | None = None
     """File with a query over the tables of all earlier iterations that returns the prompt_id of the next
     groups, in order (docs/steering.md). null: each pass over the prompts in an order of its own."""
-    resample: ResampleConfig | None = None
+    dynamic_sampling: DynamicSamplingConfig | None = None
     """Sample rounds of further prompts until enough groups have signal; null: one round."""
 
     @field_validator("engine_options")
@@ -67,12 +67,12 @@ class GenerateConfig(Section):
 
     @model_validator(mode="after")
     def _can_be_reached(self) -> "GenerateConfig":
-        if self.resample is None:
+        if self.dynamic_sampling is None:
             return self
-        wanted, most = self.resample.until_groups_with_signal, self.resample.max_rounds
+        wanted, most = self.dynamic_sampling.min_groups, self.dynamic_sampling.max_rounds
         if wanted > most * self.prompts_per_iteration:
             raise ValueError(
-                f"resample.until_groups_with_signal: {wanted} are more than the {self.prompts_per_iteration}"
+                f"dynamic_sampling.min_groups: {wanted} are more than the {self.prompts_per_iteration}"
                 f" groups of prompts_per_iteration times max_rounds {most}; lower it, or raise those"
             )
         return self

@@ -51,7 +51,7 @@ def plan(run: Run, policy: int) -> Plan:
         run.require("update", policy - 1, f"grpo update --iteration {policy - 1}")
     sampled = generate.described(run.config.generate)
     size = run.config.generate.rollouts_per_shard
-    sources = {**score.sources_of(run), "evaluate.prompts": prompts.ids[HELD_OUT]}
+    sources = {**score.user_files_of(run), "evaluate.prompts": prompts.ids[HELD_OUT]}
     if path := template_path(config.prompts, run.imports):
         chat_of(config.prompts, run.imports)  # says so where the file cannot be read
         sources["evaluate.prompts.chat_template"] = sha256_of(path)
@@ -66,7 +66,7 @@ def plan(run: Run, policy: int) -> Plan:
             "generate": {"version": generate.STAGE_VERSION, **{key: sampled[key] for key in _OF_ENGINE}},
             "score": {"version": score.STAGE_VERSION, "rewards": score.described(run)},
         },
-        reads={f"policy@{policy}": run.id_of(f"policy@{policy}") or ""},
-        sources=sources,
+        inputs={f"policy@{policy}": run.id_of(f"policy@{policy}") or ""},
+        user_files=sources,
         shards=generate.shards_of(prompts.rows, config.samples_per_prompt, size),
     )

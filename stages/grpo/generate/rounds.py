@@ -1,7 +1,7 @@
 """rounds: how many rounds of prompts an attempt holds, how they are cut, and what of them is there already.
 
-generate.resample asks for further rounds where too few groups have signal. Each round is a new attempt at
-the same plan: it keeps the shards of the rounds before by hard links, and samples its own.
+generate.dynamic_sampling asks for further rounds where too few groups have signal. Each is a new attempt
+at the same plan: it keeps the shards of the rounds before by hard links, and samples its own.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from grpo.generate.plan import shards_of_round
 
 def rounds_to_hold(run: Run, plan: Plan, before: Manifest | None) -> int:
     """Rounds that the output holds once this attempt is done; before: what is committed now."""
-    resample = run.config.generate.resample
-    if resample is None:
+    dynamic_sampling = run.config.generate.dynamic_sampling
+    if dynamic_sampling is None:
         return 1
     if before is None:
         # Where rollouts were lost, the rewards that were made from them say how many rounds they had.
         rewards = run.manifest("rewards", plan.iteration)
         had = int(rewards.summary.get("rounds", 1)) if rewards else 1
-        return min(had, resample.max_rounds)
+        return min(had, dynamic_sampling.max_rounds)
     if not plan.same_as(before):
         return 1
     return num_rounds(before) + bool(another_round(run, plan, before))

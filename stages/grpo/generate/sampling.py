@@ -13,11 +13,10 @@ from grpo.artifacts import FileRecord, Run, Staging, digest
 from grpo.config import GenerateConfig
 from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
-from grpo.generate.weight_sync import Handover
-from grpo.models.weight_check import read_probe
-from grpo.prompts.chat import Chat
+from grpo.generate.weight_sync import WeightSync
+from grpo.models.weight_check import read_weight_check
+from grpo.prompts.chat import Chat, encode
 from grpo.prompts.source import Row
-from grpo.prompts.table import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sampler:
-    """What stays open between iterations: engine, handover of policies to it, tokenizer, prompts."""
+    """What stays open between iterations: engine, weight_sync of policies to it, tokenizer, prompts."""
 
     engine: Engine
-    handover: Handover
+    weight_sync: WeightSync
     tokenizer: "PreTrainedTokenizerBase"
     vocabulary_size: int
     prompts: pa.Table
@@ -44,6 +43,8 @@ class Work:
     """rollouts, or eval_rollouts."""
     prefix: str
     """What the names of its files begin with."""
+    iteration: int
+    """Of the rollouts; of an evaluation, the policy's."""
     policy: int
     draws: Draws
     requests: list[Request]
@@ -79,7 +80,7 @@ def sample(run: Run, staging: Staging, tool: Sampler, work: Work) -> tuple[list[
     held = [record for record in records if record is not None]
     assert len(held) == len(names), "the engine left groups out"
     precision = tool.engine.precision if todo else None  # nothing was left to sample: no engine
-    return held, {"precision": precision, "probe_difference": difference}
+    return held, {"precision": precision, "weight_check_difference": difference}
 
 
 def shard_names(staging: Staging, work: Work) -> list[str]:
@@ -113,15 +114,16 @@ def sampling_of(config: GenerateConfig, temperature: float, max_new_tokens: int)
 
 
 def _bring_policy(run: Run, staging: Staging, tool: Sampler, policy: int) -> float | None:
-    """Put a policy into the engine, opening it the first time; see handover.py."""
+    """Put a policy into the engine, opening it the first time; see weight_sync.py."""
     if not tool.is_open:
         with staging.clock("open"):
-            tool.handover.open(run.policy_folder(0), read_probe(run.probe_path(0)), run.staging_root(None))
+            check = read_weight_check(run.weight_check_path(0))
+            tool.weight_sync.open(run.policy_folder(0), check, run.staging_root(None))
         tool.is_open = True
     with staging.clock("load"):
-        policy_id = staging.plan.reads[f"policy@{policy}"]
-        probe = read_probe(run.probe_path(policy))
-        return tool.handover.bring(policy_id, run.policy_folder(policy), probe)
+        policy_id = staging.plan.inputs[f"policy@{policy}"]
+        check = read_weight_check(run.weight_check_path(policy))
+        return tool.weight_sync.bring(policy_id, run.policy_folder(policy), check)
 
 
 @contextmanager
@@ -131,7 +133,7 @@ def _sampling(
     """The engine's groups as they come, with a bar of the rollouts done and the time spent in the engine."""
     total = sum(len(request.seeds) for shard in shards for request in shard)
     tokens, started = 0, time.perf_counter()
-    with run.console.progress(f"{staging.plan.stage} {work.policy}", total, "rollouts") as advance:
+    with run.console.progress(f"{staging.plan.stage} {work.iteration}", total, "rollouts") as advance:
 
         def show(rollouts: int, new_tokens: int) -> None:
             nonlocal tokens
@@ -158,8 +160,8 @@ def _table(requests: list[Request], groups: list[Group], tool: Sampler, work: Wo
         work.draws,
         tool.tokenizer,
         tool.vocabulary_size,
-        iteration=work.policy,
+        iteration=work.iteration,
         round=requests[0].group_id // work.groups_per_round,
-        policy_iteration=work.policy,
+        policy_iteration=work.iteration,
         temperature=work.sampling.temperature,
     )

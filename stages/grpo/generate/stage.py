@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of
+from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, policy_of
 from grpo.config import GenerateConfig
 from grpo.errors import UsageError
 from grpo.generate import selection
@@ -32,7 +32,8 @@ from grpo.generate.sampling import (
     sampling_of,
     shard_names,
 )
-from grpo.generate.weight_sync import Handover
+from grpo.generate.weight_sync import WeightSync
+from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import LENGTH
 from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
@@ -46,8 +47,6 @@ def check(run: Run, until: int, resources: object) -> None:
 @contextmanager
 def open_resource(run: Run) -> Iterator[Sampler]:
     """Choose the engine; it is opened when the first iteration needs it."""
-    from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
-
     name, why = choose_engine(run.config.generate.engine)
     if name != "vllm" and (truncated := run.config.generate.truncation()):
         raise UsageError(f"generate.{truncated}: needs engine: vllm, but {name} is taken ({why})")
@@ -59,9 +58,9 @@ def open_resource(run: Run) -> Iterator[Sampler]:
     config = load_config(start)
     engine = make_engine(run.config.generate, name, device, context_length(config), _longest_prompt(run))
     vocabulary = config.get_text_config().vocab_size
-    handover = Handover(engine, device, run.console.say)
+    weight_sync = WeightSync(engine, device, run.console.say)
     try:
-        yield Sampler(engine, handover, load_tokenizer(start), vocabulary, run.read("prompts", None))
+        yield Sampler(engine, weight_sync, load_tokenizer(start), vocabulary, run.read("prompts", None))
     finally:
         engine.close()
 
@@ -79,7 +78,7 @@ def _longest_prompt(run: Run) -> int:
 
 def release(sampler: Sampler) -> None:
     """Leave the accelerator to the next stage."""
-    sampler.handover.release()
+    sampler.weight_sync.release()
 
 
 def after(run: Run, manifest: Manifest, sampler: Sampler) -> None:
@@ -99,7 +98,7 @@ def make_engine(
         return TransformersEngine(device, config.max_rows_per_batch)
     from grpo.generate.engines.vllm_engine import VllmEngine
 
-    # A probe is scored by sampling one token behind it.
+    # A weight check is scored by sampling one token behind it.
     needed = max(longest_prompt + config.max_new_tokens, LENGTH + 1)
     return VllmEngine(config.engine_options, needed if context is None else min(needed, context))
 
@@ -135,7 +134,8 @@ def _work(run: Run, iteration: int, sampler: Sampler, rounds: int) -> Work:
     return Work(
         table=OUTPUT,
         prefix="part",
-        policy=iteration,
+        iteration=iteration,
+        policy=policy_of(iteration),
         draws=draws,
         requests=requests_of(draws, run.config.seed, iteration, config.samples_per_prompt),
         shards=all_shards(config, rounds),

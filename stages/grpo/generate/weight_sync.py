@@ -1,7 +1,7 @@
-"""handover: a policy on disk -> the engine, and the proof that the engine has it.
+"""weight_sync: a policy on disk -> the engine, and the proof that the engine has it.
 
 Stale weights are a bug that engines do have: a reload that reports success and leaves a copy behind. So
-behaviour is compared, not bytes: the engine scores the policy's probe before it samples.
+behaviour is compared, not bytes: the engine scores the policy's weight check before it samples.
 """
 
 import tempfile
@@ -12,7 +12,9 @@ import numpy as np
 
 from grpo.errors import EngineError
 from grpo.generate.engines.protocol import Engine
-from grpo.models.weight_check import PERTURBATION, Probe, measure, write_perturbed
+from grpo.models.loading import empty_cache, load_model
+from grpo.models.reader import Reader
+from grpo.models.weight_check import PERTURBATION, WeightCheck, measure, write_perturbed
 
 FLOAT32_TOLERANCE = (
     1e-4  # nats per token, mean; measured 1e-7 to 1e-6 for what is right, 0.01 and more for stale
@@ -20,7 +22,7 @@ FLOAT32_TOLERANCE = (
 ROUNDED_TOLERANCE = 3.0  # other precisions: times the disagreement on the freshly loaded starting policy
 
 
-class Handover:
+class WeightSync:
     """What the engine holds, and how far it may be from the learner. One for the life of an engine."""
 
     def __init__(self, engine: Engine, device: str, say: Callable[[str], None]) -> None:
@@ -32,30 +34,27 @@ class Handover:
         self._tolerance: float | None = None
         self._told_free = False
 
-    def open(self, start: Path, probe: Probe, scratch: Path) -> None:
+    def open(self, start: Path, check: WeightCheck, scratch: Path) -> None:
         """Load the starting policy, see how close the engine is, and make it follow a perturbed copy.
 
         The copy, as large as the checkpoint, stands in `scratch` for the while. Raises EngineError (exit 8)
         when the engine does not follow.
         """
-        from grpo.models.loading import empty_cache, load_model
-        from grpo.models.reader import Reader
-
         with tempfile.TemporaryDirectory(dir=scratch) as name:
             perturbed = Path(name)
             write_perturbed(start, perturbed)
-            moved = measure(Reader(load_model(perturbed, self._device)), probe.sequences)
+            moved = measure(Reader(load_model(perturbed, self._device)), check.sequences)
             empty_cache(self._device)  # the engine asks for most of it
             self.engine.load(start)
-            fresh = probe.difference(self.engine.score(probe.sequences))
+            fresh = check.difference(self.engine.logprobs(check.sequences))
             exact = self.engine.precision == "float32"
             self._tolerance = (
                 FLOAT32_TOLERANCE if exact else max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * fresh)
             )
-            self._check("the starting policy", probe, fresh)
-            self._check_telling(fresh, probe.difference([np.array(row) for row in moved.logprobs]))
+            self._check("the starting policy", check, fresh)
+            self._check_telling(fresh, check.difference([np.array(row) for row in moved.logprobs]))
             self.engine.load(perturbed)
-            scores = self.engine.score(probe.sequences)
+            scores = self.engine.logprobs(check.sequences)
             self._check("a perturbed copy", moved, moved.difference(scores))
             self._last = ("", scores)
         if not exact:
@@ -64,7 +63,7 @@ class Handover:
                 " on the starting policy"
             )
 
-    def bring(self, policy_id: str, checkpoint: Path, probe: Probe) -> float | None:
+    def bring(self, policy_id: str, checkpoint: Path, check: WeightCheck) -> float | None:
         """Have the engine hold policy `policy_id`; returns its disagreement with the learner.
 
         None: the engine holds it already. Raises EngineError (exit 8) when the engine's weights are stale.
@@ -74,9 +73,9 @@ class Handover:
         assert self._tolerance is not None, "open() comes before bring()"
         self._holds = None
         self.engine.load(checkpoint)
-        scores = self.engine.score(probe.sequences)
-        difference = probe.difference(scores)
-        self._check("the policy", probe, difference)
+        scores = self.engine.logprobs(check.sequences)
+        difference = check.difference(scores)
+        self._check("the policy", check, difference)
         # Small steps in bfloat16 hide below any tolerance, but they never leave every bit as it was.
         if self._last is not None and self._last[0] != policy_id and _identical(self._last[1], scores):
             raise EngineError(
@@ -105,7 +104,7 @@ class Handover:
                 f" {self.engine.precision}"
             )
 
-    def _check(self, what: str, probe: Probe, difference: float) -> None:
+    def _check(self, what: str, check: WeightCheck, difference: float) -> None:
         assert self._tolerance is not None
         if not difference <= self._tolerance:  # NaN is not
             raise EngineError(

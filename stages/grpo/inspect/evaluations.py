@@ -63,7 +63,7 @@ def interval(low: float | None, high: float | None) -> str:
 
 
 def print_evaluation(what: str, found: dict[str, Any]) -> None:
-    """The table of `grpo eval`. what: the policy measured, in words."""
+    """The table of `grpo evaluate`. what: the policy measured, in words."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -10,7 +10,7 @@ from grpo.pipeline.states import State, evaluation_states, states, unfinished
 
 MISMATCH_WARNING = 0.05  # nats per token; float32 gives 1e-6, bfloat16 about 1e-2
 _ROWS_SHOWN = 20
-_STYLES = {"done": "green", "partial": "yellow", "stale": "red", "differs": "yellow", "missing": "dim"}
+_STYLES = {"done": "green", "partial": "yellow", "stale": "red", "changed": "yellow", "missing": "dim"}
 
 
 def describe(run: Run) -> dict[str, Any]:

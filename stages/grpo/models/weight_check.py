@@ -1,36 +1,41 @@
-"""probe: a few sequences of a run's own tokens, and the log-probs a policy gives them.
+"""weight_check: a few sequences of a run's own tokens, and the log-probs a policy gives them.
 
 Every policy on disk carries one, computed by the learner's code from the saved weights. An engine that took
 the weights scores the same tokens: a digest of parameters proves nothing, since engines keep copies of them
-in other layouts. All policies of a run are probed with the same sequences, so that what an engine gives for
+in other layouts. All policies of a run are checked with the same sequences, so that what an engine gives for
 one can be compared with what it gave for the last.
 """
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
-from grpo.errors import ResourceError
+from grpo.errors import CorruptError, ResourceError
+from grpo.models.loading import best_device, context_length, empty_cache, load_model, load_tokenizer
+from grpo.models.reader import Reader
+from grpo.prompts.chat import Chat, encode
+from grpo.prompts.source import Row
 
-if TYPE_CHECKING:
-    from grpo.models.reader import Reader
-
-FILE = "probe.json"
+FILE = "weight_check.json"
 NUM_SEQUENCES = 8
 LENGTH = 64  # tokens of a sequence: 504 log-probs in all, a forward pass of no weight
+NUM_PROMPTS = NUM_SEQUENCES * LENGTH  # enough, were each a single token
 # Relative change of every weight in a perturbed copy: moves log-probs by 0.1 and more, above any tolerance.
 PERTURBATION = 0.1
 
 
 @dataclass(frozen=True)
-class Probe:
+class WeightCheck:
     """Sequences of token ids, and of each token but the first its log-prob at temperature 1.
 
     Example: sequences [[51, 43, 52]], logprobs [[-2.3, -0.7]].
@@ -53,13 +58,13 @@ class Probe:
         return float(np.abs(own - np.concatenate(logprobs)).mean())
 
 
-def read_probe(path: Path) -> Probe:
-    """The probe in `path`. Raises CorruptError (exit 6) when it is none."""
+def read_weight_check(path: Path) -> WeightCheck:
+    """The weight check in `path`. Raises CorruptError (exit 6) when it is none."""
     data = read_json(path, sequences=list, logprobs=list)
-    return Probe(data["sequences"], data["logprobs"])
+    return WeightCheck(data["sequences"], data["logprobs"])
 
 
-def probe_sequences(prompts: Iterable[Sequence[int]], context: int | None) -> list[list[int]]:
+def check_sequences(prompts: Iterable[Sequence[int]], context: int | None) -> list[list[int]]:
     """The prompts' tokens as one stream, begun again where it ends, cut into NUM_SEQUENCES equal pieces.
 
     context: the most positions the model has. One is left: engines score a prompt by sampling behind it.
@@ -70,17 +75,33 @@ def probe_sequences(prompts: Iterable[Sequence[int]], context: int | None) -> li
     return [stream[start : start + length] for start in range(0, len(stream), length)]
 
 
-def measure(reader: "Reader", sequences: list[list[int]]) -> Probe:
-    """Probe a model, which may be in training: nothing of it changes. All sequences have one length."""
-    import torch
+def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightCheck:
+    """The weight check of a starting policy: of the prompts `rows`, the first NUM_PROMPTS of a run.
 
+    Raises CorruptError (exit 6) where finite weights give log-probs that are not.
+    """
+    device = best_device()
+    reader = Reader(load_model(checkpoint, device))
+    token_ids = encode(rows, load_tokenizer(checkpoint), chat)[1]
+    found = measure(reader, check_sequences(token_ids, context_length(reader.model.config)))
+    del reader
+    empty_cache(device)  # the engine asks for most of it
+    if not found.is_finite():
+        raise CorruptError(
+            f"{checkpoint}: its log-probs are not finite, though its weights are: too large for float32"
+        )
+    return found
+
+
+def measure(reader: Reader, sequences: list[list[int]]) -> WeightCheck:
+    """Measure a model, which may be in training: nothing of it changes. All sequences have one length."""
     input_ids_BL = torch.tensor(sequences, device=reader.model.device)
     targets_N = input_ids_BL[:, 1:].flatten()
     places_BL = torch.arange(input_ids_BL.numel(), device=input_ids_BL.device).view_as(input_ids_BL)
     with torch.inference_mode():
         inputs = {"input_ids": input_ids_BL, "use_cache": False}
         logprobs_N, _ = reader(inputs, places_BL[:, :-1].flatten(), targets_N, torch.ones_like(targets_N))
-    return Probe(sequences, logprobs_N.reshape(len(sequences), -1).tolist())
+    return WeightCheck(sequences, logprobs_N.reshape(len(sequences), -1).tolist())
 
 
 def write_perturbed(checkpoint: Path, folder: Path) -> None:
@@ -88,12 +109,6 @@ def write_perturbed(checkpoint: Path, folder: Path) -> None:
 
     What is finite stays so: a weight too large for that is the largest of its type.
     """
-    import shutil
-
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
     generator = torch.Generator().manual_seed(0)
     for path in checkpoint_files(checkpoint):
         target = folder / path.name

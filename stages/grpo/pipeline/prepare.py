@@ -1,20 +1,14 @@
-"""start: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
+"""prepare: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
 
 import json
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, created_config, files, seal, versions
+from grpo.artifacts import STAGE_OUTPUTS, Run, created_config, files, seal, versions
 from grpo.config import Config, overridden_keys
-from grpo.errors import CorruptError, DataError, InputError, UsageError
-from grpo.models import weight_check
+from grpo.errors import DataError, InputError
+from grpo.models.find import resolve_model
 from grpo.prompts import table as prompts
-from grpo.prompts.chat import Chat, chat_of
-from grpo.prompts.source import Row
-
-STARTER = "tiny-arithmetic"
-STAGE_VERSION = 2  # 2: with a probe
-NUM_PROBE_PROMPTS = weight_check.NUM_SEQUENCES * weight_check.LENGTH  # enough, were each a single token
 
 
 def prepare(run: Run) -> None:
@@ -39,29 +33,12 @@ def prepare(run: Run) -> None:
     _prompts(run, begun)
     _held_out(run)
     if manifest is None or manifest.ids != ids:
-        _commit_policy(run, names, ids)
+        _begin().commit_policy(run, names, ids)
     if not created:
         for line in overridden_keys(run.config):
             run.console.say(f"differs from its objective: {line}")
         # Its name is synced with that of the first iteration: lost before, it is written again as it was.
         files.write_file(run.path / "run.json", run_json(run.config))
-
-
-def resolve_model(run: Run, name: str) -> Path:
-    """The local directory of a checkpoint; the starter model is trained when it is first asked for."""
-    if name == STARTER:
-        folder = starter_folder(run)
-        if not folder.exists():  # the folder appears complete; training it imports torch
-            from grpo.models import starter_model
-
-            starter_model.ensure(folder, run.console.say)
-        return folder
-    return run.checkpoint_path(name)
-
-
-def starter_folder(run: Run) -> Path:
-    """Where the starter model is, once it is trained: all runs share it."""
-    return run.root / ".models" / STARTER
 
 
 def _check_seed(run: Run, created: bool) -> None:
@@ -86,48 +63,8 @@ def _check_models(
 def _recorded(run: Run, reference: str) -> str | None:
     """Id of what the run stands on, from the first output that was made from it."""
     manifests = (run.manifest(output, n) for n in run.iterations() for output in STAGE_OUTPUTS)
-    found = (manifest.reads.get(reference) for manifest in manifests if manifest is not None)
+    found = (manifest.inputs.get(reference) for manifest in manifests if manifest is not None)
     return next((id_ for id_ in found if id_), None)
-
-
-def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None:
-    """Commit the ids of the starting policy and the reference, and the policy's probe.
-
-    Raises what load_model does for either: a reference that cannot be used is not found at the first update.
-    """
-    if run.config.update.kl_coefficient and ids["reference"] != ids["policy"]:
-        from grpo.models.loading import load_model
-
-        load_model(run.start["reference"], "cpu")
-    rows = run.read(prompts.OUTPUT, None).slice(0, NUM_PROBE_PROMPTS).to_pylist()
-    plan = Plan("policy", STAGE_VERSION, "policy", None, names, {}, ids)
-    staging = Staging(run, plan, 0)
-    found = probe_of(run.start["policy"], rows, chat_of(run.config.prompts, run.imports))
-    record = staging.write_bytes("", weight_check.FILE, found.encode())
-    paths = {part: str(path) for part, path in run.start.items()}
-    staging.commit(Product(ids, [record], paths))
-
-
-def probe_of(checkpoint: Path, rows: list[Row], chat: Chat) -> weight_check.Probe:
-    """The probe of a starting policy: of the prompts `rows`, the first NUM_PROBE_PROMPTS of a run.
-
-    Raises CorruptError (exit 6) where finite weights give log-probs that are not.
-    """
-    from grpo.models.loading import best_device, context_length, empty_cache, load_model, load_tokenizer
-    from grpo.models.reader import Reader
-
-    device = best_device()
-    reader = Reader(load_model(checkpoint, device))
-    token_ids = prompts.encode(rows, load_tokenizer(checkpoint), chat)[1]
-    sequences = weight_check.probe_sequences(token_ids, context_length(reader.model.config))
-    found = weight_check.measure(reader, sequences)
-    del reader
-    empty_cache(device)  # the engine asks for most of it
-    if not found.is_finite():
-        raise CorruptError(
-            f"{checkpoint}: its log-probs are not finite, though its weights are: too large for float32"
-        )
-    return found
 
 
 def _prompts(run: Run, begun: bool) -> None:
@@ -140,7 +77,7 @@ def _prompts(run: Run, begun: bool) -> None:
     if manifest is not None and begun:
         raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
     expected = _recorded(run, prompts.OUTPUT)
-    _normalise(run, plan, run.config.generate.max_new_tokens, expected)
+    _begin().normalise(run, plan, run.config.generate.max_new_tokens, expected)
 
 
 def _held_out(run: Run) -> None:
@@ -156,7 +93,7 @@ def _held_out(run: Run) -> None:
                 run.console.say(f"evaluate.prompts.source: {source} is gone; the run has its own copy")
             return
         limit = run.config.evaluate.max_new_tokens or run.config.generate.max_new_tokens
-        _normalise(run, plan, limit)
+        _begin().normalise(run, plan, limit)
         _say_shared(run)
     except DataError as error:
         raise DataError(f"evaluate.prompts: {error}") from None
@@ -174,26 +111,11 @@ def _say_shared(run: Run) -> None:
         run.console.say(f"evaluate.prompts: {shared} of {len(held_out)} are among `prompts`: not held out")
 
 
-def _normalise(run: Run, plan: Plan, max_new_tokens: int, expected: str | None = None) -> None:
-    """Write prompts that leave room for max_new_tokens in the model's context."""
-    from grpo.models.loading import context_length, load_config, load_tokenizer
+def _begin() -> ModuleType:
+    """What a run needs once only, and loads models for: `grpo run` of a complete run does without."""
+    from grpo.pipeline import begin
 
-    context = context_length(load_config(run.start["policy"]))
-    tokenizer = load_tokenizer(run.start["policy"])
-    room = None if context is None else context - max_new_tokens
-    if room is not None and room < 1:
-        key = "generate" if plan.output == prompts.OUTPUT else "evaluate"
-        raise UsageError(
-            f"{key}.max_new_tokens: {max_new_tokens} leaves no room for a prompt in the model's context of"
-            f" {context} tokens"
-        )
-
-    chat = chat_of(prompts.config_of(run, plan.output), run.imports)
-
-    def num_tokens(rows: list[Row]) -> list[int]:
-        return [len(ids) for ids in prompts.encode(rows, tokenizer, chat)[1]]
-
-    prompts.prepare(run, Staging(run, plan, 0), num_tokens, room, expected)
+    return begin
 
 
 def _fixed(run: Run, key: str, old: object, new: object) -> str:

@@ -31,7 +31,7 @@ def start_over(run: Run, iteration: int) -> None:
 
 
 def finish_start_over(run: Run) -> None:
-    """Move later iterations, then what is stale or differs in N and what follows it there, to .trash."""
+    """Move later iterations, then what is stale or changed in N and what follows it there, to .trash."""
     first = read_intent(run)
     if first is None:
         return
@@ -67,7 +67,7 @@ def done_again(run: Run, first: int) -> tuple[list[int], list[Stage]]:
     Also its update where that was pruned: the policy to go on from is made once more.
     """
     by_stage = states(run, first).get(first, {})
-    old = {name for name, state in by_stage.items() if state.name in ("stale", "differs")}
+    old = {name for name, state in by_stage.items() if state.name in ("stale", "changed")}
     old |= {UPDATE.name} if run.is_pruned(first) else set()
     changed = [stage.name in old for stage in STAGES]
     stages = [*(STAGES[changed.index(True) :] if any(changed) else ())]
@@ -85,4 +85,4 @@ def _measured_otherwise(run: Run, policy: int) -> bool:
         return False
     if run.config.evaluate is None:
         return False
-    return evaluation_states(run, states(run))[policy].name in ("stale", "differs")
+    return evaluation_states(run, states(run))[policy].name in ("stale", "changed")

@@ -1,4 +1,4 @@
-"""staleness: what is done, partial, stale, differs or is missing, and why; read from manifests alone."""
+"""staleness: what is done, partial, stale, changed or is missing, and why; read from manifests alone."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from grpo.pipeline.stages import EVALUATE, SCORE, STAGES, Stage
 
 @dataclass(frozen=True)
 class State:
-    """Of one stage in one iteration: done, partial, stale, differs or missing; and why."""
+    """Of one stage in one iteration: done, partial, stale, changed or missing; and why."""
 
     name: str
     why: str = ""
@@ -38,13 +38,13 @@ def state_of(run: Run, stage: Stage, iteration: int, stale: set[tuple[str, int |
     if lacks := lacking(run, manifest):
         return State("partial", lacks)
     changes = differences_of(run, stage, manifest)
-    return State("differs", "; ".join(changes)) if changes else State("done")
+    return State("changed", "; ".join(changes)) if changes else State("done")
 
 
 def _stale_because(
     run: Run, stage: Stage, iteration: int, manifest: Manifest, stale: set[tuple[str, int | None]]
 ) -> str:
-    for reference, recorded in manifest.reads.items():
+    for reference, recorded in manifest.inputs.items():
         present = run.id_of(reference)
         if present is None:
             return f"{reference} is gone"
@@ -59,7 +59,7 @@ def _stale_because(
         return str(error)
     except UsageError:
         return ""  # the user's function or SQL is gone: that differs
-    added = [reference for reference in plan.reads if reference not in manifest.reads]
+    added = [reference for reference in plan.inputs if reference not in manifest.inputs]
     return f"{added[0]} is new" if added and not plan.differences(manifest) else ""
 
 
@@ -87,7 +87,7 @@ def differences_of(run: Run, stage: Stage, manifest: Manifest) -> list[str]:
 
 def inputs_changed(run: Run, manifest: Manifest) -> bool:
     """Whether anything an output read has another id now."""
-    return any(run.id_of(reference) != recorded for reference, recorded in manifest.reads.items())
+    return any(run.id_of(reference) != recorded for reference, recorded in manifest.inputs.items())
 
 
 def followers(run: Run, output: str, iteration: int) -> list[str]:
@@ -99,7 +99,7 @@ def followers(run: Run, output: str, iteration: int) -> list[str]:
             manifest = run.manifest(stage.output, number)
             if manifest is None or (stage.output, number) in reached:
                 continue
-            holders = {holder_of(reference) for reference in manifest.reads}
+            holders = {holder_of(reference) for reference in manifest.inputs}
             if holders & reached:
                 reached.add((stage.output, number))
                 texts.append(f"{stage.output}@{number}")

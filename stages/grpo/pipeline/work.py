@@ -13,7 +13,8 @@ from grpo.config import flatten
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import plan as evaluation
 from grpo.generate.engines.choice import gpu_is_there
-from grpo.pipeline import prepare, restart, runner, states
+from grpo.models.find import resolve_model
+from grpo.pipeline import restart, runner, states
 from grpo.pipeline.resources import Resources
 from grpo.pipeline.stages import BY_NAME, EVALUATE, Stage, perform
 
@@ -59,7 +60,7 @@ def _confirm(opened: Run, first: int) -> None:
     parts += [f"the evaluation of policy {number}" for number in later if number not in sampled]
     if not parts:
         return
-    text = f"--from {first}: {' and '.join(parts)} will be done again; what is there goes to .trash"
+    text = f"--from {first}: {' and '.join(parts)} will be rerun; what exists goes to .trash"
     if not sys.stdin.isatty():
         raise UsageError(f"{text}; give --yes too")
     if not opened.console.confirm(text):
@@ -83,7 +84,7 @@ def run_stage(
     elif not iterations and force:
         raise UsageError(f"{name} --force: nothing is missing; say which to do again with --iteration N")
     elif not iterations:
-        opened.console.say(f"{name}: nothing to do; --iteration N and --force do it again")
+        opened.console.say(f"{name}: nothing to do; rerun it with --iteration N --force")
     with Resources(opened) as resources:
         for iteration in iterations:
             before = opened.manifest(stage.output, iteration)
@@ -123,11 +124,11 @@ def _check_replace(opened: Run, stage: Stage, before: Manifest, force: bool, onl
         return  # stale: it is done again without being asked twice
     if changes := states.differences_of(opened, stage, before):
         place = opened.folder(stage.output, iteration)
-        raise InputError(f"{place}: differs ({'; '.join(changes)}); --force makes it again")
+        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it")
 
 
 def evaluate(opened: Run, policy: int | None, force: bool) -> int:
-    """`grpo eval` of a policy of a run, by default the newest: made where it is missing; which it is.
+    """`grpo evaluate` of a policy of a run, by default the newest: made where it is missing; which it is.
 
     Raises InputError (exit 4) where the policy is not there, or was measured otherwise than configured and
     not `force`.
@@ -153,7 +154,7 @@ def checkpoint_run(opened: Run, checkpoint: str) -> Run:
     It is named by all it depends on, so that a killed evaluation is gone on with, and removed when it is
     done. Raises UsageError (exit 2) without `evaluate`.
     """
-    path = Path(checkpoint) if Path(checkpoint).is_dir() else prepare.resolve_model(opened, checkpoint)
+    path = Path(checkpoint) if Path(checkpoint).is_dir() else resolve_model(opened, checkpoint)
     model, config = str(path.absolute()), opened.config
     changes = {
         "model": model,
@@ -181,13 +182,13 @@ def _check_kept(opened: Run, stage: Stage, before: Manifest) -> None:
     place = opened.folder(stage.output, before.iteration)
     again = f"`grpo {stage.name} --iteration {before.iteration}"
     if states.inputs_changed(opened, before):
-        raise InputError(f"{place}: stale, so no row of it can be kept; {again}` does it again")
+        raise InputError(f"{place}: stale, so no row of it can be kept; rerun it with {again}`")
     changes = states.differences_of(opened, stage, before)
     # A time-out is no part of any value, and a longer one is why it is tried again.
     if others := [change for change in changes if ".timeout_s: " not in change]:
         raise InputError(
-            f"{place}: differs ({'; '.join(others)}), so --only-failed cannot keep the other rows;"
-            f" {again} --force` does it again"
+            f"{place}: changed ({'; '.join(others)}), so --only-failed cannot keep the other rows;"
+            f" {again} --force` reruns it"
         )
 
 

@@ -25,8 +25,8 @@ def plan(run: Run, iteration: int) -> Plan:
         output=OUTPUT,
         iteration=iteration,
         config={"score": {"rewards": described(run)}},
-        reads={reference: run.id_of(reference) or "" for reference in references},
-        sources=sources_of(run),
+        inputs={reference: run.id_of(reference) or "" for reference in references},
+        user_files=user_files_of(run),
     )
 
 
@@ -35,7 +35,7 @@ def described(run: Run) -> dict[str, Any]:
     return {reward.name: configured(reward, {"name"}) for reward in run.config.score.rewards}
 
 
-def sources_of(run: Run) -> dict[str, str]:
+def user_files_of(run: Run) -> dict[str, str]:
     """What computes each reward, as part of a plan; errors as source_sha256's and checkpoint_id's."""
     return {f"score.rewards.{reward.name}": _source(run, reward) for reward in run.config.score.rewards}
 

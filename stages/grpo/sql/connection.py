@@ -48,7 +48,7 @@ _MANIFESTS = pa.schema(
         ("attempt", pa.int32()),
         ("fingerprint", pa.string()),
         ("rows", pa.int64()),
-        *((name, pa.string()) for name in ("ids", "reads", "config", "sources", "summary", "versions")),
+        *((name, pa.string()) for name in ("ids", "inputs", "config", "user_files", "summary", "versions")),
     ]
 )
 
@@ -296,7 +296,7 @@ def _settings(run: Run, outputs: list[tuple[str, Manifest]]) -> pa.Table:
         {
             "iteration": manifest.iteration,
             **{name: manifest.config["evaluate"][name] for name in ("pass_reward", "pass_threshold")},
-            "same_prompts": manifest.sources["evaluate.prompts"] == prompts,
+            "same_prompts": manifest.user_files["evaluate.prompts"] == prompts,
         }
         for output, manifest in outputs
         if output == EVALUATION
@@ -317,7 +317,9 @@ def _timings(run: Run, outputs: list[tuple[str, Manifest]]) -> pa.Table:
 def _manifests(outputs: list[tuple[str, Manifest]]) -> pa.Table:
     rows = []
     for output, manifest in outputs:
-        fields = {name: getattr(manifest, name) for name in ("ids", "reads", "config", "sources", "summary")}
+        fields = {
+            name: getattr(manifest, name) for name in ("ids", "inputs", "config", "user_files", "summary")
+        }
         texts = {name: json.dumps(value) for name, value in {**fields, "versions": manifest.versions}.items()}
         scalars = {name: getattr(manifest, name) for name in ("iteration", "stage", "attempt", "fingerprint")}
         rows.append({**scalars, **texts, "output": output, "rows": manifest.rows})

@@ -1,7 +1,7 @@
-"""judged: rollouts + rewards of one iteration -> the reward of each rollout, and whether it counts.
+"""scored: rollouts + rewards of one iteration -> the reward of each rollout, and whether it counts.
 
-What a reward is and which rollouts are compared is said in judged.sql alone: advantage, and score where it
-counts groups for generate.resample, take it from here.
+What a reward is and which rollouts are compared is said in scored.sql alone: advantage, and score where it
+counts groups for generate.dynamic_sampling, take it from here.
 """
 
 from collections.abc import Collection
@@ -12,14 +12,14 @@ import pyarrow as pa
 from grpo import sql
 
 
-def create_judged(connection: Any, weights: Collection[float]) -> None:
-    """Make the view `judged` in a connection to the tables of one iteration; weights: of its rewards."""
+def create_scored(connection: Any, weights: Collection[float]) -> None:
+    """Make the view `scored` in a connection to the tables of one iteration; weights: of its rewards."""
     number = sum(weight != 0 for weight in weights)
     sql.register(connection, "reward_names", pa.table({"number": [number]}))
-    sql.create_view(connection, "judged", sql.own_text("sql/views/scored"))
+    sql.create_view(connection, "scored", sql.own_text("sql/views/scored"))
 
 
 def count_signal(connection: Any) -> int:
-    """How many groups have signal: scored rollouts whose rewards differ. Needs `judged`."""
+    """How many groups have signal: scored rollouts whose rewards differ. Needs `scored`."""
     [row] = sql.query(connection, sql.own_text("sql/views/signal")).to_pylist()
     return int(row["groups_with_signal"])

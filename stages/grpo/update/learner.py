@@ -132,10 +132,9 @@ class Learner:
 
     def release(self) -> None:
         """Leave the accelerator until the next load(); what is held stays as it is, in main memory."""
-        if self.device == "cpu":
-            return
-        self._move("cpu")
-        empty_cache(self.device)
+        if self.device != "cpu":
+            self._move("cpu")
+            empty_cache(self.device)
 
     def _move(self, device: str) -> None:
         for network in (self._network, self._reference):
@@ -151,10 +150,9 @@ class Learner:
     ) -> dict[str, Any]:
         """Compare how groups are read with reading a rollout alone, and read them alone where that differs.
 
-        Compared are the longest rollout and, unless the update before read in this layout, one of made-up
-        tokens that is as long as the run allows: `longest` tokens of prompt and response. For the reference,
-        whose weights stay, that one is enough. `last`: the layout in the manifest of the update before, and
-        not what this process remembers: one that goes on there must decide the same.
+        Compared are the longest rollout and, unless the update before read in this layout (`last`, from its
+        manifest: a process that resumes must decide the same), one of made-up tokens, as long as the run
+        allows: `longest` tokens of prompt and response. Of the reference, whose weights stay, that one alone.
         Returns the layout, and the largest difference of a log-prob.
         """
         limit = max(self.config.max_tokens_per_batch // 2, 1)  # no tree is larger than a micro-batch
@@ -196,7 +194,8 @@ class Learner:
     def _no_grad_logprobs(
         self, network: Network, rollouts: Rollouts, rows: np.ndarray
     ) -> dict[int, np.ndarray]:
-        room, found = room_for(rollouts, rows), {}
+        room = room_for(rollouts, rows)
+        found: dict[int, np.ndarray] = {}
         for batch in self._micro_batches(network, rollouts, rows):
             found |= put(by_row(batch, network.logprobs(batch)[0]), room)
         return parallel.exchange(found)
@@ -228,7 +227,8 @@ class Learner:
         loss or the gradient is not finite; no step is taken.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        sums, room, logprobs = Sums(), room_for(rollouts, rows), {}
+        sums, room = Sums(), room_for(rollouts, rows)
+        logprobs: dict[int, np.ndarray] = {}
         for batch in self._micro_batches(self.network, rollouts, rows):
             part, own = self._backward(rollouts, batch, step, stored)
             sums.add(part)

@@ -88,7 +88,8 @@ def needed(config: UpdateConfig, rollouts: Rollouts) -> np.ndarray:
     """
     if config.kl_coefficient or config.entropy_coefficient:
         return np.ones(len(rollouts), dtype=bool)
-    return np.not_equal(rollouts.advantages, 0)
+    signal: np.ndarray = rollouts.advantages != 0
+    return signal
 
 
 def given_of(

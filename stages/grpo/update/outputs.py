@@ -1,4 +1,4 @@
-"""outputs: what an update leaves: tables, next policy, optimiser state, and the probe of the policy."""
+"""outputs: what an update leaves: tables, next policy, optimiser state, and the policy's weight check."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import pyarrow as pa
 from grpo import tables
 from grpo.artifacts import FileRecord, Run, Staging
 from grpo.errors import EngineError
-from grpo.models.weight_check import FILE, measure, read_probe
+from grpo.models.weight_check import FILE, measure, read_weight_check
 from grpo.update.adapter import adapter_files
 from grpo.update.batch import Rollouts
 from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
@@ -67,18 +67,18 @@ def write_checkpoint(
     return policy, adapter, staging.write_bytes("optimizer", OPTIMIZER_FILE, moments)
 
 
-def write_probe(run: Run, learner: Learner, staging: Staging) -> FileRecord:
-    """Probe the new policy with the sequences of the starting one's probe.
+def write_weight_check(run: Run, learner: Learner, staging: Staging) -> FileRecord:
+    """Check the new policy with the sequences of the starting one's weight check.
 
     Raises EngineError (exit 8) when it has no finite log-probs: then the steps have ruined it.
     """
-    probe = measure(learner.network.reader, read_probe(run.probe_path(0)).sequences)
-    if not probe.is_finite():
+    check = measure(learner.network.reader, read_weight_check(run.weight_check_path(0)).sequences)
+    if not check.is_finite():
         raise EngineError(
             "update: the log-probs of the new policy are not finite; lower update.learning_rate or"
             " update.weight_decay; nothing was committed"
         )
-    return staging.write_bytes("policy", FILE, probe.encode())
+    return staging.write_bytes("policy", FILE, check.encode())
 
 
 def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def plan(run: Run, iteration: int) -> Plan:
         output=OUTPUT,
         iteration=iteration,
         config=config,
-        reads={reference: run.id_of(reference) or "" for reference in references},
+        inputs={reference: run.id_of(reference) or "" for reference in references},
     )
 
 

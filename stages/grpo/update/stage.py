@@ -20,7 +20,13 @@ from grpo.update.learner import Learner
 from grpo.update.loss import Step
 from grpo.update.mismatch import TOKEN_CAP, mismatch
 from grpo.update.objective import Stored, needed
-from grpo.update.outputs import summary_of, write_checkpoint, write_logprobs, write_probe, write_updates
+from grpo.update.outputs import (
+    summary_of,
+    write_checkpoint,
+    write_logprobs,
+    write_updates,
+    write_weight_check,
+)
 from grpo.update.plan import OUTPUT
 from grpo.update.replay import longest, max_new_tokens_of, read_kept
 from grpo.update.schedule import check_schedule, learning_rate
@@ -72,7 +78,7 @@ def produce(run: Run, iteration: int, staging: Staging, learner: Learner) -> Pro
         updates = write_updates(rows, staging)
         logprobs = write_logprobs(iteration, rollouts, stored, staging)
         policy, adapter, optimizer = write_checkpoint(run, learner, staging)
-        probe = write_probe(run, learner, staging)
+        weight_check = write_weight_check(run, learner, staging)
         ids = {
             "policy": id_of(sorted(policy, key=lambda record: record.name)),
             "optimizer": id_of([optimizer]),
@@ -80,7 +86,7 @@ def produce(run: Run, iteration: int, staging: Staging, learner: Learner) -> Pro
             "logprobs": id_of(logprobs),
             **({"adapter": id_of(adapter)} if adapter else {}),
         }
-    held = [updates, *logprobs, *policy, *adapter, probe, optimizer]
+    held = [updates, *logprobs, *policy, *adapter, weight_check, optimizer]
     return Product(ids, held, {**summary_of(rows), **layout})
 
 
@@ -96,7 +102,7 @@ def _load(run: Run, iteration: int, plan: Plan, learner: Learner) -> None:
             raise InputError(f"update.lora: {run.name} trains {trained}; what trains is fixed for a run")
         if weights:
             policy, adapter = run.start["policy"], weights[0].parent
-    ids = (plan.reads[f"policy@{iteration}"], plan.reads.get(f"optimizer@{iteration}"))
+    ids = (plan.inputs[f"policy@{iteration}"], plan.inputs.get(f"optimizer@{iteration}"))
     learner.load(policy, optimizer, ids, adapter)
     if run.config.update.kl_coefficient:
         is_start = run.id_of("reference") == run.id_of("policy@0")
@@ -118,7 +124,7 @@ def _say_refused(run: Run, iteration: int, layout: dict[str, Any]) -> None:
             difference = layout[f"{model}_layout_difference"]
             run.console.say(
                 f"update {iteration}: log-probs of the {model} in the layout `{refused}` are {difference:.1e}"
-                " off; each rollout is read by itself, which is right and slower"
+                " off; each rollout is read alone, which is right and slower"
             )
 
 

@@ -260,21 +260,21 @@ def test_score_equals_a_plain_forward_pass(family: str, max_rows_per_batch: int,
     checkpoint = write_checkpoint(tmp_path, FAMILIES[family])
     engine, model = opened(checkpoint, max_rows_per_batch), load_model(checkpoint, "cpu")
     sequences = [group.prompt_token_ids for group in REQUESTS]  # of 9, 1, 17, 3, 9 and 2 tokens
-    scores = engine.score(sequences)
+    scores = engine.logprobs(sequences)
     assert [len(logprobs) for logprobs in scores] == [8, 0, 16, 2, 8, 1]
     for sequence, logprobs in zip(sequences, scores, strict=True):
         assert logprobs.dtype == np.dtype(np.float32)
         if len(sequence) > 1:
             plain_T = plain_logprobs(model, sequence[:1], list(sequence[1:]), temperature=1.0)
             assert np.abs(logprobs - plain_T).max() <= 1e-5
-    assert engine.score([]) == []
+    assert engine.logprobs([]) == []
 
 
 def test_score_gives_the_logprobs_that_were_sampled(qwen2: Path) -> None:
     engine = opened(qwen2)
     for group in sampled(engine, [REQUESTS]).values():
         prompt = REQUESTS[group.group_id].prompt_token_ids
-        scores = engine.score([[*prompt, *sample.token_ids.tolist()] for sample in group.samples])
+        scores = engine.logprobs([[*prompt, *sample.token_ids.tolist()] for sample in group.samples])
         for sample, logprobs in zip(group.samples, scores, strict=True):
             assert np.abs(sample.logprobs - logprobs[len(prompt) - 1 :]).max() <= 1e-5
 

@@ -23,11 +23,11 @@ from tests.tiny import qwen3_for_vllm
 
 from grpo.errors import DataError, EngineError, UsageError
 from grpo.generate.engines.protocol import Group, Request, Sampling, group_seed
-from grpo.generate.weight_sync import Handover
+from grpo.generate.weight_sync import WeightSync
 from grpo.models import starter_model, weight_check
 from grpo.models.loading import context_length, load_model
-from grpo.models.reader import Reader
 from grpo.models.logprobs import token_logprobs
+from grpo.models.reader import Reader
 
 pytest.importorskip("vllm")
 from grpo.generate.engines import vllm_engine, vllm_version
@@ -140,7 +140,7 @@ def test_logprobs_are_the_learners_after_temperature(
 def test_score_is_the_learners_at_temperature_1(engine: vllm_engine.VllmEngine, checkpoint: Path) -> None:
     sequences = [[*LONG[0][:64]], [*LONG[1][:64]]]
     measured = weight_check.measure(Reader(load_model(checkpoint, "cpu")), sequences)
-    scores = engine.score(sequences)
+    scores = engine.logprobs(sequences)
     assert [len(row) for row in scores] == [63, 63]
     assert np.abs(np.array(measured.logprobs) - np.stack(scores)).max() < 1e-5
 
@@ -167,7 +167,7 @@ def test_an_exported_policy_is_what_the_learner_has(
         np.array(weight_check.measure(Reader(load_model(folder, "cpu")), sequences).logprobs)
         for folder in (tmp_path / "exported", checkpoint)
     )
-    scores = np.stack(opened.score(sequences))
+    scores = np.stack(opened.logprobs(sequences))
     assert np.abs(trained - scores).max() < 1e-5
     assert np.abs(start - scores).max() > 1e-2  # it did train
 
@@ -281,29 +281,29 @@ def test_the_prefix_cache_would_have_kept_the_old_weights(
     assert largest_difference(other, wanted, sample(engine, wanted)) > 0.01
 
 
-def test_the_probe_catches_a_stale_output_head_and_the_cure_passes(
+def test_the_weight_check_catches_a_stale_output_head_and_the_cure_passes(
     engine: vllm_engine.VllmEngine, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(checkpoint, "cpu")
-    policy_probe = weight_check.measure(
-        Reader(model), weight_check.probe_sequences(LONG, context_length(model.config))
+    policy_check = weight_check.measure(
+        Reader(model), weight_check.check_sequences(LONG, context_length(model.config))
     )
     with monkeypatch.context() as patch:
         patch.setattr(vllm_engine, "_repack_head", lambda model: None)  # vLLM's reload as it is
         with pytest.raises(
             EngineError, match="does not compute a perturbed copy as the learner does"
         ) as stale:
-            Handover(engine, "cpu", print).open(checkpoint, policy_probe, checkpoint.parent)
+            WeightSync(engine, "cpu", print).open(checkpoint, policy_check, checkpoint.parent)
     assert stale.value.exit_code == 8
-    handover = Handover(engine, "cpu", print)
-    handover.open(checkpoint, policy_probe, checkpoint.parent)
-    difference = handover.bring("policy 0", checkpoint, policy_probe)
+    weight_sync = WeightSync(engine, "cpu", print)
+    weight_sync.open(checkpoint, policy_check, checkpoint.parent)
+    difference = weight_sync.bring("policy 0", checkpoint, policy_check)
     assert difference is not None
     assert difference < 1e-5
 
 
 def test_a_small_step_is_followed(engine: vllm_engine.VllmEngine, checkpoint: Path, tmp_path: Path) -> None:
-    """A change of 1e-5 of each weight is below the tolerance, yet moves bits: handover must let it pass."""
+    """A change of 1e-5 of each weight is below the tolerance, yet moves bits: it must pass."""
     small = tmp_path / "small"
     small.mkdir()
     for path in checkpoint.iterdir():
@@ -313,12 +313,12 @@ def test_a_small_step_is_followed(engine: vllm_engine.VllmEngine, checkpoint: Pa
     }
     save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
     models = {path: load_model(path, "cpu") for path in (checkpoint, small)}
-    sequences = weight_check.probe_sequences(LONG, 512)
-    probes = {path: weight_check.measure(Reader(model), sequences) for path, model in models.items()}
-    handover = Handover(engine, "cpu", print)
-    handover.open(checkpoint, probes[checkpoint], checkpoint.parent)
-    handover.bring("0", checkpoint, probes[checkpoint])
-    assert handover.bring("1", small, probes[small]) is not None
+    sequences = weight_check.check_sequences(LONG, 512)
+    checks = {path: weight_check.measure(Reader(model), sequences) for path, model in models.items()}
+    weight_sync = WeightSync(engine, "cpu", print)
+    weight_sync.open(checkpoint, checks[checkpoint], checkpoint.parent)
+    weight_sync.bring("0", checkpoint, checks[checkpoint])
+    assert weight_sync.bring("1", small, checks[small]) is not None
 
 
 @pytest.mark.parametrize(

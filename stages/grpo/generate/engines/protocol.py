@@ -72,7 +72,7 @@ class Engine(Protocol):
     def load(self, checkpoint: Path) -> None:
         """Take the weights of `checkpoint`, a Hugging Face directory; drop everything cached before."""
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs at temperature 1 of every token but the first, float32 [len(sequence) - 1] each."""
 
     def sample(

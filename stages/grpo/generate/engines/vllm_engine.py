@@ -3,7 +3,7 @@
 Deliberately different from `LLM.generate`: all requests are in flight at once and groups come out as they
 finish; log-probs are the processed ones (after temperature) from flat lists; sampling settings come from the
 pipeline alone, never from the checkpoint's generation_config. vLLM's reload is made whole here (see `load`),
-and nobody takes its word: handover.py compares what it computes.
+and nobody takes its word: weight_sync.py compares what it computes.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ class VllmEngine:
             if not self._llm.reset_prefix_cache():
                 raise EngineError("generate: vLLM kept its prefix cache over new weights")
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs of every token but the first: vLLM's prompt log-probs, which know no temperature."""
         from vllm import SamplingParams
 

@@ -1,7 +1,7 @@
 -- Grain: one row per rollout that can be scored, with its value under the
 -- rewards $a and $b; null where it has none. `reward` is the weighted sum,
 -- unless a reward of that name is there. An empty or aborted rollout is no
--- part of its group, as in advantage/judged.sql.
+-- part of its group, as in advantage/scored.sql.
 with rollouts_in as (
     select
         iteration,

@@ -145,6 +145,6 @@ function fold(title, content) {
 
 function table(keys, runs, value, marked) {
   const titles = runs.length > 1 ? [make("tr", "", make("th", ""), ...runs.map((run, index) => make("th", "", dot(index), ` ${run.run}`)))] : [];
-  const rows = keys.map((key) => make("tr", marked.includes(key) ? "differs" : "", make("th", "", key), ...runs.map((run) => make("td", "", ...visible(value(run, key) ?? "–")))));
+  const rows = keys.map((key) => make("tr", marked.includes(key) ? "changed" : "", make("th", "", key), ...runs.map((run) => make("td", "", ...visible(value(run, key) ?? "–")))));
   return make("div", "scroll", make("table", "config", ...titles, ...rows));
 }

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 
 from grpo.artifacts import Run
-from grpo.errors import DataError, EngineError, GrpoError, ResourceError
+from grpo.errors import DataError, EngineError, GrpoError, ResourceError, first_line
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Group, Request, Sampling, group_seed
 from grpo.generate.stage import make_engine
-from grpo.generate.weight_sync import FLOAT32_TOLERANCE, Handover
+from grpo.generate.weight_sync import FLOAT32_TOLERANCE, WeightSync
 from grpo.inspect.status import MISMATCH_WARNING
 from grpo.manage.doctor.check import Check, failed
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
-from grpo.pipeline.prepare import NUM_PROBE_PROMPTS, probe_of
-from grpo.prompts.chat import chat_of
+from grpo.models.weight_check import NUM_PROMPTS as NUM_CHECK_PROMPTS
+from grpo.models.weight_check import weight_check_of
+from grpo.prompts.chat import chat_of, encode
 from grpo.prompts.source import Row
-from grpo.prompts.table import encode
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner
 from grpo.update.mismatch import mismatch
@@ -39,10 +39,10 @@ def check_agreement(run: Run, checkpoint: Path, rows: list[Row]) -> tuple[list[C
     except GrpoError as error:
         return [failed("agreement", "", "engine and learner compute the same", error)], {}
     except torch.OutOfMemoryError as error:
-        text = f"the GPU ran out of memory: {str(error).splitlines()[0]}"
+        text = f"the GPU ran out of memory: {first_line(error)}"
         short = ResourceError(f"{text}; lower gpu_memory_utilization, or end other processes")
         return [failed("agreement", "", "engine and learner compute the same", short)], {}
-    return [_judge_handover(numbers), _judge(numbers)], numbers
+    return [_judge_weight_sync(numbers), _judge(numbers)], numbers
 
 
 def measure(run: Run, checkpoint: Path, rows: list[Row]) -> Numbers:
@@ -54,15 +54,17 @@ def measure(run: Run, checkpoint: Path, rows: list[Row]) -> Numbers:
     context = context_length(load_config(checkpoint))
     longest = max(len(request.prompt_token_ids) for request in requests)
     engine = make_engine(config, name, device, context, longest)
-    handover = Handover(engine, device, run.console.say)
+    weight_sync = WeightSync(engine, device, run.console.say)
     try:
-        probe = probe_of(checkpoint, rows[:NUM_PROBE_PROMPTS], chat_of(run.config.prompts, run.imports))
+        check = weight_check_of(
+            checkpoint, rows[:NUM_CHECK_PROMPTS], chat_of(run.config.prompts, run.imports)
+        )
         with TemporaryDirectory() as scratch:
-            handover.open(checkpoint, probe, Path(scratch))
-        difference = handover.bring("starting policy", checkpoint, probe)
+            weight_sync.open(checkpoint, check, Path(scratch))
+        difference = weight_sync.bring("starting policy", checkpoint, check)
         groups = list(engine.sample([requests], Sampling(config.temperature, limit), lambda _: None))
         precision = engine.precision
-        handover.release()
+        weight_sync.release()
         compared = _compare(run, checkpoint, requests, groups, device)
     finally:
         engine.close()
@@ -73,7 +75,7 @@ def measure(run: Run, checkpoint: Path, rows: list[Row]) -> Numbers:
         "prompts": len(requests),
         "rollouts": sum(len(group.samples) for group in groups),
         "temperature": config.temperature,
-        "probe_difference": difference,
+        "weight_check_difference": difference,
         **compared,
     }
 
@@ -118,9 +120,9 @@ def _compare(
     }
 
 
-def _judge_handover(numbers: Numbers) -> Check:
-    found = f"{numbers['probe_difference']:.1e} nats per token on the probe, and it follows a perturbed copy"
-    return Check("handover", found, "the engine computes the weights it was given")
+def _judge_weight_sync(numbers: Numbers) -> Check:
+    found = f"{numbers['weight_check_difference']:.1e} nats per token apart; it follows a perturbed copy"
+    return Check("weight sync", found, "the engine computes the weights it was given")
 
 
 def _judge(numbers: Numbers) -> Check:

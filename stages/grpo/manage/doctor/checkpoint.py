@@ -7,7 +7,7 @@ from pathlib import Path
 from grpo.artifacts import Run, checkpoint_files, is_hub_id, read_json
 from grpo.errors import CorruptError, GrpoError, InputError, UsageError
 from grpo.manage.doctor.check import Check, failed
-from grpo.pipeline.prepare import STARTER, resolve_model, starter_folder
+from grpo.models.find import STARTER, resolve_model, starter_folder
 
 STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
 

@@ -31,7 +31,7 @@ _NUMBERS = {
     "mismatch_kl": ".2e",
     "effective_sample_size": ".6f",
     "largest_ratio_error": ".2e",
-    "probe_difference": ".2e",
+    "weight_check_difference": ".2e",
 }
 
 

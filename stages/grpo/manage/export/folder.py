@@ -13,7 +13,7 @@ from grpo.artifacts import Run, checkpoint_files, files, is_hub_id, is_weight_fi
 from grpo.config import PromptsConfig
 from grpo.errors import CorruptError, GrpoError, InputError, UsageError
 from grpo.manage.export.card import card_of
-from grpo.pipeline.prepare import resolve_model
+from grpo.models.find import resolve_model
 from grpo.prompts.chat import chat_of
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -12,7 +12,7 @@ made_from as (
         iteration,
         output,
         json_extract_string(
-            reads, '$."rollouts@' || iteration || '"'
+            inputs, '$."rollouts@' || iteration || '"'
         ) as rollouts_id,
     from manifests
     where output in ('rewards', 'advantages')

@@ -2,7 +2,7 @@
 -- rewards differ. The others are the `constant` ones of advantage.sql.
 with groups as (
     select max(reward) > min(reward) as has_signal,
-    from judged
+    from scored
     where scored
     group by group_id
 ),
