@@ -4,8 +4,8 @@ Shapes: N response tokens of a micro-batch, one rollout after another; B its rol
 each, so sum(lengths_B) = N. R is N or B: one value per token, or one per rollout for sequence ratios.
 
 Every denominator is that of the whole optimiser step and comes from the table, before the first forward
-pass: so the sum over micro-batches does not depend on how the step is cut. GRPO alone, in 30 lines of torch,
-is in docs/math.md; a test holds it against this.
+pass: so the sum over micro-batches does not depend on how the step is cut. GRPO alone, in 30 lines, is in
+docs/math.md; a test runs it against this.
 """
 
 from dataclasses import dataclass
