@@ -22,11 +22,13 @@ import pyarrow.parquet as pq
 from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, Manifest, Run
 from grpo.artifacts.run import check_size
+from grpo.config.evaluate import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError, ResourceError, UsageError
 
-VIEWS = (*tables.TABLES, "samples", "eval_samples", "evals", "timings", "manifests")
+VIEWS = (*tables.TABLES, "samples", "iterations", "eval_samples", "evals", "timings", "manifests")
 MEMORY_GIB = 1.0
-_DERIVED = ("samples", "eval_samples", "evals")  # each a query in a file of its name
+# Each a query in a file of its name, over views that come before it.
+_DERIVED = ("samples", "eval_samples", "evals", "iterations")
 
 _TIMINGS = pa.schema(
     [("iteration", pa.int32()), ("stage", pa.string()), ("part", pa.string()), ("seconds", pa.float64())]
@@ -40,6 +42,8 @@ SETTINGS = pa.schema(
         ("same_prompts", pa.bool_()),
     ]
 )
+# What counts as a pass in training: what would count in an evaluation, as configured now.
+_PASS_SETTINGS = pa.schema([("pass_reward", pa.string()), ("pass_threshold", pa.float64())])
 _MANIFESTS = pa.schema(
     [
         ("iteration", pa.int32()),
@@ -94,6 +98,7 @@ def connect(
         _create_view(connection, "manifests", [(run.name, _manifests(told[run.name])) for run in runs])
         settings = [(run.name, _settings(run, found[run.name])) for run in runs]
         _create_view(connection, "_eval_settings", settings)
+        _create_view(connection, "_pass_settings", [(run.name, _pass_settings(run)) for run in runs])
         for view in _DERIVED:
             text = own_text(f"sql/views/{view}")
             connection.execute(f"create view {view} as {text}")
@@ -302,6 +307,13 @@ def _settings(run: Run, outputs: list[tuple[str, Manifest]]) -> pa.Table:
         if output == EVALUATION
     ]
     return pa.Table.from_pylist(rows, schema=SETTINGS)
+
+
+def _pass_settings(run: Run) -> pa.Table:
+    evaluate, first = run.config.evaluate, run.config.score.rewards[0].name
+    reward = (evaluate.pass_reward if evaluate else None) or first
+    row = {"pass_reward": reward, "pass_threshold": evaluate.pass_threshold if evaluate else PASS_THRESHOLD}
+    return pa.Table.from_pylist([row], schema=_PASS_SETTINGS)
 
 
 def _timings(run: Run, outputs: list[tuple[str, Manifest]]) -> pa.Table:
