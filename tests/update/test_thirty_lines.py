@@ -24,7 +24,7 @@ def test_the_thirty_lines_are_the_objective_grpo() -> None:
     old_N = -3 * torch.rand(9, generator=draw, dtype=torch.float64)
     reference_N = old_N + 0.3 * torch.randn(9, generator=draw, dtype=torch.float64)
     logprobs_N = (old_N + 0.3 * torch.randn(9, generator=draw, dtype=torch.float64)).requires_grad_()
-    parts = [values.split(lengths_B.tolist()) for values in (logprobs_N, old_N, reference_N)]
+    parts = [torch.split(values, lengths_B.tolist()) for values in (logprobs_N, old_N, reference_N)]
     expected = found["grpo_loss"](list(zip(*parts, advantages_B.tolist(), strict=True)))
     [expected_gradient] = torch.autograd.grad(expected, logprobs_N)
 
