@@ -98,13 +98,13 @@ def _print_parts(run: Run, clocks: Clocks, iterations: int) -> None:
     between = [first[n][0] - last[n - 1][1] for n in counted]
     rows.append(("", "between", between))
     print(f"{'stage':<10} {'part':<13} {'ms':>7}   of it pipeline")
-    work = pipeline = 0.0
+    work = other = 0.0
     for stage_name, part, seconds in rows:
         taken = median(seconds) * 1e3
-        work, pipeline = (work + taken, pipeline) if part in WORK else (work, pipeline + taken)
+        work, other = (work + taken, other) if part in WORK else (work, other + taken)
         print(f"{stage_name:<10} {part:<13} {taken:>7.1f}   {'' if part in WORK else f'{taken:.1f}'}")
-    total = work + pipeline
-    print(f"in all {total:.0f} ms: {work:.0f} ms work, {pipeline:.0f} ms pipeline ({pipeline / total:.0%})")
+    total = work + other
+    print(f"in all {total:.0f} ms: {work:.0f} ms work, {other:.0f} ms pipeline ({other / total:.0%})")
 
 
 def _print_advantage(run: Run, iteration: int) -> None:
