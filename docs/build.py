@@ -31,6 +31,9 @@ def configuration() -> str:
         "with exit code 2 and the place. `--set key=value` overrides a key: `--set update.learning_rate=1e-6`,",
         "`--set score.rewards[0].weight=0.5`; a list replaces the whole list. `grpo run --dry-run` shows every",
         "resolved value. Paths are relative to the configuration's folder.",
+        "",
+        "The file is YAML 1.2: `true` and `false` alone are truth values (`yes`, `no`, `on`, `off` are words, `0777` is",
+        "777), `1e-6` is a number, a date is text, and `${...}` is text too. Keys are text, and tabs belong into quotes.",
     ]
     lines += ["", "## Top level", "", *_table(Config, "", sections=False)]
     for name, field in Config.model_fields.items():

@@ -1,6 +1,5 @@
 """console: what a person sees while something works. Everything goes to stderr; data goes to stdout."""
 
-import json
 import os
 import signal
 import sys
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
-_MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
 _PLAIN_INTERVAL_S = 15.0  # without a terminal: a line now and then, so that a log stays readable
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -126,18 +124,6 @@ class Console:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def report_error(message: str, code: int) -> None:
-    """The one line on stderr with which a command ends, or the document of `--json`; code: its exit code."""
-    if len(message) > _MESSAGE_CHARACTERS:  # where it was and what would be right are at its ends
-        half = _MESSAGE_CHARACTERS // 2
-        message = f"{message[:half]} ... {message[-half:]}"
-    if "--json" in sys.argv:
-        text = json.dumps({"error": message, "exit": code})
-    else:
-        text = f"error: {printable(' '.join(message.split()))}"
-    print(text, file=sys.stderr, flush=True)
 
 
 def stdout_console() -> "RichConsole":

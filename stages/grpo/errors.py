@@ -60,3 +60,8 @@ class Interrupted(GrpoError):
     def __init__(self, signal_number: int) -> None:
         super().__init__("interrupted: what is committed is kept; the same command goes on from here")
         self.exit_code = 128 + signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of its error, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grpo.errors import CorruptError
+from grpo.errors import CorruptError, first_line
 
 KEY = ("iteration", "group_id", "sample_id")
 
@@ -207,7 +207,7 @@ def decode(table: str, files: Iterable[tuple[Path, bytes]], columns: list[str] |
             found = pq.read_schema(io.BytesIO(content))
             part = pq.read_table(io.BytesIO(content), columns=columns, page_checksum_verification=True)
         except (pa.ArrowInvalid, OSError) as error:
-            raise CorruptError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+            raise CorruptError(f"{path}: cannot be read as Parquet: {first_line(error)}") from error
         check_schema(table, found, path)
         parts.append(part)
     if not parts:

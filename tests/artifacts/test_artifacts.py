@@ -170,7 +170,7 @@ def test_a_sidecar_that_is_none_is_refused(run: Run) -> None:
     with pytest.raises(CorruptError) as caught:
         Staging(again(run), PLAN, 0)
     assert str(caught.value) == (
-        f"{path}: not a sidecar; `grpo verify --discard` sets it aside, and the work is done again"
+        f"{path}: not a sidecar; `grpo verify --discard` sets it aside, and the work is rerun"
     )
 
 

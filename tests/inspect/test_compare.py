@@ -305,7 +305,7 @@ def test_runs_that_do_not_differ(finished: Path, grpo: Grpo) -> None:
     code, out, err = grpo("compare", "tiny", "same")
     assert (code, err) == (0, "")
     assert "no difference in the 2 iterations that both have" in out
-    assert "configured otherwise (A -> B)\n  nothing\n" in out
+    assert "configured differently (A -> B)\n  nothing\n" in out
     assert "no means: rollouts, rewards and advantages of these iterations are the same in both\n" in out
     assert json.loads(grpo("compare", "tiny", "same", "--json")[1])["last"] is None
 
@@ -337,7 +337,7 @@ def test_runs_that_do_not_differ(finished: Path, grpo: Grpo) -> None:
         (
             ["code", "code"],
             2,
-            "code code: a thing differs in nothing from itself; give two rewards or two runs",
+            "code code: cannot compare a thing with itself; give two rewards or two runs",
         ),
         (
             ["code", "length", "--run", "none"],

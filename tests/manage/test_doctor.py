@@ -98,7 +98,7 @@ def test_an_adapter_needs_peft_and_its_targets(
     assert checks["lora targets"]["found"] == "every linear layer"
     code, checks, _ = doctor(grpo, "--set", "update.lora={rank: 2, alpha: 4, targets: [q]}")
     assert code == 2
-    assert problems(checks)["lora targets"].startswith("update.lora.targets: 'q' is no linear module")
+    assert problems(checks)["lora targets"].startswith("update.lora.targets: 'q' is not a linear module")
     monkeypatch.setitem(sys.modules, "peft", None)
     code, checks, _ = doctor(grpo, "--set", "update.lora={rank: 2, alpha: 4}")
     assert code == 8
@@ -150,7 +150,7 @@ def test_vllm_that_is_not_installed(project: Path, grpo: Grpo, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("version", "source", "code", "check", "message"),
     [
-        ("0.10.0", "", 8, "engine", "generate.engine: vllm 0.10.0 is installed, 0.24 to 0.32 is right; "),
+        ("0.10.0", "", 8, "engine", "generate.engine: vllm 0.10.0 is installed, 0.24 to 0.33 is right; "),
         (
             "0.32.0",
             "",

@@ -23,7 +23,7 @@ def test_a_fork_is_made_of_links_and_goes_on_in_its_own_way(finished: Path, grpo
     assert (code, out) == (0, "")
     command = shlex.join(["grpo", "run", "--set", crash.NEW_REWARD, "--set", "run=other"])
     shared = "1 iterations, and of iteration 1 generate"
-    assert err == f"other begins as tiny: {shared}; go on with: {command}\n"
+    assert err == f"other begins as tiny: {shared}; next: {command}\n"
     for path in FORK.rglob("*.parquet"):
         assert path.samefile(RUN / path.relative_to(FORK))
     assert not (FORK / "iteration=000001/rewards").exists()

@@ -22,7 +22,7 @@ def test_a_new_project_runs_at_once_and_learns(
     monkeypatch.chdir(tmp_path)
     code, out, err = grpo("init", "my project")
     assert (code, out) == (0, "")
-    assert err.endswith("; go on with: cd 'my project' && grpo run\n")
+    assert err.endswith("; next: cd 'my project' && grpo run\n")
     folder = tmp_path / "my project"
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     shutil.copytree(starter_model, folder / "artifacts" / ".models" / "tiny-arithmetic")

@@ -58,7 +58,7 @@ def test_what_is_damaged_is_named_with_what_to_do(finished: Path, grpo: Grpo) ->
     assert out.splitlines()[0] == f"damaged  {message}"
     assert out.splitlines()[-2:] == [
         "`grpo verify --discard` moves it to .trash",
-        f"what makes it again, with the configuration of run tiny: {redo}",
+        f"to rebuild it, with the configuration of run tiny: {redo}",
     ]
     assert path.exists()
     code, _ = verify(grpo, "--discard")
@@ -91,7 +91,7 @@ def test_what_cannot_be_made_again_stays(finished: Path, grpo: Grpo) -> None:
     flip(path)
     flip(rollouts)
     code, found = verify(grpo, "--discard")
-    advice = "cannot be made again (policy 2 was pruned): restore it from a copy, or `grpo run --from 0`"
+    advice = "cannot be rebuilt (policy 2 was pruned): restore it from a copy, or `grpo run --from 0`"
     assert (code, [damage["redo"] for damage in found["damaged"]]) == (6, [None, None])
     assert all(damage["found"].endswith(advice) for damage in found["damaged"])
     assert path.exists()
@@ -116,7 +116,7 @@ def test_lost_prompts_are_no_reason_to_begin_again(finished: Path, grpo: Grpo) -
     Path("prompts.jsonl").rename("elsewhere.jsonl")
     code, found = verify(grpo, "--discard")
     assert (code, [damage["redo"] for damage in found["damaged"]]) == (6, [None])
-    way = "cannot be made again (prompts.source: prompts.jsonl is gone): restore it from a copy"
+    way = "cannot be rebuilt (prompts.source: prompts.jsonl is gone): restore it from a copy"
     assert found["damaged"][0]["found"].endswith(way)
     Path("elsewhere.jsonl").rename("prompts.jsonl")
     before = crash.contents(Path())
@@ -148,7 +148,7 @@ def test_a_lost_output_behind_a_pruned_policy_is_made_again_alone(finished: Path
     before = pruned_run(grpo)
     shutil.rmtree(RUN / "iteration=000002/rewards")
     code, _, err = grpo("run", *KEEP_2)
-    assert (code, "`grpo score --iteration 2` makes it again" in err) == (4, True), err
+    assert (code, "`grpo score --iteration 2` rebuilds it" in err) == (4, True), err
     assert verify(grpo)[1]["damaged"][0]["redo"] == "grpo score --iteration 2"
     assert grpo("score", "--iteration", "2")[0] == 0
     assert crash.contents(Path()) == before

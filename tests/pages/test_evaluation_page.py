@@ -4,18 +4,18 @@ import re
 import shlex
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from tests.conftest import Grpo
 from tests.pages.pages import DOCS, commands, texts
 
 from grpo.config import EvaluateConfig
+from grpo.config.yaml import parse
 
 PAGE = (DOCS / "evaluation.md").read_text()
 
 
 def test_its_configuration_is_one() -> None:
     [text] = texts(PAGE, "yaml")
-    section = OmegaConf.to_container(OmegaConf.create(text))
+    section = parse(text)
     assert isinstance(section, dict)
     config = EvaluateConfig.model_validate(section["evaluate"])
     assert (config.every, config.samples_per_prompt, config.pass_reward) == (10, 8, "exact_answer")

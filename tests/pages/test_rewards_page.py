@@ -1,15 +1,17 @@
 """docs/rewards.md: each configuration in it scores a finished run, with the files that it shows."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from tests.conftest import PIPELINE, Grpo
 from tests.pages.pages import DOCS, texts
 from tests.score.judge.endpoint import says, serve
 from tests.score.test_score_stage import write_classifier
+
+from grpo.config.yaml import dump, parse
 
 PAGE = (DOCS / "rewards.md").read_text()
 
@@ -25,15 +27,15 @@ def test_an_example_scores(finished: Path, grpo: Grpo, number: int) -> None:
         Path(source.splitlines()[0].removeprefix("# ")).write_text(source)
     Path("rubric.md").write_text(texts(PAGE, "markdown")[0])
     write_classifier(finished / "reward-model")
-    shown: dict[str, Any] = yaml.safe_load(texts(PAGE, "yaml")[number])
-    config = yaml.safe_load(PIPELINE) | shown
+    shown: dict[str, Any] = parse(texts(PAGE, "yaml")[number])
+    config = parse(PIPELINE) | shown
     with serve(
         lambda question, request: says("INCORRECT" if "CORRECT" in question else "Score: 4")
     ) as endpoint:
         for reward in shown["score"]["rewards"]:
             if "judge" in reward:
                 reward["judge"]["url"] = endpoint.url
-        Path("pipeline.yaml").write_text(yaml.safe_dump(config))
+        Path("pipeline.yaml").write_text(dump(config))
         if "prompts" in shown:  # fixed for a run: begin anew
             shutil.rmtree("artifacts")
             code, _, err = grpo("generate")
@@ -42,11 +44,11 @@ def test_an_example_scores(finished: Path, grpo: Grpo, number: int) -> None:
         assert code == 0, err
     code, out, err = grpo("sql", "select distinct name, status from rewards where iteration = 0", "--json")
     names = [reward.get("name") or name_of(reward) for reward in shown["score"]["rewards"]]
-    assert sorted(row["name"] for row in yaml.safe_load(out)) == sorted(names), err
-    assert {row["status"] for row in yaml.safe_load(out)} == {"ok"}
+    assert sorted(row["name"] for row in json.loads(out)) == sorted(names), err
+    assert {row["status"] for row in json.loads(out)} == {"ok"}
     if names == ["taste"]:
         code, out, err = grpo("sql", texts(PAGE, "sql")[0], "--json")
-        assert {(row["value"], row["answer"]) for row in yaml.safe_load(out)} == {(0.4, "Score: 4")}, err
+        assert {(row["value"], row["answer"]) for row in json.loads(out)} == {(0.4, "Score: 4")}, err
 
 
 def name_of(reward: dict[str, Any]) -> str:

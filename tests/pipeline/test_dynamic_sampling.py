@@ -113,7 +113,7 @@ def test_stage_commands_go_round_by_round_and_end_as_a_run_does(
         "update": "missing",
     }
     code, _, err = grpo("advantage", "--iteration", "0", *SETTING)
-    way = "`grpo generate --iteration 0` samples another round, `generate.dynamic_sampling: null` goes on"
+    way = "`grpo generate --iteration 0` samples another round, `generate.dynamic_sampling: null` continues"
     way += " with these"
     assert (code, err) == (4, f"error: {RUN}/iteration=000000/rollouts: {lacks}; {way}\n")
     do(grpo, "generate", *SETTING)
@@ -189,7 +189,10 @@ def test_between_rounds_nothing_is_mixed_with_another_configuration(project: Pat
     code, _, err = grpo("run", *ONE, "--set", "generate.temperature=0.5")
     assert code == 4
     assert "generate of iteration 0 is partial" in err
-    assert "and changed (generate.temperature: 1.0 -> 0.5); put that back, or `grpo run --from 0`" in err
+    assert (
+        "and changed (generate.temperature: 1.0 -> 0.5); put that back, or rerun it with `grpo run --from 0`"
+        in err
+    )
     more = "generate.dynamic_sampling={min_groups: 6, max_rounds: 3}"
     code, _, err = grpo("run", "--until", "1", "--set", more)
     assert (code, "generate.dynamic_sampling.min_groups: 5 -> 6" in err) == (4, True), err

@@ -132,7 +132,7 @@ def test_run_twice_does_nothing(finished: Path, grpo: Grpo) -> None:
     before = digests()
     assert grpo("run") == (0, "", "run tiny: 2 iterations are complete; nothing to do\n")
     assert grpo("score", "--iteration", "0") == (0, "", "score 0: nothing to do, it is complete\n")
-    assert grpo("score") == (0, "", "score: nothing to do; --iteration N and --force do it again\n")
+    assert grpo("score") == (0, "", "score: nothing to do; rerun it with --iteration N --force\n")
     assert digests() == before
 
 
@@ -163,7 +163,7 @@ def test_another_reward_differs_and_is_refused_without_force(finished: Path, grp
     assert states(grpo, "--set", named) == [["done", "changed", "done", "done"]] * 2
     assert reasons(grpo, "--set", named) == {"score 0": why, "score 1": why}
     folder = ARTIFACTS / "iteration=000000" / "rewards"
-    message = f"error: {folder}: changed ({why}); --force makes it again\n"
+    message = f"error: {folder}: changed ({why}); --force reruns it\n"
     assert grpo("score", "--iteration", "0", "--set", named) == (4, "", message)
     assert digests() == before
 
@@ -185,8 +185,8 @@ def test_a_forced_score_makes_what_follows_stale_and_from_does_it_again(finished
         "update 1": "policy@1 is stale",
     }
     message = (
-        "error: run tiny: advantage of iteration 0 is stale (reward/code@0 is gone); `grpo run --from 0` does"
-        " it and all that follows again, `grpo advantage --iteration 0` it alone\n"
+        "error: run tiny: advantage of iteration 0 is stale (reward/code@0 is gone); `grpo run --from 0`"
+        " reruns it and everything after; `grpo advantage --iteration 0` reruns it alone\n"
     )
     assert grpo("run") == (4, "", message)
     code, _, err = grpo("run", "--from", "0", "--yes")
@@ -442,8 +442,8 @@ LORA = "update.lora={rank: 2, alpha: 4}"
         (
             ["update.lora={rank: 2, alpha: 4, targets: [q]}"],
             2,
-            "update.lora.targets: 'q' is no linear module that can take an adapter; of this model these can:"
-            " down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+            "update.lora.targets: 'q' is not a linear module that can take an adapter; of this model these"
+            " can: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         ),
         (
             ["update.schedule=linear", "iterations=1"],
@@ -498,13 +498,13 @@ def test_from_asks_before_it_moves_anything(
     finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["run", "--from", "0", "--set", "update.learning_rate=0.02"]
-    text = "of iteration 0 update and all of iteration 1 will be done again"
+    text = "of iteration 0 update and all of iteration 1 will be rerun"
     before = digests(Path("artifacts"))
     code, out, err = grpo(*command)
     assert (code, out, err) == (
         2,
         "",
-        f"error: --from 0: {text}; what is there goes to .trash; give --yes too\n",
+        f"error: --from 0: {text}; what exists goes to .trash; give --yes too\n",
     )
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda: "n")

@@ -6,8 +6,7 @@ import pytest
 from grpo.config import PromptsConfig
 from grpo.errors import DataError, UsageError
 from grpo.models import starter_model
-from grpo.prompts.chat import Chat, chat_of, render
-from grpo.prompts.table import encode
+from grpo.prompts.chat import Chat, chat_of, encode, render
 
 ROW: dict[str, Any] = {"prompt_id": 3, "prompt": None, "messages": [{"role": "user", "content": "Hi"}]}
 # As models that may think have it: on unless it is turned off.
@@ -77,11 +76,17 @@ def test_a_template_that_cannot_render_a_prompt_names_it(template: str, reason: 
 
 def test_a_template_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     config = PromptsConfig(source="p.jsonl", chat_template="my.jinja")
-    needed = "a file with a Jinja template is needed"
-    for content, reason in ((None, "No such file or directory"), (b"\xff", "not UTF-8")):
+    not_utf8 = "not UTF-8; save the file as UTF-8"
+    for content, reason in ((None, "No such file or directory"), (b"\xff", not_utf8)):
         if content is not None:
             (tmp_path / "my.jinja").write_bytes(content)
         with pytest.raises(UsageError) as caught:
             chat_of(config, tmp_path)
-        message = f"prompts.chat_template: {tmp_path}/my.jinja: cannot be read: {reason}; {needed}"
-        assert str(caught.value) == message
+        where = f"prompts.chat_template (a file with a Jinja template): {tmp_path}/my.jinja"
+        assert str(caught.value) == f"{where}: {reason}"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
+    (tmp_path / "my.jinja").write_bytes(b"\xef\xbb\xbf{{ messages }}")
+    config = PromptsConfig(source="p.jsonl", chat_template="my.jinja")
+    assert chat_of(config, tmp_path).template == "{{ messages }}"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.conftest import Grpo
@@ -126,12 +127,25 @@ def test_images_are_refused_with_their_column(tmp_path: Path, nested: bool) -> N
     features = datasets.Features({"prompt": datasets.Value("string"), "image": feature})
     data = datasets.Dataset.from_dict({"prompt": ["a"], "image": [[image] if nested else image]}, features)
     data.save_to_disk(tmp_path / "data")
-    way = "name a data set of text, or save this one without the column (Dataset.remove_columns)"
-    holds = "holds media (Image), and prompts are text only"
+    holds = "holds images or other media (a struct of bytes and path), and prompts are text only"
+    way = "leave the column out (in `datasets`: remove_columns)"
     assert refused(tmp_path) == f"prompts.source: data: column image {holds}; {way}"
     pq.write_table(data.data.table, tmp_path / "p.parquet")
-    holds = "holds images or other media (a struct of bytes and path), and prompts are text only"
-    assert refused(tmp_path, source="p.parquet") == f"p.parquet: column image {holds}; remove the column"
+    assert refused(tmp_path, source="p.parquet") == f"p.parquet: column image {holds}; {way}"
+
+
+def test_a_struct_of_bytes_and_path_that_holds_text_is_no_image(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "file": {"bytes": "12", "path": "a.txt"}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    assert [row for _, row in read_rows(PromptsConfig(source="p.parquet"), tmp_path)] == rows
+
+
+def test_a_column_that_is_decoded_only_when_it_is_used_is_refused(tmp_path: Path) -> None:
+    features = datasets.Features({"prompt": datasets.Value("string"), "info": datasets.Json()})
+    data = datasets.Dataset.from_dict({"prompt": ["a"], "info": [{"n": 1}]}, features)
+    data.save_to_disk(tmp_path / "data")
+    holds = "is of the type Json, which is decoded only when it is used; save it as text or as a struct"
+    assert refused(tmp_path) == f"prompts.source: data: column info {holds}"
 
 
 def test_a_folder_without_data_and_a_name_that_is_nothing(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from grpo.console import Console
 from grpo.errors import DataError, InputError, UsageError
 from grpo.models import starter_model
 from grpo.prompts import table as prompts
-from grpo.prompts.chat import Chat, render
+from grpo.prompts.chat import Chat, encode, render
+from grpo.prompts.rows import _normalise
 from grpo.prompts.source import Row
-from grpo.prompts.table import draw, encode, prepare
+from grpo.prompts.table import draw, prepare
 
 FIXED = {"prompt_id": 0, "prompt": None, "messages": None, "answer": None}
 
@@ -216,8 +217,8 @@ def test_chat_and_system_make_messages(tmp_path: Path) -> None:
             [{"content": "a"}],
             "a message must be {role, content} with role one of system, user, assistant, tool",
         ),
-        ([{"role": "user"}], "a message's content must be text, found NoneType"),
-        ([{"role": "user", "content": 5}], "a message's content must be text, found int"),
+        ([{"role": "user"}], "a message's content must be one text, found NoneType"),
+        ([{"role": "user", "content": 5}], "a message's content must be one text, found int"),
         (
             [
                 {
@@ -242,7 +243,7 @@ def test_messages_that_cannot_be_used_are_refused(tmp_path: Path, messages: Any,
     ("second", "message"),
     [
         ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
-        (r'{"prompt": "\ud800"}', "holds a lone surrogate (\\ud800-\\udfff), which is no text"),
+        (r'{"prompt": "\ud800"}', "holds a lone surrogate (\\ud800-\\udfff), which is not text"),
         ('{"prompt": "b", "x": NaN}', "holds NaN or Infinity, which is no JSON"),
         ('{"text": "b", "x": 1}', "no column prompt; found text, x (prompts.columns.prompt)"),
         ('{"prompt": null}', "prompt is None; a prompt must be text that is not empty"),
@@ -541,7 +542,7 @@ def test_the_configuration_says_what_it_is_by_default() -> None:
 def test_a_column_with_a_name_of_the_pipelines_own_is_refused(name: str) -> None:
     config = PromptsConfig(source="p.jsonl")
     with pytest.raises(DataError) as caught:
-        prompts._normalise("p.jsonl:1", {"prompt": "a", name: 1}, config)
+        _normalise("p.jsonl:1", {"prompt": "a", name: 1}, config)
     assert str(caught.value) == (
         f"p.jsonl:1: column {name} is the pipeline's own; give yours another name, such as id"
     )

@@ -231,7 +231,7 @@ def test_several_labels(tmp_path: Path) -> None:
 
 def test_language_model_is_no_classifier(tmp_path: Path) -> None:
     save(tmp_path, Qwen2ForCausalLM(Qwen2Config(**SMALL)))
-    expected = f"reward model {tmp_path}: is no trained classifier; its weights lack score.weight"
+    expected = f"reward model {tmp_path}: is not a trained classifier; its weights lack score.weight"
     assert load_error(tmp_path) == expected
 
 

@@ -201,18 +201,20 @@ def calls(folder: Path, name: str) -> list[int]:
     return found
 
 
-# `grpo score` in a process of its own; the command itself would want a policy.
+# `grpo score` in a process of its own, without the command line: the command would want a policy.
 SCORE = """
 import sys
 from pathlib import Path
 from grpo.pipeline import work
 from grpo.artifacts import Run
+from grpo.cli import entry
 from grpo.config import Config
 from grpo.console import Console
 
 folder = Path(sys.argv[1])
 run = Run(folder / "artifacts", Config.model_validate_json(sys.argv[2]), folder, Console(quiet=True))
-work.run_stage(run, "score", "0", force=False)
+entry.app = lambda standalone_mode: work.run_stage(run, "score", "0", force=False)
+entry.main()
 """
 
 
@@ -381,7 +383,7 @@ def test_a_new_weight_rewrites_the_rows_without_a_call(tmp_path: Path) -> None:
     run = opened(tmp_path, reward("length", weight=0.25), reward("other"))
     kept, replaced = inodes(run, first, "other"), inodes(run, first, "length")
     assert (calls(tmp_path, "length"), calls(tmp_path, "other")) == ([2, 2, 2], [2, 2, 2])
-    expected = "changed (score.rewards.length.weight: 1.0 -> 0.25); --force makes it again"
+    expected = "changed (score.rewards.length.weight: 1.0 -> 0.25); --force reruns it"
     assert refused(run) == expected
     second = scored(run, force=True)
     assert (calls(tmp_path, "length"), calls(tmp_path, "other")) == ([], [])
@@ -398,7 +400,7 @@ def test_an_added_reward_scores_only_itself(tmp_path: Path) -> None:
     assert calls(tmp_path, "length") == [2, 2, 2]
     run = opened(tmp_path, reward("other"), reward("length"))  # in front: places move, files stay
     kept = inodes(run, first, "length")
-    assert refused(run) == "changed (score.rewards.other: added); --force makes it again"
+    assert refused(run) == "changed (score.rewards.other: added); --force reruns it"
     second = scored(run, force=True)
     assert (calls(tmp_path, "length"), calls(tmp_path, "other")) == ([], [2, 2, 2])
     assert inodes(run, second, "length") == kept
@@ -411,7 +413,7 @@ def test_a_removed_reward_leaves_the_others(tmp_path: Path) -> None:
     run = opened(tmp_path, reward("other"))
     kept = inodes(run, first, "other")
     calls(tmp_path, "length"), calls(tmp_path, "other")
-    assert refused(run) == "changed (score.rewards.length: removed); --force makes it again"
+    assert refused(run) == "changed (score.rewards.length: removed); --force reruns it"
     second = scored(run, force=True)
     assert (calls(tmp_path, "length"), calls(tmp_path, "other")) == ([], [])
     assert inodes(run, second, "other") == kept
@@ -431,7 +433,7 @@ def test_a_reward_with_another_name_keeps_its_values(tmp_path: Path) -> None:
 def test_other_arguments_are_another_reward(tmp_path: Path) -> None:
     scored(opened(tmp_path, reward("weighted", arguments={"bonus": 1})))
     run = opened(tmp_path, reward("weighted", arguments={"bonus": 2}))
-    expected = "changed (score.rewards.weighted.arguments.bonus: 1 -> 2); --force makes it again"
+    expected = "changed (score.rewards.weighted.arguments.bonus: 1 -> 2); --force reruns it"
     assert refused(run) == expected
     scored(run, force=True)
     assert values(run, "weighted") == [3.0, 1.0, 4.0, 2.0, 3.0, 5.0]  # 2 where right, plus level
@@ -455,7 +457,7 @@ def test_a_reward_whose_file_changed_differs_and_is_scored_anew(tmp_path: Path) 
     source = tmp_path / "reward.py"
     source.write_text(source.read_text().replace("float(len(text))", "float(len(text) + 10)"))
     run = opened(tmp_path, reward("length"), {"function": "exact_answer"})
-    assert refused(run) == "changed (score.rewards.length: its file changed); --force makes it again"
+    assert refused(run) == "changed (score.rewards.length: its file changed); --force reruns it"
     second = scored(run, force=True)
     assert calls(tmp_path, "length") == [2, 2, 2]
     assert values(run, "length") == [11.0, 12.0, 11.0, 14.0, 10.0, 12.0]
@@ -588,7 +590,7 @@ def test_another_reward_model_in_its_place_differs(tmp_path: Path) -> None:
     scored(opened(tmp_path, {"model": "./rm"}))
     value = write_classifier(tmp_path / "rm", seed=1)
     run = opened(tmp_path, {"model": "./rm"})
-    assert refused(run) == "changed (score.rewards.rm: its file changed); --force makes it again"
+    assert refused(run) == "changed (score.rewards.rm: its file changed); --force reruns it"
     scored(run, force=True)
     assert values(run, "rm")[0] == pytest.approx(value(shown("3+4=", "7")), abs=1e-5)
 

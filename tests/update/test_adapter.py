@@ -161,8 +161,8 @@ def test_targets_are_last_parts_of_names() -> None:
 @pytest.mark.parametrize("config", ["untied", "tied"])
 def test_a_target_that_takes_no_adapter_is_refused(target: str, config: str) -> None:
     message = (
-        f"update.lora.targets: '{target}' is no linear module that can take an adapter; of this model these"
-        " can: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+        f"update.lora.targets: '{target}' is not a linear module that can take an adapter; of this model"
+        " these can: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     )
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
         adapted(CONFIGS[config], targets=["q_proj", target])

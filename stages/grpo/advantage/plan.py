@@ -37,7 +37,7 @@ def _way_on(manifest: Manifest) -> str:
     """What to do about an output that lacks something."""
     command = f"`grpo {manifest.stage} --iteration {manifest.iteration}`"
     if manifest.stage == "generate":
-        return f"{command} samples another round, `generate.dynamic_sampling: null` goes on with these"
+        return f"{command} samples another round, `generate.dynamic_sampling: null` continues with these"
     if manifest.summary["failed"]:
         return f"{command} tries them again, `score.on_error: drop` leaves them out"
     return f"{command} scores the others"

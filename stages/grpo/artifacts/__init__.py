@@ -10,6 +10,7 @@ from grpo.artifacts.layout import (
     TABLES_OF,
     holder_of,
     iterations_in,
+    policy_of,
 )
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, read_manifest, seal
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
@@ -73,6 +74,7 @@ __all__ = [
     "lacking",
     "num_rounds",
     "open_run",
+    "policy_of",
     "prune",
     "read_json",
     "read_manifest",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from grpo.artifacts.files import sha256_of
 from grpo.artifacts.manifest import digest
-from grpo.errors import InputError
+from grpo.errors import InputError, first_line
 
 _BELONGS = {
     ".safetensors",
@@ -55,5 +55,5 @@ def find_checkpoint(name: str, folder: Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in sorted(_BELONGS)]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: no directory {path}, and not to be had from the hub: {reason}") from None
+        why = first_line(error)
+        raise InputError(f"{name}: no directory {path}, and not to be had from the hub: {why}") from None

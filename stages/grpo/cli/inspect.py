@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from grpo.cli import lazy
 from grpo.cli.options import CONFIG, ConfigOption, JsonOption, RunArgument, SetOption, print_json, reading
 
 
@@ -15,29 +16,25 @@ def status(
     every: Annotated[bool, typer.Option("--all", help="Every iteration, not only the last.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Iterations x stages: done, partial, stale, changed, missing; reward, KL, length, seconds."""
-    from grpo.inspect import status as status_module
-
+    """Show iterations x stages: done, partial, stale, changed, missing; reward, KL, length, seconds."""
     opened = reading(name, config, set_)
     if as_json:
-        print_json(status_module.describe(opened))
+        print_json(lazy.status.describe(opened))
     else:
-        status_module.print_status(opened, every)
+        lazy.status.print_status(opened, every)
 
 
 def sql(
     query: Annotated[str, typer.Argument(help="A query; none: an interactive prompt.")] = "",
     config: ConfigOption = CONFIG,
-    names: Annotated[list[str], typer.Option("--run", help="A run to open; may be given again.")] = [],  # noqa: B006
+    names: Annotated[list[str], typer.Option("--run", help="A run to open; repeatable.")] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Write to a .parquet, .csv or .json file.")] = None,
     timeout_s: Annotated[float, typer.Option(help="Seconds a query may take.")] = 600.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Read-only SQL over the tables of runs, and over samples, timings and manifests."""
-    from grpo.inspect import query as query_module
-
+    """Query runs with read-only SQL: tables, samples, iterations, timings, manifests."""
     runs = [reading(name, config, []) for name in dict.fromkeys(names or [""])]
-    query_module.answer(runs, query, out, timeout_s, as_json)
+    lazy.query.answer(runs, query, out, timeout_s, as_json)
 
 
 def show(
@@ -47,13 +44,13 @@ def show(
     where: Annotated[str | None, typer.Option(help="SQL condition over samples.")] = None,
     groups: Annotated[int, typer.Option(help="How many prompts a page has.", min=1)] = 3,
     page: Annotated[int, typer.Option(help="Which page, from 1.", min=1)] = 1,
-    group: Annotated[int | None, typer.Option(help="This group alone.")] = None,
-    sample: Annotated[int | None, typer.Option(help="This sample of each group alone.")] = None,
+    group: Annotated[int | None, typer.Option(help="Only this group.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Only this sample of each group.")] = None,
     sort: Annotated[
         str, typer.Option(help="Largest first: reward, advantage, tokens, mismatch, spread, or a reward.")
     ] = "",
     reverse: Annotated[bool, typer.Option("--reverse", help="With --sort: smallest first.")] = False,
-    reward: Annotated[list[str], typer.Option(help="A reward to show by part; may be given again.")] = [],  # noqa: B006
+    reward: Annotated[list[str], typer.Option(help="A reward to show separately; repeatable.")] = [],  # noqa: B006
     side_by_side: Annotated[bool, typer.Option("--side-by-side", help="Responses in columns.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="Shade tokens by their probability.")] = False,
     against: Annotated[str, typer.Option(help="The same prompts at iteration 40, in a RUN, or RUN:40.")] = "",
@@ -61,34 +58,30 @@ def show(
     no_pager: Annotated[bool, typer.Option("--no-pager", help="Print all at once.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read rollouts as a person: prompt, its K responses, rewards, advantages; one prompt over time."""
-    from grpo.inspect import show as show_module
-
-    choice = show_module.Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
-    look = show_module.Look(reward, side_by_side, tokens, not no_pager, as_json)
-    show_module.show(
-        reading(name, config, []), choice, look, against, lambda other: reading(other, config, [])
-    )
+    """Read rollouts: a prompt, its K responses, rewards and advantages; or one prompt over time."""
+    choice = lazy.show.Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
+    look = lazy.show.Look(reward, side_by_side, tokens, not no_pager, as_json)
+    lazy.show.show(reading(name, config, []), choice, look, against, lambda other: reading(other, config, []))
 
 
 def compare(
     a: Annotated[str, typer.Argument(help="A reward, or a run; `reward` is the weighted sum.")],
     b: Annotated[str, typer.Argument(help="The other.")],
     config: ConfigOption = CONFIG,
-    run: Annotated[str, typer.Option("--run", help="Of two rewards: of this run.")] = "",
+    run: Annotated[str, typer.Option("--run", help="When comparing rewards: the run they belong to.")] = "",
     iteration: Annotated[str, typer.Option(help="3, 0-19 or all.")] = "all",
-    examples: Annotated[int, typer.Option(help="Of two rewards: groups to show.", min=0)] = 3,
+    examples: Annotated[
+        int, typer.Option(help="When comparing rewards: how many groups to show.", min=0)
+    ] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Two rewards over the same rollouts, or two runs: where they agree, and where not."""
-    from grpo.inspect import compare as compare_module
-
-    subjects = compare_module.choose(a, b, run, lambda name: reading(name, config, []))
-    result = compare_module.describe(subjects, a, b, iteration, examples)
+    """Compare two rewards over the same rollouts, or two runs."""
+    subjects = lazy.compare.choose(a, b, run, lambda name: reading(name, config, []))
+    result = lazy.compare.describe(subjects, a, b, iteration, examples)
     if as_json:
         print_json(result)
     else:
-        compare_module.print_comparison(result)
+        lazy.compare.print_comparison(result)
 
 
 def report(
@@ -98,13 +91,13 @@ def report(
     config: ConfigOption = CONFIG,
     out: Annotated[Path | None, typer.Option(help="Default: RUN.html, report.html for several runs.")] = None,
     png: Annotated[bool, typer.Option("--png", help="The curves as a picture, RUN.png.")] = False,
-    rollouts: Annotated[int | None, typer.Option(help="At most so many to read; default: what fits.")] = None,
+    rollouts: Annotated[
+        int | None, typer.Option(help="Maximum number of rollouts to include (default: as many as fit).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """One HTML file to read and to send: curves, pass rate by prompt, every rollout; runs overlaid."""
-    from grpo.inspect import report as report_module
-
+    """Write a self-contained HTML report: curves, pass rate by prompt, every rollout; runs overlaid."""
     runs = [reading(name, config, []) for name in dict.fromkeys(names or [""])]
-    result = report_module.write(runs, out, png, rollouts)
+    result = lazy.report.write(runs, out, png, rollouts)
     if as_json:
         print_json(result)

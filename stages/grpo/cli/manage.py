@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from grpo.cli import lazy
 from grpo.cli.options import (
     CONFIG,
     ConfigOption,
@@ -29,14 +30,12 @@ def doctor(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine for what the configuration needs; makes no run."""
-    from grpo.manage import doctor as doctor_module
-
-    report = doctor_module.examine(configured(config, set_, as_json), model)
+    """Check that this machine can run the configuration; creates no run."""
+    report = lazy.doctor.examine(configured(config, set_, as_json), model)
     if as_json:
         print_json(report.describe())
     else:
-        doctor_module.print_report(report)
+        lazy.doctor.print_report(report)
     raise typer.Exit(report.exit_code)
 
 
@@ -47,19 +46,17 @@ def verify(
     discard: Annotated[bool, typer.Option("--discard", help="Move what is damaged to .trash.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Every hash, schema and invariant of a run; what is damaged, and what to do about it."""
-    from grpo.manage import verify as verify_module
-
+    """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
     opened = reading(name, config, set_, damaged=True)
     # What a crash cut off is not finished first: that may be what is damaged.
     with opened.lock() if discard else nullcontext():
-        report = verify_module.verify(opened)
+        report = lazy.verify.verify(opened)
         if discard:
-            verify_module.discard_damaged(opened, report)
+            lazy.verify.discard_damaged(opened, report)
     if as_json:
         print_json({"run": opened.name, **report.describe()})
     else:
-        verify_module.print_report(opened, report, discard)
+        lazy.verify.print_report(opened, report, discard)
     raise typer.Exit(report.exit_code)
 
 
@@ -67,34 +64,30 @@ def gc(
     name: RunArgument = "",
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006
-    dry_run: Annotated[bool, typer.Option(help="Show it, remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="List without removing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove the trash, abandoned staging, and checkpoints that `checkpoints` does not keep."""
-    from grpo.manage import gc as collect
-
+    """Remove the trash, abandoned staging, and checkpoints no longer kept."""
     opened = reading(name, config, set_)
     with nullcontext() if dry_run else locked(opened):
-        found = collect.garbage(opened) if dry_run else collect.collect(opened)
+        found = lazy.gc.garbage(opened) if dry_run else lazy.gc.collect(opened)
     if as_json:
-        print_json(collect.describe(found, opened, dry_run))
+        print_json(lazy.gc.describe(found, opened, dry_run))
     else:
-        collect.print_garbage(found, opened, dry_run)
+        lazy.gc.print_garbage(found, opened, dry_run)
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where; made if it is missing. Default: here.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="Folder, created if missing (default: here).")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """A new project that runs at once: pipeline.yaml, reward.py with its test, prompts.jsonl."""
-    from grpo.manage import init as init_module
-
-    paths = init_module.create(folder)
+    """Create a starter project: pipeline.yaml, reward.py with its test, prompts.jsonl."""
+    paths = lazy.init.create(folder)
     if as_json:
         print_json({"folder": str(folder), "files": [path.name for path in paths]})
     else:
         there = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
-        typer.echo(f"made {', '.join(map(str, paths))}; go on with: {there}grpo run", err=True)
+        typer.echo(f"made {', '.join(map(str, paths))}; next: {there}grpo run", err=True)
 
 
 def export(
@@ -103,43 +96,41 @@ def export(
     policy: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (as trained), bfloat16 or float16.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Only what LoRA trained.")] = False,
-    push: Annotated[str | None, typer.Option(help="Upload it too, to owner/name on the hub.")] = None,
+    push: Annotated[str | None, typer.Option(help="Also upload to owner/name on the hub.")] = None,
     config: ConfigOption = CONFIG,
     as_json: JsonOption = False,
 ) -> None:
-    """A policy as a plain Hugging Face directory with a model card; uploads nothing unless told to."""
-    from grpo.manage import export as export_module
-
+    """Write a policy as a plain Hugging Face directory with a model card."""
     if out is None:
         raise UsageError("--out: is required: the folder to write")
     if push is not None:
-        export_module.check_repository(push)
+        lazy.export.check_repository(push)
     opened = reading(name, config, [])
-    result = export_module.export(opened, policy, out, dtype, adapter)
+    result = lazy.export.export(opened, policy, out, dtype, adapter)
     size = f"{result['bytes'] / 2**20:,.1f} MiB"
     opened.console.say(f"policy {result['policy']} of run {opened.name}: {size} in {out}")
     if push is not None:
-        result["url"] = export_module.push(out, push)
+        result["url"] = lazy.export.push(out, push)
         opened.console.say(f"uploaded to {result['url']}")
     if as_json:
         print_json(result)
 
 
 def fork(
-    source: Annotated[str, typer.Argument(help="Name of the run to begin as.")],
+    source: Annotated[str, typer.Argument(help="Run to start from.")],
     new: Annotated[str, typer.Argument(help="Name of the new run.")],
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006
-    iteration: Annotated[int | None, typer.Option(help="The first to differ; default: the next one.")] = None,
+    iteration: Annotated[
+        int | None, typer.Option(help="First iteration of the fork's own (default: the next).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """A run that shares another one's first iterations, by hard links, and goes on in its own way."""
-    from grpo.manage import fork as fork_module
-
+    """Start a run from the first iterations of another, shared by hard links."""
     forked = configured(config, [*set_, f"run={new}"], as_json)
-    result = fork_module.fork(reading(source, config, []), forked, iteration)
+    result = lazy.fork.fork(reading(source, config, []), forked, iteration)
     if as_json:
         print_json({"run": new, "from": source, **result})
     else:
         options = shlex.join(part for text in [*set_, f"run={new}"] for part in ("--set", text))
-        forked.console.say(f"{fork_module.describe(source, new, result)}; go on with: grpo run {options}")
+        forked.console.say(f"{lazy.fork.describe(source, new, result)}; next: grpo run {options}")

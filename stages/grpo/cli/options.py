@@ -1,4 +1,4 @@
-"""cli.opening: what most commands begin with: their common options, and the run that these name."""
+"""cli.options: what most commands begin with: their common options, and the run that these name."""
 
 import json
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from grpo.cli.lazy import artifacts, config, console, prepare, restart
 from grpo.errors import CorruptError, UsageError
 
 if TYPE_CHECKING:
@@ -24,18 +25,13 @@ CONFIG = Path("pipeline.yaml")
 
 def configured(path: Path, overrides: list[str], quiet: bool) -> "Run":
     """The run of a configuration, which need not be there yet."""
-    from grpo.artifacts import ARTIFACTS, Run
-    from grpo.config import load
-    from grpo.console import Console
-
-    return Run(ARTIFACTS, load(path, overrides), path.absolute().parent, Console(quiet))
+    values = config.load(path, overrides)
+    return artifacts.Run(artifacts.ARTIFACTS, values, path.absolute().parent, console.Console(quiet))
 
 
 @contextmanager
 def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
     """The run of a configuration, locked and prepared for work."""
-    from grpo.pipeline import prepare, restart
-
     opened = configured(path, overrides, quiet)
     with locked(opened):
         prepare.prepare(opened)
@@ -46,10 +42,8 @@ def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
 @contextmanager
 def locked(opened: "Run") -> Iterator["Run"]:
     """A run that nobody else works on, with every commit finished that a crash cut off."""
-    from grpo.artifacts import roll_forward
-
     with opened.console.signals(), opened.lock():
-        roll_forward(opened)
+        artifacts.roll_forward(opened)
         yield opened
 
 
@@ -58,25 +52,22 @@ def reading(name: str, path: Path, overrides: list[str], damaged: bool = False) 
 
     `overrides` apply to either. damaged: of the former, run.json need only be there.
     """
-    from grpo.artifacts import ARTIFACTS, Run, created_config, open_run, require_run
-    from grpo.console import Console
-
     if not name and not path.exists():
         raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
     if not name or (path.exists() and configured(path, overrides, True).name == name):
         run = configured(path, overrides, False)
-        require_run(run.name) if damaged else open_run(run.name)
+        artifacts.require_run(run.name) if damaged else artifacts.open_run(run.name)
         return run
     if overrides:
         overrides = [*overrides, f"run={name}"]  # the name of a run that is there cannot be another
     try:
-        config = created_config(name, overrides=overrides)
+        created = artifacts.created_config(name, overrides=overrides)
     except CorruptError as error:
         if not damaged:
             raise
         way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={name} --discard` sets it aside"
         raise CorruptError(f"{error}; {way}") from None
-    return Run(ARTIFACTS, config, path.absolute().parent, Console())
+    return artifacts.Run(artifacts.ARTIFACTS, created, path.absolute().parent, console.Console())
 
 
 def print_json(document: Any) -> None:

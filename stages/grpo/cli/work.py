@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from grpo.cli.lazy import artifacts, evaluations, log, prepare, work
 from grpo.cli.options import (
     CONFIG,
     ConfigOption,
@@ -18,30 +19,31 @@ from grpo.cli.options import (
 )
 from grpo.errors import UsageError
 
-StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the next to do.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Do it again, also where nothing is missing.")]
+StageIteration = Annotated[
+    str, typer.Option("--iteration", help="3, 0-19 or all; default: the first incomplete.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Rerun even if the output is complete.")]
 
 
 def run(
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
-    until: Annotated[int | None, typer.Option(help="Until N iterations are complete.")] = None,
+    until: Annotated[int | None, typer.Option(help="Stop when N iterations are complete.")] = None,
     from_: Annotated[
-        int | None, typer.Option("--from", help="Do what is stale in N, and all later, again.")
+        int | None, typer.Option("--from", help="Rerun stale stages of iteration N and everything after it.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="With --from: do not ask.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show the resolved configuration and what is done.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Every iteration, resuming by itself: what is complete is not done again."""
-    from grpo.inspect import evaluations, log
-    from grpo.pipeline import work
-
+    """Run every iteration, resuming automatically: complete work is never redone."""
     if yes and from_ is None:
-        raise UsageError("--yes: says yes to what `--from N` asks; give both or neither")
+        raise UsageError("--yes: only valid together with --from N")
     if dry_run:
         if from_ is not None:
-            raise UsageError("--dry-run: --from N says itself what it will do, and asks; give one of them")
+            raise UsageError(
+                "--dry-run and --from cannot be combined: --from N already lists its changes and asks"
+            )
         work.dry_run(configured(config, set_, as_json))
         return
     if until is not None and until < 0:
@@ -64,17 +66,13 @@ def evaluate(
     config: ConfigOption = CONFIG,
     set_: SetOption = [],  # noqa: B006
     policy: Annotated[int | None, typer.Option(help="Of the run; default: the newest.", min=0)] = None,
-    force: Annotated[bool, typer.Option("--force", help="Measure it again, also where it was.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Evaluate again even if the result exists.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the responses to a .parquet or .json file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
-    from grpo.artifacts import files
-    from grpo.inspect import evaluations
-    from grpo.pipeline import prepare, work
-
+    """Evaluate a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
     if checkpoint and (policy is not None or force):
-        raise UsageError("evaluate: a checkpoint is measured from nothing; leave out --policy and --force")
+        raise UsageError("evaluate: a checkpoint takes neither --policy nor --force")
     evaluations.check_out(out)
     if checkpoint:
         with locked(work.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:
@@ -82,7 +80,7 @@ def evaluate(
             work.evaluate(opened, None, False)
             what, found = checkpoint, {"checkpoint": opened.config.model}
             found |= evaluations.delivered(opened, 0, out)
-            files.remove_folder(opened.path)
+            artifacts.files.remove_folder(opened.path)
     else:
         with working(config, set_, as_json) as opened:
             policy = work.evaluate(opened, policy, force)
@@ -102,7 +100,6 @@ def _stage_command(name: str, summary: str) -> Callable[..., None]:
         force: ForceOption = False,
         as_json: JsonOption = False,
     ) -> None:
-        from grpo.pipeline import work
 
         with working(config, set_, as_json) as opened:
             result = work.run_stage(opened, name, iteration, force)
@@ -125,18 +122,14 @@ def score(
         bool,
         typer.Option(
             "--only-failed",
-            help="Again, but only rows whose status is error, timeout or nonfinite; default: everywhere.",
+            help="Rerun only rows whose status is error, timeout or nonfinite; default: in every iteration.",
         ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Stage 2: rollouts + prompts -> rewards."""
-    from grpo.pipeline import work
-
     if force and only_failed:
-        raise UsageError(
-            "--only-failed: keeps what did not fail, and --force keeps nothing; give one of them"
-        )
+        raise UsageError("--only-failed and --force cannot be combined: one keeps rows, the other reruns all")
     with working(config, set_, as_json) as opened:
         result = work.run_stage(opened, "score", iteration, force, only_failed)
     if as_json:

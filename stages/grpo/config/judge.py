@@ -68,10 +68,10 @@ class JudgeConfig(Section):
         try:
             groups = re.compile(pattern, re.MULTILINE).groups
         except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from None
+            raise ValueError(f"is not a regular expression: {error}") from None
         if groups != 1:
             raise ValueError(
-                f"needs exactly one group, the score; this one has {groups}; (?:...) is no group"
+                f"needs exactly one group, the score; this one has {groups}; (?:...) is not a group"
             )
         return pattern
 

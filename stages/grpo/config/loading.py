@@ -11,10 +11,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from grpo.config.model import Config
 from grpo.config.update import OBJECTIVES
+from grpo.config.yaml import YamlError, parse
 from grpo.errors import UsageError
 
 _CREDENTIALS = re.compile("://[^/@\\s]*@")  # of an address; no message may hold them
-_LINE_BREAK = re.compile("[\n\x85\u2028\u2029]")  # those of YAML; reading made one of \r and \r\n
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -75,11 +75,6 @@ def overridden_keys(config: Config) -> list[str]:
 
 
 def _read(path: Path) -> Any:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml.error import MarkedYAMLError
-    from yaml.reader import ReaderError
-
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -90,62 +85,39 @@ def _read(path: Path) -> Any:
         raise UsageError(f"{path}:{line}:{column}: not UTF-8; save the file as UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    lines = _LINE_BREAK.split(text)
-    for number, line_text in enumerate(lines, start=1):
-        if "${" in line_text:
-            place = f"{path}:{number}:{line_text.index('${') + 1}"
-            raise UsageError(f"{place}: ${{...}} is not supported; write the value itself")
     try:
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        at_tab = mark and lines[mark.line][mark.column : mark.column + 1] == "\t"
-        hint = "; use spaces, not tabs" if at_tab else ""
-        raise UsageError(f"{path}{place}: {_first_sentence(_problem(error))}{hint}") from None
-    except ReaderError as error:
-        before = text[: error.position]
-        place = f"{path}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
-        raise UsageError(f"{place}: control character U+{error.character:04X} in the text") from None
-    except RecursionError:
-        raise UsageError(f"{path}: nested too deeply") from None
-    except AssertionError:  # OmegaConf's own, of a text that is a number
-        raise UsageError(f"{path}: expected sections with keys, found a single value") from None
-    except (OmegaConfBaseException, ValueError) as error:  # of a tag or a key that is no text or number
-        raise UsageError(f"{path}: {_first_sentence(str(error))}") from None
-
-
-def _problem(error: Any) -> str:
-    """What a YAML parser found; newer ones count how deep a text is nested before Python does."""
-    return "nested too deeply" if "nesting depth" in str(error.problem) else str(error.problem)
-
-
-def _first_sentence(text: str) -> str:
-    """Of a library's message; the advice behind it is for programmers."""
-    return re.split("[.;] ", text.splitlines()[0])[0].rstrip(".")
+        data = parse(text)
+    except YamlError as error:
+        raise UsageError(f"{path}{error.place}: {error}") from None
+    return {} if data is None else data
 
 
 def _override(data: Any, override: str) -> Any:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-    from yaml.error import MarkedYAMLError
-
     key, equals, text = override.partition("=")
     if not equals or not key.strip() or not text.strip():
         raise UsageError(f"--set {override}: expected key=value, such as --set update.learning_rate=1e-6")
-    if "${" in text:
-        raise UsageError(f"--set {override}: ${{...}} is not supported; write the value itself")
     try:
-        value = OmegaConf.create(f"value: {text}").value
-        config = OmegaConf.create(data)
-        OmegaConf.update(config, key.strip(), value, merge=False)
-        return OmegaConf.to_container(config, resolve=False)
-    except RecursionError:
-        raise UsageError(f"--set {override}: nested too deeply") from None
-    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-        text = _problem(error) if isinstance(error, MarkedYAMLError) else str(error)
-        raise UsageError(f"--set {override}: {_first_sentence(text)}") from None
+        return _replaced(data, _parts(key), parse(f"value: {text}")["value"])
+    except (YamlError, ValueError) as error:
+        raise UsageError(f"--set {override}: {error}") from None
+
+
+def _parts(key: str) -> list[str]:
+    """`score.rewards[0].weight` as its steps."""
+    return key.strip().replace("[", ".").replace("]", "").split(".")
+
+
+def _replaced(data: Any, parts: Sequence[str], value: Any) -> Any:
+    """`data` with `value` at the place that `parts` lead to; sections missing on the way are made."""
+    if not parts:
+        return value
+    first, *rest = parts
+    if not isinstance(data, list):
+        section = data if isinstance(data, dict) else {}
+        return section | {first: _replaced(section.get(first), rest, value)}
+    if first not in map(str, range(len(data))):
+        raise ValueError(f"item {first} of a list of {len(data)}; the first is 0")
+    return [_replaced(item, rest, value) if str(n) == first else item for n, item in enumerate(data)]
 
 
 _RENAMED = {"dynamic_sampling": "dynamic_sampling", "min_groups": "min_groups"}
@@ -184,8 +156,7 @@ def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> st
 def _where(location: list[int | str], path: Path, overrides: Sequence[str]) -> str:
     """Who gave the value at a place: `--set` that or a section it is in, the file, or both a part each."""
     place = [str(part) for part in location]
-    keys = [override.partition("=")[0].strip() for override in overrides]
-    parts = [key.replace("[", ".").replace("]", "").split(".") for key in keys]
+    parts = [_parts(override.partition("=")[0]) for override in overrides]
     if any(place[: len(part)] == part for part in parts):
         return "--set "
     return f"{path} with --set: " if any(part[: len(place)] == place for part in parts) else f"{path}: "

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from grpo.config.section import Count, NonNegative, Positive, Section
 
@@ -160,11 +160,6 @@ class UpdateConfig(Section):
     off: once for each."""
     lora: LoraConfig | None = None
     """Train low-rank adapters; null: all weights."""
-
-    @field_validator("prompt_sharing", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     @model_validator(mode="before")
     @classmethod

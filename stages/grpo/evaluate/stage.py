@@ -23,7 +23,7 @@ from grpo.score import plan as score
 from grpo.score import stage as scoring
 from grpo.score.judge.rubric import rubric_of
 from grpo.score.scorers import Scorers, columns_of, spec_of
-from grpo.score.shard import Work
+from grpo.score.shard import File, Work
 
 
 class Resources(Protocol):
@@ -72,7 +72,7 @@ def produce(run: Run, policy: int, staging: Staging, resources: Resources) -> Pr
     # A reward model takes the engine's place on the accelerator; functions leave it where it is.
     scorers = resources(score.NAME, beside=all(reward.model is None for reward in run.config.score.rewards))
     scorers = replace(scorers, prompts=prompts, columns=columns_of(prompts))
-    files = [(record, staging.folder / record.name) for record in rollouts]
+    files = [File(record, staging.folder / record.name) for record in rollouts]
     prompts_id = staging.plan.user_files["evaluate.prompts"]
     _, rewards = scoring.score(
         run, staging, scorers, Work(REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id, before)
@@ -102,6 +102,7 @@ def _sampled(
     return sampling.Work(
         table=ROLLOUTS,
         prefix=ROLLOUTS,
+        iteration=policy,
         policy=policy,
         draws=draws,
         requests=requests,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from grpo.artifacts import Plan, Run
+from grpo.artifacts import Plan, Run, policy_of
 from grpo.artifacts.files import sha256_of
 from grpo.config import GenerateConfig
 from grpo.config.named_files import named_file
@@ -18,12 +18,13 @@ def plan(run: Run, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when prompts or policy are missing."""
     config = run.config.generate
     run.require("prompts", None, "grpo run")
-    if iteration > 0:
-        run.require("update", iteration - 1, f"grpo update --iteration {iteration - 1}")
-    references, sources = ["prompts", f"policy@{iteration}"], {}
+    policy = policy_of(iteration)
+    if policy > 0:
+        run.require("update", policy - 1, f"grpo update --iteration {policy - 1}")
+    references, user_files = ["prompts", f"policy@{policy}"], {}
     if config.prompts_sql is not None:
         references += past_tables(run, iteration)
-        sources[KEY] = sha256_of(named_file(run.imports, KEY, config.prompts_sql))
+        user_files[KEY] = sha256_of(named_file(run.imports, KEY, config.prompts_sql))
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
@@ -31,7 +32,7 @@ def plan(run: Run, iteration: int) -> Plan:
         iteration=iteration,
         config={"seed": run.config.seed, "generate": described(config)},
         inputs={reference: run.id_of(reference) or "" for reference in references},
-        user_files=sources,
+        user_files=user_files,
         shards=shards_of_round(config),
     )
 

@@ -15,9 +15,8 @@ from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, gro
 from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.weight_check import read_weight_check
-from grpo.prompts.chat import Chat
+from grpo.prompts.chat import Chat, encode
 from grpo.prompts.source import Row
-from grpo.prompts.table import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +43,8 @@ class Work:
     """rollouts, or eval_rollouts."""
     prefix: str
     """What the names of its files begin with."""
+    iteration: int
+    """Of the rollouts; of an evaluation, the policy's."""
     policy: int
     draws: Draws
     requests: list[Request]
@@ -132,7 +133,7 @@ def _sampling(
     """The engine's groups as they come, with a bar of the rollouts done and the time spent in the engine."""
     total = sum(len(request.seeds) for shard in shards for request in shard)
     tokens, started = 0, time.perf_counter()
-    with run.console.progress(f"{staging.plan.stage} {work.policy}", total, "rollouts") as advance:
+    with run.console.progress(f"{staging.plan.stage} {work.iteration}", total, "rollouts") as advance:
 
         def show(rollouts: int, new_tokens: int) -> None:
             nonlocal tokens
@@ -159,8 +160,8 @@ def _table(requests: list[Request], groups: list[Group], tool: Sampler, work: Wo
         work.draws,
         tool.tokenizer,
         tool.vocabulary_size,
-        iteration=work.policy,
+        iteration=work.iteration,
         round=requests[0].group_id // work.groups_per_round,
-        policy_iteration=work.policy,
+        policy_iteration=work.iteration,
         temperature=work.sampling.temperature,
     )

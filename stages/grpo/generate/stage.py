@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of
+from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, policy_of
 from grpo.config import GenerateConfig
 from grpo.errors import UsageError
 from grpo.generate import selection
@@ -33,6 +33,7 @@ from grpo.generate.sampling import (
     shard_names,
 )
 from grpo.generate.weight_sync import WeightSync
+from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import LENGTH
 from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
@@ -46,8 +47,6 @@ def check(run: Run, until: int, resources: object) -> None:
 @contextmanager
 def open_resource(run: Run) -> Iterator[Sampler]:
     """Choose the engine; it is opened when the first iteration needs it."""
-    from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
-
     name, why = choose_engine(run.config.generate.engine)
     if name != "vllm" and (truncated := run.config.generate.truncation()):
         raise UsageError(f"generate.{truncated}: needs engine: vllm, but {name} is taken ({why})")
@@ -135,7 +134,8 @@ def _work(run: Run, iteration: int, sampler: Sampler, rounds: int) -> Work:
     return Work(
         table=OUTPUT,
         prefix="part",
-        policy=iteration,
+        iteration=iteration,
+        policy=policy_of(iteration),
         draws=draws,
         requests=requests_of(draws, run.config.seed, iteration, config.samples_per_prompt),
         shards=all_shards(config, rounds),

@@ -12,6 +12,7 @@ import numpy as np
 
 from grpo.errors import EngineError
 from grpo.generate.engines.protocol import Engine
+from grpo.models.loading import empty_cache, load_model
 from grpo.models.weight_check import PERTURBATION, WeightCheck, measure, write_perturbed
 
 FLOAT32_TOLERANCE = (
@@ -38,8 +39,6 @@ class WeightSync:
         The copy, as large as the checkpoint, stands in `scratch` for the while. Raises EngineError (exit 8)
         when the engine does not follow.
         """
-        from grpo.models.loading import empty_cache, load_model
-
         with tempfile.TemporaryDirectory(dir=scratch) as name:
             perturbed = Path(name)
             write_perturbed(start, perturbed)

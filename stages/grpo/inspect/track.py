@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from grpo.artifacts import EVALUATION, Run, files, lacking, read_sealed, seal
-from grpo.errors import CorruptError, EngineError, GrpoError, UsageError
+from grpo.errors import CorruptError, EngineError, GrpoError, UsageError, first_line
 from grpo.inspect.status import summary_of
 from grpo.pipeline.runner import evaluation_is_due
 
@@ -96,10 +96,9 @@ class _Tracker:
         except GrpoError:  # an interruption, not the tracker's
             raise
         except Exception as error:  # noqa: BLE001 - a service of others may raise anything, and training goes on
-            reason = (str(error).splitlines() or [""])[0]
-            text = f"{self.name} failed {where}: {type(error).__name__}: {reason}"
+            text = f"{self.name} failed {where}: {type(error).__name__}: {first_line(error)}"
             self.failure = self.failure or text
-            self.run.console.say(f"track: {text}; training goes on without it")
+            self.run.console.say(f"track: {text}; training continues without it")
             return False
         return True
 
@@ -243,10 +242,9 @@ def _opened(module: ModuleType, init: Callable[[], object]) -> ModuleType:
     except GrpoError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise EngineError(
-            f"track: {module.__name__} cannot be opened: {type(error).__name__}: {reason}; nothing was"
-            " sampled (`track: null` goes without)"
+            f"track: {module.__name__} cannot be opened: {type(error).__name__}: {first_line(error)};"
+            " nothing was sampled (`track: null` goes without)"
         ) from error
     return module
 

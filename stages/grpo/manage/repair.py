@@ -30,7 +30,7 @@ class Damage:
 
     found: str
     redo: str
-    """The command that makes it again once it is out of the way; "" where none can."""
+    """The command that rebuilds it once it is out of the way; "" where none can."""
     aside: Path | None = None
     """What has to be out of the way first."""
 
@@ -46,7 +46,7 @@ def damage(run: Run, place: Place, wrong: dict[Place, str]) -> Damage:
         if not any(base[1] is None and base in wrong and _lost(run, base, wrong) for base in wrong):
             nearest = max(number for number in _usable(run, wrong) if number <= (iteration or 0))
             way += f", or `grpo run --from {nearest}`"
-        return Damage(f"{wrong[place]}; cannot be made again ({lost}): {way}", "")
+        return Damage(f"{wrong[place]}; cannot be rebuilt ({lost}): {way}", "")
     redo = command_for(output, iteration)
     return Damage(wrong[place], redo, folder if folder.exists() or folder.is_symlink() else None)
 

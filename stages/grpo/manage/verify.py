@@ -138,10 +138,10 @@ def print_report(run: Run, report: Report, discarded: bool) -> None:
     )
     if any(each.aside for each in report.damages):
         first = "moved to .trash" if discarded else "`grpo verify --discard` moves it to .trash"
-        first = f"what can be made again: {first}" if not all(each.redo for each in report.damages) else first
+        first = f"what can be rebuilt: {first}" if not all(each.redo for each in report.damages) else first
         out.print(first, highlight=False, soft_wrap=True)
     if redo := list(dict.fromkeys(each.redo for each in report.damages if each.redo)):
-        text = f"what makes it again, with the configuration of run {run.name}: {'; '.join(redo)}"
+        text = f"to rebuild it, with the configuration of run {run.name}: {'; '.join(redo)}"
         out.print(text, highlight=False, soft_wrap=True)
 
 
@@ -181,7 +181,7 @@ def _unfinished(run: Run) -> list[str]:
     """What a crash came between, and the next command finishes: until then some outputs look stale."""
     with suppress(CorruptError):  # which is reported already
         if (first := read_intent(run)) is not None:
-            return [f"--from {first}: not finished; the next `grpo run` goes on with it"]
+            return [f"--from {first}: not finished; the next `grpo run` resumes it"]
     return [
         f"{folder}: written, and moved to its place by the next command"
         for folder in staging_folders(run)

@@ -78,7 +78,7 @@ def ensure(directory: Path, say: Callable[[str], None]) -> None:
     if missing:
         raise InputError(
             f"{directory}: not a complete starter model ({', '.join(missing)} missing); "
-            "move or delete the folder, and the next run trains it anew"
+            "move or delete the folder, and the next run retrains it"
         )
 
 

@@ -8,22 +8,24 @@ one can be compared with what it gave for the last.
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
 from grpo.errors import CorruptError, ResourceError
-from grpo.prompts.chat import Chat
+from grpo.models.loading import best_device, context_length, empty_cache, load_model, load_tokenizer
+from grpo.models.logprobs import token_logprobs
+from grpo.prompts.chat import Chat, encode
 from grpo.prompts.source import Row
-from grpo.prompts.table import encode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FILE = "weight_check.json"
 NUM_SEQUENCES = 8
@@ -79,8 +81,6 @@ def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightChec
 
     Raises CorruptError (exit 6) where finite weights give log-probs that are not.
     """
-    from grpo.models.loading import best_device, context_length, empty_cache, load_model, load_tokenizer
-
     device = best_device()
     model = load_model(checkpoint, device)
     token_ids = encode(rows, load_tokenizer(checkpoint), chat)[1]
@@ -94,12 +94,8 @@ def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightChec
     return found
 
 
-def measure(model: "PreTrainedModel", sequences: list[list[int]]) -> WeightCheck:
+def measure(model: PreTrainedModel, sequences: list[list[int]]) -> WeightCheck:
     """Measure `model`, which may be in training: nothing of it changes. All sequences have one length."""
-    import torch
-
-    from grpo.models.logprobs import token_logprobs
-
     input_ids_BL = torch.tensor(sequences, device=model.device)
     with torch.inference_mode():
         logits_NV = model(input_ids=input_ids_BL, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -113,12 +109,6 @@ def write_perturbed(checkpoint: Path, folder: Path) -> None:
 
     What is finite stays so: a weight too large for that is the largest of its type.
     """
-    import shutil
-
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
     generator = torch.Generator().manual_seed(0)
     for path in checkpoint_files(checkpoint):
         target = folder / path.name

@@ -1,18 +1,14 @@
 """prepare: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
 
 import json
+from types import ModuleType
 from typing import Any
 
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, created_config, files, seal, versions
+from grpo.artifacts import STAGE_OUTPUTS, Run, created_config, files, seal, versions
 from grpo.config import Config, overridden_keys
-from grpo.errors import DataError, InputError, UsageError
-from grpo.models import weight_check
+from grpo.errors import DataError, InputError
 from grpo.models.find import resolve_model
 from grpo.prompts import table as prompts
-from grpo.prompts.chat import chat_of
-from grpo.prompts.source import Row
-
-STAGE_VERSION = 2  # 2: with a weight check
 
 
 def prepare(run: Run) -> None:
@@ -37,7 +33,7 @@ def prepare(run: Run) -> None:
     _prompts(run, begun)
     _held_out(run)
     if manifest is None or manifest.ids != ids:
-        _commit_policy(run, names, ids)
+        _begin().commit_policy(run, names, ids)
     if not created:
         for line in overridden_keys(run.config):
             run.console.say(f"differs from its objective: {line}")
@@ -71,24 +67,6 @@ def _recorded(run: Run, reference: str) -> str | None:
     return next((id_ for id_ in found if id_), None)
 
 
-def _commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None:
-    """Commit the ids of the starting policy and the reference, and the policy's weight check.
-
-    Raises what load_model does for either: a reference that cannot be used is not found at the first update.
-    """
-    if run.config.update.kl_coefficient and ids["reference"] != ids["policy"]:
-        from grpo.models.loading import load_model
-
-        load_model(run.start["reference"], "cpu")
-    rows = run.read(prompts.OUTPUT, None).slice(0, weight_check.NUM_PROMPTS).to_pylist()
-    plan = Plan("policy", STAGE_VERSION, "policy", None, names, {}, ids)
-    staging = Staging(run, plan, 0)
-    found = weight_check.weight_check_of(run.start["policy"], rows, chat_of(run.config.prompts, run.imports))
-    record = staging.write_bytes("", weight_check.FILE, found.encode())
-    paths = {part: str(path) for part, path in run.start.items()}
-    staging.commit(Product(ids, [record], paths))
-
-
 def _prompts(run: Run, begun: bool) -> None:
     manifest = run.manifest(prompts.OUTPUT, None)
     plan = prompts.plan(run, kept=manifest if begun else None)
@@ -99,7 +77,7 @@ def _prompts(run: Run, begun: bool) -> None:
     if manifest is not None and begun:
         raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
     expected = _recorded(run, prompts.OUTPUT)
-    _normalise(run, plan, run.config.generate.max_new_tokens, expected)
+    _begin().normalise(run, plan, run.config.generate.max_new_tokens, expected)
 
 
 def _held_out(run: Run) -> None:
@@ -115,7 +93,7 @@ def _held_out(run: Run) -> None:
                 run.console.say(f"evaluate.prompts.source: {source} is gone; the run has its own copy")
             return
         limit = run.config.evaluate.max_new_tokens or run.config.generate.max_new_tokens
-        _normalise(run, plan, limit)
+        _begin().normalise(run, plan, limit)
         _say_shared(run)
     except DataError as error:
         raise DataError(f"evaluate.prompts: {error}") from None
@@ -133,26 +111,11 @@ def _say_shared(run: Run) -> None:
         run.console.say(f"evaluate.prompts: {shared} of {len(held_out)} are among `prompts`: not held out")
 
 
-def _normalise(run: Run, plan: Plan, max_new_tokens: int, expected: str | None = None) -> None:
-    """Write prompts that leave room for max_new_tokens in the model's context."""
-    from grpo.models.loading import context_length, load_config, load_tokenizer
+def _begin() -> ModuleType:
+    """What a run needs once only, and loads models for: `grpo run` of a complete run does without."""
+    from grpo.pipeline import begin
 
-    context = context_length(load_config(run.start["policy"]))
-    tokenizer = load_tokenizer(run.start["policy"])
-    room = None if context is None else context - max_new_tokens
-    if room is not None and room < 1:
-        key = "generate" if plan.output == prompts.OUTPUT else "evaluate"
-        raise UsageError(
-            f"{key}.max_new_tokens: {max_new_tokens} leaves no room for a prompt in the model's context of"
-            f" {context} tokens"
-        )
-
-    chat = chat_of(prompts.config_of(run, plan.output), run.imports)
-
-    def num_tokens(rows: list[Row]) -> list[int]:
-        return [len(ids) for ids in prompts.encode(rows, tokenizer, chat)[1]]
-
-    prompts.prepare(run, Staging(run, plan, 0), num_tokens, room, expected)
+    return begin
 
 
 def _fixed(run: Run, key: str, old: object, new: object) -> str:

@@ -83,7 +83,7 @@ def _is_open(run: Run, stage: Stage, iteration: int) -> bool:
     if unfinished_rounds is not None and (changes := differences_of(run, stage, unfinished_rounds)):
         raise InputError(
             f"run {run.name}: generate of iteration {iteration} is partial ({lacks}) and changed"
-            f" ({'; '.join(changes)}); put that back, or `grpo run --from {iteration}` does it again"
+            f" ({'; '.join(changes)}); put that back, or rerun it with `grpo run --from {iteration}`"
         )
     return manifest is None or bool(lacks)
 
@@ -108,15 +108,15 @@ def _way_out(run: Run, iteration: int, name: str) -> str:
     if needs_policy and iteration and run.is_pruned(iteration - 1):
         nearest = max(number for number in run.policies() if number <= iteration)
         return (
-            f"policy {iteration} was pruned: `grpo run --from {nearest}` does it and all that follows again,"
-            f" `grpo fork {run.name} NEW --iteration {nearest}` too, elsewhere"
+            f"policy {iteration} was pruned: `grpo run --from {nearest}` reruns it and everything after;"
+            f" `grpo fork {run.name} NEW --iteration {nearest}` does so in a new run"
         )
     if missing:
-        verb = "makes it again" if found[again] is None else "goes on with it"
+        verb = "rebuilds it" if found[again] is None else "resumes it"
         return f"`grpo {again} --iteration {iteration}` {verb}"
     return (
-        f"`grpo run --from {iteration}` does it and all that follows again,"
-        f" `grpo {name} --iteration {iteration}` it alone"
+        f"`grpo run --from {iteration}` reruns it and everything after;"
+        f" `grpo {name} --iteration {iteration}` reruns it alone"
     )
 
 

@@ -60,7 +60,7 @@ def _confirm(opened: Run, first: int) -> None:
     parts += [f"the evaluation of policy {number}" for number in later if number not in sampled]
     if not parts:
         return
-    text = f"--from {first}: {' and '.join(parts)} will be done again; what is there goes to .trash"
+    text = f"--from {first}: {' and '.join(parts)} will be rerun; what exists goes to .trash"
     if not sys.stdin.isatty():
         raise UsageError(f"{text}; give --yes too")
     if not opened.console.confirm(text):
@@ -84,7 +84,7 @@ def run_stage(
     elif not iterations and force:
         raise UsageError(f"{name} --force: nothing is missing; say which to do again with --iteration N")
     elif not iterations:
-        opened.console.say(f"{name}: nothing to do; --iteration N and --force do it again")
+        opened.console.say(f"{name}: nothing to do; rerun it with --iteration N --force")
     with Resources(opened) as resources:
         for iteration in iterations:
             before = opened.manifest(stage.output, iteration)
@@ -124,7 +124,7 @@ def _check_replace(opened: Run, stage: Stage, before: Manifest, force: bool, onl
         return  # stale: it is done again without being asked twice
     if changes := states.differences_of(opened, stage, before):
         place = opened.folder(stage.output, iteration)
-        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force makes it again")
+        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it")
 
 
 def evaluate(opened: Run, policy: int | None, force: bool) -> int:
@@ -182,13 +182,13 @@ def _check_kept(opened: Run, stage: Stage, before: Manifest) -> None:
     place = opened.folder(stage.output, before.iteration)
     again = f"`grpo {stage.name} --iteration {before.iteration}"
     if states.inputs_changed(opened, before):
-        raise InputError(f"{place}: stale, so no row of it can be kept; {again}` does it again")
+        raise InputError(f"{place}: stale, so no row of it can be kept; rerun it with {again}`")
     changes = states.differences_of(opened, stage, before)
     # A time-out is no part of any value, and a longer one is why it is tried again.
     if others := [change for change in changes if ".timeout_s: " not in change]:
         raise InputError(
             f"{place}: changed ({'; '.join(others)}), so --only-failed cannot keep the other rows;"
-            f" {again} --force` does it again"
+            f" {again} --force` reruns it"
         )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import PromptsConfig
-from grpo.errors import DataError, InputError, UsageError
+from grpo.config.named_files import read_text
+from grpo.errors import DataError, InputError, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,15 +28,12 @@ class Chat:
 def chat_of(config: PromptsConfig, folder: Path) -> Chat:
     """The chat template that `config` asks for. Raises UsageError (exit 2) where its file cannot be read."""
     path = template_path(config, folder)
-    if path is None:
-        return Chat(None, config.chat_template_arguments)
-    try:
-        return Chat(path.read_text(encoding="utf-8"), config.chat_template_arguments)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UsageError(
-            f"prompts.chat_template: {path}: cannot be read: {reason}; a file with a Jinja template is needed"
-        ) from None
+    text = (
+        None
+        if path is None
+        else read_text(path, f"prompts.chat_template (a file with a Jinja template): {path}")
+    )
+    return Chat(text, config.chat_template_arguments)
 
 
 def template_path(config: PromptsConfig, folder: Path) -> Path | None:
@@ -66,9 +64,8 @@ def render(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", chat: Chat
             **chat.arguments,
         )
     except (TemplateError, TypeError) as error:  # TypeError: an operation on a variable of the wrong type
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = f"prompt {row['prompt_id']}" if "prompt_id" in row else "a prompt"
-        raise DataError(f"prompts: the chat template cannot render {where}: {reason}") from None
+        raise DataError(f"prompts: the chat template cannot render {where}: {first_line(error)}") from None
     return str(text)
 
 
@@ -83,3 +80,25 @@ def check_arguments(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> None:
             raise UsageError(
                 f"prompts.chat_template_arguments: {name}: the chat template has no such variable; {hint}"
             )
+
+
+def encode(
+    rows: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", chat: Chat
+) -> tuple[list[str], list[list[int]]]:
+    """Text and token ids of each prompt. A chat template writes its own special tokens.
+
+    Raises what render() does, and UsageError (exit 2) for a variable that the chat template does not know.
+    """
+    if chat.arguments and any(row["messages"] is not None for row in rows):
+        check_arguments(tokenizer, chat)
+    texts = [render(row, tokenizer, chat) for row in rows]
+    token_ids: list[list[int]] = [[] for _ in rows]
+    for is_text in (True, False):
+        places = [place for place, row in enumerate(rows) if (row["messages"] is None) == is_text]
+        if places:
+            batch = tokenizer(
+                [texts[place] for place in places], add_special_tokens=is_text, padding=False, verbose=False
+            )
+            for place, ids in zip(places, batch.input_ids, strict=True):
+                token_ids[place] = list(ids)
+    return texts, token_ids

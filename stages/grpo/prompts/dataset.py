@@ -1,10 +1,13 @@
 """dataset: a data set of the library `datasets` -> rows: saved, in a folder it can load, or on the hub."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from grpo.artifacts import digest, is_hub_id
 from grpo.artifacts.files import sha256_of
@@ -14,22 +17,45 @@ from grpo.errors import DataError, UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SAVED, _SAVED_SPLITS = (
-    "state.json",
-    "dataset_dict.json",
-)  # what save_to_disk of one table and of several writes
+_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # of save_to_disk: of one table, and of several
 _ROWS_PER_BATCH = 1000
 
 
 def dataset_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of the configured split. Raises DataError (exit 3), UsageError (2) without `datasets`."""
     data = _open(config, folder)
-    _refuse_media(config.source, dict(data.features))
-    number = 0
-    for batch in data.with_format("arrow").iter(_ROWS_PER_BATCH):
+    schema = data.features.arrow_schema
+    where, place = f"prompts.source: {config.source}", f"{config.source} ({config.split})"
+    if encoded := [field.name for field in schema if "extension<arrow.json>" in str(field.type)]:
+        raise DataError(
+            f"{where}: column {encoded[0]} is of the type Json, which is decoded only when it is used; save"
+            " it as text or as a struct"
+        )
+    yield from arrow_rows(where, place, schema, data.with_format("arrow").iter(_ROWS_PER_BATCH))
+
+
+def arrow_rows(
+    where: str, place: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch | pa.Table]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of each row. Raises DataError (exit 3), beginning with `where`, for media in a column."""
+    for field in schema:
+        if _holds_media(field.type):
+            raise DataError(
+                f"{where}: column {field.name} holds images or other media (a struct of bytes and path), and"
+                " prompts are text only; leave the column out (in `datasets`: remove_columns)"
+            )
+    number = count(1)
+    for batch in batches:
         for row in batch.to_pylist():
-            number += 1
-            yield f"{config.source} ({config.split}): row {number}", row
+            yield f"{place}: row {next(number)}", row
+
+
+def _holds_media(kind: pa.DataType) -> bool:
+    """Whether images, sound or the like are in it, at any depth: `datasets` has them all in one form."""
+    inner = {kind.field(number).name: kind.field(number).type for number in range(kind.num_fields)}
+    if inner.keys() == {"bytes", "path"} and pa.types.is_binary(inner["bytes"]):
+        return True
+    return any(_holds_media(each) for each in inner.values())
 
 
 def folder_digest(path: Path, split: str) -> str:
@@ -110,25 +136,3 @@ def _loading(config: PromptsConfig) -> Iterator[None]:
     finally:
         if bars:
             datasets.enable_progress_bars()
-
-
-def _refuse_media(name: str, features: dict[str, Any]) -> None:
-    for column, feature in features.items():
-        if kind := _media_in(feature):
-            raise DataError(
-                f"prompts.source: {name}: column {column} holds media ({kind}), and prompts are text"
-                " only; name a data set of text, or save this one without the column (Dataset.remove_columns)"
-            )
-
-
-def _media_in(feature: Any) -> str:
-    """The type of a column that holds images, sound or the like, at any depth; empty: it does not."""
-    if isinstance(feature, dict):
-        inner = list(feature.values())
-    elif isinstance(feature, list | tuple):
-        inner = list(feature)
-    elif hasattr(feature, "feature"):
-        inner = [feature.feature]
-    else:  # what the library decodes when it is read: Image, Audio, Video, Pdf and what may come
-        return type(feature).__name__ if hasattr(feature, "decode_example") else ""
-    return next((kind for each in inner if (kind := _media_in(each))), "")

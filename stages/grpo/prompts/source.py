@@ -5,18 +5,22 @@ A mistake in the data is an error that names file and line; nothing is repaired 
 
 import csv
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from grpo.artifacts.files import sha256_of
 from grpo.config import PromptsConfig
 from grpo.config.prompts import BUILT_IN
-from grpo.errors import DataError
+from grpo.errors import DataError, first_line
 from grpo.prompts.arithmetic import held_out_rows, training_rows
-from grpo.prompts.dataset import dataset_rows, folder_digest
+from grpo.prompts.dataset import arrow_rows, dataset_rows, folder_digest
 
-_CSV_FIELD_CHARACTERS = 2**31 - 1
+_FIELD_CHARACTERS = 2**31 - 1
 Row = dict[str, Any]
 _BUILT_IN_ROWS = dict(zip(BUILT_IN, (training_rows, held_out_rows), strict=True))
 
@@ -31,16 +35,14 @@ def read_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
         yield from ((f"{config.source}:{n}", dict(row)) for n, row in enumerate(rows, start=1))
         return
     path = folder / config.source
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix not in readers:
-        if path.is_file():
-            known = ", ".join(readers)
-            raise DataError(f"prompts.source: {config.source}: expected a file ending in {known}")
+    if path.suffix in _READERS:
+        if not path.is_file():
+            raise DataError(f"prompts.source: {path}: no such file")
+        yield from _READERS[path.suffix](path)
+    elif path.is_file():
+        raise DataError(f"prompts.source: {config.source}: expected a file ending in {', '.join(_READERS)}")
+    else:
         yield from dataset_rows(config, folder)
-        return
-    if not path.is_file():
-        raise DataError(f"prompts.source: {path}: no such file")
-    yield from readers[path.suffix](path)
 
 
 def source_digest(config: PromptsConfig, folder: Path) -> str | None:
@@ -71,50 +73,54 @@ def _text(path: Path) -> Iterator[tuple[int, str]]:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     for number, line in _text(path):
-        place = f"{path}:{number}"
         if not line.strip():
             continue
         try:
-            # A line's end would move the place of an error into the next.
-            row = json.loads(line.rstrip(), object_pairs_hook=_without_duplicates)
+            row = _json(line.rstrip())  # a line's end would move the place of an error into the next
         except json.JSONDecodeError as error:
-            raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+            problem = f"not JSON: {error.msg} at column {error.colno}"
         except RecursionError:
-            raise DataError(f"{place}: nested too deeply") from None
-        except ValueError as error:  # a duplicate key, or a number of too many digits with advice behind it
-            raise DataError(f"{place}: {str(error).partition(';')[0]}") from None
-        try:
-            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+            problem = "nested too deeply"
         except UnicodeEncodeError:
-            raise DataError(f"{place}: holds a lone surrogate (\\ud800-\\udfff), which is no text") from None
-        except ValueError:
-            raise DataError(f"{place}: holds NaN or Infinity, which is no JSON") from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f'{place}: expected an object such as {{"prompt": ...}}, found {type(row).__name__}'
-            )
-        yield place, row
+            problem = "holds a lone surrogate (\\ud800-\\udfff), which is not text"
+        except ValueError as error:  # one of ours, or a number of too many digits with advice behind it
+            problem = str(error).partition(";")[0]
+        else:
+            if isinstance(row, dict):
+                yield f"{path}:{number}", row
+                continue
+            problem = f'expected an object such as {{"prompt": ...}}, found {type(row).__name__}'
+        raise DataError(f"{path}:{number}: {problem}") from None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> Row:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice} stands twice")
+def _json(line: str) -> Any:
+    """A JSON document. Raises ValueError, also for what Python takes and JSON or UTF-8 does not."""
+    found = json.loads(line, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+    json.dumps(found, ensure_ascii=False).encode()
     return found
 
 
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)} stands twice")
+    return found
+
+
+def _finite(number: str) -> float:
+    if math.isfinite(value := float(number)):
+        return value
+    raise ValueError("holds NaN or Infinity, which is no JSON")
+
+
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(
-        _CSV_FIELD_CHARACTERS
-    )  # of the whole process, 128 KiB at first: a document is longer
+    csv.field_size_limit(_FIELD_CHARACTERS)  # of the whole process, 128 KiB at first: a document is longer
     # strict: a quote that is never closed would swallow the rows behind it.
     reader = csv.DictReader((line for _, line in _text(path)), strict=True)
     try:
         names = reader.fieldnames or ()
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise DataError(f"{path}:1: two columns are named {twice[0]}; every column needs its own name")
+        _check_names(f"{path}:1", names)
         for row in reader:
             place = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
@@ -125,30 +131,17 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
     try:
         file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise DataError(f"{path}: two columns are named {twice[0]}; every column needs its own name")
-        _refuse_images(path, file.schema_arrow)
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
+        _check_names(str(path), file.schema_arrow.names)
+        yield from arrow_rows(str(path), str(path), file.schema_arrow, file.iter_batches())
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8, say
-        raise DataError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: cannot be read as Parquet: {first_line(error)}") from None
 
 
-def _refuse_images(path: Path, schema: Any) -> None:
-    """`datasets` writes an image, or a sound, as a struct of bytes and path."""
-    for field in schema:
-        kind = getattr(field.type, "value_type", field.type)  # of a list
-        if {"bytes", "path"} == {kind.field(number).name for number in range(kind.num_fields)}:
-            raise DataError(
-                f"{path}: column {field.name} holds images or other media (a struct of bytes and path), and"
-                " prompts are text only; remove the column"
-            )
+def _check_names(place: str, names: Sequence[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{place}: two columns are named {twice[0]}; every column needs its own name")
+
+
+_READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

@@ -61,7 +61,7 @@ class RewardModel:
 
         max_tokens_per_batch: rows x longest row, padding included; memory only, it never changes a value
         beyond rounding. A rollout that is longer than the model's context is an `error`, never cut.
-        timeout_s: of one batch; one that takes longer ends the process (see deadline.py).
+        timeout_s: of one batch; one that takes longer ends the command (see deadline.py).
         """
         self._model.to(self._device)
         outcomes: dict[int, Outcome] = {}
@@ -156,7 +156,7 @@ def _load_classifier(directory: Path, device: str) -> Any:
         raise InputError(one_line(f"{where}: cannot be loaded as a classifier: {error}")) from error
     # transformers fills missing weights with random numbers and only warns: any language model would load.
     if missing := sorted(report["missing_keys"]):
-        raise InputError(f"{where}: is no trained classifier; its weights lack {', '.join(missing[:3])}")
+        raise InputError(f"{where}: is not a trained classifier; its weights lack {', '.join(missing[:3])}")
     for tensor in chain(model.parameters(), model.buffers()):
         tensor.data = tensor.data.to(device, copy=True)  # not mapped to the file, as in model.py
     return model.to(device).eval().requires_grad_(False)

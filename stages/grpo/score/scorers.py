@@ -1,8 +1,9 @@
 """scorers: rollouts -> outcomes, by whatever kind a reward is; nothing of a run is written here."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,33 +105,21 @@ def spec_of(reward: RewardConfig) -> FunctionSpec:
 def score(
     run: Run, tool: Scorers, iteration: int, reward: RewardConfig, rollouts: Sequence[Rollout]
 ) -> Iterator[tuple[Rollout, Outcome]]:
-    """(rollout, outcome) of each: a function gets one group per call, a model batches of tokens, a judge one.
-
-    What a judge answers is not kept: `judgements` does that.
-    """
-    if reward.judge is not None:
-        asked = questions(tool, reward, rollouts)
-        by_key = {rollout.key: rollout for rollout in rollouts}
-        yield from ((by_key[key], NOT_APPLICABLE) for key, text in asked.items() if text is None)
-        for answers in ask(run, tool, reward, {key: text for key, text in asked.items() if text is not None}):
-            yield from ((by_key[key], outcome_of(reward, said)) for key, said in answers.items())
-        return
+    """(rollout, outcome) of each: a function gets one group per call, a model batches of tokens."""
     groups: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.group_id, []).append(rollout)
     rows = _prompts_of(tool, rollouts)
     calls = [_call(tool, iteration, rows, members) for members in groups.values()]
+    outcomes: Iterable[Outcome]
     if reward.function is not None:
-        outcomes = tool.pool.score(spec_of(reward), calls)
-        for members, found in zip(groups.values(), outcomes, strict=True):
-            yield from zip(members, found, strict=True)
+        outcomes = chain.from_iterable(tool.pool.score(spec_of(reward), calls))
     else:
         prompts = [prompt for call in calls for prompt in call.prompts]
         completions = [completion for call in calls for completion in call.completions]
-        members = [rollout for group in groups.values() for rollout in group]
         limit = run.config.score.max_tokens_per_batch
-        found = tool.models[reward.name].score(prompts, completions, limit, reward.timeout_s)
-        yield from zip(members, found, strict=True)
+        outcomes = tool.models[reward.name].score(prompts, completions, limit, reward.timeout_s)
+    return zip(chain.from_iterable(groups.values()), outcomes, strict=True)
 
 
 NOT_APPLICABLE = Outcome(None, "not_applicable")

@@ -29,7 +29,7 @@ class Work:
     prefix: str
     """What the names of the files of `table` begin with."""
     iteration: int
-    rollouts: list[tuple[FileRecord, Path]]
+    rollouts: list[File]
     """Shards of rollouts, and where they are: committed, or staged with what is scored."""
     prompts_id: str
     before: Manifest | None
@@ -44,10 +44,7 @@ class Shard:
     old_answers: the shards of an earlier output that have the same.
     """
 
-    table: str
-    answers_table: str
-    prefix: str
-    iteration: int
+    work: Work
     index: int
     reward: RewardConfig
     rollouts: File
@@ -58,25 +55,25 @@ class Shard:
 
     def name(self, staging: Staging) -> str:
         """The file of its rewards."""
-        return staging.file_name(self.prefix, self.index)
+        return staging.file_name(self.work.prefix, self.index)
 
     def answers_name(self, staging: Staging) -> str:
         """The file of what a judge answered."""
-        return staging.file_name(self.answers_table, self.index)
+        return staging.file_name(self.work.answers_table, self.index)
 
 
 def shard_of(
     staging: Staging,
     work: Work,
     reward: RewardConfig,
-    rollouts: tuple[FileRecord, Path],
+    rollouts: File,
     earlier: Manifest | None,
     index: int,
 ) -> Shard:
     """earlier: the output whose rows may be kept."""
     apart = {"name", "weight", "timeout_s"}  # what no value depends on
     source = staging.plan.user_files[f"score.rewards.{reward.name}"]
-    read = [source, rollouts[0].sha256, work.prompts_id]
+    read = [source, rollouts.record.sha256, work.prompts_id]
     where = {"rubric"} if reward.judge is not None else set()  # its text is the source
     unit = digest([STAGE_VERSION, configured(reward, apart, where), *read])
     asked = digest([STAGE_VERSION, configured(reward, apart, {*where, *READING}), *read])
@@ -90,13 +87,10 @@ def shard_of(
         return None if path is None else File(found[0], path)
 
     return Shard(
-        table=work.table,
-        answers_table=work.answers_table,
-        prefix=work.prefix,
-        iteration=work.iteration,
+        work=work,
         index=index,
         reward=reward,
-        rollouts=File(*rollouts),
+        rollouts=rollouts,
         unit=unit,
         asked=asked,
         old=first(old),

@@ -35,7 +35,7 @@ def say_short(run: Run, rollouts: Manifest, rewards: Manifest) -> None:
     if found < wanted:
         run.console.say(
             f"score {rewards.iteration}: {found} of {wanted} groups with signal after {num_rounds(rollouts)}"
-            " rounds (generate.dynamic_sampling.max_rounds); going on with these"
+            " rounds (generate.dynamic_sampling.max_rounds); continuing with these"
         )
 
 

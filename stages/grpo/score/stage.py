@@ -22,7 +22,7 @@ from grpo.score.judge import answers as judgements
 from grpo.score.outcome import Outcome
 from grpo.score.plan import NAME, OUTPUT
 from grpo.score.scorers import Key, Rollout, Scorers
-from grpo.score.shard import Shard, Work, rows_of, shard_of
+from grpo.score.shard import File, Shard, Work, rows_of, shard_of
 from grpo.score.signal import say_short, signal_summary
 
 _FAILED = ("error", "timeout", "nonfinite")
@@ -56,7 +56,7 @@ def after(run: Run, manifest: Manifest, opened: Scorers) -> None:
 def produce(run: Run, iteration: int, staging: Staging, opened: Scorers) -> Product:
     """The `rewards` of one iteration: what of them is not there yet is scored."""
     rollouts = run.require("rollouts", iteration, "grpo generate")
-    files = [(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
+    files = [File(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
     before = run.manifest(OUTPUT, iteration)
     work = Work(OUTPUT, judgements.TABLE, "part", iteration, files, staging.plan.inputs["prompts"], before)
     ids, held = score(run, staging, opened, work)
@@ -123,19 +123,19 @@ def _score_shard(run: Run, staging: Staging, opened: Scorers, shard: Shard) -> F
         todo = [rollout for rollout in rollouts if rollout.key not in kept]
         outcomes = kept | _score(run, staging, opened, shard, todo)
     ordered = [outcomes[rollout.key] for rollout in rollouts]
-    data = _table(shard.iteration, reward, rollouts, ordered)
+    data = _table(shard.work.iteration, reward, rollouts, ordered)
     statuses = dict(Counter(outcome.status for outcome in ordered))
     labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
-    return staging.write_table(shard.table, name, data, shard.unit, **labels)
+    return staging.write_table(shard.work.table, name, data, shard.unit, **labels)
 
 
 def _score(
     run: Run, staging: Staging, opened: Scorers, shard: Shard, rollouts: list[Rollout]
 ) -> dict[Key, Outcome]:
     outcomes = {}
-    title = f"{staging.plan.stage} {shard.iteration} {shard.reward.name}"
+    title = f"{staging.plan.stage} {shard.work.iteration} {shard.reward.name}"
     with run.console.progress(title, len(rollouts), "rollouts") as advance:
-        for rollout, outcome in scorers.score(run, opened, shard.iteration, shard.reward, rollouts):
+        for rollout, outcome in scorers.score(run, opened, shard.work.iteration, shard.reward, rollouts):
             outcomes[rollout.key] = outcome
             advance(1)
     return outcomes

@@ -180,7 +180,7 @@ def _targeted(model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str
     for target in targets or ():
         matching = {name: module for name, module in linear.items() if f".{name}".endswith(f".{target}")}
         if not matching:
-            message = f"update.lora.targets: {target!r} is no linear module that can take an adapter"
+            message = f"update.lora.targets: {target!r} is not a linear module that can take an adapter"
             raise UsageError(f"{message}; of this model these can: {exist}")
         found |= matching
     if not found:

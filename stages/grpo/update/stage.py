@@ -128,7 +128,7 @@ def _say_refused(run: Run, iteration: int, layout: dict[str, Any]) -> None:
             difference = layout[f"{model}_layout_difference"]
             run.console.say(
                 f"update {iteration}: log-probs of the {model} in the layout `{refused}` are {difference:.1e}"
-                " off; each rollout is read by itself, which is right and slower"
+                " off; each rollout is read alone, which is right and slower"
             )
 
 

@@ -175,7 +175,7 @@ def test_regex_format_finds_anywhere_with_dots() -> None:
 
 
 def test_regex_format_refuses_a_broken_pattern() -> None:
-    with pytest.raises(ValueError, match=r"^pattern is no regular expression: .*position 0: '\('$"):
+    with pytest.raises(ValueError, match=r"^pattern is not a regular expression: .*position 0: '\('$"):
         regex_format([], [], pattern="(")
 
 
@@ -222,5 +222,5 @@ def test_math_verify_compares_as_mathematics(response: str, answer: str, value: 
 
 def test_math_verify_without_an_answer() -> None:
     assert math_verify(["p"] * 2, ["7", "7"], [None, "7"]) == [None, 1.0]
-    with pytest.raises(ValueError, match=r"^the answer is no mathematics: ''$"):
+    with pytest.raises(ValueError, match=r"^the answer is not mathematics: ''$"):
         math_verify(["p"], ["7"], [""])

@@ -61,7 +61,11 @@ def spec(function: str, **arguments: Any) -> FunctionSpec:
         ),
         (spec("positional_only"), None, "'completions' is positional-only; everything is passed by keyword"),
         (spec("regex_format"), None, "needs arguments: pattern"),
-        (spec("regex_format", pattern="("), None, "arguments: pattern is no regular expression: missing )"),
+        (
+            spec("regex_format", pattern="("),
+            None,
+            "arguments: pattern is not a regular expression: missing )",
+        ),
         (
             spec("gsm8k"),
             ["question"],

@@ -16,7 +16,7 @@ from tests.score.test_score_stage import PROMPTS, SCORE, calls, failed, opened, 
 
 from grpo import tables
 from grpo.artifacts import Run
-from grpo.errors import InputError, Interrupted, UsageError
+from grpo.errors import InputError, Interrupted, ResourceError, UsageError
 from grpo.pipeline import work
 
 RUBRIC = "{prompt} should be {answer}, is {response}"
@@ -238,7 +238,8 @@ def test_a_full_disk_ends_it_with_what_was_answered(tmp_path: Path) -> None:
         # A batch takes about ten operations: the twentieth is in the second one.
         environment = {**os.environ, "GRPO_FAULT": "ENOSPC:20"}
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-        assert "ResourceError: " in done.stderr.splitlines()[-1]
+        assert done.returncode == ResourceError.exit_code
+        assert "No space left on device" in done.stderr.splitlines()[-1]
         for noise in ("Exception ignored", "never retrieved", "never awaited", "destroyed"):
             assert noise not in done.stderr
         asked = len(endpoint.asked)
@@ -291,7 +292,7 @@ def test_only_failed_refuses_to_keep_what_would_be_made_otherwise(tmp_path: Path
 
 
 def test_a_killed_only_failed_is_finished_as_such(tmp_path: Path) -> None:
-    """Stopped after its first shard: the next plain `grpo score` goes on with it, and scores nothing else."""
+    """Stopped after its first shard: the next plain `grpo score` resumes it, and scores nothing else."""
     (tmp_path / "broken").touch()
     run = opened(tmp_path, reward("fails_on_words"), reward("length"), on_error="drop")
     scored(run)

@@ -45,11 +45,11 @@ def test_without_an_answer_a_rubric_that_wants_it_asks_nothing() -> None:
         ("Rate {prompt}", "rubric: has no {response}, so every rollout would get the same question"),
         (
             "{response} {anwser}",
-            "rubric: {anwser} is no column; did you mean {answer}? ({{anwser}} is the text itself)",
+            "rubric: {anwser} is not a column; did you mean {answer}? ({{anwser}} is the text itself)",
         ),
         (
             "{response} {x}",
-            "rubric: {x} is no column; there are prompt, response, prompt_id, answer"
+            "rubric: {x} is not a column; there are prompt, response, prompt_id, answer"
             " ({{x}} is the text itself)",
         ),
     ],

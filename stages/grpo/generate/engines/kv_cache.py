@@ -7,11 +7,12 @@ often rows leave. A layer that also holds a recurrent state is refused: left pad
 Shapes: N rows, H heads, S positions, D head dimension.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grpo.errors import EngineError
@@ -102,6 +103,11 @@ def new_cache(config: PreTrainedConfig, max_new_tokens: int) -> DynamicCache:
             message = f"{config.model_type} keeps a {type(layer).__name__}, which cannot be batched here"
             raise EngineError(f"generate: {message}; use engine: vllm")
     return cache
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """The argument of forward() that takes the cache: `past_key_values` before transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _enlarged(used: Tensor, num_positions: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from grpo.generate.engines.kv_cache import GrowingLayer, Move, new_cache
+from grpo.generate.engines.kv_cache import GrowingLayer, Move, cache_name, new_cache
 from grpo.models.attention import attending, refuse_others
 
 NAME = "grpo_prefix"  # of the attention function; no mask is made for a name transformers does not know
@@ -148,11 +148,11 @@ def takes_prefix(model: PreTrainedModel) -> bool:
     if model.config._attn_implementation != "sdpa" or not model._supports_attention_backend or not full:
         return False
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    model(input_ids=token, past_key_values=prompts, use_cache=True)
+    model(input_ids=token, use_cache=True, **{cache_name(model): prompts})
     prefix = Prefix(prompts, responses, None, token[0])
     try:
         with attending_to_prefix(model):
-            model(input_ids=token, position_ids=token + 1, past_key_values=responses, prefix=prefix)
+            model(input_ids=token, position_ids=token + 1, prefix=prefix, **{cache_name(model): responses})
     except TypeError:  # a module on the way takes no such argument, or prefix_attention not all of its own
         return False
     return prefix.asked == set(range(len(prompts.layers)))

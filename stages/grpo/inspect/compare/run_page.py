@@ -30,7 +30,7 @@ def print_runs(data: dict[str, Any]) -> None:
     console = stdout_console()
     console.print(Text(f"runs: {data['a']} (A) against {data['b']} (B)", "bold"))
     console.print(Text(_where_they_part(data)))
-    console.print(Text("\nconfigured otherwise (A -> B)", "bold"))
+    console.print(Text("\nconfigured differently (A -> B)", "bold"))
     for text in data["configuration"] or ["nothing"]:
         console.print(Text(f"  {printable(text)}"), soft_wrap=True)
     _print_last(console, data)

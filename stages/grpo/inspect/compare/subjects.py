@@ -25,7 +25,7 @@ def choose(a: str, b: str, name: str, opened: Callable[[str], Run]) -> Subjects:
     lists the rewards and the runs that are there, where A and B are both, neither, or one of each.
     """
     if a == b:
-        raise UsageError(f"{a} {b}: a thing differs in nothing from itself; give two rewards or two runs")
+        raise UsageError(f"{a} {b}: cannot compare a thing with itself; give two rewards or two runs")
     runs = run_names()
     are_runs = not name and {a, b} <= set(runs)
     if are_runs and not _has_own_run(opened):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from grpo.artifacts import Run
-from grpo.errors import DataError, EngineError, GrpoError, ResourceError
+from grpo.errors import DataError, EngineError, GrpoError, ResourceError, first_line
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Group, Request, Sampling, group_seed
 from grpo.generate.stage import make_engine
@@ -22,9 +22,8 @@ from grpo.manage.doctor.check import Check, failed
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import NUM_PROMPTS as NUM_CHECK_PROMPTS
 from grpo.models.weight_check import weight_check_of
-from grpo.prompts.chat import chat_of
+from grpo.prompts.chat import chat_of, encode
 from grpo.prompts.source import Row
-from grpo.prompts.table import encode
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner
 from grpo.update.mismatch import mismatch
@@ -40,7 +39,7 @@ def check_agreement(run: Run, checkpoint: Path, rows: list[Row]) -> tuple[list[C
     except GrpoError as error:
         return [failed("agreement", "", "engine and learner compute the same", error)], {}
     except torch.OutOfMemoryError as error:
-        text = f"the GPU ran out of memory: {str(error).splitlines()[0]}"
+        text = f"the GPU ran out of memory: {first_line(error)}"
         short = ResourceError(f"{text}; lower gpu_memory_utilization, or end other processes")
         return [failed("agreement", "", "engine and learner compute the same", short)], {}
     return [_judge_weight_sync(numbers), _judge(numbers)], numbers

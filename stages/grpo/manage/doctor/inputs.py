@@ -8,9 +8,10 @@ from grpo.config import RewardConfig
 from grpo.errors import DataError, GrpoError
 from grpo.manage.doctor.check import Check, failed
 from grpo.manage.doctor.checkpoint import Checkpoint, find
-from grpo.prompts.chat import chat_of
+from grpo.prompts.chat import chat_of, encode
+from grpo.prompts.rows import normalised
 from grpo.prompts.source import Row
-from grpo.prompts.table import OUTPUT, config_of, encode, is_on_hub, normalised, source_is_gone
+from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of, where

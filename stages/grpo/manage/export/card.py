@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grpo.artifacts import EVALUATION, STAGE_OUTPUTS, Run, created_config, is_hub_id
 from grpo.config import Config, RewardConfig, differing_keys
 from grpo.config.prompts import BUILT_IN
+from grpo.config.yaml import dump
 from grpo.inspect import status
 from grpo.prompts.table import is_on_hub
 
@@ -48,7 +47,7 @@ def card_of(run: Run, policy: int, dtype: str | None, adapter: bool) -> str:
         _versions(run, policy),
         "## Configuration",
         "As the run was created, every value.",
-        _fenced(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), "yaml"),
+        _fenced(dump(config.model_dump()), "yaml"),
         *_changes(run, policy),
     ]
     return "\n\n".join(parts) + "\n"

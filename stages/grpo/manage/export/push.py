@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from grpo.errors import ResourceError, UsageError
+from grpo.errors import ResourceError, UsageError, first_line
 
 
 def check_repository(name: str) -> None:
@@ -14,7 +14,7 @@ def check_repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UsageError(f"--push {name}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--push {name}: {first_line(error)}") from None
     if name.count("/") != 1:
         raise UsageError(f"--push {name}: expected owner/name")
 
@@ -35,8 +35,8 @@ def push(folder: Path, name: str) -> str:
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="grpo export")
     except (client_error, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ResourceError(
-            f"--push {name}: {reason}; the folder is complete: `hf upload {name} {folder}` tries again"
+            f"--push {name}: {first_line(error)}; the folder is complete:"
+            f" `hf upload {name} {folder}` tries again"
         ) from None
     return str(url)

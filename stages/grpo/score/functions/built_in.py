@@ -95,7 +95,7 @@ def math_verify(
             expression = f"${expression}$"
         gold = parse(expression, parsing_timeout=None)
         if not gold:
-            raise ValueError(f"the answer is no mathematics: {right[:80]!r}")
+            raise ValueError(f"the answer is not mathematics: {right[:80]!r}")
         found = parse(_text(completion), parsing_timeout=None)
         rewards.append(float(verify(gold, found, timeout_seconds=None)))
     return rewards
@@ -126,12 +126,12 @@ def regex_format(prompts: Sequence[Text], completions: Sequence[Text], *, patter
     r"""1.0 where `pattern` matches the whole response as it is (re.fullmatch, DOTALL), else 0.0.
 
     Example: `<think>.*</think>\s*<answer>.*</answer>\s*`. To look for it anywhere, put `.*` at both ends.
-    Raises ValueError for a pattern that is no regular expression.
+    Raises ValueError for a pattern that is not a regular expression.
     """
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ValueError(f"pattern is no regular expression: {error}: {pattern!r}") from error
+        raise ValueError(f"pattern is not a regular expression: {error}: {pattern!r}") from error
     return [float(compiled.fullmatch(_text(completion)) is not None) for completion in completions]
 
 

@@ -66,7 +66,7 @@ def _commit_answers(
         answers |= _staged(staging, shard, batch)
         batches += 1
     todo = {key: text for key, text in asked.items() if key not in answers}
-    title = f"{staging.plan.stage} {shard.iteration} {reward.name}"
+    title = f"{staging.plan.stage} {shard.work.iteration} {reward.name}"
     # Closed at once, whatever goes wrong here: requests must not outlive the judge's event loop.
     with (
         closing(scorers.ask(run, tool, reward, todo)) as arriving,
@@ -74,14 +74,14 @@ def _commit_answers(
     ):
         for found in arriving:
             data = _table(shard, found.items())
-            staging.write_table(shard.answers_table, _batch_name(staging, shard, batches), data)
+            staging.write_table(shard.work.answers_table, _batch_name(staging, shard, batches), data)
             answers |= found
             batches += 1
             advance(len(found))
     run.console.stop_requested()
     ordered = {rollout.key: answers[rollout.key] for rollout in rollouts if rollout.key in asked}
     labels = {"reward": reward.name, "rubric": tool.rubrics[reward.name]}
-    staging.write_table(shard.answers_table, name, _table(shard, ordered.items()), shard.asked, **labels)
+    staging.write_table(shard.work.answers_table, name, _table(shard, ordered.items()), shard.asked, **labels)
     return ordered
 
 
@@ -93,7 +93,7 @@ def _batch_name(staging: Staging, shard: Shard, number: int) -> str:
 def _staged(staging: Staging, shard: Shard, name: str) -> dict[Key, Judgement]:
     """Of a file that this output has verified, or written."""
     path = staging.folder / name
-    return _judgements(tables.decode(shard.answers_table, [(path, path.read_bytes())]).to_pylist())
+    return _judgements(tables.decode(shard.work.answers_table, [(path, path.read_bytes())]).to_pylist())
 
 
 def _judgements(rows: Iterable[dict[str, Any]]) -> dict[Key, Judgement]:
@@ -104,6 +104,6 @@ def _judgements(rows: Iterable[dict[str, Any]]) -> dict[Key, Judgement]:
 
 
 def _table(shard: Shard, judgements: Iterable[tuple[Key, Judgement]]) -> pa.Table:
-    of_all = {"iteration": shard.iteration, "name": shard.reward.name}
+    of_all = {"iteration": shard.work.iteration, "name": shard.reward.name}
     rows = [{**of_all, "group_id": key[0], "sample_id": key[1], **asdict(said)} for key, said in judgements]
-    return pa.Table.from_pylist(rows, schema=tables.schema(shard.answers_table))
+    return pa.Table.from_pylist(rows, schema=tables.schema(shard.work.answers_table))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import JudgeConfig, RewardConfig
+from grpo.config.named_files import read_text
 from grpo.errors import UsageError
 from grpo.score.functions.built_in import Text
 from grpo.score.outcome import Outcome, one_line
@@ -42,12 +43,7 @@ def read_rubric(where: str, rubric: str, folder: Path) -> str:
     if not FILE.fullmatch(rubric):
         return rubric
     path = folder / rubric
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{where}: rubric {path}: not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{where}: rubric {path}: {error.strerror}") from None
+    text = read_text(path, f"{where}: rubric {path}")
     if not text.strip():
         raise UsageError(f"{where}: rubric {path}: is empty; it holds the question to the judge")
     return text
@@ -68,7 +64,7 @@ def check_placeholders(where: str, text: str, columns: Collection[str] | None) -
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {{{near[0]}}}?" if near else f"there are {', '.join(known)}"
         raise UsageError(
-            f"{where}: rubric: {{{name}}} is no column; {hint} ({{{{{name}}}}} is the text itself)"
+            f"{where}: rubric: {{{name}}} is not a column; {hint} ({{{{{name}}}}} is the text itself)"
         )
 
 
