@@ -48,7 +48,7 @@ def main() -> None:
         os.chdir(folder)
         clocks, syncs = _train(iterations)
         run = Run(Path("artifacts"), load(Path("pipeline.yaml")), Path(), Console(quiet=True))
-        print(f"quickstart, iterations {WARM} to {iterations - 1}, median of each; {describe()}")
+        print(f"quickstart, iterations {WARM} to {iterations - 1}; {describe()}")
         _print_parts(run, clocks, iterations)
         print(
             f"of all this, {len(syncs) / iterations:.0f} fsyncs take {sum(syncs) / iterations * 1e3:.1f} ms"
@@ -97,14 +97,14 @@ def _print_parts(run: Run, clocks: Clocks, iterations: int) -> None:
     first, last = (clocks[stage.name] for stage in (pipeline.GENERATE, pipeline.UPDATE))
     between = [first[n][0] - last[n - 1][1] for n in counted]
     rows.append(("", "between", between))
-    print(f"{'stage':<10} {'part':<13} {'ms':>7}   of it pipeline")
-    work = other = 0.0
+    print(f"{'stage':<10} {'part':<13} {'median ms':>9} {'least ms':>9}")
     for stage_name, part, seconds in rows:
-        taken = median(seconds) * 1e3
-        work, other = (work + taken, other) if part in WORK else (work, other + taken)
-        print(f"{stage_name:<10} {part:<13} {taken:>7.1f}   {'' if part in WORK else f'{taken:.1f}'}")
-    total = work + other
-    print(f"in all {total:.0f} ms: {work:.0f} ms work, {other:.0f} ms pipeline ({other / total:.0%})")
+        mark = "work" if part in WORK else ""
+        print(f"{stage_name:<10} {part:<13} {median(seconds) * 1e3:>9.1f} {min(seconds) * 1e3:>9.1f} {mark}")
+    for name, is_work in (("work", True), ("pipeline", False)):
+        counted_parts = [seconds for _, part, seconds in rows if (part in WORK) is is_work]
+        medians, least = (sum(of(seconds) for seconds in counted_parts) for of in (median, min))
+        print(f"{name:<24} {medians * 1e3:>9.1f} {least * 1e3:>9.1f}")
 
 
 def _print_advantage(run: Run, iteration: int) -> None:
