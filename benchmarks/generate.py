@@ -34,8 +34,8 @@ from grpo.models.loading import eos_token_ids
 from grpo.models.weight_check import measure, read_weight_check
 from grpo.pipeline import prepare
 from grpo.pipeline.stages import GENERATE, make
-from grpo.prompts.chat import Chat
-from grpo.prompts.table import draw, encode
+from grpo.prompts.chat import Chat, encode
+from grpo.prompts.table import draw
 
 ROUNDS = 15
 K = 8

@@ -4,6 +4,7 @@ Run: python docs/build.py
 """
 
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from grpo.config import Config
 from grpo.config.update import OBJECTIVES
+from grpo.sql import own_text
 from grpo.tables import TABLES, WITH_OWN_COLUMNS
 
 HERE = Path(__file__).parent
@@ -44,7 +46,7 @@ def configuration() -> str:
 
 
 def tables() -> str:
-    """Every column of every table."""
+    """Every column of every table, and of the view `iterations`."""
     lines = [
         "# Tables",
         "",
@@ -53,6 +55,7 @@ def tables() -> str:
         "The key of the tables of rollouts is (`iteration`, `group_id`, `sample_id`). `grpo sql` shows each table",
         "over all iterations with a column `run` before the others, and these views more:",
         "",
+        "- `iterations`: one row per iteration: [every number](#iterations) that the other commands show of it.",
         "- `samples`: one row per rollout: its scalars, `answer`, `rewards` as map(name, value), the columns of",
         "  `advantages`, and `mismatch`.",
         "- `eval_samples`: one row per rollout of an evaluation: its scalars, `answer` (where `eval_prompts` are still",
@@ -64,12 +67,39 @@ def tables() -> str:
         "- `timings`: seconds by `iteration`, `stage` and `part`.",
         "- `manifests`: one row per committed output, with what it read and the configuration it was made with.",
     ]
+    lines += [
+        "",
+        "## iterations",
+        "",
+        "A view. A mean over the steps is over the optimiser steps taken, each weighed by",
+    ]
+    lines += [
+        "its response tokens; a number whose table is not there yet is null.",
+        "",
+        "| column | meaning |",
+        "|---|---|",
+    ]
+    lines += [f"| `{column}` | {_cell(text)} |" for column, text in iterations().items()]
     for name, columns in TABLES.items():
         lines += ["", f"## {name}", "", "| column | type | meaning |", "|---|---|---|"]
-        lines += [f"| `{column}` | `{data_type}` | {text} |" for column, (data_type, text) in columns.items()]
+        lines += [f"| `{column}` | `{kind}` | {_cell(text)} |" for column, (kind, text) in columns.items()]
         if name in WITH_OWN_COLUMNS:
             lines.append("| any other | as in the source | the data set's own columns, untouched |")
     return "\n".join([*lines, ""])
+
+
+def iterations() -> dict[str, str]:
+    """Columns of the view `iterations` -> the sentence above each in its query."""
+    final = own_text("sql/views/iterations").partition("final as (")[2].partition("    from present")[0]
+    columns = re.findall(r"((?: {8}-- .*\n)+)((?: {8,}[^-\s].*\n)+)", final)
+    return {
+        re.split(r"[.\s]", query.strip(" ,\n"))[-1]: " ".join(text.replace("-- ", "").split())
+        for text, query in columns
+    }
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _table(model: type[BaseModel], prefix: str, sections: bool = True) -> list[str]:

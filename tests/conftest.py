@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from tests.faults import tally
 from tests.faults.tally import LONG, Tally
 
 Grpo = Callable[..., tuple[int, str, str]]  # (exit code, stdout, stderr) of a command line
 NewTally = Callable[..., Tally]
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 PIPELINE = """\
 run: tiny
@@ -50,6 +52,25 @@ evaluate:
   pass_threshold: 3.0
 """
 HELD_OUT = [{"prompt": f"{n}+2=", "answer": str(n + 2)} for n in range(4)]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
+    """once(name, build): a folder that build(folder) fills, for the first of all workers that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "shared"
+
+    def made(name: str, build: Callable[[Path], object]) -> Path:
+        shared.mkdir(exist_ok=True)
+        folder, whole = shared / name, shared / f"{name}.whole"
+        with FileLock(shared / f"{name}.lock"):
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                build(folder)
+                whole.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -94,14 +115,16 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def starter_model(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The starter model, trained once for all workers; read it only."""
+def starter_model(once: Once) -> Path:
+    """The starter model, and the lines said when it was trained, in a file beside it; read it only."""
     from grpo.models import starter_model as starter
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "starter" / "tiny-arithmetic"
-    starter.ensure(folder, lambda _: None)
-    return folder
+    def build(folder: Path) -> None:
+        said: list[str] = []
+        starter.ensure(folder / starter.NAME, said.append)
+        (folder / "said").write_text("".join(f"{line}\n" for line in said))
+
+    return once("starter", build) / starter.NAME
 
 
 @pytest.fixture
@@ -174,11 +197,9 @@ def grpo() -> Grpo:
 
 
 @pytest.fixture(scope="session")
-def complete(write_project: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete(write_project: Callable[[Path], Path], once: Once) -> Path:
     """A project whose two iterations are done; read it only."""
-    folder = write_project(tmp_path_factory.mktemp("complete") / "project")
-    run_within(folder, "run")
-    return folder
+    return once("complete", lambda folder: run_within(write_project(folder), "run"))
 
 
 @pytest.fixture(scope="session")
@@ -196,24 +217,22 @@ def write_measured_project(write_project: Callable[[Path], Path]) -> Callable[[P
 
 
 @pytest.fixture(scope="session")
-def complete_and_measured(
-    write_measured_project: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def complete_and_measured(write_measured_project: Callable[[Path], Path], once: Once) -> Path:
     """A project whose two iterations are done and whose policies 0, 1 and 2 are measured; read it only."""
-    folder = write_measured_project(tmp_path_factory.mktemp("measured") / "project")
-    run_within(folder, "run")
-    return folder
+    return once("measured", lambda folder: run_within(write_measured_project(folder), "run"))
 
 
 @pytest.fixture(scope="session")
-def quickstart(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quickstart(starter_model: Path, once: Once) -> Path:
     """A folder with the shipped configuration, cut to twelve iterations, after `grpo run`; read it only."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    shipped = (Path(__file__).parents[1] / "pipeline.yaml").read_text()
-    (folder / "pipeline.yaml").write_text(shipped.replace("iterations: 60", "iterations: 12"))
-    shutil.copytree(starter_model, folder / "artifacts" / ".models" / "tiny-arithmetic")
-    run_within(folder, "run")
-    return folder
+
+    def build(folder: Path) -> None:
+        shutil.copytree(starter_model, folder / "artifacts" / ".models" / "tiny-arithmetic")
+        shipped = (Path(__file__).parents[1] / "pipeline.yaml").read_text()
+        (folder / "pipeline.yaml").write_text(shipped.replace("iterations: 60", "iterations: 12"))
+        run_within(folder, "run")
+
+    return once("quickstart", build)
 
 
 @pytest.fixture

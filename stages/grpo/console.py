@@ -1,10 +1,11 @@
 """console: what a person sees while something works. Everything goes to stderr; data goes to stdout."""
 
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +14,7 @@ from grpo.errors import Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
+    from rich.table import Table
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
@@ -146,6 +148,56 @@ def paged(pager: bool) -> Iterator["RichConsole"]:
             yield console
     else:
         yield console
+
+
+def table(
+    columns: Iterable[str],
+    rows: Iterable[Sequence[Any]],
+    left: Collection[str] = (),
+    title: str | None = None,
+    plain: bool = False,
+) -> "Table":
+    """A table to print. A cell is shown as text, never as markup, unless it is something of rich.
+
+    left: columns that are aligned to the left. plain: no line below the header.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    style = {"box": None, "header_style": "dim"} if plain else {"box": box.SIMPLE_HEAD}
+    found = Table(title=title, title_justify="left", pad_edge=False, **style)
+    for name in columns:
+        side: Any = "left" if name in left else "right"
+        found.add_column(Text(printable(name)), justify=side, overflow="fold")
+    for row in rows:
+        found.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
+    return found
+
+
+def number(value: float | None, form: str = ".3f", absent: str = "") -> str:
+    """A number in a form such as `.3f`; `absent` where it is null."""
+    return absent if value is None else format(value, form)
+
+
+def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
+    """`0.250 to 0.500`; empty where it is not known."""
+    return "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+
+
+def iterations_text(numbers: Sequence[int]) -> str:
+    """`iteration 3`, or `iterations 3 to 5` for the first and the last of several."""
+    first, last = numbers[0], numbers[-1]
+    return f"iteration {first}" if first == last else f"iterations {first} to {last}"
+
+
+def finite(value: Any) -> Any:
+    """`value`, or what it lists, with null for NaN and infinity, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: finite(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sparkline(values: list[float | None], low: float | None = None, high: float | None = None) -> str:

@@ -207,13 +207,14 @@ def test_status_shows_states_and_numbers(finished: Path, grpo: Grpo) -> None:
         2,
         [0, 1],
     )
-    query = "select avg(reward) as reward, avg(response_tokens) as length from samples"
+    query = "select avg(reward) as reward, avg(response_tokens) as response_tokens from samples"
     [expected] = json.loads(grpo("sql", f"{query} where iteration = 0", "--json")[1])
     first = data["iterations"][0]
     assert first["reward"] == pytest.approx(expected["reward"], abs=1e-12)
-    assert first["length"] == expected["length"]
+    assert first["response_tokens"] == expected["response_tokens"]
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # policy 0 is the reference
-    assert set(first["seconds"]) == {"generate", "score", "advantage", "update"}
+    assert set(first["stage_seconds"]) == {"generate", "score", "advantage", "update"}
+    assert first["seconds"] == pytest.approx(sum(first["stage_seconds"].values()))
 
 
 def test_status_of_a_run_by_name_needs_no_configuration_file(finished: Path, grpo: Grpo) -> None:

@@ -72,6 +72,7 @@ def refusal(load_text: Load, tmp_path: Path) -> Refuse:
             "pipeline.yaml:3:1: found character '\\t' that cannot start any token; use spaces, not tabs",
         ),
         ("run: r\nmodel: a\x07b\n", "pipeline.yaml:2:9: control character U+0007 in the text"),
+        ("run: r\nmodel: a\0b\n", "pipeline.yaml:2:9: control character U+0000 in the text"),
         (b"run: r\nmodel: caf\xe9\n", "pipeline.yaml:2:11: not UTF-8; save the file as UTF-8"),
         (
             "run: r\nmodel: a\nrun: s\n",
@@ -116,6 +117,8 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("prompts.columns.promt=q", "unknown key; did you mean prompt?"),
         ("score.rewards[0].weigth=1", "unknown key; did you mean weight?"),
         ("checkpoints.zzz=1", "unknown key; known keys: keep_last, keep_every"),
+        ("update=null", "expected a section with keys, found null"),
+        ("score.rewards={a: 1}", "input should be a valid list"),
         ("generate.samples_per_prompt=true", "input should be a valid integer, found true"),
         ("generate.samples_per_prompt=8.5", "input should be a valid integer, found 8.5"),
         ("generate.samples_per_prompt='8'", 'input should be a valid integer, found "8"'),
@@ -124,6 +127,7 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("generate.temperature=.nan", "input should be a finite number, found NaN"),
         ("generate.temperature=.inf", "input should be a finite number, found Infinity"),
         ("generate.temperature=0", "input should be greater than or equal to 0.01, found 0"),
+        ("generate.temperature=0.001", "input should be greater than or equal to 0.01, found 0.001"),
         ("generate.temperature=null", "input should be a valid number, found null"),
         ("generate.top_p=0", "input should be greater than 0, found 0"),
         ("generate.top_p=1.1", "input should be less than or equal to 1, found 1.1"),
@@ -134,7 +138,15 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("generate.engine=VLLM", "input should be 'auto', 'transformers' or 'vllm', found \"VLLM\""),
         ("score.rewards[0].weight=-.inf", "input should be a finite number, found -Infinity"),
         ("score.rewards=[]", "list should have at least 1 item after validation, not 0"),
+        ("score.rewards[0].timeout_s=1e7", "input should be less than or equal to 1000000, found 10000000.0"),
+        ("score.workers=100000", "input should be less than or equal to 1024, found 100000"),
+        (
+            "generate.prompts_per_iteration=2000000",
+            "input should be less than or equal to 1048576, found 2000000",
+        ),
         ("update.learning_rate=-1e-6", "input should be greater than or equal to 0, found -1e-06"),
+        ("update.learning_rate=.nan", "input should be a finite number, found NaN"),
+        ("update.learning_rate=.inf", "input should be a finite number, found Infinity"),
         ("update.clip_low=1.5", "input should be less than or equal to 1, found 1.5"),
         ("update.delta=1", "input should be greater than 1, found 1"),
         ("update.entropy_coefficient=-1", "input should be greater than or equal to 0, found -1"),
@@ -154,19 +166,18 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
             "input should be less than or equal to 1048576, found 9999999",
         ),
         (
-            "update.warmup_steps=9999999999",
-            "input should be less than 2147483648, found 9999999999",
+            "update.warmup_steps=2147483648",
+            "input should be less than 2147483648, found 2147483648",
         ),
         ("update.lora=8", "expected a section with keys, found 8"),
         ("update.betas=[0.9]", "list should have at least 2 items after validation, not 1"),
         ("checkpoints.keep_last=1", "input should be greater than or equal to 2, found 1"),
-        ("iterations=0", "input should be greater than or equal to 1, found 0"),
+        ("iterations=-1", "input should be greater than or equal to 1, found -1"),
+        ("iterations=2147483648", "input should be less than 2147483648, found 2147483648"),
         ("seed=-1", "input should be greater than or equal to 0, found -1"),
         ("prompts.chat=1", "input should be a valid boolean, found 1"),
-        (
-            "run=../x",
-            "string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$', found \"../x\"",
-        ),
+        ("run=../x", "string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$', found \"../x\""),
+        ("run=..", "string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$', found \"..\""),
     ],
 )
 def test_a_wrong_value_names_its_key(refusal: Refuse, override: str, message: str) -> None:
@@ -276,6 +287,7 @@ def test_an_error_says_whether_the_value_is_from_the_file(refusal: Refuse) -> No
     ("rewards", "message"),
     [
         ("[{}]", "score.rewards[0]: exactly one of function, model and judge must be given"),
+        ("[x]", 'score.rewards[0]: expected a section with keys, found "x"'),
         (
             "[{function: a, model: b}]",
             "score.rewards[0]: exactly one of function, model and judge must be given",
@@ -414,16 +426,19 @@ def test_a_surrogate_that_does_not_fit(refusal: Refuse, overrides: list[str], me
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "expected"),
     [
-        ["delta=1.21"],
-        ["clip_high=null", "delta=1.01"],
-        ["surrogate=cispo"],
-        ["objective=gspo", "delta=1.001"],
+        (["delta=1.21"], ("clip", 0.2, 1.21)),
+        (["clip_high=null", "delta=1.01"], ("clip", None, 1.01)),
+        (["surrogate=cispo"], ("cispo", 0.2, None)),
+        (["objective=gspo", "delta=1.001"], ("clip", 4e-4, 1.001)),
     ],
 )
-def test_a_surrogate_that_fits(load_text: Load, overrides: list[str]) -> None:
-    load_text(SMALLEST, *(f"update.{override}" for override in overrides))
+def test_a_surrogate_that_fits(
+    load_text: Load, overrides: list[str], expected: tuple[str, float | None, float | None]
+) -> None:
+    update = load_text(SMALLEST, *(f"update.{override}" for override in overrides)).update
+    assert (update.surrogate, update.clip_high, update.delta) == expected
 
 
 def test_a_key_of_the_user_wins_over_the_objective_and_so_does_null(load_text: Load) -> None:

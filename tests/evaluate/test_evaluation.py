@@ -1,10 +1,12 @@
 """Policies are measured while a run trains: what is sampled, what is kept, and what that never touches."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, variance
 from typing import Any
 
 import pytest
@@ -77,20 +79,28 @@ def test_until_measures_where_it_stops(measured_project: Path, grpo: Grpo) -> No
     assert "nothing to do" in succeed(grpo, "run", "--until", "0", "--set", "evaluate.every=100")
 
 
-def test_the_log_says_what_the_view_says(measured_project: Path, grpo: Grpo) -> None:
+def test_the_log_and_the_manifest_say_what_the_rewards_add_up_to(measured_project: Path, grpo: Grpo) -> None:
     err = succeed(grpo, "run", "--until", "0")
-    [row] = rows(
-        grpo,
-        "select pass_at[1] as one, pass_at_low[1] as low, pass_at_high[1] as high,"
-        " pass_at[3] as three, reward, response_tokens from evals",
-    )
-    expected = (
-        f"policy       0  pass@1 {row['one']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-        f"  pass@3 {row['three']:.3f}  reward {row['reward']:.3f}  length {row['response_tokens']:.1f}  "
-    )
-    assert expected in err
+    query = "select group_id, value, response_tokens from eval_rewards join eval_rollouts using ({})"
+    found = rows(grpo, query.format("iteration, group_id, sample_id"))
+    assert len(found) == 4 * 3
+    values = [[row["value"] for row in found if row["group_id"] == group] for group in range(4)]
+    shares = [mean(value >= 3 for value in group) for group in values]
+    three = mean(max(group) >= 3 for group in values)
+    p = mean(shares)
+    assert 0 < p < 1
+    assert variance(shares) > 0
+    size = max(4, min(12, p * (1 - p) * 4 / variance(shares)))  # Wilson's interval for so many trials
+    z = 1.96
+    centre, width = p + z**2 / (2 * size), z * math.sqrt(p * (1 - p) / size + z**2 / (4 * size**2))
+    low, high = (end / (1 + z**2 / size) for end in (centre - width, centre + width))
+    reward, length = (mean(row[name] for row in found) for name in ("value", "response_tokens"))
+    assert (
+        f"policy       0  pass@1 {p:.3f} ({low:.3f} to {high:.3f})  pass@3 {three:.3f}"
+        f"  reward {reward:.3f}  length {length:.1f}  "
+    ) in err
     [manifest] = rows(grpo, "select summary from manifests where output = 'evaluation'")
-    assert json.loads(manifest["summary"])["pass_at"]["3"] == row["three"]
+    assert json.loads(manifest["summary"])["pass_at"]["3"] == three
 
 
 # What is sampled

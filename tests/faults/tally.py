@@ -8,10 +8,34 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-TABLE = os.environ.get(
-    "GRPO_LONG", ""
-)  # `make test-long`: every point, and the table of counts goes to this file
+# GRPO_FAULTS=sampled: `make test-faults`. GRPO_LONG: `make test-long`, and the file for its table of counts.
+TABLE = os.environ.get("GRPO_LONG", "")
 LONG = bool(TABLE)
+SAMPLED = LONG or bool(os.environ.get("GRPO_FAULTS"))
+if os.environ.get("GRPO_FAULTS", "") not in ("", "sampled"):
+    raise ValueError(f"GRPO_FAULTS={os.environ['GRPO_FAULTS']}: expected sampled, or nothing")
+ONE_OF_EACH = "one of each kind"
+COMMANDS = ("run", "next", "from", "score", "evaluate", "gc", "fork")
+ERRORS = ("ENOSPC", "EIO", "EACCES")
+CUT_OFF = ("run", "next", "from 0", "prune", "gc", "fork")
+# How much `make test`, `make test-faults` and `make test-long` try. Of operations: each n-th.
+EXTENTS: dict[str, tuple[Any, Any, Any]] = {
+    "commands with a fault at an operation": (("run", "from"), COMMANDS, COMMANDS),
+    "operations with SIGKILL": (ONE_OF_EACH, 9, 1),
+    "operations with SIGKILL in `rounds`": (ONE_OF_EACH, 36, 1),
+    "errors": (ERRORS[:1], ERRORS, ERRORS),
+    "operations with each error": (ONE_OF_EACH, 27, 9),
+    "commands with a power failure": (("run",), CUT_OFF, CUT_OFF),
+    "operations before a power failure": (23, 23, 1),
+    "SIGKILL at a random time": (10, 50, 1_000),
+    "iterations of a long run": (8, 12, 200),
+    "files damaged in each way": (1, 6, 80),
+    "SIGINT and SIGTERM, each": (1, 4, 20),
+    "two writers at once, each pair": (1, 4, 100),
+    "queries of a reader": (40, 60, 5_000),
+    "rows of commands by chance": (2, 4, 25),
+    "commands in such a row, at most": (6, 8, 20),
+}
 _PROPERTY = "fault"
 _HEADER = ("fault", "where", "there are", "tried", "held")
 
@@ -31,9 +55,9 @@ class Tally:
         self._row["held"] += count
 
 
-def chosen(count: int, every: int) -> list[int]:
-    """Numbers from 1 to count: each `every`-th, or all of them in the long test."""
-    return list(range(1, count + 1, 1 if LONG else every))
+def extent(name: str) -> Any:
+    """How much of it is tried now."""
+    return EXTENTS[name][2 if LONG else int(SAMPLED)]
 
 
 def rows_of(reports: list[Any]) -> list[tuple[str, ...]]:
@@ -65,7 +89,8 @@ def print_table(rows: list[tuple[str, ...]], write_line: Callable[[str], None]) 
 def write_table(rows: list[tuple[str, ...]]) -> None:
     """The table as a page of the documentation, with the machine and the day."""
     lines = [
-        "# Faults, as last counted",
+        *introduction(),
+        "## What held",
         "",
         f"By `make test-long` on {os.cpu_count()} cores ({_processor()}), {date.today()}.",
         "",
@@ -74,6 +99,51 @@ def write_table(rows: list[tuple[str, ...]]) -> None:
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
     Path(TABLE).write_text("\n".join(lines) + "\n")
+
+
+def introduction() -> list[str]:
+    """How the page begins: what each of the three test commands tries."""
+    return [
+        "# Faults",
+        "",
+        "How a run was broken on purpose, and how often everything held. An operation is a change on disk: a",
+        "write, a rename, a sync and so on. Reward functions that fail and an engine that dies are tried by",
+        "`make test` and `make test-long`; a full disk, and each sync removed, by `make test-long` alone.",
+        "",
+        "| how much | `make test` | `make test-faults` | `make test-long` |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {' | '.join(_cell(name, part) for part in parts)} |"
+            for name, parts in EXTENTS.items()
+        ),
+        "",
+        "The commands, each on a project whose two iterations are done unless it says otherwise:",
+        "",
+        *(f"- `{name}`: {text}" for name, text in _COMMANDS.items()),
+        "",
+    ]
+
+
+_COMMANDS = {
+    "run": "`grpo run`, the first iteration of a new run",
+    "next": "`grpo run`, a third iteration, in which a checkpoint is pruned",
+    "from": "`grpo run --from 1` with another reward",
+    "from 0": "`grpo run --from 0` with another reward, and an output of before in the trash",
+    "score": "`grpo score --force` of both iterations",
+    "evaluate": "`grpo evaluate` of a policy",
+    "gc": "`grpo gc` behind a third iteration and a `--from`",
+    "fork": "`grpo fork` from iteration 1",
+    "rounds": "`grpo run`, the first iteration of a new run with dynamic sampling",
+    "prune": "`grpo run`, three iterations of a new run that keeps two checkpoints",
+}
+
+
+def _cell(name: str, part: Any) -> str:
+    if isinstance(part, tuple):
+        return ", ".join(part)
+    if isinstance(part, int) and name.startswith("operations"):
+        return "all" if part == 1 else f"every {part}th" if part != 23 else "every 23rd"
+    return f"{part:,}" if isinstance(part, int) else str(part)
 
 
 def _processor() -> str:

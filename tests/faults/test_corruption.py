@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
-from tests.faults.tally import LONG
+from tests.faults.tally import extent
 
-pytestmark = pytest.mark.slow
-TIMES = 80 if LONG else 6  # of each damage
+pytestmark = [pytest.mark.slow, pytest.mark.sampled]
+TIMES = extent("files damaged in each way")
 STAGES = ("generate", "score", "advantage", "update")
 READERS = {"rollouts": "score", "rewards": "advantage", "advantages": "update"}  # output -> who reads it
 CHANCE = random.Random(0)
@@ -68,8 +68,9 @@ def test_every_damage_is_found_before_use_and_undone(
         names = [name for name in names if name.name not in ("run.json", "manifest.json")]
     expected = crash.contents(complete)
     tally = new_tally(f"a file damaged: {damage}", "each type of artifact")
+    first = list(DAMAGES).index(damage) * len(names) // len(DAMAGES)  # each damage begins with another file
     for number in range(TIMES):
-        name = names[number * len(names) // min(TIMES, len(names)) % len(names)]
+        name = names[(first + number * len(names) // min(TIMES, len(names))) % len(names)]
         folder = crash.copy(complete, tmp_path / "damaged")
         path = folder / crash.RUN / name
         before = path.read_bytes()

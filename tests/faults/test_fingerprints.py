@@ -1,11 +1,14 @@
 """Every key of the configuration, one by one: which stages differ when it changes, and no others."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 from tests.conftest import Grpo
+from tests.faults import crash
 
 from grpo.config import Config
 
@@ -46,7 +49,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "generate.allow_truncated_sampling": (["generate.allow_truncated_sampling=true"], GENERATE),
     "generate.rollouts_per_shard": (["generate.rollouts_per_shard=8"], ENGINE),
     "generate.max_rows_per_batch": (["generate.max_rows_per_batch=2"], ENGINE),  # rounding
-    "generate.prompts_sql": (["generate.prompts_sql=my.sql"], GENERATE),
+    "generate.prompts_sql": (["generate.prompts_sql=prompts.sql"], GENERATE),
     "generate.dynamic_sampling.min_groups": (
         ["generate.dynamic_sampling={min_groups: 6, max_rounds: 2}"],
         GENERATE,
@@ -85,7 +88,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "advantage.drop_zero_variance": (["advantage.drop_zero_variance=true"], ADVANTAGE),
     "advantage.truncated": (["advantage.truncated=drop"], ADVANTAGE),
     "advantage.where": (["advantage.where=reward > 0"], ADVANTAGE),
-    "advantage.sql": (["advantage.sql=my.sql"], ADVANTAGE),
+    "advantage.sql": (["advantage.sql=advantage.sql"], ADVANTAGE),
     "update.objective": (["update.objective=grpo_sequence"], UPDATE),
     "update.ratio": (["update.ratio=sequence"], UPDATE),
     "update.surrogate": (["update.surrogate=cispo"], UPDATE),
@@ -182,26 +185,31 @@ def test_every_key_is_classified() -> None:
     assert keys_of(Config) == list(KEYS)
 
 
+@pytest.fixture(scope="module")
+def settled(complete_and_measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A measured project with the files that the settings above name; no test changes it."""
+    folder = Path(shutil.copytree(complete_and_measured, tmp_path_factory.mktemp("settled") / "project"))
+    for name in ("judge", "other"):
+        shutil.copytree(folder / "model", folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps({**config, "changed": True}))
+    (folder / "other.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    (folder / "my.jinja").write_text("{{ messages[0].content }}")
+    (folder / "prompts.sql").write_text("select prompt_id from prompts order by prompt_id")
+    (folder / "advantage.sql").write_text(
+        "select iteration, group_id, sample_id, reward as advantage from advantages"
+    )
+    before = crash.contents(folder)
+    yield folder
+    assert crash.contents(folder) == before
+
+
 @pytest.mark.parametrize("key", [key for key, (settings, _) in KEYS.items() if settings])
-def test_exactly_the_expected_stages_differ(measured: Path, grpo: Grpo, key: str) -> None:
+def test_exactly_the_expected_stages_differ(
+    settled: Path, monkeypatch: pytest.MonkeyPatch, grpo: Grpo, key: str
+) -> None:
+    monkeypatch.chdir(settled)
     settings, expected = KEYS[key]
-    if key in ("model", "update.reference", "score.rewards.model"):
-        copied = Path("judge" if key.startswith("score") else "other")
-        copied.mkdir()
-        for path in Path("model").iterdir():
-            (copied / path.name).write_bytes(path.read_bytes())
-        config = json.loads((copied / "config.json").read_text())
-        (copied / "config.json").write_text(json.dumps({**config, "changed": True}))
-    if key in ("prompts.source", "evaluate.prompts.source"):
-        Path("other.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
-    if key == "generate.prompts_sql":
-        Path("my.sql").write_text("select prompt_id from prompts order by prompt_id")
-    if key in ("prompts.chat_template", "evaluate.prompts.chat_template"):
-        Path("my.jinja").write_text("{{ messages[0].content }}")
-    if key == "advantage.sql":
-        Path("my.sql").write_text(
-            "select iteration, group_id, sample_id, reward as advantage from advantages"
-        )
     options = [part for setting in settings for part in ("--set", setting)]
     if expected == FIXED:
         code, _, err = grpo("run", *options)

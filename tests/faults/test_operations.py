@@ -1,4 +1,7 @@
-"""The process ends, or the operation fails, at the n-th change on disk; and then the same command again."""
+"""The process ends, or the operation fails, at the n-th change on disk; and then the same command again.
+
+`make test` tries one change of each kind (a write, a rename, ...), the others many of all.
+"""
 
 import re
 import signal
@@ -7,32 +10,42 @@ from pathlib import Path
 import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
-from tests.faults.tally import LONG, chosen
+from tests.faults.tally import ERRORS, ONE_OF_EACH, extent
 
-pytestmark = pytest.mark.slow
-EVERY = 9  # in the short test
-ERRORS = ("ENOSPC", "EIO", "EACCES")
+pytestmark = [pytest.mark.slow, pytest.mark.sampled]
 
 
-@pytest.fixture(params=("run", "next", "from", "score", "evaluate", "gc", "fork"))
+@pytest.fixture(params=extent("commands with a fault at an operation"))
 def scenario(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
 
 
-def undisturbed(start: Path, command: list[str], folder: Path) -> tuple[int, dict[str, str]]:
-    """How many operations the command does, and what is there after it."""
+def undisturbed(
+    start: Path, command: list[str], folder: Path
+) -> tuple[list[crash.Operation], dict[str, str]]:
+    """The operations of the command, and what is there after it."""
     crash.copy(start, folder)
-    return len(crash.recorded(folder, command)), crash.contents(folder)
+    return crash.recorded(folder, command), crash.contents(folder)
+
+
+def points(operations: list[crash.Operation], every: int | str, first: int = 1) -> list[int]:
+    """Numbers of the operations to disturb."""
+    if every != ONE_OF_EACH:
+        return list(range(first, len(operations) + 1, int(every)))
+    of_kind: dict[str, list[int]] = {}
+    for number, operation in enumerate(operations, 1):
+        of_kind.setdefault(operation.kind, []).append(number)
+    return sorted(numbers[len(numbers) // 2] for numbers in of_kind.values())
 
 
 def test_killed_at_any_operation_the_same_command_completes_it(
     scenario: str, start: Path, tmp_path: Path, new_tally: NewTally
 ) -> None:
     command = crash.SCENARIOS[scenario].command
-    count, expected = undisturbed(start, command, tmp_path / "undisturbed")
-    tally = new_tally("SIGKILL at an operation", scenario, count)
-    for number in chosen(count, EVERY):
+    operations, expected = undisturbed(start, command, tmp_path / "undisturbed")
+    tally = new_tally("SIGKILL at an operation", scenario, len(operations))
+    for number in points(operations, extent("operations with SIGKILL")):
         with tally.trial():
             folder = crash.copy(start, tmp_path / "killed")
             code, err = crash.in_child(folder, command, f"kill:{number}")
@@ -45,9 +58,9 @@ def test_killed_between_rounds_no_shard_is_made_again(
     scenario: str, start: Path, tmp_path: Path, new_tally: NewTally
 ) -> None:
     command = crash.SCENARIOS[scenario].command
-    count, expected = undisturbed(start, command, tmp_path / "undisturbed")
-    tally = new_tally("SIGKILL at an operation", scenario, count)
-    for number in chosen(count, 4 * EVERY):
+    operations, expected = undisturbed(start, command, tmp_path / "undisturbed")
+    tally = new_tally("SIGKILL at an operation", scenario, len(operations))
+    for number in points(operations, extent("operations with SIGKILL in `rounds`")):
         with tally.trial():
             folder = crash.copy(start, tmp_path / "killed")
             code, err = crash.in_child(folder, command, f"kill:{number}")
@@ -57,16 +70,16 @@ def test_killed_between_rounds_no_shard_is_made_again(
             assert before <= set(crash.finished_shards(folder).values()), number
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("kind", extent("errors"))
 def test_an_operation_that_fails_is_exit_7_and_the_same_command_completes_it(
     scenario: str, kind: str, start: Path, tmp_path: Path, new_tally: NewTally
 ) -> None:
     """The errors take turns: in the long test every third operation fails in one of the three ways."""
     command = crash.SCENARIOS[scenario].command
-    count, expected = undisturbed(start, command, tmp_path / "undisturbed")
-    tally = new_tally(f"{kind} at an operation", scenario, count)
-    turn = ERRORS.index(kind)
-    for number in range(1 + 3 * turn, count + 1, 9 if LONG else 3 * EVERY):
+    operations, expected = undisturbed(start, command, tmp_path / "undisturbed")
+    tally = new_tally(f"{kind} at an operation", scenario, len(operations))
+    first = 1 + 3 * ERRORS.index(kind)
+    for number in points(operations, extent("operations with each error"), first):
         with tally.trial():
             folder = crash.copy(start, tmp_path / "failed")
             code, err = crash.in_child(folder, command, f"{kind}:{number}")

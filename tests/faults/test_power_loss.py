@@ -16,14 +16,13 @@ import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
 from tests.faults.disk import Disk
-from tests.faults.tally import chosen
+from tests.faults.tally import CUT_OFF, extent
 
-pytestmark = pytest.mark.slow
-SCENARIOS = ("run", "next", "from 0", "prune", "gc", "fork")
+pytestmark = [pytest.mark.slow, pytest.mark.sampled]
 NEVER_PRUNED = ["--set", "checkpoints.keep_last=null"]  # pruned.json alone says that something was
 
 
-@pytest.fixture(params=SCENARIOS)
+@pytest.fixture(params=extent("commands with a power failure"))
 def scenario(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -130,14 +129,13 @@ def trial(scenario: str, start: Path, tmp_path: Path) -> Trial:
 
 
 def test_nothing_is_lost_when_the_power_fails(trial: Trial, new_tally: NewTally) -> None:
-    count = len(trial.operations)
     tally = new_tally("power loss (states)", trial.name)
-    disk, tried = Disk(trial.start), chosen(count, 23)
+    disk, every = Disk(trial.start), extent("operations before a power failure")
     for number, operation in enumerate(trial.operations, 1):
         if operation.kind == "write":
             assert disk.lost() == [], number
         disk.apply(operation)
-        if number in tried:
+        if number % every == 1 % every:
             before = len(trial.held)
             wrong = trial.wrong_after(disk, number)
             with tally.trial(len(trial.held) - before + (wrong is not None)):
@@ -151,7 +149,7 @@ def test_every_sync_is_needed(
 ) -> None:
     """Each sync in turn does nothing, in all commands: then some failure of one does damage."""
     trials = []
-    for name in SCENARIOS:
+    for name in CUT_OFF:
         (tmp_path / name).mkdir()
         start = crash.begun(name, write_project, complete, tmp_path / name / "start")
         trials.append(Trial(name, start, tmp_path / name))

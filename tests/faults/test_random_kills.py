@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
-from tests.faults.tally import LONG
+from tests.faults.tally import extent
 
-pytestmark = pytest.mark.slow
-KILLS = 1_000 if LONG else 50
+pytestmark = [pytest.mark.slow, pytest.mark.sampled]
+KILLS = extent("SIGKILL at a random time")
 RUN = ["run", "--until", "6", "--set", "checkpoints={keep_last: null}"]
 LONG_RUN = [
     "run",
     "--until",
-    "200" if LONG else "12",
+    str(extent("iterations of a long run")),
     "--set",
     "checkpoints={keep_last: 3, keep_every: null}",
 ]

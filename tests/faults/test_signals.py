@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
-from tests.faults.tally import LONG
+from tests.faults.tally import extent
 
 pytestmark = pytest.mark.slow
-TIMES = 20 if LONG else 4
+TIMES = extent("SIGINT and SIGTERM, each")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # Two seconds a rollout, in a thread of its own: the second signal finds a shard in the making.
 SLOW = """\
@@ -27,6 +27,7 @@ def code(prompts, completions, **columns):
 """
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_a_signal_keeps_what_is_committed_and_the_same_command_goes_on(
     number: signal.Signals, write_project: Callable[[Path], Path], tmp_path: Path, new_tally: NewTally
@@ -41,7 +42,7 @@ def test_a_signal_keeps_what_is_committed_and_the_same_command_goes_on(
             folder = crash.copy(start, tmp_path / "stopped")
             child = crash.Child(folder, [["run", "--until", "6"]])
             wait_for_work(folder, child)
-            time.sleep(turn / TIMES)
+            time.sleep((turn + 0.5) / TIMES)
             os.kill(child.pid, number)
             code, _, err = child.wait()
             assert code in (0, CODES[number]), err

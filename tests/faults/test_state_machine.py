@@ -21,9 +21,9 @@ from hypothesis.stateful import (
 )
 from tests.conftest import NewTally
 from tests.faults import crash
-from tests.faults.tally import LONG, Tally
+from tests.faults.tally import LONG, Tally, extent
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled]
 STAGES = ("generate", "score", "advantage", "update")
 EXIT_CODES = {0, 2, 3, 4, 6, 7, 8}  # never 1, a bug of ours, nor a signal
 CONFIGURATIONS: tuple[list[str], ...] = (
@@ -198,7 +198,7 @@ def advice(text: str) -> str:
 def test_whatever_happens_a_run_can_be_completed(
     write_project: Callable[[Path], Path], tmp_path: Path, new_tally: NewTally
 ) -> None:
-    examples, steps = (25, 20) if LONG else (4, 8)
+    examples, steps = extent("rows of commands by chance"), extent("commands in such a row, at most")
     Machine.project = write_project(tmp_path / "project")
     Machine.tally = new_tally("commands, kills, damage, edits by chance", f"up to {steps} in a row")
     run_state_machine_as_test(

@@ -223,7 +223,12 @@ def test_a_group_without_a_value_in_one_run_is_left_out_of_the_pairs(finished: P
     assert (code, err) == (0, "")
     numbers = {row["name"]: row for row in json.loads(out)["last"]["numbers"]}
     assert "means of iterations 0 to 1\n" in grpo("compare", "tiny", "other")[1]
-    for name, groups in (("reward", 5), ("rewards.code", 5), ("length", 6), ("groups_with_signal", 6)):
+    for name, groups in (
+        ("reward", 5),
+        ("rewards.code", 5),
+        ("response_tokens", 6),
+        ("groups_without_signal", 5),
+    ):
         row = numbers[name]
         assert (row["paired"], row["groups_a"], row["groups_b"]) == (True, groups, groups), name
         assert row["left_out"] == {"without_value": 6 - groups, "in_one_run": 0}, name
@@ -232,7 +237,8 @@ def test_a_group_without_a_value_in_one_run_is_left_out_of_the_pairs(finished: P
     assert numbers["reward"]["a"] == pytest.approx(row["mean"])  # of A too without that group
     page = grpo("compare", "tiny", "other")[1]
     assert "the same prompts in both: differences within a pair of groups\n" in page
-    assert "left out of reward, rewards.code: 1 group of which one of the runs has no value\n" in page
+    left_out = "left out of reward, rewards.code, groups_without_signal: 1 group"
+    assert f"{left_out} of which one of the runs has no value\n" in page
 
 
 def test_groups_that_one_run_sampled_beyond_are_left_out_of_the_pairs(finished: Path, grpo: Grpo) -> None:
@@ -244,7 +250,7 @@ def test_groups_that_one_run_sampled_beyond_are_left_out_of_the_pairs(finished: 
     assert {row["groups_b"] for row in data["last"]["numbers"]} == {3}
     assert data["last"]["numbers"][0]["left_out"] == {"without_value": 0, "in_one_run": 3}
     page = grpo("compare", "tiny", "more")[1]
-    text = "groups_with_signal: 3 groups of a prompt that only one of the runs drew there\n"
+    text = "groups_without_signal: 3 groups of a prompt that only one of the runs drew there\n"
     assert text in page
 
 
@@ -277,18 +283,18 @@ def test_two_runs_of_which_one_is_a_fork(finished: Path, grpo: Grpo) -> None:
     assert "policy" in data["parted"]["update"]["what"]
     curves = {curve["name"]: curve["points"] for curve in data["curves"]}
     assert list(curves)[:2] == ["reward", "rewards.code"]
-    assert {"kl", "entropy", "length", "truncated", "groups_with_signal", "seconds"} < set(curves)
+    assert {"kl", "entropy", "response_tokens", "truncated", "groups_without_signal", "seconds"} < set(curves)
     assert curves["reward"][0]["a"] == curves["reward"][0]["b"]
     assert curves["rollouts_spent"][1] == {"iteration": 1, "a": 12, "b": 12}
     query = "select avg(response_tokens) as length from samples where iteration = 1"
     [other] = json.loads(grpo("sql", query, "--run", "other", "--json")[1])
-    assert curves["length"][1]["b"] == other["length"]
+    assert curves["response_tokens"][1]["b"] == other["length"]
     numbers = {row["name"]: row for row in data["last"]["numbers"]}
     # 3 groups of iteration 1; those of iteration 0 are the same in both
     assert (data["last"]["first"], data["last"]["last"]) == (1, 1)
     assert (numbers["reward"]["groups_a"], numbers["reward"]["paired"]) == (3, True)
-    apart = other["length"] - curves["length"][1]["a"]
-    assert numbers["length"]["difference"] == pytest.approx(apart)
+    apart = other["length"] - curves["response_tokens"][1]["a"]
+    assert numbers["response_tokens"]["difference"] == pytest.approx(apart)
     code, page, err = grpo("compare", "tiny", "other")
     assert (code, err) == (0, "")
     assert (

@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 from tests.cli.test_cli import HOSTILE, SHOWN, hostile_rollouts
 from tests.conftest import Grpo
+from tests.inspect.report import runs
+
+from grpo.errors import InputError
+from grpo.inspect.show.tokens import add_tokens
 
 REWARDS = 'score.rewards=[{function: "reward:code"}, {function: "reward:length", weight: 0}]'
 
@@ -129,29 +133,13 @@ def test_tokens_with_what_sampler_and_learner_say(inside: Path, grpo: Grpo) -> N
     assert "learner " in out
 
 
-def test_pieces_join_to_the_text_whatever_bytes_a_token_is(tiny_model: Path) -> None:
-    from tokenizers import Tokenizer
-
-    from grpo.inspect.show.tokens import pieces
-
-    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
-    ids = tokenizer.encode("1+2=3").ids
-    assert pieces(tokenizer, ids) == ["1", "+", "2", "=", "3"]
-    assert pieces(tokenizer, []) == []
-
-
-def test_a_character_of_several_tokens_stands_at_the_last() -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    from grpo.inspect.show.tokens import pieces
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    ids = tokenizer.encode("aé€").ids  # 1, 2 and 3 bytes, a token each
-    assert pieces(tokenizer, ids) == ["a", "", "é", "", "", "€"]
-    assert pieces(tokenizer, ids[:2]) == ["a", "\ufffd"]  # cut off: shown as what it is
+def test_without_a_tokenizer_there_are_no_tokens(tmp_path: Path) -> None:
+    run = runs.make_run(tmp_path, [runs.row(0, 0, 0)])
+    path = tmp_path / "model" / "tokenizer.json"
+    path.unlink()
+    with pytest.raises(InputError) as caught:
+        add_tokens(run, 0, [])
+    assert str(caught.value) == f"{path}: missing, and no policy of run hand has one; --tokens needs it"
 
 
 # A prompt as training goes on

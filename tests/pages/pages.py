@@ -4,9 +4,17 @@ Blocks are fenced with ```. The first word of the line that opens one is its lan
 it the content of a file, title="benchmarks/objectives.txt" of a text the quotation of one.
 """
 
+import os
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
+
+from tests.conftest import run_cli
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -35,6 +43,36 @@ def texts(page: str, language: str) -> list[str]:
 def commands(page: str) -> list[str]:
     """What the console blocks of a page run."""
     return [command for console in texts(page, "console") for command, _ in steps(console)]
+
+
+class Shell:
+    """Runs the commands of a page in the present folder, with the variables that it sets."""
+
+    def __init__(self) -> None:
+        self.variables: dict[str, str] = {}
+
+    def steps(self, console: str) -> Iterator[tuple[str, list[str]]]:
+        """The steps of a console block but for those that set a variable."""
+        for line, shown in steps(console):
+            if setting := re.fullmatch(r"([A-Z]+)='(.*)'", line):
+                self.variables[setting[1]] = setting[2]
+            else:
+                yield line, shown
+
+    def run(self, command: str, *more: str) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr); `grpo` runs in this process, which spares seconds of imports."""
+        if command.startswith("grpo "):
+            words = shlex.split(command, comments=True)[1:]
+            return run_cli(*(Template(word).safe_substitute(self.variables) for word in words), *more)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", command],
+            env={**os.environ, **self.variables, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
 
 
 def num_fences(text: str) -> int:

@@ -5,25 +5,19 @@ are run. `# exit code 4` behind a command says how it ends; without, it succeeds
 """
 
 import importlib.util
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from string import Template
 from types import ModuleType
 
 import pytest
 from tests.conftest import Grpo
-from tests.pages.pages import DOCS, ROOT, Block, anchors, blocks, links, num_fences, steps, texts
+from tests.faults.tally import introduction
+from tests.pages.pages import DOCS, ROOT, Block, Shell, anchors, blocks, links, num_fences, texts
 
 from grpo import errors
 from grpo.config.loading import validated
 from grpo.config.yaml import parse
-
-pytestmark = pytest.mark.xdist_group("pages")  # one process, so that the quickstart runs once
 
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 WITH_README = {**PAGES, "../README.md": (ROOT / "README.md").read_text()}
@@ -55,35 +49,16 @@ def folder(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", HAVE_COMMANDS)
-def test_every_command_of_a_page_runs(page: str, folder: Path, grpo: Grpo) -> None:
-    settings: dict[str, str] = {}
+def test_every_command_of_a_page_runs(page: str, folder: Path) -> None:
+    shell = Shell()
     for block in blocks(PAGES[page]):
         if block.language == "console":
-            for line, shown in steps(block.text):
-                if setting := re.fullmatch(r"([A-Z]+)='(.*)'", line):
-                    settings[setting[1]] = setting[2]
-                else:
-                    command = Template(line).safe_substitute(settings)
-                    _check(page, command, shown, *_run(page, command, grpo))
+            for command, shown in shell.steps(block.text):
+                dry = ["--dry-run"] if page in OF_OTHER_RUNS and command.startswith("grpo run") else []
+                _check(page, command, shown, *shell.run(command, *dry))
         elif block.title and not block.title.startswith("benchmarks/"):
-            (folder / block.title).write_text(block.text)
-
-
-def _run(page: str, command: str, grpo: Grpo) -> tuple[int, str, str]:
-    """In this process where it is `grpo` alone, which spares seconds of imports."""
-    if not command.startswith("grpo "):
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(
-            ["bash", "-c", command],
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stdout, done.stderr
-    words = shlex.split(command, comments=True)[1:]
-    dry = ["--dry-run"] if page in OF_OTHER_RUNS and words[0] == "run" else []
-    return grpo(*words, *dry)
+            short = block.text.replace("iterations: 60", "iterations: 12")  # as the quickstart here
+            (folder / block.title).write_text(short)
 
 
 def _check(page: str, command: str, shown: list[str], code: int, out: str, err: str) -> None:
@@ -188,6 +163,10 @@ def test_every_exit_code_is_explained() -> None:
 def test_generated_pages_are_current(page: str) -> None:
     build = _module(DOCS / "build.py")
     assert getattr(build, page)() == PAGES[f"{page}.md"], "run `python docs/build.py`"
+
+
+def test_the_page_of_faults_says_what_is_tried() -> None:
+    assert PAGES["faults.md"].startswith("\n".join(introduction())), "see tests/faults/tally.py"
 
 
 def _module(path: Path) -> ModuleType:

@@ -1,43 +1,24 @@
 """The README's commands and queries run, in order, on a short quickstart."""
 
-import os
-import re
-import shutil
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import pytest
-from tests.pages.pages import ROOT, blocks, steps
-
-pytestmark = pytest.mark.xdist_group("pages")  # one process, so that the quickstart runs once
-
-
-@pytest.fixture(scope="module")
-def folder(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished quickstart, for the README's commands to work on."""
-    return Path(shutil.copytree(quickstart, tmp_path_factory.mktemp("readme") / "project"))
-
-
-def _bash(folder: Path, script: str) -> tuple[int, str, str]:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+from tests.conftest import Grpo, copy_to_work_in
+from tests.pages.pages import ROOT, Shell, texts
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(folder: Path) -> None:
-    settings = ""
+def test_every_command_of_the_readme_runs(
+    quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_to_work_in(quickstart, tmp_path, monkeypatch)
+    shell = Shell()
     count = 0
-    for block in blocks((ROOT / "README.md").read_text()):
-        for command, shown in steps(block.text) if block.language == "console" else ():
-            if re.match(r"[A-Z]+=", command):
-                settings += f"{command}\n"
-                continue
+    for console in texts((ROOT / "README.md").read_text(), "console"):
+        for command, shown in shell.steps(console):
             count += 1
-            code, out, err = _bash(folder, settings + command)
+            code, out, err = shell.run(command)
             if shown and shown[0].startswith("error:"):
                 assert code == 4, (command, err)
                 assert err == f"{shown[0]}\n", command
@@ -51,12 +32,13 @@ def test_every_command_of_the_readme_runs(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_quickstart_learns(quickstart: Path) -> None:
+def test_the_quickstart_learns(quickstart: Path, monkeypatch: pytest.MonkeyPatch, grpo: Grpo) -> None:
     """Twelve of the sixty iterations: from 30 % right (as the starter is made) to well above half."""
+    monkeypatch.chdir(quickstart)
     query = "select iteration, avg(reward) as reward from samples group by iteration order by iteration"
-    code, out, err = _bash(quickstart, f'grpo sql --json "{query}"')
+    code, out, err = grpo("sql", "--json", query)
     assert code == 0, err
-    rewards = [float(value) for value in re.findall(r'"reward": ([0-9.]+)', out)]
+    rewards = [row["reward"] for row in json.loads(out)]
     assert 0.2 < rewards[0] < 0.4
     assert rewards[4] > 0.6
 

@@ -189,10 +189,7 @@ def test_between_rounds_nothing_is_mixed_with_another_configuration(project: Pat
     code, _, err = grpo("run", *ONE, "--set", "generate.temperature=0.5")
     assert code == 4
     assert "generate of iteration 0 is partial" in err
-    assert (
-        "and changed (generate.temperature: 1.0 -> 0.5); put that back, or rerun it with `grpo run --from 0`"
-        in err
-    )
+    assert "and changed (generate.temperature: 1.0 -> 0.5); put that back, or rerun it" in err
     more = "generate.dynamic_sampling={min_groups: 6, max_rounds: 3}"
     code, _, err = grpo("run", "--until", "1", "--set", more)
     assert (code, "generate.dynamic_sampling.min_groups: 5 -> 6" in err) == (4, True), err

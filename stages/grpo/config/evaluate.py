@@ -7,6 +7,8 @@ from pydantic import Field, field_validator, model_validator
 from grpo.config.prompts import PromptsConfig
 from grpo.config.section import Count, Section
 
+PASS_THRESHOLD = 1.0
+
 
 class EvaluateConfig(Section):
     """evaluate: policy + held-out prompts -> eval_rollouts, eval_rewards.
@@ -27,7 +29,7 @@ class EvaluateConfig(Section):
     """Tokens sampled at most per response; null: generate.max_new_tokens."""
     pass_reward: str | None = None
     """Name of the reward that says whether a response passes; null: the first of score.rewards."""
-    pass_threshold: float = 1.0
+    pass_threshold: float = PASS_THRESHOLD
     """A response passes where that reward is at least this."""
 
     @field_validator("temperature")

@@ -5,7 +5,7 @@ from typing import Any
 
 from grpo import sql
 from grpo.artifacts import EVALUATION, Run
-from grpo.console import printable, stdout_console
+from grpo.console import interval, number, printable, stdout_console, table
 from grpo.errors import UsageError
 from grpo.inspect import query
 
@@ -48,7 +48,7 @@ def delivered(run: Run, policy: int, out: Path | None) -> dict[str, Any]:
 def line_of(run: Run, policy: int) -> str:
     """One line for the log of `grpo run`."""
     found = numbers_of(run, policy)
-    known = [f"{name} {value:.3f}{interval(low, high)}" for name, value, low, high in _shares(found)[:1]]
+    known = [f"{name} {value:.3f} ({interval(low, high)})" for name, value, low, high in _shares(found)[:1]]
     known += [f"{name} {value:.3f}" for name, value, _, _ in _shares(found)[1:][-1:]]
     if found["reward"] is not None:
         known.append(f"reward {found['reward']:.3f}")
@@ -57,35 +57,22 @@ def line_of(run: Run, policy: int) -> str:
     return f"{'policy':<9} {policy:>4}  {'  '.join(known)}{unscored}  {found['seconds']:.2f} s"
 
 
-def interval(low: float | None, high: float | None) -> str:
-    """A 95 % interval, as it stands behind a number."""
-    return "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
-
-
 def print_evaluation(what: str, found: dict[str, Any]) -> None:
     """The table of `grpo evaluate`. what: the policy measured, in words."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     samples, greedy = found["samples_per_prompt"], found["temperature"] == 0
     how = "greedy" if greedy else f"{samples} responses each, temperature {found['temperature']:g}"
     passing = f"pass: {found['pass_reward']} >= {found['pass_threshold']:g}"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, side in (("measure", "left"), ("value", "right"), ("95 % interval", "left")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
     rewards = [(f"reward {name}", value, None, None) for name, value in found["rewards"].items()]
     reward = ("reward", found["reward"], found["reward_low"], found["reward_high"])
     rest = [
         (name, found[key], None, None) for name, key in (("length", "response_tokens"), ("truncated",) * 2)
     ]
-    for name, value, low, high in [*_shares(found), reward, *rewards, *rest]:
-        shown = "" if value is None else f"{value:.3f}"
-        table.add_row(Text(printable(name)), shown, interval(low, high).strip(" ()"))
+    measures = [*_shares(found), reward, *rewards, *rest]
+    cells = [(name, number(value), interval(low, high)) for name, value, low, high in measures]
     out = stdout_console()
     title = printable(f"{what}: {found['prompts']:,} prompts, {how}; {passing}")
     out.print(title, markup=False, highlight=False, soft_wrap=True)
-    out.print(table)
+    out.print(table(("measure", "value", "95 % interval"), cells, left=("measure", "95 % interval")))
     if found["unscored"]:
         missing = f"{found['unscored']} of {found['samples']} responses"
         text = f"{missing} have no {found['pass_reward']}, and do not count in pass@k"

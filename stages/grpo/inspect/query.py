@@ -1,7 +1,6 @@
 """query: what `grpo sql` does with a result: a table on the screen, JSON, or a file."""
 
 import json
-import math
 import threading
 from decimal import Decimal
 from pathlib import Path
@@ -11,7 +10,7 @@ import pyarrow as pa
 
 from grpo import sql
 from grpo.artifacts import Run, files
-from grpo.console import printable, stdout_console
+from grpo.console import finite, printable, stdout_console, table
 from grpo.errors import UsageError
 
 _SUFFIXES = (".parquet", ".csv", ".json")
@@ -88,37 +87,24 @@ def _encoded(data: pa.Table, out: Path) -> bytes:
 
 
 def _json(data: pa.Table) -> str:
-    rows = _finite(data.to_pylist(maps_as_pydicts="strict"))
-    return json.dumps(rows, indent=1, default=str, allow_nan=False)
+    rows = finite(data.to_pylist(maps_as_pydicts="strict"))
+    return json.dumps(rows, indent=1, default=_plain, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
-    """`value` with null for NaN and infinity, which JSON has no words for; a decimal is a number."""
-    if isinstance(value, Decimal):
-        return float(value)
-    if isinstance(value, dict):
-        return {key: _finite(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_finite(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _plain(value: Any) -> float | str:
+    return float(value) if isinstance(value, Decimal) else str(value)
 
 
 def _print_table(data: pa.Table) -> None:
     if data.num_columns > _WIDE_COLUMNS:
         _print_records(data)
         return
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for field in data.schema:
-        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
-        table.add_column(Text(printable(field.name)), justify="right" if numeric else "left", overflow="fold")
-    for row in data.slice(0, _ROWS_SHOWN).to_pylist(maps_as_pydicts="strict"):
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    numeric = [pa.types.is_integer(field.type) or pa.types.is_floating(field.type) for field in data.schema]
+    left = {name for name, right in zip(data.column_names, numeric, strict=True) if not right}
+    rows = data.slice(0, _ROWS_SHOWN).to_pylist(maps_as_pydicts="strict")
+    cells = [[_cell(value) for value in row.values()] for row in rows]
     console = stdout_console()
-    console.print(table)
+    console.print(table(data.column_names, cells, left))
     if len(data) > _ROWS_SHOWN:
         console.print(
             f"{len(data):,} rows, the first {_ROWS_SHOWN} shown; --out FILE writes all", style="dim"

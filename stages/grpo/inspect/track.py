@@ -19,10 +19,34 @@ from typing import Any
 
 from grpo.artifacts import EVALUATION, Run, files, lacking, read_sealed, seal
 from grpo.errors import CorruptError, EngineError, GrpoError, UsageError, first_line
-from grpo.inspect.status import summary_of
+from grpo.inspect import metrics
 from grpo.pipeline.runner import evaluation_is_due
+from grpo.pipeline.stages import EVALUATE
 
-_COUNTED = ("iteration", "epoch", "step", "skipped")  # columns of `updates` that are no measurements
+# Column of `iterations` -> what a tracker gets it as.
+_NAMES = {
+    "reward": "reward/mean",
+    "pass_rate": "reward/pass_rate",
+    "groups_without_signal": "reward/groups_without_signal",
+    "response_tokens": "generate/length",
+    "truncated": "generate/truncated",
+    "tokens_per_second": "generate/tokens_per_second",
+    **{
+        name: f"update/{name}"
+        for name in (
+            *("rollouts_kept", "steps", "steps_skipped", "loss", "policy_loss", "kl", "entropy"),
+            *(
+                "ratio_mean",
+                "ratio_max",
+                "clip_fraction_low",
+                "clip_fraction_high",
+                "grad_norm",
+                "learning_rate",
+            ),
+            *("mismatch_mean", "mismatch_max", "mismatch_kl", "effective_sample_size", "over_cap_fraction"),
+        )
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -104,31 +128,12 @@ class _Tracker:
 
 
 def numbers_of(run: Run, iteration: int) -> dict[str, float]:
-    """What is logged of an iteration, by grouped names such as reward/mean, update/kl, seconds/generate.
-
-    rewards/<name>: the mean of a reward over the rollouts that have it. update/<column>: of `updates`, the
-    mean over the steps taken, of a column ending in _max the largest. What is not known is left out.
-    """
-    summary = summary_of(run, iteration)
-    numbers = {
-        "reward/mean": summary["reward"],
-        "generate/length": summary["length"],
-        "generate/truncated": summary["truncated"],
-        **{f"seconds/{stage}": seconds for stage, seconds in summary["seconds"].items()},
-    }
-    rewards = (
-        run.read("rewards", iteration, ["name", "value"]).group_by("name").aggregate([("value", "mean")])
-    )
-    numbers |= {f"rewards/{row['name']}": row["value_mean"] for row in rewards.to_pylist()}
-    steps = run.read("updates", iteration).to_pylist()
-    taken = [step for step in steps if not step["skipped"]]
-    for column in (name for name in steps[0] if name not in _COUNTED):
-        values = [step[column] for step in taken if step[column] is not None]
-        if values:
-            numbers[f"update/{column}"] = (
-                max(values) if column.endswith("_max") else sum(values) / len(values)
-            )
-    numbers["update/steps_skipped"] = len(steps) - len(taken)
+    """What is logged of an iteration: columns of `iterations` by grouped names, nulls left out."""
+    row = metrics.row_of(run, iteration)
+    numbers = {name: row[column] for column, name in _NAMES.items()}
+    numbers |= {f"rewards/{name}": value for name, value in (row["rewards"] or {}).items()}
+    stages = (row["stage_seconds"] or {}).items()
+    numbers |= {f"seconds/{name}": value for name, value in stages if name != EVALUATE.name}
     return _known(numbers)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from grpo.artifacts import Manifest, Run, digest
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import flatten
+from grpo.console import iterations_text
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import plan as evaluation
 from grpo.generate.engines.choice import gpu_is_there
@@ -55,7 +56,7 @@ def _confirm(opened: Run, first: int) -> None:
     parts = [f"of iteration {first} {', '.join(stage.name for stage in stages)}"] if stages else []
     sampled = set(opened.iterations())
     if iterations := [number for number in later if number in sampled]:
-        parts.append(f"all of {_iterations_text(iterations)}")
+        parts.append(f"all of {iterations_text(iterations)}")
     # The last policy has an evaluation and nothing else: it is no iteration.
     parts += [f"the evaluation of policy {number}" for number in later if number not in sampled]
     if not parts:
@@ -222,12 +223,7 @@ def _can_plan(opened: Run, stage: Stage, iteration: int) -> bool:
 
 def _range(opened: Run) -> str:
     have = opened.iterations()
-    return _iterations_text(have) if have else "no iteration yet"
-
-
-def _iterations_text(numbers: list[int]) -> str:
-    first, last = numbers[0], numbers[-1]
-    return f"iteration {first}" if first == last else f"iterations {first} to {last}"
+    return iterations_text(have) if have else "no iteration yet"
 
 
 def dry_run(opened: Run) -> None:

@@ -22,9 +22,10 @@ from grpo.artifacts import OUTPUTS, Run
 from grpo.errors import GrpoError, ResourceError, UsageError
 from grpo.sql.run_tables import NAMES, RunTables
 
-VIEWS = (*tables.TABLES, "samples", "eval_samples", "evals", "timings", "manifests")
+VIEWS = (*tables.TABLES, "samples", "iterations", "eval_samples", "evals", "timings", "manifests")
 MEMORY_GIB = 1.0
-_DERIVED = ("samples", "eval_samples", "evals")  # each a query in a file of its name
+# Each a query in a file of its name, over views that come before it.
+_DERIVED = ("samples", "eval_samples", "evals", "iterations")
 
 _Result = TypeVar("_Result")
 

@@ -17,6 +17,7 @@ import pyarrow.fs
 from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, FileRecord, Manifest, Run, files
 from grpo.artifacts.run import check_size
+from grpo.config.evaluate import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError
 
 _TIMINGS = pa.schema(
@@ -31,6 +32,8 @@ SETTINGS = pa.schema(
         ("same_prompts", pa.bool_()),
     ]
 )
+# What counts as a pass in training: what would count in an evaluation, as configured now.
+_PASS_SETTINGS = pa.schema([("pass_reward", pa.string()), ("pass_threshold", pa.float64())])
 _TEXTS = ("ids", "inputs", "config", "user_files", "summary", "versions")
 _MANIFESTS = pa.schema(
     [
@@ -43,7 +46,12 @@ _MANIFESTS = pa.schema(
         *((name, pa.string()) for name in _TEXTS),
     ]
 )
-_FIXED = {"timings": _TIMINGS, "manifests": _MANIFESTS, "_eval_settings": SETTINGS}
+_FIXED = {
+    "timings": _TIMINGS,
+    "manifests": _MANIFESTS,
+    "_eval_settings": SETTINGS,
+    "_pass_settings": _PASS_SETTINGS,
+}
 NAMES = (*tables.TABLES, *_FIXED)
 _PARQUET, _DISK = pa.dataset.ParquetFileFormat(), pa.fs.LocalFileSystem()
 
@@ -114,10 +122,15 @@ class RunTables:
     def _data(self, run: Run, name: str) -> pa.dataset.Dataset:
         if name not in _FIXED:
             return self._dataset(run, name)
-        rows = {"timings": _timings, "manifests": _manifests, "_eval_settings": _settings}[name]
-        outputs = (EVALUATION,) if name == "_eval_settings" else (*RUN_OUTPUTS, *OUTPUTS)
-        shown = [] if self.repeatable and name != "_eval_settings" else self._manifests(run, outputs)
-        return pa.dataset.dataset(pa.Table.from_pylist(list(rows(run, shown)), schema=_FIXED[name]))
+        return pa.dataset.dataset(pa.Table.from_pylist(list(self._rows(run, name)), schema=_FIXED[name]))
+
+    def _rows(self, run: Run, name: str) -> Iterator[dict[str, Any]]:
+        if name == "_pass_settings":
+            return _pass_settings(run)
+        if name == "_eval_settings":
+            return _settings(run, self._manifests(run, (EVALUATION,)))
+        shown = () if self.repeatable else self._manifests(run, (*RUN_OUTPUTS, *OUTPUTS))
+        return _timings(run, shown) if name == "timings" else _manifests(run, shown)
 
     def _dataset(self, run: Run, table: str) -> pa.dataset.Dataset:
         """The files of one table, each of its recorded size and the exact schema."""
@@ -185,6 +198,12 @@ def _settings(run: Run, outputs: Iterable[tuple[str, Manifest]]) -> Iterator[dic
             **{name: manifest.config["evaluate"][name] for name in ("pass_reward", "pass_threshold")},
             "same_prompts": manifest.user_files["evaluate.prompts"] == prompts,
         }
+
+
+def _pass_settings(run: Run) -> Iterator[dict[str, Any]]:
+    evaluate, first = run.config.evaluate, run.config.score.rewards[0].name
+    reward = (evaluate.pass_reward if evaluate else None) or first
+    yield {"pass_reward": reward, "pass_threshold": evaluate.pass_threshold if evaluate else PASS_THRESHOLD}
 
 
 def _timings(run: Run, outputs: Iterable[tuple[str, Manifest]]) -> Iterator[dict[str, Any]]:

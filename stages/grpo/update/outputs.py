@@ -88,8 +88,18 @@ def write_weight_check(run: Run, learner: "Learner", staging: Staging) -> FileRe
 
 
 def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `grpo status` shows of the update: of the first step that was taken."""
-    names = ("loss", "kl", "entropy", "grad_norm", "mismatch_mean", "mismatch_max")
-    taken = next((row for row in rows if not row["skipped"]), rows[0])
-    first = {name: taken.get(name) for name in names}
-    return {**first, "steps": len(rows), "skipped": sum(row["skipped"] for row in rows)}
+    """Columns of `iterations` that `grpo status` shows: of the steps taken, means weighed by their tokens."""
+    taken = [row for row in rows if not row["skipped"]]
+    tokens = sum(row["tokens"] for row in taken)
+
+    def mean(name: str) -> float | None:
+        known = [row[name] * (row["tokens"] / tokens) for row in taken if row.get(name) is not None]
+        return sum(known) if known else None
+
+    return {
+        "kl_mean": mean("kl"),
+        "entropy_mean": mean("entropy"),
+        "mismatch_mean": next((row.get("mismatch_mean") for row in taken), None),
+        "steps": len(rows),
+        "skipped": len(rows) - len(taken),
+    }

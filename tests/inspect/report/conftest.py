@@ -22,12 +22,12 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> Run:
             finish_reason="length"),
     ]  # fmt: skip
     updates: list[Row] = [
-        {"iteration": 0, "step": 0, "kl": 0.5, "entropy": 3.0, "skipped": True},
-        {"iteration": 0, "step": 1, "kl": 0.25, "entropy": 2.0, "grad_norm": 2.0, "mismatch_mean": 1e-6,
-         "clip_fraction_low": 0.0, "clip_fraction_high": 0.0},
-        {"iteration": 0, "step": 2, "kl": 9.0, "entropy": 9.0, "grad_norm": 4.0,
+        {"iteration": 0, "step": 0, "tokens": 900, "kl": 0.5, "entropy": 3.0, "skipped": True},
+        {"iteration": 0, "step": 1, "tokens": 100, "kl": 0.25, "entropy": 2.0, "grad_norm": 2.0,
+         "mismatch_mean": 1e-6, "clip_fraction_low": 0.0, "clip_fraction_high": 0.0},
+        {"iteration": 0, "step": 2, "tokens": 300, "kl": 9.0, "entropy": 9.0, "grad_norm": 4.0,
          "clip_fraction_low": 0.1, "clip_fraction_high": 0.3},
-        {"iteration": 1, "step": 0, "kl": None, "entropy": 1.0, "grad_norm": 1.0, "mismatch_mean": 2e-6,
-         "clip_fraction_low": 0.0, "clip_fraction_high": 0.0},
+        {"iteration": 1, "step": 0, "tokens": 400, "kl": None, "entropy": 1.0, "grad_norm": 1.0,
+         "mismatch_mean": 2e-6, "clip_fraction_low": 0.0, "clip_fraction_high": 0.0},
     ]  # fmt: skip
     return make_run(tmp_path_factory.mktemp("hand"), rows, updates)

@@ -232,10 +232,9 @@ def test_the_bytes_of_a_character_are_one_token_to_point_at(browser: Any) -> Non
     assert token.text == "é"
     browser.execute_script("arguments[0].dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))", token)
     lines = browser.find_element("id", "tip").text.splitlines()
-    # -0.5 is code sqrt(0.5 / 25) * 254 = 35.9, kept as 36: -25 (36 / 254)^2 = -0.502
     assert lines[0] == "2 tokens make this character"
-    assert lines[1:3] == ["log-prob \u22120.502 · probability 60.5 %", "ratio learner / sampler 1.000"]
-    assert token.get_attribute("class") == "lp s1"  # 9 * 0.502 / log 100 = 0.98
+    assert lines[1:3] == ["log-prob \u22120.500 · probability 60.7 %", "ratio learner / sampler 1.000"]
+    assert token.get_attribute("class") == "lp s1"  # 9 * 0.5 / log 100 = 0.98
     choose(browser, "f-shade", "ratio")
     assert browser.find_element("css selector", ".tokens span").get_attribute("class") == ""
 

@@ -9,7 +9,7 @@ from grpo import sql
 from grpo.artifacts import Run
 from grpo.cli.options import reading
 from grpo.inspect import report
-from grpo.inspect.report import curve_list, curves
+from grpo.inspect.report import curves
 
 Charts = dict[str, dict[str, Any]]
 
@@ -25,12 +25,16 @@ def charts(hand: Run) -> Charts:
         ("Reward", "", [4 / 3, 1.75]),  # (2.5 + 0.5 + 1) / 3, the unscored one left out; (2 + 2 + 2 + 1) / 4
         ("Pass rate: right", "share", [0.25, 0.75]),  # 1 of 4; 3 of 4
         ("Reward: short", "", [2.0, 2.0]),  # (3 + 1 + 2) / 3, the failed one left out
-        ("Entropy", "nats", [2.0, 1.0]),  # of the first step that was taken: not 3.0, which was skipped
+        (
+            "Entropy",
+            "nats",
+            [7.25, 1.0],
+        ),  # (100 * 2 + 300 * 9) / 400; the step that was skipped does not count
         ("Response length", "tokens", [2.5, 3.0]),  # with the end: (2 + 4 + 2 + 2) / 4
         ("Truncated", "share", [0.25, 0.25]),
         ("Mismatch", "nats", [1e-6, 2e-6]),
         ("Groups without signal", "share", [0.5, 1.0]),  # one of two has a deviation in iteration 0
-        ("Gradient norm", "", [3.0, 1.0]),  # (2 + 4) / 2
+        ("Gradient norm", "", [3.5, 1.0]),  # (100 * 2 + 300 * 4) / 400
     ],
 )
 def test_the_numbers_of_a_curve(charts: Charts, title: str, unit: str, expected: list[float]) -> None:
@@ -41,28 +45,17 @@ def test_the_numbers_of_a_curve(charts: Charts, title: str, unit: str, expected:
 
 def test_kl_has_no_value_where_the_loss_has_no_term(charts: Charts) -> None:
     [series] = charts["KL to the reference"]["series"]
-    assert (series["x"], series["y"]) == ([0], [0.25])
+    assert (series["x"], series["y"]) == ([0], [6.8125])  # (100 * 0.25 + 300 * 9) / 400
 
 
 def test_clip_fractions_are_means_over_the_steps_taken(charts: Charts) -> None:
     found = {each["name"]: each["y"] for each in charts["Clipped"]["series"]}
-    assert found == {"low": pytest.approx([0.05, 0.0]), "high": pytest.approx([0.15, 0.0])}
+    assert found == {"low": pytest.approx([0.075, 0.0]), "high": pytest.approx([0.225, 0.0])}
 
 
 def test_what_a_run_does_not_have_is_empty_and_says_why(charts: Charts) -> None:
     assert charts["Seconds by stage"]["series"] == []  # written by hand: nothing was timed
     assert charts["Seconds by stage"]["absent"] == "nothing was timed"
-
-
-def test_a_curve_may_have_an_interval(hand: Run) -> None:
-    statement = (
-        "select 'hand' as run, 3 as iteration, 'k' as series, 0.5 as value, 0.4 as low, 'inf'::float as high"
-    )
-    curve = curves.Curve("Pass", curves.SHARE, "", "", statement)
-    [chart] = sql.consult([hand], lambda connection: curves.read(connection, ["hand"], (curve,)))
-    assert chart["series"] == [
-        {"run": "hand", "name": "k", "x": [3], "y": [0.5], "low": [0.4], "high": [None]}
-    ]
 
 
 def test_the_curves_agree_with_what_grpo_status_shows(
@@ -76,13 +69,14 @@ def test_the_curves_agree_with_what_grpo_status_shows(
         for chart in report.charts([reading("tiny", Path("pipeline.yaml"), [])])
     }
     places = {"reward": "Reward", "kl": "KL to the reference", "entropy": "Entropy",
-              "length": "Response length", "mismatch": "Mismatch", "truncated": "Truncated"}  # fmt: skip
+              "response_tokens": "Response length", "mismatch_mean": "Mismatch",
+              "truncated": "Truncated"}  # fmt: skip
     for name, title in places.items():
         assert charts[title][0]["y"] == pytest.approx([each[name] for each in status], rel=1e-9), name
     seconds = {each["name"]: each["y"] for each in charts["Seconds by stage"]}
     assert list(seconds) == ["generate", "score", "advantage", "update"]
     for stage, values in seconds.items():
-        assert values == pytest.approx([each["seconds"][stage] for each in status]), stage
+        assert values == pytest.approx([each["stage_seconds"][stage] for each in status]), stage
 
 
 def test_the_last_evaluation_is_no_iteration_that_took_seconds(
@@ -106,12 +100,12 @@ def test_the_curves_of_an_evaluation(hand: Run) -> None:
         select 'hand' as run, 4 as iteration, map([1, 2, 8]::bigint[], [0.25, 0.5, 0.75]) as pass_at,
             map([1, 2, 8]::bigint[], [0.125, 0.25, 0.5]) as pass_at_low,
             map([1, 2, 8]::bigint[], [0.375, 0.75, 1.0]) as pass_at_high,
-            2.0 as reward, 1.5 as reward_low, 2.5 as reward_high, 3.5 as response_tokens
+            2.0 as reward, 1.5 as reward_low, 'inf'::double as reward_high, 3.5 as response_tokens
     """
 
     def read(connection: sql.Connection) -> list[dict[str, Any]]:
         sql.create_view(connection, "evals", view)
-        return curves.read(connection, ["hand"], curve_list.EVALUATION)
+        return [chart for chart in curves.read(connection, ["hand"]) if chart["section"] == "evaluation"]
 
     passed, reward, length = (chart["series"] for chart in sql.consult([hand], read))
     assert [each["name"] for each in passed] == ["pass@1", "pass@8"]
@@ -119,5 +113,5 @@ def test_the_curves_of_an_evaluation(hand: Run) -> None:
         ([0.25], [0.125], [0.375]),
         ([0.75], [0.5], [1.0]),
     ]
-    assert (reward[0]["x"], reward[0]["y"], reward[0]["low"], reward[0]["high"]) == ([4], [2], [1.5], [2.5])
+    assert (reward[0]["x"], reward[0]["y"], reward[0]["low"], reward[0]["high"]) == ([4], [2], [1.5], [None])
     assert length[0]["y"] == [3.5]

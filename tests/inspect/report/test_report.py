@@ -4,9 +4,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from tests.conftest import Grpo
 from tests.inspect.report.runs import make_run, row
@@ -15,7 +13,6 @@ from grpo import sql
 from grpo.artifacts import Run
 from grpo.inspect import report
 from grpo.inspect.report import heat
-from grpo.inspect.report.pack import pack
 
 HOSTILE = "</script><script>window.hacked=1</script>\x1b[31m\u202e<img src=x onerror=window.hacked=1>"
 
@@ -26,12 +23,6 @@ def blocks(page: str) -> dict[str, bytes]:
     return {name: gzip.decompress(base64.b64decode(text)) for name, text in found}
 
 
-def document(block: bytes) -> dict[str, Any]:
-    size = int.from_bytes(block[:4], "little")
-    found: dict[str, Any] = json.loads(block[4 : 4 + size])["document"]
-    return found
-
-
 # The command
 
 
@@ -40,9 +31,9 @@ def test_the_report_of_a_run_is_a_file_of_its_name(finished: Path, grpo: Grpo) -
     assert (code, out) == (0, "")
     assert re.fullmatch(r"report: tiny\.html, \d\.\d MiB\n", err)
     held = blocks(Path("tiny.html").read_text())
-    assert list(held) == ["data", "plotly", "heat-0", "rollouts-0"]
-    assert document(held["rollouts-0"])["rollouts"] == 12  # 2 iterations x 3 prompts x 2 samples
-    [summary] = document(held["data"])["runs"]
+    assert list(held) == ["data", "heat-0", "rollouts-0", "plotly"]
+    assert len(json.loads(held["rollouts-0"])["rollouts"]) == 12  # 2 iterations x 3 prompts x 2 samples
+    [summary] = json.loads(held["data"])["runs"]
     assert (summary["iterations"], summary["rollouts"], summary["config"]["seed"]) == (2, 12, "0")
     assert summary["versions"]["grpo"]
 
@@ -61,7 +52,7 @@ def test_a_run_has_the_same_report_every_time(finished: Path, grpo: Grpo) -> Non
 def test_several_runs_are_in_one_report(finished: Path, grpo: Grpo) -> None:
     grpo("fork", "tiny", "other", "--iteration", "1", "--set", "update.learning_rate=0.02")
     assert grpo("report", "tiny", "other", "tiny")[0] == 0
-    data = document(blocks(Path("report.html").read_text())["data"])
+    data = json.loads(blocks(Path("report.html").read_text())["data"])
     assert [run["run"] for run in data["runs"]] == ["tiny", "other"]
     rewards = data["charts"][0]["series"]
     assert [(each["run"], each["x"]) for each in rewards] == [("tiny", [0, 1]), ("other", [0, 1])]
@@ -73,7 +64,7 @@ def test_what_is_left_out_is_said(finished: Path, grpo: Grpo) -> None:
     assert code == 0
     left = "run tiny: 6 of 12 rollouts are in the file: all of 1 of 2 iterations, evenly spaced"
     assert err.splitlines()[0] == f"report: {left}; --rollouts N changes it, the curves count all"
-    assert document(blocks(Path("tiny.html").read_text())["data"])["left_out"] == [left]
+    assert json.loads(blocks(Path("tiny.html").read_text())["data"])["left_out"] == [left]
 
 
 def test_the_picture_is_a_png(finished: Path, grpo: Grpo) -> None:
@@ -134,31 +125,16 @@ def test_what_a_model_wrote_never_stands_in_the_page_as_itself(tmp_path: Path) -
     assert "hacked" not in page
     held = blocks(page)
     assert len(held) == 4
-    assert document(held["rollouts-0"])["prompts"] == [HOSTILE]
-    assert HOSTILE.encode() in held["rollouts-0"]
-
-
-def test_a_block_is_a_document_and_its_columns() -> None:
-    block = gzip.decompress(
-        base64.b64decode(pack({"a": "ä"}, {"x": np.arange(3, dtype=np.uint8), "y": np.ones(2, np.float32)}))
-    )
-    size = int.from_bytes(block[:4], "little")
-    assert (4 + size) % 8 == 0
-    head = json.loads(block[4 : 4 + size])
-    assert head["document"] == {"a": "ä"}
-    assert head["columns"]["x"] == {"type": "uint8", "offset": 0, "length": 3}
-    assert head["columns"]["y"] == {"type": "float32", "offset": 8, "length": 2}  # 3 bytes, and 5 of padding
-    body = block[4 + size :]
-    assert body[:3] == b"\0\1\2"
-    assert np.frombuffer(body[8:16], np.float32).tolist() == [1, 1]
+    found = json.loads(held["rollouts-0"])
+    assert found["prompts"] == {"0": {"prompt": HOSTILE, "answer": None}}
+    assert "".join(found["texts"][place] for place in found["tokens"][0]) == HOSTILE + "<|endoftext|>"
 
 
 def test_the_map_has_a_cell_for_each_prompt_and_iteration(hand: Run) -> None:
-    found, columns = sql.consult([hand], lambda connection: heat.read(connection, hand))
+    found = sql.consult([hand], lambda connection: heat.read(connection, hand))
     assert (found["reward"], found["binary"], found["prompt_ids"]) == ("right", True, [0, 1, 2])
-    cells = zip(
-        *(columns[name].tolist() for name in ("prompt", "iteration", "mean", "rollouts")), strict=True
-    )
+    columns = found["columns"]
+    cells = zip(*(columns[name] for name in ("prompt", "iteration", "mean", "rollouts")), strict=True)
     # prompt 0 had 1 and 0, then 1 and 1; prompt 1 had 0 and 0; prompt 2, of iteration 1 only, 1 and 0
     assert list(cells) == [(0, 0, 0.5, 2), (0, 1, 1.0, 2), (1, 0, 0.0, 2), (2, 1, 0.5, 2)]
 
@@ -166,5 +142,5 @@ def test_the_map_has_a_cell_for_each_prompt_and_iteration(hand: Run) -> None:
 def test_what_changed_on_the_way_is_listed(finished: Path, grpo: Grpo) -> None:
     grpo("run", "--set", "iterations=3", "--set", "update.learning_rate=0.5")
     assert grpo("report")[0] == 0
-    [summary] = document(blocks(Path("tiny.html").read_text())["data"])["runs"]
+    [summary] = json.loads(blocks(Path("tiny.html").read_text())["data"])["runs"]
     assert summary["changes"] == ["iteration 2: update.learning_rate: 0.01 -> 0.5"]

@@ -87,11 +87,14 @@ def test_check_names_what_is_wrong(
         ("import no_such_library", "importing broken failed: ModuleNotFoundError: No module named 'no_such_"),
         ("def broken(:", "importing broken failed: SyntaxError: invalid syntax (broken.py, line 1)"),
         ("1 / 0", "importing broken failed: ZeroDivisionError: division by zero (broken.py, line 1)"),
+        ("exit(3)", "importing broken failed: SystemExit: 3"),
+        (bytes(range(256)), "importing broken failed: SyntaxError: source code string"),
         ("import os; os.kill(os.getpid(), 11)", "the import of its module ended the process (SIGSEGV)"),
+        ("", "no 'f' in broken; it has: no functions"),
     ],
 )
-def test_check_of_a_module_that_cannot_be_imported(tmp_path: Path, source: str, problem: str) -> None:
-    (tmp_path / "broken.py").write_text(source)
+def test_check_of_a_module_that_cannot_be_used(tmp_path: Path, source: str | bytes, problem: str) -> None:
+    (tmp_path / "broken.py").write_bytes(source if isinstance(source, bytes) else source.encode())
     pool = FunctionPool(tmp_path, num_workers=1)
     with pytest.raises(UsageError) as caught:
         pool.check(FunctionSpec("broken:f", {}, 1.0))

@@ -287,7 +287,7 @@ def test_only_failed_refuses_to_keep_what_would_be_made_otherwise(tmp_path: Path
         only_failed(run)
     assert str(caught.value) == (
         f"{run.folder('rewards', 0)}: changed (score.rewards.fails_on_words.weight: 1.0 -> 2.0), so"
-        " --only-failed cannot keep the other rows; `grpo score --iteration 0 --force` does it again"
+        " --only-failed cannot keep the other rows; `grpo score --iteration 0 --force` reruns it"
     )
 
 
@@ -328,7 +328,7 @@ def test_only_failed_and_force_contradict(project: Path, grpo: Grpo) -> None:
     code, _, err = grpo("score", "--only-failed", "--force")
     assert code == UsageError.exit_code
     assert err == (
-        "error: --only-failed: keeps what did not fail, and --force keeps nothing; give one of them\n"
+        "error: --only-failed and --force cannot be combined: one keeps rows, the other reruns all\n"
     )
 
 

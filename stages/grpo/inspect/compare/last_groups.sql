@@ -6,7 +6,7 @@ with rollouts_in as (
         iteration,
         group_id,
         min(prompt_id) as prompt_id,
-        avg(response_tokens) as length,
+        avg(response_tokens) as response_tokens,
         avg((finish_reason = 'length')::integer) as truncated,
     from rollouts
     where iteration between $first and $last
@@ -19,7 +19,7 @@ advantages_in as (
         iteration,
         group_id,
         avg(reward order by sample_id) as reward,
-        coalesce(max(group_std) > 0, false)::double as groups_with_signal,
+        (max(group_std) = 0)::double as groups_without_signal,
     from advantages
     where iteration between $first and $last
     group by run, iteration, group_id
@@ -43,16 +43,16 @@ wide as (
         iteration,
         group_id,
         reward,
-        length,
+        response_tokens,
         truncated,
-        groups_with_signal,
+        groups_without_signal,
     from rollouts_in
     left join advantages_in using (run, iteration, group_id)
 ),
 
 long as (
     unpivot wide
-    on reward, length, truncated, groups_with_signal
+    on reward, response_tokens, truncated, groups_without_signal
     into name name value value
 ),
 

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from grpo.console import printable, sparkline, stdout_console, thinned
+from grpo.console import iterations_text, number, printable, sparkline, stdout_console, table, thinned
+from grpo.inspect.show.groups import response_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,10 +19,11 @@ def print_rewards(data: dict[str, Any]) -> None:
     from rich.text import Text
 
     console, total = stdout_console(), data["overall"]
+    over = iterations_text([row["iteration"] for row in data["iterations"]])
     console.print(
         Text.assemble(
             (f"run {data['run']}: {data['a']} (A) against {data['b']} (B)", "bold"),
-            f"\n{total['rollouts']:,} rollouts in {total['groups']:,} groups {_iterations(data)}",
+            f"\n{total['rollouts']:,} rollouts in {total['groups']:,} groups of {over}",
             _left_out(data, total),
         ),
     )
@@ -33,13 +35,6 @@ def print_rewards(data: dict[str, Any]) -> None:
         console.print(Text("\nwhere they disagree most", "bold"))
     for example in data["examples"]:
         _print_example(console, data, example)
-
-
-def _iterations(data: dict[str, Any]) -> str:
-    numbers = [row["iteration"] for row in data["iterations"]]
-    return (
-        f"of iteration {numbers[0]}" if len(numbers) == 1 else f"of iterations {numbers[0]} to {numbers[-1]}"
-    )
 
 
 def _left_out(data: dict[str, Any], total: dict[str, Any]) -> str:
@@ -59,20 +54,19 @@ def _summary(total: dict[str, Any]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(justify="right")
+    found = Table(box=None, pad_edge=False, show_header=False)
+    for side in ("left", "right", "right"):
+        found.add_column(justify=side)
 
     def heading(text: str, *cells: str) -> None:
-        table.add_row(Text(text, "bold"), *(Text(cell, "dim") for cell in cells))
+        found.add_row(Text(text, "bold"), *(Text(cell, "dim") for cell in cells))
 
     def share(text: str, count: int, of: int, style: str = "") -> None:
-        table.add_row(Text(f"  {text}", style), f"{count:,}", f"{count / of:.1%}")
+        found.add_row(Text(f"  {text}", style), f"{count:,}", f"{count / of:.1%}")
 
     heading("rank correlation, from -1 to 1", "overall", "in groups")
     for name, text in (("spearman", "Spearman"), ("kendall", "Kendall's tau-b")):
-        table.add_row(f"  {text}", _number(total[name]), _number(total[f"{name}_in_groups"]))
+        found.add_row(f"  {text}", number(total[name]), number(total[f"{name}_in_groups"]))
     heading("pairs of rollouts within a group", f"{total['pairs']:,}")
     share("A and B order them alike", total["agreeing"], total["pairs"])
     share("flipped: one way by A, the other by B", total["flipped"], total["pairs"], "yellow")
@@ -86,24 +80,18 @@ def _summary(total: dict[str, Any]) -> "Table":
     share("by neither", total["signal_in_none"], total["groups"])
     heading("advantages, B's against A's", f"{total['rollouts']:,}")
     share("of the other sign", total["sign_flips"], total["rollouts"], "yellow")
-    table.add_row("  mean |difference|", f"{total['advantage_difference']:.3f}", "")
-    return table
+    found.add_row("  mean |difference|", number(total["advantage_difference"]), "")
+    return found
 
 
 def _print_curve(console: "Console", rows: list[dict[str, Any]]) -> None:
     """The same by iteration."""
-    from rich import box
-    from rich.table import Table
-
     curves = [_curve_point(row) for row in rows]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("iteration", justify="right")
-    for name in curves[0]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row, point in thinned(list(zip(rows, curves, strict=True)), _ROWS_SHOWN):
-        cells = [_share(value) if name in _SHARES else _number(value) for name, value in point.items()]
-        table.add_row(str(row["iteration"]), *cells)
-    console.print(table)
+    cells = [
+        [str(row["iteration"]), *(number(point[name], ".1%" if name in _SHARES else ".3f") for name in point)]
+        for row, point in thinned(list(zip(rows, curves, strict=True)), _ROWS_SHOWN)
+    ]
+    console.print(table(("iteration", *curves[0]), cells))
     for name in ("in groups", "flipped", "|difference|"):
         points = [point[name] for point in thinned(curves, _SPARKLINE_POINTS)]
         console.print(f"  {name:<12}  {sparkline(points)}", highlight=False)
@@ -125,7 +113,6 @@ def _curve_point(row: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _print_example(console: "Console", data: dict[str, Any], example: dict[str, Any]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     where = f"iteration {example['iteration']}  group {example['group_id']}"
@@ -133,21 +120,8 @@ def _print_example(console: "Console", data: dict[str, Any], example: dict[str, 
     console.print()
     console.rule(Text(f"{where}   {flipped}"), align="left", style="dim")
     console.print(Text(printable(example["prompt"]).rstrip()))
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("sample", justify="right")
-    for name in ("a", "b"):
-        table.add_column(Text(printable(data[name])), justify="right")
-    table.add_column("response", overflow="fold")
-    for row in example["samples"]:
-        values = (f"{row[name]:+.3f}" for name in ("a", "b"))
-        response = Text(printable(row["response"])) if row["response"] else Text("(empty)", "dim")
-        table.add_row(str(row["sample_id"]), *values, response)
-    console.print(table)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+    cells = [
+        [str(row["sample_id"]), *(number(row[name], "+.3f") for name in ("a", "b")), response_of(row)]
+        for row in example["samples"]
+    ]
+    console.print(table(("sample", data["a"], data["b"], "response"), cells, left=("response",), plain=True))

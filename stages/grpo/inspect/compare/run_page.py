@@ -3,7 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import STAGE_OUTPUTS
-from grpo.console import printable, sparkline, stdout_console, thinned
+from grpo.console import (
+    interval,
+    iterations_text,
+    number,
+    printable,
+    sparkline,
+    stdout_console,
+    table,
+    thinned,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -11,10 +20,15 @@ if TYPE_CHECKING:
 _ROWS_SHOWN = 10
 _SPARKLINE_POINTS = 30
 _IN_TABLE = (
-    *("reward", "kl", "entropy", "length", "truncated"),
-    *("groups_with_signal", "rollouts_spent", "tokens_spent", "seconds"),
+    *("reward", "kl", "entropy", "response_tokens", "truncated"),
+    *("groups_without_signal", "rollouts_spent", "tokens_spent", "seconds"),
 )
-_SHORT = {"groups_with_signal": "signal", "rollouts_spent": "rollouts", "tokens_spent": "tokens"}
+_SHORT = {
+    "response_tokens": "length",
+    "groups_without_signal": "no signal",
+    "rollouts_spent": "rollouts",
+    "tokens_spent": "tokens",
+}
 _COUNTS = ("rollouts_spent", "tokens_spent")
 _NO_MEANS = "no means: rollouts, rewards and advantages of these iterations are the same in both"
 _LEFT_OUT = {
@@ -45,35 +59,28 @@ def _where_they_part(data: dict[str, Any]) -> str:
     firsts = {STAGE_OUTPUTS[output]: found["iteration"] for output, found in data["parted"].items() if found}
     begin = min(firsts.values())
     stages = ", ".join(f"{stage} {iteration}" for stage, iteration in firsts.items())
-    iterations = "iteration 0 is" if begin == 1 else f"iterations 0 to {begin - 1} are"
-    same = f"{iterations} the same in both" if shared else "they share no iteration"
+    are = "is" if begin == 1 else "are"
+    same = f"{iterations_text(range(begin))} {are} the same in both" if shared else "they share no iteration"
     return f"{same}; the first that differ: {stages}"
 
 
 def _print_last(console: "Console", data: dict[str, Any]) -> None:
     """Means of the last iterations with the interval of their difference; bold where 0 is outside."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     last = data["last"]
     if last is None:
         console.print(Text(f"\n{_NO_MEANS}"))
         return
-    first, end = last["first"], last["last"]
-    iterations = f"iteration {first}" if first == end else f"iterations {first} to {end}"
-    console.print(Text(f"\nmeans of {iterations}", "bold"))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for name in ("A", "B", "B - A", "95 % interval", "groups"):
-        table.add_column(name, justify="right")
+    console.print(Text(f"\nmeans of {iterations_text([last['first'], last['last']])}", "bold"))
+    rows = []
     for row in last["numbers"]:
         clear = row["low"] is not None and not row["low"] <= 0 <= row["high"]
-        interval = "" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
         of = str(row["groups_a"]) if row["paired"] else f"{row['groups_a']}, {row['groups_b']}"
-        cells = (f"{row['a']:.3f}", f"{row['b']:.3f}", f"{row['difference']:+.3f}", interval, of)
-        table.add_row(Text(printable(row["name"])), *cells, style="bold" if clear else "")
-    console.print(table)
+        ends = interval(row["low"], row["high"], "+.3f")
+        cells = (row["name"], number(row["a"]), number(row["b"]), number(row["difference"], "+.3f"), ends, of)
+        rows.append([Text(printable(cell), "bold" if clear else "") for cell in cells])
+    console.print(table(("", "A", "B", "B - A", "95 % interval", "groups"), rows, left=("",)))
     for text in (f"bold: 0 is outside the interval; {_how(last['numbers'])}", *_left_out(last["numbers"])):
         console.print(Text(printable(text), "dim"), soft_wrap=True)
 
@@ -104,28 +111,20 @@ def _left_out(numbers: list[dict[str, Any]]) -> list[str]:
 
 def _print_overview(console: "Console", data: dict[str, Any]) -> None:
     """A line per curve and run, both drawn to the same scale."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("curve", "from", "to", "A", "B"):
-        table.add_column(name, justify="left" if name in ("curve", "A", "B") else "right", no_wrap=True)
-    drawn = [curve for curve in data["curves"] if curve["name"] not in _COUNTS]
-    for curve in drawn:
+    rows = []
+    for curve in data["curves"]:
+        if curve["name"] in _COUNTS:
+            continue
         points = thinned(curve["points"], _SPARKLINE_POINTS)
         known = [point[run] for point in points for run in ("a", "b") if point[run] is not None]
         low, high = min(known), max(known)
         lines = [sparkline([point[run] for point in points], low, high) for run in ("a", "b")]
-        ends = (_value(curve["name"], value) for value in (low, high))
-        table.add_row(Text(printable(curve["name"])), *ends, *lines)
-    console.print(table)
+        rows.append([curve["name"], *(_value(curve["name"], value) for value in (low, high)), *lines])
+    console.print(table(("curve", "from", "to", "A", "B"), rows, left=("curve", "A", "B")))
 
 
 def _print_iterations(console: "Console", data: dict[str, Any]) -> None:
     """Every curve by iteration, a row of A above one of B; one row where all of both are the same."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     curves = {
@@ -134,22 +133,18 @@ def _print_iterations(console: "Console", data: dict[str, Any]) -> None:
         if curve["name"] in _IN_TABLE
     }
     numbers = sorted({number for points in curves.values() for number in points})
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("iteration", justify="right")
-    table.add_column("run", no_wrap=True, max_width=20)
-    for name in curves:
-        table.add_column(_SHORT.get(name, name), justify="right", no_wrap=True)
-    for number in thinned(numbers, _ROWS_SHOWN):
-        cells = [
-            [_value(name, points.get(number, {}).get(run)) for name, points in curves.items()]
+    rows: list[list[Any]] = []
+    for iteration in thinned(numbers, _ROWS_SHOWN):
+        of_a, of_b = (
+            [_value(name, points.get(iteration, {}).get(run)) for name, points in curves.items()]
             for run in ("a", "b")
-        ]
-        if cells[0] == cells[1]:
-            table.add_row(str(number), Text("both", "dim"), *cells[0])
+        )
+        if of_a == of_b:
+            rows.append([str(iteration), Text("both", "dim"), *of_a])
         else:
-            table.add_row(str(number), Text(data["a"]), *cells[0])
-            table.add_row("", Text(data["b"]), *cells[1])
-    console.print(table)
+            rows += [[str(iteration), data["a"], *of_a], ["", data["b"], *of_b]]
+    headings = (_SHORT.get(name, name) for name in curves)
+    console.print(table(("iteration", "run", *headings), rows, left=("run",)))
     if len(numbers) > _ROWS_SHOWN:
         console.print(
             f"{_ROWS_SHOWN} of {len(numbers)} iterations shown, rewards by name left out; --json has all",
@@ -159,6 +154,4 @@ def _print_iterations(console: "Console", data: dict[str, Any]) -> None:
 
 
 def _value(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if name in _COUNTS else f"{value:.3f}"
+    return number(value, ",.0f" if name in _COUNTS else ".3f")

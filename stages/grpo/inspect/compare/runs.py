@@ -11,16 +11,14 @@ from grpo.config import Config, differing_keys
 from grpo.errors import UsageError
 from grpo.inspect.compare.difference import Group, difference
 
-# Each gives (run, iteration, name, value), the curve `name` of a run: one more curve is one more query.
-CURVES = ("inspect/compare/curves", "inspect/compare/reward_curves", "inspect/compare/eval_curves")
 LAST = 5  # iterations whose groups make the last numbers: one alone has few
 _ORDER = (
-    *("reward", "rewards", "evaluation", "kl", "entropy", "length", "truncated", "groups_with_signal"),
-    *("rollouts_spent", "tokens_spent", "seconds"),
+    *("reward", "rewards", "pass_rate", "eval_pass_at_1", "eval_reward", "kl", "entropy", "response_tokens"),
+    *("truncated", "groups_without_signal", "rollouts_spent", "tokens_spent", "seconds"),
 )
 _EVERY = 2**31 - 1  # above any iteration
 _MEASURED = ("rollouts", "rewards", "advantages")  # outputs that the last numbers are of
-_OF_EVERY_GROUP = "length"  # a number that no group lacks
+_OF_EVERY_GROUP = "response_tokens"  # a number that no group lacks
 _PART_OF = {"prompts": "prompts.source", "policy": "model", "reference": "update.reference"}
 
 
@@ -122,8 +120,7 @@ def _rewards(a: Config, b: Config) -> list[str]:
 
 def _curves(a: Run, b: Run, first: int, last: int) -> list[dict[str, Any]]:
     """Each curve by iteration in both runs; a reward that one of them does not have is left out."""
-    statement = " union all ".join(f"({sql.own_text(name)})" for name in CURVES)
-    rows = sql.read([a, b], statement).to_pylist()
+    rows = sql.read([a, b], sql.own_text("inspect/compare/curves")).to_pylist()
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
         if first <= row["iteration"] <= last:

@@ -7,21 +7,11 @@ from grpo import sql
 from grpo.artifacts import Run, files
 from grpo.errors import UsageError
 from grpo.inspect.report import curves, heat, rollouts, summary
-from grpo.inspect.report.curve_list import CURVES
 from grpo.inspect.report.page import page
 from grpo.inspect.report.picture import picture
 from grpo.inspect.report.selection import limits
 
 __all__ = ["build", "charts", "write"]
-
-# What curves and map ask for again and again, read from the files once. Lists and long texts stay there:
-# whoever needs them asks memory.main.rollouts.
-_LOADED = {
-    "rollouts": "run, iteration, group_id, sample_id, prompt_id, finish_reason, response_tokens",
-    "rewards": "*",
-    "advantages": "*",
-    "updates": "*",
-}
 
 
 def write(runs: list[Run], out: Path | None, as_picture: bool, num_rollouts: int | None) -> dict[str, Any]:
@@ -54,38 +44,26 @@ def write(runs: list[Run], out: Path | None, as_picture: bool, num_rollouts: int
 
 def charts(runs: list[Run]) -> list[dict[str, Any]]:
     """The charts of curves.read, all runs in each."""
-
-    def read(connection: sql.Connection) -> list[dict[str, Any]]:
-        _load(connection)
-        return curves.read(connection, [run.name for run in runs], CURVES)
-
-    return sql.consult(runs, read)
+    return sql.consult(runs, lambda connection: curves.read(connection, [run.name for run in runs]))
 
 
 def build(runs: list[Run], num_rollouts: int | None) -> tuple[bytes, list[str]]:
     """The page, and for each run that does not fit, what was left out of it."""
     limit = limits(num_rollouts).shared_by(len(runs))
+    names = [run.name for run in runs]
 
-    def read(connection: sql.Connection) -> tuple[Any, ...]:
-        _load(connection)
-        return (
-            curves.read(connection, [run.name for run in runs], CURVES),
-            [summary.read(connection, run) for run in runs],
-            [heat.read(connection, run) for run in runs],
-            [rollouts.read(connection, run, limit) for run in runs],
-        )
+    def read(connection: sql.Connection) -> tuple[dict[str, Any], list[str]]:
+        document = {
+            "charts": curves.read(connection, names),
+            "runs": [summary.read(connection, run) for run in runs],
+        }
+        blocks = {f"heat-{index}": heat.read(connection, run) for index, run in enumerate(runs)}
+        left_out = []
+        for index, run in enumerate(runs):
+            blocks[f"rollouts-{index}"], chosen = rollouts.read(connection, run, limit)
+            if text := chosen.left_out():
+                left_out.append(f"run {run.name}: {text}")
+        return {"data": {**document, "left_out": left_out}, **blocks}, left_out
 
-    drawn, summaries, heats, found = sql.consult(runs, read)
-    left_out = [
-        f"run {run.name}: {text}"
-        for run, (_, chosen) in zip(runs, found, strict=True)
-        if (text := chosen.left_out())
-    ]
-    document = {"charts": drawn, "runs": summaries, "left_out": left_out}
-    title = ", ".join(run.name for run in runs)
-    return page(title, document, heats, [block for block, _ in found]), left_out
-
-
-def _load(connection: sql.Connection) -> None:
-    for table, columns in _LOADED.items():
-        sql.register(connection, table, sql.query(connection, f"select {columns} from memory.main.{table}"))
+    blocks, left_out = sql.consult(runs, read)
+    return page(", ".join(names), blocks), left_out

@@ -4,8 +4,9 @@ const GROUPS_SHOWN = 5;
 const RESPONSES_SHOWN = 48; // on a page, and their tokens: more take longer to draw than one waits while typing
 const PAGE_TOKENS = 4000;
 
+// Gives what shows the rollouts of a cell of the map.
 function setUpBrowser(page, runs) {
-  const state = { page: 0, prompts: null, range: null, shown: null };
+  const state = { page: 0, prompts: null, range: null };
   const run = () => runs[$("f-run").value];
   $("f-run").replaceChildren(...page.runs.map((each, index) => option(index, each.run)));
   $("f-run").parentElement.hidden = page.runs.length < 2;
@@ -26,27 +27,25 @@ function setUpBrowser(page, runs) {
   $("f-shade").onchange = () => show(run(), state);
   $("page-back").onclick = () => turn(run(), state, -1);
   $("page-next").onclick = () => turn(run(), state, 1);
-  setUpTip(run);
+  setUpTip();
   reset();
   const all = () => Object.assign(state, { prompts: null, range: null }) && update();
-  return {
-    redraw: () => show(run(), state),
-    open: (index, found) => {
-      $("f-run").value = index;
-      fillChoices(run());
-      Object.assign(state, { prompts: new Set(found.ids), range: [found.from, found.to] });
-      update();
-      describeOrigin(found, all);
-      $("rollouts").scrollIntoView();
-    },
+  return (index, found) => {
+    $("f-run").value = index;
+    fillChoices(run());
+    Object.assign(state, { prompts: new Set(found.ids), range: [found.from, found.to] });
+    update();
+    describeOrigin(found, all);
+    $("rollouts").scrollIntoView();
   };
 }
 
 function fillChoices(run) {
-  const iterations = [...new Set(run.columns.iteration)].sort((a, b) => b - a);
+  const values = (name) => [...new Set(run.rollouts.map((rollout) => rollout[name]))].filter((each) => each !== null);
+  const iterations = values("iteration").sort((a, b) => b - a);
   $("f-iteration").replaceChildren(option("", "all"), ...iterations.map((each) => option(each, String(each))));
-  $("f-finish").replaceChildren(option("", "anything"), ...run.finish_reason.map((each) => option(each, each)));
-  const reasons = run.reason.map((each) => option(each, `no: ${each.replaceAll("_", " ")}`));
+  $("f-finish").replaceChildren(option("", "anything"), ...values("finish_reason").map((each) => option(each, each)));
+  const reasons = values("reason").map((each) => option(each, `no: ${each.replaceAll("_", " ")}`));
   $("f-keep").replaceChildren(option("", "all"), option("yes", "yes"), option("no", "no"), ...reasons);
   for (const id of ["f-text", "f-min", "f-max"]) $(id).value = "";
   $("f-order").value = "newest";
@@ -63,21 +62,20 @@ function wantedNow(state) {
 
 function find(run, state) {
   const started = performance.now();
-  const { rows, count } = matching(run, wantedNow(state));
-  state.rows = rows;
-  state.groups = ordered(run, rows, $("f-order").value);
+  const count = mark(run, wantedNow(state));
+  state.groups = ordered(run, $("f-order").value);
   show(run, state);
   const took = performance.now() - started;
   document.body.dataset.filterMs = took.toFixed(1);
   $("only-prompt").hidden = !state.prompts;
   const groups = state.groups.length === 1 ? "1 group" : `${whole.format(state.groups.length)} groups`;
-  $("found").textContent = `${whole.format(count)} of ${whole.format(run.rollouts)} rollouts in ${groups}`;
+  $("found").textContent = `${whole.format(count)} of ${whole.format(run.rollouts.length)} rollouts in ${groups}`;
 }
 
 // Groups on a page: fewer where they are large.
-function pageSize(run) {
-  const groups = Math.max(run.numGroups, 1);
-  const fit = Math.min((RESPONSES_SHOWN * groups) / run.rollouts, (PAGE_TOKENS * groups) / run.tokenStarts.at(-1));
+function pageSize({ groups, rollouts }) {
+  const tokens = rollouts.reduce((sum, rollout) => sum + (rollout.tokens ? rollout.tokens.length : 0), 0);
+  const fit = groups.length * Math.min(RESPONSES_SHOWN / rollouts.length, PAGE_TOKENS / tokens);
   return Math.max(1, Math.min(GROUPS_SHOWN, Math.floor(fit)));
 }
 
@@ -86,7 +84,7 @@ function show(run, state) {
   const first = state.page * size;
   const shown = state.groups.slice(first, first + size);
   const shade = $("f-shade").value;
-  $("groups").replaceChildren(...shown.map((group) => groupCard(run, group, state.rows, shade)));
+  $("groups").replaceChildren(...shown.map((group) => groupCard(run, group, shade)));
   if (!shown.length) $("groups").append(make("div", "card empty", nothing(run)));
   $("page-place").textContent = shown.length ? `groups ${whole.format(first + 1)}–${whole.format(first + shown.length)} of ${whole.format(state.groups.length)}` : "";
   $("page-back").disabled = state.page === 0;
@@ -96,7 +94,7 @@ function show(run, state) {
 }
 
 function nothing(run) {
-  return run.rollouts ? "No rollout matches. Reset shows all of them." : "No rollouts of this run are in the file; grpo report --rollouts N takes more.";
+  return run.rollouts.length ? "No rollout matches. Reset shows all of them." : "No rollouts of this run are in the file; grpo report --rollouts N takes more.";
 }
 
 function turn(run, state, by) {
@@ -118,25 +116,24 @@ function describeOrigin(found, all) {
 function legendOf(run, shade) {
   if (run.tokens_absent) return [`Responses are shown as text, without tokens: ${run.tokens_absent}.`];
   const steps = (side) => [1, 3, 5, 7, 9].map((level) => make("i", `${side} s${level}`));
-  const kept = "Values are kept in a byte each";
   if (shade === "logprob") {
-    return ["likely", make("span", "swatches", ...steps("lp")), `below 1 %, under the policy that sampled, at its temperature. ${kept}: log-probs to ±0.02 at −1, ±0.1 at −25 and below.`];
+    return ["likely", make("span", "swatches", ...steps("lp")), `below 1 %, under the policy that sampled, at its temperature. Log-probs are kept to ±0.005 down to −1, to ±0.05 below.`];
   }
   if (shade === "ratio") {
     const scale = make("span", "swatches", ...steps("down-r").reverse(), ...steps("up-r"));
-    return ["÷ 1.5", scale, `× 1.5: exp(policy_logprobs − old_logprobs) when the learner first read the token. ${kept}: ratios to ±0.7 % at 1.2, closer near 1.`];
+    return ["÷ 1.5", scale, `× 1.5: exp(policy_logprobs − old_logprobs) when the learner first read the token. Ratios are kept to ±0.05 %.`];
   }
   return ["Tokens are not shaded; point at one for its numbers."];
 }
 
 // One tip for all tokens, as text.
-function setUpTip(run) {
+function setUpTip() {
   const tip = $("tip");
   $("groups").onmouseover = (event) => {
     const token = event.target.span ? event.target : event.target.parentElement; // or a mark within one
     tip.hidden = !token?.span;
     if (tip.hidden) return;
-    tip.textContent = tokenTip(run(), token.span.from, token.span.to);
+    tip.textContent = tokenTip(token.span);
     const box = token.getBoundingClientRect();
     const below = box.bottom + 8 + tip.offsetHeight < innerHeight;
     tip.style.top = `${below ? box.bottom + 8 : box.top - 8 - tip.offsetHeight}px`;

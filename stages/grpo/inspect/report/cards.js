@@ -2,38 +2,34 @@
 
 const TOKENS_SHOWN = 300; // of a response, before one asks for the rest
 const SAMPLES_SHOWN = 16;
-const SHORT_BYTES = 60; // of the longest response of a group: then more of them fit side by side
+const SHORT = 60; // characters of the longest response of a group: then more of them fit side by side
 
-function groupCard(run, group, rows, shade) {
-  const [first, end] = [run.firsts[group], run.firsts[group + 1]];
-  const { iteration, group_id, prompt, reward } = run.columns;
-  const at = prompt[first];
-  const known = [...reward.subarray(first, end)].filter((value) => !Number.isNaN(value));
-  const mean = known.reduce((a, b) => a + b, 0) / known.length;
+function groupCard(run, group, shade) {
+  const { rollouts, prompt_id } = group;
+  const { prompt, answer } = run.prompts[prompt_id];
+  const known = rollouts.map((rollout) => rollout.reward).filter((value) => value !== null);
   const line = make(
-    "div", "line", make("b", "", `Iteration ${iteration[first]}`), make("span", "", `group ${group_id[first]}`),
-    make("span", "", `prompt ${run.prompt_ids[at]}`),
-    make("span", "", known.length ? `mean reward ${number(mean)}` : "not scored"),
+    "div", "line", make("b", "", `Iteration ${group.iteration}`), make("span", "", `group ${group.group_id}`),
+    make("span", "", `prompt ${prompt_id}`),
+    make("span", "", known.length ? `mean reward ${number(mean(known))}` : "not scored"),
     make("span", "", outcome(known)),
   );
-  const answer = run.answers[at] === null ? null : make("div", "answer", "answer ", make("pre", "", ...visible(run.answers[at])));
-  const longest = run.columns.bytes.subarray(first, end).reduce((a, b) => Math.max(a, b), 0);
-  const samples = make("div", `samples ${longest < SHORT_BYTES ? "short" : ""}`);
-  const show = (from, to) => {
-    for (let row = from; row < to; row++) samples.append(sampleCard(run, row, rows[row], shade));
-  };
-  const shown = Math.min(end, first + SAMPLES_SHOWN);
-  show(first, shown);
-  const card = make("article", "card group", make("header", "", line, make("pre", "prompt", ...visible(run.prompts[at])), answer), samples);
-  if (shown < end) card.append(more(`${end - shown} more responses`, () => show(shown, end)));
+  const right = answer === null ? null : make("div", "answer", "answer ", make("pre", "", ...visible(answer)));
+  const short = rollouts.every((rollout) => textOf(run, rollout).length < SHORT);
+  const samples = make("div", `samples ${short ? "short" : ""}`);
+  const show = (from, to) => samples.append(...rollouts.slice(from, to).map((rollout) => sampleCard(run, rollout, shade)));
+  show(0, SAMPLES_SHOWN);
+  const card = make("article", "card group", make("header", "", line, make("pre", "prompt", ...visible(prompt)), right), samples);
+  const left = rollouts.length - SAMPLES_SHOWN;
+  if (left > 0) card.append(more(`${left} more responses`, () => show(SAMPLES_SHOWN)));
   return card;
 }
 
 function outcome(rewards) {
   if (!rewards.length) return "";
-  const highest = Math.max(...rewards);
-  const count = rewards.filter((value) => value === highest).length;
-  return count === rewards.length ? `all ${count} equal: no signal` : `${count} of ${rewards.length} have the highest, ${number(highest)}`;
+  const best = highest(rewards);
+  const count = rewards.filter((value) => value === best).length;
+  return count === rewards.length ? `all ${count} equal: no signal` : `${count} of ${rewards.length} have the highest, ${number(best)}`;
 }
 
 function more(text, action) {
@@ -43,116 +39,98 @@ function more(text, action) {
   return button;
 }
 
-function sampleCard(run, row, matches, shade) {
-  const { sample_id, reward, advantage, tokens } = run.columns;
-  const side = advantage[row] > 0 ? "up" : advantage[row] < 0 ? "down" : "";
-  const count = tokens[row] || !run.tokens_absent ? `${whole.format(tokens[row])} tok` : "";
+function sampleCard(run, rollout, shade) {
+  const { reward, advantage, tokens } = rollout;
+  const side = advantage > 0 ? "up" : advantage < 0 ? "down" : "";
   const top = make(
-    "div", "line", make("span", "value", Number.isNaN(reward[row]) ? "–" : number(reward[row])),
-    make("span", side, Number.isNaN(advantage[row]) ? "" : `advantage ${signed(advantage[row])}`),
+    "div", "line", make("span", "value", number(reward)),
+    make("span", side, advantage === null ? "" : `advantage ${signed(advantage)}`),
   );
-  const under = make("div", "line", make("span", "", `sample ${sample_id[row]}`), make("span", "", count));
-  const card = make("div", `sample ${side} ${matches ? "" : "other"}`, top, under, parts(run, row), tags(run, row));
-  card.append(...response(run, row, shade));
+  const under = make("div", "line", make("span", "", `sample ${rollout.sample_id}`), make("span", "", tokens ? `${whole.format(tokens.length)} tok` : ""));
+  const card = make("div", `sample ${side} ${rollout.matches ? "" : "other"}`, top, under, parts(rollout), tags(rollout));
+  card.append(...response(run, rollout, shade));
   return card;
 }
 
 // Each reward by its name; one that failed says so, and how.
-function parts(run, row) {
+function parts(rollout) {
   const list = make("div", "parts");
-  run.rewards.forEach((reward, index) => {
-    const status = reward.status[run.columns[`status_${index}`][row]];
-    if (status === undefined) return;
-    const value = run.columns[`value_${index}`][row];
-    const weight = reward.weights.length === 1 && reward.weights[0] !== 1 ? ` × ${number(reward.weights[0])}` : "";
-    const error = reward.error[run.columns[`error_${index}`][row]];
-    const shown = status === "ok" ? make("span", "", number(value) + weight) : make("span", "failed", status.replace("_", " "));
-    list.append(make("div", "", make("span", "", reward.name), shown));
+  for (const { name, value, weight, status, error } of rollout.rewards) {
+    const times = weight === 1 ? "" : ` × ${number(weight)}`;
+    const shown = status === "ok" ? make("span", "", number(value) + times) : make("span", "failed", status.replace("_", " "));
+    list.append(make("div", "", make("span", "", name), shown));
     if (error) list.append(make("div", "failed", ...visible(error)));
-  });
+  }
   return list;
 }
 
-function tags(run, row) {
-  const { keep, reason, finish_reason } = run.columns;
-  const finish = run.finish_reason[finish_reason[row]];
+function tags({ finish_reason, keep, reason }) {
   const list = make("div", "tags");
-  if (finish !== "stop") list.append(make("span", "tag warn", finish === "length" ? "cut off" : finish));
-  if (keep[row] === 0) list.append(make("span", "tag", `not kept: ${(run.reason[reason[row]] ?? "").replaceAll("_", " ")}`));
+  if (finish_reason !== "stop") list.append(make("span", "tag warn", finish_reason === "length" ? "cut off" : finish_reason));
+  if (keep === false) list.append(make("span", "tag", `not kept: ${(reason ?? "").replaceAll("_", " ")}`));
   return list.childElementCount ? list : null;
 }
 
-function response(run, row, shade) {
+function response(run, rollout, shade) {
+  if (!rollout.tokens) return [make("pre", "tokens", ...visible(rollout.response))];
+  const count = rollout.tokens.length;
+  if (!count) return [make("div", "parts", "no token was sampled")];
   const pre = make("pre", "tokens");
-  if (run.tokens_absent) {
-    pre.append(...visible(textOf(run, row)));
-    return [pre];
-  }
-  const [first, end] = [run.tokenStarts[row], run.tokenStarts[row + 1]];
-  if (first === end) return [make("div", "parts", "no token was sampled")];
-  const show = (from, to, start) => {
-    for (const span of tokenSpans(run, from, to, start)) pre.append(tokenSpan(run, span, shade));
-  };
-  const shown = Math.min(end, first + TOKENS_SHOWN);
-  show(first, shown, run.byteStarts[row]);
-  if (shown === end) return [pre];
-  const rest = () => {
-    let start = run.byteStarts[row];
-    for (let t = first; t < shown; t++) start += run.columns.sizes[t];
-    show(shown, end, start);
-  };
-  return [pre, more(`${whole.format(end - shown)} more tokens`, rest)];
+  const show = (from, to) => pre.append(...tokenSpans(run, rollout, from, to).map((span) => tokenSpan(run, span, shade)));
+  show(0, Math.min(count, TOKENS_SHOWN));
+  return count <= TOKENS_SHOWN ? [pre] : [pre, more(`${whole.format(count - TOKENS_SHOWN)} more tokens`, () => show(TOKENS_SHOWN, count))];
 }
 
-// {from, to, text}: a token, or several where only their bytes together are a character.
-function tokenSpans(run, first, end, start) {
-  const { sizes, text } = run.columns;
+// {rollout, from, to, text}: a token, or several where only together they are a character: all but the last read "".
+function tokenSpans(run, rollout, first, end) {
   const spans = [];
-  let [from, begin, at] = [first, start, start];
-  for (let t = first; t < end; t++) {
-    at += sizes[t];
-    const inside = t + 1 < end && (text[at] & 0xc0) === 0x80; // the next byte goes on with a character
-    if (inside) continue;
-    spans.push({ from, to: t + 1, text: run.decoder.decode(text.subarray(begin, at)) });
-    [from, begin] = [t + 1, at];
+  let from = first;
+  for (let to = first + 1; to <= end; to++) {
+    const text = run.texts[rollout.tokens[to - 1]];
+    if (text === "" && to < end) continue;
+    spans.push({ rollout, from, to, text });
+    from = to;
   }
   return spans;
 }
 
 function tokenSpan(run, span, shade) {
-  const element = make("span", shadeClass(run, span, shade), ...visible(span.text.replaceAll("\n", "↵\n")));
-  if (run.special.includes(span.text)) element.classList.add("special");
+  const element = make("span", shadeClass(span, shade), ...visible(span.text.replaceAll("\n", "↵\n")));
+  if (run.special.has(span.rollout.tokens[span.from])) element.classList.add("special");
   element.span = span; // for whoever points at it
   return element;
 }
 
+// {logprob, ratio} of a token: null where the policy did not sample it, and where no update read the rollout.
+function numbersOf({ logprobs, log_ratios }, token) {
+  const [logprob, apart] = [logprobs[token], log_ratios[token]];
+  return { logprob: logprob === null ? null : -logprob / 100, ratio: apart === null ? null : Math.exp(apart / 1000) };
+}
+
 // Strength 0 to 9: nine at a probability below 1 %, or a ratio off by a factor of 1.5.
-function shadeClass(run, span, shade) {
-  const { logprob, ratio } = run.columns;
+function shadeClass({ rollout, from, to }, shade) {
   let [strength, side] = [0, "lp"];
-  for (let t = span.from; t < span.to; t++) {
-    if (shade === "logprob") {
-      strength = Math.max(strength, (-(logprobOf(logprob[t], run.ranges.logprob) ?? 0) / Math.log(100)) * 9);
-    } else if (shade === "ratio") {
-      const apart = Math.log(ratioOf(ratio[t], run.ranges.ratio) ?? 1);
-      if (Math.abs(apart / Math.log(1.5)) * 9 > strength) {
-        strength = Math.abs(apart / Math.log(1.5)) * 9;
-        side = apart > 0 ? "up-r" : "down-r";
-      }
-    }
+  for (let token = from; token < to; token++) {
+    const { logprob, ratio } = numbersOf(rollout, token);
+    const apart = shade === "logprob" ? -logprob / Math.log(100) : shade === "ratio" ? Math.log(ratio ?? 1) / Math.log(1.5) : 0;
+    if (Math.abs(apart) * 9 <= strength) continue;
+    strength = Math.abs(apart) * 9;
+    side = shade === "logprob" ? "lp" : apart > 0 ? "up-r" : "down-r";
   }
   const level = Math.min(9, Math.round(strength));
   return level ? `${side} s${level}` : "";
 }
 
-function tokenTip(run, from, to) {
+function tokenTip({ rollout, from, to }) {
   const lines = to - from > 1 ? [`${to - from} tokens make this character`] : [];
-  for (let t = from; t < to; t++) {
-    const logprob = logprobOf(run.columns.logprob[t], run.ranges.logprob);
-    const ratio = ratioOf(run.columns.ratio[t], run.ranges.ratio);
-    if (logprob === null) lines.push("not sampled by the policy");
-    else lines.push(`log-prob ${number(logprob).replace("-", "−")} · probability ${number(Math.exp(logprob), "share")}`);
-    if (logprob !== null) lines.push(ratio === null ? "ratio –: no update read this rollout" : `ratio learner / sampler ${ratio.toFixed(3)}`);
+  for (let token = from; token < to; token++) {
+    const { logprob, ratio } = numbersOf(rollout, token);
+    if (logprob === null) {
+      lines.push("not sampled by the policy");
+      continue;
+    }
+    lines.push(`log-prob ${number(logprob).replace("-", "−")} · probability ${number(Math.exp(logprob), "share")}`);
+    lines.push(ratio === null ? "ratio –: no update read this rollout" : `ratio learner / sampler ${ratio.toFixed(3)}`);
   }
   return lines.join("\n");
 }

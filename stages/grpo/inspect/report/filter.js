@@ -1,122 +1,93 @@
-// filter: which rollouts match, and in which order their groups are read. Rows are in key order.
+// filter: which rollouts match, and in which order their groups are read. Rollouts are in key order.
 
-// What is derived once from the columns of a run: groups, offsets, the texts of prompts in lower case.
-function prepared(block, ranges) {
-  const { iteration, group_id, tokens, bytes } = block.columns;
-  const firsts = [];
-  for (let i = 0; i < iteration.length; i++) {
-    if (i === 0 || iteration[i] !== iteration[i - 1] || group_id[i] !== group_id[i - 1]) firsts.push(i);
-  }
-  firsts.push(iteration.length);
-  return {
-    ...block, ranges, firsts, numGroups: firsts.length - 1, tokenStarts: startsOf(tokens), byteStarts: startsOf(bytes),
-    decoder: new TextDecoder(), lowerPrompts: block.prompts.map((text) => (text ?? "").toLowerCase()), lowerTexts: null, keys: {},
-  };
+// The rollouts of a block, each with its tokens, in groups.
+function prepared(block) {
+  const groups = [];
+  block.rollouts.forEach((rollout, i) => {
+    for (const name of ["tokens", "logprobs", "log_ratios"]) rollout[name] = block[name] && block[name][i];
+    const { iteration, group_id, prompt_id } = rollout;
+    if (groups.at(-1)?.iteration !== iteration || groups.at(-1).group_id !== group_id) {
+      groups.push({ iteration, group_id, prompt_id, rollouts: [], keys: {} });
+    }
+    groups.at(-1).rollouts.push(rollout);
+  });
+  return { ...block, groups, special: new Set(block.special) };
 }
 
-function textOf(run, row) {
-  return run.decoder.decode(run.columns.text.subarray(run.byteStarts[row], run.byteStarts[row + 1]));
+function textOf(run, rollout) {
+  return rollout.response ?? rollout.tokens.map((place) => run.texts[place]).join("");
 }
 
-// All responses in lower case: decoded once, when the page is idle or when a text is first looked for.
-function lowerTexts(run) {
-  run.lowerTexts ??= Array.from({ length: run.rollouts }, (_, row) => textOf(run, row).toLowerCase());
-  return run.lowerTexts;
+// What is looked for is looked for in lower case: decoded once, when the page is idle or at the first search.
+function lowerText(run, rollout) {
+  return (rollout.lower ??= textOf(run, rollout).toLowerCase());
 }
 
+// Marks the rollouts that match, and counts them.
 // wanted: {text, min, max, finish, keep, iteration: null or [from, to], prompts: null or a set of prompt ids}.
-function matching(run, wanted) {
-  const { columns } = run;
-  const rows = new Uint8Array(run.rollouts);
+function mark(run, wanted) {
   const text = wanted.text.toLowerCase();
-  const prompts = run.prompts.map((_, i) => (wanted.prompts ? wanted.prompts.has(run.prompt_ids[i]) : true));
-  const inPrompt = text ? run.lowerPrompts.map((each) => each.includes(text)) : null;
-  const texts = text ? lowerTexts(run) : null;
-  const finish = wanted.finish === "" ? null : run.finish_reason.indexOf(wanted.finish);
+  const inPrompt = new Set(Object.keys(run.prompts).filter((id) => run.prompts[id].prompt?.toLowerCase().includes(text)).map(Number));
   const [from, to] = wanted.iteration ?? [-Infinity, Infinity];
   let count = 0;
-  for (let i = 0; i < rows.length; i++) {
-    if (columns.iteration[i] < from || columns.iteration[i] > to) continue;
-    if (!prompts[columns.prompt[i]]) continue;
-    if (finish !== null && columns.finish_reason[i] !== finish) continue;
-    if (wanted.min !== null && !(columns.reward[i] >= wanted.min)) continue;
-    if (wanted.max !== null && !(columns.reward[i] <= wanted.max)) continue;
-    if (wanted.keep !== "" && !keeps(run, i, wanted.keep)) continue;
-    if (text && !inPrompt[columns.prompt[i]] && !texts[i].includes(text)) continue;
-    rows[i] = 1;
-    count++;
+  for (const rollout of run.rollouts) {
+    const { iteration, prompt_id, finish_reason, reward } = rollout;
+    rollout.matches = iteration >= from && iteration <= to
+      && (!wanted.prompts || wanted.prompts.has(prompt_id))
+      && (!wanted.finish || finish_reason === wanted.finish)
+      && (wanted.min === null || (reward !== null && reward >= wanted.min))
+      && (wanted.max === null || (reward !== null && reward <= wanted.max))
+      && keeps(rollout, wanted.keep)
+      && (!text || inPrompt.has(prompt_id) || lowerText(run, rollout).includes(text));
+    count += rollout.matches;
   }
-  return { rows, count };
+  return count;
 }
 
-// keep: "yes", "no", or a reason for which a rollout was not kept.
-function keeps(run, row, wanted) {
-  const { keep, reason } = run.columns;
-  if (wanted === "yes") return keep[row] === 1;
-  if (wanted === "no") return keep[row] === 0;
-  return run.reason[reason[row]] === wanted;
+// wanted: "" for all, "yes", "no", or a reason for which a rollout was not kept.
+function keeps(rollout, wanted) {
+  if (!wanted) return true;
+  if (wanted === "yes" || wanted === "no") return rollout.keep === (wanted === "yes");
+  return rollout.reason === wanted;
 }
 
+// Of log-probs or of logarithms of ratios, the farthest from 0; null counts as 0.
+function farthest(numbers) {
+  return numbers && numbers.reduce((far, value) => Math.max(far, Math.abs(value)), 0);
+}
+
+const span = (values) => Math.max(...values) - Math.min(...values);
+const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+const highest = (values) => Math.max(...values);
 const ORDERS = {
-  newest: { text: "newest first", value: (run, row) => run.columns.iteration[row], by: "max", sign: -1 },
-  oldest: { text: "oldest first", value: (run, row) => run.columns.iteration[row], by: "max", sign: 1 },
-  best: { text: "highest mean reward", value: (run, row) => run.columns.reward[row], by: "mean", sign: -1 },
-  worst: { text: "lowest mean reward", value: (run, row) => run.columns.reward[row], by: "mean", sign: 1 },
-  spread: { text: "most different rewards", value: (run, row) => run.columns.reward[row], by: "span", sign: -1 },
-  longest: { text: "longest response", value: (run, row) => run.columns.tokens[row], by: "max", sign: -1 },
-  surprising: { text: "least likely token", value: lowestLogprob, by: "max", sign: -1 },
-  mismatch: { text: "ratio farthest from 1", value: farthestRatio, by: "max", sign: -1 },
+  newest: { text: "newest first", value: (rollout) => rollout.iteration, of: highest, sign: -1 },
+  oldest: { text: "oldest first", value: (rollout) => rollout.iteration, of: highest, sign: 1 },
+  best: { text: "highest mean reward", value: (rollout) => rollout.reward, of: mean, sign: -1 },
+  worst: { text: "lowest mean reward", value: (rollout) => rollout.reward, of: mean, sign: 1 },
+  spread: { text: "most different rewards", value: (rollout) => rollout.reward, of: span, sign: -1 },
+  longest: { text: "longest response", value: (rollout) => rollout.tokens && rollout.tokens.length, of: highest, sign: -1 },
+  surprising: { text: "least likely token", value: (rollout) => farthest(rollout.logprobs), of: highest, sign: -1 },
+  mismatch: { text: "ratio farthest from 1", value: (rollout) => farthest(rollout.log_ratios), of: highest, sign: -1 },
 };
-
-function lowestLogprob(run, row) {
-  const codes = run.columns.logprob;
-  let found = -1;
-  for (let t = run.tokenStarts[row]; codes && t < run.tokenStarts[row + 1]; t++) {
-    if (codes[t] !== NO_CODE && codes[t] > found) found = codes[t];
-  }
-  return found;
-}
-
-function farthestRatio(run, row) {
-  const codes = run.columns.ratio;
-  let found = -1;
-  for (let t = run.tokenStarts[row]; codes && t < run.tokenStarts[row + 1]; t++) {
-    if (codes[t] !== NO_CODE) found = Math.max(found, Math.abs(codes[t] - 127));
-  }
-  return found;
-}
 
 // What the first search and the first of each order would have to wait for.
 function warmUp(run) {
-  lowerTexts(run);
-  for (const name of Object.keys(ORDERS)) keysOf(run, name);
+  for (const rollout of run.rollouts) lowerText(run, rollout);
+  for (const group of run.groups) Object.keys(ORDERS).forEach((name) => keyOf(group, name));
 }
 
-// One number a group, which does not depend on the filter: computed once for each order.
-function keysOf(run, name) {
-  return (run.keys[name] ??= Float64Array.from({ length: run.numGroups }, (_, g) => {
-    const values = [];
-    for (let row = run.firsts[g]; row < run.firsts[g + 1]; row++) {
-      const value = ORDERS[name].value(run, row);
-      if (!Number.isNaN(value)) values.push(value);
-    }
-    if (!values.length) return NaN;
-    if (ORDERS[name].by === "mean") return values.reduce((a, b) => a + b, 0) / values.length;
-    const highest = Math.max(...values);
-    return ORDERS[name].by === "max" ? highest : highest - Math.min(...values);
-  }));
-}
-
-// The groups with a matching rollout, in order; those without a number come last, equal ones by key.
-function ordered(run, rows, name) {
-  const groups = [];
-  for (let g = 0; g < run.numGroups; g++) {
-    for (let row = run.firsts[g]; row < run.firsts[g + 1]; row++) {
-      if (rows[row]) { groups.push(g); break; }
-    }
+// Where a group is in an order, whatever the filter: those without a number come last.
+function keyOf(group, name) {
+  if (!(name in group.keys)) {
+    const { value, of, sign } = ORDERS[name];
+    const values = group.rollouts.map(value).filter((each) => each !== null);
+    group.keys[name] = values.length ? sign * of(values) : Infinity;
   }
-  const keys = keysOf(run, name);
-  const sign = ORDERS[name].sign;
-  const rank = (g) => (Number.isNaN(keys[g]) ? Infinity : sign * keys[g]);
-  return groups.sort((a, b) => rank(a) - rank(b) || a - b || 0);
+  return group.keys[name];
+}
+
+// The groups with a matching rollout, in order; equal ones by key, as sorting keeps them.
+function ordered(run, name) {
+  const groups = run.groups.filter((group) => group.rollouts.some((rollout) => rollout.matches));
+  return groups.sort((a, b) => keyOf(a, name) - keyOf(b, name) || 0); // Infinity less itself is no number
 }

@@ -4,7 +4,7 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
-from grpo.inspect.report.curves import SHARE
+from grpo.inspect.report.curve_list import SHARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

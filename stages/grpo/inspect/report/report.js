@@ -21,12 +21,9 @@ async function draw() {
   await loadPlotly();
   legend(page, hidden, () => drawCharts(page, hidden));
   drawCharts(page, hidden);
-  const ranges = { logprob: page.logprob_range, ratio: page.ratio_range };
   const heats = await Promise.all(page.runs.map((_, index) => unpack(`heat-${index}`)));
-  const blocks = await Promise.all(page.runs.map((_, index) => unpack(`rollouts-${index}`)));
-  const runs = blocks.map((block) => prepared(block, ranges));
-  const browser = setUpBrowser(page, runs);
-  const drawMap = setUpHeat(page, heats, browser.open);
+  const runs = await Promise.all(page.runs.map(async (_, index) => prepared(await unpack(`rollouts-${index}`))));
+  const drawMap = setUpHeat(page, heats, setUpBrowser(page, runs));
   drawMap();
   $("rollouts-caption").textContent = page.left_out.length ? `${page.left_out.join("; ")}; the curves count all` : "every rollout of the run, with its tokens";
   $("theme").onclick = () => {
@@ -36,6 +33,24 @@ async function draw() {
   };
   document.body.dataset.ready = "yes";
   (globalThis.requestIdleCallback ?? setTimeout)(() => runs.forEach(warmUp));
+}
+
+// A block of the page, as page.py wrote it: base64 of gzip of JSON, or of the plotting library.
+function unpacked(id) {
+  const element = $(id);
+  const text = atob(element.textContent);
+  element.remove(); // it is not needed twice
+  const packed = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) packed[i] = text.charCodeAt(i);
+  return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip")));
+}
+
+const unpack = (id) => unpacked(id).json();
+
+async function loadPlotly() {
+  const script = document.createElement("script");
+  script.textContent = await unpacked("plotly").text();
+  document.head.append(script);
 }
 
 function setTheme(theme) {

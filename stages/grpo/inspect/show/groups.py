@@ -6,7 +6,7 @@ What a model wrote is shown as text, never as markup.
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from grpo.console import printable
+from grpo.console import number, printable, table
 from grpo.inspect.show.choice import Row
 
 if TYPE_CHECKING:
@@ -53,30 +53,26 @@ def response_of(row: Row) -> "Text":
     return Text(printable(row["response"])) if row["response"] else Text("(empty)", "dim")
 
 
-def number(value: float | None, instead: str | None = None) -> str:
-    """A reward or an advantage with its sign; `instead` where there is none."""
-    return (instead or "") if value is None else f"{value:+.3f}"
+def signed(value: float | None, absent: str | None = None) -> str:
+    """A reward or an advantage with its sign; `absent` where there is none."""
+    return number(value, "+.3f", absent or "")
 
 
 def _print_table(console: "Console", samples: list[Row], rewards: list[str]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("sample", *rewards, "reward", "advantage", "tokens", "end"):
-        table.add_column(Text(printable(name)), justify="right", overflow="fold")
-    table.add_column("response", overflow="fold", ratio=1)
-    for row in samples:
-        table.add_row(
+    names = ("sample", *rewards, "reward", "advantage", "tokens", "end", "response")
+    cells = [
+        [
             str(row["sample_id"]),
-            *(number((row["rewards"] or {}).get(name), "-") for name in rewards),
-            number(row["reward"]),
-            number(row["advantage"], row["reason"]),
+            *(signed((row["rewards"] or {}).get(name), "-") for name in rewards),
+            signed(row["reward"]),
+            signed(row["advantage"], row["reason"]),
             str(row["response_tokens"]),
             row["finish_reason"],
             response_of(row),
-        )
-    console.print(table)
+        ]
+        for row in samples
+    ]
+    console.print(table(names, cells, left=("response",), plain=True))
 
 
 def _print_columns(console: "Console", samples: list[Row], rewards: list[str]) -> None:
@@ -87,13 +83,13 @@ def _print_columns(console: "Console", samples: list[Row], rewards: list[str]) -
     fit = max(1, (console.width + _GAP) // (_MIN_COLUMN + _GAP))
     for begin in range(0, len(samples), fit):
         beside = samples[begin : begin + fit]
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+        found = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
         for row in beside:
-            table.add_column(_caption(row, rewards), ratio=1, overflow="fold")
+            found.add_column(_caption(row, rewards), ratio=1, overflow="fold")
         for _ in range(fit - len(beside) if begin else 0):
-            table.add_column(ratio=1)  # the last line keeps the columns of the others
-        table.add_row(*(response_of(row) for row in beside))
-        console.print(table)
+            found.add_column(ratio=1)  # the last line keeps the columns of the others
+        found.add_row(*(response_of(row) for row in beside))
+        console.print(found)
 
 
 def _caption(row: Row, rewards: list[str]) -> "Text":
@@ -101,9 +97,9 @@ def _caption(row: Row, rewards: list[str]) -> "Text":
 
     lines = [
         ("sample ", str(row["sample_id"]), f"   {row['response_tokens']} tokens, {row['finish_reason']}"),
-        ("reward ", number(row["reward"], "none"), ""),
-        ("advantage ", number(row["advantage"], row["reason"]) or "none", ""),
-        *((f"{name} ", number((row["rewards"] or {}).get(name), "-"), "") for name in rewards),
+        ("reward ", signed(row["reward"], "none"), ""),
+        ("advantage ", signed(row["advantage"], row["reason"] or "none"), ""),
+        *((f"{name} ", signed((row["rewards"] or {}).get(name), "-"), "") for name in rewards),
     ]
     text = Text()
     for index, (name, value, rest) in enumerate(lines):

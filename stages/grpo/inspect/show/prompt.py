@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from grpo import sql
 from grpo.artifacts import Run
-from grpo.console import printable, sparkline, thinned
+from grpo.console import printable, sparkline, table, thinned
 from grpo.errors import UsageError
 from grpo.inspect.show.choice import Row
-from grpo.inspect.show.groups import answer_of, number
+from grpo.inspect.show.groups import answer_of, response_of, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,17 +74,15 @@ def print_pair(console: "Console", left: Draw, right: Draw) -> None:
 
     console.rule(Text(f"prompt {left[0]['prompt_id']}"), align="left", style="dim")
     console.print(Text(printable(left[0]["prompt"]).rstrip()), answer_of(left[0]))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for draw, other in ((left, right), (right, left)):
-        table.add_column(_title(draw, other), ratio=1)
-    table.add_row(*(_responses(draw, _span([left, right])) for draw in (left, right)))
-    console.print(table)
+        found.add_column(_title(draw, other), ratio=1)
+    found.add_row(*(_responses(draw, _span([left, right])) for draw in (left, right)))
+    console.print(found)
 
 
 def print_over_time(console: "Console", draws: list[Draw]) -> None:
     """How the responses to one prompt changed: a line for each draw, then the first and the last in full."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     first, last = draws[0][0], draws[-1][0]
@@ -97,22 +95,22 @@ def print_over_time(console: "Console", draws: list[Draw]) -> None:
             (sparkline(means), "green"),
         )
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("iteration", "group", "reward", "tokens", "different"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("responses, the most frequent first")  # alone gives way where the line is full
     span = _span(draws)
-    for draw in thinned(draws, _DRAWS_SHOWN):
-        tokens = sum(row["response_tokens"] for row in draw) / len(draw)
-        table.add_row(
+    responses = "responses, the most frequent first"
+    cells = [
+        [
             str(draw[0]["iteration"]),
             str(draw[0]["group_id"]),
-            number(draw[0]["group_mean"]),
-            f"{tokens:.1f}",
+            signed(draw[0]["group_mean"]),
+            f"{sum(row['response_tokens'] for row in draw) / len(draw):.1f}",
             str(len({row["response"] for row in draw})),
             _counted(draw, span),
-        )
-    console.print(table)
+        ]
+        for draw in thinned(draws, _DRAWS_SHOWN)
+    ]
+    console.print(
+        table(("iteration", "group", "reward", "tokens", "different", responses), cells, (responses,))
+    )
     if len(draws) > _DRAWS_SHOWN:
         console.print(f"{_DRAWS_SHOWN} of {len(draws)} draws shown; --json has all", style="dim")
     if len(draws) > 1:
@@ -136,14 +134,14 @@ def _responses(draw: Draw, span: Span) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(justify="right", style="dim")
-    table.add_column(justify="right")
-    table.add_column(overflow="fold")
+    found = Table(box=None, show_header=False, pad_edge=False)
+    found.add_column(justify="right", style="dim")
+    found.add_column(justify="right")
+    found.add_column(overflow="fold")
     for (response, reward), count in _frequent(draw):
-        text = Text(printable(response)) if response else Text("(empty)", "dim")
-        table.add_row(f"{count} x", Text(number(reward, "none"), _colour(reward, span)), text)
-    return table
+        reward_text = Text(signed(reward, "none"), _colour(reward, span))
+        found.add_row(f"{count} x", reward_text, response_of({"response": response}))
+    return found
 
 
 def _counted(draw: Draw, span: Span) -> "Text":

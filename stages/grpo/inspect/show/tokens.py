@@ -2,7 +2,6 @@
 
 import math
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo import sql
@@ -10,15 +9,13 @@ from grpo.artifacts import Run
 from grpo.console import printable
 from grpo.errors import InputError
 from grpo.inspect.show.choice import Row
-from grpo.inspect.show.groups import number, print_prompt
+from grpo.inspect.show.groups import print_prompt, signed
+from grpo.models.tokenizer import FILE, pieces, starting_policy, tokenizer_of
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-_TOKENIZER = "tokenizer.json"
-_INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character yet
-_CHARACTER_BYTES = 4  # the longest character of UTF-8: what more tokens do not complete is none
 _LEAST_LIKELY = 5
 # Least probability -> background: the less likely, the warmer.
 SHADES = (
@@ -35,9 +32,10 @@ def add_tokens(run: Run, iteration: int, rows: list[Row]) -> list[Row]:
 
     Raises InputError (exit 4) when no policy of the run has a tokenizer that says what a token is.
     """
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(_tokenizer_path(run)))
+    tokenizer = tokenizer_of(run)
+    if tokenizer is None:
+        path = (starting_policy(run) or run.path) / FILE
+        raise InputError(f"{path}: missing, and no policy of run {run.name} has one; --tokens needs it")
     groups = {"groups": sorted({row["group_id"] for row in rows})}
     sampled = _by_key(sql.read([run], sql.own_text("inspect/show/tokens"), groups, iteration).to_pylist())
     learned = _by_key(sql.read([run], sql.own_text("inspect/show/learner"), groups, iteration).to_pylist())
@@ -52,23 +50,6 @@ def add_tokens(run: Run, iteration: int, rows: list[Row]) -> list[Row]:
     return found
 
 
-def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds. A character of several tokens stands at the last of them.
-
-    Only what was decoded since the last whole character is decoded again: time is linear in the tokens.
-    """
-    texts, begin, read = [], 0, 0
-    for end in range(1, len(ids) + 1):
-        before = tokenizer.decode(ids[begin:read], skip_special_tokens=False)
-        text = tokenizer.decode(ids[begin:end], skip_special_tokens=False)
-        waiting = text.endswith(_INCOMPLETE) and end - read < _CHARACTER_BYTES
-        whole = not waiting or end == len(ids)
-        texts.append(text[len(before) :] if whole else "")
-        if whole:
-            begin, read = read, end
-    return texts
-
-
 def print_tokens(console: "Console", rows: list[Row]) -> None:
     """Print responses shaded by the probability of their tokens, and where sampler and learner differ."""
     from rich.text import Text
@@ -78,7 +59,7 @@ def print_tokens(console: "Console", rows: list[Row]) -> None:
         samples = list(members)
         print_prompt(console, samples[0])
         for row in samples:
-            numbers = (number(row["reward"], "none"), number(row["advantage"], row["reason"]) or "none")
+            numbers = (signed(row["reward"], "none"), signed(row["advantage"], row["reason"] or "none"))
             console.print(
                 Text(f"sample {row['sample_id']}  reward {numbers[0]}  advantage {numbers[1]}", "dim"),
                 highlight=False,
@@ -139,17 +120,3 @@ def _learner(tokens: list[dict[str, Any]]) -> str:
 
 def _by_key(rows: list[Row]) -> dict[tuple[int, int], Row]:
     return {(row["group_id"], row["sample_id"]): row for row in rows}
-
-
-def _tokenizer_path(run: Run) -> Path:
-    """The tokenizer of any policy of the run: all of them have the same."""
-    manifest = run.manifest("policy", None)
-    folders = [Path(manifest.summary["policy"])] if manifest else []
-    folders += [run.folder("update", number - 1) / "policy" for number in reversed(run.policies()) if number]
-    for folder in folders:
-        if (folder / _TOKENIZER).is_file():
-            return folder / _TOKENIZER
-    looked = folders[0] if folders else run.path
-    raise InputError(
-        f"{looked / _TOKENIZER}: missing, and no policy of run {run.name} has one; --tokens needs it"
-    )

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import Run
-from grpo.console import printable, stdout_console
+from grpo.console import finite, printable, stdout_console, table
 from grpo.manage.doctor.check import Check
 from grpo.manage.doctor.checkpoint import Checkpoint, check_lora, check_model
 from grpo.manage.doctor.disk import check_file_system, check_space
@@ -50,7 +50,7 @@ class Report:
 
     def describe(self) -> dict[str, Any]:
         """As one JSON document; a number that is not finite is null."""
-        numbers = {name: _finite(value) for name, value in self.agreement.items()}
+        numbers = finite(self.agreement)
         checks = [asdict(check) for check in self.checks]
         return {"run": self.run, "exit": self.exit_code, "checks": checks, "agreement": numbers or None}
 
@@ -97,19 +97,15 @@ def _compare(run: Run, report: Report, policy: Checkpoint, rows: list[Row]) -> N
 
 def print_report(report: Report) -> None:
     """The table, the numbers of --model, what would be right, and a last line that sums up."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("check", "found", "needed"):
-        table.add_column(name, overflow="fold")
-    table.add_column("", no_wrap=True)
-    for check in report.checks:
-        cells = [Text(printable(text)) for text in (check.name, check.found, check.needed)]
-        table.add_row(*cells, Text(check.level, style=_STYLES[check.level]))
+    columns = ("check", "found", "needed", "")
+    cells = [
+        [check.name, check.found, check.needed, Text(check.level, _STYLES[check.level], no_wrap=True)]
+        for check in report.checks
+    ]
     console = stdout_console()
-    console.print(table)
+    console.print(table(columns, cells, left=columns))
     if report.agreement:
         _print_numbers(console, report.agreement)
     notes = dict.fromkeys((check.level, check.name, check.note) for check in report.checks if check.note)
@@ -132,9 +128,3 @@ def _sum_up(report: Report) -> str:
     if report.exit_code:
         return f"run {report.run}: {count['failed']} of {len(report.checks)} checks failed{warnings}"
     return f"run {report.run}: everything that it needs is here{warnings}"
-
-
-def _finite(value: Any) -> Any:
-    import math
-
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,8 @@ from grpo.artifacts import EVALUATION, STAGE_OUTPUTS, Run, created_config, is_hu
 from grpo.config import Config, RewardConfig, differing_keys
 from grpo.config.prompts import BUILT_IN
 from grpo.config.yaml import dump
-from grpo.inspect import status
+from grpo.console import interval, number
+from grpo.inspect import metrics
 from grpo.prompts.table import is_on_hub
 
 _ROWS_SHOWN = 5
@@ -107,12 +108,10 @@ def _metrics(run: Run, policy: int) -> list[str]:
     shown = sorted({0, *range(max(policy - _ROWS_SHOWN, 0), policy)}) if policy else []
     if not shown:
         return _held_out(run, policy)
-    names = ("reward", "kl", "entropy", "length", "truncated")
+    names = ("reward", "kl", "entropy", "response_tokens", "truncated")
     rows = [f"| iteration | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for iteration in shown:
-        found = status.summary_of(run, iteration)
-        cells = ("" if found[name] is None else f"{found[name]:.4g}" for name in names)
-        rows.append(f"| {iteration} | {' | '.join(cells)} |")
+    for iteration, found in metrics.kept_of(run, shown).items():
+        rows.append(f"| {iteration} | {' | '.join(number(found[name], '.4g') for name in names)} |")
     return [
         "## Metrics",
         "Means over the rollouts of an iteration, sampled before its update.",
@@ -128,7 +127,7 @@ def _held_out(run: Run, policy: int) -> list[str]:
         return []
     found = manifest.summary
     passes = [
-        f"pass@{k} {value:.3f} ({found['pass_at_low'][k]:.3f} to {found['pass_at_high'][k]:.3f})"
+        f"pass@{k} {value:.3f} ({interval(found['pass_at_low'][k], found['pass_at_high'][k])})"
         for k, value in (found["pass_at"] or {}).items()
     ]
     reward = [] if found["reward"] is None else [f"reward {found['reward']:.4g}"]

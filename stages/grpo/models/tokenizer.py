@@ -1,0 +1,104 @@
+"""tokenizer: the tokenizer of a run, from its own checkpoints, and the text that each token adds."""
+
+from collections import Counter
+from functools import cache
+from itertools import chain, groupby
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from grpo.artifacts import Run
+
+FILE = "tokenizer.json"
+_INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character yet
+_CHARACTER_BYTES = 4  # the longest character of UTF-8: what more tokens do not complete is none
+
+
+def tokenizer_of(run: Run) -> Tokenizer | None:
+    """The tokenizer of the newest policy that is on disk, or of the starting one: all of them have the same.
+
+    None where none of the folders has a tokenizer.json.
+    """
+    folders = [run.folder("update", number - 1) / "policy" for number in reversed(run.policies()) if number]
+    if start := starting_policy(run):
+        folders.append(start)
+    for folder in folders:
+        try:
+            return Tokenizer.from_str((folder / FILE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):  # pruned meanwhile, moved, or of an old format
+            continue
+    return None
+
+
+def starting_policy(run: Run) -> Path | None:
+    """The folder of the policy that the run starts from; None before the run is prepared."""
+    manifest = run.manifest("policy", None)
+    return run.imports / manifest.summary["policy"] if manifest else None
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """The text that each token adds. A character of several tokens stands at the last of them.
+
+    Only what was decoded since the last whole character is decoded again: time is linear in the tokens.
+    """
+    texts, begin, read = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[begin:read], skip_special_tokens=False)
+        text = tokenizer.decode(ids[begin:end], skip_special_tokens=False)
+        waiting = text.endswith(_INCOMPLETE) and end - read < _CHARACTER_BYTES
+        whole = not waiting or end == len(ids)
+        texts.append(text[len(before) :] if whole else "")
+        if whole:
+            begin, read = read, end
+    return texts
+
+
+def many_pieces(tokenizer: Tokenizer, rows: list[list[int]]) -> tuple[list[str], list[list[int]], list[int]]:
+    """The pieces of many rows, each distinct token decoded once: (texts, places, special).
+
+    places: for each token of each row, where in `texts` its piece is; the most frequent token is at 0.
+    special: the places of special tokens.
+    """
+    ids = [number for number, _ in Counter(chain.from_iterable(rows)).most_common()]
+    place_of = {number: place for place, number in enumerate(ids)}
+    texts = _alone(tokenizer, ids)
+    partial = {number for number, text in zip(ids, texts, strict=True) if _INCOMPLETE in text}
+    joined: dict[str, int] = {}  # text of a whole character or of none -> its place
+
+    @cache
+    def partial_places(members: tuple[int, ...]) -> list[int]:
+        own = pieces(tokenizer, list(members))
+        for text in own:
+            if text not in joined:
+                joined[text] = len(texts)
+                texts.append(text)
+        return [joined[text] for text in own]
+
+    def row_places(row: list[int]) -> list[int]:
+        found: list[int] = []
+        for is_partial, members in groupby(row, key=partial.__contains__):
+            same = tuple(members)
+            found += partial_places(same) if is_partial else [place_of[number] for number in same]
+        return found
+
+    places = [row_places(row) for row in rows]
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return texts, places, sorted(place_of[number] for number in special & place_of.keys())
+
+
+def _alone(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """The text that each token adds to a text; `<id 7>` for one that the tokenizer does not know.
+
+    Each is decoded after itself, since decoders write the first token of a text in a way of their own.
+    """
+    once, twice = (
+        tokenizer.decode_batch([[number] * times for number in ids], skip_special_tokens=False)
+        for times in (1, 2)
+    )
+    added = tokenizer.get_added_tokens_decoder()
+    texts = []
+    for number, one, two in zip(ids, once, twice, strict=True):
+        known = tokenizer.id_to_token(number) is not None
+        text = added[number].content if number in added else two[len(one) :]
+        texts.append(text if known else f"<id {number}>")
+    return texts
