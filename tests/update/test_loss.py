@@ -11,6 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import restatement
 from tests.restatement import Objective, Response
+from tests.update.losses import (
+    cispo_surrogate,
+    clip_surrogate,
+    clipped,
+    kl_loss,
+    policy_loss,
+    sampler_weights,
+)
 from torch import Tensor
 
 from grpo.config.update import OBJECTIVES
@@ -20,14 +28,8 @@ from grpo.update.loss import (
     Step,
     aggregate_rollouts,
     aggregate_tokens,
-    cispo_surrogate,
-    clip_surrogate,
-    clipped,
     kl_estimate,
-    kl_loss,
     log_ratio,
-    policy_loss,
-    sampler_weights,
 )
 
 LN2, LN3 = math.log(2), math.log(3)
