@@ -24,11 +24,13 @@ from grpo.artifacts import (
     choose_attempt,
     digest,
     discard,
+    droppable,
     files,
     id_of,
     lacking,
     open_run,
     prune,
+    prune_behind,
     roll_forward,
     seal,
     staged_attempts,
@@ -684,6 +686,57 @@ def test_a_checkpoint_left_by_a_crash_while_pruning_goes_at_the_next(run: Run) -
     prune(run)
     assert "optimizer/optimizer.safetensors" not in tree(run.folder("update", 0))
     assert [n for n in run.iterations() if run.has_checkpoint(n)] == [1, 2]
+
+
+@pytest.mark.parametrize("keep_every", [1, 3, None])
+def test_what_is_pruned_behind_an_update_is_what_a_look_at_all_of_them_would_prune(
+    run: Run, keep_every: int | None
+) -> None:
+    run = keeping(run, keep_last=2, keep_every=keep_every)
+    for iteration in range(9):
+        commit_update(run, iteration)
+        prune_behind(run, iteration)
+        assert droppable(run) == {}
+        # Update n writes policy n + 1: those of a multiple stay, and the newest two.
+        kept = [
+            n for n in range(iteration + 1) if n > iteration - 2 or (keep_every and (n + 1) % keep_every == 0)
+        ]
+        assert [n for n in run.iterations() if run.has_checkpoint(n)] == kept
+
+
+def test_an_old_update_that_was_made_again_is_pruned_at_once(run: Run) -> None:
+    run = keeping(run, keep_last=2, keep_every=None)
+    for iteration in range(4):
+        commit_update(run, iteration)
+        prune_behind(run, iteration)
+    discard(run, run.folder("update", 1))
+    commit_update(run, 1)
+    prune_behind(run, 1)
+    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [2, 3]
+
+
+def test_pruning_behind_an_update_does_not_look_at_the_oldest(run: Run) -> None:
+    run = keeping(run, keep_last=2, keep_every=None)
+    for iteration in range(4):
+        commit_update(run, iteration)
+        prune_behind(run, iteration)
+    commit_update(run, 0)  # a checkpoint that a look at all of them would drop
+    commit_update(run, 4)
+    prune_behind(run, 4)
+    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [0, 3, 4]
+    prune(run)
+    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [3, 4]
+
+
+def test_within_steady_a_manifest_is_looked_at_once(run: Run) -> None:
+    commit_update(run, 0)
+    with run.steady():
+        before = run.manifest("update", 0)
+        with run.steady():
+            discard(run, run.folder("update", 0))
+            assert run.manifest("update", 0) is before is not None
+        assert run.manifest("update", 0) is before
+    assert run.manifest("update", 0) is None
 
 
 def test_null_keeps_every_checkpoint(run: Run) -> None:

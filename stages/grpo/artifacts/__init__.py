@@ -14,7 +14,7 @@ from grpo.artifacts.layout import (
 )
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, read_manifest, seal
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
-from grpo.artifacts.retention import droppable, is_kept, prune
+from grpo.artifacts.retention import droppable, is_kept, prune, prune_behind
 from grpo.artifacts.run import (
     ARTIFACTS,
     PRUNED,
@@ -76,6 +76,7 @@ __all__ = [
     "open_run",
     "policy_of",
     "prune",
+    "prune_behind",
     "read_json",
     "read_manifest",
     "read_sealed",

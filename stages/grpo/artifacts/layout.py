@@ -27,7 +27,8 @@ def iteration_folder(iteration: int) -> str:
 
 def iterations_in(folder: Path) -> list[int]:
     """Iterations that have a folder in `folder`, in order; other names are not ours."""
-    matches = (re.fullmatch("iteration=([0-9]{6,9})", path.name) for path in folder.glob("iteration=*"))
+    paths = folder.iterdir() if folder.is_dir() else ()
+    matches = (re.fullmatch("iteration=([0-9]{6,9})", path.name) for path in paths)
     return sorted(int(match[1]) for match in matches if match)
 
 

@@ -159,9 +159,12 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise CorruptError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-@lru_cache(maxsize=2**14)
+@lru_cache(maxsize=2**8)
 def _parsed(path: Path, *_: int) -> Manifest:
-    """The manifest at `path`, read once for each file that is there: a query over the past asks for all."""
+    """The manifest at `path`, read once for each file that is there.
+
+    Room for those that the work on an iteration asks for again and again: a long run must not keep them all.
+    """
     data = parse_json(path)
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:

@@ -4,11 +4,12 @@ Readers take no lock and trust only manifests: file lists come from them, sizes 
 opened and its sha256 when a stage reads it.
 """
 
+import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
@@ -34,6 +35,7 @@ PRUNED = "pruned.json"
 TIMINGS = "timings.json"
 _CHECKPOINT = ("policy", "adapter", "optimizer")
 _KEPT = "weight_check.json"  # a few kilobytes that say what a policy computed
+_Found = TypeVar("_Found")
 _LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
 
 
@@ -54,10 +56,40 @@ class Run:
         """Checkpoints the run stands on, once their ids are known to be right: `policy` and `reference`."""
         self._verified: set[tuple[Path, str]] = set()
         self._checkpoint_ids: dict[str, str] = {}
+        self._seen: dict[Hashable, Any] | None = None
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Look at each manifest once in a `with` block, at whatever else goes through once() too.
+
+        For a look over all iterations, in which nothing is committed.
+        """
+        if self._seen is not None:
+            yield
+            return
+        self._seen, collecting = {}, gc.isenabled()
+        gc.disable()  # all that is read is kept to the end: walking it again and again doubles the time
+        try:
+            yield
+        finally:
+            self._seen = None
+            if collecting:
+                gc.enable()
+
+    def once(self, key: Hashable, look: Callable[[], _Found]) -> _Found:
+        """What `look` finds: within steady(), what it found the first time."""
+        if self._seen is None:
+            return look()
+        if key not in self._seen:
+            self._seen[key] = look()
+        found: _Found = self._seen[key]
+        return found
 
     def folder(self, output: str, iteration: int | None) -> Path:
         """Where an output is committed; `iteration` None for `prompts` and `policy`."""
-        return self.iteration_root(iteration) / output
+        if iteration is None:
+            return self.path / output
+        return self.path.joinpath(iteration_folder(iteration), output)
 
     def iteration_root(self, iteration: int | None) -> Path:
         """Where the outputs of an iteration are; None: of the run as a whole."""
@@ -78,6 +110,9 @@ class Run:
 
         A writer that replaces the output moves the old one away and the new one in: a reader waits for that.
         """
+        return self.once((output, iteration), lambda: self._manifest(output, iteration))
+
+    def _manifest(self, output: str, iteration: int | None) -> Manifest | None:
         folder = self.folder(output, iteration)
         for _ in range(_LOOKS):
             found = read_manifest(folder)

@@ -18,7 +18,11 @@ Row = dict[str, Any]
 
 def describe(run: Run) -> dict[str, Any]:
     """Everything `grpo status` shows, as plain data: the run's configuration decides what differs."""
-    present = states(run)
+    with run.steady():
+        return _described(run, states(run))
+
+
+def _described(run: Run, present: dict[int, dict[str, State]]) -> dict[str, Any]:
     numbers = metrics.kept_of(run, present)
     return {
         "run": run.name,

@@ -20,11 +20,12 @@ def run_iterations(
     With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them.
     Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
     """
-    _refuse_stale(run)
-    prune(run)  # what a killed one left
+    with run.steady():
+        complete = _complete(run)
+        prune(run)  # what a killed one left
     worked, evaluated, begun = 0, 0, False
     with Resources(run) as resources:
-        for iteration in range(until + 1):
+        for iteration in (number for number in range(until + 1) if number not in complete):
             trained = False
             while todo := what_to_do(run, iteration, until):
                 if not begun:
@@ -88,14 +89,19 @@ def _is_open(run: Run, stage: Stage, iteration: int) -> bool:
     return manifest is None or bool(lacks)
 
 
-def _refuse_stale(run: Run) -> None:
+def _complete(run: Run) -> set[int]:
+    """Iterations in which nothing is to be done. Raises InputError (exit 4) where anything is stale."""
+    complete = set()
     for iteration, by_stage in states(run).items():
+        if all(state.name in ("done", "changed") for state in by_stage.values()):
+            complete.add(iteration)
         for name, state in by_stage.items():
             if state.name == "stale":
                 raise InputError(
                     f"run {run.name}: {name} of iteration {iteration} is stale ({state.why});"
                     f" {_way_out(run, iteration, name)}"
                 )
+    return complete
 
 
 def _way_out(run: Run, iteration: int, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from grpo.artifacts import Manifest, Run, holder_of, lacking, staged_attempts, unscored_rounds
+from grpo.artifacts import Manifest, Plan, Run, holder_of, lacking, staged_attempts, unscored_rounds
 from grpo.errors import InputError, UsageError
 from grpo.pipeline.stages import EVALUATE, SCORE, STAGES, Stage
 
@@ -19,10 +19,11 @@ def states(run: Run, until: int | None = None) -> dict[int, dict[str, State]]:
     """State of every stage of every iteration on disk (up to `until`), by iteration and stage name."""
     stale: set[tuple[str, int | None]] = set()
     found: dict[int, dict[str, State]] = {}
-    for iteration in run.iterations():
-        if until is not None and iteration > until:
-            break
-        found[iteration] = {stage.name: state_of(run, stage, iteration, stale) for stage in STAGES}
+    with run.steady():
+        for iteration in run.iterations():
+            if until is not None and iteration > until:
+                break
+            found[iteration] = {stage.name: state_of(run, stage, iteration, stale) for stage in STAGES}
     return found
 
 
@@ -31,36 +32,46 @@ def state_of(run: Run, stage: Stage, iteration: int, stale: set[tuple[str, int |
     manifest = run.manifest(stage.output, iteration)
     if manifest is None:
         return State("missing")
-    reason = _stale_because(run, stage, iteration, manifest, stale)
+    reason = _input_stale(run, stage, manifest, stale)
+    changes: list[str] = []
+    if not reason:
+        try:
+            reason, changes = _compared(stage.plan(run, iteration), manifest)
+        except InputError as error:
+            reason = str(error)
+        except UsageError as error:  # the user's function or SQL is gone
+            changes = [str(error)]
     if reason:
         stale.add((stage.output, iteration))
         return State("stale", reason)
     if lacks := lacking(run, manifest):
         return State("partial", lacks)
-    changes = differences_of(run, stage, manifest)
     return State("changed", "; ".join(changes)) if changes else State("done")
 
 
-def _stale_because(
-    run: Run, stage: Stage, iteration: int, manifest: Manifest, stale: set[tuple[str, int | None]]
-) -> str:
+def _input_stale(run: Run, stage: Stage, manifest: Manifest, stale: set[tuple[str, int | None]]) -> str:
+    """Why what an output read is not what it was; empty: it is."""
     for reference, recorded in manifest.inputs.items():
         present = run.id_of(reference)
         if present is None:
             return f"{reference} is gone"
-        grown = stage.output == SCORE.output and unscored_rounds(run, manifest)
+        grown = present != recorded and stage.output == SCORE.output and unscored_rounds(run, manifest)
         if present != recorded and not grown:
             return f"{reference} changed"
         if holder_of(reference) in stale:
             return f"{reference} is stale"
-    try:
-        plan = stage.plan(run, iteration)
-    except InputError as error:
-        return str(error)
-    except UsageError:
-        return ""  # the user's function or SQL is gone: that differs
+    return ""
+
+
+def _compared(plan: Plan, manifest: Manifest) -> tuple[str, list[str]]:
+    """Why an output is stale now though nothing that it read changed; and what changed otherwise."""
+    if plan.same_as(manifest):
+        return "", []
+    changes = plan.differences(manifest)
     added = [reference for reference in plan.inputs if reference not in manifest.inputs]
-    return f"{added[0]} is new" if added and not plan.differences(manifest) else ""
+    if added and not changes:
+        return f"{added[0]} is new", []
+    return "", changes or ["its shard plan"]
 
 
 def evaluation_states(run: Run, present: dict[int, dict[str, State]]) -> dict[int, State]:
@@ -71,7 +82,8 @@ def evaluation_states(run: Run, present: dict[int, dict[str, State]]) -> dict[in
         for stage in STAGES
         if by_stage[stage.name].name == "stale"
     }
-    return {policy: state_of(run, EVALUATE, policy, stale) for policy in run.evaluations()}
+    with run.steady():
+        return {policy: state_of(run, EVALUATE, policy, stale) for policy in run.evaluations()}
 
 
 def differences_of(run: Run, stage: Stage, manifest: Manifest) -> list[str]:
@@ -81,8 +93,7 @@ def differences_of(run: Run, stage: Stage, manifest: Manifest) -> list[str]:
         plan = stage.plan(run, manifest.iteration)
     except UsageError as error:
         return [str(error)]
-    changes = plan.differences(manifest)
-    return changes or ([] if plan.same_as(manifest) else ["its shard plan"])
+    return [] if plan.same_as(manifest) else plan.differences(manifest) or ["its shard plan"]
 
 
 def inputs_changed(run: Run, manifest: Manifest) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import Manifest, Run, digest
+from grpo.artifacts import Manifest, Run, digest, prune
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import flatten
 from grpo.console import iterations_text
@@ -17,7 +17,7 @@ from grpo.generate.engines.choice import gpu_is_there
 from grpo.models.find import resolve_model
 from grpo.pipeline import restart, runner, states
 from grpo.pipeline.resources import Resources
-from grpo.pipeline.stages import BY_NAME, EVALUATE, Stage, perform
+from grpo.pipeline.stages import BY_NAME, EVALUATE, UPDATE, Stage, perform
 
 
 def run(opened: Run, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]) -> int:
@@ -97,6 +97,8 @@ def run_stage(
             text = f"{rows} rows{f', {judgements} judgements' if judgements else ''}"
             opened.console.say(f"{name} {iteration}: {text if done else 'nothing to do, it is complete'}")
             results.append({"iteration": iteration, "done": done, "rows": rows, "ids": manifest.ids})
+    if stage is UPDATE and any(result["done"] for result in results):
+        prune(opened)  # also what another `checkpoints` kept
     return results
 
 

@@ -37,7 +37,10 @@ def described(run: Run) -> dict[str, Any]:
 
 def user_files_of(run: Run) -> dict[str, str]:
     """What computes each reward, as part of a plan; errors as source_sha256's and checkpoint_id's."""
-    return {f"score.rewards.{reward.name}": _source(run, reward) for reward in run.config.score.rewards}
+    rewards = run.config.score.rewards
+    return run.once(
+        "score.rewards", lambda: {f"score.rewards.{reward.name}": _source(run, reward) for reward in rewards}
+    )
 
 
 def _source(run: Run, reward: RewardConfig) -> str:

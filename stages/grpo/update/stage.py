@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo.artifacts import Manifest, Plan, Product, Run, Staging, id_of, prune
+from grpo.artifacts import Manifest, Plan, Product, Run, Staging, id_of, prune_behind
 from grpo.errors import InputError
 from grpo.models.loading import best_device
 from grpo.update.adapter import check_targets, require_peft
@@ -58,7 +58,8 @@ def release(learner: Learner) -> None:
 def after(run: Run, manifest: Manifest, learner: Learner) -> None:
     """What is in memory is what was just committed; checkpoints that are no longer kept go."""
     learner.holds = (manifest.ids["policy"], manifest.ids["optimizer"])
-    prune(run)
+    assert manifest.iteration is not None
+    prune_behind(run, manifest.iteration)
 
 
 def produce(run: Run, iteration: int, staging: Staging, learner: Learner) -> Product:

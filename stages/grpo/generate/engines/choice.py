@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
+@cache
 def choose_engine(wanted: str) -> tuple[str, str]:
     """The engine to use and, in a few words, why."""
     if wanted != "auto":
