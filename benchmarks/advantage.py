@@ -19,6 +19,7 @@ import pyarrow as pa
 from machine import describe
 
 from grpo import tables
+from grpo.advantage import stage
 from grpo.advantage.plan import plan as planned
 from grpo.artifacts import Plan, Product, Run, Staging, id_of
 from grpo.config import Config
@@ -56,7 +57,8 @@ def _in_process(folder: Path, attempt: int) -> tuple[float, float]:
 def _run_stage(folder: Path, attempt: int) -> tuple[float, float]:
     run = _run(folder)
     started = time.perf_counter()
-    make(run, ADVANTAGE, Staging(run, planned(run, 0), attempt), None)
+    with stage.open_resource(run) as connection:
+        make(run, ADVANTAGE, Staging(run, planned(run, 0), attempt), connection)
     seconds = time.perf_counter() - started
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

@@ -31,6 +31,7 @@ from grpo.generate.plan import plan as planned
 from grpo.generate.sampling import Sampler
 from grpo.models import starter_model
 from grpo.models.loading import eos_token_ids
+from grpo.models.reader import Reader
 from grpo.models.weight_check import measure, read_weight_check
 from grpo.pipeline import prepare
 from grpo.pipeline.stages import GENERATE, make
@@ -152,7 +153,7 @@ def compare_weight_sync(folder: Path, model: Path) -> None:
     for name, content in policy_files(changed, model):
         (other / name).write_bytes(b"".join(content))
     sequences = read_weight_check(run.weight_check_path(0)).sequences
-    policies = [(path, measure(load_model(path, "cpu"), sequences)) for path in (other, model)]
+    policies = [(path, measure(Reader(load_model(path, "cpu")), sequences)) for path in (other, model)]
     with stage.open_resource(run) as tool:
         make(run, GENERATE, Staging(run, planned(run, 0), 0), tool)
         raw = raw_generate(run, tool)

@@ -33,7 +33,6 @@ from grpo.update.layout import PADDING, micro_batches
 from grpo.update.learner import Learner
 from grpo.update.loss import Step
 from grpo.update.objective import Stored
-from grpo.update.scratch import LogprobStore
 from grpo.update.tree_attention import Place
 
 K = 8
@@ -66,12 +65,12 @@ def update() -> None:
         model = write_qwen2(Path(folder), hidden_size=512, intermediate_size=832, num_hidden_layers=8)
         for name, *shape in SHAPES:
             learner = open_learner(model, with_reference=True)
-            rollouts = kept_rollouts([shard(0, *shape)], advantages(shape[0]), Path(folder))
+            rollouts = kept_rollouts([shard(0, *shape)], advantages(shape[0]))
             seconds, peaks = [], []
             for _ in range(ROUNDS):
                 peaks.append(matmul_peak())
                 started = time.perf_counter()
-                stored = step(learner, rollouts, Stored())
+                stored = step(learner, rollouts)
                 seconds.append(time.perf_counter() - started)
             assert len(stored.policy) == len(rollouts)
             report(name, learner, rollouts, seconds, peaks)
@@ -135,9 +134,8 @@ def peak_memory(num_prompts: int, prompt: int, response: int) -> float:
         model = write_qwen2(folder, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
         learner = open_learner(model, with_reference=True, max_tokens_per_batch=8192)
         shards: Iterator[pa.Table] = (shard(n, 1, prompt, response, response) for n in range(num_prompts))
-        rollouts = kept_rollouts(shards, advantages(num_prompts), folder)
-        policy, reference = (LogprobStore(folder, rollouts.num_tokens) for _ in range(2))
-        step(learner, rollouts, Stored(policy, reference))
+        rollouts = kept_rollouts(shards, advantages(num_prompts))
+        step(learner, rollouts)
     # Not ru_maxrss: a process inherits that of the one that started it.
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
@@ -159,14 +157,14 @@ def whole() -> None:
             tie_word_embeddings=True,
         )
         learner = open_learner(model, with_reference=False)
-        rollouts = kept_rollouts([shard(0, *shape)], advantages(1), Path(name))
-        parts = learner.network.parts
+        rollouts = kept_rollouts([shard(0, *shape)], advantages(1))
+        form = learner.network.reader.form
         seconds: dict[str, list[float]] = {"in chunks": [], "at once": []}
         for _ in range(3):
-            for head, given in (("in chunks", parts), ("at once", None)):
-                learner.network.parts = given
+            for head, given in (("in chunks", form), ("at once", None)):
+                learner.network.reader.form = given
                 started = time.perf_counter()
-                step(learner, rollouts, Stored())
+                step(learner, rollouts)
                 seconds[head].append(time.perf_counter() - started)
     medians = {head: statistics.median(found) for head, found in seconds.items()}
     for head, median in medians.items():
@@ -174,13 +172,13 @@ def whole() -> None:
     print(f"  ratio      {medians['in chunks'] / medians['at once']:6.2f}", flush=True)
 
 
-def step(learner: Learner, rollouts: Rollouts, stored: Stored) -> Stored:
+def step(learner: Learner, rollouts: Rollouts) -> Stored:
     """The reference pass, where there is one, and one optimiser step on everything."""
-    rows = np.arange(len(rollouts))
+    rows, stored = np.arange(len(rollouts)), Stored()
     if learner.config.kl_coefficient:
-        learner.reference_logprobs(rollouts, rows, into=stored.reference)
+        stored.reference = learner.reference_logprobs(rollouts, rows)
     counts = Step(len(rollouts), int(rollouts.num_tokens.sum()), max_new_tokens=128)
-    learner.step(rollouts, rows, counts, stored, 0)
+    stored.keep(learner.step(rollouts, rows, counts, stored).logprobs, 0)
     return stored
 
 

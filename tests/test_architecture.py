@@ -158,6 +158,17 @@ def test_nothing_catches_everything() -> None:
                 assert caught & wrong == set(), f"{name_of(path)}:{node.lineno}"
 
 
+def test_the_learner_calls_its_models_through_the_reader() -> None:
+    # Sharded weights are whole only in the forward of the module that holds them all.
+    paths = [*(PACKAGE / "update").glob("*.py"), PACKAGE / "models" / "weight_check.py"]
+    assert len(paths) > 10
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func).rpartition(".")[2]
+                assert called not in ("model", "trunk", "get_decoder()"), f"{name_of(path)}:{node.lineno}"
+
+
 def test_only_artifacts_moves_and_removes_files() -> None:
     # worker.py: the note on where a function hung, in a temporary folder; no part of a run.
     allowed = {"artifacts/files.py", "score/functions/worker.py"}

@@ -4,7 +4,6 @@ Key of every rollout-level table: (iteration, group_id, sample_id). Lists are ra
 never stand in a table: they would make equal results differ.
 """
 
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -204,12 +203,12 @@ def decode(table: str, files: Iterable[tuple[Path, bytes]], columns: list[str] |
     parts = []
     for path, content in files:
         try:
-            found = pq.read_schema(io.BytesIO(content))
-            part = pq.read_table(io.BytesIO(content), columns=columns, page_checksum_verification=True)
+            file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+            found, part = file.schema_arrow, file.read(columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise CorruptError(f"{path}: cannot be read as Parquet: {first_line(error)}") from error
         check_schema(table, found, path)
-        parts.append(part)
+        parts.append(part if columns is None else part.select(columns))
     if not parts:
         return schema(table).empty_table().select(columns or schema(table).names)
     return pa.concat_tables(parts)

@@ -134,7 +134,8 @@ def write_inputs(run: Run, groups: list[list[Row]], answers: list[str | None] | 
 
 def compute(run: Run) -> list[dict[str, Any]]:
     staging = Staging(run, planned(run, 0), 0)
-    make(run, ADVANTAGE, staging, None)
+    with stage.open_resource(run) as connection:
+        make(run, ADVANTAGE, staging, connection)
     found: list[dict[str, Any]] = run.read("advantages", 0).to_pylist()
     return found
 

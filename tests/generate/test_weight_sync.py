@@ -18,6 +18,7 @@ from grpo.generate.engines.protocol import Engine, Group, Request, Sampling
 from grpo.generate.engines.transformers_engine import TransformersEngine
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import load_model
+from grpo.models.reader import Reader
 from grpo.models.weight_check import WeightCheck, check_sequences, measure
 
 SEQUENCES = check_sequences([list(b"3+4=7;"), list(b"What is 12 - 5? 7.")], None)
@@ -45,7 +46,7 @@ def stepped(policy: Path, folder: Path, size: float, seed: int = 0) -> Path:
 
 
 def check(policy: Path) -> WeightCheck:
-    return measure(load_model(policy, "cpu"), SEQUENCES)
+    return measure(Reader(load_model(policy, "cpu")), SEQUENCES)
 
 
 @pytest.fixture(scope="module")

@@ -4,34 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import BYTES, WIDTHS, qwen2
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GraniteConfig,
-    LlamaConfig,
-    OPTConfig,
-    PhiConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
 
-from grpo.models.head import Head, head_logits, head_logprobs, split_head
+from grpo.models.head import Head, head_logits, head_logprobs
 from grpo.models.logprobs import token_logprobs
 
 N, D, V = 37, 16, 258
 NARROWEST = 1  # chunk_bytes: chunks of D columns then, the last one of 2
-TINY: dict[str, Any] = {
-    "vocab_size": BYTES,
-    **WIDTHS,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scale": {"scale": 0.0625},
@@ -256,87 +235,3 @@ def test_under_autocast_one_chunk_has_float32_outside_of_the_product_too() -> No
     logits_NV = 5 * torch.tanh(3 * (product_NV + head.bias_V.detach()) / 5)
     right_N, _ = token_logprobs(logits_NV, targets_N, temperature_N)
     assert_near(found_N, right_N, 1e-6)
-
-
-def build(config: PreTrainedConfig) -> PreTrainedModel:
-    torch.manual_seed(0)
-    auto: Any = AutoModelForCausalLM
-    # eager: the only attention that every supported release has for every one of these.
-    model: PreTrainedModel = auto.from_config(config, attn_implementation="eager").eval()
-    return model
-
-
-@pytest.mark.parametrize(
-    ("config", "scale", "softcap"),
-    [
-        (qwen2(), 1.0, None),
-        (qwen2(tie_word_embeddings=True), 1.0, None),
-        (LlamaConfig(**TINY), 1.0, None),
-        (Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=30.0), 1.0, 30.0),
-        (Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=None), 1.0, None),
-        (GraniteConfig(**TINY, logits_scaling=8.0), 1 / 8, None),
-        (CohereConfig(**TINY, logit_scale=0.0625), 0.0625, None),
-        (GPT2Config(vocab_size=BYTES, n_embd=32, n_layer=2, n_head=4, n_positions=64), 1.0, None),
-        (PhiConfig(**TINY), 1.0, None),
-        (OPTConfig(**TINY, ffn_dim=48, word_embed_proj_dim=16), 1.0, None),
-    ],
-    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else str(value),
-)
-def test_split_head_gives_the_models_own_logprobs_and_gradients(
-    config: PreTrainedConfig, scale: float, softcap: float | None
-) -> None:
-    model = build(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # zero in a new model
-            torch.nn.init.normal_(parameter)
-    split = split_head(model)
-    assert split is not None
-    trunk, head = split
-    assert (head.scale, head.softcap) == (scale, softcap)
-    assert (head.bias_V is not None) == (config.model_type == "phi")
-    input_ids_BL = torch.arange(0, 60, 3).view(2, 10)
-    targets_N, temperature_N = input_ids_BL.flatten() + 1, torch.linspace(0.5, 1.5, 20)
-    logits_NV = model(input_ids=input_ids_BL, use_cache=False).logits.flatten(0, 1)
-    right = token_logprobs(logits_NV, targets_N, temperature_N, with_entropy=True)
-    hidden_ND = trunk(input_ids=input_ids_BL, use_cache=False).last_hidden_state.flatten(0, 1)
-    found = head_logprobs(hidden_ND, head, targets_N, temperature_N, with_entropy=True, chunk_bytes=NARROWEST)
-    assert_near(found[0], right[0], 1e-5)
-    leaves = list(model.parameters())  # a tied weight is one of them, and has two gradients added
-    for one, other in zip(gradients(*found, leaves), gradients(*right, leaves), strict=True):
-        assert (one - other).abs().max().item() <= 1e-5 * max(1.0, other.abs().max().item())
-
-
-class OddHead(torch.nn.Linear):
-    """A subclass that computes what Linear does, as an adapter does before it has learned anything."""
-
-
-def test_a_head_that_cannot_be_reproduced_gives_none() -> None:
-    model = build(qwen2())
-    assert split_head(model) is not None
-    # Something between the trunk and the head that no configuration tells of.
-    model.lm_head.register_forward_hook(lambda module, arguments, output: output * 1.01)
-    assert split_head(model) is None
-
-    model = build(qwen2())
-    model.lm_head = OddHead(32, BYTES, bias=False)
-    assert split_head(model) is None
-
-
-@pytest.mark.parametrize("zero", ["lm_head.weight", "model.norm.weight"])
-def test_logits_that_are_all_0_prove_nothing(zero: str) -> None:
-    model = build(qwen2())
-    with torch.no_grad():
-        model.get_parameter(zero).zero_()
-    assert split_head(model) is None
-
-
-def test_a_softcap_too_high_to_show_at_first_is_not_overlooked() -> None:
-    # In a new model 30 * tanh(x / 30) is x to 1e-5: the plain head, tried first, would pass.
-    model = build(Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=30.0))
-    logits_BLV = model(input_ids=torch.arange(8)[None], use_cache=False).logits
-    trunk, head = split_head(model) or (None, None)
-    assert trunk is not None
-    assert head is not None
-    hidden_BLD = trunk(input_ids=torch.arange(8)[None], use_cache=False).last_hidden_state
-    assert (hidden_BLD @ head.weight_VD.t() - logits_BLV).abs().max() <= 1e-4 * logits_BLV.abs().max()
-    assert head.softcap == 30.0

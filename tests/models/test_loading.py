@@ -18,7 +18,14 @@ from transformers import (
 )
 
 from grpo.errors import CorruptError, GrpoError, InputError
-from grpo.models.loading import context_length, copy_weights, eos_token_ids, load_model, load_tokenizer
+from grpo.models.loading import (
+    Blueprint,
+    context_length,
+    copy_weights,
+    eos_token_ids,
+    load_model,
+    load_tokenizer,
+)
 
 Change = Callable[[Path], Any]
 
@@ -107,6 +114,66 @@ def test_copied_weights_compute_the_same_bits_as_loaded_ones(checkpoint: Path, t
     copy_weights(model, other)
     assert torch.equal(model(tokens_BT).logits, load_model(other, "cpu")(tokens_BT).logits)
     assert not torch.equal(model(tokens_BT).logits, before)
+
+
+def test_a_blueprint_gives_what_loading_does_and_nothing_of_what_was_computed(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    first = load_model(checkpoint, "cpu")
+    blueprint = Blueprint(first, checkpoint)
+    with torch.no_grad():
+        for tensor in (*first.parameters(), *first.buffers()):
+            tensor.fill_(0.25)  # as training, and some rotary embeddings, write into them
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, other / "model.safetensors")
+    for path in (checkpoint, other, checkpoint):
+        found, right = blueprint.load_model(path, "cpu"), load_model(path, "cpu")
+        assert found is not None
+        for named in ("named_parameters", "named_buffers"):
+            pairs = zip(getattr(found, named)(), getattr(right, named)(), strict=True)
+            assert all(one == two and torch.equal(a, b) for (one, a), (two, b) in pairs)
+        assert all(weight.data_ptr() % 64 == 0 for weight in found.parameters())
+        assert not found.training
+        assert len(found.state_dict()) == len(right.state_dict())  # what is tied stays tied
+        with torch.no_grad():
+            next(found.parameters()).fill_(1.0)
+
+
+@pytest.mark.parametrize("change", ["config", "dtype", "names", "no weights", "cut"])
+def test_a_blueprint_leaves_other_checkpoints_to_loading(
+    checkpoint: Path, tmp_path: Path, change: str
+) -> None:
+    blueprint = Blueprint(load_model(checkpoint, "cpu"), checkpoint)
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    path = other / "model.safetensors"
+    weights = load_file(path)
+    if change == "config":
+        document = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**document, "rope_theta": 5.0}))
+    elif change == "dtype":
+        save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, path)
+    elif change == "names":
+        save_file({f"x{name}": tensor for name, tensor in weights.items()}, path)
+    elif change == "no weights":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:100])
+    assert blueprint.load_model(other, "cpu") is None
+
+
+def test_a_blueprint_refuses_weights_that_are_not_finite(checkpoint: Path, tmp_path: Path) -> None:
+    blueprint = Blueprint(load_model(checkpoint, "cpu"), checkpoint)
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    weights = load_file(other / "model.safetensors")
+    name = min(weights)
+    weights[name][0] = float("nan")
+    save_file(weights, other / "model.safetensors")
+    with pytest.raises(CorruptError, match=f"weight {name} holds NaN or infinity"):
+        blueprint.load_model(other, "cpu")
 
 
 def test_copy_refuses_another_architecture(checkpoint: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.conftest import Grpo
 from grpo.artifacts import checkpoint_id
 from grpo.errors import CorruptError
 from grpo.models.loading import load_model
+from grpo.models.reader import Reader
 from grpo.models.weight_check import WeightCheck, check_sequences, measure, read_weight_check, write_perturbed
 
 ARTIFACTS = Path("artifacts/tiny")
@@ -68,7 +69,7 @@ def plain_logprobs(model: Any, sequence: list[int]) -> list[float]:
 def test_measure_equals_a_plain_restatement(starter_model: Path) -> None:
     sequences = [list(b"12+34=46"), list(b"99-99=0;")]
     model = load_model(starter_model, "cpu")
-    check = measure(model, sequences)
+    check = measure(Reader(model), sequences)
     exact = load_model(starter_model, "cpu").double()
     for sequence, logprobs in zip(sequences, check.logprobs, strict=True):
         assert len(logprobs) == len(sequence) - 1
@@ -80,8 +81,8 @@ def test_measure_leaves_a_model_in_training_as_it_is(tiny_model: Path) -> None:
     model(torch.tensor([[50, 43, 49]])).logits.sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     before = [gradient.clone() for gradient in gradients if gradient is not None]
-    check = measure(model, [[50, 43, 49]])
-    assert check == measure(load_model(tiny_model, "cpu"), [[50, 43, 49]])
+    check = measure(Reader(model), [[50, 43, 49]])
+    assert check == measure(Reader(load_model(tiny_model, "cpu")), [[50, 43, 49]])
     after = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert len(before) == len(after) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -100,7 +101,7 @@ def test_the_difference_is_the_mean_over_all_tokens() -> None:
 
 
 def test_a_weight_check_comes_back_with_the_same_bits(starter_model: Path, tmp_path: Path) -> None:
-    check = measure(load_model(starter_model, "cpu"), check_sequences([list(b"3+4=")], 64))
+    check = measure(Reader(load_model(starter_model, "cpu")), check_sequences([list(b"3+4=")], 64))
     path = tmp_path / "weight_check.json"
     path.write_bytes(check.encode())
     found = read_weight_check(path)
@@ -157,7 +158,7 @@ def test_every_weight_of_a_perturbed_copy_differs_and_moves_the_log_probs(
         # Noise of 0.1 of each weight: none of it is beyond 6 standard deviations.
         assert float((after[key] / tensor - 1).nan_to_num().abs().max()) < 0.6
     sequences = check_sequences([list(b"3+4=7;"), list(b"12-5=7;")], 64)
-    checks = [measure(load_model(folder, "cpu"), sequences) for folder in (original, copies[0])]
+    checks = [measure(Reader(load_model(folder, "cpu")), sequences) for folder in (original, copies[0])]
     moved = checks[0].difference([np.array(row) for row in checks[1].logprobs])
     assert moved > 0.01  # a hundred times the tolerance in float32
 
@@ -214,7 +215,7 @@ def test_the_weight_check_of_each_policy_is_what_its_files_give(finished: Path) 
     folders = [(ARTIFACTS / "policy", Path("model")), *((policy_of(i), policy_of(i)) for i in (0, 1))]
     checks = [read_weight_check(where / "weight_check.json") for where, _ in folders]
     for check, (_, checkpoint) in zip(checks, folders, strict=True):
-        assert measure(load_model(checkpoint, "cpu"), check.sequences) == check  # to the last bit
+        assert measure(Reader(load_model(checkpoint, "cpu")), check.sequences) == check  # to the last bit
     # 6 prompts of 4 bytes, `0+1=` and on, in a context of 64: 8 sequences of 63 tokens of the stream of 24.
     stream = list(b"0+1=1+1=2+1=3+1=4+1=5+1=") * 21
     assert checks[0].sequences == [stream[63 * n : 63 * n + 63] for n in range(8)]

@@ -16,7 +16,7 @@ from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
 from grpo.update.layout import PROMPT, MicroBatch
 from grpo.update.learner import Learner
 from grpo.update.loss import Step
-from grpo.update.objective import Stored
+from grpo.update.objective import Stored, needed
 
 VOCAB, EOS, MAX_NEW_TOKENS = 50, 2, 8
 RARE = 41  # a token that only one rollout holds
@@ -207,7 +207,9 @@ def step_gradient(
         assert not isinstance(reference, list)
         learner.load_reference(reference or checkpoint)
         stored.reference = learner.reference_logprobs(rollouts, everything)
-    row = learner.step(rollouts, everything, whole_step(rollouts), stored, 0)
+    read = everything[needed(config, rollouts)]
+    row, logprobs = learner.step(rollouts, read, whole_step(rollouts), stored)
+    stored.keep(logprobs, 0)
     return row, gradients(learner.model), stored
 
 

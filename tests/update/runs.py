@@ -13,6 +13,7 @@ from grpo.config import Config
 from grpo.console import Console
 from grpo.models import weight_check
 from grpo.models.loading import load_model
+from grpo.models.reader import Reader
 from grpo.pipeline.stages import UPDATE, make
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner
@@ -32,7 +33,7 @@ def make_run(root: Path, config: Config, policy: Path, reference: Path) -> Run:
     staging = Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0)
     sequences = weight_check.check_sequences([range(10)], context=None)
     record = staging.write_bytes(
-        "", weight_check.FILE, weight_check.measure(load_model(policy, "cpu"), sequences).encode()
+        "", weight_check.FILE, weight_check.measure(Reader(load_model(policy, "cpu")), sequences).encode()
     )
     staging.commit(Product({"policy": "start", "reference": "reference"}, [record], {}))
     staging = Staging(run, Plan("prompts", 1, "prompts", None, {}, {}), 0)

@@ -57,7 +57,7 @@ def test_a_checkpoint_is_one_of_hugging_face(
     start = request.getfixturevalue(model)
     learner = make_learner(start, settings("grpo_sequence", kl_coefficient=0.0, learning_rate=0.01))
     rollouts = make_rollouts()
-    learner.step(rollouts, np.arange(len(rollouts)), whole_step(rollouts), Stored(), 0)
+    learner.step(rollouts, np.arange(len(rollouts)), whole_step(rollouts), Stored())
     folder = save_learner(learner, start, tmp_path / "saved") / "policy"
     pair: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     loaded, report = pair
@@ -81,7 +81,7 @@ def test_a_checkpoint_is_one_of_hugging_face(
 def test_optimiser_state_of_another_model_is_refused(tmp_path: Path, tied: Path, untied: Path) -> None:
     learner = make_learner(untied, settings(kl_coefficient=0.0))
     rollouts = make_rollouts()
-    learner.step(rollouts, np.arange(len(rollouts)), whole_step(rollouts), Stored(), 0)
+    learner.step(rollouts, np.arange(len(rollouts)), whole_step(rollouts), Stored())
     folder = save_learner(learner, untied, tmp_path / "saved")
     fresh = Learner(settings(), "cpu")
     with pytest.raises(

@@ -33,7 +33,7 @@ from grpo.update.batch import Rollouts
 from grpo.update.checkpoint import OPTIMIZER_FILE
 from grpo.update.learner import Learner
 from grpo.update.network import TOLERANCE
-from grpo.update.objective import Stored
+from grpo.update.objective import Stored, needed
 
 
 def save_llama4(folder: Path) -> Path:
@@ -128,15 +128,16 @@ def test_a_step_without_a_learning_rate_has_the_configured_one(untied: Path) -> 
     learner = make_learner(untied, settings(kl_coefficient=0.0, learning_rate=0.01))
     rates = []
     for given in (0.5, None):
-        learner.step(rollouts, np.arange(ROWS), whole_step(rollouts), Stored(), 0, given)
+        learner.step(rollouts, np.arange(ROWS), whole_step(rollouts), Stored(), given)
         rates.append(learner.optimizer.param_groups[0]["lr"])
     assert rates == [0.5, 0.01]
 
 
 def expect_error(learner: Learner, rollouts: Rollouts, stored: Stored, message: str) -> None:
     weights = {name: p.clone() for name, p in weights_of(learner).items()}
+    read = np.flatnonzero(needed(learner.config, rollouts))
     with pytest.raises(EngineError, match=message) as caught:
-        learner.step(rollouts, np.arange(len(rollouts)), whole_step(rollouts), stored, 0)
+        learner.step(rollouts, read, whole_step(rollouts), stored)
     assert caught.value.exit_code == 8
     assert not learner.optimizer.state
     for name, p in weights_of(learner).items():
@@ -215,7 +216,7 @@ def test_stopping_and_going_on_gives_the_same_bytes(
     config = settings(kl_coefficient=0.0, learning_rate=0.01, weight_decay=0.01, max_tokens_per_batch=50)
 
     def step(learner: Learner) -> None:
-        learner.step(rollouts, np.arange(len(rollouts)), whole_step(rollouts), Stored(), 0)
+        learner.step(rollouts, np.arange(len(rollouts)), whole_step(rollouts), Stored())
 
     through = make_learner(start, config)
     step(through)

@@ -140,7 +140,7 @@ def test_the_plan_reads_what_is_replayed_and_no_more(tmp_path: Path, untied: Pat
     tables = [reference for reference in planned(run, 2).inputs if "s@" in reference]
     assert tables == ["rollouts@1", "advantages@1", "rollouts@2", "advantages@2"]
     assert planned(run, 2).inputs["rollouts@1"] == run.id_of("rollouts@1")
-    kept = read_kept(run, 2, tmp_path)
+    kept = read_kept(run, 2)
     assert kept.keys.tolist() == joined(parts[1:]).keys.tolist()
     np.testing.assert_array_equal(kept.old_logprobs[0], parts[1].old_logprobs[0])
     assert longest(run, 2) == (6, MAX_NEW_TOKENS)

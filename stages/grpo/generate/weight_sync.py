@@ -13,6 +13,7 @@ import numpy as np
 from grpo.errors import EngineError
 from grpo.generate.engines.protocol import Engine
 from grpo.models.loading import empty_cache, load_model
+from grpo.models.reader import Reader
 from grpo.models.weight_check import PERTURBATION, WeightCheck, measure, write_perturbed
 
 FLOAT32_TOLERANCE = (
@@ -42,7 +43,7 @@ class WeightSync:
         with tempfile.TemporaryDirectory(dir=scratch) as name:
             perturbed = Path(name)
             write_perturbed(start, perturbed)
-            moved = measure(load_model(perturbed, self._device), check.sequences)
+            moved = measure(Reader(load_model(perturbed, self._device)), check.sequences)
             empty_cache(self._device)  # the engine asks for most of it
             self.engine.load(start)
             fresh = check.difference(self.engine.logprobs(check.sequences))

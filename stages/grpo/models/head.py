@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from grpo.models.logprobs import token_logprobs
 
@@ -24,13 +23,6 @@ from grpo.models.logprobs import token_logprobs
 CHUNK_BYTES = 2**26
 # Stands for a log-prob of -inf beside its probability: exp() of it is 0 in every type, and times 0 it is 0.
 _NEVER = -1e4
-# What configurations call a factor of the logits (Granite divides by it, HyperCLOVA X multiplies), and a cap.
-_SCALE_KEYS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-_SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_PROOF_TOKENS = 8
-# A cap of 30 does not show in the logits of a random model, and leaves no doubt in logits of this size.
-_PROOF_LOGIT = 100.0
-_PROOF_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -44,27 +36,6 @@ class Head:
     """> 0; 1 leaves the logits as they are."""
     softcap: float | None = None
     """> 0: no logit is larger in absolute value; None: no bound."""
-
-
-def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Head] | None:
-    """The trunk of a causal language model, whose last_hidden_state the head reads, and that head.
-
-    Proven on a few tokens: the model's own logits are the head's on what the trunk gives, for hidden states
-    as they are and for such with logits of 100. None where nothing known here does that, the output layer is
-    not a plain Linear, or all logits are 0 and so prove nothing: then only the model's own logits are right.
-    Needs a model in eval mode, in float32
-    or float64, outside autocast. A tensor in Head is the model's: it changes with it.
-    """
-    assert not model.training
-    trunk, linear = model.get_decoder(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    # Not a subclass: an adapter computes the same until it has learned something.
-    if not isinstance(trunk, PreTrainedModel) or trunk is model or type(linear) is not torch.nn.Linear:
-        return None
-    for scale, softcap in _scales_and_softcaps(model.config):
-        head = Head(linear.weight, linear.bias, scale, softcap)
-        if _reproduces(model, trunk, head):
-            return trunk, head
-    return None
 
 
 def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
@@ -294,42 +265,3 @@ def _add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:
         sum_.addmm_(left, right)
     else:
         sum_.add_(left @ right)
-
-
-def _scales_and_softcaps(config: PreTrainedConfig) -> Iterator[tuple[float, float | None]]:
-    """Factors and caps that a configuration may mean, the plain head first."""
-    text = config.get_text_config(decoder=True)
-    given = [value for key in _SCALE_KEYS if (value := getattr(text, key, None))]
-    caps = [value for key in _SOFTCAP_KEYS if (value := getattr(text, key, None))]
-    scales = [1.0, *(factor for value in given if value > 0 for factor in (float(value), 1 / value))]
-    yield from ((scale, cap) for cap in [None, *map(float, caps)] for scale in scales)
-
-
-@torch.no_grad()
-def _reproduces(model: PreTrainedModel, trunk: PreTrainedModel, head: Head) -> bool:
-    """Whether the model's logits are the head's, for the trunk's hidden states and for larger ones."""
-    input_ids_BL = torch.arange(_PROOF_TOKENS, device=model.device)[None] % len(head.weight_VD)
-    hidden_BLD = getattr(trunk(input_ids=input_ids_BL, use_cache=False), "last_hidden_state", None)
-    if hidden_BLD is None or hidden_BLD.shape[-1] != head.weight_VD.shape[-1]:
-        return False
-    product_BLV = torch.nn.functional.linear(hidden_BLD, head.weight_VD)
-    largest = product_BLV.abs().max().item() * head.scale
-    if largest == 0:  # no factor makes it larger, and every scale and cap would pass
-        return False
-    for factor in (1.0, _PROOF_LOGIT / largest):
-
-        def enlarge(module: Any, arguments: Any, output: Any, factor: float = factor) -> Any:
-            output.last_hidden_state = output.last_hidden_state * factor
-            return output
-
-        hook = trunk.register_forward_hook(enlarge)
-        try:
-            right_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
-        finally:
-            hook.remove()
-        logits_BLV = head_logits(hidden_BLD * factor, head)
-        if logits_BLV.shape != right_BLV.shape:
-            return False
-        if not (logits_BLV - right_BLV).abs().max() <= _PROOF_TOLERANCE * right_BLV.abs().max():
-            return False
-    return True

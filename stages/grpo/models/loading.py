@@ -5,8 +5,9 @@ at addresses that are not aligned, where CPU kernels may round differently, and 
 changes the model. Code that came with a checkpoint never runs, and pickled weights are never read.
 """
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -58,6 +60,52 @@ def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
         raise InputError(f"{checkpoint}: {message}; both must have the same architecture")
     for name, tensor in target.items():
         tensor.copy_(source[name])
+
+
+class Blueprint:
+    """The modules of a model as they were built, without its weights.
+
+    Most of what load_model takes for a small model is building modules: of the next policy they are copied.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Path) -> None:
+        """Of `model`, just loaded from `checkpoint`: nothing has been computed with it yet."""
+        empty = {id(weight): _parameter(weight, weight.detach().to("meta")) for weight in model.parameters()}
+        self._model = copy.deepcopy(model, memo=empty)
+        self._config = (checkpoint / "config.json").read_bytes()
+
+    def load_model(self, checkpoint: Path, device: str) -> PreTrainedModel | None:
+        """load_model(checkpoint, device), bit for bit; None where the checkpoint is not of this model.
+
+        Raises CorruptError for weights that are not finite.
+        """
+        path = checkpoint / WEIGHT_FILES[0]
+        if not path.is_file() or (checkpoint / "config.json").read_bytes() != self._config:
+            return None
+        try:
+            found = load_file(path)
+        except SafetensorError:
+            return None
+        own = dict(self._model.named_parameters())
+        if _kinds(found) != _kinds(own):
+            return None
+        fresh = {
+            id(own[name]): _parameter(
+                own[name], tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+            )
+            for name, tensor in found.items()
+        }
+        model = copy.deepcopy(self._model, memo=fresh)
+        _check_weights(checkpoint, model)
+        return model
+
+
+def _parameter(like: Tensor, data: Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(data, requires_grad=like.requires_grad)
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:

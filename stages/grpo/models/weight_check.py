@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
 from grpo.errors import CorruptError, ResourceError
 from grpo.models.loading import best_device, context_length, empty_cache, load_model, load_tokenizer
-from grpo.models.logprobs import token_logprobs
+from grpo.models.reader import Reader
 from grpo.prompts.chat import Chat, encode
 from grpo.prompts.source import Row
 
@@ -82,10 +81,10 @@ def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightChec
     Raises CorruptError (exit 6) where finite weights give log-probs that are not.
     """
     device = best_device()
-    model = load_model(checkpoint, device)
+    reader = Reader(load_model(checkpoint, device))
     token_ids = encode(rows, load_tokenizer(checkpoint), chat)[1]
-    found = measure(model, check_sequences(token_ids, context_length(model.config)))
-    del model
+    found = measure(reader, check_sequences(token_ids, context_length(reader.model.config)))
+    del reader
     empty_cache(device)  # the engine asks for most of it
     if not found.is_finite():
         raise CorruptError(
@@ -94,13 +93,14 @@ def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightChec
     return found
 
 
-def measure(model: PreTrainedModel, sequences: list[list[int]]) -> WeightCheck:
-    """Measure `model`, which may be in training: nothing of it changes. All sequences have one length."""
-    input_ids_BL = torch.tensor(sequences, device=model.device)
+def measure(reader: Reader, sequences: list[list[int]]) -> WeightCheck:
+    """Measure a model, which may be in training: nothing of it changes. All sequences have one length."""
+    input_ids_BL = torch.tensor(sequences, device=reader.model.device)
+    targets_N = input_ids_BL[:, 1:].flatten()
+    places_BL = torch.arange(input_ids_BL.numel(), device=input_ids_BL.device).view_as(input_ids_BL)
     with torch.inference_mode():
-        logits_NV = model(input_ids=input_ids_BL, use_cache=False).logits[:, :-1].flatten(0, 1)
-        targets_N = input_ids_BL[:, 1:].flatten()
-        logprobs_N, _ = token_logprobs(logits_NV, targets_N, torch.ones_like(targets_N))
+        inputs = {"input_ids": input_ids_BL, "use_cache": False}
+        logprobs_N, _ = reader(inputs, places_BL[:, :-1].flatten(), targets_N, torch.ones_like(targets_N))
     return WeightCheck(sequences, logprobs_N.reshape(len(sequences), -1).tolist())
 
 

@@ -2,7 +2,6 @@
 
 from grpo.sql.connection import (
     MEMORY_GIB,
-    SETTINGS,
     VIEWS,
     Connection,
     connect,
@@ -13,9 +12,10 @@ from grpo.sql.connection import (
     read,
     register,
     seed_random,
-    user_columns,
-    user_rows,
+    turn_to,
 )
+from grpo.sql.run_tables import SETTINGS
+from grpo.sql.user_sql import user_columns, user_rows
 
 __all__ = [
     "MEMORY_GIB",
@@ -30,6 +30,7 @@ __all__ = [
     "read",
     "register",
     "seed_random",
+    "turn_to",
     "user_columns",
     "user_rows",
 ]

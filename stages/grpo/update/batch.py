@@ -1,12 +1,12 @@
 """batch: which rollouts an iteration trains on, and which of them each optimiser step reads.
 
-Steps are made of whole groups and decided by (seed, iteration, epoch) alone. Tokens and log-probs stay on
-disk until a micro-batch needs them: memory holds a few numbers of each rollout.
+Steps are made of whole groups and decided by (seed, iteration, epoch) alone. Tokens and log-probs are in
+memory, without padding: about 9 bytes a token.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from grpo.errors import CorruptError
 from grpo.tables import KEY
-from grpo.update.scratch import Ragged
 
 # Columns of `rollouts` that training needs.
 READ = [
@@ -29,7 +28,7 @@ READ = [
 ]
 _OTHER_KEYS = "advantages are not of these rollouts: their keys differ; run `grpo advantage`"
 
-Rows = Sequence[np.ndarray] | Ragged
+Rows = Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,15 @@ class Rollouts:
         return len(self.keys)
 
 
-def kept_rollouts(shards: Iterable[pa.Table], advantages: pa.Table, folder: Path) -> Rollouts:
-    """Join what was sampled, shard by shard, with what is trained on; lists go to unnamed files in `folder`.
+def kept_rollouts(shards: Iterable[pa.Table], advantages: pa.Table) -> Rollouts:
+    """Join what was sampled, shard by shard, with what is trained on.
 
-    Raises CorruptError when the keys do not match.
+    Raises CorruptError (exit 6) when the keys do not match.
     """
-    prompts, responses = Ragged(folder, np.int32), Ragged(folder, np.int32)
-    masks, old_logprobs = Ragged(folder, np.bool_), Ragged(folder, np.float32)
+    prompts: list[np.ndarray] = []
+    responses: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    old_logprobs: list[np.ndarray] = []
     temperatures = [np.zeros(0)]
     start = 0
     for shard in shards:
@@ -74,13 +75,12 @@ def kept_rollouts(shards: Iterable[pa.Table], advantages: pa.Table, folder: Path
         if not _same_keys(shard, mine):
             raise CorruptError(_OTHER_KEYS)
         kept = shard.filter(mine["keep"])
-        mask, lengths = _flat(kept["response_mask"])
-        old, _ = _flat(kept["old_logprobs"])
-        prompts.extend(*_flat(kept["prompt_token_ids"]))
-        responses.extend(*_flat(kept["response_token_ids"]))
-        masks.extend(mask, lengths)
-        counted = np.concatenate([[0], np.cumsum(mask)])[np.cumsum(lengths)]
-        old_logprobs.extend(old[mask], np.diff(counted, prepend=0))
+        prompts += _lists(kept["prompt_token_ids"])
+        responses += _lists(kept["response_token_ids"])
+        own_masks = _lists(kept["response_mask"])
+        pairs = zip(_lists(kept["old_logprobs"]), own_masks, strict=True)
+        old_logprobs += [old_T[mask_T] for old_T, mask_T in pairs]
+        masks += own_masks
         temperatures.append(kept["temperature"].to_numpy())
     if start != len(advantages):
         raise CorruptError(_OTHER_KEYS)
@@ -102,11 +102,12 @@ def _same_keys(rollouts: pa.Table, advantages: pa.Table) -> bool:
     )
 
 
-def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a list column one behind another, and how many each row has."""
+def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The rows of a list column, as views of its values."""
     array = column.combine_chunks()
-    lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False).astype(np.int64)
-    return array.flatten().to_numpy(zero_copy_only=False), lengths
+    values = array.flatten().to_numpy(zero_copy_only=False)  # booleans are bits there
+    ends = np.cumsum(pc.list_value_length(array).to_numpy(zero_copy_only=False), dtype=np.int64)
+    return [values[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
 
 def minibatches(keys: np.ndarray, num_steps: int, seed: int, iteration: int, epoch: int) -> list[np.ndarray]:
@@ -127,9 +128,20 @@ def num_minibatches(keys: np.ndarray, num_steps: int) -> int:
     return max(1, min(num_steps, len(np.unique(keys[:, :2], axis=0))))
 
 
-def gather(values: Rows | Mapping[int, np.ndarray], rows: np.ndarray, device: str) -> Tensor:
+def gather(values: Mapping[int, np.ndarray], rows: np.ndarray, device: str) -> Tensor:
     """Ragged values of `rows`, one after another, as float32 [N]."""
     return torch.from_numpy(np.concatenate([values[int(i)] for i in rows]).astype(np.float32)).to(device)
+
+
+def room_for(rollouts: Rollouts, rows: np.ndarray) -> dict[int, np.ndarray]:
+    """Views for the log-probs of each of `rows`, of one array.
+
+    What each micro-batch leaves behind would be small, between large tensors that are freed: the heap cannot
+    give back what is around it (a gigabyte for a million tokens).
+    """
+    lengths = rollouts.num_tokens[rows]
+    parts = np.split(np.empty(lengths.sum(), dtype=np.float32), np.cumsum(lengths)[:-1])
+    return dict(zip(rows.tolist(), parts, strict=False))  # without rows, split gives one part
 
 
 def longest_pair(rollouts: Rollouts) -> np.ndarray:

@@ -4,7 +4,8 @@ The K responses of a group share their prompt: a tree is one copy of a prompt wi
 of which sees the prompt and itself. Trees are packed into sequences, first-fit decreasing, and sequences into
 micro-batches. How it is done changes memory and time, never the result but for rounding.
 
-`shared`  trees, for models in which every layer is full attention, which is then told what a token sees.
+`shared`  trees, for models in which every layer is full attention, which is then told what a token sees:
+          used with update.prompt_sharing auto, until Learner.check_layout finds a difference.
 `packed`  rollouts one behind another; position_ids that begin anew tell the model where, and it makes its own
           masks, so windows and chunks are respected.
 `rows`    one rollout a sequence, padded on the right: right for every causal model.

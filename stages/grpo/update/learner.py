@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +19,24 @@ from transformers import PreTrainedModel
 from grpo.config import UpdateConfig
 from grpo.errors import EngineError
 from grpo.models.loading import copy_weights, empty_cache, load_model
-from grpo.update import processes
+from grpo.update import parallel
 from grpo.update.adapter import adapter_off, add_adapter, load_adapter, reset_adapter
-from grpo.update.batch import Rollouts, longest_pair, made_up_pair
+from grpo.update.batch import Rollouts, longest_pair, made_up_pair, room_for
 from grpo.update.checkpoint import load_optimizer
 from grpo.update.layout import MicroBatch, build, micro_batches, tree_of
 from grpo.update.loss import Step
 from grpo.update.network import TOLERANCE, Network
-from grpo.update.objective import Stored, Sums, check_finite, name_keys, needed, objective
+from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys, objective_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+class Taken(NamedTuple):
+    """A step that was taken: its columns of `updates`, and the policy's log-probs of the rows it read."""
+
+    row: dict[str, Any]
+    logprobs: dict[int, np.ndarray]
 
 
 class Learner:
@@ -37,12 +44,13 @@ class Learner:
 
     def __init__(self, config: UpdateConfig, device: str, seed: int = 0) -> None:
         self.config = config
+        self.objective = objective_of(config)
         self.device = device
         self.seed = seed  # of a new adapter
         self.holds: tuple[str | None, str | None] = (None, None)
         self._network: Network | None = None
         self._optimizer: torch.optim.AdamW | None = None
-        self._adapter: PeftModel | None = None
+        self.adapter: PeftModel | None = None  # in training on the policy's frozen weights
         self._reference: Network | None = None
         self._reference_differences: dict[tuple[int, int], float] = {}  # by what was compared; weights stay
 
@@ -62,11 +70,6 @@ class Learner:
         """The optimiser; load() must have been called."""
         assert self._optimizer is not None
         return self._optimizer
-
-    @property
-    def adapter(self) -> "PeftModel | None":
-        """The adapter in training on the policy's frozen weights; None where these train themselves."""
-        return self._adapter
 
     def load(
         self,
@@ -93,13 +96,13 @@ class Learner:
                 weight_decay=self.config.weight_decay,
                 fused=True,
             )
-        elif self._adapter is None:
+        elif self.adapter is None:
             copy_weights(self.model, policy)
-        if self._adapter is not None:
+        if self.adapter is not None:
             if adapter is None:
-                reset_adapter(self._adapter, self.seed)
+                reset_adapter(self.adapter, self.seed)
             else:
-                load_adapter(self._adapter, adapter)
+                load_adapter(self.adapter, adapter)
         self.optimizer.state.clear()
         if optimizer is not None:
             load_optimizer(self.optimizer, self.model, optimizer)
@@ -109,7 +112,7 @@ class Learner:
         """Load the frozen reference once. is_start: it is the starting policy, which an adapter's base is."""
         if self._reference is not None:
             return
-        if is_start and self._adapter is not None:
+        if is_start and self.adapter is not None:
             self._reference = self.network
             return
         model = load_model(checkpoint, self.device).requires_grad_(False)
@@ -118,7 +121,7 @@ class Learner:
     def _open_policy(self, checkpoint: Path) -> Network:
         model = load_model(checkpoint, self.device)
         if lora := self.config.lora:
-            self._adapter = add_adapter(model, lora.rank, lora.alpha, lora.targets, self.seed)
+            self.adapter = add_adapter(model, lora.rank, lora.alpha, lora.targets, self.seed)
         network = self._open(model)
         if self.config.gradient_checkpointing:
             network.checkpoint_gradients()
@@ -129,10 +132,9 @@ class Learner:
 
     def release(self) -> None:
         """Leave the accelerator until the next load(); what is held stays as it is, in main memory."""
-        if self.device == "cpu":
-            return
-        self._move("cpu")
-        empty_cache(self.device)
+        if self.device != "cpu":
+            self._move("cpu")
+            empty_cache(self.device)
 
     def _move(self, device: str) -> None:
         for network in (self._network, self._reference):
@@ -148,10 +150,9 @@ class Learner:
     ) -> dict[str, Any]:
         """Compare how groups are read with reading a rollout alone, and read them alone where that differs.
 
-        Compared are the longest rollout and, unless the update before read in this layout, one of made-up
-        tokens that is as long as the run allows: `longest` tokens of prompt and response. For the reference,
-        whose weights stay, that one is enough. `last`: the layout in the manifest of the update before, and
-        not what this process remembers: one that goes on there must decide the same.
+        Compared are the longest rollout and, unless the update before read in this layout (`last`, from its
+        manifest: a process that resumes must decide the same), one of made-up tokens, as long as the run
+        allows: `longest` tokens of prompt and response. Of the reference, whose weights stay, that one alone.
         Returns the layout, and the largest difference of a log-prob.
         """
         limit = max(self.config.max_tokens_per_batch // 2, 1)  # no tree is larger than a micro-batch
@@ -164,40 +165,40 @@ class Learner:
             if network is None or network.best == "rows":
                 continue
             network.use(network.best)
-            if name == "reference":
+            if name == "policy":
+                pairs = [] if last == network.best else [made_up]
+                pairs += [(rollouts, longest_pair(rollouts))] if len(rollouts) else []
+                differences = [network.difference(*pair) for pair in pairs]
+            else:
                 if lengths not in self._reference_differences:
                     self._reference_differences[lengths] = network.difference(*made_up)
                 differences = [self._reference_differences[lengths]]
-            else:
-                pairs = [] if last == network.best else [made_up]
-                if len(rollouts):
-                    pairs.append((rollouts, longest_pair(rollouts)))
-                differences = [network.difference(*pair) for pair in pairs]
             found[f"{name}_layout_difference"] = max(differences, default=None)
             if not all(difference <= TOLERANCE for difference in differences):  # NaN is not
                 found[f"{name}_layout_refused"] = network.best
                 network.use("rows")
         return {"layout": self.network.layout, **found}
 
-    def reference_logprobs(self, rollouts: Rollouts, rows: np.ndarray, into: Any = None) -> Any:
-        """Log-probs of the reference for each of `rows`, put `into` a mapping by row (default: a new one)."""
+    def reference_logprobs(self, rollouts: Rollouts, rows: np.ndarray) -> dict[int, np.ndarray]:
+        """Log-probs of the reference, float32 [T_i] for each of `rows`."""
         assert self._reference is not None
-        shares_base = self._adapter is not None and self._reference is self._network
-        with adapter_off(self._adapter) if shares_base else nullcontext():
-            return self._no_grad_logprobs(self._reference, rollouts, rows, into)
+        shares_base = self.adapter is not None and self._reference is self._network
+        with adapter_off(self.adapter) if shares_base else nullcontext():
+            return self._no_grad_logprobs(self._reference, rollouts, rows)
 
-    def policy_logprobs(self, rollouts: Rollouts, rows: np.ndarray, into: Any = None) -> Any:
-        """Log-probs of the policy as it is now for each of `rows`, likewise."""
-        return self._no_grad_logprobs(self.network, rollouts, rows, into)
+    def policy_logprobs(self, rollouts: Rollouts, rows: np.ndarray) -> dict[int, np.ndarray]:
+        """Log-probs of the policy as it is now, likewise."""
+        return self._no_grad_logprobs(self.network, rollouts, rows)
 
     @torch.no_grad()
-    def _no_grad_logprobs(self, network: Network, rollouts: Rollouts, rows: np.ndarray, into: Any) -> Any:
-        found = {} if into is None else into
+    def _no_grad_logprobs(
+        self, network: Network, rollouts: Rollouts, rows: np.ndarray
+    ) -> dict[int, np.ndarray]:
+        room = room_for(rollouts, rows)
+        found: dict[int, np.ndarray] = {}
         for batch in self._micro_batches(network, rollouts, rows):
-            logprobs_N, _ = network.logprobs(batch)
-            found.update(by_row(batch, logprobs_N))
-        processes.exchange(found)
-        return found
+            found |= put(by_row(batch, network.logprobs(batch)[0]), room)
+        return parallel.exchange(found)
 
     def _micro_batches(
         self, network: Network, rollouts: Rollouts, rows: np.ndarray, share: tuple[int, int] | None = None
@@ -209,7 +210,7 @@ class Learner:
             network.layout,
             network.cost,
             self.device,
-            share or processes.share(),
+            share or parallel.share(),
         )
 
     def step(
@@ -218,45 +219,43 @@ class Learner:
         rows: np.ndarray,
         step: Step,
         stored: Stored,
-        number: int,
         learning_rate: float | None = None,
-    ) -> dict[str, Any]:
-        """One optimiser step on `rows`; returns its columns of `updates` (numbers, not yet the mismatch).
+    ) -> Taken:
+        """One optimiser step that reads `rows`, of all that `step` counts; the row lacks the mismatch.
 
-        learning_rate: None is the configured one. `stored` gains the policy's log-probs of rows that are
-        read for the first time. Raises EngineError (exit 8) naming the rollouts when the loss or the gradient
-        is not finite; no step is taken.
+        learning_rate: None is the configured one. Raises EngineError (exit 8) naming the rollouts when the
+        loss or the gradient is not finite; no step is taken.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        sums = Sums()
-        read = needed(self.config, rollouts, rows)
-        for batch in self._micro_batches(self.network, rollouts, read):
-            sums.add(self._backward(rollouts, batch, step, stored, number))
-        processes.add_up_gradients(self.model)
-        grad_norm = self._clip_gradient(rollouts, read, step, stored, number)
+        sums, room = Sums(), room_for(rollouts, rows)
+        logprobs: dict[int, np.ndarray] = {}
+        for batch in self._micro_batches(self.network, rollouts, rows):
+            part, own = self._backward(rollouts, batch, step, stored)
+            sums.add(part)
+            logprobs |= put(own, room)
+        parallel.add_up_gradients(self.model)
+        grad_norm = self._clip_gradient(rollouts, rows, step, stored)
         rate = self.config.learning_rate if learning_rate is None else learning_rate
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
-        return {**processes.total(sums).row(self.config), "grad_norm": grad_norm}
+        return Taken({**parallel.total(sums).row(self.objective), "grad_norm": grad_norm}, logprobs)
 
     def _backward(
-        self, rollouts: Rollouts, batch: MicroBatch, step: Step, stored: Stored, number: int
-    ) -> Sums:
-        """Add this micro-batch's gradient; returns its part of the step's numbers."""
+        self, rollouts: Rollouts, batch: MicroBatch, step: Step, stored: Stored
+    ) -> tuple[Sums, dict[int, np.ndarray]]:
+        """Add this micro-batch's gradient; its part of the step's numbers, and the policy's log-probs."""
         logprobs_N, entropy_N = self.network.logprobs(batch, with_entropy=True)
         assert entropy_N is not None
         own = by_row(batch, logprobs_N)
         if not bool(logprobs_N.isfinite().all()):
             # NaN reaches what it shares a sequence with, masked or not.
             own = self._alone(rollouts, batch) or own
-        check_finite(rollouts, own, stored)
-        for row in own:
-            if row not in stored.first_step:
-                stored.policy.setdefault(row, own[row])
-                stored.first_step[row] = number
-        loss, part = objective(self.config, rollouts, batch, stored, step, logprobs_N, entropy_N)
+        given = given_of(self.config, rollouts, batch, stored, own)
+        loss, part = batch_loss(logprobs_N, entropy_N, given, self.objective, step)
+        if not math.isfinite(loss.item()):
+            raise EngineError(f"update: the loss is {loss.item()} on {name_keys(rollouts, list(own))}")
         loss.backward()  # type: ignore[no-untyped-call]
-        return part
+        return part, own
 
     @torch.no_grad()
     def _alone(self, rollouts: Rollouts, batch: MicroBatch) -> dict[int, np.ndarray]:
@@ -269,27 +268,21 @@ class Learner:
                 found |= by_row(single, logprobs_N)
         return found
 
-    def _clip_gradient(
-        self, rollouts: Rollouts, rows: np.ndarray, step: Step, stored: Stored, number: int
-    ) -> float:
+    def _clip_gradient(self, rollouts: Rollouts, rows: np.ndarray, step: Step, stored: Stored) -> float:
         """Norm of the gradient, which is then scaled down to max_grad_norm."""
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
         if not math.isfinite(norm):
-            broken = [
-                row for row in rows if not self._gradient_is_finite(rollouts, row, step, stored, number)
-            ]
+            broken = [row for row in rows if not self._gradient_is_finite(rollouts, row, step, stored)]
             raise EngineError(
                 f"update: the gradient is {norm} on {name_keys(rollouts, broken or list(rows))}"
             )
         return norm
 
-    def _gradient_is_finite(
-        self, rollouts: Rollouts, row: int, step: Step, stored: Stored, number: int
-    ) -> bool:
+    def _gradient_is_finite(self, rollouts: Rollouts, row: int, step: Step, stored: Stored) -> bool:
         self.optimizer.zero_grad(set_to_none=True)
         for batch in self._micro_batches(self.network, rollouts, np.array([row]), share=(0, 1)):
-            self._backward(rollouts, batch, step, stored, number)
+            self._backward(rollouts, batch, step, stored)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
@@ -298,3 +291,10 @@ def by_row(batch: MicroBatch, values_N: torch.Tensor) -> dict[int, np.ndarray]:
     """Split values of a micro-batch by rollout."""
     parts = np.split(values_N.detach().float().cpu().numpy(), np.cumsum(batch.lengths_B.cpu().numpy())[:-1])
     return {int(row): part for row, part in zip(batch.rows, parts, strict=True)}
+
+
+def put(values: dict[int, np.ndarray], room: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Copy `values` to their places; returns those."""
+    for row, values_T in values.items():
+        room[row][:] = values_T
+    return {row: room[row] for row in values}

@@ -4,14 +4,16 @@ Shapes: N response tokens of a micro-batch, one rollout after another; B its rol
 each, so sum(lengths_B) = N. R is N or B: one value per token, or one per rollout for sequence ratios.
 
 Every denominator is that of the whole optimiser step and comes from the table, before the first forward
-pass: so the sum over micro-batches does not depend on how the step is cut.
+pass: so the sum over micro-batches does not depend on how the step is cut. GRPO alone, in 30 lines, is in
+docs/math.md; a test runs it against this.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from grpo.update.surrogates import SURROGATES, Objective
 
 # e^20 = 4.9e8: beyond it an importance ratio says only that the policies have nothing in common. Below it
 # exp() is finite in float32 and so is its gradient; without the bound min() would multiply inf by 0.
@@ -29,6 +31,25 @@ class Step:
     num_rollouts: int
     num_tokens: int
     max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a micro-batch has beside the policy's log-probs, all of it constant.
+
+    old_logprobs_N: pi_old's. reference_logprobs_N: None without a KL term. weights_R: sampler_weights();
+    None: no correction.
+    """
+
+    lengths_B: Tensor
+    advantages_B: Tensor
+    old_logprobs_N: Tensor
+    reference_logprobs_N: Tensor | None = None
+    weights_R: Tensor | None = None
+
+    def by_ratio(self, values_B: Tensor, ratio: str) -> Tensor:
+        """One value per rollout as one per ratio, [R]."""
+        return torch.repeat_interleave(values_B, self.lengths_B) if ratio == "token" else values_B
 
 
 def rollout_sums(values_N: Tensor, lengths_B: Tensor) -> Tensor:
@@ -49,91 +70,24 @@ def log_ratio(logprobs_N: Tensor, old_logprobs_N: Tensor, lengths_B: Tensor, rat
     return log_ratio_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def clip_surrogate(
-    ratio_R: Tensor,
-    advantages_R: Tensor,
-    clip_low: float | None,
-    clip_high: float | None,
-    delta: float | None = None,
-) -> Tensor:
-    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), [R]; None leaves that side unclipped.
-
-    delta caps rho itself, which bounds the value for A < 0 too (two-sided clipping, arXiv 2505.07291).
-    """
-    capped_R = ratio_R.clamp(max=_cap(delta))
-    return torch.minimum(
-        capped_R * advantages_R, capped_R.clamp(*_bounds(clip_low, clip_high)) * advantages_R
-    )
-
-
-def cispo_surrogate(
-    ratio_N: Tensor,
-    logprobs_N: Tensor,
-    advantages_N: Tensor,
-    clip_low: float | None,
-    clip_high: float | None,
-) -> Tensor:
-    """clip(rho, 1 - clip_low, 1 + clip_high) A logprob, [N], with rho held constant (arXiv 2506.13585)."""
-    return ratio_N.detach().clamp(*_bounds(clip_low, clip_high)) * advantages_N * logprobs_N
-
-
-def clipped(
-    ratio_R: Tensor,
-    advantages_R: Tensor,
-    clip_low: float | None,
-    clip_high: float | None,
-    surrogate: str,
-    delta: float | None,
-) -> tuple[int, int]:
-    """How many values were clipped, below and above.
-
-    `clip`: those out of the gradient, which depends on the sign of the advantage, above delta for either
-    sign. `cispo`: every ratio outside the bounds; its token keeps a gradient, with the bound as its weight.
-    """
-    low, high = _bounds(clip_low, clip_high)
-    below_R, above_R = ratio_R < low, ratio_R > high
-    if surrogate == "clip":
-        below_R = below_R & (advantages_R < 0)
-        above_R = (above_R & (advantages_R > 0)) | ((ratio_R > _cap(delta)) & (advantages_R != 0))
-    return int(below_R.sum()), int(above_R.sum())
-
-
-def _bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
-    """What the ratio is clipped to; infinite on a side that is not clipped."""
-    low = -math.inf if clip_low is None else 1 - clip_low
-    high = math.inf if clip_high is None else 1 + clip_high
-    return low, high
-
-
-def _cap(delta: float | None) -> float:
-    return math.inf if delta is None else delta
-
-
 def sampler_weights(
-    policy_logprobs_N: Tensor,
-    sampled_logprobs_N: Tensor,
-    lengths_B: Tensor,
-    *,
-    ratio: str,
-    correction: str,
-    level: str,
-    cap: float,
+    policy_logprobs_N: Tensor, sampled_logprobs_N: Tensor, lengths_B: Tensor, objective: Objective
 ) -> Tensor:
     """Detached weight of each surrogate value, [R]: w = exp(policy - sampled), by token or rollout mean.
 
     policy_logprobs_N: the learner's before its first step of the iteration; sampled_logprobs_N: the
     sampler's. `truncate`: min(w, cap) (truncated importance sampling). `mask`: 0 outside [1 / cap, cap].
     """
-    assert ratio == "token" or level == "sequence_mean", (ratio, level)
+    level, cap = objective.sampler_correction_level, objective.sampler_correction_cap
+    per_token = objective.ratio == "token"
+    assert per_token or level == "sequence_mean", (objective.ratio, level)
     w_R = torch.exp(log_ratio(policy_logprobs_N.detach(), sampled_logprobs_N.detach(), lengths_B, level))
-    if correction == "truncate":
+    if objective.sampler_correction == "truncate":
         w_R = w_R.clamp(max=cap)
     else:
-        assert correction == "mask", correction
+        assert objective.sampler_correction == "mask", objective.sampler_correction
         w_R = torch.where((w_R < 1 / cap) | (w_R > cap), 0.0, w_R)
-    if ratio == "token" and level == "sequence_mean":
-        return torch.repeat_interleave(w_R, lengths_B)
-    return w_R
+    return torch.repeat_interleave(w_R, lengths_B) if per_token and level == "sequence_mean" else w_R
 
 
 def aggregate_tokens(values_N: Tensor, lengths_B: Tensor, how: str, step: Step) -> Tensor:
@@ -168,61 +122,30 @@ def kl_estimate(logprobs_N: Tensor, reference_logprobs_N: Tensor, estimator: str
     return torch.exp(-bounded_N) + bounded_N - 1
 
 
-def kl_loss(
-    logprobs_N: Tensor,
-    reference_logprobs_N: Tensor,
-    old_logprobs_N: Tensor,
-    lengths_B: Tensor,
-    *,
-    estimator: str,
-    importance: bool,
-    ratio: str,
-    aggregate: str,
-    step: Step,
-) -> Tensor:
+def kl_loss(logprobs_N: Tensor, given: Given, objective: Objective, step: Step) -> Tensor:
     """The aggregated KL to the reference (scalar, this micro-batch's part), not yet times its coefficient.
 
-    importance: each token's estimate is multiplied by its importance ratio, or its rollout's, through which
-    the gradient flows. Finite in float32: the ratio and exp(-d) of k3 are at most e^20 each.
+    kl_importance: each token's estimate is multiplied by its importance ratio, or its rollout's, through
+    which the gradient flows. Finite in float32: the ratio and exp(-d) of k3 are at most e^20 each.
     """
-    k_N = kl_estimate(logprobs_N, reference_logprobs_N, estimator)
-    if importance:
-        ratio_R = torch.exp(log_ratio(logprobs_N, old_logprobs_N, lengths_B, ratio))
-        k_N = k_N * (ratio_R if ratio == "token" else torch.repeat_interleave(ratio_R, lengths_B))
-    return aggregate_tokens(k_N, lengths_B, aggregate, step)
+    assert given.reference_logprobs_N is not None
+    k_N = kl_estimate(logprobs_N, given.reference_logprobs_N, objective.kl_estimator)
+    if objective.kl_importance:
+        ratio_R = torch.exp(log_ratio(logprobs_N, given.old_logprobs_N, given.lengths_B, objective.ratio))
+        per_token = objective.ratio == "token"
+        k_N = k_N * (ratio_R if per_token else torch.repeat_interleave(ratio_R, given.lengths_B))
+    return aggregate_tokens(k_N, given.lengths_B, objective.aggregate, step)
 
 
-def policy_loss(
-    logprobs_N: Tensor,
-    old_logprobs_N: Tensor,
-    advantages_B: Tensor,
-    lengths_B: Tensor,
-    *,
-    ratio: str,
-    clip_low: float | None,
-    clip_high: float | None,
-    aggregate: str,
-    step: Step,
-    surrogate: str = "clip",
-    delta: float | None = None,
-    weights_R: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def policy_loss(logprobs_N: Tensor, given: Given, objective: Objective, step: Step) -> tuple[Tensor, Tensor]:
     """Minus the aggregated surrogate (scalar, this micro-batch's part), and the ratios [R], detached.
 
-    old_logprobs_N are pi_old's. surrogate: `clip`, or `cispo`, which has ratio `token` and no delta.
-    weights_R: sampler_weights(), which change no denominator; None: no correction.
+    weights_R of `given` change no denominator.
     """
-    ratio_R = torch.exp(log_ratio(logprobs_N, old_logprobs_N, lengths_B, ratio))
-    per_token = ratio == "token"
-    advantages_R = torch.repeat_interleave(advantages_B, lengths_B) if per_token else advantages_B
-    if surrogate == "cispo":
-        assert per_token, ratio
-        assert delta is None, delta
-        value_R = cispo_surrogate(ratio_R, logprobs_N, advantages_R, clip_low, clip_high)
-    else:
-        assert surrogate == "clip", surrogate
-        value_R = clip_surrogate(ratio_R, advantages_R, clip_low, clip_high, delta)
-    if weights_R is not None:
-        value_R = weights_R * value_R
-    add_up = aggregate_tokens if per_token else aggregate_rollouts
-    return -add_up(value_R, lengths_B, aggregate, step), ratio_R.detach()
+    ratio_R = torch.exp(log_ratio(logprobs_N, given.old_logprobs_N, given.lengths_B, objective.ratio))
+    advantages_R = given.by_ratio(given.advantages_B, objective.ratio)
+    value_R = SURROGATES[objective.surrogate].value(ratio_R, logprobs_N, advantages_R, objective)
+    if given.weights_R is not None:
+        value_R = given.weights_R * value_R
+    add_up = aggregate_tokens if objective.ratio == "token" else aggregate_rollouts
+    return -add_up(value_R, given.lengths_B, objective.aggregate, step), ratio_R.detach()

@@ -20,8 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.errors import UsageError
 from grpo.models.attention import attending
-from grpo.models.head import head_logprobs, split_head
-from grpo.models.logprobs import token_logprobs
+from grpo.models.reader import Reader
 from grpo.update import tree_attention
 from grpo.update.batch import Rollouts, made_up_pair
 from grpo.update.layout import PROMPT, Cost, Layout, MicroBatch, build, tree_of
@@ -41,7 +40,7 @@ class Network:
         self.model = model
         self.precision = precision
         self.device = str(model.device)
-        self.parts = split_head(model)
+        self.reader = Reader(model)
         self._own_attention = model.config._attn_implementation
         self.best = layout_of(model, share_prompts=share_prompts)
         if self.best == "shared" and not self._takes_trees():
@@ -70,18 +69,10 @@ class Network:
         """Log-probs and entropy of the counted tokens, float32 [N]. exactly: without autocast."""
         attention, inputs = self._inputs(batch)
         with self._attending(attention), nullcontext() if exactly else self._autocast():
-            if self.parts is None:
-                logits_SLV = self.model(**inputs).logits
-                logits_NV = logits_SLV.flatten(0, 1)[batch.places_N]
-                return token_logprobs(
-                    logits_NV, batch.targets_N, batch.temperature_N, with_entropy=with_entropy
-                )
-            trunk, head = self.parts
-            hidden_SLD = trunk(**inputs).last_hidden_state
-            hidden_ND = hidden_SLD.flatten(0, 1)[batch.places_N]
-            return head_logprobs(
-                hidden_ND, head, batch.targets_N, batch.temperature_N, with_entropy=with_entropy
+            found: tuple[Tensor, Tensor | None] = self.reader(
+                inputs, batch.places_N, batch.targets_N, batch.temperature_N, with_entropy=with_entropy
             )
+        return found
 
     @torch.no_grad()
     def difference(self, rollouts: Rollouts, rows: np.ndarray) -> float:

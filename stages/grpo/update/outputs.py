@@ -1,18 +1,19 @@
 """outputs: what an update leaves: tables, next policy, optimiser state, and the policy's weight check."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from grpo import tables
 from grpo.artifacts import FileRecord, Run, Staging
 from grpo.errors import EngineError
 from grpo.models.weight_check import FILE, measure, read_weight_check
-
-if TYPE_CHECKING:
-    from grpo.update.batch import Rollouts
-    from grpo.update.learner import Learner
-    from grpo.update.objective import Stored
+from grpo.update.adapter import adapter_files
+from grpo.update.batch import Rollouts
+from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
+from grpo.update.learner import Learner
+from grpo.update.objective import Stored
 
 ROWS_PER_SHARD = 2048  # of `logprobs`, one Parquet file and row group each
 
@@ -23,9 +24,7 @@ def write_updates(rows: list[dict[str, Any]], staging: Staging) -> FileRecord:
     return staging.write_table("updates", staging.file_name("updates", 0), updates)
 
 
-def write_logprobs(
-    iteration: int, rollouts: "Rollouts", stored: "Stored", staging: Staging
-) -> list[FileRecord]:
+def write_logprobs(iteration: int, rollouts: Rollouts, stored: Stored, staging: Staging) -> list[FileRecord]:
     """The shards of `logprobs`, in key order; one without rows where nothing was read."""
     read = sorted(stored.first_step)
     starts = range(0, max(len(read), 1), ROWS_PER_SHARD)
@@ -39,9 +38,7 @@ def write_logprobs(
     ]
 
 
-def _logprobs(iteration: int, rollouts: "Rollouts", stored: "Stored", read: list[int]) -> pa.Table:
-    import numpy as np
-
+def _logprobs(iteration: int, rollouts: Rollouts, stored: Stored, read: list[int]) -> pa.Table:
     gaps = [
         float(np.abs(stored.policy[i].astype(np.float64) - rollouts.old_logprobs[i]).mean()) for i in read
     ]
@@ -57,12 +54,9 @@ def _logprobs(iteration: int, rollouts: "Rollouts", stored: "Stored", read: list
 
 
 def write_checkpoint(
-    run: Run, learner: "Learner", staging: Staging
+    run: Run, learner: Learner, staging: Staging
 ) -> tuple[list[FileRecord], list[FileRecord], FileRecord]:
     """The policy, the adapter where one trains, and the optimiser state."""
-    from grpo.update.adapter import adapter_files
-    from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
-
     policy = [
         staging.write_bytes("policy", name, content)
         for name, content in policy_files(learner.model, run.policy_folder(0), learner.adapter)
@@ -73,12 +67,12 @@ def write_checkpoint(
     return policy, adapter, staging.write_bytes("optimizer", OPTIMIZER_FILE, moments)
 
 
-def write_weight_check(run: Run, learner: "Learner", staging: Staging) -> FileRecord:
+def write_weight_check(run: Run, learner: Learner, staging: Staging) -> FileRecord:
     """Check the new policy with the sequences of the starting one's weight check.
 
     Raises EngineError (exit 8) when it has no finite log-probs: then the steps have ruined it.
     """
-    check = measure(learner.model, read_weight_check(run.weight_check_path(0)).sequences)
+    check = measure(learner.network.reader, read_weight_check(run.weight_check_path(0)).sequences)
     if not check.is_finite():
         raise EngineError(
             "update: the log-probs of the new policy are not finite; lower update.learning_rate or"

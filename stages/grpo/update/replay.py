@@ -5,26 +5,20 @@ own policy sampled it with, so its importance ratio is a true one, and the advan
 """
 
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from grpo.artifacts import Run
+from grpo.update.batch import READ, Rollouts, kept_rollouts
 from grpo.update.plan import iterations_of
 
-if TYPE_CHECKING:
-    from grpo.update.batch import Rollouts
 
-
-def read_kept(run: Run, iteration: int, folder: Path) -> "Rollouts":
-    """The kept rollouts of all of them, in key order; lists go to unnamed files in `folder`."""
-    from grpo.update.batch import READ, kept_rollouts
-
+def read_kept(run: Run, iteration: int) -> Rollouts:
+    """The kept rollouts of all of them, in key order."""
     numbers = iterations_of(run, iteration)
     shards = chain.from_iterable(run.read_shards("rollouts", number, READ) for number in numbers)
     advantages = pa.concat_tables([run.read("advantages", number) for number in numbers])
-    return kept_rollouts(shards, advantages, folder)
+    return kept_rollouts(shards, advantages)
 
 
 def longest(run: Run, iteration: int) -> tuple[int, int]:

@@ -7,10 +7,19 @@ cannot disagree. Everything that is read or written is a committed table or chec
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from grpo.artifacts import Manifest, Plan, Product, Run, Staging, id_of, prune_behind
 from grpo.errors import InputError
+from grpo.models.loading import best_device
+from grpo.update.adapter import check_targets, require_peft
+from grpo.update.batch import Rollouts, minibatches, num_minibatches
+from grpo.update.learner import Learner
+from grpo.update.loss import Step
+from grpo.update.mismatch import TOKEN_CAP, mismatch
+from grpo.update.objective import Stored, needed
 from grpo.update.outputs import (
     summary_of,
     write_checkpoint,
@@ -20,13 +29,7 @@ from grpo.update.outputs import (
 )
 from grpo.update.plan import OUTPUT
 from grpo.update.replay import longest, max_new_tokens_of, read_kept
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from grpo.update.batch import Rollouts
-    from grpo.update.learner import Learner
-    from grpo.update.objective import Stored
+from grpo.update.schedule import check_schedule, learning_rate
 
 
 def check(run: Run, until: int, resources: object) -> None:
@@ -35,43 +38,36 @@ def check(run: Run, until: int, resources: object) -> None:
     Raises UsageError (exit 2) for a schedule that ends before them or targets the model has not, EngineError
     (exit 8) where update.lora has no peft.
     """
-    from grpo.update.schedule import check_schedule
-
     check_schedule(run.config, until - 1)
     if lora := run.config.update.lora:
-        from grpo.update.adapter import check_targets, require_peft
-
         require_peft()
         check_targets(run.start["policy"], lora.targets)
 
 
 @contextmanager
-def open_resource(run: Run) -> "Iterator[Learner]":
+def open_resource(run: Run) -> Iterator[Learner]:
     """The learner, with nothing loaded yet."""
-    from grpo.models.loading import best_device
-    from grpo.update.learner import Learner
-
     yield Learner(run.config.update, best_device(), run.config.seed)
 
 
-def release(learner: "Learner") -> None:
+def release(learner: Learner) -> None:
     """Leave the accelerator to the next stage."""
     learner.release()
 
 
-def after(run: Run, manifest: Manifest, learner: "Learner") -> None:
+def after(run: Run, manifest: Manifest, learner: Learner) -> None:
     """What is in memory is what was just committed; checkpoints that are no longer kept go."""
     learner.holds = (manifest.ids["policy"], manifest.ids["optimizer"])
     assert manifest.iteration is not None
     prune_behind(run, manifest.iteration)
 
 
-def produce(run: Run, iteration: int, staging: Staging, learner: "Learner") -> Product:
+def produce(run: Run, iteration: int, staging: Staging, learner: Learner) -> Product:
     """Train on the kept rollouts of one iteration: policy, optimiser state and tables."""
     clock = staging.clock
     with clock("load"):
         _load(run, iteration, staging.plan, learner)
-        rollouts = read_kept(run, iteration, staging.folder)
+        rollouts = read_kept(run, iteration)
     with clock("check"):
         before = run.manifest(OUTPUT, iteration - 1) if iteration > 0 else None
         last = before.summary["layout"] if before is not None else None
@@ -95,7 +91,7 @@ def produce(run: Run, iteration: int, staging: Staging, learner: "Learner") -> P
     return Product(ids, held, {**summary_of(rows), **layout})
 
 
-def _load(run: Run, iteration: int, plan: Plan, learner: "Learner") -> None:
+def _load(run: Run, iteration: int, plan: Plan, learner: Learner) -> None:
     optimizer = adapter = None
     policy = run.policy_folder(iteration)
     if iteration > 0:
@@ -134,43 +130,60 @@ def _say_refused(run: Run, iteration: int, layout: dict[str, Any]) -> None:
 
 
 def _train(
-    run: Run, iteration: int, rollouts: "Rollouts", learner: "Learner", staging: Staging
-) -> "tuple[list[dict[str, Any]], Stored]":
+    run: Run, iteration: int, rollouts: Rollouts, learner: Learner, staging: Staging
+) -> tuple[list[dict[str, Any]], Stored]:
     """All optimiser steps of the iteration: their rows of `updates`, and the log-probs met on the way."""
-    from grpo.update.loss import Step
-    from grpo.update.mismatch import mismatch
-
-    stored = _stored_before(run, rollouts, learner, staging, _num_steps(run, iteration, rollouts))
-    max_new_tokens = max_new_tokens_of(run, iteration)  # one constant, whichever iteration a rollout is of
+    config, max_new_tokens = run.config.update, max_new_tokens_of(run, iteration)
+    read_B = needed(config, rollouts)
+    stored = _stored_before(run, iteration, rollouts, np.flatnonzero(read_B), learner, staging)
     table: list[dict[str, Any]] = []
-    taken = 0
-    total = len(rollouts) * run.config.update.epochs
     with (
         staging.clock("train"),
-        run.console.progress(f"update {iteration}", total, "rollouts") as advance,
+        run.console.progress(f"update {iteration}", len(rollouts) * config.epochs, "rollouts") as advance,
     ):
         for number, (epoch, rows) in enumerate(_steps(run, iteration, rollouts)):
             run.console.stop_requested()
-            row = _row(run, rollouts, rows, iteration, epoch, number)
+            row: dict[str, Any] = {
+                "iteration": iteration,
+                "epoch": epoch,
+                "step": number,
+                "learning_rate": _learning_rate(run, iteration, number),
+                "rollouts": len(rows),
+                "tokens": int(rollouts.num_tokens[rows].sum()),
+                "skipped": not read_B[rows].any(),
+            }
             if not row["skipped"]:
+                # One max_new_tokens, whichever iteration a rollout is of.
                 denominators = Step(row["rollouts"], row["tokens"], max_new_tokens)
-                row |= learner.step(rollouts, rows, denominators, stored, number, row["learning_rate"])
-                if not taken:  # until the first step that is taken, the weights are pi_old's
-                    # pi_old of this iteration's, that is: an older rollout's ratio has moved for good reason.
-                    own = rows[rollouts.keys[rows, 0] == iteration].tolist()
-                    read = [i for i in own if i in stored.first_step]
-                    pairs = ((stored.policy[i], rollouts.old_logprobs[i]) for i in read)
-                    row |= mismatch(pairs, _token_cap(run)) if read else {}
-                taken += 1
+                read = rows[read_B[rows]]
+                taken = learner.step(rollouts, read, denominators, stored, row["learning_rate"])
+                first = not stored.first_step
+                stored.keep(taken.logprobs, number)
+                row |= taken.row
+                if first:  # until the first step that is taken, the weights are pi_old's
+                    row |= _mismatch(run, iteration, rollouts, read, stored)
             table.append(row)
             advance(len(rows))
     return table, stored
 
 
-def _num_steps(run: Run, iteration: int, rollouts: "Rollouts") -> int:
-    """How many optimiser steps the iteration has."""
-    from grpo.update.batch import num_minibatches
+def _mismatch(
+    run: Run, iteration: int, rollouts: Rollouts, read: np.ndarray, stored: Stored
+) -> dict[str, float]:
+    """The mismatch columns of the first step, of this iteration's rollouts that it read; none, no columns.
 
+    The ratio of an older one has moved for good reason.
+    """
+    own = read[rollouts.keys[read, 0] == iteration].tolist()
+    config = run.config.update
+    by_token = config.sampler_correction_level == "token"
+    cap = config.sampler_correction_cap if by_token else TOKEN_CAP
+    pairs = ((stored.policy[i], rollouts.old_logprobs[i]) for i in own)
+    return mismatch(pairs, cap) if own else {}
+
+
+def _num_steps(run: Run, iteration: int, rollouts: Rollouts) -> int:
+    """How many optimiser steps the iteration has."""
     config = run.config.update
     per_epoch = num_minibatches(rollouts.keys, config.steps_per_iteration)
     if per_epoch < config.steps_per_iteration:
@@ -181,10 +194,8 @@ def _num_steps(run: Run, iteration: int, rollouts: "Rollouts") -> int:
     return config.epochs * per_epoch
 
 
-def _steps(run: Run, iteration: int, rollouts: "Rollouts") -> "Iterator[tuple[int, np.ndarray]]":
+def _steps(run: Run, iteration: int, rollouts: Rollouts) -> Iterator[tuple[int, np.ndarray]]:
     """(epoch, rows) of each optimiser step of the iteration, an epoch at a time."""
-    from grpo.update.batch import minibatches
-
     config, seed = run.config.update, run.config.seed
     for epoch in range(config.epochs):
         for rows in minibatches(rollouts.keys, config.steps_per_iteration, seed, iteration, epoch):
@@ -192,59 +203,25 @@ def _steps(run: Run, iteration: int, rollouts: "Rollouts") -> "Iterator[tuple[in
 
 
 def _stored_before(
-    run: Run, rollouts: "Rollouts", learner: "Learner", staging: Staging, num_steps: int
-) -> "Stored":
+    run: Run, iteration: int, rollouts: Rollouts, read: np.ndarray, learner: Learner, staging: Staging
+) -> Stored:
     """Log-probs that are needed before the first step: the reference's, and pi_old where it is recomputed."""
-    import numpy as np
-
-    from grpo.update.objective import Stored, needed
-    from grpo.update.scratch import LogprobStore
-
-    config = run.config.update
-    counts = rollouts.num_tokens
-    stored = Stored(LogprobStore(staging.folder, counts), LogprobStore(staging.folder, counts))
-    read = needed(config, rollouts, np.arange(len(rollouts)))
+    config, stored = run.config.update, Stored()
+    num_steps = _num_steps(run, iteration, rollouts)
     if config.kl_coefficient and len(read):
         with staging.clock("reference"):
-            learner.reference_logprobs(rollouts, read, into=stored.reference)
+            stored.reference = learner.reference_logprobs(rollouts, read)
     if config.old_logprobs == "recomputed" and num_steps > 1 and len(read):
         with staging.clock("recompute"):
-            learner.policy_logprobs(rollouts, read, into=stored.policy)
+            stored.policy = learner.policy_logprobs(rollouts, read)
     return stored
-
-
-def _row(
-    run: Run, rollouts: "Rollouts", rows: "np.ndarray", iteration: int, epoch: int, number: int
-) -> dict[str, Any]:
-    """The columns of `updates` that are known before the step."""
-    from grpo.update.objective import needed
-
-    return {
-        "iteration": iteration,
-        "epoch": epoch,
-        "step": number,
-        "learning_rate": _learning_rate(run, iteration, number),
-        "rollouts": len(rows),
-        "tokens": int(rollouts.num_tokens[rows].sum()),
-        "skipped": not len(needed(run.config.update, rollouts, rows)),
-    }
 
 
 def _learning_rate(run: Run, iteration: int, number: int) -> float:
     """Learning rate of a step; the schedule counts the steps that are configured, taken or not."""
-    from grpo.update.schedule import check_schedule, learning_rate
-
     config = run.config.update
     per_iteration = config.epochs * config.steps_per_iteration
     check_schedule(run.config, iteration)
     num_steps = max(run.config.iterations, iteration + 1) * per_iteration
     step = iteration * per_iteration + number
     return learning_rate(config.learning_rate, config.schedule, step, num_steps, config.warmup_steps)
-
-
-def _token_cap(run: Run) -> float:
-    """Cap of a token's weight: the configured one, where it is for tokens."""
-    from grpo.update.mismatch import TOKEN_CAP
-
-    config = run.config.update
-    return config.sampler_correction_cap if config.sampler_correction_level == "token" else TOKEN_CAP

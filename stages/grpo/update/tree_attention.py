@@ -5,6 +5,8 @@ prompt, each response with itself, and all responses with the prompt, each by to
 over parts of the keys make one over all of them by their sums of exponentials; backward, the sum over all
 keys makes each part's gradient that of the whole (FlashAttention, arXiv 2205.14135, section 3.1).
 
+Used by the learner in the layout `shared` on a CPU; on a GPU that layout has flex_attention.
+
 Shapes: S sequences, H heads, L tokens of a sequence, D head dimension.
 """
 

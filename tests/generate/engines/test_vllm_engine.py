@@ -27,6 +27,7 @@ from grpo.generate.weight_sync import WeightSync
 from grpo.models import starter_model, weight_check
 from grpo.models.loading import context_length, load_model
 from grpo.models.logprobs import token_logprobs
+from grpo.models.reader import Reader
 
 pytest.importorskip("vllm")
 from grpo.generate.engines import vllm_engine, vllm_version
@@ -138,7 +139,7 @@ def test_logprobs_are_the_learners_after_temperature(
 
 def test_score_is_the_learners_at_temperature_1(engine: vllm_engine.VllmEngine, checkpoint: Path) -> None:
     sequences = [[*LONG[0][:64]], [*LONG[1][:64]]]
-    measured = weight_check.measure(load_model(checkpoint, "cpu"), sequences)
+    measured = weight_check.measure(Reader(load_model(checkpoint, "cpu")), sequences)
     scores = engine.logprobs(sequences)
     assert [len(row) for row in scores] == [63, 63]
     assert np.abs(np.array(measured.logprobs) - np.stack(scores)).max() < 1e-5
@@ -163,7 +164,7 @@ def test_an_exported_policy_is_what_the_learner_has(
     opened.load(tmp_path / "exported")
     sequences = [[*LONG[0][:64]], [*LONG[1][:64]]]
     trained, start = (
-        np.array(weight_check.measure(load_model(folder, "cpu"), sequences).logprobs)
+        np.array(weight_check.measure(Reader(load_model(folder, "cpu")), sequences).logprobs)
         for folder in (tmp_path / "exported", checkpoint)
     )
     scores = np.stack(opened.logprobs(sequences))
@@ -285,7 +286,7 @@ def test_the_weight_check_catches_a_stale_output_head_and_the_cure_passes(
 ) -> None:
     model = load_model(checkpoint, "cpu")
     policy_check = weight_check.measure(
-        model, weight_check.check_sequences(LONG, context_length(model.config))
+        Reader(model), weight_check.check_sequences(LONG, context_length(model.config))
     )
     with monkeypatch.context() as patch:
         patch.setattr(vllm_engine, "_repack_head", lambda model: None)  # vLLM's reload as it is
@@ -313,7 +314,7 @@ def test_a_small_step_is_followed(engine: vllm_engine.VllmEngine, checkpoint: Pa
     save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
     models = {path: load_model(path, "cpu") for path in (checkpoint, small)}
     sequences = weight_check.check_sequences(LONG, 512)
-    checks = {path: weight_check.measure(model, sequences) for path, model in models.items()}
+    checks = {path: weight_check.measure(Reader(model), sequences) for path, model in models.items()}
     weight_sync = WeightSync(engine, "cpu", print)
     weight_sync.open(checkpoint, checks[checkpoint], checkpoint.parent)
     weight_sync.bring("0", checkpoint, checks[checkpoint])

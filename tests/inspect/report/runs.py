@@ -91,7 +91,7 @@ def _commit(run: Run, iteration: int, rows: list[Row], updates: list[Row]) -> No
         for each in rows
         if each["policy_logprobs"] is not None
     ]
-    steps = [{"epoch": 0, "step": 0, "skipped": False, **each} for each in updates]
+    steps = [{"epoch": 0, "step": 0, "skipped": False, "tokens": 1, **each} for each in updates]
     held = {"rollouts": rows, "rewards": rewards, "advantages": rows, "updates": steps, "logprobs": logprobs}
     for output, stage in STAGE_OUTPUTS.items():
         staging = Staging(run, Plan(stage, 1, output, iteration, {}, {}), 0)

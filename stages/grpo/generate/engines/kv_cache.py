@@ -4,6 +4,8 @@ transformers' DynamicLayer copies the whole cache for each new token; GrowingLay
 ones. A row that leaves is overwritten by one from the end, so it costs at most the copy of one row, however
 often rows leave. A layer that also holds a recurrent state is refused: left padding would run through it.
 
+Used by the built-in engine for every model that it samples from.
+
 Shapes: N rows, H heads, S positions, D head dimension.
 """
 

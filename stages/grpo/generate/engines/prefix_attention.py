@@ -4,6 +4,8 @@ The samples of a prompt see the same prompt: a step of decoding reads its keys a
 sample. Otherwise it is plain full attention: one softmax over the prompt and the sample's own response.
 The responses come from the model's cache, the prompts from an argument that the model hands on.
 
+Used by the built-in engine where each prompt of a batch has several samples and takes_prefix() holds.
+
 Shapes: P prompts, N rows (samples still in the batch), K slots of a prompt (as many as any prompt has rows;
 those a prompt does not need compute row 0 again, and nobody reads them), H heads of keys and values,
 R heads of queries to each, Q = K * R queries, L prompt positions, T response positions, S = L + T,

@@ -28,7 +28,7 @@ from grpo.generate.engines.draw import draw, uniforms
 from grpo.generate.engines.kv_cache import Move, cache_name, move_rows, new_cache
 from grpo.generate.engines.prefix_attention import Prefix, attending_to_prefix, takes_prefix
 from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, check_requests
-from grpo.models.loading import context_length, empty_cache, eos_token_ids, load_model
+from grpo.models.loading import Blueprint, context_length, empty_cache, eos_token_ids, load_model
 from grpo.models.logprobs import token_logprobs
 
 
@@ -45,6 +45,7 @@ class TransformersEngine:
         self.device = device
         self.max_rows_per_batch = max_rows_per_batch
         self._model: PreTrainedModel | None = None
+        self._blueprint: Blueprint | None = None  # of the last model that was not of the one before
         self._takes_prefix = False
         self._eos_ids: frozenset[int] = frozenset()
 
@@ -54,9 +55,12 @@ class TransformersEngine:
         Raises what load_model does, and EngineError for a model whose forward pass cannot be batched here.
         """
         self.release()  # first: two policies need not fit into memory
-        model = load_model(checkpoint, self.device)
-        _check_forward(model)
-        self._takes_prefix = takes_prefix(model)
+        model = self._blueprint.load_model(checkpoint, self.device) if self._blueprint else None
+        if model is None:
+            model = load_model(checkpoint, self.device)
+            self._blueprint = Blueprint(model, checkpoint)
+            _check_forward(model)
+            self._takes_prefix = takes_prefix(model)
         self._eos_ids = eos_token_ids(checkpoint)
         self._model = model
 

@@ -49,15 +49,17 @@ def check_model(run: Run, key: str, name: str, fetch: bool) -> tuple[Check, Chec
 
 
 def check_lora(run: Run, policy: Checkpoint) -> list[Check]:
-    """Whether the policy has what update.lora.targets names; nothing to say before it is there."""
+    """Whether peft is there and, once the policy is, has what update.lora.targets names."""
     lora = run.config.update.lora
-    if lora is None or policy.folder is None:
+    if lora is None:
         return []
-    from grpo.update.adapter import check_targets
+    from grpo.update.adapter import check_targets, require_peft
 
     found, needed = ", ".join(lora.targets or ["every linear layer"]), "linear layers that take an adapter"
     try:
-        check_targets(policy.folder, lora.targets)
+        require_peft()
+        if policy.folder is not None:
+            check_targets(policy.folder, lora.targets)
     except GrpoError as error:
         return [failed("lora targets", found, needed, error)]
     return [Check("lora targets", found, needed)]

@@ -7,11 +7,10 @@ from grpo.artifacts import Run
 from grpo.console import finite, printable, stdout_console, table
 from grpo.manage.doctor.check import Check
 from grpo.manage.doctor.checkpoint import Checkpoint, check_lora, check_model
-from grpo.manage.doctor.disk import check_file_system, check_space
+from grpo.manage.doctor.disk import check_space
 from grpo.manage.doctor.engine import check_engine
 from grpo.manage.doctor.inputs import check_prompts, check_rewards
 from grpo.manage.doctor.memory import check_memory
-from grpo.manage.doctor.versions import check_gpu_build, check_peft, check_threads, check_versions
 from grpo.prompts.source import Row
 from grpo.prompts.table import HELD_OUT
 
@@ -60,9 +59,7 @@ def examine(run: Run, with_model: bool) -> Report:
 
     with_model: also get the model as a run would, open the engine, and compare it with the learner.
     """
-    config, report = run.config, Report(run.name)
-    report.checks += [*check_versions(), *([check_peft()] if config.update.lora else [])]
-    report.checks += [check_threads(), *check_gpu_build(), *check_engine(run)]
+    config, report = run.config, Report(run.name, check_engine(run))
     check, policy = check_model(run, "model", config.model, with_model)
     report.checks += [check, *check_lora(run, policy)]
     reference = policy
@@ -71,7 +68,7 @@ def examine(run: Run, with_model: bool) -> Report:
         report.checks.append(check)
     if not any(check.name == "engine options" and check.level == "failed" for check in report.checks):
         report.checks += check_memory(run, policy, reference)
-    report.checks += [*check_space(run, policy), *check_file_system(run)]
+    report.checks += check_space(run, policy)
     check, rows = check_prompts(run, policy, with_model)
     report.checks.append(check)
     if config.evaluate is not None:

@@ -1,10 +1,8 @@
-"""processes: a torch.distributed group in which each process computes a share of every optimiser step.
+"""parallel: a torch.distributed group in which each process computes a share of every optimiser step.
 
 Without such a group, everything here is what one process does. Denominators are the whole step's, so
 gradients and numbers of the shares are added, not averaged.
 """
-
-from collections.abc import MutableMapping
 
 import numpy as np
 import torch
@@ -29,14 +27,13 @@ def add_up_gradients(model: torch.nn.Module) -> None:
             distributed.all_reduce(parameter.grad)
 
 
-def exchange(found: MutableMapping[int, np.ndarray]) -> None:
-    """Give every process what all of them found, by row: shares of another cut need other rows."""
+def exchange(found: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """What all processes found, by row: shares of another cut need other rows."""
     if not distributed.is_initialized():
-        return
+        return found
     parts: list[dict[int, np.ndarray]] = [{}] * distributed.get_world_size()
-    distributed.all_gather_object(parts, dict(found))
-    for part in parts:
-        found.update(part)
+    distributed.all_gather_object(parts, found)
+    return {row: values for part in parts for row, values in part.items()}
 
 
 def total(sums: Sums) -> Sums:

@@ -12,13 +12,13 @@ from torch import Tensor, distributed, multiprocessing
 from transformers import Qwen2ForCausalLM
 
 from grpo.config import Config, UpdateConfig
-from grpo.update import processes
+from grpo.update import parallel
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner
 from grpo.update.loss import Step
-from grpo.update.objective import Stored, Sums
+from grpo.update.objective import Stored, Sums, objective_of
 
-pytestmark = pytest.mark.xdist_group("processes")  # the group is started once, for all tests
+pytestmark = pytest.mark.xdist_group("parallel")  # the group is started once, for all tests
 WORLD = 2
 MAX_NEW_TOKENS = 9
 # Two groups of several, each a tree or more; and one rollout, which is one tree.
@@ -75,15 +75,15 @@ def step(folder: Path, objective: str, lengths: list[list[int]]) -> dict[str, An
     everything, stored = np.arange(len(rollouts)), Stored()
     if config.kl_coefficient:
         learner.load_reference(folder / "reference")
-        learner.reference_logprobs(rollouts, everything, into=stored.reference)
+        stored.reference = learner.reference_logprobs(rollouts, everything)
     denominators = Step(len(rollouts), int(rollouts.num_tokens.sum()), MAX_NEW_TOKENS)
-    row = learner.step(rollouts, everything, denominators, stored, 0)
+    row, policy = learner.step(rollouts, everything, denominators, stored)
     named = dict(learner.model.named_parameters())
     return {
         "row": row,
         "gradients": {name: p.grad for name, p in named.items()},
         "weights": {name: p.detach() for name, p in named.items()},
-        "policy": stored.policy,
+        "policy": policy,
         "reference": stored.reference,
     }
 
@@ -94,7 +94,7 @@ def as_process(rank: int, folder: Path) -> None:
     patience = timedelta(seconds=180)  # of a process that waits for one that does something else
     distributed.init_process_group("gloo", init_method=method, timeout=patience, rank=rank, world_size=WORLD)
     try:
-        assert processes.share() == (rank, WORLD)
+        assert parallel.share() == (rank, WORLD)
         results = {case: step(folder, *CASES[case]) for case in CASES}
         torch.save(results, folder / f"{rank}.pt")
     finally:
@@ -107,7 +107,7 @@ Results = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, list[Results]]:
     """Of every case: what one process found, and what each of the group did."""
-    folder = tmp_path_factory.mktemp("processes")
+    folder = tmp_path_factory.mktemp("parallel")
     for seed, name in enumerate(("policy", "reference")):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -168,12 +168,12 @@ def test_each_process_holds_what_its_share_read_and_all_of_the_reference(
 
 
 def test_without_a_group_a_process_has_all_of_it() -> None:
-    assert processes.share() == (0, 1)
+    assert parallel.share() == (0, 1)
     sums = Sums(policy_loss=1.0)
-    assert processes.total(sums) is sums
+    assert parallel.total(sums) is sums
     model = torch.nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[1.0, 2.0]])
-    processes.add_up_gradients(model)
+    parallel.add_up_gradients(model)
     assert model.weight.grad.tolist() == [[1, 2]]
 
 
@@ -183,7 +183,7 @@ def test_sums_by_hand() -> None:
         policy_loss=1.0, tokens=3.0, entropy=6.0, ratio=2.0, ratios=2.0, clipped_low=1.0, largest=1.5
     )
     whole.add(Sums(policy_loss=0.5, tokens=1.0, entropy=4.0, ratio=4.0, ratios=2.0, largest=1.25))
-    row = whole.row(settings("dapo"))
+    row = whole.row(objective_of(settings("dapo")))
     assert (row["policy_loss"], row["ratio_max"], row["kl"]) == (1.5, 1.5, None)
     assert (row["entropy"], row["ratio_mean"]) == (10 / 4, 6 / 4)
     assert (row["clip_fraction_low"], row["clip_fraction_high"]) == (1 / 4, 0)
