@@ -16,6 +16,7 @@ from grpo.update.batch import (
     made_up_pair,
     minibatches,
     num_minibatches,
+    room_for,
 )
 
 
@@ -93,6 +94,15 @@ def test_gather() -> None:
     found = gather(dict(enumerate(values)), np.array([2, 0]), "cpu")
     assert found.tolist() == [4, 5, 1, 2]
     assert found.dtype == torch.float32
+
+
+def test_room_for_log_probs_is_one_array() -> None:
+    # Small arrays that stay, between large ones that go, would keep the pages of the heap.
+    rollouts = made_up_pair(2, 7, vocabulary=11)
+    found = room_for(rollouts, np.array([1, 0]))
+    assert {row: len(values) for row, values in found.items()} == {1: 7, 0: 1}
+    assert found[0].base is found[1].base
+    assert room_for(rollouts, np.arange(0)) == {}
 
 
 # ---- kept rollouts ----

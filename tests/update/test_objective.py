@@ -34,6 +34,7 @@ from tests.update.examples import (
 )
 
 from grpo.update.batch import Rollouts
+from grpo.update.objective import Stored
 
 
 @pytest.mark.parametrize("old_logprobs", ["sampled", "recomputed"])
@@ -270,3 +271,12 @@ def test_advantages_of_zero_take_no_forward_pass_but_count(untied: Path, objecti
     tokens = int(signal.num_tokens.sum()) / int(rollouts.num_tokens.sum())
     share = 8 / 14 if objective in ("dr_grpo", "gspo") else tokens
     assert deviation({name: g / share for name, g in found.items()}, alone) <= 1e-5
+
+
+def test_the_log_probs_that_are_kept_are_those_of_the_first_step() -> None:
+    first, again, later = (np.array([value], dtype=np.float32) for value in (-1.0, -2.0, -3.0))
+    stored = Stored(policy={1: first})  # recomputed before the first step
+    stored.keep({0: first}, 0)
+    stored.keep({0: again, 1: later, 2: later}, 1)
+    assert {row: values.item() for row, values in stored.policy.items()} == {1: -1, 0: -1, 2: -3}
+    assert stored.first_step == {0: 0, 1: 1, 2: 1}

@@ -2,6 +2,7 @@
 
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
+from grpo.artifacts.existing import ARTIFACTS, created_config, open_run, require_run, run_names
 from grpo.artifacts.layout import (
     EVALUATION,
     OUTPUTS,
@@ -12,21 +13,21 @@ from grpo.artifacts.layout import (
     iterations_in,
     policy_of,
 )
-from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, Plan, digest, id_of, read_manifest, seal
+from grpo.artifacts.manifest import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    Plan,
+    digest,
+    id_of,
+    read_json,
+    read_manifest,
+    read_sealed,
+    seal,
+)
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
 from grpo.artifacts.retention import droppable, is_kept, prune, prune_behind
-from grpo.artifacts.run import (
-    ARTIFACTS,
-    PRUNED,
-    TIMINGS,
-    Run,
-    created_config,
-    open_run,
-    read_json,
-    read_sealed,
-    require_run,
-    run_names,
-)
+from grpo.artifacts.run import PRUNED, TIMINGS, Run
 from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import (
     Product,

@@ -144,6 +144,33 @@ def parse_json(path: Path) -> Any:
         raise CorruptError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def read_json(path: Path, **keys: type) -> dict[str, Any]:
+    """The JSON object in `path`, with at least `keys` of these types; else CorruptError (exit 6)."""
+    data = parse_json(path)
+    if not isinstance(data, dict):
+        raise CorruptError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    if missing := [key for key, kind in keys.items() if not isinstance(data.get(key), kind)]:
+        raise CorruptError(f"{path}: has no {missing[0]} of type {keys[missing[0]].__name__}")
+    return data
+
+
+def read_sealed(path: Path, **keys: type) -> dict[str, Any]:
+    """The same of a file that seal() wrote; CorruptError also where its content changed since."""
+    return unseal(path, read_json(path, **keys))
+
+
+def check_size(file: FileRecord, path: Path) -> None:
+    """Raise CorruptError unless `path` is there with the recorded size."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise CorruptError(f"{path}: missing, though its manifest lists it") from None
+    except OSError as error:
+        raise CorruptError(f"{path}: {error.strerror}, though its manifest lists it") from None
+    if found != file.bytes:
+        raise CorruptError(f"{path}: {found} bytes, but its manifest says {file.bytes}")
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of the output in `folder`, or None when nothing is committed there.
 

@@ -6,11 +6,14 @@ opened and its sha256 when a stage reads it.
 
 import gc
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import pyarrow as pa
+
+from grpo import tables
 from grpo.artifacts import files
 from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
 from grpo.artifacts.layout import (
@@ -22,15 +25,11 @@ from grpo.artifacts.layout import (
     iterations_in,
 )
 from grpo.artifacts.lock import lock
-from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, parse_json, read_manifest, unseal
-from grpo.config import Config, validated
+from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, check_size, read_json, read_manifest
+from grpo.config import Config
 from grpo.console import Console
-from grpo.errors import CorruptError, InputError, UsageError
+from grpo.errors import CorruptError, InputError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-ARTIFACTS = Path("artifacts")
 PRUNED = "pruned.json"
 TIMINGS = "timings.json"
 _CHECKPOINT = ("policy", "adapter", "optimizer")
@@ -260,18 +259,14 @@ class Run:
         """Note that this process has just written `path` or checked it."""
         self._verified.add((path, file.sha256))
 
-    def read(self, table: str, iteration: int | None, columns: list[str] | None = None) -> "pa.Table":
+    def read(self, table: str, iteration: int | None, columns: list[str] | None = None) -> pa.Table:
         """All rows of a committed table in key order, verified. Raises InputError when it is missing."""
-        from grpo import tables
-
         return tables.decode(table, self._contents(table, iteration), columns)
 
     def read_shards(
         self, table: str, iteration: int | None, columns: list[str] | None = None
-    ) -> "Iterator[pa.Table]":
+    ) -> Iterator[pa.Table]:
         """The same, a shard at a time."""
-        from grpo import tables
-
         for content in self._contents(table, iteration):
             yield tables.decode(table, [content], columns)
 
@@ -292,66 +287,3 @@ class Run:
         files.make_folder(self.path)
         with lock(self.path):
             yield
-
-
-def read_json(path: Path, **keys: type) -> dict[str, Any]:
-    """The JSON object in `path`, with at least `keys` of these types; else CorruptError (exit 6)."""
-    data = parse_json(path)
-    if not isinstance(data, dict):
-        raise CorruptError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    if missing := [key for key, kind in keys.items() if not isinstance(data.get(key), kind)]:
-        raise CorruptError(f"{path}: has no {missing[0]} of type {keys[missing[0]].__name__}")
-    return data
-
-
-def read_sealed(path: Path, **keys: type) -> dict[str, Any]:
-    """The same of a file that seal() wrote; CorruptError also where its content changed since."""
-    return unseal(path, read_json(path, **keys))
-
-
-def check_size(file: FileRecord, path: Path) -> None:
-    """Raise CorruptError unless `path` is there with the recorded size."""
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise CorruptError(f"{path}: missing, though its manifest lists it") from None
-    except OSError as error:
-        raise CorruptError(f"{path}: {error.strerror}, though its manifest lists it") from None
-    if found != file.bytes:
-        raise CorruptError(f"{path}: {found} bytes, but its manifest says {file.bytes}")
-
-
-def open_run(name: str, root: Path = ARTIFACTS) -> dict[str, Any]:
-    """What `run.json` of an existing run holds; errors as require_run's, CorruptError where it changed."""
-    path = require_run(name, root)
-    return read_sealed(path)
-
-
-def created_config(name: str, root: Path = ARTIFACTS, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that an existing run was created with, and `overrides`; errors as open_run's.
-
-    Raises InputError (exit 4) where it is not one of this version of grpo.
-    """
-    data = open_run(name, root).get("config")
-    try:
-        return validated(data, root / name / "run.json", overrides)
-    except UsageError as error:
-        if overrides:
-            raise
-        raise InputError(f"{error}; another version of grpo made this run") from None
-
-
-def require_run(name: str, root: Path = ARTIFACTS) -> Path:
-    """The `run.json` of an existing run. Raises UsageError (exit 2) naming the runs that are there."""
-    path = root / name / "run.json"
-    if Path(name).name != name or not path.exists():
-        known = run_names(root)
-        there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
-        raise UsageError(f"{root / name}: no such run; {there}")
-    return path
-
-
-def run_names(root: Path = ARTIFACTS) -> list[str]:
-    """Names of the runs that are there."""
-    found = (path.parent.name for path in root.glob("*/run.json"))
-    return sorted(name for name in found if not name.startswith("."))  # a dot: a fork that was killed

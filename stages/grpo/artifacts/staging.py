@@ -27,11 +27,13 @@ from grpo.artifacts.manifest import (
     FileRecord,
     Manifest,
     Plan,
+    check_size,
     read_manifest,
+    read_sealed,
     seal,
 )
 from grpo.artifacts.partial import lacking
-from grpo.artifacts.run import TIMINGS, Run, check_size, read_sealed
+from grpo.artifacts.run import TIMINGS, Run
 from grpo.errors import CorruptError
 
 _PLAN = "plan.json"

@@ -16,7 +16,7 @@ import pyarrow.fs
 
 from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, FileRecord, Manifest, Run, files
-from grpo.artifacts.run import check_size
+from grpo.artifacts.manifest import check_size
 from grpo.config.evaluate import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError
 

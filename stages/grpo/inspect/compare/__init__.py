@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from grpo.inspect.compare import reward_page, rewards, run_page, runs
 from grpo.inspect.compare.subjects import Subjects, choose
 
 __all__ = ["Subjects", "choose", "describe", "print_comparison"]
@@ -9,8 +10,6 @@ __all__ = ["Subjects", "choose", "describe", "print_comparison"]
 
 def describe(subjects: Subjects, a: str, b: str, wanted: str, num_examples: int) -> dict[str, Any]:
     """What `grpo compare` found, as plain data; errors as those of rewards.describe and runs.describe."""
-    from grpo.inspect.compare import rewards, runs
-
     if subjects.kind == "rewards":
         return {"compared": "rewards", **rewards.describe(subjects.runs[0], a, b, wanted, num_examples)}
     one, other = subjects.runs
@@ -19,6 +18,4 @@ def describe(subjects: Subjects, a: str, b: str, wanted: str, num_examples: int)
 
 def print_comparison(data: dict[str, Any]) -> None:
     """Print what describe() returned."""
-    from grpo.inspect.compare import reward_page, run_page
-
     reward_page.print_rewards(data) if data["compared"] == "rewards" else run_page.print_runs(data)
