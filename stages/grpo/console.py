@@ -96,7 +96,7 @@ class Console:
 
     def confirm(self, text: str) -> bool:
         """Print `text` and ask whether to go on; a signal ends the waiting at once."""
-        print(f"{printable(text)}\ngo on? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"{printable(text)}\ncontinue? [y/N] ", end="", file=sys.stderr, flush=True)
 
         def stop(number: int, frame: FrameType | None) -> None:
             raise Interrupted(number)

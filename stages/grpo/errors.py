@@ -58,7 +58,7 @@ class Interrupted(GrpoError):
     """The user asked to stop; what is committed stays. SIGINT exits 130, SIGTERM 143."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__("interrupted: what is committed is kept; the same command goes on from here")
+        super().__init__("interrupted: what is committed is kept; the same command resumes from here")
         self.exit_code = 128 + signal_number
 
 

@@ -474,7 +474,7 @@ def test_rows_of_another_policy_break_an_invariant(measured: Path, grpo: Grpo) -
     assert found["broken"] == {"eval_rollouts: sampled by another policy than measured": 12}
     rewrite(evaluation(2), "sample_id", 0)
     broken = json.loads(grpo("verify", "--json")[1])["broken"]
-    assert broken["rollouts: a key stands twice"] == 8  # four groups of three, twice too many
+    assert broken["rollouts: a key occurs twice"] == 8  # four groups of three, twice too many
     assert broken["rewards: of a rollout that is not there"] == 8
 
 

@@ -66,7 +66,7 @@ PROMPTS = [
         write("prompts.jsonl", '{"id": 7, "prompt": "a"}\n{"id": 7, "prompt": "b"}\n'),
         RUN,
         3,
-        "prompts.jsonl:2: id 7 stands twice; ids must be unique",
+        "prompts.jsonl:2: id 7 occurs twice; ids must be unique",
     ),
     # a prompt longer than the model's context leaves room for: 64 positions less 4 new tokens
     second(
@@ -78,7 +78,7 @@ PROMPTS = [
     second("a prompt of a million bytes", json.dumps({"prompt": "a" * 10**6}), "prompt of 1000000 tokens"),
     # and worse
     second("a prompt that is a number", '{"prompt": 3}', "prompt is 3; a prompt must be text"),
-    second("a duplicate key", '{"prompt": "a", "prompt": "b"}', "key prompt stands twice"),
+    second("a duplicate key", '{"prompt": "a", "prompt": "b"}', "key prompt occurs twice"),
     second("NaN", '{"prompt": "a", "x": NaN}', "holds NaN or Infinity, which is no JSON"),
     second("1e309", '{"prompt": "a", "x": 1e309}', "holds NaN or Infinity, which is no JSON"),
     second("5,000 digits", f'{{"prompt": "a", "x": {"9" * 5000}}}', "Exceeds the limit (4300 digits)"),

@@ -419,7 +419,7 @@ def test_a_signal_ends_the_work_after_the_current_shard(
     with run.console.signals(), pytest.raises(Interrupted) as caught:
         generated(run, lambda engine: Watched(engine, spoil))
     assert caught.value.exit_code == exit_code
-    assert str(caught.value) == ("interrupted: what is committed is kept; the same command goes on from here")
+    assert str(caught.value) == ("interrupted: what is committed is kept; the same command resumes from here")
     assert staged(run) == ["00000", "00001"]
     assert run.manifest("rollouts", 0) is None
     generated(opened(tmp_path, checkpoint))

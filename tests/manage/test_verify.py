@@ -303,7 +303,7 @@ def rewrite(path: Path, change: Callable[[list[dict[str, Any]]], None], table: s
 
 
 BROKEN: list[tuple[str, str, Callable[[list[dict[str, Any]]], None]]] = [
-    ("rollouts", "rollouts: a key stands twice", lambda rows: rows.append(rows[0])),
+    ("rollouts", "rollouts: a key occurs twice", lambda rows: rows.append(rows[0])),
     (
         "rollouts",
         "rollouts: lists are not as long as the response",
@@ -314,7 +314,7 @@ BROKEN: list[tuple[str, str, Callable[[list[dict[str, Any]]], None]]] = [
         "rollouts: a log-prob is not finite, or above 0",
         lambda rows: rows[0]["old_logprobs"].__setitem__(0, 0.5),
     ),
-    ("rewards", "rewards: a key stands twice", lambda rows: rows.append(rows[0])),
+    ("rewards", "rewards: a key occurs twice", lambda rows: rows.append(rows[0])),
     ("rewards", "rewards: not one row per rollout and reward", lambda rows: rows.__delitem__(0)),
     (
         "rewards",

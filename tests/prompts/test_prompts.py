@@ -250,7 +250,7 @@ def test_messages_that_cannot_be_used_are_refused(tmp_path: Path, messages: Any,
         ('{"prompt": ""}', "prompt is ''; a prompt must be text that is not empty"),
         ('{"prompt": " \\n"}', "prompt is ' \\n'; a prompt must be text that is not empty"),
         ('{"prompt": 7}', "prompt is 7; a prompt must be text that is not empty"),
-        ('{"prompt": "b", "id": "one"}', "id 'one' stands twice; ids must be unique"),
+        ('{"prompt": "b", "id": "one"}', "id 'one' occurs twice; ids must be unique"),
         (
             '{"prompt": "b", "prompt_id": 1}',
             "column prompt_id is the pipeline's own; give yours another name, such as id",
@@ -294,7 +294,7 @@ def test_ids_are_compared_with_ids_alone(tmp_path: Path) -> None:
     message = refused(
         tmp_path / "again", lambda: table(_made(tmp_path / "again"), *[{"prompt": "a", "id": [1]}] * 2)
     )
-    assert message == "p.jsonl:2: id [1] stands twice; ids must be unique"
+    assert message == "p.jsonl:2: id [1] occurs twice; ids must be unique"
 
 
 def _made(folder: Path) -> Path:
@@ -377,7 +377,7 @@ def test_ids_are_unique_across_shards(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(prompts, "_ROWS_PER_SHARD", 2)
     rows = [{"prompt": "a", "id": n} for n in (0, 1, 2, 3, 1)]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
-    assert message == "p.jsonl:5: id 1 stands twice; ids must be unique"
+    assert message == "p.jsonl:5: id 1 occurs twice; ids must be unique"
 
 
 def test_a_column_that_begins_in_a_later_shard_is_not_lost(

@@ -55,7 +55,7 @@ def test_a_query_opens_the_tables_it_scans_and_no_others(run: Run, grpo: Grpo) -
         sql.read([run], statement)
     for statement, damage in (
         ("select * from query_table('advantages')", "missing, though its manifest lists it"),
-        ("select * from samples", "missing, though its manifest lists it"),
+        ("select * from rollouts", "missing, though its manifest lists it"),
         ("select * from updates", "is not JSON"),
         ("select * from timings", "is not JSON"),
     ):

@@ -1,4 +1,4 @@
-"""cli.read: the commands that look at what is there. They take no lock and change nothing."""
+"""cli.inspect: the commands that look at runs. They take no lock and change nothing."""
 
 from pathlib import Path
 from typing import Annotated

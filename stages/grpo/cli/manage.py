@@ -1,4 +1,4 @@
-"""cli.keep: the commands that look after machine and runs: check, verify, clean up, fork."""
+"""cli.manage: the commands that look after machine and runs: check, verify, clean up, fork."""
 
 import shlex
 from contextlib import nullcontext

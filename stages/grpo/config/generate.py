@@ -14,7 +14,7 @@ class DynamicSamplingConfig(Section):
     """Groups whose scored rewards differ, over all rounds of an iteration, that make another round needless;
     at most prompts_per_iteration * max_rounds."""
     max_rounds: Annotated[int, Field(ge=1, le=1024)]
-    """Rounds at most, the first included, 1 to 1,024; 1: no other. Training then goes on with what is there,
+    """Rounds at most, the first included, 1 to 1,024; 1: no other. Training then continues with what it has,
     and says so."""
 
 

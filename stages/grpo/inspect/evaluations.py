@@ -1,4 +1,4 @@
-"""report: an evaluation as a person reads it, a line of a log or a table: the summary in its manifest."""
+"""evaluations: an evaluation as a line of the log or a table, from the summary in its manifest."""
 
 from pathlib import Path
 from typing import Any

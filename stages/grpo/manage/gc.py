@@ -1,4 +1,4 @@
-"""collect: `grpo gc`, what a run no longer needs: trash, abandoned staging, checkpoints that are not kept."""
+"""gc: `grpo gc`, what a run no longer needs: trash, abandoned staging, checkpoints that are not kept."""
 
 from dataclasses import dataclass
 from pathlib import Path

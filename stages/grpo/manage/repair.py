@@ -1,4 +1,4 @@
-"""remedy: what makes a damaged output again, or why nothing can."""
+"""repair: what rebuilds a damaged output, or why nothing can."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""model: a Hugging Face checkpoint directory -> a causal language model, its tokenizer, what ends a response.
+"""loading: a Hugging Face checkpoint -> a causal language model, its tokenizer, what ends a response.
 
 Weights always end in freshly allocated tensors: transformers leaves float32 weights mapped to the file,
 at addresses that are not aligned, where CPU kernels may round differently, and where a file that changes

@@ -1,4 +1,4 @@
-"""starter: nothing -> tiny-arithmetic, the checkpoint that a first run trains.
+"""starter_model: nothing -> tiny-arithmetic, the checkpoint that a first run trains.
 
 A Qwen3 of 0.4M parameters over bytes, trained here in seconds, so that a first run downloads nothing. It is
 made to be like a base model: it can do the task and mostly does not. For each one-digit sum it answers

@@ -1,4 +1,4 @@
-"""rewind: `--from N`, what it does again, and how that is moved out of the way."""
+"""restart: `--from N`, what it reruns, and how that is moved out of the way."""
 
 from pathlib import Path
 

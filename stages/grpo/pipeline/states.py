@@ -1,4 +1,4 @@
-"""staleness: what is done, partial, stale, changed or is missing, and why; read from manifests alone."""
+"""states: what is done, partial, stale, changed or missing, and why; read from manifests alone."""
 
 from dataclasses import dataclass
 

@@ -83,7 +83,7 @@ def run_stage(
     if only_failed and not iterations:
         opened.console.say(f"{name}: no reward failed; nothing to do")
     elif not iterations and force:
-        raise UsageError(f"{name} --force: nothing is missing; say which to do again with --iteration N")
+        raise UsageError(f"{name} --force: nothing is missing; say which to rerun with --iteration N")
     elif not iterations:
         opened.console.say(f"{name}: nothing to do; rerun it with --iteration N --force")
     with Resources(opened) as resources:

@@ -104,7 +104,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)} stands twice")
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)} occurs twice")
     return found
 
 

@@ -1,4 +1,4 @@
-"""prompts: the user's rows -> the `prompts` table, once per run; and which of them an iteration draws."""
+"""table: the user's rows -> the `prompts` table, once per run; and which of them an iteration draws."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -144,7 +144,7 @@ def _usable(
     for (place, row), length in zip(chunk, num_tokens([row for _, row in chunk]), strict=True):
         if "id" in row:
             if (name := json.dumps(row["id"], default=str)) in ids:
-                raise DataError(f"{place}: id {row['id']!r} stands twice; ids must be unique")
+                raise DataError(f"{place}: id {row['id']!r} occurs twice; ids must be unique")
             ids.add(name)
         if room is None or length <= room:
             kept.append((row, length))

@@ -1,4 +1,4 @@
-"""sql: DuckDB over the tables of runs. Views only; nothing is stored, nothing can be written.
+"""connection: DuckDB over the tables of runs. Views only; nothing is stored, nothing can be written.
 
 Tables are registered as Arrow data sets; then the connection loses access to everything else and its
 configuration is locked. Filtering statements would be no sandbox: a SELECT can write files, so the connection

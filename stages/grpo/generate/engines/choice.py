@@ -1,4 +1,4 @@
-"""engine_choice: which engine samples, and why. Asked for every plan: imports neither torch nor vllm."""
+"""choice: which engine samples, and why. Asked for every plan: imports neither torch nor vllm."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""engine: what the generate stage asks of a sampler.
+"""protocol: what the generate stage asks of a sampler.
 
 An engine is opened once per run and kept between iterations. It gets its weights from a checkpoint on
 disk, and yields a group as soon as its K samples are done, in any order: the stage decides when a shard

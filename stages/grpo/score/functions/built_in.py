@@ -1,4 +1,4 @@
-"""rewards: prompts + completions + columns -> one value per rollout
+"""built_in: prompts + completions + columns -> one value per rollout
 
 The built-in reward functions, with TRL's signature: `f(prompts, completions, **columns)`, lists of equal
 length (one group), a list of `float | None` back. A completion is a str, or for chat prompts a list of

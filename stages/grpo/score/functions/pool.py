@@ -1,4 +1,4 @@
-"""functions: reward functions + groups -> outcomes, each call in a worker process
+"""pool: reward functions + groups -> outcomes, each call in a worker process
 
 A reward function is the user's code and may hang, crash or be killed: it runs in processes (pebble) that
 are kept open between iterations, and only the rollouts that it fails on are lost. Time is kept twice. A

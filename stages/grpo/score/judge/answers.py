@@ -1,4 +1,4 @@
-"""judgements: what a judge answers about one shard of rollouts, kept as it comes.
+"""answers: what a judge answers about one shard of rollouts, kept as it comes.
 
 Every batch of answers is committed before the next one is waited for, so that a killed score asks only what
 was under way. When all are there they become one file of `judgements`. An answer that is there is not asked

@@ -1,4 +1,4 @@
-"""judge: questions -> answers of a language model, through an OpenAI-compatible endpoint
+"""client: questions -> answers of a language model, through an OpenAI-compatible endpoint
 
 Repeating, growing pauses and Retry-After are those of the `openai` package. Answers are handed on as they
 come, so that they are on disk before the last question is asked. The key is in the client alone: it is taken

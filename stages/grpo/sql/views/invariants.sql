@@ -227,7 +227,7 @@ learned_though_not_kept as (
 ),
 
 final as (
-    select 'rollouts: a key stands twice' as invariant, rows
+    select 'rollouts: a key occurs twice' as invariant, rows
     from rollouts_twice
     union all
     select 'rollouts: lists are not as long as the response', rows
@@ -239,7 +239,7 @@ final as (
     select 'rollouts: a sample of a group is missing', rows
     from samples_missing
     union all
-    select 'rewards: a key stands twice', rows
+    select 'rewards: a key occurs twice', rows
     from rewards_twice
     union all
     select 'rewards: of a rollout that is not there', rows
@@ -251,7 +251,7 @@ final as (
     select 'rewards: not one row per rollout and reward', rows
     from unscored_without_row
     union all
-    select 'judgements: a key stands twice', rows
+    select 'judgements: a key occurs twice', rows
     from judgements_twice
     union all
     select 'judgements: of a reward that is not there', rows
@@ -278,7 +278,7 @@ final as (
     select 'updates: steps are not 0, 1, 2 ... once each', rows
     from steps_not_counted
     union all
-    select 'logprobs: a key stands twice', rows
+    select 'logprobs: a key occurs twice', rows
     from logprobs_twice
     union all
     select 'logprobs: of a rollout that is not kept', rows
