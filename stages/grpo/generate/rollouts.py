@@ -9,10 +9,13 @@ import pyarrow as pa
 
 from grpo import tables
 from grpo.errors import DataError
-from grpo.generate.engines.protocol import Group, Request
+from grpo.generate.engines.protocol import Group, Request, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SCHEMA = tables.schema("rollouts")
 
 
 @dataclass(frozen=True)
@@ -34,36 +37,28 @@ def rollouts_table(
     vocabulary_size: int,
     **constants: Any,
 ) -> pa.Table:
-    """One shard, a row per sample in key order; constants: iteration and the like, the same in every row.
+    """One shard, a row per sample in key order; groups[i] answers requests[i], constants are in every row.
 
-    groups[i] answers requests[i]. Raises DataError (exit 3) for what the learner could not trust.
+    Raises DataError (exit 3) for what the learner could not trust.
     """
-    for request, group in zip(requests, groups, strict=True):
-        if (found := len(group.samples)) != (wanted := len(request.seeds)):
-            where = f"generate: group (iteration, group_id) {(constants['iteration'], group.group_id)}"
-            raise DataError(f"{where}: the engine gave {found} samples for {wanted} seeds")
+    _check_counts(requests, groups, constants["iteration"])
     samples = [sample for group in groups for sample in group.samples]
     group_ids = [request.group_id for request in requests for _ in request.seeds]
     sample_ids = [number for request in requests for number in range(len(request.seeds))]
     lengths_B = np.array([len(sample.token_ids) for sample in samples], dtype=np.int32)
-    tokens_N = np.concatenate([sample.token_ids for sample in samples])
-    logprobs_N = np.concatenate([sample.logprobs for sample in samples])
+    tokens_N, logprobs_N = (
+        np.concatenate([getattr(s, name) for s in samples]) for name in ("token_ids", "logprobs")
+    )
     uneven = (lengths_B != [len(sample.logprobs) for sample in samples]).any()  # in sum they may be even
-    if uneven or _problem(tokens_N, logprobs_N, vocabulary_size):
+    if uneven or _problem(tokens_N, logprobs_N, vocabulary_size):  # all at once; then whose it is
         for group_id, sample_id, sample in zip(group_ids, sample_ids, samples, strict=True):
-            if problem := _problem(sample.token_ids, sample.logprobs, vocabulary_size):
-                where = f"(iteration, group_id, sample_id) {(constants['iteration'], group_id, sample_id)}"
-                raise DataError(f"generate: rollout {where}: {problem}")
+            _check(sample, (constants["iteration"], group_id, sample_id), vocabulary_size)
     columns = {
         "group_id": group_ids,
         "sample_id": sample_ids,
         "prompt_id": [draws.prompt_ids[group] for group in group_ids],
         "prompt": [draws.texts[group] for group in group_ids],
-        "response": tokenizer.batch_decode(
-            [sample.token_ids.tolist() for sample in samples],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        ),
+        "response": _texts(tokenizer, samples),
         "prompt_token_ids": [draws.token_ids[group] for group in group_ids],
         "response_token_ids": _ragged(tokens_N, lengths_B),
         "old_logprobs": _ragged(logprobs_N, lengths_B),
@@ -73,8 +68,27 @@ def rollouts_table(
         "seed": [seed for request in requests for seed in request.seeds],
     }
     columns |= {name: [value] * len(samples) for name, value in constants.items()}
-    schema = tables.schema("rollouts")
-    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def _check(sample: Sample, key: tuple[int, int, int], vocabulary_size: int) -> None:
+    if problem := _problem(sample.token_ids, sample.logprobs, vocabulary_size):
+        raise DataError(f"generate: rollout (iteration, group_id, sample_id) {key}: {problem}")
+
+
+def _texts(tokenizer: "PreTrainedTokenizerBase", samples: Sequence[Sample]) -> list[str]:
+    token_ids = [sample.token_ids.tolist() for sample in samples]
+    found: list[str] = tokenizer.batch_decode(
+        token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return found
+
+
+def _check_counts(requests: Sequence[Request], groups: Sequence[Group], iteration: int) -> None:
+    for request, group in zip(requests, groups, strict=True):
+        if (found := len(group.samples)) != (wanted := len(request.seeds)):
+            where = f"generate: group (iteration, group_id) {(iteration, group.group_id)}"
+            raise DataError(f"{where}: the engine gave {found} samples for {wanted} seeds")
 
 
 def _ragged(values_N: np.ndarray, lengths_B: np.ndarray) -> pa.ListArray:

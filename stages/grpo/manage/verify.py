@@ -95,19 +95,20 @@ def verify(run: Run) -> Report:
     if not report.damages and not report.stale:
         rows = sql.read([run], sql.own_text("sql/views/invariants")).to_pylist()
         report.broken = {row["invariant"]: row["rows"] for row in rows}
-        present = states(run)
-        report.stale = [
-            f"{name} of iteration {iteration}: {state.why}"
-            for iteration, by_stage in present.items()
-            for name, state in by_stage.items()
-            if state.name == "stale"
-        ]
-        report.stale += [
-            f"evaluation of policy {policy}: {state.why}"
-            for policy, state in evaluation_states(run, present).items()
-            if state.name == "stale"
-        ]
+        report.stale = _stale(run)
     return report
+
+
+def _stale(run: Run) -> list[str]:
+    present = states(run)
+    found = [
+        (f"{name} of iteration {iteration}", state)
+        for iteration, by_stage in present.items()
+        for name, state in by_stage.items()
+    ]
+    evaluated = evaluation_states(run, present)
+    found += [(f"evaluation of policy {policy}", state) for policy, state in evaluated.items()]
+    return [f"{what}: {state.why}" for what, state in found if state.name == "stale"]
 
 
 def discard_damaged(run: Run, report: Report) -> None:

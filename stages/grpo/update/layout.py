@@ -165,9 +165,9 @@ def first_fit(trees: Sequence[Tree], capacity: int) -> list[list[Tree]]:
 def build(rollouts: Rollouts, sequences: Sequence[Sequence[Tree]], device: str) -> MicroBatch:
     """The tensors of one micro-batch, on `device`."""
     width = max(map(_length, sequences))
-    shape = (len(sequences), width)
-    input_ids_SL, position_ids_SL, branch_SL = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-    tree_SL = np.full(shape, PADDING, dtype=np.int64)
+    grid = np.zeros((4, len(sequences), width), dtype=np.int64)  # one array: one transfer to the device
+    input_ids_SL, position_ids_SL, tree_SL, branch_SL = grid
+    tree_SL[:] = PADDING
     rows, places, targets, trees = [], [], [], []
     for s, sequence in enumerate(sequences):
         end = 0
@@ -185,25 +185,39 @@ def build(rollouts: Rollouts, sequences: Sequence[Sequence[Tree]], device: str) 
                 branch_SL[s, start:end] = branch
                 branches.append(slice(start, end))
                 counted = np.flatnonzero(rollouts.masks[row])
-                before = start - 1 + counted
-                before[counted == 0] = root + len(prompt) - 1
+                before = np.where(counted == 0, root + len(prompt), start + counted) - 1
                 rows.append(row)
                 places.append(s * width + before)
                 targets.append(response[counted])
             tree_SL[s, root:end] = t
             trees.append(Place(s, slice(root, root + len(prompt)), tuple(branches)))
-    index = np.array(rows, dtype=np.int64)
-    lengths_B = rollouts.num_tokens[index]
+    counted_N = np.concatenate(places), np.concatenate(targets).astype(np.int64)
+    return _on_device(rollouts, np.array(rows, dtype=np.int64), grid, counted_N, trees, device)
+
+
+def _on_device(
+    rollouts: Rollouts,
+    rows: np.ndarray,
+    grid: np.ndarray,
+    counted_N: tuple[np.ndarray, np.ndarray],
+    trees: list[Place],
+    device: str,
+) -> MicroBatch:
+    """grid: input_ids_SL, position_ids_SL, tree_SL and branch_SL; counted_N: places and targets."""
+    lengths_B = rollouts.num_tokens[rows]
+    temperature_N = np.repeat(rollouts.temperatures[rows], lengths_B)
+    input_ids_SL, position_ids_SL, tree_SL, branch_SL = torch.from_numpy(grid).to(device).unbind()
+    places_N, targets_N = (torch.from_numpy(values).to(device) for values in counted_N)
     return MicroBatch(
-        rows=index,
-        input_ids_SL=torch.from_numpy(input_ids_SL).to(device),
-        position_ids_SL=torch.from_numpy(position_ids_SL).to(device),
-        tree_SL=torch.from_numpy(tree_SL).to(device),
-        branch_SL=torch.from_numpy(branch_SL).to(device),
-        places_N=torch.from_numpy(np.concatenate(places)).to(device),
-        targets_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
+        rows=rows,
+        input_ids_SL=input_ids_SL,
+        position_ids_SL=position_ids_SL,
+        tree_SL=tree_SL,
+        branch_SL=branch_SL,
+        places_N=places_N,
+        targets_N=targets_N,
         lengths_B=torch.from_numpy(lengths_B).to(device),
-        temperature_N=torch.from_numpy(np.repeat(rollouts.temperatures[index], lengths_B)).float().to(device),
+        temperature_N=torch.from_numpy(temperature_N).float().to(device),
         trees=trees,
     )
 
