@@ -106,7 +106,7 @@ def test_a_reward_that_cannot_do_with_the_prompts_is_found_before_they_are_sampl
         (
             ["model", "--policy", "1"],
             2,
-            "evaluate: a checkpoint is measured from nothing; leave out --policy and --force",
+            "evaluate: a checkpoint takes neither --policy nor --force",
         ),
         (
             ["--policy", "7"],

@@ -282,7 +282,7 @@ def test_from_takes_the_evaluations_of_later_policies_along(measured: Path, grpo
     new = ["--set", "iterations=3", "--set", "update.learning_rate=0.02"]
     assert grpo("run", "--from", "1", *new)[2].startswith(
         "error: --from 1: of iteration 1 update and all of iteration 2 and the evaluation of policy 3"
-        " will be done again;"
+        " will be rerun;"
     )
     err = succeed(grpo, "run", "--from", "1", "--yes", *new)
     assert re.findall(r"^policy +([0-9]+) ", err, re.M) == ["2", "3"]

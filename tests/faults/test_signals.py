@@ -69,7 +69,7 @@ def test_the_second_signal_ends_it_at_once(
         while not list(folder.rglob("rewards-*")):
             time.sleep(0.01)
         os.kill(child.pid, number)
-        time.sleep(0.3)
+        time.sleep(1)  # two that come before Python looks are one
         os.kill(child.pid, number)
         code, _, err = child.wait()
         assert code == CODES[number], err

@@ -13,9 +13,11 @@ from grpo.generate.engines.choice import choose_engine, gpu_is_there
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
     """The answer of the driver is kept for a process; here every test asks again."""
-    gpu_is_there.cache_clear()
+    for asked in (gpu_is_there, choose_engine):
+        asked.cache_clear()
     yield
-    gpu_is_there.cache_clear()
+    for asked in (gpu_is_there, choose_engine):
+        asked.cache_clear()
 
 
 @pytest.mark.parametrize(

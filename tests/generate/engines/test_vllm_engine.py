@@ -385,7 +385,7 @@ def test_a_missing_or_unfit_vllm_names_the_command(monkeypatch: pytest.MonkeyPat
     ):
         vllm_version.check_version()
     monkeypatch.setattr(vllm_version, "version", lambda name: "0.23.1")
-    with pytest.raises(EngineError, match=r"vllm 0.23.1 is installed, 0.24 to 0.32 is right; pip install"):
+    with pytest.raises(EngineError, match=r"vllm 0.23.1 is installed, 0.24 to 0.33 is right; pip install"):
         vllm_version.check_version()
     monkeypatch.setattr(vllm_version, "version", lambda name: "0.25.1+cu130")
     vllm_version.check_version()
