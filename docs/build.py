@@ -71,7 +71,7 @@ def tables() -> str:
         "",
         "## iterations",
         "",
-        "A view. A mean over the steps is over the optimiser steps taken, each weighed by",
+        "A view. A mean over the steps is over the optimiser steps taken, each weighted by",
     ]
     lines += [
         "its response tokens; a number whose table is not there yet is null.",

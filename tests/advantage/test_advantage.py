@@ -6,6 +6,7 @@ import random
 import struct
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from hypothesis import strategies as st
 from tests import restatement
 from tests.conftest import Grpo
 
+import grpo as package
 from grpo import sql, tables
 from grpo.advantage import stage
 from grpo.advantage.plan import plan as planned
+from grpo.advantage.plan import shipped_sql
 from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
@@ -739,3 +742,16 @@ def test_samples_has_exactly_one_row_per_rollout(tmp_path: Path) -> None:
     assert column(after, "keep") == [True, True, False, False, False]
     assert column(after, "mismatch") == [0.0, None, None, None, None]
     assert column(after, "run") == ["small"] * 5
+
+
+def test_a_change_of_the_shipped_formula_is_a_change(
+    finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "advantage/advantage.sql"
+    assert set(shipped_sql()) == {name, "advantage/batch_deviation.sql", "sql/views/scored.sql"}
+    assert shipped_sql()[name] == sha256((Path(package.__file__).parent / name).read_bytes()).hexdigest()
+    changed = {**shipped_sql(), name: "0" * 64}
+    monkeypatch.setattr("grpo.advantage.plan.shipped_sql", lambda: changed)
+    code, _, err = grpo("advantage", "--iteration", "0")
+    assert code == 4
+    assert err.endswith(f"advantages: changed ({name}: its file changed); --force reruns it\n")

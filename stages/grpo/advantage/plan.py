@@ -1,5 +1,9 @@
 """advantage, planned: what the advantages of an iteration depend on."""
 
+from functools import cache
+from pathlib import Path
+
+import grpo
 from grpo.artifacts import Manifest, Plan, Run, lacking
 from grpo.artifacts.files import sha256_of
 from grpo.config.named_files import named_file
@@ -8,6 +12,7 @@ from grpo.errors import InputError
 NAME = "advantage"
 OUTPUT = "advantages"
 STAGE_VERSION = 2  # 2: sums of three rewards and more are compensated, which may change the last bit
+_SHIPPED = ("advantage/advantage.sql", "advantage/batch_deviation.sql", "sql/views/scored.sql")
 
 
 def plan(run: Run, iteration: int) -> Plan:
@@ -19,9 +24,9 @@ def plan(run: Run, iteration: int) -> Plan:
         raise InputError(f"{run.folder('rewards', iteration)}: {why}; {_way_on(rewards)}")
     if why := lacking(run, rollouts):
         raise InputError(f"{run.folder('rollouts', iteration)}: {why}; {_way_on(rollouts)}")
-    sources = {}
+    user_files = {**shipped_sql()}
     if config.sql is not None:
-        sources["advantage.sql"] = sha256_of(named_file(run.imports, "advantage.sql", config.sql))
+        user_files["advantage.sql"] = sha256_of(named_file(run.imports, "advantage.sql", config.sql))
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
@@ -29,8 +34,15 @@ def plan(run: Run, iteration: int) -> Plan:
         iteration=iteration,
         config={"advantage": config.model_dump()},
         inputs=_reads(run, iteration, rewards),
-        user_files=sources,
+        user_files=user_files,
     )
+
+
+@cache
+def shipped_sql() -> dict[str, str]:
+    """sha256 of the queries that ship with this stage: the formula may be changed there too."""
+    package = Path(grpo.__file__).parent
+    return {name: sha256_of(package / name) for name in _SHIPPED}
 
 
 def _way_on(manifest: Manifest) -> str:

@@ -93,7 +93,7 @@ def main() -> None:
         message = error.format_message()
         if not message:  # `grpo` alone: the help is printed already
             sys.exit(2)
-        _fail(f"{message.rstrip('.')}; see `grpo --help`", 2)
+        _fail(f"{message.rstrip('.?')}; see `grpo --help`", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", _INTERRUPTED)
     except BrokenPipeError:

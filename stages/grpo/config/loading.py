@@ -120,7 +120,7 @@ def _replaced(data: Any, parts: Sequence[str], value: Any) -> Any:
     return [_replaced(item, rest, value) if str(n) == first else item for n, item in enumerate(data)]
 
 
-_RENAMED = {"dynamic_sampling": "dynamic_sampling", "min_groups": "min_groups"}
+_RENAMED = {"resample": "dynamic_sampling", "until_groups_with_signal": "min_groups"}
 
 
 def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:

@@ -82,7 +82,7 @@ def write_weight_check(run: Run, learner: Learner, staging: Staging) -> FileReco
 
 
 def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Columns of `iterations` that `grpo status` shows: of the steps taken, means weighed by their tokens."""
+    """Columns of `iterations` that `grpo status` shows: of the steps taken, weighted by tokens."""
     taken = [row for row in rows if not row["skipped"]]
     tokens = sum(row["tokens"] for row in taken)
 
