@@ -318,6 +318,8 @@ def test_arguments_are_what_json_can_hold(refusal: Refuse, value: str) -> None:
     ("override", "message"),
     [
         ("foo", HINT),
+        ("score.rewards[0.weight=7", HINT),
+        ("rewards]0[.weight=7", HINT),
         ("k=", HINT),
         ("model= ", HINT),
         ("=v", HINT),

@@ -92,9 +92,13 @@ def _read(path: Path) -> Any:
     return {} if data is None else data
 
 
+_KEY = re.compile(r"[^.\[\]]+(\[[^.\[\]]+\])*(\.[^.\[\]]+(\[[^.\[\]]+\])*)*")
+"""`score.rewards[0].weight`: names, with the places of items of a list in brackets."""
+
+
 def _override(data: Any, override: str) -> Any:
     key, equals, text = override.partition("=")
-    if not equals or not key.strip() or not text.strip():
+    if not equals or not _KEY.fullmatch(key.strip()) or not text.strip():
         raise UsageError(f"--set {override}: expected key=value, such as --set update.learning_rate=1e-6")
     try:
         return _replaced(data, _parts(key), parse(f"value: {text}")["value"])
