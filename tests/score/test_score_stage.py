@@ -216,6 +216,12 @@ run = Run(folder / "artifacts", Config.model_validate_json(sys.argv[2]), folder,
 entry.app = lambda standalone_mode: work.run_stage(run, "score", "0", force=False)
 entry.main()
 """
+HANGS = """
+import threading
+from grpo.score.reward_model import RewardModel
+
+RewardModel._values = lambda *arguments: threading.Event().wait()
+"""
 
 
 def reward(function: str, **keys: Any) -> dict[str, Any]:
@@ -612,14 +618,13 @@ def test_a_reward_model_goes_on_at_the_next_shard(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_takes_too_long_ends_the_command(tmp_path: Path) -> None:
-    """A forward pass of any model takes more than a microsecond: that stands for one that hangs."""
     write_classifier(tmp_path / "rm")
-    run = opened(tmp_path, {"model": "./rm", "timeout_s": 1e-6}, max_tokens_per_batch=60)
+    run = opened(tmp_path, {"model": "./rm", "timeout_s": 0.2}, max_tokens_per_batch=60)
     arguments = [str(tmp_path), run.config.model_dump_json()]
-    done = subprocess.run([sys.executable, "-c", SCORE, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", HANGS + SCORE, *arguments], capture_output=True, text=True)
     assert done.returncode == EngineError.exit_code
     assert done.stderr.splitlines()[-1] == (
-        f"error: reward model {tmp_path}/rm: a batch of 2 rollouts took longer than timeout_s, 1e-06 s;"
+        f"error: reward model {tmp_path}/rm: a batch of 2 rollouts took longer than timeout_s, 0.2 s;"
         " allow it more, or fewer score.max_tokens_per_batch"
     )
     assert run.manifest("rewards", 0) is None
