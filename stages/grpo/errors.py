@@ -1,60 +1,48 @@
 """errors: what a user can do something about.
 
 Every mistake that is not a bug of ours is a GrpoError: one line that says where, what was found and what
-would be right. `main()` in cli/entry.py prints that line and exits with the code of the class; nothing else
-catches it.
+would be right. `main()` in cli/entry.py prints it and exits with the class's code; nothing else catches it.
 """
 
 
 class GrpoError(Exception):
     """A fault with a one-line message for the user; `exit_code` is the exit status of the command."""
 
-    exit_code = 1
+    exit_code: int
+
+    def __init_subclass__(cls, exit_code: int) -> None:
+        cls.exit_code = exit_code
 
 
-class UsageError(GrpoError):
+class UsageError(GrpoError, exit_code=2):
     """The configuration or the command line is wrong."""
 
-    exit_code = 2
 
-
-class DataError(GrpoError):
+class DataError(GrpoError, exit_code=3):
     """The user's data, or what a model produced, cannot be used."""
 
-    exit_code = 3
 
-
-class InputError(GrpoError):
+class InputError(GrpoError, exit_code=4):
     """Something a stage reads is missing, stale, or differs from what is configured."""
 
-    exit_code = 4
 
-
-class LockedError(GrpoError):
+class LockedError(GrpoError, exit_code=5):
     """Another process works on the run."""
 
-    exit_code = 5
 
-
-class CorruptError(GrpoError):
+class CorruptError(GrpoError, exit_code=6):
     """A committed file is not what its manifest says."""
 
-    exit_code = 6
 
-
-class ResourceError(GrpoError):
+class ResourceError(GrpoError, exit_code=7):
     """The machine has not enough of something (disk, memory)."""
 
-    exit_code = 7
 
-
-class EngineError(GrpoError):
+class EngineError(GrpoError, exit_code=8):
     """The engine, the learner or a reward failed while it worked."""
 
-    exit_code = 8
 
-
-class Interrupted(GrpoError):
+class Interrupted(GrpoError, exit_code=130):
     """The user asked to stop; what is committed stays. SIGINT exits 130, SIGTERM 143."""
 
     def __init__(self, signal_number: int) -> None:

@@ -147,7 +147,7 @@ JUDGES = [
     judge("api_key: sk-1", "judge.api_key: unknown key; did you mean api_key_env?"),
     judge("rubric: ''", "judge.rubric: is empty; give the question, or a file that holds it"),
     # and what only the run can see
-    judge("rubric: none.md", "none.md: No such file or directory", STARTED),
+    judge("rubric: none.md", "none.md: no such file", STARTED),
     judge(
         "rubric: 'Rate it'",
         "score.rewards: judge: rubric: has no {response}, so every rollout would get the s",

@@ -77,7 +77,7 @@ def test_a_template_that_cannot_render_a_prompt_names_it(template: str, reason: 
 def test_a_template_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     config = PromptsConfig(source="p.jsonl", chat_template="my.jinja")
     not_utf8 = "not UTF-8; save the file as UTF-8"
-    for content, reason in ((None, "No such file or directory"), (b"\xff", not_utf8)):
+    for content, reason in ((None, "no such file"), (b"\xff", not_utf8)):
         if content is not None:
             (tmp_path / "my.jinja").write_bytes(content)
         with pytest.raises(UsageError) as caught:

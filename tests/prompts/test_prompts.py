@@ -16,7 +16,6 @@ from grpo.errors import DataError, InputError, UsageError
 from grpo.models import starter_model
 from grpo.prompts import table as prompts
 from grpo.prompts.chat import Chat, encode, render
-from grpo.prompts.rows import _normalise
 from grpo.prompts.source import Row
 from grpo.prompts.table import draw, prepare
 
@@ -539,13 +538,9 @@ def test_the_configuration_says_what_it_is_by_default() -> None:
 
 
 @pytest.mark.parametrize("name", ["group_id", "run", "completions", "Run", "Prompt_ID"])
-def test_a_column_with_a_name_of_the_pipelines_own_is_refused(name: str) -> None:
-    config = PromptsConfig(source="p.jsonl")
-    with pytest.raises(DataError) as caught:
-        _normalise("p.jsonl:1", {"prompt": "a", name: 1}, config)
-    assert str(caught.value) == (
-        f"p.jsonl:1: column {name} is the pipeline's own; give yours another name, such as id"
-    )
+def test_a_column_with_a_name_of_the_pipelines_own_is_refused(tmp_path: Path, name: str) -> None:
+    message = refused(tmp_path, lambda: table(tmp_path, {"prompt": "a", name: 1}))
+    assert message == f"p.jsonl:1: column {name} is the pipeline's own; give yours another name, such as id"
 
 
 @pytest.mark.parametrize("name", ["system", "user"])

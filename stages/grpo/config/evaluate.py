@@ -1,13 +1,14 @@
 """config.evaluate: the evaluate section of pipeline.yaml: what every few policies are measured on."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from grpo.config.prompts import PromptsConfig
-from grpo.config.section import Count, Section
+from grpo.config.section import Count, Section, must
 
 PASS_THRESHOLD = 1.0
+_GREEDY_OR_NOT = must(lambda value: not 0 < value < 0.01, "must be 0 (greedy) or at least 0.01")
 
 
 class EvaluateConfig(Section):
@@ -23,7 +24,7 @@ class EvaluateConfig(Section):
     """Policies whose number is a multiple of this are measured, the starting one and the last one too."""
     samples_per_prompt: Annotated[int, Field(ge=1, le=2**20)] = 4
     """n, responses per prompt: pass@k is known for k up to it. Greedy: 1."""
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0), _GREEDY_OR_NOT] | None = None
     """Sampling temperature, 0 (greedy) or >= 0.01; null: generate.temperature."""
     max_new_tokens: Count | None = None
     """Tokens sampled at most per response; null: generate.max_new_tokens."""
@@ -32,18 +33,10 @@ class EvaluateConfig(Section):
     pass_threshold: float = PASS_THRESHOLD
     """A response passes where that reward is at least this."""
 
-    @field_validator("temperature")
-    @classmethod
-    def _samples_or_not(cls, temperature: float | None) -> float | None:
-        if temperature is not None and 0 < temperature < 0.01:
-            raise ValueError("must be 0 (greedy) or at least 0.01")
-        return temperature
-
-    @model_validator(mode="after")
-    def _greedy_is_one(self) -> "EvaluateConfig":
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError where the same response would be sampled again and again."""
         if self.temperature == 0 and self.samples_per_prompt > 1:
             raise ValueError(
                 f"samples_per_prompt: {self.samples_per_prompt} at temperature 0 would be the same response"
                 " each time; set it to 1, or give a temperature"
             )
-        return self

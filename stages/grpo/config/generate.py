@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from grpo.config.section import Count, Section, plain
+from grpo.config.section import Count, Plain, Section
 
 
 class DynamicSamplingConfig(Section):
@@ -23,7 +23,7 @@ class GenerateConfig(Section):
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """auto: vllm where it is installed and a GPU is there, else transformers, the built-in engine."""
-    engine_options: dict[str, Any] = Field({})
+    engine_options: Plain = Field({})
     """vLLM's own engine arguments, such as gpu_memory_utilization, tensor_parallel_size, max_num_seqs, dtype
     or quantization. dtype: float32 on a CPU and bfloat16 on a GPU unless given."""
     prompts_per_iteration: Annotated[int, Field(ge=1, le=2**20)] = 32
@@ -55,36 +55,24 @@ class GenerateConfig(Section):
     dynamic_sampling: DynamicSamplingConfig | None = None
     """Sample rounds of further prompts until enough groups have signal; null: one round."""
 
-    @field_validator("engine_options")
-    @classmethod
-    def _plain(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return plain(options)
-
     def truncation(self) -> str:
         """The key that cuts the distribution, the first of them; empty: none does."""
         cuts = {"top_p": self.top_p < 1, "top_k": self.top_k is not None, "min_p": self.min_p > 0}
         return next((name for name, does in cuts.items() if does), "")
 
-    @model_validator(mode="after")
-    def _can_be_reached(self) -> "GenerateConfig":
-        if self.dynamic_sampling is None:
-            return self
-        wanted, most = self.dynamic_sampling.min_groups, self.dynamic_sampling.max_rounds
-        if wanted > most * self.prompts_per_iteration:
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError for rounds that cannot reach their aim, and for a distribution that is cut."""
+        rounds, at_a_time = self.dynamic_sampling, self.prompts_per_iteration
+        if rounds is not None and rounds.min_groups > rounds.max_rounds * at_a_time:
             raise ValueError(
-                f"dynamic_sampling.min_groups: {wanted} are more than the {self.prompts_per_iteration}"
-                f" groups of prompts_per_iteration times max_rounds {most}; lower it, or raise those"
+                f"dynamic_sampling.min_groups: {rounds.min_groups} are more than the {at_a_time} groups of"
+                f" prompts_per_iteration times max_rounds {rounds.max_rounds}; lower it, or raise those"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _whole_distribution(self) -> "GenerateConfig":
-        if given := self.truncation():
-            if not self.allow_truncated_sampling:
-                raise ValueError(
-                    f"{given} cuts the distribution the policy is sampled from, which biases the"
-                    " importance ratio; leave it out, or set allow_truncated_sampling: true"
-                )
-            if self.engine == "transformers":
-                raise ValueError(f"{given} needs engine: vllm; the built-in engine samples from all tokens")
-        return self
+        given = self.truncation()
+        if given and not self.allow_truncated_sampling:
+            raise ValueError(
+                f"{given} cuts the distribution the policy is sampled from, which biases the"
+                " importance ratio; leave it out, or set allow_truncated_sampling: true"
+            )
+        if given and self.engine == "transformers":
+            raise ValueError(f"{given} needs engine: vllm; the built-in engine samples from all tokens")

@@ -3,26 +3,31 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from grpo.config.section import Count, NonNegative, Positive, Section, plain
+from grpo.config.section import Count, NonNegative, Plain, Positive, Section, must
 
 SCORE_LINE = r"^Score: *(-?[0-9]+(?:\.[0-9]+)?) *$"
 # Where and how fast it is asked, not what: another of these changes no reward.
 TRANSPORT = frozenset({"url", "api_key_env", "concurrency", "requests_per_minute", "retries"})
 # How an answer is read: another of these reads the answers again that are there.
 READING = frozenset({"pattern", "grades", "scale"})
-_URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")
+_IS_URL = must(
+    re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?").fullmatch,
+    "expected http(s)://host[:port]/path without a user, a query or a key in it",
+)
+_IS_TEXT = must(str.strip, "is empty; give the question, or a file that holds it")
+_RISES = must(lambda scale: scale[0] < scale[1], "expected [lowest, highest], the lowest first")
 
 
 class JudgeConfig(Section):
     """A language model that scores a rollout by a rubric, through POST /chat/completions."""
 
-    url: str
+    url: Annotated[str, _IS_URL]
     """Base URL of the endpoint, such as http://127.0.0.1:8000/v1. Another changes no reward."""
     model: str
     """Name of the model at the endpoint."""
-    rubric: str
+    rubric: Annotated[str, _IS_TEXT]
     """What it is asked, once per rollout: text, or a .md or .txt file, with {response} and perhaps {prompt},
     {answer} or any column in braces; {{word}} is {word} itself."""
     pattern: str = SCORE_LINE
@@ -30,13 +35,13 @@ class JudgeConfig(Section):
     answer. It may match several times if all give the same; no match is an error of its row, never a 0."""
     grades: dict[str, float] = Field({})
     """What the text found counts: {CORRECT: 1.0, INCORRECT: 0.0}; any other is an error. Empty: a number."""
-    scale: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    scale: Annotated[list[float], Field(min_length=2, max_length=2), _RISES] | None = None
     """[lowest, highest] score: the reward is 0 to 1 between them, one outside is an error. null: as it is."""
     temperature: NonNegative | None = 0.0
     """Sampling temperature, >= 0; null: not sent, for models that refuse it."""
     max_tokens: Count | None = 512
     """Tokens of an answer; null: not sent, for models that refuse it."""
-    extra_body: dict[str, Any] = Field({})
+    extra_body: Plain = Field({})
     """More fields of the request, as the endpoint knows them: {top_p: 0.9}, {structured_outputs: {...}}."""
     api_key_env: str | None = None
     """Environment variable that holds the key; null: none is needed. The key itself is never written down."""
@@ -47,20 +52,6 @@ class JudgeConfig(Section):
     retries: Annotated[int, Field(ge=0, le=100)] = 5
     """Times a request is repeated after status 408, 409, 429 or 5xx, a time-out or a lost connection, with
     growing pauses or what Retry-After asks for; 0: never, at most 100."""
-
-    @field_validator("url")
-    @classmethod
-    def _is_plain_url(cls, url: str) -> str:
-        if not _URL.fullmatch(url):
-            raise ValueError("expected http(s)://host[:port]/path without a user, a query or a key in it")
-        return url
-
-    @field_validator("rubric")
-    @classmethod
-    def _is_not_empty(cls, rubric: str) -> str:
-        if not rubric.strip():
-            raise ValueError("is empty; give the question, or a file that holds it")
-        return rubric
 
     @field_validator("pattern")
     @classmethod
@@ -75,31 +66,18 @@ class JudgeConfig(Section):
             )
         return pattern
 
-    @field_validator("scale")
-    @classmethod
-    def _rises(cls, scale: list[float] | None) -> list[float] | None:
-        if scale is not None and scale[0] >= scale[1]:
-            raise ValueError("expected [lowest, highest], the lowest first")
-        return scale
-
     @field_validator("extra_body")
     @classmethod
-    def _plain(cls, extra_body: dict[str, Any]) -> dict[str, Any]:
-        ours = {
-            "model": "model",
-            "messages": "rubric",
-            "temperature": "temperature",
-            "max_tokens": "max_tokens",
-        }
+    def _has_nothing_of_ours(cls, extra_body: dict[str, Any]) -> dict[str, Any]:
+        ours = {"messages": "rubric"} | {key: key for key in ("model", "temperature", "max_tokens")}
         for name in extra_body:
             if name in ours:
                 raise ValueError(f"{name} has a key of its own, {ours[name]}")
-        if {"stream", "n"} & set(extra_body):
-            raise ValueError("stream and n cannot be set: one whole answer is read")
-        return plain(extra_body)
+            if name in ("stream", "n"):
+                raise ValueError("stream and n cannot be set: one whole answer is read")
+        return extra_body
 
-    @model_validator(mode="after")
-    def _one_reading(self) -> "JudgeConfig":
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError where two keys say what an answer counts."""
         if self.grades and self.scale is not None:
             raise ValueError("grades say what an answer counts, and so does scale; give one of them")
-        return self

@@ -5,9 +5,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from grpo.config.model import Config
 from grpo.config.update import OBJECTIVES
@@ -22,7 +22,22 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises UsageError (exit 2), one line: file, place, what was found, what would be right.
     """
-    return validated(_read(path), path, overrides)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; give a configuration with -c FILE") from None
+    except UnicodeDecodeError as error:
+        lines = error.object[: error.start].split(b"\n")
+        raise UsageError(
+            f"{path}:{len(lines)}:{len(lines[-1]) + 1}: not UTF-8; save the file as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        data = parse(text)
+    except YamlError as error:
+        raise UsageError(f"{path}{error.place}: {error}") from None
+    return validated({} if data is None else data, path, overrides)
 
 
 def validated(data: Any, path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -74,24 +89,6 @@ def overridden_keys(config: Config) -> list[str]:
     ]
 
 
-def _read(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; give a configuration with -c FILE") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        column = error.start - (error.object.rfind(b"\n", 0, error.start) + 1) + 1
-        raise UsageError(f"{path}:{line}:{column}: not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        data = parse(text)
-    except YamlError as error:
-        raise UsageError(f"{path}{error.place}: {error}") from None
-    return {} if data is None else data
-
-
 _KEY = re.compile(r"[^.\[\]]+(\[[^.\[\]]+\])*(\.[^.\[\]]+(\[[^.\[\]]+\])*)*")
 """`score.rewards[0].weight`: names, with the places of items of a list in brackets."""
 
@@ -124,7 +121,7 @@ def _replaced(data: Any, parts: Sequence[str], value: Any) -> Any:
     return [_replaced(item, rest, value) if str(n) == first else item for n, item in enumerate(data)]
 
 
-_RENAMED = {"resample": "dynamic_sampling", "until_groups_with_signal": "min_groups"}
+_FORMER_NAMES = {"resample": "dynamic_sampling", "until_groups_with_signal": "min_groups"}
 
 
 def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
@@ -134,30 +131,30 @@ def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> st
     """
     problems = error.errors(include_url=False)
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    location = list(first["loc"])
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    place, found = first["loc"], json.dumps(first["input"], default=str)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        name = str(location[-1])
-        near = difflib.get_close_matches(_RENAMED.get(name, name), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-        text = f"unknown key; {hint}"
+        known, name = _keys_at(place[:-1]), str(place[-1])
+        near = difflib.get_close_matches(_FORMER_NAMES.get(name, name), known, n=1)
+        text = (
+            f"unknown key; did you mean {near[0]}?"
+            if near
+            else f"unknown key; known keys: {', '.join(known)}"
+        )
     elif first["type"] == "model_type":
-        text = f"expected a section with keys, found {json.dumps(first['input'], default=str)}"
+        text = f"expected a section with keys, found {found}"
     elif first["type"] == "missing":
         text = "is required and missing"
     else:
         text = first["msg"].removeprefix("Value error, ")
         text = text[0].lower() + text[1:]
         if not isinstance(first["input"], dict | list):
-            found = json.dumps(first["input"], default=str)
             text += f", found {_CREDENTIALS.sub('://***@', found)}"
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    where = _where(location, path, overrides)
-    return f"{where}{key}: {text}{more}" if key else f"{where}{text}{more}"
+    return f"{_where(place, path, overrides)}{key}{': ' if key else ''}{text}{more}"
 
 
-def _where(location: list[int | str], path: Path, overrides: Sequence[str]) -> str:
+def _where(location: tuple[int | str, ...], path: Path, overrides: Sequence[str]) -> str:
     """Who gave the value at a place: `--set` that or a section it is in, the file, or both a part each."""
     place = [str(part) for part in location]
     parts = [_parts(override.partition("=")[0]) for override in overrides]
@@ -166,20 +163,12 @@ def _where(location: list[int | str], path: Path, overrides: Sequence[str]) -> s
     return f"{path} with --set: " if any(part[: len(place)] == place for part in parts) else f"{path}: "
 
 
-def _fields_at(location: list[int | str]) -> list[str]:
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     """Names of the keys known at a place of the configuration."""
-    model: type[BaseModel] = Config
+    model: Any = Config
     for part in location:
-        if isinstance(part, int):
-            continue
-        annotation: Any = model.model_fields[part].annotation
-        model = _model_of(TypeAdapter(annotation).core_schema)
+        if isinstance(part, str):
+            model = model.model_fields[part].annotation
+            while not hasattr(model, "model_fields"):  # a section that may be null, or a list of sections
+                model = get_args(model)[0]
     return list(model.model_fields)
-
-
-def _model_of(schema: Any) -> type[BaseModel]:
-    """The pydantic model inside a core schema: of the field itself, or of a list's items."""
-    while schema["type"] != "model":
-        schema = schema.get("items_schema") or schema["schema"]
-    found: type[BaseModel] = schema["cls"]
-    return found

@@ -76,18 +76,14 @@ class Config(Section):
         settings = OBJECTIVES.get(str(sections["update"].get("objective", "grpo")), {})
         return {**data, **{name: {**settings.get(name, {}), **given} for name, given in sections.items()}}
 
-    @model_validator(mode="after")
-    def _pass_reward_is_there(self) -> "Config":
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError where one section asks for what another does not give."""
         wanted = self.evaluate.pass_reward if self.evaluate else None
         names = [reward.name for reward in self.score.rewards]
         if wanted is not None and wanted not in names:
             raise ValueError(
                 f"evaluate.pass_reward: no reward is named {wanted}; there are {', '.join(names)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _warm_up_ends(self) -> "Config":
         update = self.update
         num_steps = self.iterations * update.epochs * update.steps_per_iteration
         if update.warmup_steps > num_steps:
@@ -96,4 +92,3 @@ class Config(Section):
                 " the run (iterations * update.epochs * update.steps_per_iteration); lower it, or raise"
                 " `iterations`"
             )
-        return self

@@ -1,28 +1,18 @@
 """config.prompts: the prompts section of pipeline.yaml: what is sampled from."""
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from grpo.config.section import Section, plain
+from grpo.config.section import Plain, Section
 
 BUILT_IN = ("arithmetic", "arithmetic_held_out")  # tasks of our own, by name
 FILE_SUFFIXES = (".jsonl", ".csv", ".parquet")
-_OWN_ARGUMENTS = (  # of apply_chat_template: the pipeline gives these itself, or needs what they would change
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "max_length",
-    "messages",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-    "tokenizer_kwargs",
-    "truncation",
-)
+# Of apply_chat_template: what the pipeline gives itself, and what would change what it needs.
+_GIVEN = ("add_generation_prompt", "chat_template", "conversation", "messages", "tokenize")
+_NEEDED = ("continue_final_message", "max_length", "padding", "return_assistant_tokens_mask", "return_dict")
+_OWN_ARGUMENTS = {*_GIVEN, *_NEEDED, "return_tensors", "tokenizer_kwargs", "truncation"}
 
 
 class ColumnsConfig(Section):
@@ -56,7 +46,7 @@ class PromptsConfig(Section):
     """System message placed before each prompt; null: none. Needs chat prompts."""
     chat_template: str | None = None
     """A file with the chat template (Jinja), relative to the configuration; null: the tokenizer's own."""
-    chat_template_arguments: dict[str, Any] = Field({})
+    chat_template_arguments: Plain = Field({})
     """Variables for the chat template, such as `{enable_thinking: false}`; one that the template does not
     know is an error. Empty: the template's own defaults."""
     on_long_prompt: Literal["error", "skip"] = "error"
@@ -65,20 +55,19 @@ class PromptsConfig(Section):
     @property
     def is_file(self) -> bool:
         """Whether the source is a single file, by its name."""
-        return self.source.endswith(FILE_SUFFIXES)
+        return Path(self.source).suffix in FILE_SUFFIXES
 
     @field_validator("chat_template_arguments")
     @classmethod
     def _are_the_template_s(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        if own := [name for name in _OWN_ARGUMENTS if name in arguments]:
+        if own := sorted(_OWN_ARGUMENTS & arguments.keys()):
             raise ValueError(
                 f"{own[0]} is the pipeline's own; give variables of the template, such as enable_thinking"
             )
-        return plain(arguments)
+        return arguments
 
-    @model_validator(mode="after")
-    def _one_table_has_no_splits(self) -> "PromptsConfig":
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError for a split or a subset of what is one table."""
         if (self.is_file or self.source in BUILT_IN) and (self.split != "train" or self.subset is not None):
             key = "split" if self.subset is None else "subset"
             raise ValueError(f"{key}: {self.source} has no {key}s; leave it out, or name a data set")
-        return self

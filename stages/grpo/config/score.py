@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from grpo.config.judge import JudgeConfig
-from grpo.config.section import Count, Section, plain
+from grpo.config.section import Count, Plain, Section
 
 MODEL_TIMEOUT_S = 3600.0  # a batch of a large reward model on a CPU takes minutes, and is no hang
 
@@ -23,43 +23,33 @@ class RewardConfig(Section):
     """Name in the tables; empty: the function's or the directory's name, or `judge`. Unique."""
     weight: float = 1.0
     """Weight in the sum. 0: computed and stored, changes nothing: the way to compare rewards."""
-    arguments: dict[str, Any] = Field({})
+    arguments: Plain = Field({})
     """Keyword arguments handed to the function."""
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0
     """Seconds, at most 1e6: of a function's call for one group, before its rollouts are tried one by one; of
     one request to a judge; of one batch of a reward model (3600 unless given), which ends the command."""
 
-    @field_validator("arguments")
-    @classmethod
-    def _plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        return plain(arguments)
-
     @model_validator(mode="before")
     @classmethod
-    def _name_it(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("name"):
+    def _name_and_time_it(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
             return data
-        if isinstance(data.get("function"), str):
-            return {**data, "name": data["function"].rpartition(":")[2]}
-        if isinstance(data.get("model"), str):
-            return {**data, "name": data["model"].rstrip("/").rpartition("/")[2]}
-        return data if data.get("judge") is None else {**data, "name": "judge"}
+        function, model, judge = (data.get(kind) for kind in ("function", "model", "judge"))
+        name = "" if judge is None else "judge"
+        if isinstance(model, str):
+            name = model.rstrip("/").rpartition("/")[2]
+        if isinstance(function, str):
+            name = function.rpartition(":")[2]
+        times = {} if model is None else {"timeout_s": MODEL_TIMEOUT_S}
+        return {**times, **data, "name": data.get("name") or name}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _time_it(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("model") is not None:
-            return {"timeout_s": MODEL_TIMEOUT_S, **data}
-        return data
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "RewardConfig":
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError unless it is of one kind, with what is of that kind."""
         if [self.function, self.model, self.judge].count(None) != 2:
             raise ValueError("exactly one of function, model and judge must be given")
         if self.function is None and self.arguments:
             kind = "reward model" if self.judge is None else "judge"
             raise ValueError(f"arguments are for functions; a {kind} takes none")
-        return self
 
 
 class ScoreConfig(Section):

@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from grpo.config.section import Count, NonNegative, Positive, Section
 
-# The keys an objective sets; the others of OBJECTIVES are written as what differs from it.
 _GRPO: dict[str, Any] = {
     "ratio": "token",
     "surrogate": "clip",
@@ -17,51 +16,28 @@ _GRPO: dict[str, Any] = {
     "kl_estimator": "k3",
     "old_logprobs": "sampled",
 }
-_BY_GROUP: dict[str, Any] = {"scale": "group", "drop_zero_variance": False}
 
-# What an objective sets, by section: the same keys for each. A key written by the user wins.
-OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
-    "grpo": {"update": _GRPO, "advantage": _BY_GROUP},
-    "grpo_sequence": {
-        "update": {
-            **_GRPO,
-            "ratio": "sequence",
-            "aggregate": "sequence_sum",
-            "kl_estimator": "k1",
-            "old_logprobs": "recomputed",
-        },
-        "advantage": _BY_GROUP,
-    },
-    "dr_grpo": {
-        "update": {**_GRPO, "aggregate": "constant", "kl_coefficient": 0.0},
-        "advantage": {**_BY_GROUP, "scale": "none"},
-    },
-    "dapo": {
-        "update": {**_GRPO, "clip_high": 0.28, "aggregate": "token_mean", "kl_coefficient": 0.0},
-        "advantage": {**_BY_GROUP, "drop_zero_variance": True},
-    },
-    "gspo": {
-        "update": {
-            **_GRPO,
-            "ratio": "sequence_mean",
-            "clip_low": 3e-4,
-            "clip_high": 4e-4,
-            "kl_coefficient": 0.0,
-            "old_logprobs": "recomputed",
-        },
-        "advantage": _BY_GROUP,
-    },
-    "cispo": {
-        "update": {
-            **_GRPO,
-            "surrogate": "cispo",
-            "clip_low": None,
-            "clip_high": 4.0,
-            "aggregate": "token_mean",
-            "kl_coefficient": 0.0,
-        },
-        "advantage": _BY_GROUP,
-    },
+
+def _sets(scale: str = "group", drop_zero_variance: bool = False, **update: Any) -> dict[str, dict[str, Any]]:
+    advantage = {"scale": scale, "drop_zero_variance": drop_zero_variance}
+    return {"update": _GRPO | update, "advantage": advantage}
+
+
+# What an objective sets, by section: the same keys for each, written as what differs from grpo. A key that
+# the user writes wins.
+OBJECTIVES = {
+    "grpo": _sets(),
+    "grpo_sequence": _sets(
+        ratio="sequence", aggregate="sequence_sum", kl_estimator="k1", old_logprobs="recomputed"
+    ),
+    "dr_grpo": _sets(aggregate="constant", kl_coefficient=0.0, scale="none"),
+    "dapo": _sets(clip_high=0.28, aggregate="token_mean", kl_coefficient=0.0, drop_zero_variance=True),
+    "gspo": _sets(
+        ratio="sequence_mean", clip_low=3e-4, clip_high=4e-4, kl_coefficient=0.0, old_logprobs="recomputed"
+    ),
+    "cispo": _sets(
+        surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token_mean", kl_coefficient=0.0
+    ),
 }
 
 # The cap of the sampler correction by its level, unless one is given: a mean over tokens strays far less.
@@ -164,14 +140,12 @@ class UpdateConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _cap_of_the_level(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        level = str(data.get("sampler_correction_level", "token"))
-        cap = SAMPLER_CORRECTION_CAPS.get(level, SAMPLER_CORRECTION_CAPS["token"])
-        return {"sampler_correction_cap": cap, **data}
+        if isinstance(data, dict) and data.get("sampler_correction_level") == "sequence_mean":
+            return {"sampler_correction_cap": SAMPLER_CORRECTION_CAPS["sequence_mean"], **data}
+        return data
 
-    @model_validator(mode="after")
-    def _surrogate_fits(self) -> "UpdateConfig":
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError where one key does not fit another."""
         if self.surrogate == "cispo" and self.ratio != "token":
             raise ValueError(
                 f"surrogate: cispo weighs each token's log-prob by the token's own ratio, found ratio:"
@@ -187,29 +161,19 @@ class UpdateConfig(Section):
                 f"delta: {self.delta} must be greater than 1 + clip_high = {1 + self.clip_high:g}, where the"
                 " ratio of a positive advantage is already clipped"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _replay_fits(self) -> "UpdateConfig":
         if self.replay_iterations and self.old_logprobs == "recomputed":
             raise ValueError(
                 f"replay_iterations: {self.replay_iterations} needs old_logprobs: sampled; recomputed takes"
                 " the present policy for the one that sampled, and every older rollout's ratio would be 1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _correction_fits(self) -> "UpdateConfig":
-        if self.sampler_correction == "none":
-            return self
-        if self.old_logprobs == "sampled":
+        correction = self.sampler_correction
+        if correction != "none" and self.old_logprobs == "sampled":
             raise ValueError(
-                f"sampler_correction: {self.sampler_correction} needs old_logprobs: recomputed; with sampled"
+                f"sampler_correction: {correction} needs old_logprobs: recomputed; with sampled"
                 " the ratio itself is to the sampler, and a weight of 1 is right: sampler_correction: none"
             )
-        if self.ratio != "token" and self.sampler_correction_level == "token":
+        if correction != "none" and self.ratio != "token" and self.sampler_correction_level == "token":
             raise ValueError(
                 f"ratio: {self.ratio} has one surrogate value per rollout, which weights per token do not"
                 " fit; set sampler_correction_level: sequence_mean"
             )
-        return self

@@ -7,7 +7,7 @@ from grpo.artifacts.files import sha256_of
 from grpo.config import EvaluateConfig
 from grpo.errors import UsageError
 from grpo.generate import plan as generate
-from grpo.prompts.chat import chat_of, template_path
+from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT, described
 from grpo.score import plan as score
 
@@ -52,9 +52,9 @@ def plan(run: Run, policy: int) -> Plan:
     sampled = generate.described(run.config.generate)
     size = run.config.generate.rollouts_per_shard
     sources = {**score.user_files_of(run), "evaluate.prompts": prompts.ids[HELD_OUT]}
-    if path := template_path(config.prompts, run.imports):
+    if config.prompts.chat_template is not None:
         chat_of(config.prompts, run.imports)  # says so where the file cannot be read
-        sources["evaluate.prompts.chat_template"] = sha256_of(path)
+        sources["evaluate.prompts.chat_template"] = sha256_of(run.imports / config.prompts.chat_template)
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,

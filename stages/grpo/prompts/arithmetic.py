@@ -4,26 +4,23 @@ Of the hundred prompts "0+0=" to "9+9=", twenty are held out: GRPO never draws t
 split is a rule, not a draw, so every machine and every version holds out the same sums.
 """
 
-DIGITS = range(10)
+from typing import Any
 
 
-def training_rows() -> list[dict[str, str]]:
+def training_rows() -> list[dict[str, Any]]:
     """Return the 80 sums that GRPO draws from, {"prompt": "3+4=", "answer": "7"}, ordered by their digits."""
-    return [_row(a, b) for a in DIGITS for b in DIGITS if not _is_held_out(a, b)]
+    return _rows(held_out=False)
 
 
-def held_out_rows() -> list[dict[str, str]]:
+def held_out_rows() -> list[dict[str, Any]]:
     """Return the 20 sums for evaluation; each digit stands twice on the left and twice on the right."""
-    return [_row(a, b) for a in DIGITS for b in DIGITS if _is_held_out(a, b)]
+    return _rows(held_out=True)
 
 
-def _is_held_out(a: int, b: int) -> bool:
+def _rows(held_out: bool) -> list[dict[str, Any]]:
     # 2 has an inverse modulo 5, so each digit is held out with exactly two partners on either side.
     # The remainder 1 leaves 0+0 and 1+9 in training. Only there do the sum ("0", "10") and the two digits
     # side by side ("00", "19") begin alike, so what the starter model must unlearn is its second token,
     # and no other prompt teaches that.
-    return (b - 2 * a) % 5 == 1
-
-
-def _row(a: int, b: int) -> dict[str, str]:
-    return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+    sums = [(a, b) for a in range(10) for b in range(10) if ((b - 2 * a) % 5 == 1) == held_out]
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums]

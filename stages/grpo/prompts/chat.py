@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import PromptsConfig
-from grpo.config.named_files import read_text
+from grpo.config.named_files import named_text
 from grpo.errors import DataError, InputError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -27,18 +27,11 @@ class Chat:
 
 def chat_of(config: PromptsConfig, folder: Path) -> Chat:
     """The chat template that `config` asks for. Raises UsageError (exit 2) where its file cannot be read."""
-    path = template_path(config, folder)
-    text = (
-        None
-        if path is None
-        else read_text(path, f"prompts.chat_template (a file with a Jinja template): {path}")
-    )
+    text = None
+    if config.chat_template is not None:
+        key = "prompts.chat_template (a file with a Jinja template)"
+        text = named_text(folder, key, config.chat_template)
     return Chat(text, config.chat_template_arguments)
-
-
-def template_path(config: PromptsConfig, folder: Path) -> Path | None:
-    """The configured file with a chat template, which may be missing; None: the tokenizer's own is used."""
-    return None if config.chat_template is None else folder / config.chat_template
 
 
 def render(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> str:
@@ -64,22 +57,10 @@ def render(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", chat: Chat
             **chat.arguments,
         )
     except (TemplateError, TypeError) as error:  # TypeError: an operation on a variable of the wrong type
-        where = f"prompt {row['prompt_id']}" if "prompt_id" in row else "a prompt"
-        raise DataError(f"prompts: the chat template cannot render {where}: {first_line(error)}") from None
+        raise DataError(
+            f"prompts: the chat template cannot render prompt {row['prompt_id']}: {first_line(error)}"
+        ) from None
     return str(text)
-
-
-def check_arguments(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> None:
-    """Raise UsageError (exit 2) for a variable that the template does not know: it would do nothing."""
-    template = str(chat.template or tokenizer.chat_template)
-    words = set(re.findall(r"[A-Za-z_]\w*", template))
-    for name in chat.arguments:
-        if name not in words:
-            near = difflib.get_close_matches(name, words, n=1)
-            hint = f"did you mean {near[0]}?" if near else "leave it out"
-            raise UsageError(
-                f"prompts.chat_template_arguments: {name}: the chat template has no such variable; {hint}"
-            )
 
 
 def encode(
@@ -89,16 +70,27 @@ def encode(
 
     Raises what render() does, and UsageError (exit 2) for a variable that the chat template does not know.
     """
-    if chat.arguments and any(row["messages"] is not None for row in rows):
-        check_arguments(tokenizer, chat)
+    are_text = [row["messages"] is None for row in rows]
+    if not all(are_text):
+        _check_arguments(tokenizer, chat)
     texts = [render(row, tokenizer, chat) for row in rows]
     token_ids: list[list[int]] = [[] for _ in rows]
-    for is_text in (True, False):
-        places = [place for place, row in enumerate(rows) if (row["messages"] is None) == is_text]
-        if places:
-            batch = tokenizer(
-                [texts[place] for place in places], add_special_tokens=is_text, padding=False, verbose=False
-            )
-            for place, ids in zip(places, batch.input_ids, strict=True):
-                token_ids[place] = list(ids)
+    for kind in set(are_text):
+        places = [place for place, is_text in enumerate(are_text) if is_text == kind]
+        batch = tokenizer(
+            [texts[place] for place in places], add_special_tokens=kind, padding=False, verbose=False
+        )
+        for place, ids in zip(places, batch.input_ids, strict=True):
+            token_ids[place] = list(ids)
     return texts, token_ids
+
+
+def _check_arguments(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> None:
+    """Refuse a variable that the template does not know: it would do nothing."""
+    words = set(re.findall(r"[A-Za-z_]\w*", str(chat.template or tokenizer.chat_template)))
+    for name in sorted(chat.arguments.keys() - words):
+        near = difflib.get_close_matches(name, words, n=1)
+        hint = f"did you mean {near[0]}?" if near else "leave it out"
+        raise UsageError(
+            f"prompts.chat_template_arguments: {name}: the chat template has no such variable; {hint}"
+        )

@@ -2,8 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,18 +42,15 @@ def arrow_rows(
                 f"{where}: column {field.name} holds images or other media (a struct of bytes and path), and"
                 " prompts are text only; leave the column out (in `datasets`: remove_columns)"
             )
-    number = count(1)
-    for batch in batches:
-        for row in batch.to_pylist():
-            yield f"{place}: row {next(number)}", row
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from ((f"{place}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _holds_media(kind: pa.DataType) -> bool:
     """Whether images, sound or the like are in it, at any depth: `datasets` has them all in one form."""
     inner = {kind.field(number).name: kind.field(number).type for number in range(kind.num_fields)}
-    if inner.keys() == {"bytes", "path"} and pa.types.is_binary(inner["bytes"]):
-        return True
-    return any(_holds_media(each) for each in inner.values())
+    is_media = inner.keys() == {"bytes", "path"} and pa.types.is_binary(inner["bytes"])
+    return is_media or any(map(_holds_media, inner.values()))
 
 
 def folder_digest(path: Path, split: str) -> str:
@@ -64,14 +59,11 @@ def folder_digest(path: Path, split: str) -> str:
     Of what save_to_disk writes only the tables of the split count: what is beside them has a fingerprint that
     is drawn anew. Of any other folder every file counts but hidden ones, as README.md may say what is read.
     """
-    if _is_saved(path):
-        root = path / split if (path / _SAVED_SPLITS).is_file() else path
-        found = root.glob("*.arrow")
-    else:
-        root, found = path, path.rglob("*")
-    names = {file.relative_to(root): file for file in found if file.is_file()}
-    visible = {name: file for name, file in names.items() if not any(p.startswith(".") for p in name.parts)}
-    return digest([[name.as_posix(), sha256_of(visible[name])] for name in sorted(visible)])
+    root = path / split if (path / _SAVED_SPLITS).is_file() else path
+    found = root.glob("*.arrow") if _is_saved(path) else path.rglob("*")
+    names = sorted(file.relative_to(root) for file in found if file.is_file())
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return digest([[name.as_posix(), sha256_of(root / name)] for name in visible])
 
 
 def _is_saved(path: Path) -> bool:
@@ -96,12 +88,20 @@ def _open(config: PromptsConfig, folder: Path) -> "Dataset":
         raise UsageError(
             f"prompts.source: {name}: needs the library `datasets`; pip install 'grpo-stages[data]'"
         ) from None
-    with _loading(config):
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
         if not on_hub and _is_saved(path):
             return _split_of(config, datasets.load_from_disk(str(path)))
-        return datasets.load_dataset(
-            name if on_hub else str(path.absolute()), config.subset, split=config.split
-        )
+        where = name if on_hub else str(path.absolute())
+        return datasets.load_dataset(where, config.subset, split=config.split)
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        what = f"{name} (subset {config.subset})" if config.subset else name
+        raise DataError(f"prompts.source: {what}: cannot be loaded: {reason}") from None
 
 
 def _split_of(config: PromptsConfig, saved: Any) -> "Dataset":
@@ -115,24 +115,3 @@ def _split_of(config: PromptsConfig, saved: Any) -> "Dataset":
     if config.split not in saved:
         raise ValueError(f"has no split {config.split}; there are {', '.join(saved)} (prompts.split)")
     return saved[config.split]
-
-
-@contextmanager
-def _loading(config: PromptsConfig) -> Iterator[None]:
-    """Bars only where a terminal is, and errors of the library as DataError (exit 3), one line."""
-    import datasets
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    bars = not datasets.utils.are_progress_bars_disabled()
-    if bars and not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        yield
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        what = f"{config.source} (subset {config.subset})" if config.subset else config.source
-        raise DataError(f"prompts.source: {what}: cannot be loaded: {reason}") from None
-    finally:
-        if bars:
-            datasets.enable_progress_bars()

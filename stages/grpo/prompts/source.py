@@ -20,9 +20,7 @@ from grpo.errors import DataError, first_line
 from grpo.prompts.arithmetic import held_out_rows, training_rows
 from grpo.prompts.dataset import arrow_rows, dataset_rows, folder_digest
 
-_FIELD_CHARACTERS = 2**31 - 1
 Row = dict[str, Any]
-_BUILT_IN_ROWS = dict(zip(BUILT_IN, (training_rows, held_out_rows), strict=True))
 
 
 def read_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
@@ -30,15 +28,12 @@ def read_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
 
     Raises DataError (exit 3) for a missing file, a bad line, or an unknown format.
     """
-    if config.source in BUILT_IN:
-        rows = _BUILT_IN_ROWS[config.source]()
-        yield from ((f"{config.source}:{n}", dict(row)) for n, row in enumerate(rows, start=1))
-        return
     path = folder / config.source
-    if path.suffix in _READERS:
-        if not path.is_file():
-            raise DataError(f"prompts.source: {path}: no such file")
-        yield from _READERS[path.suffix](path)
+    if config.source in BUILT_IN:
+        rows = training_rows() if config.source == BUILT_IN[0] else held_out_rows()
+        yield from ((f"{config.source}:{n}", row) for n, row in enumerate(rows, start=1))
+    elif config.is_file:
+        yield from _READERS[path.suffix](_existing(path))
     elif path.is_file():
         raise DataError(f"prompts.source: {config.source}: expected a file ending in {', '.join(_READERS)}")
     else:
@@ -55,9 +50,13 @@ def source_digest(config: PromptsConfig, folder: Path) -> str | None:
         return None
     if path.is_dir():
         return folder_digest(path, config.split)
+    return sha256_of(_existing(path))
+
+
+def _existing(path: Path) -> Path:
     if not path.is_file():
         raise DataError(f"prompts.source: {path}: no such file")
-    return sha256_of(path)
+    return path
 
 
 def _text(path: Path) -> Iterator[tuple[int, str]]:
@@ -76,7 +75,10 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         if not line.strip():
             continue
         try:
-            row = _json(line.rstrip())  # a line's end would move the place of an error into the next
+            row = _JSON.decode(line.rstrip())  # a line's end would move the place of an error into the next
+            json.dumps(row, ensure_ascii=False).encode()
+            if not isinstance(row, dict):
+                raise ValueError(f'expected an object such as {{"prompt": ...}}, found {type(row).__name__}')
         except json.JSONDecodeError as error:
             problem = f"not JSON: {error.msg} at column {error.colno}"
         except RecursionError:
@@ -86,18 +88,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         except ValueError as error:  # one of ours, or a number of too many digits with advice behind it
             problem = str(error).partition(";")[0]
         else:
-            if isinstance(row, dict):
-                yield f"{path}:{number}", row
-                continue
-            problem = f'expected an object such as {{"prompt": ...}}, found {type(row).__name__}'
+            yield f"{path}:{number}", row
+            continue
         raise DataError(f"{path}:{number}: {problem}") from None
-
-
-def _json(line: str) -> Any:
-    """A JSON document. Raises ValueError, also for what Python takes and JSON or UTF-8 does not."""
-    found = json.loads(line, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
-    json.dumps(found, ensure_ascii=False).encode()
-    return found
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
@@ -114,8 +107,12 @@ def _finite(number: str) -> float:
     raise ValueError("holds NaN or Infinity, which is no JSON")
 
 
+# Refuses what Python takes and JSON does not.
+_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+
+
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(_FIELD_CHARACTERS)  # of the whole process, 128 KiB at first: a document is longer
+    csv.field_size_limit(2**31 - 1)  # of the whole process, 128 KiB at first: a document is longer
     # strict: a quote that is never closed would swallow the rows behind it.
     reader = csv.DictReader((line for _, line in _text(path)), strict=True)
     try:

@@ -1,7 +1,7 @@
 """table: the user's rows -> the `prompts` table, once per run; and which of them an iteration draws."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from grpo.artifacts.files import sha256_of
 from grpo.config import PromptsConfig
 from grpo.config.prompts import BUILT_IN
 from grpo.errors import DataError, InputError, UsageError
-from grpo.prompts.chat import chat_of, template_path
+from grpo.prompts.chat import chat_of
 from grpo.prompts.rows import normalised
 from grpo.prompts.source import Row, source_digest
 
@@ -47,19 +47,17 @@ def plan(run: Run, output: str = OUTPUT, kept: Manifest | None = None) -> Plan:
         sources = {name: sha256 for name, sha256 in kept.user_files.items() if name == "prompts.source"}
     elif found := source_digest(config, run.imports):
         sources = {"prompts.source": found}
-    if path := template_path(config, run.imports):
+    if config.chat_template is not None:
         chat_of(config, run.imports)  # says so where the file cannot be read
-        sources["prompts.chat_template"] = sha256_of(path)
+        sources["prompts.chat_template"] = sha256_of(run.imports / config.chat_template)
     return Plan(output, STAGE_VERSION, output, None, {"prompts": described(run, output)}, {}, sources)
 
 
 def described(run: Run, output: str = OUTPUT) -> dict[str, Any]:
     """All that counts of a section; of a file or folder it is the content, not the name."""
     config = config_of(run, output)
-    by_content = config.source not in BUILT_IN and (
-        source_is_gone(run, output) or not is_on_hub(config, run.imports)
-    )
-    return config.model_dump(exclude={"source"} if by_content else set())
+    by_name = is_on_hub(config, run.imports) and not source_is_gone(run, output)
+    return config.model_dump(exclude=set() if by_name or config.source in BUILT_IN else {"source"})
 
 
 def is_on_hub(config: PromptsConfig, folder: Path) -> bool:
@@ -78,11 +76,9 @@ def source_is_gone(run: Run, output: str = OUTPUT) -> bool:
     if not is_on_hub(config, run.imports):
         return True
     manifest = run.manifest(output, None)
-    return (
-        manifest is not None
-        and manifest.summary.get("source") == config.source
-        and "source" not in manifest.config["prompts"]
-    )
+    if manifest is None or manifest.summary.get("source") != config.source:
+        return False
+    return "source" not in manifest.config["prompts"]
 
 
 def prepare(
@@ -101,7 +97,8 @@ def prepare(
     config = config_of(run, output)
     records: list[FileRecord] = []
     ids, skipped, longest, schema, chats = set[str](), 0, 0, None, False
-    for chunk in _chunks(normalised(config, run.imports)):
+    rows = normalised(config, run.imports)
+    while chunk := list(islice(rows, _ROWS_PER_SHARD)):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
         kept = _usable(chunk, num_tokens, room, config, ids)
         skipped += len(chunk) - len(kept)
@@ -125,11 +122,6 @@ def prepare(
         )
     summary = {"skipped": skipped, "longest_prompt_tokens": longest, "source": config.source}
     return staging.commit(Product({output: id_of(records)}, records, summary))
-
-
-def _chunks(rows: Iterator[tuple[str, Row]]) -> Iterator[list[tuple[str, Row]]]:
-    while chunk := list(islice(rows, _ROWS_PER_SHARD)):
-        yield chunk
 
 
 def _usable(
@@ -161,26 +153,20 @@ def draw(num_prompts: int, seed: int, iteration: int, count: int) -> np.ndarray:
 
     Each pass over the data is a permutation of its own; iteration i takes positions i * count onwards.
     """
-    positions = np.arange(iteration * count, (iteration + 1) * count)
-    drawn = np.empty(count, dtype=np.int64)
-    for number in np.unique(positions // num_prompts):
-        order = np.random.default_rng([seed, int(number)]).permutation(num_prompts)
-        here = positions // num_prompts == number
-        drawn[here] = order[positions[here] % num_prompts]
-    return drawn
+    passes, places = np.divmod(np.arange(iteration * count, (iteration + 1) * count), num_prompts)
+    orders = {n: np.random.default_rng([seed, n]).permutation(num_prompts) for n in set(passes.tolist())}
+    return np.array([orders[n][place] for n, place in zip(passes.tolist(), places, strict=True)])
 
 
-def _column(rows: list[Row], name: str) -> pa.Array:
-    """A column of the user's own in the type that its values have."""
+def _type_of(rows: list[Row], name: str) -> pa.DataType:
+    """The type that the values of a column of the user's own have."""
     try:
-        return pa.array([row.get(name) for row in rows])
+        return pa.array([row.get(name) for row in rows]).type
     except OverflowError:
-        raise DataError(
-            f"prompts.source: column {name} holds integers outside -2^63 to 2^63 - 1; make them text"
-        ) from None
+        problem = "integers outside -2^63 to 2^63 - 1; make them text"
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        problem = f"column {name} holds values of several types: {error}"
-        raise DataError(f"prompts.source: {problem}") from None
+        problem = f"values of several types: {error}"
+    raise DataError(f"prompts.source: column {name} holds {problem}")
 
 
 def _depth(data_type: pa.DataType) -> int:
@@ -198,7 +184,7 @@ def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
                 f"prompts.source: columns {alike[0]} and {alike[1]} differ by case alone, which SQL does not"
                 " tell apart; rename one"
             )
-        found = pa.schema([*fixed, *((name, _column(rows, name).type) for name in names)])
+        found = pa.schema([*fixed, *((name, _type_of(rows, name)) for name in names)])
         if deep := [field.name for field in found if _depth(field.type) > _MAX_DEPTH]:
             raise DataError(
                 f"prompts.source: column {deep[0]} holds lists or objects nested more than {_MAX_DEPTH} deep"
