@@ -16,12 +16,12 @@ from grpo.config import load as load_config
 from grpo.console import Console
 from grpo.pipeline import stages
 from grpo.pipeline.resources import Resources
-from grpo.pipeline.stages import Stage, Work
+from grpo.pipeline.stages import Stage, StageModule
 
 
-def fake(**functions: Any) -> Work:
+def fake(**functions: Any) -> StageModule:
     """The heavy half of a stage that has these functions alone."""
-    return cast(Work, SimpleNamespace(**functions))
+    return cast(StageModule, SimpleNamespace(**functions))
 
 
 def test_the_resource_of_the_stage_before_leaves_when_the_next_one_starts(project: Path) -> None:
