@@ -11,7 +11,7 @@ import typer
 from grpo.errors import CorruptError, UsageError
 
 if TYPE_CHECKING:
-    from grpo.artifacts import Run
+    from grpo.artifacts import ActiveRun
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration.")]
 Set = Annotated[list[str], typer.Option("--set", help="Override a key: --set update.learning_rate=1e-6")]
@@ -20,17 +20,17 @@ Name = Annotated[str, typer.Argument(help="Name of a run; default: that of the c
 CONFIG = Path("pipeline.yaml")
 
 
-def configured(path: Path, overrides: Sequence[str], quiet: bool = False) -> "Run":
+def configured(path: Path, overrides: Sequence[str], quiet: bool = False) -> "ActiveRun":
     """The run of a configuration, which need not be there yet."""
-    from grpo.artifacts import ARTIFACTS, Run
+    from grpo.artifacts import ARTIFACTS, ActiveRun
     from grpo.config import load
     from grpo.console import Console
 
-    return Run(ARTIFACTS, load(path, overrides), path.absolute().parent, Console(quiet))
+    return ActiveRun(ARTIFACTS, load(path, overrides), path.absolute().parent, Console(quiet))
 
 
 @contextmanager
-def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
+def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["ActiveRun"]:
     """The run of a configuration, locked and prepared for work."""
     from grpo.pipeline.prepare import prepare
     from grpo.pipeline.restart import finish_start_over
@@ -42,7 +42,7 @@ def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
 
 
 @contextmanager
-def locked(opened: "Run") -> Iterator["Run"]:
+def locked(opened: "ActiveRun") -> Iterator["ActiveRun"]:
     """A run that nobody else works on, with every commit finished that a crash cut off."""
     from grpo.artifacts import roll_forward
 
@@ -51,12 +51,12 @@ def locked(opened: "Run") -> Iterator["Run"]:
         yield opened
 
 
-def reading(name: str, path: Path, overrides: Sequence[str] = (), damaged: bool = False) -> "Run":
+def reading(name: str, path: Path, overrides: Sequence[str] = (), damaged: bool = False) -> "ActiveRun":
     """A run to read: that of the configuration, or by name with the configuration it was created with.
 
     `overrides` apply to either. damaged: of the former, run.json need only be there.
     """
-    from grpo.artifacts import ARTIFACTS, Run, created_config, open_run, require_run
+    from grpo.artifacts import ARTIFACTS, ActiveRun, created_config, open_run, require_run
     from grpo.console import Console
 
     if not name and not path.exists():
@@ -73,10 +73,10 @@ def reading(name: str, path: Path, overrides: Sequence[str] = (), damaged: bool 
             raise
         way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={name} --discard` sets it aside"
         raise CorruptError(f"{error}; {way}") from None
-    return Run(ARTIFACTS, created, path.absolute().parent, Console())
+    return ActiveRun(ARTIFACTS, created, path.absolute().parent, Console())
 
 
-def reading_all(names: list[str], path: Path) -> list["Run"]:
+def reading_all(names: list[str], path: Path) -> list["ActiveRun"]:
     """Each of the named runs once, to read; that of the configuration where none is named."""
     return [reading(name, path) for name in dict.fromkeys(names or [""])]
 
