@@ -128,11 +128,7 @@ def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
             4,
             "artifacts/tiny/iteration=000002/rollouts: missing; run `grpo generate --iteration 2` first",
         ),
-        (
-            ["run", "--until", "-1"],
-            2,
-            "Invalid value for '--until': -1 is not in the range x>=0; see `grpo --help`",
-        ),
+        (["run", "--until", "-1"], 2, "--until -1: expected a number of iterations, 0 or more"),
         (["run", "--from", "7"], 2, "--from 7: run tiny has no iteration 7; it has iterations 0 to 1"),
         (["show", "--iteration", "9"], 2, "--iteration 9: run tiny has rollouts of 0 to 1"),
         (

@@ -18,11 +18,8 @@ def status(
     """Show iterations x stages: done, partial, stale, changed, missing; reward, KL, length, seconds."""
     from grpo.inspect.status import describe, print_status
 
-    opened = options.reading(name, config, set_)
-    if as_json:
-        options.print_json(describe(opened))
-    else:
-        print_status(opened, every)
+    found = describe(options.reading(name, config, set_))
+    options.answer(as_json, found, lambda: print_status(found, every))
 
 
 def sql(
@@ -82,10 +79,7 @@ def compare(
 
     subjects = choose(a, b, run, lambda name: options.reading(name, config))
     result = describe(subjects, a, b, iteration, examples)
-    if as_json:
-        options.print_json(result)
-    else:
-        print_comparison(result)
+    options.answer(as_json, result, lambda: print_comparison(result))
 
 
 def report(
@@ -99,6 +93,4 @@ def report(
     """Write a self-contained HTML report: curves, pass rate by prompt, every rollout; runs overlaid."""
     from grpo.inspect.report import write
 
-    result = write(options.reading_all(names, config), out, png, rollouts)
-    if as_json:
-        options.print_json(result)
+    options.answer(as_json, write(options.reading_all(names, config), out, png, rollouts))

@@ -20,10 +20,7 @@ def doctor(
     from grpo.manage.doctor import examine, print_report
 
     report = examine(options.configured(config, set_, as_json), model)
-    if as_json:
-        options.print_json(report.describe())
-    else:
-        print_report(report)
+    options.answer(as_json, report.describe(), lambda: print_report(report))
     raise typer.Exit(report.exit_code)
 
 
@@ -44,10 +41,8 @@ def verify(
         report = verify_run(opened)
         if discard:
             discard_damaged(opened, report)
-    if as_json:
-        options.print_json({"run": opened.name, **report.describe()})
-    else:
-        print_report(opened, report, discard)
+    document = {"run": opened.name, **report.describe()}
+    options.answer(as_json, document, lambda: print_report(opened, report, discard))
     raise typer.Exit(report.exit_code)
 
 
@@ -64,10 +59,8 @@ def gc(
     opened = options.reading(name, config, set_)
     with nullcontext() if dry_run else options.locked(opened):
         found = garbage(opened) if dry_run else collect(opened)
-    if as_json:
-        options.print_json(describe(found, opened, dry_run))
-    else:
-        print_garbage(found, opened, dry_run)
+    document = describe(found, opened, dry_run)
+    options.answer(as_json, document, lambda: print_garbage(found, opened, dry_run))
 
 
 def init(
@@ -78,11 +71,10 @@ def init(
     from grpo.manage.init import create
 
     paths = create(folder)
-    if as_json:
-        options.print_json({"folder": str(folder), "files": [path.name for path in paths]})
-    else:
-        there = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
-        typer.echo(f"made {', '.join(map(str, paths))}; next: {there}grpo run", err=True)
+    there = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
+    made = f"made {', '.join(map(str, paths))}; next: {there}grpo run"
+    document = {"folder": str(folder), "files": [path.name for path in paths]}
+    options.answer(as_json, document, lambda: typer.echo(made, err=True))
 
 
 def export(
@@ -107,8 +99,7 @@ def export(
     if push is not None:
         result["url"] = exports.push(out, push)
         opened.console.say(f"uploaded to {result['url']}")
-    if as_json:
-        options.print_json(result)
+    options.answer(as_json, result)
 
 
 def fork(
@@ -126,8 +117,6 @@ def fork(
     settings = [*set_, f"run={new}"]
     forked = options.configured(config, settings, as_json)
     result = fork_run(options.reading(source, config), forked, iteration)
-    if as_json:
-        options.print_json({"run": new, "from": source, **result})
-    else:
-        again = shlex.join(part for text in settings for part in ("--set", text))
-        forked.console.say(f"{describe(source, new, result)}; next: grpo run {again}")
+    again = shlex.join(part for text in settings for part in ("--set", text))
+    forked.console.say(f"{describe(source, new, result)}; next: grpo run {again}")
+    options.answer(as_json, {"run": new, "from": source, **result})

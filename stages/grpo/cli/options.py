@@ -1,7 +1,7 @@
 """cli.options: what most commands begin with: their common options, and the run that these name."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +81,9 @@ def reading_all(names: list[str], path: Path) -> list["ActiveRun"]:
     return [reading(name, path) for name in dict.fromkeys(names or [""])]
 
 
-def print_json(document: Any) -> None:
-    """Print the one document of `--json`."""
-    print(json.dumps(document, indent=1, allow_nan=False, default=str))
+def answer(as_json: bool, document: Any, show: Callable[[], object] = lambda: None) -> None:
+    """Print the one document of `--json`, or show a person what is in it."""
+    if as_json:
+        print(json.dumps(document, indent=1, allow_nan=False, default=str))
+    else:
+        show()

@@ -20,7 +20,7 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Rerun even if the ou
 def run(
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006 - typer reads the default, nothing changes it
-    until: Annotated[int | None, typer.Option(help="Stop when N iterations are complete.", min=0)] = None,
+    until: Annotated[int | None, typer.Option(help="Stop when N iterations are complete.")] = None,
     from_: Annotated[int | None, typer.Option("--from", help="Rerun what is stale from N on.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="With --from: do not ask.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show the resolved configuration and what is done.")] = False,
@@ -38,6 +38,8 @@ def run(
             raise UsageError("--dry-run and --from cannot be combined: --from N lists its changes and asks")
         work.dry_run(options.configured(config, set_, as_json))
         return
+    if until is not None and until < 0:
+        raise UsageError(f"--until {until}: expected a number of iterations, 0 or more")
     with options.working(config, set_, as_json) as opened:
         until = opened.config.iterations if until is None else until
         if from_ is not None:
@@ -45,8 +47,8 @@ def run(
         with reporting(opened, until) as (iteration, policy):
             worked = work.run(opened, until, iteration, policy)
         found = [numbers_of(opened, policy) for policy in opened.evaluations()]
-    if as_json:
-        options.print_json({"run": opened.name, "iterations": until, "worked": worked, "evaluations": found})
+    document = {"run": opened.name, "iterations": until, "worked": worked, "evaluations": found}
+    options.answer(as_json, document)
 
 
 def evaluate(
@@ -68,9 +70,8 @@ def evaluate(
         raise UsageError("evaluate: a checkpoint takes neither --policy nor --force")
     evaluations.check_out(out)
     if checkpoint:
-        with options.locked(
-            work.checkpoint_run(options.configured(config, set_, as_json), checkpoint)
-        ) as opened:
+        run = work.checkpoint_run(options.configured(config, set_, as_json), checkpoint)
+        with options.locked(run) as opened:
             prepare(opened)
             work.evaluate(opened, None, False)
             what, found = checkpoint, {"checkpoint": opened.config.model}
@@ -81,10 +82,7 @@ def evaluate(
             policy = work.evaluate(opened, policy, force)
             found = {"run": opened.name, **evaluations.delivered(opened, policy, out)}
             what = f"policy {policy} of run {opened.name}"
-    if as_json:
-        options.print_json(found)
-    else:
-        evaluations.print_evaluation(what, found)
+    options.answer(as_json, found, lambda: evaluations.print_evaluation(what, found))
 
 
 def _stage_command(name: str, summary: str) -> Callable[..., None]:
@@ -99,8 +97,7 @@ def _stage_command(name: str, summary: str) -> Callable[..., None]:
 
         with options.working(config, set_, as_json) as opened:
             result = run_stage(opened, name, iteration, force)
-        if as_json:
-            options.print_json(result)
+        options.answer(as_json, result)
 
     command.__name__, command.__doc__ = name, summary
     return command
@@ -124,8 +121,7 @@ def score(
         raise UsageError("--only-failed and --force cannot be combined: one keeps rows, the other reruns all")
     with options.working(config, set_, as_json) as opened:
         result = run_stage(opened, "score", iteration, force, only_failed)
-    if as_json:
-        options.print_json(result)
+    options.answer(as_json, result)
 
 
 advantage = _stage_command("advantage", "Stage 3: rollouts + rewards -> advantages.")

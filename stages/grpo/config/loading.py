@@ -65,16 +65,13 @@ def differing_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = 
     """One text for each key whose value differs: `key: old -> new`, `key: added` or `key: removed`."""
     texts = []
     for key in dict.fromkeys([*before, *after]):
-        path = f"{prefix}{key}"
         old, new = before.get(key), after.get(key)
-        if key not in before:
-            texts.append(f"{path}: added")
-        elif key not in after:
-            texts.append(f"{path}: removed")
-        elif isinstance(old, dict) and isinstance(new, dict):
-            texts += differing_keys(old, new, f"{path}.")
+        if isinstance(old, dict) and isinstance(new, dict):
+            texts += differing_keys(old, new, f"{prefix}{key}.")
+        elif key not in before or key not in after:
+            texts.append(f"{prefix}{key}: {'added' if key in after else 'removed'}")
         elif old != new:
-            texts.append(f"{path}: {json.dumps(old)} -> {json.dumps(new)}")
+            texts.append(f"{prefix}{key}: {json.dumps(old)} -> {json.dumps(new)}")
     return texts
 
 

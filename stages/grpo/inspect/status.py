@@ -70,9 +70,8 @@ def line_of(run: ActiveRun, iteration: int) -> str:
     return f"iteration {iteration:>4}  {'  '.join(known)}  {times['seconds'] or 0:.2f} s{speed}"
 
 
-def print_status(run: ActiveRun, every: bool) -> None:
+def print_status(data: dict[str, Any], every: bool) -> None:
     """Print the table: the last iterations, or all with `every`; then why something is not done."""
-    data = describe(run)
     rows = data["iterations"]
     shown = rows if every else rows[-_ROWS_SHOWN:]
     columns = ["iteration", *(stage.name for stage in STAGES), "reward", "kl", "length", "mismatch"]
@@ -88,7 +87,7 @@ def print_status(run: ActiveRun, every: bool) -> None:
         for row in shown
     ]
     console = stdout_console()
-    console.print(table(columns, cells, title=f"run {run.name}: stages with their seconds"))
+    console.print(table(columns, cells, title=f"run {data['run']}: stages with their seconds"))
     if len(rows) > len(shown):
         console.print(f"{len(rows) - len(shown)} earlier iterations not shown (--all)", style="dim")
     _print_reasons(console, rows)

@@ -108,10 +108,7 @@ def _split_of(config: PromptsConfig, saved: Any) -> "Dataset":
     """The configured split of what save_to_disk saved: several tables by name, or one without a name."""
     if config.subset is not None:
         raise ValueError("a saved data set has no subsets; leave prompts.subset out")
-    if not isinstance(saved, dict):
-        if config.split not in ("train", str(saved.split)):
-            raise ValueError(f"holds one table, not a split {config.split}; leave prompts.split out")
-        return saved
-    if config.split not in saved:
-        raise ValueError(f"has no split {config.split}; there are {', '.join(saved)} (prompts.split)")
-    return saved[config.split]
+    tables = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
+    if config.split not in tables:
+        raise ValueError(f"has no split {config.split}; there are {', '.join(tables)} (prompts.split)")
+    return tables[config.split]
