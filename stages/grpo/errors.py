@@ -8,7 +8,7 @@ would be right. `main()` in cli/entry.py prints it and exits with the class's co
 class GrpoError(Exception):
     """A fault with a one-line message for the user; `exit_code` is the exit status of the command."""
 
-    exit_code: int
+    exit_code = 1
 
     def __init_subclass__(cls, exit_code: int) -> None:
         cls.exit_code = exit_code

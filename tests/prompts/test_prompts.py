@@ -143,7 +143,7 @@ def test_columns_that_sql_does_not_tell_apart_are_refused(tmp_path: Path) -> Non
     rows = [{"prompt": "a", "Level": 1}, {"prompt": "b", "level": 2}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
     assert message == (
-        "prompts.source: columns Level and level differ by case alone, which SQL does not tell apart;"
+        "prompts.source: p.jsonl: columns Level and level differ by case alone, which SQL does not tell apart;"
         " rename one"
     )
 
@@ -307,7 +307,7 @@ def _made(folder: Path) -> Path:
 def test_a_column_of_several_types_is_refused(tmp_path: Path, first: Any, second: Any) -> None:
     rows = [{"prompt": "a", "x": first}, {"prompt": "b", "x": second}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
-    assert message.startswith("prompts.source: column x holds values of several types: ")
+    assert message.startswith("prompts.source: p.jsonl: column x holds values of several types: ")
 
 
 def test_a_column_that_parquet_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_column_that_begins_in_a_later_shard_is_not_lost(
     rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "late": 1}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
     assert message == (
-        "prompts.source: column late is of type int64 only behind the first 2 rows;"
+        "prompts.source: p.jsonl: column late is of type int64 only behind the first 2 rows;"
         " give every row the same columns, of the same types"
     )
 
@@ -403,7 +403,7 @@ def test_a_type_that_widens_in_a_later_shard_is_refused(
     rows = [{"prompt": "a", "x": first}, {"prompt": "b", "x": later}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
     assert message == (
-        f"prompts.source: column x is of type {found} only behind the first 1 rows;"
+        f"prompts.source: p.jsonl: column x is of type {found} only behind the first 1 rows;"
         " give every row the same columns, of the same types"
     )
 
@@ -414,7 +414,7 @@ def test_a_type_that_changes_in_a_later_shard_is_refused(
     monkeypatch.setattr(prompts, "_ROWS_PER_SHARD", 1)
     rows = [{"prompt": "a", "x": "one"}, {"prompt": "b", "x": 1}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
-    assert message.startswith("prompts.source: a column holds values of several types: ")
+    assert message.startswith("prompts.source: p.jsonl: Unable to merge: Field x has incompatible types: string vs int64")
 
 
 def test_a_narrower_value_in_a_later_shard_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

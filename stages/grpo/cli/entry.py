@@ -44,9 +44,7 @@ def _print_versions(asked: bool) -> None:
     raise typer.Exit
 
 
-_VERSION = typer.Option(
-    "--version", callback=_print_versions, is_eager=True, help="Show the versions and exit."
-)
+_VERSION = typer.Option("--version", callback=_print_versions, is_eager=True, help="Show versions and exit.")
 
 
 @app.callback()

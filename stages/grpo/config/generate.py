@@ -14,8 +14,7 @@ class DynamicSamplingConfig(Section):
     """Groups whose scored rewards differ, over all rounds of an iteration, that make another round needless;
     at most prompts_per_iteration * max_rounds."""
     max_rounds: Annotated[int, Field(ge=1, le=1024)]
-    """Rounds at most, the first included, 1 to 1,024; 1: no other. Training then continues with what it has,
-    and says so."""
+    """Rounds at most, 1 (no other) to 1,024. Training then continues with what it has, and says so."""
 
 
 class GenerateConfig(Section):
@@ -33,8 +32,7 @@ class GenerateConfig(Section):
     max_new_tokens: Count = 128
     """Tokens sampled at most per response, the end-of-sequence token included."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
-    """Sampling temperature, >= 0.01, the least that vLLM takes as it is. Log-probs are those of the tempered
-    distribution."""
+    """Sampling temperature, >= 0.01, vLLM's least. Log-probs are those of the tempered distribution."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the likeliest tokens that together have this probability; 1: from all. vllm only."""
     top_k: Count | None = None

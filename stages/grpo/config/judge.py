@@ -61,9 +61,7 @@ class JudgeConfig(Section):
         except re.error as error:
             raise ValueError(f"is not a regular expression: {error}") from None
         if groups != 1:
-            raise ValueError(
-                f"needs exactly one group, the score; this one has {groups}; (?:...) is not a group"
-            )
+            raise ValueError(f"needs exactly one group, the score, but has {groups}; (?:...) is not a group")
         return pattern
 
     @field_validator("extra_body")

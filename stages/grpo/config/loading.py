@@ -28,9 +28,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{path}: no such file; give a configuration with -c FILE") from None
     except UnicodeDecodeError as error:
         lines = error.object[: error.start].split(b"\n")
-        raise UsageError(
-            f"{path}:{len(lines)}:{len(lines[-1]) + 1}: not UTF-8; save the file as UTF-8"
-        ) from None
+        place = f"{path}:{len(lines)}:{len(lines[-1]) + 1}"
+        raise UsageError(f"{place}: not UTF-8; save the file as UTF-8") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -132,11 +131,8 @@ def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> st
     if first["type"] == "extra_forbidden":
         known, name = _keys_at(place[:-1]), str(place[-1])
         near = difflib.get_close_matches(_FORMER_NAMES.get(name, name), known, n=1)
-        text = (
-            f"unknown key; did you mean {near[0]}?"
-            if near
-            else f"unknown key; known keys: {', '.join(known)}"
-        )
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        text = f"unknown key; {hint}"
     elif first["type"] == "model_type":
         text = f"expected a section with keys, found {found}"
     elif first["type"] == "missing":

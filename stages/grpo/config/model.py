@@ -78,12 +78,10 @@ class Config(Section):
 
     def model_post_init(self, context: Any, /) -> None:
         """Raise ValueError where one section asks for what another does not give."""
-        wanted = self.evaluate.pass_reward if self.evaluate else None
+        name = self.evaluate.pass_reward if self.evaluate else None
         names = [reward.name for reward in self.score.rewards]
-        if wanted is not None and wanted not in names:
-            raise ValueError(
-                f"evaluate.pass_reward: no reward is named {wanted}; there are {', '.join(names)}"
-            )
+        if name is not None and name not in names:
+            raise ValueError(f"evaluate.pass_reward: no reward is named {name}; there are {', '.join(names)}")
         update = self.update
         num_steps = self.iterations * update.epochs * update.steps_per_iteration
         if update.warmup_steps > num_steps:

@@ -68,7 +68,6 @@ class ScoreConfig(Section):
     @classmethod
     def _unique(cls, rewards: list[RewardConfig]) -> list[RewardConfig]:
         names = [reward.name for reward in rewards]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two rewards are named {name}; give one of them another `name`")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two rewards are named {twice[0]}; give one of them another `name`")
         return rewards

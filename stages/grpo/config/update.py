@@ -54,8 +54,7 @@ class LoraConfig(Section):
     """Low-rank adapters that are trained in place of the weights (arXiv 2106.09685)."""
 
     rank: Annotated[int, Field(ge=1, le=2**14)]
-    """Rank of the two matrices of an adapter, 1 to 16,384; above the smaller side of a weight more of it adds
-    nothing."""
+    """Rank of an adapter's two matrices, 1 to 16,384; above a weight's smaller side more adds nothing."""
     alpha: Annotated[float, Field(gt=0, le=LARGEST)]
     """An adapter's output is scaled by alpha / rank; > 0, at most 1e6."""
     targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
@@ -107,8 +106,7 @@ class UpdateConfig(Section):
     """The learning rate after warm-up, over all optimiser steps of the run: as it is, or falling to 0 in a
     line or in half a cosine."""
     warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Optimiser steps over which the learning rate rises linearly from 0; 0: none, and at most those of the
-    run."""
+    """Optimiser steps over which the learning rate rises linearly from 0, at most those of the run; 0: none."""
     betas: Betas = Field([0.9, 0.999])
     """AdamW's decay rates of the first and second moment."""
     adam_epsilon: Positive = 1e-8
@@ -132,8 +130,7 @@ class UpdateConfig(Section):
     gradient_checkpointing: bool = False
     """true: activations are computed again in the backward pass: less memory, more time, the same result."""
     prompt_sharing: Literal["auto", "off"] = "auto"
-    """auto: a group's prompt goes through the model once for its K responses, where the model allows it.
-    off: once for each."""
+    """auto: a group's prompt goes through the model once for its K responses, where that works. off: K times."""
     lora: LoraConfig | None = None
     """Train low-rank adapters; null: all weights."""
 

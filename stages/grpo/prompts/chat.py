@@ -48,19 +48,12 @@ def render(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", chat: Chat
             "prompts: are chat messages, but the model's tokenizer has no chat template; give one:"
             " prompts.chat_template"
         )
+    settings = {"chat_template": chat.template, "tokenize": False, "add_generation_prompt": True}
     try:
-        text = tokenizer.apply_chat_template(
-            row["messages"],
-            chat_template=chat.template,
-            tokenize=False,
-            add_generation_prompt=True,
-            **chat.arguments,
-        )
+        return str(tokenizer.apply_chat_template(row["messages"], **settings, **chat.arguments))
     except (TemplateError, TypeError) as error:  # TypeError: an operation on a variable of the wrong type
-        raise DataError(
-            f"prompts: the chat template cannot render prompt {row['prompt_id']}: {first_line(error)}"
-        ) from None
-    return str(text)
+        problem = f"the chat template cannot render prompt {row['prompt_id']}: {first_line(error)}"
+        raise DataError(f"prompts: {problem}") from None
 
 
 def encode(
@@ -77,9 +70,8 @@ def encode(
     token_ids: list[list[int]] = [[] for _ in rows]
     for kind in set(are_text):
         places = [place for place, is_text in enumerate(are_text) if is_text == kind]
-        batch = tokenizer(
-            [texts[place] for place in places], add_special_tokens=kind, padding=False, verbose=False
-        )
+        batch_texts = [texts[place] for place in places]
+        batch = tokenizer(batch_texts, add_special_tokens=kind, padding=False, verbose=False)
         for place, ids in zip(places, batch.input_ids, strict=True):
             token_ids[place] = list(ids)
     return texts, token_ids
@@ -91,6 +83,5 @@ def _check_arguments(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> None:
     for name in sorted(chat.arguments.keys() - words):
         near = difflib.get_close_matches(name, words, n=1)
         hint = f"did you mean {near[0]}?" if near else "leave it out"
-        raise UsageError(
-            f"prompts.chat_template_arguments: {name}: the chat template has no such variable; {hint}"
-        )
+        problem = f"{name}: the chat template has no such variable; {hint}"
+        raise UsageError(f"prompts.chat_template_arguments: {problem}")

@@ -21,9 +21,9 @@ _ROWS_PER_BATCH = 1000
 
 def dataset_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of the configured split. Raises DataError (exit 3), UsageError (2) without `datasets`."""
-    data = _open(config, folder)
-    schema = data.features.arrow_schema
     where, place = f"prompts.source: {config.source}", f"{config.source} ({config.split})"
+    data = _open(where, config, folder)
+    schema = data.features.arrow_schema
     if encoded := [field.name for field in schema if "extension<arrow.json>" in str(field.type)]:
         raise DataError(
             f"{where}: column {encoded[0]} is of the type Json, which is decoded only when it is used; save"
@@ -70,7 +70,7 @@ def _is_saved(path: Path) -> bool:
     return (path / _SAVED).is_file() or (path / _SAVED_SPLITS).is_file()
 
 
-def _open(config: PromptsConfig, folder: Path) -> "Dataset":
+def _open(where: str, config: PromptsConfig, folder: Path) -> "Dataset":
     path, name = folder / config.source, config.source
     on_hub = is_hub_id(name, folder)
     if not on_hub and not path.is_dir():
@@ -79,15 +79,11 @@ def _open(config: PromptsConfig, folder: Path) -> "Dataset":
             " .csv or .parquet, a folder with a data set, or owner/name of one on the hub"
         )
     if on_hub and Path(name).exists():  # which `datasets` would take
-        raise DataError(
-            f"prompts.source: {name}: is here, but not beside the configuration; give its path from {folder}"
-        )
+        raise DataError(f"{where}: is here, but not beside the configuration; give its path from {folder}")
     try:
         import datasets
     except ImportError:
-        raise UsageError(
-            f"prompts.source: {name}: needs the library `datasets`; pip install 'grpo-stages[data]'"
-        ) from None
+        raise UsageError(f"{where}: needs the library `datasets`; pip install 'grpo-stages[data]'") from None
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -96,12 +92,12 @@ def _open(config: PromptsConfig, folder: Path) -> "Dataset":
     try:
         if not on_hub and _is_saved(path):
             return _split_of(config, datasets.load_from_disk(str(path)))
-        where = name if on_hub else str(path.absolute())
-        return datasets.load_dataset(where, config.subset, split=config.split)
+        found = name if on_hub else str(path.absolute())
+        return datasets.load_dataset(found, config.subset, split=config.split)
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        what = f"{name} (subset {config.subset})" if config.subset else name
-        raise DataError(f"prompts.source: {what}: cannot be loaded: {reason}") from None
+        subset = f" (subset {config.subset})" if config.subset else ""
+        raise DataError(f"{where}{subset}: cannot be loaded: {reason}") from None
 
 
 def _split_of(config: PromptsConfig, saved: Any) -> "Dataset":

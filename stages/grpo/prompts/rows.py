@@ -30,10 +30,8 @@ def normalised(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]
         yield place, {"prompt_id": prompt_id, **own}
     for key, name in config.columns.model_dump().items():
         if found and name != key and name not in found:  # named by the user
-            raise DataError(
-                f"prompts.source: {config.source}: no column {name}; found {', '.join(found)}"
-                f" (prompts.columns.{key})"
-            )
+            problem = f"no column {name}; found {', '.join(found)} (prompts.columns.{key})"
+            raise DataError(f"prompts.source: {config.source}: {problem}")
 
 
 def _normalise(row: Row, config: PromptsConfig) -> Row:

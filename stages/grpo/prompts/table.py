@@ -104,12 +104,12 @@ def prepare(
         skipped += len(chunk) - len(kept)
         if kept:
             longest = max(longest, *(length for _, length in kept))
-            data = _table([row for row, _ in kept], schema)
-            schema = data.schema
             try:
+                data = _table([row for row, _ in kept], schema)
                 records.append(staging.write_table(output, staging.file_name("part", len(records)), data))
-            except pa.ArrowNotImplementedError as error:  # a column of empty objects, say
+            except (ValueError, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
                 raise DataError(f"prompts.source: {config.source}: {error}") from None
+            schema = data.schema
     if not records:
         raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
     if not chats and (config.chat_template is not None or config.chat_template_arguments):
@@ -158,6 +158,31 @@ def draw(num_prompts: int, seed: int, iteration: int, count: int) -> np.ndarray:
     return np.array([orders[n][place] for n, place in zip(passes.tolist(), places, strict=True)])
 
 
+def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
+    """Rows as Arrow, the pipeline's columns first; later shards take the schema of the first.
+
+    Raises ValueError, or what Arrow does, for columns that a table of SQL or Parquet cannot hold.
+    """
+    fixed = tables.schema("prompts")
+    names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
+    if alike := [name for name in names if [each.lower() for each in names].count(name.lower()) > 1]:
+        raise ValueError(
+            f"columns {alike[0]} and {alike[1]} differ by case alone, which SQL does not tell apart; rename one"
+        )
+    found = pa.schema([*fixed, *((name, _type_of(rows, name)) for name in names)])
+    if deep := [field.name for field in found if _depth(field.type) > _MAX_DEPTH]:
+        raise ValueError(f"column {deep[0]} holds lists or objects nested more than {_MAX_DEPTH} deep")
+    schema = schema or found
+    # from_pylist leaves out what the schema does not have, and makes 1 of 1.5 where it says integer.
+    for field in pa.unify_schemas([schema, found], promote_options="permissive"):
+        if field not in list(schema):
+            raise ValueError(
+                f"column {field.name} is of type {field.type} only behind the first {_ROWS_PER_SHARD:,} rows;"
+                " give every row the same columns, of the same types"
+            )
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
 def _type_of(rows: list[Row], name: str) -> pa.DataType:
     """The type that the values of a column of the user's own have."""
     try:
@@ -166,36 +191,9 @@ def _type_of(rows: list[Row], name: str) -> pa.DataType:
         problem = "integers outside -2^63 to 2^63 - 1; make them text"
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         problem = f"values of several types: {error}"
-    raise DataError(f"prompts.source: column {name} holds {problem}")
+    raise ValueError(f"column {name} holds {problem}")
 
 
 def _depth(data_type: pa.DataType) -> int:
     fields = [data_type.field(index) for index in range(data_type.num_fields)]
     return max((1 + _depth(field.type) for field in fields), default=0)
-
-
-def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
-    """Rows as Arrow, the pipeline's columns first; later shards take the schema of the first."""
-    fixed = tables.schema("prompts")
-    try:
-        names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
-        if alike := [name for name in names if [each.lower() for each in names].count(name.lower()) > 1]:
-            raise DataError(
-                f"prompts.source: columns {alike[0]} and {alike[1]} differ by case alone, which SQL does not"
-                " tell apart; rename one"
-            )
-        found = pa.schema([*fixed, *((name, _type_of(rows, name)) for name in names)])
-        if deep := [field.name for field in found if _depth(field.type) > _MAX_DEPTH]:
-            raise DataError(
-                f"prompts.source: column {deep[0]} holds lists or objects nested more than {_MAX_DEPTH} deep"
-            )
-        # from_pylist leaves out what the schema does not have, and makes 1 of 1.5 where it says integer.
-        for field in pa.unify_schemas([schema or found, found], promote_options="permissive"):
-            if field not in list(schema or found):
-                raise DataError(
-                    f"prompts.source: column {field.name} is of type {field.type} only behind the first"
-                    f" {_ROWS_PER_SHARD:,} rows; give every row the same columns, of the same types"
-                )
-        return pa.Table.from_pylist(rows, schema=schema or found)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"prompts.source: a column holds values of several types: {error}") from None
