@@ -277,5 +277,5 @@ def test_sql_of_the_user_s_that_cannot_be_used(finished: Path, grpo: Grpo, case:
 
 def test_sql_of_the_user_s_that_is_not_utf8(finished: Path, grpo: Grpo) -> None:
     configure(query("sql", "my.sql"))()
-    message = "my.sql: not UTF-8; save the file as UTF-8"
+    message = "my.sql:1:1: not UTF-8; save the file as UTF-8"
     check(grpo, Case("advantage.sql: bytes", write("my.sql", b"\xff"), RUN_ON, 2, message))

@@ -76,14 +76,14 @@ def test_a_template_that_cannot_render_a_prompt_names_it(template: str, reason: 
 
 def test_a_template_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     config = PromptsConfig(source="p.jsonl", chat_template="my.jinja")
-    not_utf8 = "not UTF-8; save the file as UTF-8"
-    for content, reason in ((None, "no such file"), (b"\xff", not_utf8)):
+    not_utf8 = ":1:1: not UTF-8; save the file as UTF-8"
+    for content, reason in ((None, ": no such file"), (b"\xff", not_utf8)):
         if content is not None:
             (tmp_path / "my.jinja").write_bytes(content)
         with pytest.raises(UsageError) as caught:
             chat_of(config, tmp_path)
         where = f"prompts.chat_template (a file with a Jinja template): {tmp_path}/my.jinja"
-        assert str(caught.value) == f"{where}: {reason}"
+        assert str(caught.value) == f"{where}{reason}"
 
 
 def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ def test_columns_that_sql_does_not_tell_apart_are_refused(tmp_path: Path) -> Non
     rows = [{"prompt": "a", "Level": 1}, {"prompt": "b", "level": 2}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
     assert message == (
-        "prompts.source: p.jsonl: columns Level and level differ by case alone, which SQL does not tell apart;"
-        " rename one"
+        "prompts.source: p.jsonl: columns Level and level differ by case alone, which SQL does not tell"
+        " apart; rename one"
     )
 
 
@@ -414,7 +414,9 @@ def test_a_type_that_changes_in_a_later_shard_is_refused(
     monkeypatch.setattr(prompts, "_ROWS_PER_SHARD", 1)
     rows = [{"prompt": "a", "x": "one"}, {"prompt": "b", "x": 1}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
-    assert message.startswith("prompts.source: p.jsonl: Unable to merge: Field x has incompatible types: string vs int64")
+    assert message.startswith(
+        "prompts.source: p.jsonl: Unable to merge: Field x has incompatible types: string vs int64"
+    )
 
 
 def test_a_narrower_value_in_a_later_shard_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

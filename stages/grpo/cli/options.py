@@ -69,10 +69,8 @@ def reading(name: str, path: Path, overrides: Sequence[str] = (), damaged: bool 
     try:
         created = created_config(name, overrides=overrides)
     except CorruptError as error:
-        if not damaged:
-            raise
-        way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={name} --discard` sets it aside"
-        raise CorruptError(f"{error}; {way}") from None
+        way = f"; with its pipeline.yaml, `grpo verify -c FILE --set run={name} --discard` sets it aside"
+        raise CorruptError(f"{error}{way if damaged else ''}") from None
     return ActiveRun(ARTIFACTS, created, path.absolute().parent, Console())
 
 

@@ -1,12 +1,10 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
-from grpo.config.evaluate import EvaluateConfig
 from grpo.config.generate import GenerateConfig
-from grpo.config.judge import JudgeConfig
 from grpo.config.loading import differing_keys, flatten, load, overridden_keys, validated
-from grpo.config.model import AdvantageConfig, Config
+from grpo.config.model import AdvantageConfig, Config, EvaluateConfig
 from grpo.config.prompts import PromptsConfig
-from grpo.config.score import RewardConfig
+from grpo.config.score import JudgeConfig, RewardConfig
 from grpo.config.update import LoraConfig, UpdateConfig
 
 __all__ = [

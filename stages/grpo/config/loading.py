@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from grpo.config.model import Config
+from grpo.config.named_files import read_text
 from grpo.config.update import OBJECTIVES
 from grpo.config.yaml import YamlError, parse
 from grpo.errors import UsageError
@@ -18,20 +19,8 @@ _CREDENTIALS = re.compile("://[^/@\\s]*@")  # of an address; no message may hold
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read pipeline.yaml and apply `--set key=value` overrides in order.
-
-    Raises UsageError (exit 2), one line: file, place, what was found, what would be right.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; give a configuration with -c FILE") from None
-    except UnicodeDecodeError as error:
-        lines = error.object[: error.start].split(b"\n")
-        place = f"{path}:{len(lines)}:{len(lines[-1]) + 1}"
-        raise UsageError(f"{place}: not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    """pipeline.yaml with `--set key=value` overrides, applied in order. Raises UsageError (exit 2)."""
+    text = read_text(path, str(path), "; give a configuration with -c FILE")
     try:
         data = parse(text)
     except YamlError as error:
@@ -121,11 +110,9 @@ _FORMER_NAMES = {"resample": "dynamic_sampling", "until_groups_with_signal": "mi
 
 
 def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
-    """The first problem as `where: section.key: what is wrong`, and how many more there are.
-
-    An unknown key comes first: that it is not the known one is why that is missing.
-    """
+    """The first problem as `where: section.key: what is wrong`, and how many more there are."""
     problems = error.errors(include_url=False)
+    # An unknown key comes first: that it is not the known one is why that is missing.
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     place, found = first["loc"], json.dumps(first["input"], default=str)
     if first["type"] == "extra_forbidden":

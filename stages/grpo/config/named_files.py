@@ -1,4 +1,4 @@
-"""config.named_files: files of the user's that a key of the configuration names."""
+"""config.named_files: the configuration, and the files of the user's that its keys name."""
 
 from pathlib import Path
 
@@ -14,14 +14,22 @@ def named_file(folder: Path, key: str, name: str) -> Path:
 
 
 def named_text(folder: Path, key: str, name: str) -> str:
-    """What the file holds, without a byte order mark.
+    """What the file holds; errors as read_text()'s."""
+    return read_text(folder / name, f"{key}: {folder / name}")
 
-    Raises UsageError (exit 2) where it does not exist, cannot be read or is not UTF-8.
+
+def read_text(path: Path, place: str, advice: str = "") -> str:
+    """A text file of the user's, with or without a byte order mark.
+
+    place, advice: how a message begins, and how one of a missing file ends. Raises UsageError (exit 2).
     """
-    path = named_file(folder, key, name)
     try:
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{key}: {path}: not UTF-8; save the file as UTF-8") from None
+    except FileNotFoundError:
+        raise UsageError(f"{place}: no such file{advice}") from None
+    except UnicodeDecodeError as error:
+        lines = error.object[: error.start].split(b"\n")
+        place = f"{place}:{len(lines)}:{len(lines[-1]) + 1}"
+        raise UsageError(f"{place}: not UTF-8; save the file as UTF-8") from None
     except OSError as error:
-        raise UsageError(f"{key}: {path}: {error.strerror}") from None
+        raise UsageError(f"{place}: cannot be read: {error.strerror}") from None

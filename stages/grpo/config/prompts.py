@@ -34,8 +34,7 @@ class PromptsConfig(Section):
     .parquet or .csv, or to a folder that the library `datasets` saved or can load; or `owner/name` of a data
     set on the hub, which is read when the run begins."""
     subset: str | None = None
-    """Which configuration of a data set that has several, such as `main`; null: its only or default one. Only
-    for sources that `datasets` loads."""
+    """Configuration of a data set, such as `main`; null: its only or default one. For `datasets` sources."""
     split: str = "train"
     """Which split of the data set. Only for sources that `datasets` loads."""
     columns: ColumnsConfig = ColumnsConfig()

@@ -1,13 +1,85 @@
 """config.score: the score section of pipeline.yaml, and the rewards in it."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from grpo.config.judge import JudgeConfig
-from grpo.config.section import Count, Plain, Section
+from grpo.config.section import Count, NonNegative, Plain, Positive, Section, must
 
 MODEL_TIMEOUT_S = 3600.0  # a batch of a large reward model on a CPU takes minutes, and is no hang
+SCORE_LINE = r"^Score: *(-?[0-9]+(?:\.[0-9]+)?) *$"
+# Where and how fast it is asked, not what: another of these changes no reward.
+TRANSPORT = frozenset({"url", "api_key_env", "concurrency", "requests_per_minute", "retries"})
+# How an answer is read: another of these reads the answers again that are there.
+READING = frozenset({"pattern", "grades", "scale"})
+_IS_URL = must(
+    re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?").fullmatch,
+    "expected http(s)://host[:port]/path without a user, a query or a key in it",
+)
+_IS_TEXT = must(str.strip, "is empty; give the question, or a file that holds it")
+_RISES = must(lambda scale: scale[0] < scale[1], "expected [lowest, highest], the lowest first")
+
+
+class JudgeConfig(Section):
+    """A language model that scores a rollout by a rubric, through POST /chat/completions."""
+
+    url: Annotated[str, _IS_URL]
+    """Base URL of the endpoint, such as http://127.0.0.1:8000/v1. Another changes no reward."""
+    model: str
+    """Name of the model at the endpoint."""
+    rubric: Annotated[str, _IS_TEXT]
+    """What it is asked, once per rollout: text, or a .md or .txt file, with {response} and perhaps {prompt},
+    {answer} or any column in braces; {{word}} is {word} itself."""
+    pattern: str = SCORE_LINE
+    """Regular expression (^ and $ match at lines, CRLF is read as LF) whose one group is the score in the
+    answer. It may match several times if all give the same; no match is an error of its row, never a 0."""
+    grades: dict[str, float] = Field({})
+    """What the text found counts: {CORRECT: 1.0, INCORRECT: 0.0}; any other is an error. Empty: a number."""
+    scale: Annotated[list[float], Field(min_length=2, max_length=2), _RISES] | None = None
+    """[lowest, highest] score: the reward is 0 to 1 between them, one outside is an error. null: as it is."""
+    temperature: NonNegative | None = 0.0
+    """Sampling temperature, >= 0; null: not sent, for models that refuse it."""
+    max_tokens: Count | None = 512
+    """Tokens of an answer; null: not sent, for models that refuse it."""
+    extra_body: Plain = Field({})
+    """More fields of the request, as the endpoint knows them: {top_p: 0.9}, {structured_outputs: {...}}."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; null: none is needed. The key itself is never written down."""
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Requests under way at once, 1 to 4096."""
+    requests_per_minute: Positive | None = None
+    """Requests begun in a minute at most, repeated ones included; null: no bound."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 5
+    """Times a request is repeated after status 408, 409, 429 or 5xx, a time-out or a lost connection, with
+    growing pauses or what Retry-After asks for; 0: never, at most 100."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _has_one_group(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern, re.MULTILINE).groups
+        except re.error as error:
+            raise ValueError(f"is not a regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"needs exactly one group, the score, but has {groups}; (?:...) is not a group")
+        return pattern
+
+    @field_validator("extra_body")
+    @classmethod
+    def _has_nothing_of_ours(cls, extra_body: dict[str, Any]) -> dict[str, Any]:
+        ours = {"messages": "rubric"} | {key: key for key in ("model", "temperature", "max_tokens")}
+        for name in extra_body:
+            if name in ours:
+                raise ValueError(f"{name} has a key of its own, {ours[name]}")
+            if name in ("stream", "n"):
+                raise ValueError("stream and n cannot be set: one whole answer is read")
+        return extra_body
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError where two keys say what an answer counts."""
+        if self.grades and self.scale is not None:
+            raise ValueError("grades say what an answer counts, and so does scale; give one of them")
 
 
 class RewardConfig(Section):

@@ -65,8 +65,7 @@ class UpdateConfig(Section):
     """update: policy + rollouts + advantages -> next policy, updates, logprobs."""
 
     objective: Literal["grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
-    """Sets the keys below that are marked (objective), advantage.scale and advantage.drop_zero_variance; a
-    key written here wins."""
+    """Sets the keys marked (objective), advantage.scale and .drop_zero_variance; a key written here wins."""
     ratio: Literal["token", "sequence", "sequence_mean"] = "token"
     """(objective) Importance ratio pi / pi_old: per token, of the sequence, or its geometric mean."""
     surrogate: Literal["clip", "cispo"] = "clip"
@@ -103,10 +102,9 @@ class UpdateConfig(Section):
     learning_rate: NonNegative = 5e-7
     """Learning rate of AdamW: the highest of the run, where warm-up ends and the schedule begins."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after warm-up, over all optimiser steps of the run: as it is, or falling to 0 in a
-    line or in half a cosine."""
+    """Learning rate after warm-up, to the end of the run: as it is, or to 0 in a line or a half cosine."""
     warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Optimiser steps over which the learning rate rises linearly from 0, at most those of the run; 0: none."""
+    """Optimiser steps in which the learning rate rises linearly from 0, at most those of the run; 0: none."""
     betas: Betas = Field([0.9, 0.999])
     """AdamW's decay rates of the first and second moment."""
     adam_epsilon: Positive = 1e-8
@@ -130,7 +128,7 @@ class UpdateConfig(Section):
     gradient_checkpointing: bool = False
     """true: activations are computed again in the backward pass: less memory, more time, the same result."""
     prompt_sharing: Literal["auto", "off"] = "auto"
-    """auto: a group's prompt goes through the model once for its K responses, where that works. off: K times."""
+    """auto: a group's prompt goes through the model once for its K responses, if that works. off: K times."""
     lora: LoraConfig | None = None
     """Train low-rank adapters; null: all weights."""
 

@@ -1,7 +1,6 @@
-"""arithmetic: the built-in task, one-digit sums.
+"""arithmetic: the built-in task, one-digit sums "0+0=" to "9+9=".
 
-Of the hundred prompts "0+0=" to "9+9=", twenty are held out: GRPO never draws them, evaluation does. The
-split is a rule, not a draw, so every machine and every version holds out the same sums.
+GRPO never draws twenty of them, evaluation does: by a rule, so every machine and version holds out the same.
 """
 
 from typing import Any

@@ -24,10 +24,7 @@ Row = dict[str, Any]
 
 
 def read_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for each row of the source, a path from `folder`; place is `file:line` for messages.
-
-    Raises DataError (exit 3) for a missing file, a bad line, or an unknown format.
-    """
+    """(place, row) of each row; place: `file:line`, for messages, with which a DataError (exit 3) begins."""
     path = folder / config.source
     if config.source in BUILT_IN:
         rows = training_rows() if config.source == BUILT_IN[0] else held_out_rows()
@@ -41,10 +38,7 @@ def read_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
 
 
 def source_digest(config: PromptsConfig, folder: Path) -> str | None:
-    """Digest of the content of a source on this disk, wherever it is; None: it is not on this disk.
-
-    Raises DataError (exit 3) where a file is missing.
-    """
+    """Digest of what the source holds; None: it is not on this disk. Raises DataError for a missing file."""
     path = folder / config.source
     if config.source in BUILT_IN or not (config.is_file or path.exists()):
         return None

@@ -22,6 +22,7 @@ from grpo.prompts.source import Row, source_digest
 OUTPUT = "prompts"
 HELD_OUT = "eval_prompts"
 STAGE_VERSION = 2  # 2: the summary holds the longest prompt
+NumTokens = Callable[[list[Row]], list[int]]  # of each row's prompt, as the model sees it
 _ROWS_PER_SHARD = 100_000
 _MAX_DEPTH = 32  # of a column; a Parquet schema of more than 100 levels, two for each list, cannot be read
 
@@ -82,16 +83,12 @@ def source_is_gone(run: ActiveRun, output: str = OUTPUT) -> bool:
 
 
 def prepare(
-    run: ActiveRun,
-    staging: Staging,
-    num_tokens: Callable[[list[Row]], list[int]],
-    room: int | None,
-    expected: str | None = None,
+    run: ActiveRun, staging: Staging, num_tokens: NumTokens, room: int | None, expected: str | None = None
 ) -> Manifest:
     """Write and commit `prompts`, or `eval_prompts`: the output of the plan that is staged.
 
-    num_tokens: of each row's prompt as the model sees it; room: the most that leave space for max_new_tokens,
-    None: no limit. Raises DataError (3) naming file and line, InputError (4) where another id is `expected`.
+    room: the most tokens of a prompt that leave space for max_new_tokens; None: no limit. Raises DataError
+    (exit 3) naming file and line, InputError (exit 4) where another id is `expected`.
     """
     output = staging.plan.output
     config = config_of(run, output)
@@ -100,7 +97,7 @@ def prepare(
     rows = normalised(config, run.imports)
     while chunk := list(islice(rows, _ROWS_PER_SHARD)):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
-        kept = _usable(chunk, num_tokens, room, config, ids)
+        kept = _usable(chunk, num_tokens, room, config.on_long_prompt == "skip", ids)
         skipped += len(chunk) - len(kept)
         if kept:
             longest = max(longest, *(length for _, length in kept))
@@ -125,11 +122,7 @@ def prepare(
 
 
 def _usable(
-    chunk: list[tuple[str, Row]],
-    num_tokens: Callable[[list[Row]], list[int]],
-    room: int | None,
-    config: PromptsConfig,
-    ids: set[str],
+    chunk: list[tuple[str, Row]], num_tokens: NumTokens, room: int | None, skip: bool, ids: set[str]
 ) -> list[tuple[Row, int]]:
     """(row, tokens) of each prompt that leaves room for a response; adds the user's own ids to `ids`."""
     kept = []
@@ -140,7 +133,7 @@ def _usable(
             ids.add(name)
         if room is None or length <= room:
             kept.append((row, length))
-        elif config.on_long_prompt != "skip":
+        elif not skip:
             raise DataError(
                 f"{place}: prompt of {length} tokens, but the context leaves room for {room} beside"
                 " max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"
@@ -166,9 +159,8 @@ def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
     fixed = tables.schema("prompts")
     names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
     if alike := [name for name in names if [each.lower() for each in names].count(name.lower()) > 1]:
-        raise ValueError(
-            f"columns {alike[0]} and {alike[1]} differ by case alone, which SQL does not tell apart; rename one"
-        )
+        pair = f"columns {alike[0]} and {alike[1]}"
+        raise ValueError(f"{pair} differ by case alone, which SQL does not tell apart; rename one")
     found = pa.schema([*fixed, *((name, _type_of(rows, name)) for name in names)])
     if deep := [field.name for field in found if _depth(field.type) > _MAX_DEPTH]:
         raise ValueError(f"column {deep[0]} holds lists or objects nested more than {_MAX_DEPTH} deep")

@@ -6,7 +6,7 @@ from typing import Any
 
 from grpo.artifacts import ActiveRun, Plan
 from grpo.config import RewardConfig
-from grpo.config.judge import TRANSPORT
+from grpo.config.score import TRANSPORT
 from grpo.score.functions.source import source_sha256
 from grpo.score.judge.rubric import rubric_of
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Run, Staging, digest
 from grpo.config import RewardConfig
-from grpo.config.judge import READING
+from grpo.config.score import READING
 from grpo.score.plan import STAGE_VERSION, configured
 
 

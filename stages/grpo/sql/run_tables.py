@@ -27,7 +27,7 @@ from grpo.artifacts import (
     files,
 )
 from grpo.artifacts.manifest import check_size
-from grpo.config.evaluate import PASS_THRESHOLD
+from grpo.config.model import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError
 
 _TIMINGS = pa.schema(

@@ -69,9 +69,9 @@ def test_a_rubric_is_text_or_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (None, "no such file"),
-        (b" \n", "is empty; it holds the question to the judge"),
-        (b"\xff\xfe", "not UTF-8; save the file as UTF-8"),
+        (None, ": no such file"),
+        (b" \n", ": is empty; it holds the question to the judge"),
+        (b"\xff\xfe", ":1:1: not UTF-8; save the file as UTF-8"),
     ],
 )
 def test_a_rubric_file_that_is_no_use(tmp_path: Path, content: bytes | None, problem: str) -> None:
@@ -79,7 +79,7 @@ def test_a_rubric_file_that_is_no_use(tmp_path: Path, content: bytes | None, pro
         (tmp_path / "rubric.md").write_bytes(content)
     with pytest.raises(UsageError) as caught:
         read_rubric("score.rewards: judge", "rubric.md", tmp_path)
-    assert str(caught.value) == f"score.rewards: judge: rubric: {tmp_path}/rubric.md: {problem}"
+    assert str(caught.value) == f"score.rewards: judge: rubric {tmp_path}/rubric.md{problem}"
 
 
 # ---- the answer ----

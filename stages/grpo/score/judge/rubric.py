@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import JudgeConfig, RewardConfig
-from grpo.config.named_files import named_text
+from grpo.config.named_files import read_text
 from grpo.errors import UsageError
 from grpo.score.functions.built_in import Text
 from grpo.score.outcome import Outcome, one_line
@@ -42,9 +42,10 @@ def read_rubric(where: str, rubric: str, folder: Path) -> str:
     """
     if not FILE.fullmatch(rubric):
         return rubric
-    text = named_text(folder, f"{where}: rubric", rubric)
+    path = folder / rubric
+    text = read_text(path, f"{where}: rubric {path}")
     if not text.strip():
-        raise UsageError(f"{where}: rubric: {folder / rubric}: is empty; it holds the question to the judge")
+        raise UsageError(f"{where}: rubric {path}: is empty; it holds the question to the judge")
     return text
 
 
