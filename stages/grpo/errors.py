@@ -1,7 +1,6 @@
 """errors: what a user can do something about.
 
-Every mistake that is not a bug of ours is a GrpoError: one line that says where, what was found and what
-would be right. `main()` in cli/entry.py prints it and exits with the class's code; nothing else catches it.
+A GrpoError is one line: where, what was found, what would be right. `main()` in cli/entry.py ends with it.
 """
 
 

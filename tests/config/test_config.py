@@ -403,8 +403,7 @@ def test_the_first_objective_is_what_the_fields_have_by_default() -> None:
     [
         (
             ["objective=cispo", "ratio=sequence"],
-            "surrogate: cispo weighs each token's log-prob by the token's own ratio, found ratio: sequence;"
-            " set ratio: token",
+            "surrogate: cispo weighs tokens, found ratio: sequence; set ratio: token",
         ),
         (
             ["surrogate=cispo", "delta=4"],

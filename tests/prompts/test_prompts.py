@@ -595,7 +595,7 @@ def test_the_chat_template_is_part_of_what_the_table_depends_on(tmp_path: Path) 
         ({"subset": "main"}, "subset: p.jsonl has no subsets; leave it out, or name a data set"),
         (
             {"chat_template_arguments": {"tokenize": True}},
-            "tokenize is the pipeline's own; give variables of the template, such as enable_thinking",
+            "tokenize is the pipeline's own; give the template's, such as enable_thinking",
         ),
         ({"chat_template_arguments": {"a": float("nan")}}, "may hold text, finite numbers"),
     ],

@@ -56,13 +56,12 @@ def show(
     as_json: options.Json = False,
 ) -> None:
     """Read rollouts: a prompt, its K responses, rewards and advantages; or one prompt over time."""
-    from grpo.inspect.show import Choice, Look
-    from grpo.inspect.show import show as show_rollouts
+    from grpo.inspect import show as rollouts
 
-    choice = Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
-    look = Look(reward, side_by_side, tokens, not no_pager, as_json)
+    choice = rollouts.Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
+    look = rollouts.Look(reward, side_by_side, tokens, not no_pager, as_json)
     run = options.reading(name, config)
-    show_rollouts(run, choice, look, against, lambda other: options.reading(other, config))
+    rollouts.show(run, choice, look, against, lambda other: options.reading(other, config))
 
 
 def compare(

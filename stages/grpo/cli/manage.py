@@ -32,17 +32,16 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
-    from grpo.manage.verify import discard_damaged, print_report
-    from grpo.manage.verify import verify as verify_run
+    from grpo.manage import verify as checks
 
     opened = options.reading(name, config, set_, damaged=True)
     # What a crash cut off is not finished first: that may be what is damaged.
     with opened.lock() if discard else nullcontext():
-        report = verify_run(opened)
+        report = checks.verify(opened)
         if discard:
-            discard_damaged(opened, report)
+            checks.discard_damaged(opened, report)
     document = {"run": opened.name, **report.describe()}
-    options.answer(as_json, document, lambda: print_report(opened, report, discard))
+    options.answer(as_json, document, lambda: checks.print_report(opened, report, discard))
     raise typer.Exit(report.exit_code)
 
 
@@ -111,12 +110,11 @@ def fork(
     as_json: options.Json = False,
 ) -> None:
     """Start a run from the first iterations of another, shared by hard links."""
-    from grpo.manage.fork import describe
-    from grpo.manage.fork import fork as fork_run
+    from grpo.manage import fork as forks
 
     settings = [*set_, f"run={new}"]
     forked = options.configured(config, settings, as_json)
-    result = fork_run(options.reading(source, config), forked, iteration)
+    result = forks.fork(options.reading(source, config), forked, iteration)
     again = shlex.join(part for text in settings for part in ("--set", text))
-    forked.console.say(f"{describe(source, new, result)}; next: grpo run {again}")
+    forked.console.say(f"{forks.describe(source, new, result)}; next: grpo run {again}")
     options.answer(as_json, {"run": new, "from": source, **result})

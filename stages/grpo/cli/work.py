@@ -10,10 +10,6 @@ from grpo.cli import options
 from grpo.errors import UsageError
 
 StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the first open.")]
-_ONLY_FAILED = typer.Option(
-    "--only-failed",
-    help="Rerun only rows whose status is error, timeout or nonfinite; default: in every iteration.",
-)
 ForceOption = Annotated[bool, typer.Option("--force", help="Rerun even if the output is complete.")]
 
 
@@ -111,7 +107,7 @@ def score(
     set_: options.Set = [],  # noqa: B006
     iteration: StageIteration = "",
     force: ForceOption = False,
-    only_failed: Annotated[bool, _ONLY_FAILED] = False,
+    only_failed: Annotated[bool, typer.Option("--only-failed", help="Rerun only rows that failed.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Stage 2: rollouts + prompts -> rewards."""

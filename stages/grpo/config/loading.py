@@ -20,9 +20,8 @@ _CREDENTIALS = re.compile("://[^/@\\s]*@")  # of an address; no message may hold
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """pipeline.yaml with `--set key=value` overrides, applied in order. Raises UsageError (exit 2)."""
-    text = read_text(path, str(path), "; give a configuration with -c FILE")
     try:
-        data = parse(text)
+        data = parse(read_text(path, str(path), "; give a configuration with -c FILE"))
     except YamlError as error:
         raise UsageError(f"{path}{error.place}: {error}") from None
     return validated({} if data is None else data, path, overrides)

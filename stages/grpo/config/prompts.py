@@ -60,9 +60,7 @@ class PromptsConfig(Section):
     @classmethod
     def _are_the_template_s(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         if own := sorted(_OWN_ARGUMENTS & arguments.keys()):
-            raise ValueError(
-                f"{own[0]} is the pipeline's own; give variables of the template, such as enable_thinking"
-            )
+            raise ValueError(f"{own[0]} is the pipeline's own; give the template's, such as enable_thinking")
         return arguments
 
     def model_post_init(self, context: Any, /) -> None:

@@ -142,10 +142,7 @@ class UpdateConfig(Section):
     def model_post_init(self, context: Any, /) -> None:
         """Raise ValueError where one key does not fit another."""
         if self.surrogate == "cispo" and self.ratio != "token":
-            raise ValueError(
-                f"surrogate: cispo weighs each token's log-prob by the token's own ratio, found ratio:"
-                f" {self.ratio}; set ratio: token"
-            )
+            raise ValueError(f"surrogate: cispo weighs tokens, found ratio: {self.ratio}; set ratio: token")
         if self.surrogate == "cispo" and self.delta is not None:
             raise ValueError(
                 f"delta: {self.delta} is for surrogate: clip; the clip_high of cispo caps the ratio for"

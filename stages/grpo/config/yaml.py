@@ -4,6 +4,7 @@ A tag makes nothing else, and aliases cannot make much of little: a configuratio
 """
 
 from collections.abc import Callable, Iterator
+from io import StringIO
 from typing import Any
 
 _MAX_DEPTH = 100
@@ -50,8 +51,6 @@ def parse(text: str) -> Any:
 
 def dump(values: dict[str, Any]) -> str:
     """A YAML text that parse() makes `values` of, keys in their order."""
-    from io import StringIO
-
     from ruamel.yaml import YAML
 
     dumper: Any = YAML(typ="safe", pure=True)

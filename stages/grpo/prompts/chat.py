@@ -27,10 +27,8 @@ class Chat:
 
 def chat_of(config: PromptsConfig, folder: Path) -> Chat:
     """The chat template that `config` asks for. Raises UsageError (exit 2) where its file cannot be read."""
-    text = None
-    if config.chat_template is not None:
-        key = "prompts.chat_template (a file with a Jinja template)"
-        text = named_text(folder, key, config.chat_template)
+    key, name = "prompts.chat_template (a file with a Jinja template)", config.chat_template
+    text = None if name is None else named_text(folder, key, name)
     return Chat(text, config.chat_template_arguments)
 
 
@@ -48,9 +46,9 @@ def render(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", chat: Chat
             "prompts: are chat messages, but the model's tokenizer has no chat template; give one:"
             " prompts.chat_template"
         )
-    settings = {"chat_template": chat.template, "tokenize": False, "add_generation_prompt": True}
+    given: dict[str, Any] = {"chat_template": chat.template, "tokenize": False, **chat.arguments}
     try:
-        return str(tokenizer.apply_chat_template(row["messages"], **settings, **chat.arguments))
+        return str(tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, **given))
     except (TemplateError, TypeError) as error:  # TypeError: an operation on a variable of the wrong type
         problem = f"the chat template cannot render prompt {row['prompt_id']}: {first_line(error)}"
         raise DataError(f"prompts: {problem}") from None
@@ -67,14 +65,12 @@ def encode(
     if not all(are_text):
         _check_arguments(tokenizer, chat)
     texts = [render(row, tokenizer, chat) for row in rows]
-    token_ids: list[list[int]] = [[] for _ in rows]
+    token_ids: dict[int, list[int]] = {}
     for kind in set(are_text):
         places = [place for place, is_text in enumerate(are_text) if is_text == kind]
-        batch_texts = [texts[place] for place in places]
-        batch = tokenizer(batch_texts, add_special_tokens=kind, padding=False, verbose=False)
-        for place, ids in zip(places, batch.input_ids, strict=True):
-            token_ids[place] = list(ids)
-    return texts, token_ids
+        batch = tokenizer([texts[place] for place in places], add_special_tokens=kind, verbose=False)
+        token_ids |= zip(places, batch.input_ids, strict=True)
+    return texts, [token_ids[place] for place in range(len(rows))]
 
 
 def _check_arguments(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> None:

@@ -16,10 +16,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def normalised(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
-    """(place, row) of the source with prompt_id, prompt, messages, answer, and every other column as it is.
-
-    `folder`: what a path in `config` is relative to. Raises DataError (exit 3) naming file and line.
-    """
+    """(place, row) as the table has them, other columns as they are. Raises DataError, naming file and line."""
     found: dict[str, None] = {}
     for prompt_id, (place, row) in enumerate(read_rows(config, folder)):
         found |= dict.fromkeys(row)

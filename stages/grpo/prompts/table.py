@@ -152,10 +152,7 @@ def draw(num_prompts: int, seed: int, iteration: int, count: int) -> np.ndarray:
 
 
 def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
-    """Rows as Arrow, the pipeline's columns first; later shards take the schema of the first.
-
-    Raises ValueError, or what Arrow does, for columns that a table of SQL or Parquet cannot hold.
-    """
+    """Rows as Arrow; later shards take the schema of the first. Raises ValueError, or what Arrow does."""
     fixed = tables.schema("prompts")
     names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
     if alike := [name for name in names if [each.lower() for each in names].count(name.lower()) > 1]:
