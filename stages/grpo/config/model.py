@@ -38,8 +38,7 @@ class AdvantageConfig(Section):
 class EvaluateConfig(Section):
     """evaluate: policy + held-out prompts -> eval_rollouts, eval_rewards.
 
-    By the engine and the rewards of training. The stages read nothing of it: it may be added, changed or
-    removed in a run at any time.
+    By the engine and the rewards of training. No stage reads it: it may change in a run at any time.
     """
 
     prompts: PromptsConfig

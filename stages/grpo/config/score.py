@@ -13,10 +13,8 @@ SCORE_LINE = r"^Score: *(-?[0-9]+(?:\.[0-9]+)?) *$"
 TRANSPORT = frozenset({"url", "api_key_env", "concurrency", "requests_per_minute", "retries"})
 # How an answer is read: another of these reads the answers again that are there.
 READING = frozenset({"pattern", "grades", "scale"})
-_IS_URL = must(
-    re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?").fullmatch,
-    "expected http(s)://host[:port]/path without a user, a query or a key in it",
-)
+_URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")
+_IS_URL = must(_URL.fullmatch, "expected http(s)://host[:port]/path without a user, a query or a key in it")
 _IS_TEXT = must(str.strip, "is empty; give the question, or a file that holds it")
 _RISES = must(lambda scale: scale[0] < scale[1], "expected [lowest, highest], the lowest first")
 

@@ -16,7 +16,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def normalised(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
-    """(place, row) as the table has them, other columns as they are. Raises DataError, naming file and line."""
+    """(place, row) as the table has them, other columns as they are. Raises DataError with file and line."""
     found: dict[str, None] = {}
     for prompt_id, (place, row) in enumerate(read_rows(config, folder)):
         found |= dict.fromkeys(row)

@@ -42,12 +42,12 @@ def plan(run: ActiveRun, output: str = OUTPUT, kept: Manifest | None = None) -> 
     is gone, or is on the hub, which holds what others put there. A name that was not read is missing.
     """
     config = config_of(run, output)
-    sources = {}
     was_read = kept is not None and kept.summary.get("source") == config.source
     if kept is not None and ((was_read and source_is_gone(run, output)) or is_on_hub(config, run.imports)):
-        sources = {name: sha256 for name, sha256 in kept.user_files.items() if name == "prompts.source"}
-    elif found := source_digest(config, run.imports):
-        sources = {"prompts.source": found}
+        found = kept.user_files.get("prompts.source")
+    else:
+        found = source_digest(config, run.imports)
+    sources = {"prompts.source": found} if found else {}
     if config.chat_template is not None:
         chat_of(config, run.imports)  # says so where the file cannot be read
         sources["prompts.chat_template"] = sha256_of(run.imports / config.chat_template)
