@@ -144,7 +144,7 @@ class _Logits:
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Log-probs and entropy [N]. Autocast leaves products in place, into `out` or of types cast here alone."""
+    """Log-probs and entropy [N]. Autocast leaves alone what is in place, into `out` or of types cast here."""
 
     @staticmethod
     def forward(ctx: Any, form: _Form, *inputs: Any) -> tuple[Tensor, Tensor | None]:
