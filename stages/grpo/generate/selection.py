@@ -5,8 +5,6 @@ open, further rounds and the rest of a query that gives too few, goes to the pro
 drawn least, in a permutation of (seed, iteration, round): nothing depends on what ran before.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import pyarrow as pa
 
@@ -20,30 +18,24 @@ from grpo.prompts.table import draw
 _PAST = ("rollouts", "rewards", "advantages")
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Rows of the prompts table by group_id, int64; and of these, by the query (null: there is none)."""
+def select(run: ActiveRun, iteration: int, rounds: int, prompts: pa.Table) -> tuple[np.ndarray, int | None]:
+    """Rows of the prompts table by group_id, int64, of all `rounds`, and how many of them the query gave.
 
-    rows: np.ndarray
-    by_query: int | None
-
-
-def select(run: ActiveRun, iteration: int, rounds: int, prompts: pa.Table) -> Selection:
-    """The prompts of every round up to `rounds`. Raises what the query's result deserves, naming KEY."""
+    None: there is no query. Raises what the query's result deserves, naming KEY.
+    """
     config, seed = run.config.generate, run.config.seed
     count, size = config.prompts_per_iteration, len(prompts)
     if config.prompts_sql is None:
         queue = draw(size, seed, iteration, count)
     else:
-        queue = asked_for(run, iteration, prompts["prompt_id"].to_numpy())
+        queue = _asked_for(run, iteration, config.prompts_sql, prompts["prompt_id"].to_numpy())
     drawn = np.zeros(0, dtype=np.int64)
     for number in range(rounds):
         chosen = queue[number * count : (number + 1) * count]
         drawn = np.concatenate([drawn, chosen])
         if rest := count - len(chosen):
             drawn = np.concatenate([drawn, least_drawn(size, drawn, rest, [seed, iteration, number])])
-    by_query = None if config.prompts_sql is None else min(len(queue), rounds * count)
-    return Selection(drawn, by_query)
+    return drawn, None if config.prompts_sql is None else min(len(queue), rounds * count)
 
 
 def least_drawn(num_prompts: int, drawn: np.ndarray, count: int, seed: list[int]) -> np.ndarray:
@@ -55,12 +47,11 @@ def least_drawn(num_prompts: int, drawn: np.ndarray, count: int, seed: list[int]
     return rows
 
 
-def asked_for(run: ActiveRun, iteration: int, prompt_ids: np.ndarray) -> np.ndarray:
+def _asked_for(run: ActiveRun, iteration: int, name: str, prompt_ids: np.ndarray) -> np.ndarray:
     """Rows of the prompts table that the query asks for, in its order; prompt_ids: of that table, ascending.
 
     Raises UsageError (exit 2) for a query that cannot be run, DataError (exit 3) for ids that cannot be used.
     """
-    name = str(run.config.generate.prompts_sql)
     text = named_text(run.imports, KEY, name)
     for number in range(iteration):
         for output in _PAST:
@@ -75,8 +66,7 @@ def asked_for(run: ActiveRun, iteration: int, prompt_ids: np.ndarray) -> np.ndar
 
 def check(run: ActiveRun) -> None:
     """Raise UsageError (exit 2) for a query that cannot be run, whatever the tables will hold."""
-    name = run.config.generate.prompts_sql
-    if name is None:
+    if (name := run.config.generate.prompts_sql) is None:
         return
     text = named_text(run.imports, KEY, name)
     with sql.connect([run], outputs=()) as connection:
@@ -90,16 +80,14 @@ def _parameters(run: ActiveRun, iteration: int) -> dict[str, int]:
 
 def _check_columns(name: str, columns: list[str]) -> None:
     if "prompt_id" not in columns:
-        raise UsageError(
-            f"{KEY}: {name}: returns no column prompt_id; it must return those of the next groups"
-        )
+        message = "returns no column prompt_id; it must return those of the next groups"
+        raise UsageError(f"{KEY}: {name}: {message}")
 
 
 def _rows_of(column: pa.ChunkedArray, prompt_ids: np.ndarray, where: str) -> np.ndarray:
     if not pa.types.is_integer(column.type):
-        raise DataError(
-            f"{where}: prompt_id is of type {column.type}; it must be an integer, as in `prompts`"
-        )
+        kind = f"prompt_id is of type {column.type}"
+        raise DataError(f"{where}: {kind}; it must be an integer, as in `prompts`")
     if column.null_count:
         raise DataError(f"{where}: returns a prompt_id that is null; leave such rows out")
     asked = column.to_numpy()
