@@ -98,13 +98,15 @@ def _sampled(
     cuts = (config.top_p, config.top_k, config.min_p)
     return Sampled(
         table=ROLLOUTS,
-        prefix=ROLLOUTS,
         iteration=policy,
         policy=policy,
         rows=rows,
         texts=texts,
         requests=requests,
-        shards=[range(first, end) for first, end in staging.plan.shards],
+        shards={
+            staging.file_name(ROLLOUTS, index): range(*shard)
+            for index, shard in enumerate(staging.plan.shards)
+        },
         groups_per_round=len(requests),
         sampling=Sampling(wanted["temperature"], wanted["max_new_tokens"], *cuts),
     )

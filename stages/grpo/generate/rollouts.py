@@ -16,21 +16,18 @@ from grpo.prompts.source import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = tables.schema("rollouts")
-
 
 @dataclass(frozen=True)
 class Work:
     """What is to be sampled of a policy: the rollouts of its iteration, or those it is evaluated by."""
 
     table: str  # rollouts, or eval_rollouts
-    prefix: str  # what the names of its files begin with
     iteration: int  # of the rollouts; of an evaluation, the policy's
     policy: int
     rows: list[Row]  # of `prompts`, by group_id
     texts: list[str]  # the prompts as the model sees them, by group_id
     requests: list[Request]  # by group_id
-    shards: Sequence[range]  # groups of each
+    shards: dict[str, range]  # the file of each -> its groups
     groups_per_round: int
     sampling: Sampling
     by_query: int | None = None  # groups whose prompt generate.prompts_sql gave; None: there is no query
@@ -61,13 +58,12 @@ def rollouts_table(
             if problem := _problem(sample.token_ids, sample.logprobs, vocabulary_size):
                 where = f"rollout (iteration, group_id, sample_id) {(work.iteration, *key)}"
                 raise DataError(f"generate: {where}: {problem}")
-    constants = {
-        "iteration": work.iteration,
-        "policy_iteration": work.policy,
-        "round": group_ids[0] // work.groups_per_round,
-        "temperature": work.sampling.temperature,
-    }
-    columns = {name: [value] * len(samples) for name, value in constants.items()} | {
+    rows = len(samples)
+    columns = {
+        "iteration": [work.iteration] * rows,
+        "policy_iteration": [work.policy] * rows,
+        "round": [group_ids[0] // work.groups_per_round] * rows,
+        "temperature": [work.sampling.temperature] * rows,
         "group_id": group_ids,
         "sample_id": sample_ids,
         "prompt_id": [work.rows[group]["prompt_id"] for group in group_ids],
@@ -85,7 +81,7 @@ def rollouts_table(
         "response_tokens": lengths_B,
         "seed": [seed for request in requests for seed in request.seeds],
     }
-    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+    return pa.table(columns, schema=tables.schema("rollouts"))
 
 
 def _ragged(values_N: np.ndarray, lengths_B: np.ndarray) -> pa.ListArray:

@@ -36,33 +36,30 @@ def sample(
     run: ActiveRun, staging: Staging, tool: Sampler, work: Work
 ) -> tuple[list[FileRecord], dict[str, Any]]:
     """Sample what of `work` is not committed yet; all its shards, and what the engine was."""
-    names = shard_names(staging, work)
-    todo = [index for index, name in enumerate(names) if staging.committed(name) is None]
+    todo = [name for name in work.shards if staging.committed(name) is None]
     engine: dict[str, Any] = {"precision": None, "weight_check_difference": None}
     if todo:  # else all is committed but the manifest, and no engine is loaded
         engine["weight_check_difference"] = _bring_policy(run, staging, tool, work.policy)
         engine["precision"] = tool.engine.precision
-        _sample_shards(run, staging, tool, work, {index: names[index] for index in todo})
-    held = [record for name in names if (record := staging.committed(name)) is not None]
-    assert len(held) == len(names), "the engine left groups out"
+        _sample_shards(run, staging, tool, work, todo)
+    held = [record for name in work.shards if (record := staging.committed(name)) is not None]
+    assert len(held) == len(work.shards), "the engine left groups out"
     return held, engine
 
 
-def _sample_shards(
-    run: ActiveRun, staging: Staging, tool: Sampler, work: Work, names: dict[int, str]
-) -> None:
-    """Commit each shard (its index in `work` -> its name) once its last group is there."""
-    shard_of = {group: index for index in names for group in work.shards[index]}
-    done: dict[int, dict[int, Group]] = {index: {} for index in names}
-    with closing(_groups(run, staging, tool, work, list(names))) as sampled:
+def _sample_shards(run: ActiveRun, staging: Staging, tool: Sampler, work: Work, names: list[str]) -> None:
+    """Commit each of these shards once its last group is there."""
+    name_of = {group: name for name in names for group in work.shards[name]}
+    done: dict[str, dict[int, Group]] = {name: {} for name in names}
+    with closing(_groups(run, staging, tool, work, names)) as sampled:
         for group in sampled:
-            index = shard_of[group.group_id]
-            done[index][group.group_id] = group
-            shard = work.shards[index]
-            if len(done[index]) < len(shard):
+            name = name_of[group.group_id]
+            done[name][group.group_id] = group
+            shard = work.shards[name]
+            if len(done[name]) < len(shard):
                 continue
             with staging.clock("write"):
-                groups = done.pop(index)
+                groups = done.pop(name)
                 data = rollouts_table(
                     work, [groups[number] for number in shard], tool.tokenizer, tool.vocabulary_size
                 )
@@ -72,16 +69,14 @@ def _sample_shards(
                 }
                 if work.by_query is not None:
                     labels["prompts"] = work.digest_of(shard)
-                staging.write_table(work.table, names[index], data, **labels)
+                staging.write_table(work.table, name, data, **labels)
             run.console.stop_requested()
 
 
-def _groups(
-    run: ActiveRun, staging: Staging, tool: Sampler, work: Work, shards: Sequence[int]
-) -> Iterator[Group]:
+def _groups(run: ActiveRun, staging: Staging, tool: Sampler, work: Work, names: list[str]) -> Iterator[Group]:
     """The engine's groups as they come, with a bar of the rollouts done and the time spent in the engine."""
-    wanted = [[work.requests[group] for group in work.shards[index]] for index in shards]
-    total = sum(len(request.seeds) for shard in wanted for request in shard)
+    shards = [[work.requests[group] for group in work.shards[name]] for name in names]
+    total = sum(len(request.seeds) for shard in shards for request in shard)
     tokens, started = 0, time.perf_counter()
     with run.console.progress(f"{staging.plan.stage} {work.iteration}", total, "rollouts") as advance:
 
@@ -90,7 +85,7 @@ def _groups(
             tokens += new_tokens
             advance(rollouts, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
 
-        source = tool.engine.sample(wanted, work.sampling, partial(show, 0))
+        source = tool.engine.sample(shards, work.sampling, partial(show, 0))
         while True:
             with staging.clock("sample"):
                 group = next(source, None)
@@ -107,11 +102,6 @@ def keep_shards(run: ActiveRun, staging: Staging, records: Sequence[FileRecord],
         if staging.committed(name) is None:
             source = run.path_of(record, staging.plan.output, staging.plan.iteration)
             staging.link_table(record, source, name)
-
-
-def shard_names(staging: Staging, work: Work) -> list[str]:
-    """The file of each shard of `work`."""
-    return [staging.file_name(work.prefix, index) for index in range(len(work.shards))]
 
 
 def requests_of(

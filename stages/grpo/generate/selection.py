@@ -28,7 +28,7 @@ def select(run: ActiveRun, iteration: int, rounds: int, prompts: pa.Table) -> tu
     if config.prompts_sql is None:
         queue = draw(size, seed, iteration, count)
     else:
-        queue = _asked_for(run, iteration, config.prompts_sql, prompts["prompt_id"].to_numpy())
+        queue = _asked_for(run, iteration, config.prompts_sql, prompts["prompt_id"])
     drawn = np.zeros(0, dtype=np.int64)
     for number in range(rounds):
         chosen = queue[number * count : (number + 1) * count]
@@ -47,8 +47,8 @@ def least_drawn(num_prompts: int, drawn: np.ndarray, count: int, seed: list[int]
     return rows
 
 
-def _asked_for(run: ActiveRun, iteration: int, name: str, prompt_ids: np.ndarray) -> np.ndarray:
-    """Rows of the prompts table that the query asks for, in its order; prompt_ids: of that table, ascending.
+def _asked_for(run: ActiveRun, iteration: int, name: str, prompt_ids: pa.ChunkedArray) -> np.ndarray:
+    """Rows of the prompts table that the query asks for, in its order; prompt_ids: of that table.
 
     Raises UsageError (exit 2) for a query that cannot be run, DataError (exit 3) for ids that cannot be used.
     """
@@ -84,20 +84,18 @@ def _check_columns(name: str, columns: list[str]) -> None:
         raise UsageError(f"{KEY}: {name}: {message}")
 
 
-def _rows_of(column: pa.ChunkedArray, prompt_ids: np.ndarray, where: str) -> np.ndarray:
+def _rows_of(column: pa.ChunkedArray, prompt_ids: pa.ChunkedArray, where: str) -> np.ndarray:
     if not pa.types.is_integer(column.type):
         kind = f"prompt_id is of type {column.type}"
         raise DataError(f"{where}: {kind}; it must be an integer, as in `prompts`")
-    if column.null_count:
-        raise DataError(f"{where}: returns a prompt_id that is null; leave such rows out")
-    asked = column.to_numpy()
-    places = np.searchsorted(prompt_ids, asked)
-    known = prompt_ids[np.minimum(places, len(prompt_ids) - 1)] == asked
-    if not known.all():
-        raise DataError(f"{where}: returns prompt_id {asked[~known][0]}, which is none of `prompts`")
-    values, counts = np.unique(asked, return_counts=True)
-    if len(values) < len(asked):
-        twice = values[counts > 1][0]
-        raise DataError(f"{where}: returns prompt_id {twice} twice; it must return each prompt once")
-    rows: np.ndarray = places.astype(np.int64)
-    return rows
+    row_of = {prompt_id: row for row, prompt_id in enumerate(prompt_ids.to_pylist())}
+    rows: dict[int, int] = {}  # in the order of the query
+    for prompt_id in column.to_pylist():
+        if prompt_id is None:
+            raise DataError(f"{where}: returns a prompt_id that is null; leave such rows out")
+        if prompt_id not in row_of:
+            raise DataError(f"{where}: returns prompt_id {prompt_id}, which is none of `prompts`")
+        if prompt_id in rows:
+            raise DataError(f"{where}: returns prompt_id {prompt_id} twice; it must return each prompt once")
+        rows[prompt_id] = row_of[prompt_id]
+    return np.array(list(rows.values()), dtype=np.int64)

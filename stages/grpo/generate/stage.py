@@ -7,18 +7,7 @@ guessed later. Shards are committed one by one, and a committed shard is never s
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from grpo.artifacts import (
-    ActiveRun,
-    Manifest,
-    Plan,
-    Product,
-    Run,
-    Staging,
-    id_of,
-    lacking,
-    num_rounds,
-    policy_of,
-)
+from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Staging, id_of, lacking, num_rounds, policy_of
 from grpo.config import GenerateConfig
 from grpo.errors import DataError, UsageError
 from grpo.generate import selection
@@ -26,7 +15,7 @@ from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Engine, Sampling
 from grpo.generate.plan import KEY, OUTPUT
 from grpo.generate.rollouts import Work
-from grpo.generate.sampling import Sampler, keep_shards, requests_of, sample, shard_names
+from grpo.generate.sampling import Sampler, keep_shards, requests_of, sample
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import LENGTH
@@ -97,7 +86,7 @@ def release(sampler: Sampler) -> None:
     sampler.weight_sync.release()
 
 
-def after(run: Run, manifest: Manifest, sampler: Sampler) -> None:
+def after(run: ActiveRun, manifest: Manifest, sampler: Sampler) -> None:
     """Nothing follows from committed rollouts."""
 
 
@@ -160,30 +149,26 @@ def _work(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, ro
     rows = sampler.prompts.take(chosen).to_pylist()
     chat = chat_of(run.config.prompts, run.imports)
     texts, requests = requests_of(rows, sampler, chat, run.config.seed, iteration, config.samples_per_prompt)
+    offsets = range(0, rounds * size, size)
+    shards = [range(start + first, start + end) for start in offsets for first, end in staging.plan.shards]
+    cuts = (config.top_p, config.top_k, config.min_p)
     return Work(
         table=OUTPUT,
-        prefix=PREFIX,
         iteration=iteration,
         policy=policy_of(iteration),
         rows=rows,
         texts=texts,
         requests=requests,
-        shards=[
-            range(number * size + first, number * size + end)
-            for number in range(rounds)
-            for first, end in staging.plan.shards
-        ],
+        shards={staging.file_name(PREFIX, index): groups for index, groups in enumerate(shards)},
         groups_per_round=size,
-        sampling=Sampling(
-            config.temperature, config.max_new_tokens, config.top_p, config.top_k, config.min_p
-        ),
+        sampling=Sampling(config.temperature, config.max_new_tokens, *cuts),
         by_query=by_query,
     )
 
 
 def _check_same_prompts(staging: Staging, work: Work) -> None:
     """Raise DataError (exit 3) where a shard that is there was drawn otherwise than it would be now."""
-    for name, groups in zip(shard_names(staging, work), work.shards, strict=True):
+    for name, groups in work.shards.items():
         record, now = staging.committed(name), work.digest_of(groups)
         if record is not None and record.labels.get("prompts", now) != now:
             raise DataError(

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from grpo.errors import EngineError
 from grpo.generate.engines.protocol import Engine
@@ -33,7 +32,6 @@ class WeightSync:
         self._holds: str | None = None
         self._last: tuple[str, list[np.ndarray]] = ("", [])
         self._tolerance = FLOAT32_TOLERANCE
-        self._told_free = False
 
     def open(self, start: Path, check: WeightCheck, scratch: Path) -> None:
         """Load the starting policy, see how close the engine is, and make it follow a perturbed copy.
@@ -99,10 +97,6 @@ class WeightSync:
         """Have the engine leave the accelerator; the next bring() loads again."""
         self._holds = None
         self.engine.release()
-        if self._device == "cuda" and not self._told_free:
-            self._told_free = True
-            free, total = (f"{size / 2**30:.1f}" for size in torch.cuda.mem_get_info())
-            self._say(f"engine: asleep; {free} of {total} GiB of GPU memory are free for the learner")
 
     def _check(self, what: str, difference: float) -> None:
         if not difference <= self._tolerance:  # NaN is not

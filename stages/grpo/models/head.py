@@ -1,15 +1,16 @@
 """head: hidden states -> log-probability and entropy of chosen tokens, with no [N, V] tensor in memory.
 
 One chunk of the vocabulary at a time: the forward keeps a running softmax of each token (Milakov and
-Gimelshein 2018, arXiv:1805.02867), the backward computes each chunk's logits again. Chunks of the vocabulary
-and not of the tokens: a chunk's rows of the weight gradient are complete after one product, and what is added
-to again and again is the gradient of the hidden states, which is far smaller.
+Gimelshein 2018, arXiv:1805.02867), the backward computes each chunk's logits again. Not chunks of the tokens:
+a chunk's rows of the weight gradient are complete after one product, and what is added to again and again is
+the gradient of the hidden states, which is far smaller.
 
 Shapes: N positions (any mixture of rows and tokens), D width of a hidden state, V vocabulary, C its chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,61 +81,53 @@ def head_logprobs(
     if chunk >= len(head.weight_VD):
         logits_NV = head_logits(hidden_ND, head)
         return token_logprobs(logits_NV, targets_N, temperature_N, with_entropy=with_entropy)
-    form = _Form(head.scale, head.softcap, product_dtype, dtype, chunk, with_entropy)
+    logits_of = partial(_Logits, head.scale, head.softcap, product_dtype, chunk)
+    inputs = (hidden_ND, head.weight_VD, head.bias_V, targets_N, temperature_N.to(dtype))
     results: tuple[Tensor, Tensor | None] = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
-        form, hidden_ND, head.weight_VD, head.bias_V, targets_N, temperature_N.to(dtype)
+        logits_of, with_entropy, *inputs
     )
     return results
-
-
-@dataclass(frozen=True)
-class _Form:
-    """The constants of one call: the head's, the type of the products, that of all else, C, what is asked."""
-
-    scale: float
-    softcap: float | None
-    product_dtype: torch.dtype
-    dtype: torch.dtype
-    chunk: int
-    with_entropy: bool
 
 
 class _Logits:
     """The logits of one pass over the vocabulary, by chunks that share their memory."""
 
-    def __init__(self, form: _Form, *inputs: Any) -> None:
-        self.form = form
+    def __init__(
+        self, scale: float, softcap: float | None, product_dtype: torch.dtype, chunk: int, *inputs: Any
+    ) -> None:
         hidden_ND, self.weight_VD, self.bias_V, self.targets_N, temperature_N = inputs
+        self.product_dtype, self.dtype = product_dtype, temperature_N.dtype
+        self.chunk, self.has_cap = chunk, softcap is not None
         # A logit over its temperature, z, is inner * (h @ W.T + b), and with a cap outer * tanh(that).
-        if form.softcap is None:
-            self.inner_N = form.scale / temperature_N
+        if softcap is None:
+            self.inner_N = scale / temperature_N
             self.outer_N = torch.ones_like(temperature_N)
         else:
-            self.inner_N = torch.full_like(temperature_N, form.scale / form.softcap)
-            self.outer_N = form.softcap / temperature_N
+            self.inner_N = torch.full_like(temperature_N, scale / softcap)
+            self.outer_N = softcap / temperature_N
         # One factor per row of the hidden states is one per row of the product, for a fraction of the work.
-        self.scaled_ND = (hidden_ND.to(form.dtype) * self.inner_N[:, None]).to(form.product_dtype)
+        self.scaled_ND = (hidden_ND.to(self.dtype) * self.inner_N[:, None]).to(product_dtype)
         self._memory: dict[str, Tensor] = {}
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(columns, weight_CD in the products' type, inner * (h @ W.T + b) in memory of the next chunk)."""
-        for start in range(0, len(self.weight_VD), self.form.chunk):
-            columns = slice(start, min(start + self.form.chunk, len(self.weight_VD)))
-            weight_CD = self.weight_VD[columns].to(self.form.product_dtype)
-            product_NC = self.memory("product", columns, self.form.product_dtype)
+        for start in range(0, len(self.weight_VD), self.chunk):
+            columns = slice(start, min(start + self.chunk, len(self.weight_VD)))
+            weight_CD = self.weight_VD[columns].to(self.product_dtype)
+            product_NC = self.memory("product", columns, self.product_dtype)
             torch.mm(self.scaled_ND, weight_CD.t(), out=product_NC)
-            wider = self.form.product_dtype != self.form.dtype
-            logits_NC = self.memory("logits", columns).copy_(product_NC) if wider else product_NC
+            same = self.product_dtype == self.dtype
+            logits_NC = product_NC if same else self.memory("logits", columns).copy_(product_NC)
             if self.bias_V is not None:
-                logits_NC.addcmul_(self.inner_N[:, None], self.bias_V[columns].to(self.form.dtype))
+                logits_NC.addcmul_(self.inner_N[:, None], self.bias_V[columns].to(self.dtype))
             yield columns, weight_CD, logits_NC
 
     def memory(self, name: str, columns: slice, dtype: torch.dtype | None = None) -> Tensor:
         """[N, C] not set to anything; the same memory for the same name."""
         num_tokens, num_columns = len(self.scaled_ND), columns.stop - columns.start
         if name not in self._memory:
-            size = num_tokens * self.form.chunk
-            self._memory[name] = self.scaled_ND.new_empty(size, dtype=dtype or self.form.dtype)
+            size = num_tokens * self.chunk
+            self._memory[name] = self.scaled_ND.new_empty(size, dtype=dtype or self.dtype)
         return self._memory[name][: num_tokens * num_columns].view(num_tokens, num_columns)
 
     def targets(self, columns: slice) -> tuple[Tensor, Tensor]:
@@ -147,27 +140,29 @@ class _ChunkedLogprobs(torch.autograd.Function):
     """Log-probs and entropy [N]. Autocast leaves alone what is in place, into `out` or of types cast here."""
 
     @staticmethod
-    def forward(ctx: Any, form: _Form, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        logits = _Logits(form, *inputs)
+    def forward(
+        ctx: Any, logits_of: Callable[..., _Logits], with_entropy: bool, *inputs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        logits = logits_of(*inputs)
         # Finite, because -inf - -inf is NaN. total: sum exp(z - top); weighted: sum (z - top) exp(z - top).
-        top_N = torch.full_like(logits.inner_N, torch.finfo(form.dtype).min)
+        top_N = torch.full_like(logits.inner_N, torch.finfo(logits.dtype).min)
         total_N, weighted_N, target_N = (torch.zeros_like(top_N) for _ in range(3))
         for columns, _, z_NC in logits.chunks():
-            if form.softcap is not None:
+            if logits.has_cap:
                 z_NC.tanh_().mul_(logits.outer_N[:, None])
             inside_N, place_N1 = logits.targets(columns)
             target_N = torch.where(inside_N, z_NC.gather(1, place_N1)[:, 0], target_N)
             before_N, top_N = top_N, torch.maximum(top_N, z_NC.amax(dim=1))
             shift_N = (before_N - top_N).clamp_min_(_NEVER)
             z_NC.sub_(top_N[:, None])
-            p_NC = torch.exp(z_NC, out=logits.memory("p", columns) if form.with_entropy else z_NC)
-            if form.with_entropy:
+            p_NC = torch.exp(z_NC, out=logits.memory("p", columns) if with_entropy else z_NC)
+            if with_entropy:
                 weighted_N = shift_N.exp() * (weighted_N + shift_N * total_N)
                 weighted_N += z_NC.clamp_min_(_NEVER).mul_(p_NC).sum(dim=1)
             total_N = shift_N.exp() * total_N + p_NC.sum(dim=1)
-        entropy_N = total_N.log() - weighted_N / total_N if form.with_entropy else None
+        entropy_N = total_N.log() - weighted_N / total_N if with_entropy else None
         ctx.save_for_backward(*inputs, top_N + total_N.log(), entropy_N)
-        ctx.form = form
+        ctx.logits_of = logits_of
         ctx.set_materialize_grads(False)  # None, not zeros, for an entropy that no loss uses
         return target_N - top_N - total_N.log(), entropy_N
 
@@ -179,13 +174,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         *inputs, logsumexp_N, entropy_N = ctx.saved_tensors
         if grad_logprobs_N is None:
             grad_logprobs_N = torch.zeros_like(logsumexp_N)
-        logits = _Logits(ctx.form, *inputs)
-        wanted = zip(inputs, ctx.needs_input_grad[1:4], strict=False)
-        grads = [torch.zeros_like(x, dtype=ctx.form.dtype) if wants else None for x, wants in wanted]
+        logits = ctx.logits_of(*inputs)
+        wanted = zip(inputs, ctx.needs_input_grad[2:5], strict=False)
+        grads = [torch.zeros_like(x, dtype=logits.dtype) if wants else None for x, wants in wanted]
         grad_hidden_ND, grad_weight_VD, grad_bias_V = grads
         for columns, weight_CD, logits_NC in logits.chunks():
             z_NC = logits_NC
-            if ctx.form.softcap is not None:
+            if logits.has_cap:
                 z_NC = torch.mul(logits_NC.tanh_(), logits.outer_N[:, None], out=logits.memory("z", columns))
             logprobs_NC = z_NC.sub_(logsumexp_N[:, None])
             # d logprob / dz_j = [j = target] - p_j and d entropy / dz_j = -p_j (log p_j + entropy).
@@ -198,11 +193,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_NC.sub_(constant_N[:, None]).mul_(p_NC)
             inside_N, place_N1 = logits.targets(columns)
             grad_NC.scatter_add_(1, place_N1, (grad_logprobs_N * inside_N)[:, None])
-            if ctx.form.softcap is not None:  # d tanh(u) / du = 1 - tanh(u) ** 2
+            if logits.has_cap:  # d tanh(u) / du = 1 - tanh(u) ** 2
                 grad_NC.mul_(logits_NC.square_().neg_().add_(1)).mul_(logits.outer_N[:, None])
             if grad_bias_V is not None:
                 torch.mv(grad_NC.t(), logits.inner_N, out=grad_bias_V[columns])
-            if ctx.form.product_dtype != ctx.form.dtype:
+            if logits.product_dtype != logits.dtype:
                 grad_NC = logits.memory("product", columns).copy_(grad_NC)
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD[columns], grad_NC.t(), logits.scaled_ND)
@@ -210,7 +205,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 _add_product(grad_hidden_ND, grad_NC, weight_CD)
         if grad_hidden_ND is not None:
             grad_hidden_ND.mul_(logits.inner_N[:, None])
-        return None, grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None
+        return None, None, grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None
 
 
 def _add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:

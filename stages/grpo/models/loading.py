@@ -5,7 +5,7 @@ Code that came with a checkpoint never runs, and pickled weights are never read.
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
@@ -62,9 +62,9 @@ def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 class Blueprint:
-    """The modules of a model as they were built, without its weights.
+    """The modules of a model as they were built: of the next policy they are copied.
 
-    Most of what load_model takes for a small model is building modules: of the next policy they are copied.
+    Building them is most of what load_model takes for a small model.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path) -> None:
@@ -78,14 +78,10 @@ class Blueprint:
 
         Raises CorruptError for weights that are not finite.
         """
-        path = checkpoint / WEIGHT_FILES[0]
-        if not path.is_file() or (checkpoint / "config.json").read_bytes() != self._config:
-            return None
-        try:
-            found = load_file(path)
-        except SafetensorError:
-            return None
-        own = dict(self._model.named_parameters())
+        own, found = dict(self._model.named_parameters()), {}
+        with suppress(OSError, SafetensorError):  # load_model says what it is
+            if (checkpoint / "config.json").read_bytes() == self._config:
+                found = load_file(checkpoint / WEIGHT_FILES[0])
         if _kinds(found) != _kinds(own):
             return None
         fresh = {id(own[name]): torch.nn.Parameter(_copied(found[name], device)) for name in own}

@@ -2,10 +2,9 @@
 
 A Qwen3 of 0.4M parameters over bytes, like a base model: it can do the task and mostly does not. It answers a
 one-digit sum with the sum 30 % of the time ("3+4=" -> "7") and otherwise writes the two digits side by side
-("34"). So greedy accuracy starts at 0, three samples in ten earn the reward, and GRPO has something to find.
-
-All hundred sums are in this warm start. Twenty of them are held out of GRPO only (prompts/arithmetic.py):
-accuracy there shows that GRPO moved a habit over to prompts it never saw, not that it taught addition.
+("34"): three samples in ten earn the reward, and GRPO has something to find. All hundred sums are in this
+warm start. Twenty are held out of GRPO only (prompts/arithmetic.py): accuracy there shows that GRPO moved a
+habit over to prompts it never saw, not that it taught addition.
 
 Qwen3 and not Qwen2, because for Qwen2 AutoTokenizer (transformers 5.16 to 5.23) builds its own tokenizer
 around the vocabulary it finds, with Unicode normalisation (NFC), and then not every text round-trips.

@@ -1,9 +1,8 @@
 """weight_check: a few sequences of a run's own tokens, and the log-probs a policy gives them.
 
-Every policy on disk carries one, computed by the learner's code from the saved weights. An engine that took
-the weights scores the same tokens: a digest of parameters proves nothing, since engines keep copies of them
-in other layouts. All policies of a run are checked with the same sequences, so that what an engine gives for
-one can be compared with what it gave for the last.
+Every policy on disk carries one, computed by the learner's code from the saved weights, with the same
+sequences for all of a run. An engine that took the weights scores the same tokens: a digest of parameters
+proves nothing, since engines keep copies of them in other layouts.
 """
 
 import json

@@ -1,8 +1,7 @@
-"""protocol: what the generate stage asks of a sampler.
+"""protocol: what the generate stage asks of a sampler. Nothing here imports torch or vllm.
 
-An engine is opened once per run and kept between iterations. It gets its weights from a checkpoint on
-disk, and yields a group as soon as its K samples are done, in any order: the stage decides when a shard
-is complete. Nothing here imports torch or vllm.
+An engine is opened once per run and kept between iterations. It yields a group as soon as its K samples are
+done, in any order: the stage decides when a shard is complete.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -76,16 +75,12 @@ class Engine(Protocol):
         """Log-probs at temperature 1 of every token but the first, float32 [len(sequence) - 1] each."""
 
     def sample(
-        self,
-        shards: Sequence[Sequence[Request]],
-        sampling: Sampling,
-        on_tokens: Callable[[int], None],
+        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
     ) -> Iterator[Group]:
-        """Yield every group of every shard exactly once.
+        """Yield every group of every shard exactly once; on_tokens: tokens sampled since its last call.
 
         An engine that promises the same bytes on a resumed run samples each shard as a whole, so that a
-        shard's bytes do not depend on which other shards are asked for. `on_tokens` is told how many
-        response tokens were sampled since its last call.
+        shard's bytes do not depend on which other shards are asked for.
         """
 
     def release(self) -> None:

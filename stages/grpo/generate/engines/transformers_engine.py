@@ -15,12 +15,13 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from grpo.errors import EngineError
@@ -33,7 +34,7 @@ from grpo.models.logprobs import token_logprobs
 
 
 class TransformersEngine:
-    """The Engine of engine.py on one device. `max_rows_per_batch` bounds memory: samples decoded together.
+    """The Engine of protocol.py on one device. `max_rows_per_batch` bounds memory: samples decoded together.
 
     A group stays in one batch, so a batch is larger where a group is. Results depend on this number only by
     float rounding.
@@ -59,30 +60,33 @@ class TransformersEngine:
         if model is None:
             model = load_model(checkpoint, self.device)
             self._blueprint = Blueprint(model, checkpoint)
-            _check_forward(model)
+            accepted = inspect.signature(model.forward).parameters
+            for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
+                if name not in accepted:
+                    message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
+                    raise EngineError(f"generate: {message}")
             self._takes_prefix = takes_prefix(model)
         self._eos_ids = eos_token_ids(checkpoint)
         self._model = model
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs at temperature 1 of every token but the first, by the learner's formula and padding."""
-        assert self._model is not None, "load() comes before score()"
+        assert self._model is not None, "load() comes before logprobs()"
         starts = range(0, len(sequences), self.max_rows_per_batch)
         batches = [sequences[start : start + self.max_rows_per_batch] for start in starts]
         return [logprobs for batch in batches for logprobs in score_batch(self._model, batch)]
 
     def sample(
-        self,
-        shards: Sequence[Sequence[Request]],
-        sampling: Sampling,
-        on_tokens: Callable[[int], None],
+        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
     ) -> Iterator[Group]:
         """Yield each group once, batch after batch. Raises DataError, EngineError."""
         assert self._model is not None, "load() comes before sample()"
-        _check_sampling(sampling)
+        if sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0:
+            message = "the transformers engine samples from the whole distribution; top_p, top_k and min_p"
+            raise EngineError(f"generate: {message} need engine: vllm")
         config = self._model.config
+        vocabulary = config.get_text_config(decoder=True).vocab_size
         for shard in shards:
-            vocabulary = config.get_text_config(decoder=True).vocab_size
             check_requests(shard, sampling, vocabulary, context_length(config))
             for batch in plan_batches(shard, self.max_rows_per_batch):
                 # A sample that has its prompt to itself shares nothing.
@@ -94,17 +98,14 @@ class TransformersEngine:
         self._model = None
         empty_cache(self.device)
 
-    def close(self) -> None:
-        """Let go of the model."""
-        self.release()
+    close = release
 
 
 def plan_batches(requests: Sequence[Request], max_rows: int) -> list[list[Request]]:
     """Cut requests into batches of at most `max_rows` samples (or one group), neighbours in prompt length."""
-    by_length = sorted(requests, key=lambda request: len(request.prompt_token_ids))  # stable
     batches: list[list[Request]] = []
     num_rows = 0
-    for request in by_length:
+    for request in sorted(requests, key=lambda request: len(request.prompt_token_ids)):  # stable
         num_rows += len(request.seeds)
         if not batches or num_rows > max_rows:
             batches.append([])
@@ -116,18 +117,16 @@ def plan_batches(requests: Sequence[Request], max_rows: int) -> list[list[Reques
 @torch.inference_mode()
 def score_batch(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Log-probs at temperature 1 of all tokens but the first of each sequence, float32 [length - 1] each."""
-    lengths_B = torch.tensor([len(sequence) for sequence in sequences], device=model.device)
-    width = int(lengths_B.max())
-    padded = [[*sequence, *[0] * (width - len(sequence))] for sequence in sequences]
-    tokens_BL = torch.tensor(padded, device=model.device)
+    tokens = [torch.tensor(sequence, device=model.device) for sequence in sequences]
     # Right padding under causal attention: no real token ever sees it, so no mask is needed.
-    logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits
-    real_BL = torch.arange(1, width, device=model.device) < lengths_B.unsqueeze(-1)
-    targets_N = tokens_BL[:, 1:][real_BL]
-    temperature_N = torch.ones(len(targets_N), device=model.device)
-    logprobs_N, _ = token_logprobs(logits_BLV[:, :-1][real_BL], targets_N, temperature_N)
-    ends_B = (lengths_B - 1).cumsum(0)
-    return np.split(logprobs_N.cpu().numpy(), ends_B[:-1].tolist())
+    logits_BLV = model(input_ids=pad_sequence(tokens, batch_first=True), use_cache=False).logits
+    found = []
+    for tokens_T, logits_LV in zip(tokens, logits_BLV, strict=True):
+        targets_T = tokens_T[1:]
+        temperature_T = torch.ones(len(targets_T), device=model.device)
+        logprobs_T, _ = token_logprobs(logits_LV[: len(targets_T)], targets_T, temperature_T)
+        found.append(logprobs_T.cpu().numpy())
+    return found
 
 
 @torch.inference_mode()
@@ -145,19 +144,30 @@ def sample_batch(
     """
     rows = _prefill(model, requests, sampling.max_new_tokens, shares_prompts)
     eos_E = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
-    record = _Record.empty(len(rows.sample_N), sampling.max_new_tokens, model.device)
+    # What was drawn; past num_tokens_B a row holds nothing of meaning.
+    tokens_BT = torch.zeros(rows.uniforms_NT.shape, dtype=torch.int64, device=model.device)
+    logprobs_BT = torch.zeros(tokens_BT.shape, device=model.device)
+    num_tokens_B = tokens_BT.new_zeros(len(tokens_BT))
     with attending_to_prefix(model) if shares_prompts else nullcontext():
         for step in range(sampling.max_new_tokens):
             tokens_N, logprobs_N = draw(rows.logits_NV, rows.uniforms_NT[:, step], sampling.temperature)
-            record.tokens_BT[rows.sample_N, step] = tokens_N
-            record.logprobs_BT[rows.sample_N, step] = logprobs_N
-            record.num_tokens_B[rows.sample_N] = step + 1
+            tokens_BT[rows.sample_N, step] = tokens_N
+            logprobs_BT[rows.sample_N, step] = logprobs_N
+            num_tokens_B[rows.sample_N] = step + 1
             on_tokens(len(tokens_N))
-            tokens_N = rows.leave(torch.isin(tokens_N, eos_E), tokens_N)
-            if len(tokens_N) == 0 or step + 1 == sampling.max_new_tokens:
+            ended_N = torch.isin(tokens_N, eos_E)
+            if step + 1 == sampling.max_new_tokens or bool(ended_N.all()):
                 break
-            rows.advance(model, tokens_N)
-    return record.groups(requests, eos_ids)
+            rows.advance(model, rows.leave(ended_N, tokens_N))
+    drawn_BT = torch.arange(sampling.max_new_tokens, device=model.device) < num_tokens_B[:, None]
+    ends = num_tokens_B.cumsum(0)[:-1].tolist()
+    tokens = np.split(tokens_BT[drawn_BT].to("cpu", torch.int32).numpy(), ends)
+    logprobs = np.split(logprobs_BT[drawn_BT].cpu().numpy(), ends)
+    samples = (
+        Sample(tokens_T, logprobs_T, "stop" if tokens_T[-1] in eos_ids else "length")
+        for tokens_T, logprobs_T in zip(tokens, logprobs, strict=True)
+    )
+    return [Group(request.group_id, list(islice(samples, len(request.seeds)))) for request in requests]
 
 
 @dataclass
@@ -207,16 +217,18 @@ def _prefill(
 ) -> _Rows:
     """Put each prompt through the model once, then give each of its samples a row."""
     device = model.device
-    lengths_P = torch.tensor([len(request.prompt_token_ids) for request in requests], device=device)
-    width = int(lengths_P.max())
-    padded = [[0] * (width - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests]
+    prompts = [torch.tensor(request.prompt_token_ids) for request in requests]
+    tokens_PL = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
+    lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = tokens_PL.shape[1]
     # Responses never hold padding, hence the room: arange - width + length >= 0 is True there.
     position_PL = torch.arange(width + max_new_tokens, device=device) + (lengths_P - width).unsqueeze(-1)
     visible_PL = position_PL >= 0 if bool((lengths_P < width).any()) else None
+    mask_PL = None if visible_PL is None else visible_PL[:, :width]
     cache = new_cache(model.config, max_new_tokens)
     logits_PV = model(
-        input_ids=torch.tensor(padded, device=device),
-        attention_mask=None if visible_PL is None else visible_PL[:, :width],
+        input_ids=tokens_PL,
+        attention_mask=mask_PL,
         position_ids=position_PL[:, :width].clamp(min=0),
         use_cache=True,
         logits_to_keep=1,
@@ -226,9 +238,8 @@ def _prefill(
     prompt_B = torch.tensor([prompt for prompt, _ in samples], device=device)
     prefix = None
     if shares_prompts:
-        prompts, cache = cache, new_cache(model.config, max_new_tokens)
-        prefix = Prefix(prompts, cache, None if visible_PL is None else visible_PL[:, :width], prompt_B)
-        visible_PL = None
+        responses = new_cache(model.config, max_new_tokens)
+        prefix, cache, visible_PL = Prefix(cache, responses, mask_PL, prompt_B), responses, None
     else:
         cache.batch_select_indices(prompt_B)
     return _Rows(
@@ -241,53 +252,3 @@ def _prefill(
         uniforms_NT=torch.from_numpy(uniforms([seed for _, seed in samples], max_new_tokens)).to(device),
         visible_NL=None if visible_PL is None else visible_PL[prompt_B],
     )
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What was drawn; past num_tokens_B a row holds nothing of meaning."""
-
-    tokens_BT: Tensor
-    logprobs_BT: Tensor
-    num_tokens_B: Tensor
-
-    @classmethod
-    def empty(cls, num_samples: int, max_new_tokens: int, device: torch.device) -> "_Record":
-        shape = (num_samples, max_new_tokens)
-        return cls(
-            tokens_BT=torch.zeros(shape, dtype=torch.int64, device=device),
-            logprobs_BT=torch.zeros(shape, dtype=torch.float32, device=device),
-            num_tokens_B=torch.zeros(num_samples, dtype=torch.int64, device=device),
-        )
-
-    def groups(self, requests: Sequence[Request], eos_ids: frozenset[int]) -> list[Group]:
-        steps_T = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device)
-        drawn_BT = steps_T < self.num_tokens_B.unsqueeze(-1)
-        tokens_N = self.tokens_BT[drawn_BT].to("cpu", torch.int32).numpy()
-        logprobs_N = self.logprobs_BT[drawn_BT].cpu().numpy()
-        ends = self.num_tokens_B.cumsum(0).tolist()
-        stopped = np.isin(tokens_N[np.array(ends) - 1], list(eos_ids)).tolist()
-        samples = [
-            Sample(tokens_N[start:end], logprobs_N[start:end], "stop" if has_stopped else "length")
-            for start, end, has_stopped in zip([0, *ends[:-1]], ends, stopped, strict=True)
-        ]
-        last = accumulate(len(request.seeds) for request in requests)
-        return [
-            Group(request.group_id, samples[end - len(request.seeds) : end])
-            for request, end in zip(requests, last, strict=True)
-        ]
-
-
-def _check_forward(model: PreTrainedModel) -> None:
-    accepted = inspect.signature(model.forward).parameters
-    for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
-        if name not in accepted:
-            message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
-            raise EngineError(f"generate: {message}")
-    new_cache(model.config, max_new_tokens=1)
-
-
-def _check_sampling(sampling: Sampling) -> None:
-    if sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0:
-        message = "the transformers engine samples from the whole distribution; top_p, top_k and min_p need"
-        raise EngineError(f"generate: {message} engine: vllm")
