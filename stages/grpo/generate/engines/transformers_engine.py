@@ -1,11 +1,10 @@
 """transformers_engine: the built-in sampler, plain transformers and torch.
 
-Deliberately different from `model.generate`: a prompt goes through the model once for its K samples, which
-share its keys and values where the model's attention allows (prefix_attention.py); a row leaves the batch as
-it ends; each sample draws from its own numbers, so its tokens do not depend on who shares its batch (up to
-float rounding); and the log-probability of a token is recorded as it is drawn.
-A shard is sampled as a whole, in batches that its own requests alone determine: the same shard gives the
-same bytes.
+Different from `model.generate`: a prompt goes through the model once for its K samples, which share its keys
+and values where the model's attention allows (prefix_attention.py); a row leaves the batch as it ends; each
+sample draws from its own numbers, so its tokens do not depend on who shares its batch (up to float rounding);
+and log-probs are recorded as tokens are drawn. A shard is sampled as a whole, in batches that its own
+requests alone determine: the same shard gives the same bytes.
 
 Shapes: P prompts, B samples of a batch, N samples still in the batch (N <= B), L prompt positions
 (left-padded to the longest), T response tokens, V vocabulary.
@@ -14,15 +13,15 @@ Shapes: P prompts, B samples of a batch, N samples still in the batch (N <= B), 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from grpo.errors import EngineError
 from grpo.generate.engines.draw import draw, uniforms
@@ -142,7 +141,7 @@ def sample_batch(
 
     shares_prompts: keep the keys and values of a prompt once, not per sample; needs takes_prefix(model).
     """
-    rows = _prefill(model, requests, sampling.max_new_tokens, shares_prompts)
+    rows = _Rows(model, requests, sampling.max_new_tokens, shares_prompts)
     eos_E = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
     # What was drawn; past num_tokens_B a row holds nothing of meaning.
     tokens_BT = torch.zeros(rows.uniforms_NT.shape, dtype=torch.int64, device=model.device)
@@ -158,7 +157,7 @@ def sample_batch(
             ended_N = torch.isin(tokens_N, eos_E)
             if step + 1 == sampling.max_new_tokens or bool(ended_N.all()):
                 break
-            rows.advance(model, rows.leave(ended_N, tokens_N))
+            rows.advance(rows.leave(ended_N, tokens_N))
     drawn_BT = torch.arange(sampling.max_new_tokens, device=model.device) < num_tokens_B[:, None]
     ends = num_tokens_B.cumsum(0)[:-1].tolist()
     tokens = np.split(tokens_BT[drawn_BT].to("cpu", torch.int32).numpy(), ends)
@@ -170,18 +169,40 @@ def sample_batch(
     return [Group(request.group_id, list(islice(samples, len(request.seeds)))) for request in requests]
 
 
-@dataclass
 class _Rows:
     """The samples in the batch: where each stands, and what the model needs for its next token."""
 
-    logits_NV: Tensor  # of the next token
-    cache: DynamicCache
-    cache_name: str  # of the model's argument for it
-    prefix: Prefix | None  # the prompts, where the cache holds the responses alone
-    sample_N: Tensor  # int64, which of the B samples
-    position_N: Tensor  # int64, of the next token, padding not counted
-    uniforms_NT: Tensor  # float64
-    visible_NL: Tensor | None  # bool, True where not padding, response room included; None: no padding
+    def __init__(
+        self, model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int, shares_prompts: bool
+    ) -> None:
+        """Put each prompt through the model once, then give each of its samples a row."""
+        device = model.device
+        prompts = [torch.tensor(request.prompt_token_ids) for request in requests]
+        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        tokens_PL = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
+        width = tokens_PL.shape[1]
+        # Responses never hold padding, hence the room: arange - width + length >= 0 is True there.
+        position_PL = torch.arange(width + max_new_tokens, device=device) + (lengths_P - width)[:, None]
+        visible_PL = position_PL >= 0 if bool((lengths_P < width).any()) else None
+        mask_PL = None if visible_PL is None else visible_PL[:, :width]
+        self.model, self.cache_name = model, cache_name(model)
+        self.prefix: dict[str, Prefix] = {}  # the prompts, where the cache holds the responses alone
+        self.cache = new_cache(model.config, max_new_tokens)
+        logits_PV = self._logits(tokens_PL, mask_PL, position_PL[:, :width].clamp(min=0))
+        samples = [(prompt, seed) for prompt, request in enumerate(requests) for seed in request.seeds]
+        prompt_B = torch.tensor([prompt for prompt, _ in samples], device=device)
+        if shares_prompts:
+            cache, self.cache = self.cache, new_cache(model.config, max_new_tokens)
+            self.prefix, visible_PL = {"prefix": Prefix(cache, self.cache, mask_PL, prompt_B)}, None
+        else:
+            self.cache.batch_select_indices(prompt_B)
+        self.logits_NV = logits_PV[prompt_B]  # of the next token
+        self.sample_N = torch.arange(len(samples), device=device)  # which of the B samples
+        self.position_N = lengths_P[prompt_B]  # of the next token, padding not counted
+        uniforms_BT = uniforms([seed for _, seed in samples], max_new_tokens)
+        self.uniforms_NT = torch.from_numpy(uniforms_BT).to(device)
+        # True where not padding, response room included; None: no padding.
+        self.visible_NL = None if visible_PL is None else visible_PL[prompt_B]
 
     def leave(self, ended_N: Tensor, tokens_N: Tensor) -> Tensor:
         """Let samples that have ended leave. Returns the tokens of those that stay, in their new order."""
@@ -189,66 +210,30 @@ class _Rows:
         if move.num_left == len(ended_N):
             return tokens_N
         move_rows(self.cache, move)
-        if self.prefix is not None:
-            self.prefix.leave(move)
+        for prefix in self.prefix.values():
+            prefix.leave(move)
         self.sample_N, self.position_N = move.apply(self.sample_N), move.apply(self.position_N)
         self.uniforms_NT = move.apply(self.uniforms_NT)
         self.visible_NL = None if self.visible_NL is None else move.apply(self.visible_NL)
         return move.apply(tokens_N)
 
-    def advance(self, model: PreTrainedModel, tokens_N: Tensor) -> None:
+    def advance(self, tokens_N: Tensor) -> None:
         """Put one token of each row through the model."""
         width = self.cache.get_seq_length() + 1
-        prefix = {} if self.prefix is None else {"prefix": self.prefix}
-        self.logits_NV = model(
-            input_ids=tokens_N.unsqueeze(-1),
-            attention_mask=None if self.visible_NL is None else self.visible_NL[:, :width],
-            position_ids=self.position_N.unsqueeze(-1),
-            use_cache=True,
-            logits_to_keep=1,
-            **{self.cache_name: self.cache},
-            **prefix,
-        ).logits[:, -1]
+        mask_NL = None if self.visible_NL is None else self.visible_NL[:, :width]
+        self.logits_NV = self._logits(tokens_N[:, None], mask_NL, self.position_N[:, None])
         self.position_N = self.position_N + 1
 
-
-def _prefill(
-    model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int, shares_prompts: bool
-) -> _Rows:
-    """Put each prompt through the model once, then give each of its samples a row."""
-    device = model.device
-    prompts = [torch.tensor(request.prompt_token_ids) for request in requests]
-    tokens_PL = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
-    lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = tokens_PL.shape[1]
-    # Responses never hold padding, hence the room: arange - width + length >= 0 is True there.
-    position_PL = torch.arange(width + max_new_tokens, device=device) + (lengths_P - width).unsqueeze(-1)
-    visible_PL = position_PL >= 0 if bool((lengths_P < width).any()) else None
-    mask_PL = None if visible_PL is None else visible_PL[:, :width]
-    cache = new_cache(model.config, max_new_tokens)
-    logits_PV = model(
-        input_ids=tokens_PL,
-        attention_mask=mask_PL,
-        position_ids=position_PL[:, :width].clamp(min=0),
-        use_cache=True,
-        logits_to_keep=1,
-        **{cache_name(model): cache},
-    ).logits[:, -1]
-    samples = [(prompt, seed) for prompt, request in enumerate(requests) for seed in request.seeds]
-    prompt_B = torch.tensor([prompt for prompt, _ in samples], device=device)
-    prefix = None
-    if shares_prompts:
-        responses = new_cache(model.config, max_new_tokens)
-        prefix, cache, visible_PL = Prefix(cache, responses, mask_PL, prompt_B), responses, None
-    else:
-        cache.batch_select_indices(prompt_B)
-    return _Rows(
-        logits_NV=logits_PV[prompt_B],
-        cache=cache,
-        cache_name=cache_name(model),
-        prefix=prefix,
-        sample_N=torch.arange(len(samples), device=device),
-        position_N=lengths_P[prompt_B],
-        uniforms_NT=torch.from_numpy(uniforms([seed for _, seed in samples], max_new_tokens)).to(device),
-        visible_NL=None if visible_PL is None else visible_PL[prompt_B],
-    )
+    def _logits(self, tokens: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        """Of the token after the last of each row, [rows, V]."""
+        arguments: dict[str, Any] = {self.cache_name: self.cache, **self.prefix}
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **arguments,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits

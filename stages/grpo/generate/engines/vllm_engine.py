@@ -23,14 +23,8 @@ import torch
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from grpo.errors import EngineError, GrpoError, UsageError
+from grpo.generate.engines import vllm_settings
 from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, check_requests
-from grpo.generate.engines.vllm_settings import (
-    INSTALL,
-    check_version,
-    defaults,
-    executor,
-    set_environment,
-)
 from grpo.models.loading import eos_token_ids
 
 if TYPE_CHECKING:
@@ -49,11 +43,12 @@ class VllmEngine:
     """options: vLLM's engine arguments. max_model_len: tokens of the longest prompt and response together."""
 
     def __init__(self, options: dict[str, Any], max_model_len: int) -> None:
-        check_version()
-        set_environment()
+        vllm_settings.check_version()
+        vllm_settings.set_environment()
         check_options(options)
         self._options = options
-        self._settings = {**defaults(max_model_len), **executor(options), **options}
+        ours = vllm_settings.defaults(max_model_len)
+        self._settings = {**ours, **vllm_settings.executor(options), **options}
         self._llm: LLM | None = None
         self._workers: list[BaseProcess] = []
         self._stop_ids: list[int] = []
@@ -211,7 +206,7 @@ def check_options(options: dict[str, Any]) -> None:
         from vllm.engine.arg_utils import EngineArgs
     except ImportError as error:  # a library of another build, often: vLLM's own dependencies are many
         message = f"vllm is installed but cannot be imported: {error}"
-        raise EngineError(f"generate.engine: {message}; {INSTALL}") from error
+        raise EngineError(f"generate.engine: {message}; {vllm_settings.INSTALL}") from error
     known = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
     for name, value in options.items():
         where = f"generate.engine_options.{name}"
@@ -240,8 +235,7 @@ def _open(checkpoint: Path, settings: dict[str, Any]) -> "LLM":
     # On a CPU vLLM replaces torch.set_num_threads and may leave one thread to the learner.
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return LLM(model=str(checkpoint), **settings)
     finally:
         torch.set_num_threads = set_num_threads
