@@ -69,7 +69,7 @@ def _sample_shards(run: ActiveRun, staging: Staging, tool: Sampler, work: Work, 
                 }
                 if work.by_query is not None:
                     labels["prompts"] = work.digest_of(shard)
-                staging.write_table(work.table, name, data, **labels)
+                staging.write_shard(work.table, name, data, **labels)
             run.console.stop_requested()
 
 
