@@ -69,11 +69,9 @@ class TransformersEngine:
         self._model = model
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Log-probs at temperature 1 of every token but the first, by the learner's formula and padding."""
+        """Log-probs at temperature 1 of every token but the first, by the learner's formula."""
         assert self._model is not None, "load() comes before logprobs()"
-        starts = range(0, len(sequences), self.max_rows_per_batch)
-        batches = [sequences[start : start + self.max_rows_per_batch] for start in starts]
-        return [logprobs for batch in batches for logprobs in score_batch(self._model, batch)]
+        return [score(self._model, sequence) for sequence in sequences]
 
     def sample(
         self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
@@ -114,18 +112,13 @@ def plan_batches(requests: Sequence[Request], max_rows: int) -> list[list[Reques
 
 
 @torch.inference_mode()
-def score_batch(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Log-probs at temperature 1 of all tokens but the first of each sequence, float32 [length - 1] each."""
-    tokens = [torch.tensor(sequence, device=model.device) for sequence in sequences]
-    # Right padding under causal attention: no real token ever sees it, so no mask is needed.
-    logits_BLV = model(input_ids=pad_sequence(tokens, batch_first=True), use_cache=False).logits
-    found = []
-    for tokens_T, logits_LV in zip(tokens, logits_BLV, strict=True):
-        targets_T = tokens_T[1:]
-        temperature_T = torch.ones(len(targets_T), device=model.device)
-        logprobs_T, _ = token_logprobs(logits_LV[: len(targets_T)], targets_T, temperature_T)
-        found.append(logprobs_T.cpu().numpy())
-    return found
+def score(model: PreTrainedModel, sequence: Sequence[int]) -> np.ndarray:
+    """Log-probs at temperature 1 of all tokens but the first, float32 [length - 1]."""
+    tokens_L = torch.tensor(sequence, device=model.device)
+    logits_LV = model(input_ids=tokens_L[None], use_cache=False).logits[0]
+    temperature_T = torch.ones(len(sequence) - 1, device=model.device)
+    logprobs_T, _ = token_logprobs(logits_LV[:-1], tokens_L[1:], temperature_T)
+    return logprobs_T.cpu().numpy()
 
 
 @torch.inference_mode()
