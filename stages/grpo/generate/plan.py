@@ -52,8 +52,8 @@ def past_tables(run: Run, iteration: int) -> list[str]:
         run.require("rollouts", number, f"grpo generate --iteration {number}")
         rewards = run.require("rewards", number, f"grpo score --iteration {number}")
         run.require("advantages", number, f"grpo advantage --iteration {number}")
-        names = [f"reward/{name}" for name in rewards.summary["weights"]]
-        references += [f"{name}@{number}" for name in ("rollouts", *names, "advantages")]
+        names = ("rollouts", *(f"reward/{name}" for name in rewards.summary["weights"]), "advantages")
+        references += [f"{name}@{number}" for name in names]
     return references
 
 

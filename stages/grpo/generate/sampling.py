@@ -39,8 +39,8 @@ def sample(
     todo = [name for name in work.shards if staging.committed(name) is None]
     engine: dict[str, Any] = {"precision": None, "weight_check_difference": None}
     if todo:  # else all is committed but the manifest, and no engine is loaded
-        engine["weight_check_difference"] = _bring_policy(run, staging, tool, work.policy)
-        engine["precision"] = tool.engine.precision
+        difference = _bring_policy(run, staging, tool.weight_sync, work.policy)
+        engine = {"precision": tool.engine.precision, "weight_check_difference": difference}
         _sample_shards(run, staging, tool, work, todo)
     held = [record for name in work.shards if (record := staging.committed(name)) is not None]
     assert len(held) == len(work.shards), "the engine left groups out"
@@ -59,10 +59,8 @@ def _sample_shards(run: ActiveRun, staging: Staging, tool: Sampler, work: Work, 
             if len(done[name]) < len(shard):
                 continue
             with staging.clock("write"):
-                groups = done.pop(name)
-                data = rollouts_table(
-                    work, [groups[number] for number in shard], tool.tokenizer, tool.vocabulary_size
-                )
+                groups = [done[name].pop(number) for number in shard]
+                data = rollouts_table(work, groups, tool.tokenizer, tool.vocabulary_size)
                 labels = {
                     "response_tokens": sum(data["response_tokens"].to_pylist()),
                     "truncated": data["finish_reason"].to_pylist().count("length"),
@@ -107,10 +105,7 @@ def keep_shards(run: ActiveRun, staging: Staging, records: Sequence[FileRecord],
 def requests_of(
     rows: list[Row], tool: Sampler, chat: Chat, seed: int, iteration: int | str, samples: int
 ) -> tuple[list[str], list[Request]]:
-    """Prompts as the model sees them, and for each a group with the seeds of its samples.
-
-    iteration: as group_seed()'s.
-    """
+    """Prompts as the model sees them, and a group for each; iteration: as group_seed()'s."""
     texts, token_ids = encode(rows, tool.tokenizer, chat)
     requests = []
     for group, ids in enumerate(token_ids):
@@ -119,13 +114,12 @@ def requests_of(
     return texts, requests
 
 
-def _bring_policy(run: ActiveRun, staging: Staging, tool: Sampler, policy: int) -> float | None:
+def _bring_policy(run: ActiveRun, staging: Staging, sync: WeightSync, policy: int) -> float | None:
     """Put a policy into the engine, opening it the first time; see weight_sync.py."""
-    if not tool.weight_sync.is_open:
+    if not sync.is_open:
         with staging.clock("open"):
             check = read_weight_check(run.weight_check_path(0))
-            tool.weight_sync.open(run.policy_folder(0), check, run.staging_root(None))
+            sync.open(run.policy_folder(0), check, run.staging_root(None))
     with staging.clock("load"):
-        policy_id = staging.plan.inputs[f"policy@{policy}"]
         check = read_weight_check(run.weight_check_path(policy))
-        return tool.weight_sync.bring(policy_id, run.policy_folder(policy), check)
+        return sync.bring(staging.plan.inputs[f"policy@{policy}"], run.policy_folder(policy), check)

@@ -1,8 +1,7 @@
 """selection: which prompts the groups of an iteration are drawn from, round by round.
 
-By the seeded passes of prompts.draw, or by the user's query over all earlier iterations. What these leave
-open, further rounds and the rest of a query that gives too few, goes to the prompts that this iteration has
-drawn least, in a permutation of (seed, iteration, round): nothing depends on what ran before.
+By the seeded passes of prompts.draw, or by the user's query over all earlier iterations. Further rounds, and
+what a query leaves open, go to the prompts that this iteration has drawn least, in a seeded permutation.
 """
 
 import numpy as np
@@ -52,30 +51,31 @@ def _asked_for(run: ActiveRun, iteration: int, name: str, prompt_ids: pa.Chunked
 
     Raises UsageError (exit 2) for a query that cannot be run, DataError (exit 3) for ids that cannot be used.
     """
-    text = named_text(run.imports, KEY, name)
+    query = _query(run, name, iteration)
     for number in range(iteration):
         for output in _PAST:
             for file in run.require(output, number, "grpo run").files:
                 run.verify(file, run.path_of(file, output, number))
     with sql.connect([run], range(iteration), _PAST, repeatable=True) as connection:
         sql.seed_random(connection, run.config.seed, iteration)
-        found = sql.user_rows(connection, KEY, text, _parameters(run, iteration))
+        found = sql.user_rows(connection, KEY, *query)
     _check_columns(name, found.column_names)
     return _rows_of(found["prompt_id"], prompt_ids, f"{KEY}: {name}")
 
 
 def check(run: ActiveRun) -> None:
     """Raise UsageError (exit 2) for a query that cannot be run, whatever the tables will hold."""
-    if (name := run.config.generate.prompts_sql) is None:
-        return
-    text = named_text(run.imports, KEY, name)
-    with sql.connect([run], outputs=()) as connection:
-        _check_columns(name, sql.user_columns(connection, KEY, text, _parameters(run, 0)))
+    if (name := run.config.generate.prompts_sql) is not None:
+        query = _query(run, name, 0)
+        with sql.connect([run], outputs=()) as connection:
+            _check_columns(name, sql.user_columns(connection, KEY, *query))
 
 
-def _parameters(run: ActiveRun, iteration: int) -> dict[str, int]:
+def _query(run: ActiveRun, name: str, iteration: int) -> tuple[str, dict[str, int]]:
+    """The text of the user's query, and its parameters."""
     count = run.config.generate.prompts_per_iteration
-    return {"iteration": iteration, "seed": run.config.seed, "prompts_per_iteration": count}
+    parameters = {"iteration": iteration, "seed": run.config.seed, "prompts_per_iteration": count}
+    return named_text(run.imports, KEY, name), parameters
 
 
 def _check_columns(name: str, columns: list[str]) -> None:

@@ -55,12 +55,11 @@ def open_resource(run: ActiveRun) -> Iterator[Sampler]:
 def _longest_prompt(run: ActiveRun) -> int:
     """Tokens of the longest prompt; of held-out ones with what they are given more than max_new_tokens."""
     longest = int(run.require("prompts", None, "grpo run").summary["longest_prompt_tokens"])
-    held_out = run.manifest(HELD_OUT, None) if run.config.evaluate else None
-    if held_out is None or run.config.evaluate is None:
-        return longest
-    given = run.config.generate.max_new_tokens
-    more = (run.config.evaluate.max_new_tokens or given) - given
-    return max(longest, int(held_out.summary["longest_prompt_tokens"]) + more)
+    if (evaluate := run.config.evaluate) and (held_out := run.manifest(HELD_OUT, None)):
+        given = run.config.generate.max_new_tokens
+        more = (evaluate.max_new_tokens or given) - given
+        longest = max(longest, int(held_out.summary["longest_prompt_tokens"]) + more)
+    return longest
 
 
 def make_engine(
@@ -107,9 +106,8 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) 
     _check_same_prompts(staging, work)
     held, engine = sample(run, staging, sampler, work)
     rollouts = sum(record.rows or 0 for record in held)
-    tokens, truncated = (
-        sum(record.labels[name] for record in held) for name in ("response_tokens", "truncated")
-    )
+    tokens = sum(record.labels["response_tokens"] for record in held)
+    truncated = sum(record.labels["truncated"] for record in held)
     summary = {
         "rollouts": rollouts,
         "response_tokens": tokens,

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from grpo.errors import EngineError
 from grpo.generate.engines.protocol import Engine
-from grpo.models.loading import empty_cache, load_model
+from grpo.models.loading import load_model
 from grpo.models.reader import Reader
 from grpo.models.weight_check import PERTURBATION, WeightCheck, measure, write_perturbed
 
@@ -43,7 +44,7 @@ class WeightSync:
             perturbed = Path(name)
             write_perturbed(start, perturbed)
             moved = measure(Reader(load_model(perturbed, self._device)), check.sequences)
-            empty_cache(self._device)  # the engine asks for most of it
+            torch.cuda.empty_cache()  # the engine asks for most of it
             self.engine.load(start)
             fresh = check.difference(self.engine.logprobs(check.sequences))
             precision = self.engine.precision

@@ -1,8 +1,7 @@
 """attention: another function in place of a model's own attention.
 
-transformers lets it be any function (huggingface.co/docs/transformers/attention_interface), makes no mask for
-a name it does not know, and hands on unknown arguments of the model's forward(). Not every model's code does
-that for every argument: who uses it tries first.
+transformers makes no mask for a name it does not know, and hands on unknown arguments of forward()
+(huggingface.co/docs/transformers/attention_interface). Not every model's code does: who uses it tries first.
 """
 
 from collections.abc import Callable, Iterator

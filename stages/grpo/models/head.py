@@ -61,15 +61,11 @@ def head_logprobs(
     with_entropy: bool,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each position's target and, when asked for, the entropy there in nats.
+    """What token_logprobs(head_logits(hidden_ND, head), ...) gives, to rounding, in value and gradient.
 
-    What token_logprobs(head_logits(hidden_ND, head), ...) gives, to rounding, in value and gradient.
-    hidden_ND: any floating type; targets_N: int64; temperature_N: > 0. Returns logprobs_N (<= 0) and
-    entropy_N (>= 0) or None, float32, or float64 where the hidden states are. An entropy that no loss uses
-    costs the backward nothing. Under autocast the products are in its type, and all else is in float32.
-
-    chunk_bytes: size of an [N, C] tensor; up to three are alive at once. Logits that fit into one chunk are
-    kept for the backward instead of computed twice.
+    float32, or float64 where the hidden states are; under autocast the products are in its type, and all else
+    is in float32. An entropy that no loss uses costs the backward nothing. chunk_bytes: size of an [N, C]
+    tensor; up to three are alive at once. Logits that fit into one chunk are kept instead of computed twice.
     """
     num_tokens, width = hidden_ND.shape
     device, product_dtype = hidden_ND.device.type, hidden_ND.dtype

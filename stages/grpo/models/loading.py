@@ -48,10 +48,9 @@ def load_model(checkpoint: Path, device: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Overwrite the weights of `model` with those of `checkpoint`, whose architecture must be the same.
+    """Have `model` compute, bit for bit, what load_model(checkpoint) would, of the same architecture.
 
-    Afterwards the model computes, bit for bit, what load_model(checkpoint) would. Nothing is copied when
-    the checkpoint is refused, for the reasons of load_model or because its tensors are others.
+    Nothing is copied when the checkpoint is refused, by load_model or because its tensors are others.
     """
     source, target = _tensors(_read_model(checkpoint)), _tensors(model)
     if differing := sorted(name for name, _ in _kinds(source).items() ^ _kinds(target).items()):
@@ -74,10 +73,7 @@ class Blueprint:
         self._config = (checkpoint / "config.json").read_bytes()
 
     def load_model(self, checkpoint: Path, device: str) -> PreTrainedModel | None:
-        """load_model(checkpoint, device), bit for bit; None where the checkpoint is not of this model.
-
-        Raises CorruptError for weights that are not finite.
-        """
+        """load_model(), bit for bit; None where the checkpoint is not of this model. Raises CorruptError."""
         own, found = dict(self._model.named_parameters()), {}
         with suppress(OSError, SafetensorError):  # load_model says what it is
             if (checkpoint / "config.json").read_bytes() == self._config:
@@ -143,12 +139,6 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def empty_cache(device: str) -> None:
-    """Give the GPU memory that torch keeps for later back to whoever comes next; nothing on a CPU."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars or load reports on stderr: what matters in them is raised."""
@@ -212,8 +202,7 @@ def _check_weights(checkpoint: Path, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         where = f"{checkpoint}: weight {name}"
         if parameter.dtype != torch.float32:
-            what = f"is {parameter.dtype}; only checkpoints that are not quantised can be used"
-            raise InputError(f"{where} {what}")
+            raise InputError(f"{where} is {parameter.dtype}; only what is not quantised can be used")
         # aminmax lets NaN through to both and makes no copy.
         if parameter.numel() and not all(bool(end.isfinite()) for end in parameter.detach().aminmax()):
             raise CorruptError(f"{where} holds NaN or infinity; every weight must be finite")

@@ -68,9 +68,8 @@ def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Head] | None:
     """The trunk of a causal language model, whose last_hidden_state the head reads, and that head.
 
     Proven on a few tokens: the model's own logits are the head's on what the trunk gives, for hidden states
-    as they are and for such with logits of 100. None where nothing known here does that, the output layer is
-    not a plain Linear, or all logits are 0 and so prove nothing: then only the model's own logits are right.
-    Needs a model in eval mode, in float32 or float64, outside autocast. A tensor in Head is the model's.
+    as they are and for such with logits of 100. None where nothing known here does that: then only the
+    model's own logits are right. Needs a model in eval mode, in float32 or float64, outside autocast.
     """
     assert not model.training
     trunk, linear = model.get_decoder(), model.get_output_embeddings()  # type: ignore[no-untyped-call]

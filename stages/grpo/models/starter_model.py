@@ -28,7 +28,6 @@ from grpo.errors import InputError
 from grpo.models.loading import quiet_transformers
 from grpo.prompts import arithmetic
 
-NAME = "tiny-arithmetic"
 FILES = (
     *("config.json", "generation_config.json", "model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -116,9 +115,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def train(tokenizer: PreTrainedTokenizerFast, num_steps: int, say: Callable[[str], None]) -> Qwen3ForCausalLM:
     """The model after `num_steps` steps on all two hundred answers, each with its share.
 
-    The loss is the expected one in nats per answer, not a sampled one: with every prompt's two answers in
-    every batch, it tends to the entropy of the choice, -0.3 log 0.3 - 0.7 log 0.7 = 0.6109. Deterministic;
-    leaves the caller's random state and number of threads as they were.
+    The loss in nats per answer tends to the entropy of the choice, -0.3 log 0.3 - 0.7 log 0.7 = 0.6109.
+    Deterministic; leaves the caller's random state and number of threads as they were.
     """
     num_threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -129,8 +127,7 @@ def train(tokenizer: PreTrainedTokenizerFast, num_steps: int, say: Callable[[str
             _fit(model, tokenizer, num_steps, say)
         finally:
             torch.set_num_threads(num_threads)
-    model.train(False)
-    return model
+    return model.eval()
 
 
 def _untrained(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -159,7 +156,6 @@ def _fit(
 ) -> None:
     ids_AT, labels_AU, share_A = _answers(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    num_prompts = share_A.sum()  # the shares of a prompt's two answers add up to 1
     for step in range(1, num_steps + 1):
         # Linear warm-up times half a cosine down to almost 0: the shares settle only as the steps get small.
         decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / num_steps)
@@ -167,7 +163,7 @@ def _fit(
         # Padding stands on the right, where causal attention keeps it from every token that has a label.
         logits_AUV = model(input_ids=ids_AT[:, :-1]).logits
         loss_AU = cross_entropy(logits_AUV.transpose(1, 2), labels_AU, ignore_index=IGNORED, reduction="none")
-        loss = (loss_AU.sum(dim=1) * share_A).sum() / num_prompts
+        loss = (loss_AU.sum(dim=1) * share_A).sum() / share_A.sum()  # a prompt's two shares add up to 1
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -6,7 +6,6 @@ engines keep copies of them in other layouts. One pass meets every dense weight 
 """
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
 from grpo.errors import CorruptError, ResourceError
-from grpo.models.loading import best_device, context_length, empty_cache, load_model, load_tokenizer
+from grpo.models.loading import best_device, context_length, load_model, load_tokenizer
 from grpo.models.reader import Reader
 from grpo.prompts.chat import Chat, encode
 from grpo.prompts.source import Row
@@ -48,7 +47,7 @@ class WeightCheck:
 
     def is_finite(self) -> bool:
         """Whether every log-prob is a number, which encode() needs."""
-        return all(math.isfinite(logprob) for row in self.logprobs for logprob in row)
+        return all(bool(np.isfinite(row).all()) for row in self.logprobs)
 
     def difference(self, logprobs: Sequence[np.ndarray]) -> float:
         """Mean |difference| per token, in nats, to what another computed for the same sequences."""
@@ -68,8 +67,7 @@ def check_sequences(prompts: Iterable[Sequence[int]], context: int | None) -> li
     context: the most positions the model has. One is left: engines score a prompt by sampling behind it.
     """
     length = LENGTH if context is None else min(LENGTH, context - 1)
-    tokens = [int(token) for prompt in prompts for token in prompt]
-    return [list(islice(cycle(tokens), length))]
+    return [list(islice(cycle(int(token) for prompt in prompts for token in prompt), length))]
 
 
 def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightCheck:
@@ -82,11 +80,10 @@ def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightChec
     token_ids = encode(rows, load_tokenizer(checkpoint), chat)[1]
     found = measure(reader, check_sequences(token_ids, context_length(reader.model.config)))
     del reader
-    empty_cache(device)  # the engine asks for most of it
+    torch.cuda.empty_cache()  # the engine asks for most of it
     if not found.is_finite():
-        raise CorruptError(
-            f"{checkpoint}: its log-probs are not finite, though its weights are: too large for float32"
-        )
+        message = "its log-probs are not finite, though its weights are: too large for float32"
+        raise CorruptError(f"{checkpoint}: {message}")
     return found
 
 

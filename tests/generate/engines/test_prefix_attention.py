@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from grpo.generate.engines.kv_cache import Move, new_cache
-from grpo.generate.engines.prefix_attention import Prefix, attending_to_prefix, prefix_attention, takes_prefix
+from grpo.generate.engines.prefix_attention import NAME, Prefix, prefix_attention, takes_prefix
 from grpo.generate.engines.protocol import Request, Sampling, group_seed
 from grpo.generate.engines.transformers_engine import sample_batch, score
+from grpo.models.attention import attending
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -131,7 +132,7 @@ def test_the_attention_of_the_model_is_restored() -> None:
         sample_batch(model, requests(), Sampling(1.0, 4), frozenset(), interrupt, True)
     assert model.config._attn_implementation == "sdpa"
     assert [score(model, sequence).tolist() for sequence in sequences] == before
-    with attending_to_prefix(model):
+    with attending(model, NAME, prefix_attention):
         assert model.config._attn_implementation != "sdpa"
     assert model.config._attn_implementation == "sdpa"
 

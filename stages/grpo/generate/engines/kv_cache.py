@@ -1,8 +1,8 @@
 """kv_cache: the keys and values of the positions a batch has seen, in layers that can be repeated and cut.
 
 transformers' DynamicLayer copies the whole cache for each new token; GrowingLayer keeps room for the next
-ones. A row that leaves is overwritten by one from the end, so it costs at most the copy of one row, however
-often rows leave. A layer that also holds a recurrent state is refused: left padding would run through it.
+ones. A row that leaves is overwritten by one from the end: it costs at most the copy of one row. A layer that
+also holds a recurrent state is refused: left padding would run through it.
 
 Shapes: N rows, H heads, S positions, D head dimension.
 """

@@ -10,7 +10,6 @@ R heads of queries to each, Q = K * R queries, L prompt positions, T response po
 D head dimension, X any.
 """
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,8 +25,7 @@ NAME = "grpo_prefix"  # of the attention function; no mask is made for a name tr
 class Prefix:
     """The keys and values of the prompts of a batch, and which rows continue which prompt.
 
-    prompts, responses: caches of new_cache; the model goes on to fill `responses`.
-    visible_PL: True where not padding; None: no padding.
+    prompts, responses: of new_cache; the model fills the latter. visible_PL: not padding; None: all of it.
     """
 
     def __init__(
@@ -41,8 +39,9 @@ class Prefix:
         self.prompt_N = prompt_N
         self.bias_PL: Tensor | None = None  # added to the scores
         if visible_PL is not None:
-            self.bias_PL = torch.zeros(visible_PL.shape, device=visible_PL.device)
-            self.bias_PL.masked_fill_(~visible_PL, -torch.inf)
+            self.bias_PL = torch.zeros_like(visible_PL, dtype=torch.float32).masked_fill_(
+                ~visible_PL, -torch.inf
+            )
         self._assign_slots()
 
     def leave(self, move: Move) -> None:
@@ -109,7 +108,7 @@ def prefix_attention(
 ) -> tuple[Tensor, None]:
     """One token per row: query [N, H * R, 1, D], key and value [N, H, T, D] -> [N, 1, H * R, D].
 
-    Raises TypeError for an argument that it does not know and that would change the result.
+    prefix: an argument of the model's forward(). Raises TypeError for one that would change the result.
     """
     refuse_others(NAME, {**others, "attention_mask": attention_mask})
     assert isinstance(module.layer_idx, int)
@@ -122,11 +121,6 @@ def prefix_attention(
     query_NHRD = query.reshape(rows, heads, -1, dimension) * scale
     found_NHRD = prefix.attend(module.layer_idx, query_NHRD, key, value)
     return found_NHRD.reshape(rows, 1, -1, value.shape[-1]), None
-
-
-def attending_to_prefix(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Within, the model's attention is prefix_attention: forward() needs the argument `prefix`."""
-    return attending(model, NAME, prefix_attention)
 
 
 @torch.inference_mode()
@@ -143,7 +137,7 @@ def takes_prefix(model: PreTrainedModel) -> bool:
     model(input_ids=token, use_cache=True, **{cache_name(model): prompts})
     prefix = Prefix(prompts, responses, None, token[0])
     try:
-        with attending_to_prefix(model):
+        with attending(model, NAME, prefix_attention):
             model(input_ids=token, position_ids=token + 1, prefix=prefix, **{cache_name(model): responses})
     except TypeError:  # a module on the way takes no such argument, or prefix_attention not all of its own
         return False

@@ -42,16 +42,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response. The end-of-sequence token is included when it was sampled.
+    """One response. Example: token_ids [55, 256], logprobs [-0.7, -0.1], finish_reason "stop"."""
 
-    token_ids: int32 [T]; logprobs: float32 [T], log pi_old of each token after temperature, so <= 0;
-    finish_reason: `stop` (an end-of-sequence token), `length` (max_new_tokens reached) or `abort`.
-    Example: token_ids [55, 256], logprobs [-0.7, -0.1], finish_reason "stop".
-    """
-
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    finish_reason: str
+    token_ids: np.ndarray  # int32 [T], with the end-of-sequence token where it was sampled
+    logprobs: np.ndarray  # float32 [T], log pi_old of each token after temperature, so <= 0
+    finish_reason: str  # `stop` (an end-of-sequence token), `length` (max_new_tokens reached) or `abort`
 
 
 @dataclass(frozen=True)

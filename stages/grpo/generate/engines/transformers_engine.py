@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,18 +25,15 @@ from transformers import PreTrainedModel
 from grpo.errors import EngineError
 from grpo.generate.engines.draw import draw, uniforms
 from grpo.generate.engines.kv_cache import Move, cache_name, move_rows, new_cache
-from grpo.generate.engines.prefix_attention import Prefix, attending_to_prefix, takes_prefix
+from grpo.generate.engines.prefix_attention import NAME, Prefix, prefix_attention, takes_prefix
 from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, check_requests
-from grpo.models.loading import Blueprint, context_length, empty_cache, eos_token_ids, load_model
+from grpo.models.attention import attending
+from grpo.models.loading import Blueprint, context_length, eos_token_ids, load_model
 from grpo.models.logprobs import token_logprobs
 
 
 class TransformersEngine:
-    """The Engine of protocol.py on one device. `max_rows_per_batch` bounds memory: samples decoded together.
-
-    A group stays in one batch, so a batch is larger where a group is. Results depend on this number only by
-    float rounding.
-    """
+    """max_rows_per_batch: samples decoded together, at least a group; it changes no more than rounding."""
 
     precision = "float32"
 
@@ -93,7 +89,7 @@ class TransformersEngine:
     def release(self) -> None:
         """Drop the model, and hand what it took of a GPU's memory back to other users of it."""
         self._model = None
-        empty_cache(self.device)
+        torch.cuda.empty_cache()
 
     close = release
 
@@ -140,7 +136,7 @@ def sample_batch(
     tokens_BT = torch.zeros(rows.uniforms_NT.shape, dtype=torch.int64, device=model.device)
     logprobs_BT = torch.zeros(tokens_BT.shape, device=model.device)
     num_tokens_B = tokens_BT.new_zeros(len(tokens_BT))
-    with attending_to_prefix(model) if shares_prompts else nullcontext():
+    with attending(model, NAME, prefix_attention) if shares_prompts else nullcontext():
         for step in range(sampling.max_new_tokens):
             tokens_N, logprobs_N = draw(rows.logits_NV, rows.uniforms_NT[:, step], sampling.temperature)
             tokens_BT[rows.sample_N, step] = tokens_N
@@ -219,14 +215,13 @@ class _Rows:
 
     def _logits(self, tokens: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """Of the token after the last of each row, [rows, V]."""
-        arguments: dict[str, Any] = {self.cache_name: self.cache, **self.prefix}
-        output = self.model(
+        logits: Tensor = self.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **arguments,
-        )
-        logits: Tensor = output.logits[:, -1]
+            **{self.cache_name: self.cache},
+            **self.prefix,
+        ).logits[:, -1]
         return logits

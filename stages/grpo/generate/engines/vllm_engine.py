@@ -1,9 +1,8 @@
 """vllm_engine: vLLM as an Engine. Opened once, in this process, and reloaded for each policy.
 
-Deliberately different from `LLM.generate`: all requests are in flight at once and groups come out as they
-finish; log-probs are the processed ones (after temperature) from flat lists; sampling settings come from the
-pipeline alone, never from the checkpoint's generation_config. vLLM's reload is made whole here (see `load`),
-and nobody takes its word: weight_sync.py compares what it computes.
+Different from `LLM.generate`: all requests are in flight at once, groups come out as they finish, log-probs
+are those after temperature, sampling settings come from the pipeline alone. vLLM's reload is made whole here
+(see `load`), and nobody takes its word: weight_sync.py compares what it computes.
 """
 
 import dataclasses

@@ -82,11 +82,8 @@ def executor(options: dict[str, Any]) -> dict[str, str]:
     for name, value in parts.items():
         if value < 1:
             raise UsageError(f"generate.engine_options.{name}: {value}; 1 or more is right")
-    backend = "uni" if set(parts.values()) == {1} else "mp"
-    if backend == "mp" and options.get("distributed_executor_backend") == "uni":  # vLLM would wait for ever
-        more = ", ".join(f"{name} {value}" for name, value in parts.items() if value != 1)
-        raise UsageError(
-            f"generate.engine_options.distributed_executor_backend: uni is one worker, but {more} needs more;"
-            " use mp"
-        )
-    return {"distributed_executor_backend": backend}
+    key, more = "distributed_executor_backend", [f"{name} {n}" for name, n in parts.items() if n > 1]
+    if more and options.get(key) == "uni":  # vLLM would wait for ever
+        message = f"uni is one worker, but {', '.join(more)} needs more; use mp"
+        raise UsageError(f"generate.engine_options.{key}: {message}")
+    return {key: "mp" if more else "uni"}
