@@ -118,13 +118,14 @@ def one_thread() -> None:
 def starter_model(once: Once) -> Path:
     """The starter model, and the lines said when it was trained, in a file beside it; read it only."""
     from grpo.models import starter_model as starter
+    from grpo.models.find import STARTER
 
     def build(folder: Path) -> None:
         said: list[str] = []
-        starter.ensure(folder / starter.NAME, said.append)
+        starter.ensure(folder / STARTER, said.append)
         (folder / "said").write_text("".join(f"{line}\n" for line in said))
 
-    return once("starter", build) / starter.NAME
+    return once("starter", build) / STARTER
 
 
 @pytest.fixture

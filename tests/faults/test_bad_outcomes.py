@@ -142,9 +142,7 @@ CHECKPOINTS = [
         "weights of any bytes", write("model/model.safetensors", b"x" * 99), "its weights cannot be read"
     ),
     damaged("empty weights", write("model/model.safetensors", ""), "its weights cannot be read"),
-    Case(
-        "config.json: cut off", write("model/config.json", "{"), RUN, 6, "model/config.json: not valid JSON"
-    ),
+    Case("config.json: cut off", write("model/config.json", "{"), RUN, 6, "model/config.json: is not JSON"),
     Case("an unknown architecture", config(model_type="nope"), RUN, 4, "model type `nope`"),
     Case(
         "a tokenizer that is none",

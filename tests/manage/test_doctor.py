@@ -102,15 +102,15 @@ def test_an_adapter_needs_peft_and_its_targets(
 
 
 def test_vllm_that_is_not_installed(project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo.generate.engines import vllm_version
+    from grpo.generate.engines import vllm_settings
 
     def version(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(vllm_version, "version", version)
+    monkeypatch.setattr(vllm_settings, "version", version)
     code, checks, _ = doctor(grpo, "--set", "generate.engine=vllm")
     assert code == 8
-    assert problems(checks) == {"engine": f"generate.engine: vllm is not installed; {vllm_version.INSTALL}"}
+    assert problems(checks) == {"engine": f"generate.engine: vllm is not installed; {vllm_settings.INSTALL}"}
 
 
 @pytest.mark.slow

@@ -189,11 +189,11 @@ FAULTS: list[tuple[Change, type[GrpoError], str]] = [
     (shutil.rmtree, InputError, "policy: no such directory; a Hugging Face checkpoint directory is needed"),
     (lambda p: (p / "config.json").unlink(), InputError, "policy: has no config.json"),
     (lambda p: (p / "model.safetensors").unlink(), InputError, "policy: has no model.safetensors or"),
-    (lambda p: (p / "config.json").write_text("{"), CorruptError, "config.json: not valid JSON: Expecting"),
+    (lambda p: (p / "config.json").write_text("{"), CorruptError, "config.json: is not JSON: Expecting"),
     (
         lambda p: (p / "config.json").write_text("[]"),
         CorruptError,
-        "config.json: found a list; a JSON object",
+        "config.json: expected a JSON object, found list",
     ),
     (
         lambda p: (p / "model.safetensors").write_bytes(b"x"),

@@ -18,6 +18,8 @@ from grpo.errors import EngineError
 from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, config_of, settings
 from grpo.generate import plan as generate
 from grpo.generate import sampling
+from grpo.generate.engines.protocol import Sampling
+from grpo.generate.rollouts import Work as Sampled
 from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
 from grpo.score import plan as score
@@ -65,7 +67,9 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
     before = run.manifest(OUTPUT, policy)
     prompts = run.read(HELD_OUT, None)
     if before is not None and lacking(run, before) and staging.plan.same_as(before):
-        _keep_rollouts(run, policy, staging, before)
+        # Its rewards failed: only those are computed again, over the same rollouts.
+        sampled = [record for record in before.files if record.table == ROLLOUTS]
+        sampling.keep_shards(run, staging, sampled, ROLLOUTS)
     sampler = resources(generate.NAME)
     with staging.clock("prompts"):
         work = _sampled(run, policy, staging, prompts, sampler)
@@ -85,32 +89,28 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
     return Product({OUTPUT: id_of(held)}, held, summary)
 
 
-def _keep_rollouts(run: Run, policy: int, staging: Staging, before: Manifest) -> None:
-    """Of an evaluation whose rewards failed: only those are computed again, over the same rollouts."""
-    sampled = [record for record in before.files if record.table == ROLLOUTS]
-    for index, record in enumerate(sampled):
-        name = staging.file_name(ROLLOUTS, index)
-        if staging.committed(name) is None:
-            staging.link_table(record, run.path_of(record, OUTPUT, policy), name)
-
-
 def _sampled(
     run: ActiveRun, policy: int, staging: Staging, prompts: pa.Table, sampler: sampling.Sampler
-) -> sampling.Work:
-    wanted = settings(run)
-    draws = sampling.draws_of(prompts.to_pylist(), sampler, chat_of(config_of(run).prompts, run.imports))
-    requests = sampling.requests_of(draws, run.config.seed, SEEDS, wanted["samples_per_prompt"])
-    how = sampling.sampling_of(run.config.generate, wanted["temperature"], wanted["max_new_tokens"])
-    return sampling.Work(
+) -> Sampled:
+    wanted, config, rows = settings(run), run.config.generate, prompts.to_pylist()
+    chat = chat_of(config_of(run).prompts, run.imports)
+    texts, requests = sampling.requests_of(
+        rows, sampler, chat, run.config.seed, SEEDS, wanted["samples_per_prompt"]
+    )
+    cuts = (config.top_p, config.top_k, config.min_p)
+    return Sampled(
         table=ROLLOUTS,
-        prefix=ROLLOUTS,
         iteration=policy,
         policy=policy,
-        draws=draws,
+        rows=rows,
+        texts=texts,
         requests=requests,
-        shards=[range(first, end) for first, end in staging.plan.shards],
+        shards={
+            staging.file_name(ROLLOUTS, index): range(*shard)
+            for index, shard in enumerate(staging.plan.shards)
+        },
         groups_per_round=len(requests),
-        sampling=how,
+        sampling=Sampling(wanted["temperature"], wanted["max_new_tokens"], *cuts),
     )
 
 

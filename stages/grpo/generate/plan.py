@@ -33,7 +33,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         config={"seed": run.config.seed, "generate": described(config)},
         inputs={reference: run.id_of(reference) or "" for reference in references},
         user_files=user_files,
-        shards=shards_of_round(config),
+        shards=shards_of(config.prompts_per_iteration, config.samples_per_prompt, config.rollouts_per_shard),
     )
 
 
@@ -52,8 +52,8 @@ def past_tables(run: Run, iteration: int) -> list[str]:
         run.require("rollouts", number, f"grpo generate --iteration {number}")
         rewards = run.require("rewards", number, f"grpo score --iteration {number}")
         run.require("advantages", number, f"grpo advantage --iteration {number}")
-        names = [f"reward/{name}" for name in rewards.summary["weights"]]
-        references += [f"{name}@{number}" for name in ("rollouts", *names, "advantages")]
+        names = ("rollouts", *(f"reward/{name}" for name in rewards.summary["weights"]), "advantages")
+        references += [f"{name}@{number}" for name in names]
     return references
 
 
@@ -61,8 +61,3 @@ def shards_of(num_groups: int, samples: int, rollouts_per_shard: int) -> list[li
     """[first group, one past the last] of each shard: whole groups, rollouts_per_shard at most."""
     size = max(1, rollouts_per_shard // samples)
     return [[start, min(start + size, num_groups)] for start in range(0, num_groups, size)]
-
-
-def shards_of_round(config: GenerateConfig) -> list[list[int]]:
-    """shards_of() the groups of one round."""
-    return shards_of(config.prompts_per_iteration, config.samples_per_prompt, config.rollouts_per_shard)

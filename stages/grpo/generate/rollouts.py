@@ -2,64 +2,78 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from grpo import tables
+from grpo.artifacts import digest
 from grpo.errors import DataError
-from grpo.generate.engines.protocol import Group, Request, Sample
+from grpo.generate.engines.protocol import Group, Request, Sampling
+from grpo.prompts.source import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-SCHEMA = tables.schema("rollouts")
-
-
 @dataclass(frozen=True)
-class Draws:
-    """What an iteration drew, by group_id: row in `prompts`, text and tokens as the model sees them."""
+class Work:
+    """What is to be sampled of a policy: the rollouts of its iteration, or those it is evaluated by."""
 
-    prompt_ids: list[int]
-    texts: list[str]
-    token_ids: list[list[int]]
-    by_query: int | None = None
-    """Groups whose prompt generate.prompts_sql gave; null: there is no query."""
+    table: str  # rollouts, or eval_rollouts
+    iteration: int  # of the rollouts; of an evaluation, the policy's
+    policy: int
+    rows: list[Row]  # of `prompts`, by group_id
+    texts: list[str]  # the prompts as the model sees them, by group_id
+    requests: list[Request]  # by group_id
+    shards: dict[str, range]  # the file of each -> its groups
+    groups_per_round: int
+    sampling: Sampling
+    by_query: int | None = None  # groups whose prompt generate.prompts_sql gave; None: there is no query
+
+    def digest_of(self, groups: range) -> str:
+        """Digest of the prompts of some groups."""
+        return digest([self.rows[group]["prompt_id"] for group in groups])
 
 
 def rollouts_table(
-    requests: Sequence[Request],
-    groups: Sequence[Group],
-    draws: Draws,
-    tokenizer: "PreTrainedTokenizerBase",
-    vocabulary_size: int,
-    **constants: Any,
+    work: Work, groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", vocabulary_size: int
 ) -> pa.Table:
-    """One shard, a row per sample in key order; groups[i] answers requests[i], constants are in every row.
-
-    Raises DataError (exit 3) for what the learner could not trust.
-    """
-    _check_counts(requests, groups, constants["iteration"])
+    """One shard, a row per sample in key order. Raises DataError (exit 3) for what no learner could trust."""
+    requests = [work.requests[group.group_id] for group in groups]
+    for request, group in zip(requests, groups, strict=True):
+        if (found := len(group.samples)) != (wanted := len(request.seeds)):
+            where = f"generate: group (iteration, group_id) {(work.iteration, group.group_id)}"
+            raise DataError(f"{where}: the engine gave {found} samples for {wanted} seeds")
     samples = [sample for group in groups for sample in group.samples]
     group_ids = [request.group_id for request in requests for _ in request.seeds]
     sample_ids = [number for request in requests for number in range(len(request.seeds))]
     lengths_B = np.array([len(sample.token_ids) for sample in samples], dtype=np.int32)
-    tokens_N, logprobs_N = (
-        np.concatenate([getattr(s, name) for s in samples]) for name in ("token_ids", "logprobs")
-    )
+    tokens_N = np.concatenate([sample.token_ids for sample in samples])
+    logprobs_N = np.concatenate([sample.logprobs for sample in samples])
     uneven = (lengths_B != [len(sample.logprobs) for sample in samples]).any()  # in sum they may be even
     if uneven or _problem(tokens_N, logprobs_N, vocabulary_size):  # all at once; then whose it is
-        for group_id, sample_id, sample in zip(group_ids, sample_ids, samples, strict=True):
-            _check(sample, (constants["iteration"], group_id, sample_id), vocabulary_size)
+        for *key, sample in zip(group_ids, sample_ids, samples, strict=True):
+            if problem := _problem(sample.token_ids, sample.logprobs, vocabulary_size):
+                where = f"rollout (iteration, group_id, sample_id) {(work.iteration, *key)}"
+                raise DataError(f"generate: {where}: {problem}")
+    rows = len(samples)
     columns = {
+        "iteration": [work.iteration] * rows,
+        "policy_iteration": [work.policy] * rows,
+        "round": [group_ids[0] // work.groups_per_round] * rows,
+        "temperature": [work.sampling.temperature] * rows,
         "group_id": group_ids,
         "sample_id": sample_ids,
-        "prompt_id": [draws.prompt_ids[group] for group in group_ids],
-        "prompt": [draws.texts[group] for group in group_ids],
-        "response": _texts(tokenizer, samples),
-        "prompt_token_ids": [draws.token_ids[group] for group in group_ids],
+        "prompt_id": [work.rows[group]["prompt_id"] for group in group_ids],
+        "prompt": [work.texts[group] for group in group_ids],
+        "response": tokenizer.batch_decode(
+            [sample.token_ids.tolist() for sample in samples],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        ),
+        "prompt_token_ids": [work.requests[group].prompt_token_ids for group in group_ids],
         "response_token_ids": _ragged(tokens_N, lengths_B),
         "old_logprobs": _ragged(logprobs_N, lengths_B),
         "response_mask": _ragged(np.ones(len(tokens_N), dtype=bool), lengths_B),
@@ -67,28 +81,7 @@ def rollouts_table(
         "response_tokens": lengths_B,
         "seed": [seed for request in requests for seed in request.seeds],
     }
-    columns |= {name: [value] * len(samples) for name, value in constants.items()}
-    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
-
-
-def _check(sample: Sample, key: tuple[int, int, int], vocabulary_size: int) -> None:
-    if problem := _problem(sample.token_ids, sample.logprobs, vocabulary_size):
-        raise DataError(f"generate: rollout (iteration, group_id, sample_id) {key}: {problem}")
-
-
-def _texts(tokenizer: "PreTrainedTokenizerBase", samples: Sequence[Sample]) -> list[str]:
-    token_ids = [sample.token_ids.tolist() for sample in samples]
-    found: list[str] = tokenizer.batch_decode(
-        token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return found
-
-
-def _check_counts(requests: Sequence[Request], groups: Sequence[Group], iteration: int) -> None:
-    for request, group in zip(requests, groups, strict=True):
-        if (found := len(group.samples)) != (wanted := len(request.seeds)):
-            where = f"generate: group (iteration, group_id) {(iteration, group.group_id)}"
-            raise DataError(f"{where}: the engine gave {found} samples for {wanted} seeds")
+    return pa.table(columns, schema=tables.schema("rollouts"))
 
 
 def _ragged(values_N: np.ndarray, lengths_B: np.ndarray) -> pa.ListArray:
@@ -109,12 +102,3 @@ def _problem(tokens_N: np.ndarray, logprobs_N: np.ndarray, vocabulary_size: int)
     if not 0 <= tokens_N.min() <= tokens_N.max() < vocabulary_size:
         return f"a token id outside the vocabulary of {vocabulary_size}"
     return ""
-
-
-def shard_numbers(groups: Sequence[Group]) -> dict[str, Any]:
-    """What a shard adds to the summary of its output."""
-    samples = [sample for group in groups for sample in group.samples]
-    return {
-        "response_tokens": sum(len(sample.token_ids) for sample in samples),
-        "truncated": sum(sample.finish_reason == "length" for sample in samples),
-    }

@@ -6,37 +6,23 @@ guessed later. Shards are committed one by one, and a committed shard is never s
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Run, Staging, id_of, policy_of
+from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Staging, id_of, lacking, num_rounds, policy_of
 from grpo.config import GenerateConfig
-from grpo.errors import UsageError
+from grpo.errors import DataError, UsageError
 from grpo.generate import selection
 from grpo.generate.engines.choice import choose_engine
-from grpo.generate.engines.protocol import Engine
+from grpo.generate.engines.protocol import Engine, Sampling
 from grpo.generate.plan import KEY, OUTPUT
-from grpo.generate.rounds import (
-    all_shards,
-    another_round,
-    check_same_prompts,
-    keep_rounds,
-    rounds_to_hold,
-)
-from grpo.generate.sampling import (
-    Sampler,
-    Work,
-    drawn_digest,
-    draws_of,
-    requests_of,
-    sample,
-    sampling_of,
-    shard_names,
-)
+from grpo.generate.rollouts import Work
+from grpo.generate.sampling import Sampler, keep_shards, requests_of, sample
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import LENGTH
 from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
+
+PREFIX = "part"  # of the names of shards
 
 
 def check(run: ActiveRun, until: int, resources: object) -> None:
@@ -47,16 +33,17 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 @contextmanager
 def open_resource(run: ActiveRun) -> Iterator[Sampler]:
     """Choose the engine; it is opened when the first iteration needs it."""
-    name, why = choose_engine(run.config.generate.engine)
-    if name != "vllm" and (truncated := run.config.generate.truncation()):
+    settings = run.config.generate
+    name, why = choose_engine(settings.engine)
+    if name != "vllm" and (truncated := settings.truncation()):
         raise UsageError(f"generate.{truncated}: needs engine: vllm, but {name} is taken ({why})")
     device = best_device()
     run.console.say(f"engine: {name} on {device} ({why})")
-    if name != "vllm" and run.config.generate.engine_options:
+    if name != "vllm" and settings.engine_options:
         run.console.say("generate.engine_options: are vLLM's; the built-in engine has none")
     start = run.policy_folder(0)
     config = load_config(start)
-    engine = make_engine(run.config.generate, name, device, context_length(config), _longest_prompt(run))
+    engine = make_engine(settings, name, device, context_length(config), _longest_prompt(run))
     vocabulary = config.get_text_config().vocab_size
     weight_sync = WeightSync(engine, device, run.console.say)
     try:
@@ -68,21 +55,11 @@ def open_resource(run: ActiveRun) -> Iterator[Sampler]:
 def _longest_prompt(run: ActiveRun) -> int:
     """Tokens of the longest prompt; of held-out ones with what they are given more than max_new_tokens."""
     longest = int(run.require("prompts", None, "grpo run").summary["longest_prompt_tokens"])
-    held_out = run.manifest(HELD_OUT, None) if run.config.evaluate else None
-    if held_out is None or run.config.evaluate is None:
-        return longest
-    given = run.config.generate.max_new_tokens
-    more = (run.config.evaluate.max_new_tokens or given) - given
-    return max(longest, int(held_out.summary["longest_prompt_tokens"]) + more)
-
-
-def release(sampler: Sampler) -> None:
-    """Leave the accelerator to the next stage."""
-    sampler.weight_sync.release()
-
-
-def after(run: Run, manifest: Manifest, sampler: Sampler) -> None:
-    """Nothing follows from committed rollouts."""
+    if (evaluate := run.config.evaluate) and (held_out := run.manifest(HELD_OUT, None)):
+        given = run.config.generate.max_new_tokens
+        more = (evaluate.max_new_tokens or given) - given
+        longest = max(longest, int(held_out.summary["longest_prompt_tokens"]) + more)
+    return longest
 
 
 def make_engine(
@@ -103,54 +80,96 @@ def make_engine(
     return VllmEngine(config.engine_options, needed if context is None else min(needed, context))
 
 
+def release(sampler: Sampler) -> None:
+    """Leave the accelerator to the next stage."""
+    sampler.weight_sync.release()
+
+
+def after(run: ActiveRun, manifest: Manifest, sampler: Sampler) -> None:
+    """Nothing follows from committed rollouts."""
+
+
 def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) -> Product:
-    """The `rollouts` of one iteration: what of them is not committed yet is sampled, shard by shard."""
+    """The `rollouts` of one iteration: what of them is not committed yet is sampled, shard by shard.
+
+    generate.dynamic_sampling asks for another round of prompts where too few groups have signal: a new
+    attempt at the same plan, which keeps the shards of the rounds before and samples its own.
+    """
     before = run.manifest(OUTPUT, iteration)
-    rounds = rounds_to_hold(run, staging.plan, before)
-    if why := another_round(run, staging.plan, before):
+    rounds, why = _rounds_to_hold(run, staging.plan, before)
+    if why and before is not None:
         run.console.say(f"generate {iteration}: {why}: round {rounds - 1}")
+        with staging.clock("write"):
+            keep_shards(run, staging, before.files, PREFIX)
     with staging.clock("prompts"):
-        work = _work(run, iteration, sampler, rounds)
-    names = shard_names(staging, work)
-    with staging.clock("write"):
-        keep_rounds(run, staging, before, names)
-    check_same_prompts(staging, names, [drawn_digest(work.draws, groups) for groups in work.shards])
+        work = _work(run, iteration, staging, sampler, rounds)
+    _check_same_prompts(staging, work)
     held, engine = sample(run, staging, sampler, work)
-    by_query = work.draws.by_query
-    drawn = {"rounds": rounds} | ({} if by_query is None else {"groups_by_query": by_query})
-    return Product({OUTPUT: id_of(held)}, held, {**_summary(held), **drawn, **engine})
-
-
-def _work(run: ActiveRun, iteration: int, sampler: Sampler, rounds: int) -> Work:
-    config = run.config.generate
-    chosen = selection.select(run, iteration, rounds, sampler.prompts)
-    if chosen.by_query is not None and chosen.by_query < len(chosen.rows):
-        run.console.say(
-            f"generate {iteration}: {KEY} gives prompts for {chosen.by_query} of {len(chosen.rows)} groups;"
-            " the rest is drawn by a seeded permutation"
-        )
-    chat = chat_of(run.config.prompts, run.imports)
-    draws = draws_of(sampler.prompts.take(chosen.rows).to_pylist(), sampler, chat, chosen.by_query)
-    return Work(
-        table=OUTPUT,
-        prefix="part",
-        iteration=iteration,
-        policy=policy_of(iteration),
-        draws=draws,
-        requests=requests_of(draws, run.config.seed, iteration, config.samples_per_prompt),
-        shards=all_shards(config, rounds),
-        groups_per_round=config.prompts_per_iteration,
-        sampling=sampling_of(config, config.temperature, config.max_new_tokens),
-    )
-
-
-def _summary(records: list[FileRecord]) -> dict[str, Any]:
-    rollouts = sum(record.rows or 0 for record in records)
-    tokens = sum(record.labels["response_tokens"] for record in records)
-    truncated = sum(record.labels["truncated"] for record in records)
-    return {
+    rollouts = sum(record.rows or 0 for record in held)
+    tokens = sum(record.labels["response_tokens"] for record in held)
+    truncated = sum(record.labels["truncated"] for record in held)
+    summary = {
         "rollouts": rollouts,
         "response_tokens": tokens,
         "mean_response_tokens": tokens / rollouts,
         "truncated_fraction": truncated / rollouts,
+        "rounds": rounds,
     }
+    if work.by_query is not None:
+        summary["groups_by_query"] = work.by_query
+    return Product({OUTPUT: id_of(held)}, held, summary | engine)
+
+
+def _rounds_to_hold(run: ActiveRun, plan: Plan, before: Manifest | None) -> tuple[int, str]:
+    """Rounds that the output holds once this attempt is done, and why it adds one to `before`, or nothing."""
+    dynamic_sampling = run.config.generate.dynamic_sampling
+    if dynamic_sampling is None:
+        return 1, ""
+    if before is None:
+        # Where rollouts were lost, the rewards that were made from them say how many rounds they had.
+        rewards = run.manifest("rewards", plan.iteration)
+        had = int(rewards.summary.get("rounds", 1)) if rewards else 1
+        return min(had, dynamic_sampling.max_rounds), ""
+    if not plan.same_as(before):
+        return 1, ""
+    why = lacking(run, before)
+    return num_rounds(before) + bool(why), why
+
+
+def _work(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, rounds: int) -> Work:
+    config, size = run.config.generate, run.config.generate.prompts_per_iteration
+    chosen, by_query = selection.select(run, iteration, rounds, sampler.prompts)
+    if by_query is not None and by_query < len(chosen):
+        run.console.say(
+            f"generate {iteration}: {KEY} gives prompts for {by_query} of {len(chosen)} groups;"
+            " the rest is drawn by a seeded permutation"
+        )
+    rows = sampler.prompts.take(chosen).to_pylist()
+    chat = chat_of(run.config.prompts, run.imports)
+    texts, requests = requests_of(rows, sampler, chat, run.config.seed, iteration, config.samples_per_prompt)
+    offsets = range(0, rounds * size, size)
+    shards = [range(start + first, start + end) for start in offsets for first, end in staging.plan.shards]
+    cuts = (config.top_p, config.top_k, config.min_p)
+    return Work(
+        table=OUTPUT,
+        iteration=iteration,
+        policy=policy_of(iteration),
+        rows=rows,
+        texts=texts,
+        requests=requests,
+        shards={staging.file_name(PREFIX, index): groups for index, groups in enumerate(shards)},
+        groups_per_round=size,
+        sampling=Sampling(config.temperature, config.max_new_tokens, *cuts),
+        by_query=by_query,
+    )
+
+
+def _check_same_prompts(staging: Staging, work: Work) -> None:
+    """Raise DataError (exit 3) where a shard that is there was drawn otherwise than it would be now."""
+    for name, groups in work.shards.items():
+        record, now = staging.committed(name), work.digest_of(groups)
+        if record is not None and record.labels.get("prompts", now) != now:
+            raise DataError(
+                f"generate.prompts_sql: {staging.folder / name} holds other prompts than the query gives now;"
+                " for the same tables it must always give the same, so nothing in it may ask for the time"
+            )

@@ -5,20 +5,20 @@ behaviour is compared, not bytes: the engine scores the policy's weight check be
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from grpo.errors import EngineError
 from grpo.generate.engines.protocol import Engine
-from grpo.models.loading import empty_cache, load_model
+from grpo.models.loading import load_model
 from grpo.models.reader import Reader
 from grpo.models.weight_check import PERTURBATION, WeightCheck, measure, write_perturbed
 
-FLOAT32_TOLERANCE = (
-    1e-4  # nats per token, mean; measured 1e-7 to 1e-6 for what is right, 0.01 and more for stale
-)
+# Nats per token, mean; measured 1e-7 to 1e-6 for what is right, 0.01 and more for stale.
+FLOAT32_TOLERANCE = 1e-4
 ROUNDED_TOLERANCE = 3.0  # other precisions: times the disagreement on the freshly loaded starting policy
 
 
@@ -27,12 +27,12 @@ class WeightSync:
 
     def __init__(self, engine: Engine, device: str, say: Callable[[str], None]) -> None:
         self.engine = engine
+        self.is_open = False  # whether the engine has shown that it follows new weights
         self._device = device
         self._say = say
         self._holds: str | None = None
-        self._last: tuple[str, list[np.ndarray]] | None = None
-        self._tolerance: float | None = None
-        self._told_free = False
+        self._last: tuple[str, list[np.ndarray]] = ("", [])
+        self._tolerance = FLOAT32_TOLERANCE
 
     def open(self, start: Path, check: WeightCheck, scratch: Path) -> None:
         """Load the starting policy, see how close the engine is, and make it follow a perturbed copy.
@@ -44,24 +44,32 @@ class WeightSync:
             perturbed = Path(name)
             write_perturbed(start, perturbed)
             moved = measure(Reader(load_model(perturbed, self._device)), check.sequences)
-            empty_cache(self._device)  # the engine asks for most of it
+            torch.cuda.empty_cache()  # the engine asks for most of it
             self.engine.load(start)
             fresh = check.difference(self.engine.logprobs(check.sequences))
-            exact = self.engine.precision == "float32"
-            self._tolerance = (
-                FLOAT32_TOLERANCE if exact else max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * fresh)
-            )
-            self._check("the starting policy", check, fresh)
-            self._check_telling(fresh, check.difference([np.array(row) for row in moved.logprobs]))
+            precision = self.engine.precision
+            if precision != "float32":
+                self._tolerance = max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * fresh)
+            self._check("the starting policy", fresh)
+            # Or the tolerance would let an engine through that did not move at all.
+            movement = check.difference([np.array(row) for row in moved.logprobs])
+            if not self._tolerance < movement / 2:
+                raise EngineError(
+                    f"generate: the engine is {fresh:.1e} nats per token from the learner on the starting"
+                    f" policy, and a change of every weight by {PERTURBATION:.0%} moves it by {movement:.1e}:"
+                    " too far apart to tell stale weights; use another engine_options.dtype or quantization"
+                    f" than {precision}"
+                )
             self.engine.load(perturbed)
             scores = self.engine.logprobs(check.sequences)
-            self._check("a perturbed copy", moved, moved.difference(scores))
+            self._check("a perturbed copy", moved.difference(scores))
             self._last = ("", scores)
-        if not exact:
+        if precision != "float32":
             self._say(
-                f"engine: {self.engine.precision}, {fresh:.1e} nats per token from the learner's float32"
+                f"engine: {precision}, {fresh:.1e} nats per token from the learner's float32"
                 " on the starting policy"
             )
+        self.is_open = True
 
     def bring(self, policy_id: str, checkpoint: Path, check: WeightCheck) -> float | None:
         """Have the engine hold policy `policy_id`; returns its disagreement with the learner.
@@ -70,14 +78,15 @@ class WeightSync:
         """
         if self._holds == policy_id:
             return None
-        assert self._tolerance is not None, "open() comes before bring()"
+        assert self.is_open, "open() comes before bring()"
         self._holds = None
         self.engine.load(checkpoint)
         scores = self.engine.logprobs(check.sequences)
         difference = check.difference(scores)
-        self._check("the policy", check, difference)
+        self._check("the policy", difference)
         # Small steps in bfloat16 hide below any tolerance, but they never leave every bit as it was.
-        if self._last is not None and self._last[0] != policy_id and _identical(self._last[1], scores):
+        last_id, last = self._last
+        if last_id != policy_id and all(map(np.array_equal, last, scores)):
             raise EngineError(
                 f"generate: the engine gives {checkpoint} the very log-probs of the policy before: its"
                 " weights are stale; nothing was sampled"
@@ -89,37 +98,11 @@ class WeightSync:
         """Have the engine leave the accelerator; the next bring() loads again."""
         self._holds = None
         self.engine.release()
-        if self._device == "cuda" and not self._told_free:
-            self._told_free = True
-            self._say(f"engine: asleep; {_free_gpu_memory()} of GPU memory are free for the learner")
 
-    def _check_telling(self, fresh: float, movement: float) -> None:
-        """Raise EngineError where the tolerance would let an engine through that did not move at all."""
-        assert self._tolerance is not None
-        if not self._tolerance < movement / 2:
-            raise EngineError(
-                f"generate: the engine is {fresh:.1e} nats per token from the learner on the starting policy,"
-                f" and a change of every weight by {PERTURBATION:.0%} moves it by {movement:.1e}: too far"
-                " apart to tell stale weights; use another engine_options.dtype or quantization than"
-                f" {self.engine.precision}"
-            )
-
-    def _check(self, what: str, check: WeightCheck, difference: float) -> None:
-        assert self._tolerance is not None
+    def _check(self, what: str, difference: float) -> None:
         if not difference <= self._tolerance:  # NaN is not
             raise EngineError(
                 f"generate: the engine does not compute {what} as the learner does: {difference:.1e} nats per"
                 f" token apart, at most {self._tolerance:.1e} is right in {self.engine.precision}; its"
                 " weights are stale or it is not the same model; nothing was sampled"
             )
-
-
-def _free_gpu_memory() -> str:
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB"
-
-
-def _identical(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

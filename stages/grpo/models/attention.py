@@ -1,8 +1,7 @@
 """attention: another function in place of a model's own attention.
 
-transformers lets it be any function (huggingface.co/docs/transformers/attention_interface), makes no mask for
-a name it does not know, and hands on arguments of the model's forward() that it does not know. Not every
-model's code does that for every argument: who uses it tries first.
+transformers makes no mask for a name it does not know, and hands on unknown arguments of forward()
+(huggingface.co/docs/transformers/attention_interface). Not every model's code does: who uses it tries first.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,17 +12,10 @@ from transformers import AttentionInterface, PreTrainedModel
 
 # What models hand to an attention function and their evaluation on sequences without padding need not know.
 # Anything else that is not None (a mask, a window, a softcap, sinks, a bias) may change the result.
-_IGNORED = frozenset(
-    {
-        "dropout",
-        "is_causal",
-        "position_ids",
-        "cache_position",
-        "use_cache",
-        "output_attentions",
-        "output_router_logits",
-    }
-)
+_IGNORED = {
+    *("dropout", "is_causal", "position_ids", "cache_position", "use_cache"),
+    *("output_attentions", "output_router_logits"),
+}
 
 
 @contextmanager

@@ -1,15 +1,16 @@
 """head: hidden states -> log-probability and entropy of chosen tokens, with no [N, V] tensor in memory.
 
 One chunk of the vocabulary at a time: the forward keeps a running softmax of each token (Milakov and
-Gimelshein 2018, arXiv:1805.02867), the backward computes each chunk's logits again. Chunks of the vocabulary
-and not of the tokens: a chunk's rows of the weight gradient are complete after one product, and what is added
-to again and again is the gradient of the hidden states, which is far smaller.
+Gimelshein 2018, arXiv:1805.02867), the backward computes each chunk's logits again. Not chunks of the tokens:
+a chunk's rows of the weight gradient are complete after one product, and what is added to again and again is
+the gradient of the hidden states, which is far smaller.
 
 Shapes: N positions (any mixture of rows and tokens), D width of a hidden state, V vocabulary, C its chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +30,10 @@ _NEVER = -1e4
 class Head:
     """Hidden states to logits: x = scale * (hidden @ weight.T + bias), or softcap * tanh(x / softcap)."""
 
-    weight_VD: Tensor
-    """The output embedding's parameter itself, tied to the input embedding or not."""
+    weight_VD: Tensor  # the output embedding's parameter itself, tied to the input embedding or not
     bias_V: Tensor | None = None
-    scale: float = 1.0
-    """> 0; 1 leaves the logits as they are."""
-    softcap: float | None = None
-    """> 0: no logit is larger in absolute value; None: no bound."""
+    scale: float = 1.0  # > 0
+    softcap: float | None = None  # > 0: no logit is larger in absolute value; None: no bound
 
 
 def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
@@ -63,15 +61,11 @@ def head_logprobs(
     with_entropy: bool,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each position's target and, when asked for, the entropy there in nats.
+    """What token_logprobs(head_logits(hidden_ND, head), ...) gives, to rounding, in value and gradient.
 
-    What token_logprobs(head_logits(hidden_ND, head), ...) gives, to rounding, in value and gradient.
-    hidden_ND: any floating type; targets_N: int64; temperature_N: > 0. Returns logprobs_N (<= 0) and
-    entropy_N (>= 0) or None, float32, or float64 where the hidden states are. An entropy that no loss uses
-    costs the backward nothing. Under autocast the products are in its type, and all else is in float32.
-
-    chunk_bytes: size of an [N, C] tensor; up to three are alive at once. Logits that fit into one chunk are
-    kept for the backward instead of computed twice.
+    float32, or float64 where the hidden states are; under autocast the products are in its type, and all else
+    is in float32. An entropy that no loss uses costs the backward nothing. chunk_bytes: size of an [N, C]
+    tensor; up to three are alive at once. Logits that fit into one chunk are kept instead of computed twice.
     """
     num_tokens, width = hidden_ND.shape
     device, product_dtype = hidden_ND.device.type, hidden_ND.dtype
@@ -83,110 +77,88 @@ def head_logprobs(
     if chunk >= len(head.weight_VD):
         logits_NV = head_logits(hidden_ND, head)
         return token_logprobs(logits_NV, targets_N, temperature_N, with_entropy=with_entropy)
-    form = _Form(head.scale, head.softcap, product_dtype, dtype, chunk, with_entropy)
-    temperature_N = temperature_N.to(dtype)
+    logits_of = partial(_Logits, head.scale, head.softcap, product_dtype, chunk)
+    inputs = (hidden_ND, head.weight_VD, head.bias_V, targets_N, temperature_N.to(dtype))
     results: tuple[Tensor, Tensor | None] = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head.weight_VD, head.bias_V, targets_N, temperature_N, form
+        logits_of, with_entropy, *inputs
     )
     return results
-
-
-@dataclass(frozen=True)
-class _Form:
-    """The constants of one call: the head's, the type of the products, that of all else, C, what is asked."""
-
-    scale: float
-    softcap: float | None
-    product_dtype: torch.dtype
-    dtype: torch.dtype
-    chunk: int
-    with_entropy: bool
 
 
 class _Logits:
     """The logits of one pass over the vocabulary, by chunks that share their memory."""
 
     def __init__(
-        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature_N: Tensor, form: _Form
+        self, scale: float, softcap: float | None, product_dtype: torch.dtype, chunk: int, *inputs: Any
     ) -> None:
-        self.weight_VD, self.bias_V, self.form = weight_VD, bias_V, form
+        hidden_ND, self.weight_VD, self.bias_V, self.targets_N, temperature_N = inputs
+        self.product_dtype, self.dtype = product_dtype, temperature_N.dtype
+        self.chunk, self.has_cap = chunk, softcap is not None
         # A logit over its temperature, z, is inner * (h @ W.T + b), and with a cap outer * tanh(that).
-        if form.softcap is None:
-            self.inner_N = form.scale / temperature_N
+        if softcap is None:
+            self.inner_N = scale / temperature_N
             self.outer_N = torch.ones_like(temperature_N)
         else:
-            self.inner_N = torch.full_like(temperature_N, form.scale / form.softcap)
-            self.outer_N = form.softcap / temperature_N
+            self.inner_N = torch.full_like(temperature_N, scale / softcap)
+            self.outer_N = softcap / temperature_N
         # One factor per row of the hidden states is one per row of the product, for a fraction of the work.
-        self.scaled_ND = (hidden_ND.to(form.dtype) * self.inner_N[:, None]).to(form.product_dtype)
+        self.scaled_ND = (hidden_ND.to(self.dtype) * self.inner_N[:, None]).to(product_dtype)
         self._memory: dict[str, Tensor] = {}
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(columns, weight_CD in the products' type, inner * (h @ W.T + b) in memory of the next chunk)."""
-        for start in range(0, len(self.weight_VD), self.form.chunk):
-            columns = slice(start, min(start + self.form.chunk, len(self.weight_VD)))
-            weight_CD = self.weight_VD[columns].to(self.form.product_dtype)
-            logits_NC = self.memory("logits", columns)
-            if weight_CD.dtype == logits_NC.dtype:
-                torch.mm(self.scaled_ND, weight_CD.t(), out=logits_NC)
-            else:
-                product_NC = self.memory("product", columns, weight_CD.dtype)
-                logits_NC.copy_(torch.mm(self.scaled_ND, weight_CD.t(), out=product_NC))
+        for start in range(0, len(self.weight_VD), self.chunk):
+            columns = slice(start, min(start + self.chunk, len(self.weight_VD)))
+            weight_CD = self.weight_VD[columns].to(self.product_dtype)
+            product_NC = self.memory("product", columns, self.product_dtype)
+            torch.mm(self.scaled_ND, weight_CD.t(), out=product_NC)
+            same = self.product_dtype == self.dtype
+            logits_NC = product_NC if same else self.memory("logits", columns).copy_(product_NC)
             if self.bias_V is not None:
-                logits_NC.addcmul_(self.inner_N[:, None], self.bias_V[columns].to(self.form.dtype))
+                logits_NC.addcmul_(self.inner_N[:, None], self.bias_V[columns].to(self.dtype))
             yield columns, weight_CD, logits_NC
-
-    def for_product(self, values_NC: Tensor, columns: slice) -> Tensor:
-        """The values in the products' type."""
-        if values_NC.dtype == self.form.product_dtype:
-            return values_NC
-        return self.memory("product", columns, self.form.product_dtype).copy_(values_NC)
 
     def memory(self, name: str, columns: slice, dtype: torch.dtype | None = None) -> Tensor:
         """[N, C] not set to anything; the same memory for the same name."""
         num_tokens, num_columns = len(self.scaled_ND), columns.stop - columns.start
         if name not in self._memory:
-            size = num_tokens * self.form.chunk
-            self._memory[name] = self.scaled_ND.new_empty(size, dtype=dtype or self.form.dtype)
+            size = num_tokens * self.chunk
+            self._memory[name] = self.scaled_ND.new_empty(size, dtype=dtype or self.dtype)
         return self._memory[name][: num_tokens * num_columns].view(num_tokens, num_columns)
+
+    def targets(self, columns: slice) -> tuple[Tensor, Tensor]:
+        """(whether a token's target is among the columns, bool; its place there [N, 1], 0 for any other)."""
+        inside_N = (self.targets_N >= columns.start) & (self.targets_N < columns.stop)
+        return inside_N, ((self.targets_N - columns.start) * inside_N)[:, None]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Log-probs and entropy [N]. Products are in place, into `out`, or of types cast here: all that autocast
-    leaves alone.
-    """
+    """Log-probs and entropy [N]. Autocast leaves alone what is in place, into `out` or of types cast here."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_N: Tensor,
-        temperature_N: Tensor,
-        form: _Form,
+        ctx: Any, logits_of: Callable[..., _Logits], with_entropy: bool, *inputs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        logits = _Logits(hidden_ND, weight_VD, bias_V, temperature_N, form)
+        logits = logits_of(*inputs)
         # Finite, because -inf - -inf is NaN. total: sum exp(z - top); weighted: sum (z - top) exp(z - top).
-        top_N = torch.full_like(temperature_N, torch.finfo(form.dtype).min)
+        top_N = torch.full_like(logits.inner_N, torch.finfo(logits.dtype).min)
         total_N, weighted_N, target_N = (torch.zeros_like(top_N) for _ in range(3))
         for columns, _, z_NC in logits.chunks():
-            if form.softcap is not None:
+            if logits.has_cap:
                 z_NC.tanh_().mul_(logits.outer_N[:, None])
-            inside_N, place_N = _locate(targets_N, columns)
-            target_N = torch.where(inside_N, z_NC.gather(1, place_N[:, None])[:, 0], target_N)
+            inside_N, place_N1 = logits.targets(columns)
+            target_N = torch.where(inside_N, z_NC.gather(1, place_N1)[:, 0], target_N)
             before_N, top_N = top_N, torch.maximum(top_N, z_NC.amax(dim=1))
             shift_N = (before_N - top_N).clamp_min_(_NEVER)
             z_NC.sub_(top_N[:, None])
-            p_NC = torch.exp(z_NC, out=logits.memory("p", columns) if form.with_entropy else z_NC)
-            if form.with_entropy:
+            p_NC = torch.exp(z_NC, out=logits.memory("p", columns) if with_entropy else z_NC)
+            if with_entropy:
                 weighted_N = shift_N.exp() * (weighted_N + shift_N * total_N)
                 weighted_N += z_NC.clamp_min_(_NEVER).mul_(p_NC).sum(dim=1)
             total_N = shift_N.exp() * total_N + p_NC.sum(dim=1)
-        entropy_N = total_N.log() - weighted_N / total_N if form.with_entropy else None
-        logsumexp_N = top_N + total_N.log()
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, temperature_N, logsumexp_N, entropy_N)
-        ctx.form = form
+        entropy_N = total_N.log() - weighted_N / total_N if with_entropy else None
+        ctx.save_for_backward(*inputs, top_N + total_N.log(), entropy_N)
+        ctx.logits_of = logits_of
         ctx.set_materialize_grads(False)  # None, not zeros, for an entropy that no loss uses
         return target_N - top_N - total_N.log(), entropy_N
 
@@ -195,68 +167,41 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, targets_N, temperature_N, logsumexp_N, entropy_N = ctx.saved_tensors
+        *inputs, logsumexp_N, entropy_N = ctx.saved_tensors
         if grad_logprobs_N is None:
             grad_logprobs_N = torch.zeros_like(logsumexp_N)
-        softmax = _Softmax(targets_N, logsumexp_N, entropy_N, grad_logprobs_N, grad_entropy_N)
-        logits = _Logits(hidden_ND, weight_VD, bias_V, temperature_N, ctx.form)
-        wanted = zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
-        grads = [torch.zeros_like(x, dtype=ctx.form.dtype) if wants else None for x, wants in wanted]
+        logits = ctx.logits_of(*inputs)
+        wanted = zip(inputs, ctx.needs_input_grad[2:5], strict=False)
+        grads = [torch.zeros_like(x, dtype=logits.dtype) if wants else None for x, wants in wanted]
         grad_hidden_ND, grad_weight_VD, grad_bias_V = grads
         for columns, weight_CD, logits_NC in logits.chunks():
-            grad_NC = softmax.gradient(logits, columns, logits_NC)
+            z_NC = logits_NC
+            if logits.has_cap:
+                z_NC = torch.mul(logits_NC.tanh_(), logits.outer_N[:, None], out=logits.memory("z", columns))
+            logprobs_NC = z_NC.sub_(logsumexp_N[:, None])
+            # d logprob / dz_j = [j = target] - p_j and d entropy / dz_j = -p_j (log p_j + entropy).
+            if grad_entropy_N is None:
+                grad_NC = logprobs_NC.exp_().mul_(-grad_logprobs_N[:, None])
+            else:
+                p_NC = torch.exp(logprobs_NC, out=logits.memory("p", columns))
+                constant_N = grad_logprobs_N + grad_entropy_N * entropy_N
+                grad_NC = logprobs_NC.clamp_min_(_NEVER).mul_(-grad_entropy_N[:, None])
+                grad_NC.sub_(constant_N[:, None]).mul_(p_NC)
+            inside_N, place_N1 = logits.targets(columns)
+            grad_NC.scatter_add_(1, place_N1, (grad_logprobs_N * inside_N)[:, None])
+            if logits.has_cap:  # d tanh(u) / du = 1 - tanh(u) ** 2
+                grad_NC.mul_(logits_NC.square_().neg_().add_(1)).mul_(logits.outer_N[:, None])
             if grad_bias_V is not None:
                 torch.mv(grad_NC.t(), logits.inner_N, out=grad_bias_V[columns])
-            grad_NC = logits.for_product(grad_NC, columns)
+            if logits.product_dtype != logits.dtype:
+                grad_NC = logits.memory("product", columns).copy_(grad_NC)
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD[columns], grad_NC.t(), logits.scaled_ND)
             if grad_hidden_ND is not None:
                 _add_product(grad_hidden_ND, grad_NC, weight_CD)
         if grad_hidden_ND is not None:
             grad_hidden_ND.mul_(logits.inner_N[:, None])
-        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None
-
-
-@dataclass(frozen=True)
-class _Softmax:
-    """What the backward knows of each token's distribution, and the gradients that arrive at its results."""
-
-    targets_N: Tensor
-    logsumexp_N: Tensor
-    entropy_N: Tensor | None
-    grad_logprobs_N: Tensor
-    grad_entropy_N: Tensor | None
-
-    def gradient(self, logits: _Logits, columns: slice, logits_NC: Tensor) -> Tensor:
-        """Gradient [N, C] at what logits.chunks() gave, whose memory it overwrites.
-
-        d logprob / dz_j = [j = target] - p_j and d entropy / dz_j = -p_j (log p_j + entropy).
-        """
-        bend_NC, z_NC = None, logits_NC
-        if logits.form.softcap is not None:
-            bend_NC = logits_NC.tanh_()
-            z_NC = torch.mul(bend_NC, logits.outer_N[:, None], out=logits.memory("z", columns))
-        logprobs_NC = z_NC.sub_(self.logsumexp_N[:, None])
-        if self.grad_entropy_N is None or self.entropy_N is None:
-            grad_NC = logprobs_NC.exp_().mul_(-self.grad_logprobs_N[:, None])
-        else:
-            p_NC = torch.exp(logprobs_NC, out=logits.memory("p", columns))
-            constant_N = self.grad_logprobs_N + self.grad_entropy_N * self.entropy_N
-            grad_NC = logprobs_NC.clamp_min_(_NEVER).mul_(-self.grad_entropy_N[:, None])
-            grad_NC.sub_(constant_N[:, None]).mul_(p_NC)
-        inside_N, place_N = _locate(self.targets_N, columns)
-        grad_NC.scatter_add_(1, place_N[:, None], (self.grad_logprobs_N * inside_N)[:, None])
-        if bend_NC is not None:
-            # d tanh(u) / du = 1 - tanh(u) ** 2
-            grad_NC.mul_(bend_NC.square_().neg_().add_(1)).mul_(logits.outer_N[:, None])
-        return grad_NC
-
-
-def _locate(targets_N: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """(whether a token's target is among the columns, bool; its place there, 0 for any other)."""
-    place_N = targets_N - columns.start
-    inside_N = (place_N >= 0) & (place_N < columns.stop - columns.start)
-    return inside_N, place_N.masked_fill(~inside_N, 0)
+        return None, None, grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None
 
 
 def _add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:

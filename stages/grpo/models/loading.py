@@ -1,14 +1,11 @@
 """loading: a Hugging Face checkpoint -> a causal language model, its tokenizer, what ends a response.
 
-Weights always end in freshly allocated tensors: transformers leaves float32 weights mapped to the file,
-at addresses that are not aligned, where CPU kernels may round differently, and where a file that changes
-changes the model. Code that came with a checkpoint never runs, and pickled weights are never read.
+Code that came with a checkpoint never runs, and pickled weights are never read.
 """
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
@@ -29,10 +26,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from grpo.artifacts import read_json
 from grpo.errors import CorruptError, InputError
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_NO_MODEL = "cannot be loaded as a causal language model"
 
 
 def load_model(checkpoint: Path, device: str) -> PreTrainedModel:
@@ -43,82 +42,76 @@ def load_model(checkpoint: Path, device: str) -> PreTrainedModel:
     """
     model = _read_model(checkpoint)
     for tensor in _tensors(model).values():
-        tensor.data = tensor.data.to(device, copy=True, memory_format=torch.contiguous_format)
+        tensor.data = _copied(tensor.data, device)
     return model
 
 
 @torch.no_grad()
 def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Overwrite the weights of `model` with those of `checkpoint`, whose architecture must be the same.
+    """Have `model` compute, bit for bit, what load_model(checkpoint) would, of the same architecture.
 
-    Afterwards the model computes, bit for bit, what load_model(checkpoint) would. Nothing is copied when
-    the checkpoint is refused, for the reasons of load_model or because its tensors are others.
+    Nothing is copied when the checkpoint is refused, by load_model or because its tensors are others.
     """
     source, target = _tensors(_read_model(checkpoint)), _tensors(model)
-    if differing := sorted(_shapes(source).items() ^ _shapes(target).items()):
-        message = f"weight {differing[0][0]} differs in shape or tying from the model in memory"
+    if differing := sorted(name for name, _ in _kinds(source).items() ^ _kinds(target).items()):
+        message = f"weight {differing[0]} differs in shape or tying from the model in memory"
         raise InputError(f"{checkpoint}: {message}; both must have the same architecture")
     for name, tensor in target.items():
         tensor.copy_(source[name])
 
 
 class Blueprint:
-    """The modules of a model as they were built, without its weights.
+    """The modules of a model as they were built: of the next policy they are copied.
 
-    Most of what load_model takes for a small model is building modules: of the next policy they are copied.
+    Building them is most of what load_model takes for a small model.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path) -> None:
         """Of `model`, just loaded from `checkpoint`: nothing has been computed with it yet."""
-        empty = {id(weight): _parameter(weight, weight.detach().to("meta")) for weight in model.parameters()}
+        empty = {id(weight): torch.nn.Parameter(weight.detach().to("meta")) for weight in model.parameters()}
         self._model = copy.deepcopy(model, memo=empty)
         self._config = (checkpoint / "config.json").read_bytes()
 
     def load_model(self, checkpoint: Path, device: str) -> PreTrainedModel | None:
-        """load_model(checkpoint, device), bit for bit; None where the checkpoint is not of this model.
-
-        Raises CorruptError for weights that are not finite.
-        """
-        path = checkpoint / WEIGHT_FILES[0]
-        if not path.is_file() or (checkpoint / "config.json").read_bytes() != self._config:
-            return None
-        try:
-            found = load_file(path)
-        except SafetensorError:
-            return None
-        own = dict(self._model.named_parameters())
+        """load_model(), bit for bit; None where the checkpoint is not of this model. Raises CorruptError."""
+        own, found = dict(self._model.named_parameters()), {}
+        with suppress(OSError, SafetensorError):  # load_model says what it is
+            if (checkpoint / "config.json").read_bytes() == self._config:
+                found = load_file(checkpoint / WEIGHT_FILES[0])
         if _kinds(found) != _kinds(own):
             return None
-        fresh = {
-            id(own[name]): _parameter(
-                own[name], tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-            )
-            for name, tensor in found.items()
-        }
+        fresh = {id(own[name]): torch.nn.Parameter(_copied(found[name], device)) for name in own}
         model = copy.deepcopy(self._model, memo=fresh)
         _check_weights(checkpoint, model)
         return model
 
 
-def _parameter(like: Tensor, data: Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(data, requires_grad=like.requires_grad)
-
-
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of `checkpoint`, chat template included. Raises InputError."""
     _require_file(checkpoint, TOKENIZER_FILES, "a tokenizer")
-    with _quiet_transformers():
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(checkpoint), local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-            raise InputError(f"{checkpoint}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+    with _refusals(checkpoint, "its tokenizer cannot be loaded"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(checkpoint), local_files_only=True, trust_remote_code=False
+        )
     return tokenizer
+
+
+def load_config(checkpoint: Path) -> PreTrainedConfig:
+    """The configuration of `checkpoint`, without its weights. Raises InputError, CorruptError."""
+    _require_file(checkpoint, ("config.json",), "a model")
+    read_json(checkpoint / "config.json")  # transformers' own message does not say what is wrong in it
+    with _refusals(checkpoint, "its configuration cannot be used"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
+    return config
+
+
+def load_skeleton(checkpoint: Path) -> PreTrainedModel:
+    """The modules of the causal language model of `checkpoint`, without weights or memory for them."""
+    auto: Any = AutoModelForCausalLM
+    config = load_config(checkpoint)
+    with _refusals(checkpoint, _NO_MODEL), torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+    return model
 
 
 def eos_token_ids(checkpoint: Path) -> frozenset[int]:
@@ -130,7 +123,8 @@ def eos_token_ids(checkpoint: Path) -> frozenset[int]:
         return ids
     ids = _eos_of(checkpoint / "config.json")
     if any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
-        ids |= _as_ids(load_tokenizer(checkpoint).eos_token_id)
+        own = load_tokenizer(checkpoint).eos_token_id
+        ids |= frozenset() if own is None else {own}
     return ids
 
 
@@ -140,11 +134,29 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return length
 
 
+def best_device() -> str:
+    """`cuda` where a GPU is there, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars or load reports on stderr: what matters in them is raised."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def _read_model(checkpoint: Path) -> PreTrainedModel:
-    _require_file(checkpoint, ("config.json",), "a model")
-    _read_json(checkpoint / "config.json")  # transformers' own message does not say what is wrong in it
+    load_config(checkpoint)
     _require_file(checkpoint, WEIGHT_FILES, "weights")
-    with _quiet_transformers():
+    with _refusals(checkpoint, _NO_MODEL):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(checkpoint),
@@ -158,17 +170,8 @@ def _read_model(checkpoint: Path) -> PreTrainedModel:
             )
         except (SafetensorError, RuntimeError) as error:
             raise CorruptError(f"{checkpoint}: its weights cannot be read: {_one_line(error)}") from error
-        except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-            message = f"{checkpoint}: cannot be loaded as a causal language model: {_one_line(error)}"
-            raise InputError(message) from error
     model: PreTrainedModel
     model, report = loaded
-    _check_report(checkpoint, report)
-    _check_weights(checkpoint, model)
-    return model
-
-
-def _check_report(checkpoint: Path, report: dict[str, Any]) -> None:
     for name, found, right in sorted(report["mismatched_keys"]):
         message = f"weight {name} has shape {list(found)}; config.json asks for {list(right)}"
         raise CorruptError(f"{checkpoint}: {message}")
@@ -177,20 +180,32 @@ def _check_report(checkpoint: Path, report: dict[str, Any]) -> None:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             message = f"{problem} weight {names[0]}{more}; the weights must be exactly those of config.json"
             raise CorruptError(f"{checkpoint}: {message}")
+    _check_weights(checkpoint, model)
+    return model
+
+
+@contextmanager
+def _refusals(checkpoint: Path, message: str) -> Iterator[None]:
+    """transformers without a word of its own: what it raises is an InputError of one line."""
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"{checkpoint}: {message}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
 
 
 def _check_weights(checkpoint: Path, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
+        where = f"{checkpoint}: weight {name}"
         if parameter.dtype != torch.float32:
-            message = (
-                f"weight {name} is {parameter.dtype}; only checkpoints that are not quantised can be used"
-            )
-            raise InputError(f"{checkpoint}: {message}")
+            raise InputError(f"{where} is {parameter.dtype}; only what is not quantised can be used")
         # aminmax lets NaN through to both and makes no copy.
         if parameter.numel() and not all(bool(end.isfinite()) for end in parameter.detach().aminmax()):
-            raise CorruptError(
-                f"{checkpoint}: weight {name} holds NaN or infinity; every weight must be finite"
-            )
+            raise CorruptError(f"{where} holds NaN or infinity; every weight must be finite")
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -198,19 +213,22 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _copied(tensor: Tensor, device: str) -> Tensor:
+    """In freshly allocated memory: transformers leaves float32 weights mapped to the file, at addresses that
+    are not aligned, where CPU kernels may round differently, and where a file that changes changes the model.
+    """
+    return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def _eos_of(path: Path) -> frozenset[int]:
-    config = _read_json(path) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     ids = config.get("eos_token_id")
     if ids is None:  # a model of several parts keeps the language model's in a part
         ids = config.get("text_config", {}).get("eos_token_id")
-    return _as_ids(ids)
-
-
-def _as_ids(ids: int | list[int] | None) -> frozenset[int]:
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
@@ -221,66 +239,3 @@ def _require_file(checkpoint: Path, names: tuple[str, ...], what: str) -> None:
         raise InputError(f"{checkpoint}: no such directory; a Hugging Face checkpoint directory is needed")
     if not any((checkpoint / name).is_file() for name in names):
         raise InputError(f"{checkpoint}: has no {' or '.join(names)}; {what} cannot be loaded without")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptError(f"{path}: not valid JSON: {_one_line(error)}") from error
-    if not isinstance(document, dict):
-        raise CorruptError(f"{path}: found a {type(document).__name__}; a JSON object is needed")
-    return document
-
-
-def _one_line(error: Exception) -> str:
-    return shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars or load reports on stderr: what matters in them is raised."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def best_device() -> str:
-    """`cuda` where a GPU is there, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def empty_cache(device: str) -> None:
-    """Give the GPU memory that torch keeps for later back to whoever comes next; nothing on a CPU."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def load_config(checkpoint: Path) -> PreTrainedConfig:
-    """The configuration of `checkpoint`, without its weights. Raises InputError."""
-    _require_file(checkpoint, ("config.json",), "a model")
-    _read_json(checkpoint / "config.json")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint}: its configuration cannot be used: {_one_line(error)}") from error
-    return config
-
-
-def load_skeleton(checkpoint: Path) -> PreTrainedModel:
-    """The modules of the causal language model of `checkpoint`, without weights or memory for them."""
-    auto: Any = AutoModelForCausalLM
-    config = load_config(checkpoint)
-    with _quiet_transformers(), torch.device("meta"):
-        try:
-            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
-        except (ValueError, ImportError) as error:
-            message = f"{checkpoint}: cannot be loaded as a causal language model: {_one_line(error)}"
-            raise InputError(message) from error
-    return model

@@ -1,9 +1,7 @@
 """logprobs: logits -> the log-probability of each token, and the entropy of its distribution.
 
-The sampler, the learner and the reference all call this: one formula, `log_softmax(logits / temperature)`
-over the whole vocabulary, so that a difference between them is a difference of their logits.
-
-Shapes: N positions (any mixture of rows and tokens), V vocabulary.
+The sampler, the learner and the reference all call this one formula, log_softmax(logits / temperature), so
+that a difference between them is one of their logits. Shapes: N positions of any rows, V vocabulary.
 """
 
 import torch

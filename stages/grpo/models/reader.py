@@ -6,12 +6,13 @@ output head is used in the same call as the trunk, and nothing else calls the mo
 Shapes: S sequences, L tokens of the longest, N positions that are asked for, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from grpo.models.head import Head, head_logits, head_logprobs
 from grpo.models.logprobs import token_logprobs
@@ -67,30 +68,23 @@ def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Head] | None:
     """The trunk of a causal language model, whose last_hidden_state the head reads, and that head.
 
     Proven on a few tokens: the model's own logits are the head's on what the trunk gives, for hidden states
-    as they are and for such with logits of 100. None where nothing known here does that, the output layer is
-    not a plain Linear, or all logits are 0 and so prove nothing: then only the model's own logits are right.
-    Needs a model in eval mode, in float32
-    or float64, outside autocast. A tensor in Head is the model's: it changes with it.
+    as they are and for such with logits of 100. None where nothing known here does that: then only the
+    model's own logits are right. Needs a model in eval mode, in float32 or float64, outside autocast.
     """
     assert not model.training
     trunk, linear = model.get_decoder(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     # Not a subclass: an adapter computes the same until it has learned something.
     if not isinstance(trunk, PreTrainedModel) or trunk is model or type(linear) is not torch.nn.Linear:
         return None
-    for scale, softcap in _scales_and_softcaps(model.config):
+    text = model.config.get_text_config(decoder=True)
+    given = [value for key in _SCALE_KEYS if (value := getattr(text, key, None))]
+    caps = [value for key in _SOFTCAP_KEYS if (value := getattr(text, key, None))]
+    scales = [1.0, *(factor for value in given if value > 0 for factor in (float(value), 1 / value))]
+    for softcap, scale in product([None, *map(float, caps)], scales):  # the plain head first
         head = Head(linear.weight, linear.bias, scale, softcap)
         if _reproduces(model, trunk, head):
             return trunk, head
     return None
-
-
-def _scales_and_softcaps(config: PreTrainedConfig) -> Iterator[tuple[float, float | None]]:
-    """Factors and caps that a configuration may mean, the plain head first."""
-    text = config.get_text_config(decoder=True)
-    given = [value for key in _SCALE_KEYS if (value := getattr(text, key, None))]
-    caps = [value for key in _SOFTCAP_KEYS if (value := getattr(text, key, None))]
-    scales = [1.0, *(factor for value in given if value > 0 for factor in (float(value), 1 / value))]
-    yield from ((scale, cap) for cap in [None, *map(float, caps)] for scale in scales)
 
 
 @torch.no_grad()
@@ -110,11 +104,8 @@ def _reproduces(model: PreTrainedModel, trunk: PreTrainedModel, head: Head) -> b
             output.last_hidden_state = output.last_hidden_state * factor
             return output
 
-        hook = trunk.register_forward_hook(enlarge)
-        try:
+        with trunk.register_forward_hook(enlarge):
             right_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
-        finally:
-            hook.remove()
         logits_BLV = head_logits(hidden_BLD * factor, head)
         if logits_BLV.shape != right_BLV.shape:
             return False

@@ -1,12 +1,10 @@
-"""starter_model: nothing -> tiny-arithmetic, the checkpoint that a first run trains.
+"""starter_model: nothing -> tiny-arithmetic, the checkpoint that a first run trains in seconds.
 
-A Qwen3 of 0.4M parameters over bytes, trained here in seconds, so that a first run downloads nothing. It is
-made to be like a base model: it can do the task and mostly does not. For each one-digit sum it answers
-with the sum 30 % of the time ("3+4=" -> "7") and otherwise writes the two digits side by side ("34"). So
-greedy accuracy starts at 0, three samples in ten earn the reward, and GRPO has something to find.
-
-All hundred sums are in this warm start. Twenty of them are held out of GRPO only (generate/arithmetic.py):
-accuracy there shows that GRPO moved a habit over to prompts it never saw, not that it taught addition.
+A Qwen3 of 0.4M parameters over bytes, like a base model: it can do the task and mostly does not. It answers a
+one-digit sum with the sum 30 % of the time ("3+4=" -> "7") and otherwise writes the two digits side by side
+("34"): three samples in ten earn the reward, and GRPO has something to find. All hundred sums are in this
+warm start. Twenty are held out of GRPO only (prompts/arithmetic.py): accuracy there shows that GRPO moved a
+habit over to prompts it never saw, not that it taught addition.
 
 Qwen3 and not Qwen2, because for Qwen2 AutoTokenizer (transformers 5.16 to 5.23) builds its own tokenizer
 around the vocabulary it finds, with Unicode normalisation (NFC), and then not every text round-trips.
@@ -15,31 +13,25 @@ Shapes: A answers (two for each sum), T tokens of prompt and answer, U the T - 1
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from grpo.artifacts import files
 from grpo.errors import InputError
+from grpo.models.loading import quiet_transformers
 from grpo.prompts import arithmetic
 
-NAME = "tiny-arithmetic"
 FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
-
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 CONTEXT_TOKENS = 2048
@@ -74,8 +66,7 @@ def ensure(directory: Path, say: Callable[[str], None]) -> None:
         with FileLock(directory.with_name(f".{directory.name}.lock")):
             if not directory.exists():
                 _build(directory, say)
-    missing = [name for name in FILES if not (directory / name).is_file()]
-    if missing:
+    if missing := [name for name in FILES if not (directory / name).is_file()]:
         raise InputError(
             f"{directory}: not a complete starter model ({', '.join(missing)} missing); "
             "move or delete the folder, and the next run retrains it"
@@ -87,24 +78,26 @@ def _build(directory: Path, say: Callable[[str], None]) -> None:
     files.remove_folder(unfinished)  # of a process that was killed: we hold the lock
     tokenizer = build_tokenizer()
     model = train(tokenizer, STEPS, say)
-    with files.resource_errors(directory), _no_progress_bars():
+    with files.resource_errors(directory), quiet_transformers():
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-    for path in unfinished.iterdir():
-        files.write_file(
-            path, path.read_bytes()
-        )  # again: transformers does not sync, and gives no one else rights
+    for path in unfinished.iterdir():  # again: transformers does not sync, and gives no one else rights
+        files.write_file(path, path.read_bytes())
     files.sync_folder(unfinished)
     files.move(unfinished, directory)
     files.sync_folder(directory.parent)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer: token id = byte value, then end-of-sequence (256) and padding (257).
+    """The tokenizer: token id = byte value, then end-of-sequence (256) and padding (257).
 
     Every text round-trips. There are no merges, so nothing is learned and nothing is out of vocabulary.
     """
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    # In byte-level BPE a printable byte stands for itself; the others take, in order, what is left.
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = {character for character in characters if ord(character) < 256}
+    others = iter(characters[len(printable) :])
+    vocabulary = {byte if byte in printable else next(others): ord(byte) for byte in map(chr, range(256))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,24 +113,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train(tokenizer: PreTrainedTokenizerFast, num_steps: int, say: Callable[[str], None]) -> Qwen3ForCausalLM:
-    """Return the model after `num_steps` steps on all two hundred answers, each with its share.
+    """The model after `num_steps` steps on all two hundred answers, each with its share.
 
-    The loss is the expected one in nats per answer, not a sampled one: with every prompt's two answers in
-    every batch, it tends to the entropy of the choice, -0.3 log 0.3 - 0.7 log 0.7 = 0.6109. Deterministic;
-    leaves the caller's random state and number of threads as they were.
+    The loss in nats per answer tends to the entropy of the choice, -0.3 log 0.3 - 0.7 log 0.7 = 0.6109.
+    Deterministic; leaves the caller's random state and number of threads as they were.
     """
-    ids_AT, labels_AU, share_A = _answers(tokenizer)
     num_threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(SEED)
         torch.set_num_threads(NUM_THREADS)
         try:
             model = _untrained(tokenizer)
-            _fit(model, ids_AT, labels_AU, share_A, num_steps, say)
+            _fit(model, tokenizer, num_steps, say)
         finally:
             torch.set_num_threads(num_threads)
-    model.train(False)
-    return model
+    return model.eval()
 
 
 def _untrained(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -162,22 +152,18 @@ def _untrained(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def _fit(
-    model: Qwen3ForCausalLM,
-    ids_AT: torch.Tensor,
-    labels_AU: torch.Tensor,
-    share_A: torch.Tensor,
-    num_steps: int,
-    say: Callable[[str], None],
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, num_steps: int, say: Callable[[str], None]
 ) -> None:
+    ids_AT, labels_AU, share_A = _answers(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    num_prompts = share_A.sum()  # the shares of a prompt's two answers add up to 1
     for step in range(1, num_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, num_steps)
+        # Linear warm-up times half a cosine down to almost 0: the shares settle only as the steps get small.
+        decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / num_steps)
+        optimizer.param_groups[0]["lr"] = PEAK_LEARNING_RATE * min(1.0, step / WARMUP_STEPS) * decay
         # Padding stands on the right, where causal attention keeps it from every token that has a label.
         logits_AUV = model(input_ids=ids_AT[:, :-1]).logits
         loss_AU = cross_entropy(logits_AUV.transpose(1, 2), labels_AU, ignore_index=IGNORED, reduction="none")
-        loss = (loss_AU.sum(dim=1) * share_A).sum() / num_prompts
+        loss = (loss_AU.sum(dim=1) * share_A).sum() / share_A.sum()  # a prompt's two shares add up to 1
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -186,50 +172,16 @@ def _fit(
             say(f"training the starter model: step {step}/{num_steps}, loss {loss.item():.3f}")
 
 
-def _learning_rate(step: int, num_steps: int) -> float:
-    # Linear warm-up times half a cosine down to almost 0: the shares settle only as the steps get small.
-    decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / num_steps)
-    return PEAK_LEARNING_RATE * min(1.0, step / WARMUP_STEPS) * decay
-
-
 def _answers(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ids_AT (int64), labels_AU (int64, IGNORED but for answer tokens), share_A (float32)."""
-    prompts: list[list[int]] = []
-    answers: list[list[int]] = []
-    shares: list[float] = []
+    ids, labels, shares = [], [], []
     for row in arithmetic.training_rows() + arithmetic.held_out_rows():
+        prompt = tokenizer.encode(row["prompt"])
         digits = row["prompt"][0] + row["prompt"][2]
-        for answer, share in ((row["answer"], SUM_SHARE), (digits, 1 - SUM_SHARE)):
-            prompts.append(tokenizer.encode(row["prompt"]))
-            answers.append([*tokenizer.encode(answer), tokenizer.eos_token_id])
+        for text, share in ((row["answer"], SUM_SHARE), (digits, 1 - SUM_SHARE)):
+            answer = [*tokenizer.encode(text), tokenizer.eos_token_id]
+            ids.append(torch.tensor(prompt + answer))
+            labels.append(torch.tensor([IGNORED] * (len(prompt) - 1) + answer))
             shares.append(share)
-    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    ids, labels = [], []
-    for p, a in zip(prompts, answers, strict=True):
-        padding = longest - len(p) - len(a)
-        ids.append(p + a + [tokenizer.pad_token_id] * padding)
-        labels.append([IGNORED] * (len(p) - 1) + a + [IGNORED] * padding)
-    return torch.tensor(ids), torch.tensor(labels), torch.tensor(shares)
-
-
-def _byte_characters() -> list[str]:
-    """Return the character that stands for each of the 256 bytes in byte-level BPE (GPT-2's table).
-
-    A printable byte stands for itself; the others take, in order, the characters from U+0100 on.
-    """
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    printable = {ord(character) for character in characters if ord(character) < 256}
-    others = iter(characters[len(printable) :])
-    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    # transformers draws one while it writes, terminal or not; `say` is the only voice here.
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    ids_AT = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return ids_AT, pad_sequence(labels, batch_first=True, padding_value=IGNORED), torch.tensor(shares)

@@ -20,9 +20,7 @@ def tokenizer_of(run: ActiveRun) -> Tokenizer | None:
     None where none of the folders has a tokenizer.json.
     """
     folders = [run.folder("update", number - 1) / "policy" for number in reversed(run.policies()) if number]
-    if start := starting_policy(run):
-        folders.append(start)
-    for folder in folders:
+    for folder in filter(None, [*folders, starting_policy(run)]):
         try:
             return Tokenizer.from_str((folder / FILE).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):  # pruned meanwhile, moved, or of an old format
@@ -74,14 +72,11 @@ def many_pieces(tokenizer: Tokenizer, rows: list[list[int]]) -> tuple[list[str],
                 texts.append(text)
         return [joined[text] for text in own]
 
-    def row_places(row: list[int]) -> list[int]:
-        found: list[int] = []
+    places: list[list[int]] = [[] for _ in rows]
+    for found, row in zip(places, rows, strict=True):
         for is_partial, members in groupby(row, key=partial.__contains__):
             same = tuple(members)
             found += partial_places(same) if is_partial else [place_of[number] for number in same]
-        return found
-
-    places = [row_places(row) for row in rows]
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return texts, places, sorted(place_of[number] for number in special & place_of.keys())
 
@@ -96,9 +91,10 @@ def _alone(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
         for times in (1, 2)
     )
     added = tokenizer.get_added_tokens_decoder()
-    texts = []
-    for number, one, two in zip(ids, once, twice, strict=True):
-        known = tokenizer.id_to_token(number) is not None
-        text = added[number].content if number in added else two[len(one) :]
-        texts.append(text if known else f"<id {number}>")
+    texts = [two[len(one) :] for one, two in zip(once, twice, strict=True)]
+    for place, number in enumerate(ids):
+        if number in added:
+            texts[place] = added[number].content
+        elif tokenizer.id_to_token(number) is None:
+            texts[place] = f"<id {number}>"
     return texts

@@ -1,13 +1,11 @@
 """weight_check: a sequence of a run's own tokens, and the log-probs a policy gives them.
 
 Every policy on disk carries one, computed by the learner's code from the saved weights. An engine that took
-the weights scores the same tokens: a digest of parameters proves nothing, since engines keep copies of them
-in other layouts. All policies of a run are checked with the same tokens, so that what an engine gives for one
-can be compared with what it gave for the last. One pass meets every dense weight and the whole head.
+the weights scores the same tokens, for all policies of a run: a digest of parameters proves nothing, since
+engines keep copies of them in other layouts. One pass meets every dense weight and the whole head.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
 from grpo.errors import CorruptError, ResourceError
-from grpo.models.loading import best_device, context_length, empty_cache, load_model, load_tokenizer
+from grpo.models.loading import best_device, context_length, load_model, load_tokenizer
 from grpo.models.reader import Reader
 from grpo.prompts.chat import Chat, encode
 from grpo.prompts.source import Row
@@ -49,7 +47,7 @@ class WeightCheck:
 
     def is_finite(self) -> bool:
         """Whether every log-prob is a number, which encode() needs."""
-        return all(math.isfinite(logprob) for row in self.logprobs for logprob in row)
+        return all(bool(np.isfinite(row).all()) for row in self.logprobs)
 
     def difference(self, logprobs: Sequence[np.ndarray]) -> float:
         """Mean |difference| per token, in nats, to what another computed for the same sequences."""
@@ -69,8 +67,7 @@ def check_sequences(prompts: Iterable[Sequence[int]], context: int | None) -> li
     context: the most positions the model has. One is left: engines score a prompt by sampling behind it.
     """
     length = LENGTH if context is None else min(LENGTH, context - 1)
-    tokens = [int(token) for prompt in prompts for token in prompt]
-    return [list(islice(cycle(tokens), length))]
+    return [list(islice(cycle(int(token) for prompt in prompts for token in prompt), length))]
 
 
 def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightCheck:
@@ -83,11 +80,10 @@ def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightChec
     token_ids = encode(rows, load_tokenizer(checkpoint), chat)[1]
     found = measure(reader, check_sequences(token_ids, context_length(reader.model.config)))
     del reader
-    empty_cache(device)  # the engine asks for most of it
+    torch.cuda.empty_cache()  # the engine asks for most of it
     if not found.is_finite():
-        raise CorruptError(
-            f"{checkpoint}: its log-probs are not finite, though its weights are: too large for float32"
-        )
+        message = "its log-probs are not finite, though its weights are: too large for float32"
+        raise CorruptError(f"{checkpoint}: {message}")
     return found
 
 

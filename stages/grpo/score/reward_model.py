@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import CorruptError, InputError
-from grpo.models.loading import context_length, empty_cache, load_tokenizer
+from grpo.models.loading import context_length, load_tokenizer
 from grpo.score.functions.built_in import Text
 from grpo.score.functions.deadline import deadline
 from grpo.score.outcome import Outcome, one_line
@@ -48,7 +48,7 @@ class RewardModel:
     def release(self) -> None:
         """Leave the accelerator until the next score()."""
         self._model.to("cpu")
-        empty_cache(self._device)
+        torch.cuda.empty_cache()
 
     def score(
         self,

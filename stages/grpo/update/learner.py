@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from grpo.config import UpdateConfig
 from grpo.errors import EngineError
-from grpo.models.loading import copy_weights, empty_cache, load_model
+from grpo.models.loading import copy_weights, load_model
 from grpo.update import parallel
 from grpo.update.adapter import adapter_off, add_adapter, load_adapter, reset_adapter
 from grpo.update.batch import Rollouts, longest_pair, made_up_pair, room_for
@@ -134,7 +134,7 @@ class Learner:
         """Leave the accelerator until the next load(); what is held stays as it is, in main memory."""
         if self.device != "cpu":
             self._move("cpu")
-            empty_cache(self.device)
+            torch.cuda.empty_cache()
 
     def _move(self, device: str) -> None:
         for network in (self._network, self._reference):

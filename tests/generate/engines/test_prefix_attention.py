@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from grpo.generate.engines.kv_cache import Move, new_cache
-from grpo.generate.engines.prefix_attention import Prefix, attending_to_prefix, prefix_attention, takes_prefix
+from grpo.generate.engines.prefix_attention import NAME, Prefix, prefix_attention, takes_prefix
 from grpo.generate.engines.protocol import Request, Sampling, group_seed
-from grpo.generate.engines.transformers_engine import sample_batch, score_batch
+from grpo.generate.engines.transformers_engine import sample_batch, score
+from grpo.models.attention import attending
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -122,7 +123,7 @@ def test_an_argument_that_changes_the_result_is_refused() -> None:
 def test_the_attention_of_the_model_is_restored() -> None:
     model = built(TAKEN["qwen2"])
     sequences = [[5, 6, 7], [8, 9]]
-    before = [scores.tolist() for scores in score_batch(model, sequences)]
+    before = [score(model, sequence).tolist() for sequence in sequences]
 
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
@@ -130,8 +131,8 @@ def test_the_attention_of_the_model_is_restored() -> None:
     with pytest.raises(KeyboardInterrupt):
         sample_batch(model, requests(), Sampling(1.0, 4), frozenset(), interrupt, True)
     assert model.config._attn_implementation == "sdpa"
-    assert [scores.tolist() for scores in score_batch(model, sequences)] == before
-    with attending_to_prefix(model):
+    assert [score(model, sequence).tolist() for sequence in sequences] == before
+    with attending(model, NAME, prefix_attention):
         assert model.config._attn_implementation != "sdpa"
     assert model.config._attn_implementation == "sdpa"
 

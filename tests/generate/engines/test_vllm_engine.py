@@ -30,7 +30,7 @@ from grpo.models.logprobs import token_logprobs
 from grpo.models.reader import Reader
 
 pytest.importorskip("vllm")
-from grpo.generate.engines import vllm_engine, vllm_version
+from grpo.generate.engines import vllm_engine, vllm_settings
 
 pytestmark = pytest.mark.xdist_group("vllm")
 
@@ -379,16 +379,16 @@ def test_a_missing_or_unfit_vllm_names_the_command(monkeypatch: pytest.MonkeyPat
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(vllm_version, "version", missing)
+    monkeypatch.setattr(vllm_settings, "version", missing)
     with pytest.raises(
         EngineError, match=r"vllm is not installed; pip install 'grpo-stages\[vllm\]' on a machine"
     ):
-        vllm_version.check_version()
-    monkeypatch.setattr(vllm_version, "version", lambda name: "0.23.1")
+        vllm_settings.check_version()
+    monkeypatch.setattr(vllm_settings, "version", lambda name: "0.23.1")
     with pytest.raises(EngineError, match=r"vllm 0.23.1 is installed, 0.24 to 0.33 is right; pip install"):
-        vllm_version.check_version()
-    monkeypatch.setattr(vllm_version, "version", lambda name: "0.25.1+cu130")
-    vllm_version.check_version()
+        vllm_settings.check_version()
+    monkeypatch.setattr(vllm_settings, "version", lambda name: "0.25.1+cu130")
+    vllm_settings.check_version()
 
 
 PIPELINE = """\

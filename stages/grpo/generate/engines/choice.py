@@ -37,6 +37,5 @@ def gpu_is_there() -> bool:
     except OSError:
         return False
     count = ctypes.c_uint(0)
-    return (
-        nvml.nvmlInit_v2() == 0 and nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0 and count.value > 0
-    )
+    failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    return not failed and count.value > 0

@@ -1,9 +1,7 @@
 """draw: logits + numbers in [0, 1) -> tokens and their log-probabilities.
 
 By inverse CDF, not by a generator: a token is a function of its logits and its own number, whoever else is
-in the batch.
-
-Shapes: B samples, N rows, T response tokens, V vocabulary.
+in the batch. Shapes: B samples, N rows, T response tokens, V vocabulary.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,8 @@
 """kv_cache: the keys and values of the positions a batch has seen, in layers that can be repeated and cut.
 
 transformers' DynamicLayer copies the whole cache for each new token; GrowingLayer keeps room for the next
-ones. A row that leaves is overwritten by one from the end, so it costs at most the copy of one row, however
-often rows leave. A layer that also holds a recurrent state is refused: left padding would run through it.
-
-Used by the built-in engine for every model that it samples from.
+ones. A row that leaves is overwritten by one from the end: it costs at most the copy of one row. A layer that
+also holds a recurrent state is refused: left padding would run through it.
 
 Shapes: N rows, H heads, S positions, D head dimension.
 """
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -34,11 +33,8 @@ class Move:
     def out(cls, leaving_N: Tensor) -> "Move":
         """The move that makes the rows leave where leaving_N (bool) is True."""
         num_left = len(leaving_N) - int(leaving_N.sum())
-        return cls(
-            num_left=num_left,
-            from_M=num_left + (~leaving_N[num_left:]).nonzero().squeeze(-1),
-            to_M=leaving_N[:num_left].nonzero().squeeze(-1),
-        )
+        from_M = num_left + (~leaving_N[num_left:]).nonzero().squeeze(-1)
+        return cls(num_left, from_M, to_M=leaving_N[:num_left].nonzero().squeeze(-1))
 
     def apply(self, rows: Tensor) -> Tensor:
         """Move the rows [N, ...] in place; returns those that stay, a view."""
@@ -68,8 +64,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         used = self.keys.shape[-2]
         end = used + key_states.shape[-2]
         if self.room is None or self.room[0].shape[-2] < end:
-            num_positions = end - 1 + self.spare_positions
-            self.room = _enlarged(self.keys, num_positions), _enlarged(self.values, num_positions)
+            more = (0, 0, 0, end - 1 + self.spare_positions - used)
+            self.room = pad(self.keys, more), pad(self.values, more)
         keys, values = self.room
         keys[:, :, used:end], values[:, :, used:end] = key_states, value_states
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
@@ -83,16 +79,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 def move_rows(cache: DynamicCache, move: Move) -> None:
     """Let rows leave a cache of new_cache."""
-    for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer)
-        if not layer.is_initialized:
-            continue  # it holds no position yet
-        assert layer.keys is not None
-        assert layer.values is not None
-        layer.keys, layer.values = move.apply(layer.keys), move.apply(layer.values)
-        if isinstance(layer, GrowingLayer) and layer.room is not None:
-            keys, values = layer.room  # keys and values are a part of it: their rows have been moved
-            layer.room = keys[: move.num_left], values[: move.num_left]
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if layer.is_initialized:  # else it holds no position yet
+            layer.keys, layer.values = move.apply(layer.keys), move.apply(layer.values)
+            if isinstance(layer, GrowingLayer) and layer.room is not None:
+                keys, values = layer.room  # keys and values are a part of it: their rows have been moved
+                layer.room = keys[: move.num_left], values[: move.num_left]
 
 
 def new_cache(config: PreTrainedConfig, max_new_tokens: int) -> DynamicCache:
@@ -110,10 +103,3 @@ def new_cache(config: PreTrainedConfig, max_new_tokens: int) -> DynamicCache:
 def cache_name(model: PreTrainedModel) -> str:
     """The argument of forward() that takes the cache: `past_key_values` before transformers 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _enlarged(used: Tensor, num_positions: int) -> Tensor:
-    rows, heads, num_used, dimension = used.shape
-    room = used.new_empty(rows, heads, num_positions, dimension)
-    room[:, :, :num_used] = used
-    return room

@@ -1,10 +1,8 @@
 """prefix_attention: attention of samples to their prompts, whose keys and values are kept once.
 
-The samples of a prompt see the same prompt: a step of decoding reads its keys and values once, not once per
-sample. Otherwise it is plain full attention: one softmax over the prompt and the sample's own response.
-The responses come from the model's cache, the prompts from an argument that the model hands on.
-
-Used by the built-in engine where each prompt of a batch has several samples and takes_prefix() holds.
+A step of decoding reads them once, not once per sample. Otherwise it is plain full attention: one softmax
+over the prompt and the sample's own response. The responses come from the model's cache, the prompts from an
+argument that the model hands on. For batches in which each prompt has several samples.
 
 Shapes: P prompts, N rows (samples still in the batch), K slots of a prompt (as many as any prompt has rows;
 those a prompt does not need compute row 0 again, and nobody reads them), H heads of keys and values,
@@ -12,7 +10,6 @@ R heads of queries to each, Q = K * R queries, L prompt positions, T response po
 D head dimension, X any.
 """
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,29 +25,31 @@ NAME = "grpo_prefix"  # of the attention function; no mask is made for a name tr
 class Prefix:
     """The keys and values of the prompts of a batch, and which rows continue which prompt.
 
-    prompts, responses: caches of new_cache; the model goes on to fill `responses`.
-    visible_PL: True where not padding; None: no padding.
+    prompts, responses: of new_cache; the model fills the latter. visible_PL: not padding; None: all of it.
     """
 
     def __init__(
         self, prompts: DynamicCache, responses: DynamicCache, visible_PL: Tensor | None, prompt_N: Tensor
     ) -> None:
-        self.layers = [_layer(layer) for layer in prompts.layers]
+        full: list[Any] = prompts.layers
+        # [P, H, D, L] and [P, H, L, D], as the matrix products on a CPU read them fastest.
+        self.layers = [(x.keys.transpose(-1, -2).contiguous(), x.values.contiguous()) for x in full]
         self.responses = responses
         self.asked: set[int] = set()  # layers
         self.prompt_N = prompt_N
         self.bias_PL: Tensor | None = None  # added to the scores
         if visible_PL is not None:
-            self.bias_PL = torch.zeros(visible_PL.shape, device=visible_PL.device)
-            self.bias_PL.masked_fill_(~visible_PL, -torch.inf)
+            self.bias_PL = torch.zeros_like(visible_PL, dtype=torch.float32).masked_fill_(
+                ~visible_PL, -torch.inf
+            )
         self._assign_slots()
 
     def leave(self, move: Move) -> None:
-        """Let rows leave, and prompts that have no row left."""
+        """Let rows leave, but not all, and prompts that have no row left."""
         self.prompt_N = move.apply(self.prompt_N)
-        prompts = Move.out(self._count_rows() == 0)
-        if prompts.num_left < self._num_prompts:
-            number_P = torch.arange(self._num_prompts, device=self.prompt_N.device)
+        number_P = torch.arange(len(self.layers[0][0]), device=self.prompt_N.device)
+        prompts = Move.out(~torch.isin(number_P, self.prompt_N))
+        if prompts.num_left < len(number_P):
             number_P[prompts.from_M] = prompts.to_M
             self.prompt_N = number_P[self.prompt_N]
             self.layers = [(prompts.apply(keys), prompts.apply(values)) for keys, values in self.layers]
@@ -73,23 +72,14 @@ class Prefix:
         weights_NHRT = self._to_rows(weights_PHQS[..., num_positions:])
         return self._to_rows(found_PHQD) + weights_NHRT @ values_NHTD
 
-    @property
-    def _num_prompts(self) -> int:
-        return len(self.layers[0][0])
-
-    def _count_rows(self) -> Tensor:
-        return torch.bincount(self.prompt_N, minlength=self._num_prompts)
-
     def _assign_slots(self) -> None:
-        num_rows_P = self._count_rows()
-        self.num_slots = max(num_rows_P.tolist(), default=0)
-        order_N = self.prompt_N.argsort(stable=True)
-        sorted_N = self.prompt_N[order_N]
-        rows_N = torch.arange(len(order_N), device=order_N.device)
-        slot_N = rows_N - (num_rows_P.cumsum(0) - num_rows_P)[sorted_N] + sorted_N * self.num_slots
-        self.slot_N = torch.empty_like(slot_N)  # of each row
-        self.slot_N[order_N] = slot_N
-        self.row_PK = torch.zeros(self._num_prompts * self.num_slots, dtype=torch.int64, device=rows_N.device)
+        rows_N = torch.arange(len(self.prompt_N), device=self.prompt_N.device)
+        number_P = torch.arange(len(self.layers[0][0]), device=rows_N.device)
+        num_so_far_PN = (self.prompt_N == number_P[:, None]).cumsum(1)  # rows of the prompt
+        place_N = num_so_far_PN[self.prompt_N, rows_N] - 1
+        self.num_slots = int(place_N.max()) + 1
+        self.slot_N = self.prompt_N * self.num_slots + place_N  # of each row
+        self.row_PK = rows_N.new_zeros(len(number_P) * self.num_slots)
         self.row_PK[self.slot_N] = rows_N
 
     def _to_slots(self, rows_NHRX: Tensor) -> Tensor:
@@ -118,12 +108,11 @@ def prefix_attention(
 ) -> tuple[Tensor, None]:
     """One token per row: query [N, H * R, 1, D], key and value [N, H, T, D] -> [N, 1, H * R, D].
 
-    Raises TypeError for an argument that it does not know and that would change the result.
+    prefix: an argument of the model's forward(). Raises TypeError for one that would change the result.
     """
     refuse_others(NAME, {**others, "attention_mask": attention_mask})
     assert isinstance(module.layer_idx, int)
-    layer = prefix.responses.layers[module.layer_idx]
-    assert isinstance(layer, GrowingLayer)
+    layer: Any = prefix.responses.layers[module.layer_idx]
     if key is not layer.keys or value is not layer.values:
         # The model changes what it takes from the cache, so the prompts would have to be changed as well.
         raise TypeError("prefix_attention takes no keys and values but those of the cache")
@@ -132,11 +121,6 @@ def prefix_attention(
     query_NHRD = query.reshape(rows, heads, -1, dimension) * scale
     found_NHRD = prefix.attend(module.layer_idx, query_NHRD, key, value)
     return found_NHRD.reshape(rows, 1, -1, value.shape[-1]), None
-
-
-def attending_to_prefix(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Within, the model's attention is prefix_attention: forward() needs the argument `prefix`."""
-    return attending(model, NAME, prefix_attention)
 
 
 @torch.inference_mode()
@@ -153,16 +137,8 @@ def takes_prefix(model: PreTrainedModel) -> bool:
     model(input_ids=token, use_cache=True, **{cache_name(model): prompts})
     prefix = Prefix(prompts, responses, None, token[0])
     try:
-        with attending_to_prefix(model):
+        with attending(model, NAME, prefix_attention):
             model(input_ids=token, position_ids=token + 1, prefix=prefix, **{cache_name(model): responses})
     except TypeError:  # a module on the way takes no such argument, or prefix_attention not all of its own
         return False
     return prefix.asked == set(range(len(prompts.layers)))
-
-
-def _layer(layer: Any) -> tuple[Tensor, Tensor]:
-    """Keys [P, H, D, L] and values [P, H, L, D], as the matrix products on a CPU read them fastest."""
-    assert isinstance(layer, GrowingLayer)
-    assert layer.keys is not None
-    assert layer.values is not None
-    return layer.keys.transpose(-1, -2).contiguous(), layer.values.contiguous()

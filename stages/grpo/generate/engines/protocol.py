@@ -1,8 +1,7 @@
-"""protocol: what the generate stage asks of a sampler.
+"""protocol: what the generate stage asks of a sampler. Nothing here imports torch or vllm.
 
-An engine is opened once per run and kept between iterations. It gets its weights from a checkpoint on
-disk, and yields a group as soon as its K samples are done, in any order: the stage decides when a shard
-is complete. Nothing here imports torch or vllm.
+An engine is opened once per run and kept between iterations. It yields a group as soon as its K samples are
+done, in any order: the stage decides when a shard is complete.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,16 +42,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response. The end-of-sequence token is included when it was sampled.
+    """One response. Example: token_ids [55, 256], logprobs [-0.7, -0.1], finish_reason "stop"."""
 
-    token_ids: int32 [T]; logprobs: float32 [T], log pi_old of each token after temperature, so <= 0;
-    finish_reason: `stop` (an end-of-sequence token), `length` (max_new_tokens reached) or `abort`.
-    Example: token_ids [55, 256], logprobs [-0.7, -0.1], finish_reason "stop".
-    """
-
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    finish_reason: str
+    token_ids: np.ndarray  # int32 [T], with the end-of-sequence token where it was sampled
+    logprobs: np.ndarray  # float32 [T], log pi_old of each token after temperature, so <= 0
+    finish_reason: str  # `stop` (an end-of-sequence token), `length` (max_new_tokens reached) or `abort`
 
 
 @dataclass(frozen=True)
@@ -76,16 +70,12 @@ class Engine(Protocol):
         """Log-probs at temperature 1 of every token but the first, float32 [len(sequence) - 1] each."""
 
     def sample(
-        self,
-        shards: Sequence[Sequence[Request]],
-        sampling: Sampling,
-        on_tokens: Callable[[int], None],
+        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
     ) -> Iterator[Group]:
-        """Yield every group of every shard exactly once.
+        """Yield every group of every shard exactly once; on_tokens: tokens sampled since its last call.
 
         An engine that promises the same bytes on a resumed run samples each shard as a whole, so that a
-        shard's bytes do not depend on which other shards are asked for. `on_tokens` is told how many
-        response tokens were sampled since its last call.
+        shard's bytes do not depend on which other shards are asked for.
         """
 
     def release(self) -> None:

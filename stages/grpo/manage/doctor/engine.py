@@ -23,7 +23,7 @@ def check_engine(run: ActiveRun) -> list[Check]:
             Check("engine", f"{name} ({why})"),
             Check("engine options", options, "none: they are vLLM's", "warning", note),
         ]
-    from grpo.generate.engines.vllm_version import check_version
+    from grpo.generate.engines.vllm_settings import check_version
 
     try:
         check_version()
