@@ -11,6 +11,7 @@ from grpo.sql.connection import (
     query,
     read,
     register,
+    rows,
     seed_random,
     turn_to,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "query",
     "read",
     "register",
+    "rows",
     "seed_random",
     "turn_to",
     "user_columns",

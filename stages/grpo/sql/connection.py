@@ -202,6 +202,12 @@ def consult(runs: list[Run], work: Callable[[Connection], _Result], iteration: i
                 return result
 
 
+def rows(connection: Connection, name: str, **parameters: Any) -> list[dict[str, Any]]:
+    """The rows of a query of this package, named as for own_text()."""
+    found: list[dict[str, Any]] = query(connection, own_text(name), parameters).to_pylist()
+    return found
+
+
 def create_view(connection: Connection, name: str, statement: str) -> None:
     """Give a query of ours a name in this connection."""
     connection.duckdb.execute(f"create temp view {name} as {statement}")

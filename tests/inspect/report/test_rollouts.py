@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -6,9 +7,9 @@ from tests.inspect.report.runs import make_run, row
 from grpo import sql
 from grpo.artifacts import Run
 from grpo.inspect.report import rollouts
-from grpo.inspect.report.selection import Limits
+from grpo.inspect.report.rollouts import Limits, limits
 
-ALL = Limits()
+ALL = limits(None, 1)
 
 
 def read(run: Run, limit: Limits = ALL) -> dict[str, Any]:
@@ -85,9 +86,9 @@ def test_without_a_tokenizer_there_is_the_response(tmp_path: Path) -> None:
 
 
 def test_only_what_was_chosen_is_read(hand: Run) -> None:
-    assert column(read(hand, Limits(4, None)), "iteration") == [1] * 4
-    block = read(hand, Limits(2, None))
+    assert column(read(hand, Limits(4, math.inf)), "iteration") == [1] * 4
+    block = read(hand, Limits(2, math.inf))
     assert column(block, "group_id") == [0, 0]
     assert list(block["prompts"]) == [0]
-    block = read(hand, Limits(0, None))
+    block = read(hand, Limits(0, math.inf))
     assert (block["rollouts"], block["texts"], block["prompts"]) == ([], [], {})

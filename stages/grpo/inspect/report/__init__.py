@@ -6,10 +6,9 @@ from typing import Any
 from grpo import sql
 from grpo.artifacts import Run, files
 from grpo.errors import UsageError
-from grpo.inspect.report import curves, heat, rollouts, summary
+from grpo.inspect.report import curves, overview, rollouts
 from grpo.inspect.report.page import page
 from grpo.inspect.report.picture import picture
-from grpo.inspect.report.selection import limits
 
 __all__ = ["build", "charts", "write"]
 
@@ -30,9 +29,8 @@ def write(runs: list[Run], out: Path | None, as_picture: bool, num_rollouts: int
     for run in runs:
         if not any(run.manifest("rollouts", number) for number in run.iterations()):
             raise UsageError(f"run {run.name}: holds no rollouts yet")
-    left_out: list[str] = []
     if as_picture:
-        content = picture(charts(runs), [run.name for run in runs])
+        content, left_out = picture(charts(runs), [run.name for run in runs]), []
     else:
         content, left_out = build(runs, num_rollouts)
     files.write_file(path, content)
@@ -49,21 +47,20 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
 
 def build(runs: list[Run], num_rollouts: int | None) -> tuple[bytes, list[str]]:
     """The page, and for each run that does not fit, what was left out of it."""
-    limit = limits(num_rollouts).shared_by(len(runs))
+    limit = rollouts.limits(num_rollouts, len(runs))
     names = [run.name for run in runs]
 
-    def read(connection: sql.Connection) -> tuple[dict[str, Any], list[str]]:
-        document = {
+    def read(connection: sql.Connection) -> dict[str, Any]:
+        chosen = [rollouts.read(connection, run, limit) for run in runs]
+        found = zip(names, chosen, strict=True)
+        data = {
             "charts": curves.read(connection, names),
-            "runs": [summary.read(connection, run) for run in runs],
+            "runs": [overview.summary(connection, run) for run in runs],
+            "left_out": [f"run {name}: {text}" for name, (_, text) in found if text],
         }
-        blocks = {f"heat-{index}": heat.read(connection, run) for index, run in enumerate(runs)}
-        left_out = []
-        for index, run in enumerate(runs):
-            blocks[f"rollouts-{index}"], chosen = rollouts.read(connection, run, limit)
-            if text := chosen.left_out():
-                left_out.append(f"run {run.name}: {text}")
-        return {"data": {**document, "left_out": left_out}, **blocks}, left_out
+        heats = {f"heat-{index}": overview.heat(connection, run) for index, run in enumerate(runs)}
+        blocks = {f"rollouts-{index}": block for index, (block, _) in enumerate(chosen)}
+        return {"data": data, **heats, **blocks}
 
-    blocks, left_out = sql.consult(runs, read)
-    return page(", ".join(names), blocks), left_out
+    blocks = sql.consult(runs, read)
+    return page(", ".join(names), blocks), blocks["data"]["left_out"]
