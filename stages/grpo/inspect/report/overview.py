@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import Run, open_run
+from grpo.artifacts import ActiveRun, open_run
 from grpo.config import differing_keys, flatten
 
 
-def summary(connection: sql.Connection, run: Run) -> dict[str, Any]:
+def summary(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
     """Counts, seconds, the configuration a run was created with, what changed since, and versions."""
     [counts] = sql.rows(connection, "inspect/report/summary", run=run.name)
     changed = sql.rows(connection, "inspect/report/config_changes", run=run.name)
@@ -26,7 +26,7 @@ def summary(connection: sql.Connection, run: Run) -> dict[str, Any]:
     }
 
 
-def heat(connection: sql.Connection, run: Run) -> dict[str, Any]:
+def heat(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
     """One cell for each prompt (its place in `prompts`) and iteration: its mean reward and its rollouts."""
     first = run.config.score.rewards[0].name or ""
     found = sql.rows(connection, "inspect/report/heat", run=run.name, first=first)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.console import thinned
 from grpo.errors import UsageError
 from grpo.models.tokenizer import many_pieces, tokenizer_of
@@ -75,7 +75,7 @@ def _left_out(rollouts: int, total: int, which: str = "") -> str:
     return f"{rollouts:,} of {total:,} rollouts are in the file{which and ': '}{which}"
 
 
-def read(connection: sql.Connection, run: Run, limit: Limits) -> tuple[dict[str, Any], str]:
+def read(connection: sql.Connection, run: ActiveRun, limit: Limits) -> tuple[dict[str, Any], str]:
     """The chosen rollouts of a run, and what was left out, in words.
 
     The lists of tokens and of their numbers (units: rollouts.sql) are beside the rollouts, one after the
