@@ -17,13 +17,11 @@ from typing import Any, TypeVar
 import duckdb
 import pyarrow as pa
 
-from grpo import tables
 from grpo.artifacts import OUTPUTS, ActiveRun
 from grpo.errors import GrpoError, ResourceError, UsageError
 from grpo.sql.run_tables import NAMES, RunTables
 
-VIEWS = (*tables.TABLES, "samples", "iterations", "eval_samples", "evals", "timings", "manifests")
-MEMORY_GIB = 1.0
+_MEMORY_LIMIT = "1GiB"
 # Each a query in a file of its name, over views that come before it.
 _DERIVED = ("samples", "eval_samples", "evals", "iterations")
 
@@ -64,7 +62,7 @@ def _connected(shown: RunTables) -> Iterator[Connection]:
         ":memory:",
         config={
             "temp_directory": spill.name,
-            "memory_limit": f"{MEMORY_GIB}GiB",
+            "memory_limit": _MEMORY_LIMIT,
             "autoinstall_known_extensions": "false",
             "autoload_known_extensions": "false",
             "python_enable_replacements": "false",
@@ -81,10 +79,8 @@ def _connected(shown: RunTables) -> Iterator[Connection]:
             ]
             database.execute(f"create view {view} as {' union all by name '.join(selects)}")
         for view in _DERIVED:
-            text = own_text(f"sql/views/{view}")
-            database.execute(f"create view {view} as {text}")
-        for setting in ("enable_external_access = false", "lock_configuration = true"):
-            database.execute(f"set {setting}")
+            database.execute(f"create view {view} as {own_text(f'sql/views/{view}')}")
+        database.execute("set enable_external_access = false; set lock_configuration = true")
         yield Connection(database, shown)
     finally:
         database.close()
@@ -111,7 +107,7 @@ def query(
     parameters: dict[str, Any] | None = None,
     timeout_s: float | None = None,
 ) -> pa.Table:
-    """The rows of one statement.
+    """The rows of one statement, which may use any of `parameters`.
 
     Raises UsageError (exit 2) with DuckDB's message or for two statements, ResourceError (exit 7) over a
     limit, CorruptError (exit 6) for a damaged file.
@@ -134,43 +130,47 @@ def query(
         timer.cancel()
 
 
-def columns(connection: Connection, statement: str, parameters: dict[str, Any]) -> list[str]:
-    """The columns that one statement would give; computes nothing, and raises UsageError as query() does."""
-    try:
-        return _relation(connection, statement, parameters).columns
-    except duckdb.Error as error:
-        raise _explained(error) from None
-
-
-def parameters_in(connection: Connection, text: str) -> set[str]:
-    """Names of the $parameters in the statements of `text`. Raises UsageError for what cannot be parsed."""
-    try:
-        return {name for part in _statements(connection, text) for name in part.named_parameters}
-    except duckdb.Error as error:
-        raise _explained(error) from None
-
-
 def _relation(
     connection: Connection, statement: str, parameters: dict[str, Any] | None
 ) -> duckdb.DuckDBPyRelation:
     """What one statement would give; of a select nothing is computed yet."""
-    number = len(_statements(connection, statement))
-    if number > 1:  # DuckDB would run each and give the rows of the last
-        raise UsageError(f"query: {number} statements, divided by `;`; write one")
-    relation = connection.duckdb.sql(statement, params=parameters)
+    try:
+        statement.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"query: character {error.start} is a lone surrogate, no text; leave it out"
+        ) from None
+    parts = connection.duckdb.extract_statements(statement)
+    if len(parts) > 1:  # DuckDB would run each and give the rows of the last
+        raise UsageError(f"query: {len(parts)} statements, divided by `;`; write one")
+    named = {name for part in parts for name in part.named_parameters}  # DuckDB refuses others
+    used = {name: value for name, value in (parameters or {}).items() if name in named}
+    relation = connection.duckdb.sql(statement, params=used or None)
     if relation is None:  # an empty text, or a statement that gives no rows
         raise UsageError("query: gives no rows; write a select")
     return relation
 
 
-def _statements(connection: Connection, text: str) -> list[duckdb.Statement]:
+def user_rows(
+    connection: Connection, key: str, statement: str, parameters: dict[str, Any] | None = None
+) -> pa.Table:
+    """Rows of a query that the user wrote for `key` of the configuration; errors are query's, and name it."""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"query: character {error.start} is a lone surrogate, no text; leave it out"
-        ) from None
-    return connection.duckdb.extract_statements(text)
+        return query(connection, statement, parameters)
+    except (UsageError, ResourceError) as error:
+        raise type(error)(f"{key}: {error}") from None
+
+
+def user_columns(
+    connection: Connection, key: str, statement: str, parameters: dict[str, Any] | None = None
+) -> list[str]:
+    """The columns that such a query would give; computes nothing. Raises UsageError (exit 2)."""
+    try:
+        return _relation(connection, statement, parameters).columns
+    except duckdb.Error as error:
+        raise UsageError(f"{key}: {_explained(error)}") from None
+    except UsageError as error:
+        raise UsageError(f"{key}: {error}") from None
 
 
 def read(
@@ -210,15 +210,25 @@ def rows(connection: Connection, name: str, **parameters: Any) -> list[dict[str,
     return found
 
 
-def create_view(connection: Connection, name: str, statement: str) -> None:
-    """Give a query of ours a name in this connection."""
-    connection.duckdb.execute(f"create temp view {name} as {statement}")
-
-
 def register(connection: Connection, name: str, data: pa.Table) -> None:
     """Show `data` under `name`; `_<table>_0` replaces what the view of a single run's table reads."""
     connection.duckdb.register(name, data)
     connection.replaced.add(name)
+
+
+def create_scored(connection: Connection, weights: Collection[float]) -> None:
+    """Make the view `scored` in a connection to the tables of one iteration; weights: of its rewards.
+
+    scored.sql alone says what a reward is and which rollouts are compared.
+    """
+    tell_weights(connection, weights)
+    connection.duckdb.execute(f"create temp view scored as {own_text('sql/views/scored')}")
+
+
+def tell_weights(connection: Connection, weights: Collection[float]) -> None:
+    """Have a view `scored` that is there go by other weights."""
+    number = sum(weight != 0 for weight in weights)
+    register(connection, "reward_names", pa.table({"number": [number]}))
 
 
 def own_text(name: str) -> str:
