@@ -137,11 +137,10 @@ def stdout_console() -> "RichConsole":
 def paged(pager: bool) -> Iterator["RichConsole"]:
     """The same; on a terminal through the user's pager, or less, which stops only for what does not fit."""
     console = stdout_console()
-    if pager and sys.stdin.isatty() and sys.stdout.isatty():
-        os.environ.setdefault("LESS", "FRX")  # F: what fits is only printed; R: colours; X: it stays there
-        with console.pager(styles=True):
-            yield console
-    else:
+    os.environ.setdefault("LESS", "FRX")  # F: what fits is only printed; R: colours; X: it stays there
+    with (
+        console.pager(styles=True) if pager and sys.stdin.isatty() and sys.stdout.isatty() else nullcontext()
+    ):
         yield console
 
 
@@ -170,9 +169,9 @@ def table(
     return found
 
 
-def number(value: float | None, form: str = ".3f", absent: str = "") -> str:
-    """A number in a form such as `.3f`; `absent` where it is null."""
-    return absent if value is None else format(value, form)
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number in a form such as `.3f`; empty where it is null."""
+    return "" if value is None else format(value, form)
 
 
 def interval(low: float | None, high: float | None, form: str = ".3f") -> str:

@@ -25,7 +25,6 @@ _KEY = ", ".join(tables.KEY)
 def open_resource(run: ActiveRun) -> Iterator[sql.Connection]:
     """A connection for all iterations: it is opened in 30 ms, and used in 10."""
     with sql.connect([run], range(0), ("rollouts", "rewards")) as connection:
-        sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
         yield connection
 
 
@@ -78,7 +77,7 @@ def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> I
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
     sql.turn_to(connection, iteration)
-    sql.tell_weights(connection, _reward_weights(run, iteration).values())
+    sql.create_scored(connection, _reward_weights(run, iteration).values())
     parameters: dict[str, Any] = {
         "scale": config.scale,
         "epsilon": config.epsilon,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli.lazy import artifacts, evaluations, log, prepare, work
+from grpo.cli.lazy import artifacts, evaluations, prepare, query, track, work
 from grpo.cli.options import (
     CONFIG,
     ConfigOption,
@@ -52,7 +52,7 @@ def run(
         until = opened.config.iterations if until is None else until
         if from_ is not None:
             work.restart_from(opened, from_, yes)
-        with log.reporting(opened, until) as (iteration, policy):
+        with track.reporting(opened, until) as (iteration, policy):
             worked = work.run(opened, until, iteration, policy)
         found = [evaluations.numbers_of(opened, policy) for policy in opened.evaluations()]
     if as_json:
@@ -73,7 +73,8 @@ def evaluate(
     """Evaluate a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
     if checkpoint and (policy is not None or force):
         raise UsageError("evaluate: a checkpoint takes neither --policy nor --force")
-    evaluations.check_out(out)
+    if out is not None:
+        query.check_out(out, ["rewards"])
     if checkpoint:
         with locked(work.checkpoint_run(configured(config, set_, as_json), checkpoint)) as opened:
             prepare.prepare(opened)

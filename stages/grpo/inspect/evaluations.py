@@ -6,7 +6,6 @@ from typing import Any
 from grpo import sql
 from grpo.artifacts import EVALUATION, ActiveRun, Run
 from grpo.console import interval, number, printable, stdout_console, table
-from grpo.errors import UsageError
 from grpo.inspect import query
 
 _NUMBERS = (
@@ -27,16 +26,6 @@ def numbers_of(run: Run, policy: int) -> dict[str, Any]:
         **{key: manifest.config["evaluate"][key] for key in _MADE_WITH},
         "seconds": sum(run.timings(EVALUATION, policy).values()),
     }
-
-
-def check_out(out: Path | None) -> None:
-    """Raise UsageError (exit 2) for a file that the rows of an evaluation cannot be written to."""
-    if out is not None:
-        query.check_out(out)
-        if out.suffix == ".csv":
-            raise UsageError(
-                f"--out {out}: `rewards` is a map, which CSV has no place for; use .parquet or .json"
-            )
 
 
 def delivered(run: ActiveRun, policy: int, out: Path | None) -> dict[str, Any]:

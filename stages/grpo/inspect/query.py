@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Collection
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,15 @@ def _deliver(data: pa.Table, out: Path | None, as_json: bool) -> None:
         _print(data)
 
 
-def check_out(out: Path) -> None:
-    """Raise UsageError (exit 2) where write() would have no place, or know no format, for a file."""
+def check_out(out: Path, nested: Collection[str]) -> None:
+    """Raise UsageError (exit 2) for a file that write() cannot write; nested: columns of lists or maps."""
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: no folder {out.parent}")
     if out.suffix not in (".parquet", ".csv", ".json"):
         raise UsageError(f"--out {out}: expected a file ending in .parquet, .csv or .json")
+    if out.suffix == ".csv" and nested:
+        wrong = f"column {next(iter(nested))} is a list or map, which CSV has no place for"
+        raise UsageError(f"--out {out}: {wrong}; use .parquet or .json")
 
 
 def write(data: pa.Table, out: Path) -> None:
@@ -64,16 +68,13 @@ def write(data: pa.Table, out: Path) -> None:
     import pyarrow.csv as pacsv
     import pyarrow.parquet as pq
 
-    check_out(out)
+    check_out(out, [field.name for field in data.schema if pa.types.is_nested(field.type)])
     sink = pa.BufferOutputStream()
     if out.suffix == ".parquet":
         pq.write_table(data, sink, compression="zstd")
     elif out.suffix == ".json":
         sink.write((_json(data) + "\n").encode())
     else:
-        nested = [field.name for field in data.schema if pa.types.is_nested(field.type)]
-        if nested:
-            raise UsageError(f"--out {out}: column {nested[0]} is a list or map, which CSV has no place for")
         pacsv.write_csv(data, sink)
     files.write_file(out, sink.getvalue().to_pybytes())
 

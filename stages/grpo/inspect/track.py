@@ -1,8 +1,7 @@
-"""track: what an iteration came to -> the tracker that `track` names, Trackio or Weights & Biases.
+"""track: what an iteration came to -> the log, and a tracker: Trackio or Weights & Biases.
 
-A tracker is for looking at; the tables hold the truth. So it never ends a training: what it raises is said,
-the run goes on without it, and the command ends with exit 8 when all is done. How far it got is noted in the
-run before each call, so that nothing is logged twice; the next `grpo run` logs what is missing.
+A tracker never ends a training: what it raises is said, and the command ends with exit 8 when all is done.
+How far it got is noted in the run before each call, so that nothing is logged twice.
 """
 
 import os
@@ -10,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from typing import Any
 from grpo import tables
 from grpo.artifacts import EVALUATION, ActiveRun, Run, files, lacking, read_sealed, seal
 from grpo.errors import CorruptError, EngineError, GrpoError, UsageError, first_line
-from grpo.inspect import metrics
+from grpo.inspect import evaluations, metrics, status
 from grpo.pipeline.runner import evaluation_is_due
 from grpo.pipeline.stages import EVALUATE
 
@@ -32,11 +32,23 @@ _NAMES = {
     "tokens_per_second": "generate/tokens_per_second",
 }
 # And those of its update: of `updates` what is not a key there, or counted of all rollouts in `iterations`.
-_OF_UPDATE = {"rollouts_kept", "steps", "steps_skipped", *tables.UPDATES} - {
-    "iteration",
-    "rollouts",
-    "tokens",
-}
+_UPDATE = {"rollouts_kept", "steps", "steps_skipped", *tables.UPDATES} - {"iteration", "rollouts", "tokens"}
+
+
+@contextmanager
+def reporting(run: ActiveRun, until: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """What to call when an iteration is complete, and when a policy was evaluated; errors as tracking()'s."""
+    with tracking(run, until) as tracked:
+
+        def iteration(number: int) -> None:
+            run.console.say(status.line_of(run, number))
+            tracked()
+
+        def policy(number: int) -> None:
+            run.console.say(evaluations.line_of(run, number))
+            tracked()
+
+        yield iteration, policy
 
 
 @contextmanager
@@ -96,25 +108,31 @@ class _Tracker:
                 _note(self.run, self.name, place)
 
     def attempt(self, where: str, call: Callable[..., object], *values: object, **options: object) -> bool:
-        """Call the tracker; what it prints goes to stderr. False: it raised, which becomes the failure."""
-        try:
-            with redirect_stdout(sys.stderr):
-                call(*values, **options)
-        except GrpoError:  # an interruption, not the tracker's
-            raise
-        except Exception as error:  # noqa: BLE001 - a service of others may raise anything, and training goes on
-            text = f"{self.name} failed {where}: {type(error).__name__}: {first_line(error)}"
+        """Call the tracker. False: it raised, which becomes the failure."""
+        if error := _error_of(call, *values, **options):
+            text = f"{self.name} failed {where}: {error}"
             self.failure = self.failure or text
             self.run.console.say(f"track: {text}; training continues without it")
-            return False
-        return True
+        return not error
+
+
+def _error_of(call: Callable[..., object], *values: object, **options: object) -> str:
+    """What a tracker raised as it was called; what it prints goes to stderr."""
+    try:
+        with redirect_stdout(sys.stderr):
+            call(*values, **options)
+    except GrpoError:  # an interruption, not the tracker's
+        raise
+    except Exception as error:  # noqa: BLE001 - a service of others may raise anything, and training goes on
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
 
 
 def numbers_of(run: ActiveRun, iteration: int) -> dict[str, float]:
     """What is logged of an iteration: columns of `iterations` by grouped names, nulls left out."""
     row = metrics.row_of(run, iteration)
     numbers = {name: row[column] for column, name in _NAMES.items()}
-    numbers |= {f"update/{column}": value for column, value in row.items() if column in _OF_UPDATE}
+    numbers |= {f"update/{column}": value for column, value in row.items() if column in _UPDATE}
     numbers |= {f"rewards/{name}": value for name, value in (row["rewards"] or {}).items()}
     stages = (row["stage_seconds"] or {}).items()
     return _known(numbers | {f"seconds/{name}": value for name, value in stages if name != EVALUATE.name})
@@ -185,31 +203,26 @@ def _opened(run: ActiveRun, name: str) -> ModuleType:
         module = import_module(name)
     except ImportError:
         raise UsageError(f"track: {name}: is not installed; pip install 'grpo-stages[{name}]'") from None
-    try:
-        with redirect_stdout(sys.stderr):
-            module.init(
-                name=run.name, config=run.config.model_dump(), resume="allow", **_options(run, module)
-            )
-            if name == "wandb":
-                module.define_metric("iteration")
-                module.define_metric("*", step_metric="iteration")
-    except GrpoError:
-        raise
-    except Exception as error:
+    if error := _error_of(_init, run, module):
         raise EngineError(
-            f"track: {name} cannot be opened: {type(error).__name__}: {first_line(error)};"
-            " nothing was sampled (`track: null` goes without)"
-        ) from error
+            f"track: {name} cannot be opened: {error}; nothing was sampled (`track: null` goes without)"
+        )
     return module
 
 
-def _options(run: ActiveRun, module: ModuleType) -> dict[str, Any]:
+def _init(run: ActiveRun, module: ModuleType) -> None:
     # The folder of the configuration, so that its runs stand side by side; without what wandb refuses.
     project = re.sub(r"[/\\#?%:]", "-", run.imports.name) or "grpo"
+    init = partial(
+        module.init, project=project, name=run.name, config=run.config.model_dump(), resume="allow"
+    )
     if module.__name__ == "trackio":
-        return {"project": project, "embed": False}
+        init(embed=False)
+        return
     # Of what it would send unasked: no output, no code, no git state. GPU and memory curves are a part of it.
     settings = module.Settings(
         console="off", save_code=False, disable_code=True, disable_git=True, disable_job_creation=True
     )
-    return {"project": project, "id": run.name, "settings": settings}
+    init(id=run.name, settings=settings)
+    module.define_metric("iteration")
+    module.define_metric("*", step_metric="iteration")

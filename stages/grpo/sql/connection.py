@@ -1,8 +1,7 @@
 """connection: DuckDB over the tables of runs. Views only; nothing is stored, nothing can be written.
 
-Tables are registered as Arrow data sets; then the connection loses access to everything else and its
-configuration is locked. Filtering statements would be no sandbox: a SELECT can write files, so the connection
-itself cannot.
+It loses access to everything but the tables, and its configuration is locked: filtering statements would be
+no sandbox, since a SELECT can write files.
 """
 
 import tempfile
@@ -21,7 +20,6 @@ from grpo.artifacts import OUTPUTS, ActiveRun
 from grpo.errors import GrpoError, ResourceError, UsageError
 from grpo.sql.run_tables import NAMES, RunTables
 
-_MEMORY_LIMIT = "1GiB"
 # Each a query in a file of its name, over views that come before it.
 _DERIVED = ("samples", "eval_samples", "evals", "iterations")
 
@@ -58,19 +56,16 @@ def connect(
 @contextmanager
 def _connected(shown: RunTables) -> Iterator[Connection]:
     spill = tempfile.TemporaryDirectory(prefix="grpo-sql-")  # what does not fit into memory goes here
-    database = duckdb.connect(
-        ":memory:",
-        config={
-            "temp_directory": spill.name,
-            "memory_limit": _MEMORY_LIMIT,
-            "autoinstall_known_extensions": "false",
-            "autoload_known_extensions": "false",
-            "python_enable_replacements": "false",
-            "preserve_insertion_order": "false",
-            **({"threads": 1} if shown.repeatable else {}),
-        },
-    )
-    try:
+    options = {
+        "temp_directory": spill.name,
+        "memory_limit": "1GiB",
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+        "python_enable_replacements": "false",
+        "preserve_insertion_order": "false",
+        **({"threads": 1} if shown.repeatable else {}),
+    }
+    with spill, duckdb.connect(":memory:", config=options) as database:
         database.execute("set enable_progress_bar = false")
         for view in NAMES:
             _register(database, shown, view)
@@ -82,9 +77,6 @@ def _connected(shown: RunTables) -> Iterator[Connection]:
             database.execute(f"create view {view} as {own_text(f'sql/views/{view}')}")
         database.execute("set enable_external_access = false; set lock_configuration = true")
         yield Connection(database, shown)
-    finally:
-        database.close()
-        spill.cleanup()
 
 
 def _register(database: duckdb.DuckDBPyConnection, shown: RunTables, view: str) -> None:
@@ -206,7 +198,9 @@ def consult(
 
 def rows(connection: Connection, name: str, **parameters: Any) -> list[dict[str, Any]]:
     """The rows of a query of this package, named as for own_text()."""
-    found: list[dict[str, Any]] = query(connection, own_text(name), parameters).to_pylist()
+    found: list[dict[str, Any]] = query(connection, own_text(name), parameters).to_pylist(
+        maps_as_pydicts="strict"
+    )
     return found
 
 
@@ -221,14 +215,9 @@ def create_scored(connection: Connection, weights: Collection[float]) -> None:
 
     scored.sql alone says what a reward is and which rollouts are compared.
     """
-    tell_weights(connection, weights)
-    connection.duckdb.execute(f"create temp view scored as {own_text('sql/views/scored')}")
-
-
-def tell_weights(connection: Connection, weights: Collection[float]) -> None:
-    """Have a view `scored` that is there go by other weights."""
     number = sum(weight != 0 for weight in weights)
     register(connection, "reward_names", pa.table({"number": [number]}))
+    connection.duckdb.execute(f"create or replace temp view scored as {own_text('sql/views/scored')}")
 
 
 def own_text(name: str) -> str:
@@ -243,9 +232,7 @@ def seed_random(connection: Connection, *numbers: int) -> None:
 
 
 def _explained(error: duckdb.Error, timeout_s: float | None = None) -> GrpoError:
-    message = " ".join(str(error).split())
     if isinstance(error, duckdb.InterruptException):
         return ResourceError(f"query: stopped after its limit of {timeout_s:g} s; give --timeout-s more")
-    if isinstance(error, duckdb.OutOfMemoryException):
-        return ResourceError(f"query: {message}")
-    return UsageError(f"query: {message}")
+    kind = ResourceError if isinstance(error, duckdb.OutOfMemoryException) else UsageError
+    return kind(f"query: {' '.join(str(error).split())}")

@@ -24,11 +24,11 @@ SETTINGS = pa.schema(
     {"iteration": "int32", "pass_reward": "string", "pass_threshold": "float64", "same_prompts": "bool"}
 )
 _TEXTS = dict.fromkeys(("ids", "inputs", "config", "user_files", "summary", "versions"), "string")
-_NAMES = {"iteration": "int32", "stage": "string"}
+_PLACE = {"iteration": "int32", "stage": "string"}
 _FIXED = {
-    "timings": pa.schema({**_NAMES, "part": "string", "seconds": "float64"}),
+    "timings": pa.schema({**_PLACE, "part": "string", "seconds": "float64"}),
     "manifests": pa.schema(
-        {**_NAMES, "output": "string", "attempt": "int32", "fingerprint": "string", "rows": "int64", **_TEXTS}
+        {**_PLACE, "output": "string", "attempt": "int32", "fingerprint": "string", "rows": "int64", **_TEXTS}
     ),
     "_eval_settings": SETTINGS,
     # What counts as a pass in training: what would count in an evaluation, as configured now.

@@ -53,7 +53,7 @@ def build(runs: list[ActiveRun], num_rollouts: int | None) -> tuple[bytes, list[
     names = [run.name for run in runs]
 
     def read(connection: sql.Connection) -> dict[str, Any]:
-        chosen = [rollouts.read(connection, run, limit) for run in runs]
+        chosen = [rollouts.read(connection, run, *limit) for run in runs]
         found = zip(names, chosen, strict=True)
         data = {
             "charts": curves.read(connection, names),

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from grpo import sql
 from grpo.artifacts import ActiveRun
@@ -17,23 +17,16 @@ _ALL_GROUPS = 2**31 - 1
 _BY_TOKEN = ("tokens", "logprobs", "log_ratios")
 
 
-class Limits(NamedTuple):
-    """How much of a run goes into the page."""
-
-    rollouts: int
-    tokens: float
-
-
-def limits(rollouts: int | None, num_runs: int) -> Limits:
-    """For one of `num_runs` that share the page. `rollouts`, given by the user, lifts the limit on tokens.
+def limits(rollouts: int | None, num_runs: int) -> tuple[int, float]:
+    """How many rollouts and tokens one of `num_runs` that share the page may have; `rollouts`: by the user.
 
     Raises UsageError (exit 2) for a negative number.
     """
     if rollouts is None:
-        return Limits(MAX_ROLLOUTS // num_runs, MAX_TOKENS // num_runs)
+        return MAX_ROLLOUTS // num_runs, MAX_TOKENS // num_runs
     if rollouts < 0:
         raise UsageError(f"--rollouts {rollouts}: expected a number of rollouts, 0 or more")
-    return Limits(rollouts // num_runs, math.inf)
+    return rollouts // num_runs, math.inf  # whatever their length
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class Selection:
     """What is not in the page, in words."""
 
 
-def choose(sizes: list[dict[str, Any]], limit: Limits) -> Selection:
+def choose(sizes: list[dict[str, Any]], max_rollouts: int, max_tokens: float) -> Selection:
     """As many iterations as fit, evenly spaced, the first and the newest among them.
 
     `sizes`: iteration, groups, rollouts, tokens, in order. Where not even the newest fits, its first groups.
@@ -55,34 +48,36 @@ def choose(sizes: list[dict[str, Any]], limit: Limits) -> Selection:
     for count in range(len(sizes), 0, -1):
         picked = thinned(sizes, count) if count > 1 else sizes[-1:]
         rollouts, tokens = (sum(row[name] for row in picked) for name in ("rollouts", "tokens"))
-        if rollouts <= limit.rollouts and tokens <= limit.tokens:
-            text = f"all of {count} of {len(sizes)} iterations, evenly spaced"
-            left_out = _left_out(rollouts, total, text) if count < len(sizes) else ""
-            return Selection([row["iteration"] for row in picked], _ALL_GROUPS, left_out)
+        if rollouts <= max_rollouts and tokens <= max_tokens:
+            spaced = f"{_held(rollouts, total)}: all of {count} of {len(sizes)} iterations, evenly spaced"
+            iterations = [row["iteration"] for row in picked]
+            return Selection(iterations, _ALL_GROUPS, spaced if count < len(sizes) else "")
     if not sizes:
         return Selection([], 0)
     newest = sizes[-1]
-    share = min(limit.rollouts / newest["rollouts"], limit.tokens / max(newest["tokens"], 1))
+    share = min(max_rollouts / newest["rollouts"], max_tokens / max(newest["tokens"], 1))
     groups = int(newest["groups"] * share)
     if not groups:
-        return Selection([], 0, _left_out(0, total))
-    text = f"the first {groups} groups of iteration {newest['iteration']}"
-    rollouts = newest["rollouts"] * groups // newest["groups"]
-    return Selection([newest["iteration"]], groups, _left_out(rollouts, total, text))
+        return Selection([], 0, _held(0, total))
+    held = _held(newest["rollouts"] * groups // newest["groups"], total)
+    left_out = f"{held}: the first {groups} groups of iteration {newest['iteration']}"
+    return Selection([newest["iteration"]], groups, left_out)
 
 
-def _left_out(rollouts: int, total: int, which: str = "") -> str:
-    return f"{rollouts:,} of {total:,} rollouts are in the file{which and ': '}{which}"
+def _held(rollouts: int, total: int) -> str:
+    return f"{rollouts:,} of {total:,} rollouts are in the file"
 
 
-def read(connection: sql.Connection, run: ActiveRun, limit: Limits) -> tuple[dict[str, Any], str]:
+def read(
+    connection: sql.Connection, run: ActiveRun, max_rollouts: int, max_tokens: float
+) -> tuple[dict[str, Any], str]:
     """The chosen rollouts of a run, and what was left out, in words.
 
     The lists of tokens and of their numbers (units: rollouts.sql) are beside the rollouts, one after the
     other, since like compresses best beside like. A token is a place in `texts`.
     """
     sizes = sql.rows(connection, "inspect/report/rollout_sizes", run=run.name)
-    chosen = choose(sizes, limit)
+    chosen = choose(sizes, max_rollouts, max_tokens)
     values = {"run": run.name, "iterations": chosen.iterations, "groups": chosen.groups}
     prompts = sql.rows(connection, "inspect/report/rollout_prompts", **values)
     found = sql.rows(connection, "inspect/report/rollouts", **values)
