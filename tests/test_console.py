@@ -15,7 +15,9 @@ def test_a_cell_is_text_and_never_markup() -> None:
 
 
 def test_numbers_and_iterations_in_words() -> None:
-    assert (number(0.12345), number(0.5, ".1%"), number(None)) == ("0.123", "50.0%", "")
+    assert (number(0.12345), number(0.5, ".1%"), number(None), number(None, absent="-")) == (
+        *("0.123", "50.0%", "", "-"),
+    )
     assert (interval(0.25, 0.5), interval(-1, 1, "+.1f"), interval(None, None)) == (
         *("0.250 to 0.500", "-1.0 to +1.0", ""),
     )

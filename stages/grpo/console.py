@@ -169,9 +169,9 @@ def table(
     return found
 
 
-def number(value: float | None, form: str = ".3f") -> str:
-    """A number in a form such as `.3f`; empty where it is null."""
-    return "" if value is None else format(value, form)
+def number(value: float | None, form: str = ".3f", absent: str = "") -> str:
+    """A number in a form such as `.3f`; `absent` where it is null."""
+    return absent if value is None else format(value, form)
 
 
 def interval(low: float | None, high: float | None, form: str = ".3f") -> str:

@@ -2,7 +2,6 @@
 
 import json
 import threading
-from collections.abc import Collection
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -52,14 +51,14 @@ def _deliver(data: pa.Table, out: Path | None, as_json: bool) -> None:
         _print(data)
 
 
-def check_out(out: Path, nested: Collection[str]) -> None:
+def check_out(out: Path, nested: list[str]) -> None:
     """Raise UsageError (exit 2) for a file that write() cannot write; nested: columns of lists or maps."""
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: no folder {out.parent}")
     if out.suffix not in (".parquet", ".csv", ".json"):
         raise UsageError(f"--out {out}: expected a file ending in .parquet, .csv or .json")
     if out.suffix == ".csv" and nested:
-        wrong = f"column {next(iter(nested))} is a list or map, which CSV has no place for"
+        wrong = f"column {nested[0]} is a list or map, which CSV has no place for"
         raise UsageError(f"--out {out}: {wrong}; use .parquet or .json")
 
 

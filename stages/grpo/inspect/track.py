@@ -157,7 +157,7 @@ def _has_more(run: ActiveRun, place: int, until: int) -> bool:
     return _is_measured(run, place) or evaluation_is_due(run, until, until)
 
 
-def _is_measured(run: Run, place: int) -> bool:
+def _is_measured(run: ActiveRun, place: int) -> bool:
     """Whether the evaluation of the policy that the next iteration samples from is to be logged."""
     manifest = run.manifest(EVALUATION, place // 2)
     return place % 2 == 0 and manifest is not None and not lacking(run, manifest)

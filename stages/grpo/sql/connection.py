@@ -56,7 +56,7 @@ def connect(
 @contextmanager
 def _connected(shown: RunTables) -> Iterator[Connection]:
     spill = tempfile.TemporaryDirectory(prefix="grpo-sql-")  # what does not fit into memory goes here
-    options = {
+    options: dict[str, Any] = {
         "temp_directory": spill.name,
         "memory_limit": "1GiB",
         "autoinstall_known_extensions": "false",
@@ -198,9 +198,8 @@ def consult(
 
 def rows(connection: Connection, name: str, **parameters: Any) -> list[dict[str, Any]]:
     """The rows of a query of this package, named as for own_text()."""
-    found: list[dict[str, Any]] = query(connection, own_text(name), parameters).to_pylist(
-        maps_as_pydicts="strict"
-    )
+    data = query(connection, own_text(name), parameters)
+    found: list[dict[str, Any]] = data.to_pylist(maps_as_pydicts="strict")
     return found
 
 

@@ -88,7 +88,7 @@ class RunTables:
 
     def are_current(self) -> bool:
         """Whether all outputs that were looked at are what they were: then nothing was read half old."""
-        return all(run.manifest(*place) == found for (run, *place), found in self._read.items())
+        return all(run.manifest(output, at) == found for (run, output, at), found in self._read.items())
 
     def check_content(self) -> None:
         """Raise CorruptError (exit 6) for a file that a query opened and whose content has changed."""

@@ -31,8 +31,9 @@ def write(
     for run in runs:
         if not any(run.manifest("rollouts", number) for number in run.iterations()):
             raise UsageError(f"run {run.name}: holds no rollouts yet")
+    left_out: list[str] = []
     if as_picture:
-        content, left_out = picture(charts(runs), [run.name for run in runs]), []
+        content = picture(charts(runs), [run.name for run in runs])
     else:
         content, left_out = build(runs, num_rollouts)
     files.write_file(path, content)
