@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,9 +14,9 @@ from grpo.errors import Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
+    from rich.progress import Progress
     from rich.table import Table
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 _PLAIN_INTERVAL_S = 15.0  # without a terminal: a line now and then, so that a log stays readable
 _BARS = "▁▂▃▄▅▆▇█"
@@ -43,47 +43,25 @@ class Console:
             print(printable(line), file=sys.stderr, flush=True)
 
     @contextmanager
-    def progress(self, title: str, total: int, unit: str) -> Iterator["Advance"]:
+    def progress(self, title: str, total: int, unit: str) -> Iterator[Advance]:
         """A bar with rate and ETA over `total` units; yields advance(n, note). Gone when it ends."""
-        if self.terminal:
-            from rich.console import Console as RichConsole
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit + "  {task.fields[note]}", markup=False),
-                TimeRemainingColumn(),
-            )
-            started = time.perf_counter()
-            with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
-                task = bar.add_task(title, total=total, note="")
-
-                def advance(count: int, note: str = "") -> None:
-                    done = bar.tasks[0].completed + count
-                    rate = done / max(time.perf_counter() - started, 1e-9)
-                    bar.update(task, advance=count, note=note or f"{rate:,.0f}/s")
-
-                yield advance
-        else:
-            yield self._plain_progress(title, total, unit)
-
-    def _plain_progress(self, title: str, total: int, unit: str) -> "Advance":
         done, started = 0, time.perf_counter()
-        last = started
+        said = started
+        with _bar(title, total, unit) if self.terminal else nullcontext() as bar:
 
-        def advance(count: int, note: str = "") -> None:
-            nonlocal done, last
-            done += count
-            now = time.perf_counter()
-            if now - last >= _PLAIN_INTERVAL_S:
-                last = now
-                rate = done / (now - started)
-                left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
-                self.say(f"{title}: {done:,}/{total:,} {unit}, {note or f'{rate:,.0f}/s'}{left}")
+            def advance(count: int, note: str = "") -> None:
+                nonlocal done, said
+                done, now = done + count, time.perf_counter()
+                rate = done / max(now - started, 1e-9)
+                note = note or f"{rate:,.0f}/s"
+                if bar is not None:
+                    bar.update(bar.task_ids[0], completed=done, note=note)
+                elif now - said >= _PLAIN_INTERVAL_S:
+                    said = now
+                    left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+                    self.say(f"{title}: {done:,}/{total:,} {unit}, {note}{left}")
 
-        return advance
+            yield advance
 
     def is_stopping(self) -> bool:
         """Whether SIGINT or SIGTERM came: nothing new should be begun."""
@@ -101,14 +79,11 @@ class Console:
         def stop(number: int, frame: FrameType | None) -> None:
             raise Interrupted(number)
 
-        before = {number: signal.signal(number, stop) for number in _SIGNALS}
-        try:
-            return input().strip().lower() in ("y", "yes")
-        except EOFError:
-            return False
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with _handled_by(stop):
+            try:
+                return input().strip().lower() in ("y", "yes")
+            except EOFError:
+                return False
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -120,39 +95,58 @@ class Console:
             self._signal = number
             self.say("stopping after the current shard; once more to stop now")
 
-        before = {number: signal.signal(number, note) for number in _SIGNALS}
-        try:
+        with _handled_by(note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+
+def _bar(title: str, total: int, unit: str) -> "Progress":
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit + "  {task.fields[note]}", markup=False),
+        TimeRemainingColumn(),
+        console=RichConsole(stderr=True),
+        transient=True,
+    )
+    bar.add_task(title, total=total, note="")
+    return bar
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 def stdout_console() -> "RichConsole":
     """Where tables are printed: as wide as the terminal, or PLAIN_WIDTH columns where there is none."""
     from rich.console import Console as RichConsole
 
-    return RichConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    return RichConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH, markup=False, highlight=False)
 
 
 @contextmanager
 def paged(pager: bool) -> Iterator["RichConsole"]:
-    """Where tables are printed, as stdout_console; on a terminal through the user's pager, or less.
-
-    less stops only for what does not fit on the screen; q leaves it.
-    """
+    """The same; on a terminal through the user's pager, or less, which stops only for what does not fit."""
     console = stdout_console()
-    if pager and sys.stdin.isatty() and sys.stdout.isatty():
-        os.environ.setdefault("LESS", "FRX")  # F: what fits is only printed; R: colours; X: it stays there
-        with console.pager(styles=True):
-            yield console
-    else:
+    os.environ.setdefault("LESS", "FRX")  # F: what fits is only printed; R: colours; X: it stays there
+    with (
+        console.pager(styles=True) if pager and sys.stdin.isatty() and sys.stdout.isatty() else nullcontext()
+    ):
         yield console
 
 
 def table(
     columns: Iterable[str],
-    rows: Iterable[Sequence[Any]],
+    rows: Iterable[Iterable[Any]],
     left: Collection[str] = (),
     title: str | None = None,
     plain: bool = False,

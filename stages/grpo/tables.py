@@ -154,8 +154,6 @@ EVAL_ROLLOUTS: Columns = {
     "temperature": (pa.float64(), "sampling temperature; 0: greedy"),
     "seed": (pa.int64(), "63-bit seed of this sample, the same for every policy and never one of training"),
 }
-EVAL_REWARDS: Columns = {**REWARDS, **_MEASURED}
-EVAL_JUDGEMENTS: Columns = {**JUDGEMENTS, **_MEASURED}
 
 TABLES: dict[str, Columns] = {
     "prompts": PROMPTS,
@@ -167,8 +165,8 @@ TABLES: dict[str, Columns] = {
     "logprobs": LOGPROBS,
     "eval_prompts": PROMPTS,
     "eval_rollouts": EVAL_ROLLOUTS,
-    "eval_rewards": EVAL_REWARDS,
-    "eval_judgements": EVAL_JUDGEMENTS,
+    "eval_rewards": {**REWARDS, **_MEASURED},
+    "eval_judgements": {**JUDGEMENTS, **_MEASURED},
 }
 WITH_OWN_COLUMNS = ("prompts", "eval_prompts")  # the user's data set may have more
 
@@ -191,8 +189,7 @@ def encode(data: pa.Table) -> bytes:
         use_dictionary=scalars,  # token ids and log-probs do not repeat: a dictionary makes them larger
         write_page_checksum=True,
     )
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+    return bytes(sink.getvalue())
 
 
 def decode(table: str, files: Iterable[tuple[Path, bytes]], columns: list[str] | None = None) -> pa.Table:
@@ -217,8 +214,8 @@ def decode(table: str, files: Iterable[tuple[Path, bytes]], columns: list[str] |
 def check_schema(table: str, found: pa.Schema, path: Path) -> None:
     """Raise CorruptError unless `found` is the schema of `table` (prompts may have more columns)."""
     expected = schema(table)
-    present = pa.schema([found.field(i) for i in range(min(len(expected), len(found)))])
-    extra = len(found) > len(expected) and table not in WITH_OWN_COLUMNS
-    if extra or not present.equals(expected):
-        wrong = [f.name for f in expected if f not in list(found)] or found.names[len(expected) :]
+    own = found.names[len(expected) :]
+    fixed = pa.schema(list(found)[: len(expected)])
+    if not fixed.equals(expected) or (own and table not in WITH_OWN_COLUMNS):
+        wrong = [field.name for field in expected if field not in list(found)] or own
         raise CorruptError(f"{path}: schema is not that of table {table}: see column {wrong[0]}")

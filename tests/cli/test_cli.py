@@ -140,7 +140,7 @@ def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
         (
             ["sql", "select [1] as x", "--out", "x.csv"],
             2,
-            "--out x.csv: column x is a list or map, which CSV has no place for",
+            "--out x.csv: column x is a list or map, which CSV has no place for; use .parquet or .json",
         ),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_reward_that_cannot_do_with_the_prompts_is_found_before_they_are_sampl
         (
             ["--out", "x.csv"],
             2,
-            "--out x.csv: `rewards` is a map, which CSV has no place for; use .parquet or .json",
+            "--out x.csv: column rewards is a list or map, which CSV has no place for; use .parquet or .json",
         ),
         (["--out", "x.txt"], 2, "--out x.txt: expected a file ending in .parquet, .csv or .json"),
         (["--out", "none/x.json"], 2, "--out none/x.json: no folder none"),

@@ -16,7 +16,6 @@ from grpo.advantage.plan import NAME, OUTPUT
 from grpo.artifacts import ActiveRun, Manifest, Product, Run, Staging, id_of
 from grpo.config.named_files import named_text
 from grpo.errors import DataError, UsageError
-from grpo.sql.scored import create_scored, tell_weights
 
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
@@ -26,7 +25,6 @@ _KEY = ", ".join(tables.KEY)
 def open_resource(run: ActiveRun) -> Iterator[sql.Connection]:
     """A connection for all iterations: it is opened in 30 ms, and used in 10."""
     with sql.connect([run], range(0), ("rollouts", "rewards")) as connection:
-        create_scored(connection, [reward.weight for reward in run.config.score.rewards])
         yield connection
 
 
@@ -67,7 +65,7 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
     if config.sql is None and config.where is None:
         return
     with sql.connect([run], outputs=()) as connection:
-        create_scored(connection, [reward.weight for reward in run.config.score.rewards])
+        sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
         if config.sql is not None:
             text = named_text(run.imports, "advantage.sql", config.sql)
             _check_columns(sql.user_columns(connection, "advantage.sql", text), config.sql)
@@ -79,7 +77,7 @@ def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> I
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
     sql.turn_to(connection, iteration)
-    tell_weights(connection, _reward_weights(run, iteration).values())
+    sql.create_scored(connection, _reward_weights(run, iteration).values())
     parameters: dict[str, Any] = {
         "scale": config.scale,
         "epsilon": config.epsilon,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli import options
+from grpo.cli import lazy, options
 
 
 def status(
@@ -16,10 +16,8 @@ def status(
     as_json: options.Json = False,
 ) -> None:
     """Show iterations x stages: done, partial, stale, changed, missing; reward, KL, length, seconds."""
-    from grpo.inspect.status import describe, print_status
-
-    found = describe(options.reading(name, config, set_))
-    options.answer(as_json, found, lambda: print_status(found, every))
+    found = lazy.status.describe(options.reading(name, config, set_))
+    options.answer(as_json, found, lambda: lazy.status.print_status(found, every))
 
 
 def sql(
@@ -31,9 +29,7 @@ def sql(
     as_json: options.Json = False,
 ) -> None:
     """Query runs with read-only SQL: tables, samples, iterations, timings, manifests."""
-    from grpo.inspect.query import answer
-
-    answer(options.reading_all(names, config), query, out, timeout_s, as_json)
+    lazy.query.answer(options.reading_all(names, config), query, out, timeout_s, as_json)
 
 
 def show(
@@ -56,8 +52,7 @@ def show(
     as_json: options.Json = False,
 ) -> None:
     """Read rollouts: a prompt, its K responses, rewards and advantages; or one prompt over time."""
-    from grpo.inspect import show as rollouts
-
+    rollouts = lazy.show
     choice = rollouts.Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
     look = rollouts.Look(reward, side_by_side, tokens, not no_pager, as_json)
     run = options.reading(name, config)
@@ -74,11 +69,9 @@ def compare(
     as_json: options.Json = False,
 ) -> None:
     """Compare two rewards over the same rollouts, or two runs."""
-    from grpo.inspect.compare import choose, describe, print_comparison
-
-    subjects = choose(a, b, run, lambda name: options.reading(name, config))
-    result = describe(subjects, a, b, iteration, examples)
-    options.answer(as_json, result, lambda: print_comparison(result))
+    subjects = lazy.compare.choose(a, b, run, lambda name: options.reading(name, config))
+    result = lazy.compare.describe(subjects, a, b, iteration, examples)
+    options.answer(as_json, result, lambda: lazy.compare.print_comparison(result))
 
 
 def report(
@@ -90,6 +83,4 @@ def report(
     as_json: options.Json = False,
 ) -> None:
     """Write a self-contained HTML report: curves, pass rate by prompt, every rollout; runs overlaid."""
-    from grpo.inspect.report import write
-
-    options.answer(as_json, write(options.reading_all(names, config), out, png, rollouts))
+    options.answer(as_json, lazy.report.write(options.reading_all(names, config), out, png, rollouts))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grpo.cli import options
+from grpo.cli import lazy, options
 
 
 def doctor(
@@ -17,10 +17,8 @@ def doctor(
     as_json: options.Json = False,
 ) -> None:
     """Check that this machine can run the configuration; creates no run."""
-    from grpo.manage.doctor import examine, print_report
-
-    report = examine(options.configured(config, set_, as_json), model)
-    options.answer(as_json, report.describe(), lambda: print_report(report))
+    report = lazy.doctor.examine(options.configured(config, set_, as_json), model)
+    options.answer(as_json, report.describe(), lambda: lazy.doctor.print_report(report))
     raise typer.Exit(report.exit_code)
 
 
@@ -32,16 +30,14 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
-    from grpo.manage import verify as checks
-
     opened = options.reading(name, config, set_, damaged=True)
     # What a crash cut off is not finished first: that may be what is damaged.
     with opened.lock() if discard else nullcontext():
-        report = checks.verify(opened)
+        report = lazy.verify.verify(opened)
         if discard:
-            checks.discard_damaged(opened, report)
+            lazy.verify.discard_damaged(opened, report)
     document = {"run": opened.name, **report.describe()}
-    options.answer(as_json, document, lambda: checks.print_report(opened, report, discard))
+    options.answer(as_json, document, lambda: lazy.verify.print_report(opened, report, discard))
     raise typer.Exit(report.exit_code)
 
 
@@ -53,13 +49,11 @@ def gc(
     as_json: options.Json = False,
 ) -> None:
     """Remove the trash, abandoned staging, and checkpoints no longer kept."""
-    from grpo.manage.gc import collect, describe, garbage, print_garbage
-
     opened = options.reading(name, config, set_)
     with nullcontext() if dry_run else options.locked(opened):
-        found = garbage(opened) if dry_run else collect(opened)
-    document = describe(found, opened, dry_run)
-    options.answer(as_json, document, lambda: print_garbage(found, opened, dry_run))
+        found = lazy.gc.garbage(opened) if dry_run else lazy.gc.collect(opened)
+    document = lazy.gc.describe(found, opened, dry_run)
+    options.answer(as_json, document, lambda: lazy.gc.print_garbage(found, opened, dry_run))
 
 
 def init(
@@ -67,9 +61,7 @@ def init(
     as_json: options.Json = False,
 ) -> None:
     """Create a starter project: pipeline.yaml, reward.py with its test, prompts.jsonl."""
-    from grpo.manage.init import create
-
-    paths = create(folder)
+    paths = lazy.init.create(folder)
     there = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
     made = f"made {', '.join(map(str, paths))}; next: {there}grpo run"
     document = {"folder": str(folder), "files": [path.name for path in paths]}
@@ -87,16 +79,14 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Write a policy as a plain Hugging Face directory with a model card."""
-    from grpo.manage import export as exports
-
     if push is not None:
-        exports.check_repository(push)
+        lazy.export.check_repository(push)
     opened = options.reading(name, config)
-    result = exports.export(opened, policy, out, dtype, adapter)
+    result = lazy.export.export(opened, policy, out, dtype, adapter)
     size = f"{result['bytes'] / 2**20:,.1f} MiB"
     opened.console.say(f"policy {result['policy']} of run {opened.name}: {size} in {out}")
     if push is not None:
-        result["url"] = exports.push(out, push)
+        result["url"] = lazy.export.push(out, push)
         opened.console.say(f"uploaded to {result['url']}")
     options.answer(as_json, result)
 
@@ -110,11 +100,9 @@ def fork(
     as_json: options.Json = False,
 ) -> None:
     """Start a run from the first iterations of another, shared by hard links."""
-    from grpo.manage import fork as forks
-
     settings = [*set_, f"run={new}"]
     forked = options.configured(config, settings, as_json)
-    result = forks.fork(options.reading(source, config), forked, iteration)
+    result = lazy.fork.fork(options.reading(source, config), forked, iteration)
     again = shlex.join(part for text in settings for part in ("--set", text))
-    forked.console.say(f"{forks.describe(source, new, result)}; next: grpo run {again}")
+    forked.console.say(f"{lazy.fork.describe(source, new, result)}; next: grpo run {again}")
     options.answer(as_json, {"run": new, "from": source, **result})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from grpo.cli.lazy import artifacts, config, console, prepare, restart
 from grpo.errors import CorruptError, UsageError
 
 if TYPE_CHECKING:
@@ -22,32 +23,24 @@ CONFIG = Path("pipeline.yaml")
 
 def configured(path: Path, overrides: Sequence[str], quiet: bool = False) -> "ActiveRun":
     """The run of a configuration, which need not be there yet."""
-    from grpo.artifacts import ARTIFACTS, ActiveRun
-    from grpo.config import load
-    from grpo.console import Console
-
-    return ActiveRun(ARTIFACTS, load(path, overrides), path.absolute().parent, Console(quiet))
+    values = config.load(path, overrides)
+    return artifacts.ActiveRun(artifacts.ARTIFACTS, values, path.absolute().parent, console.Console(quiet))
 
 
 @contextmanager
 def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["ActiveRun"]:
     """The run of a configuration, locked and prepared for work."""
-    from grpo.pipeline.prepare import prepare
-    from grpo.pipeline.restart import finish_start_over
-
     with locked(configured(path, overrides, quiet)) as opened:
-        prepare(opened)
-        finish_start_over(opened)
+        prepare.prepare(opened)
+        restart.finish_start_over(opened)
         yield opened
 
 
 @contextmanager
 def locked(opened: "ActiveRun") -> Iterator["ActiveRun"]:
     """A run that nobody else works on, with every commit finished that a crash cut off."""
-    from grpo.artifacts import roll_forward
-
     with opened.console.signals(), opened.lock():
-        roll_forward(opened)
+        artifacts.roll_forward(opened)
         yield opened
 
 
@@ -56,22 +49,19 @@ def reading(name: str, path: Path, overrides: Sequence[str] = (), damaged: bool 
 
     `overrides` apply to either. damaged: of the former, run.json need only be there.
     """
-    from grpo.artifacts import ARTIFACTS, ActiveRun, created_config, open_run, require_run
-    from grpo.console import Console
-
     if not name and not path.exists():
         raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
     if path.exists() and (run := configured(path, overrides)).name == (name or run.name):
-        require_run(run.name) if damaged else open_run(run.name)
+        artifacts.require_run(run.name) if damaged else artifacts.open_run(run.name)
         return run
     if overrides:
         overrides = [*overrides, f"run={name}"]  # the name of a run that is there cannot be another
     try:
-        created = created_config(name, overrides=overrides)
+        created = artifacts.created_config(name, overrides=overrides)
     except CorruptError as error:
         way = f"; with its pipeline.yaml, `grpo verify -c FILE --set run={name} --discard` sets it aside"
         raise CorruptError(f"{error}{way if damaged else ''}") from None
-    return ActiveRun(ARTIFACTS, created, path.absolute().parent, Console())
+    return artifacts.ActiveRun(artifacts.ARTIFACTS, created, path.absolute().parent, console.Console())
 
 
 def reading_all(names: list[str], path: Path) -> list["ActiveRun"]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from grpo.cli import options
+from grpo.cli.lazy import artifacts, evaluations, prepare, query, track, work
 from grpo.errors import UsageError
 
 StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the first open.")]
@@ -23,10 +24,6 @@ def run(
     as_json: options.Json = False,
 ) -> None:
     """Run every iteration, resuming automatically: complete work is never redone."""
-    from grpo.inspect.evaluations import numbers_of
-    from grpo.inspect.log import reporting
-    from grpo.pipeline import work
-
     if yes and from_ is None:
         raise UsageError("--yes: only valid together with --from N")
     if dry_run:
@@ -40,9 +37,9 @@ def run(
         until = opened.config.iterations if until is None else until
         if from_ is not None:
             work.restart_from(opened, from_, yes)
-        with reporting(opened, until) as (iteration, policy):
+        with track.reporting(opened, until) as (iteration, policy):
             worked = work.run(opened, until, iteration, policy)
-        found = [numbers_of(opened, policy) for policy in opened.evaluations()]
+        found = [evaluations.numbers_of(opened, policy) for policy in opened.evaluations()]
     document = {"run": opened.name, "iterations": until, "worked": worked, "evaluations": found}
     options.answer(as_json, document)
 
@@ -57,22 +54,18 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
-    from grpo.artifacts.files import remove_folder
-    from grpo.inspect import evaluations
-    from grpo.pipeline import work
-    from grpo.pipeline.prepare import prepare
-
     if checkpoint and (policy is not None or force):
         raise UsageError("evaluate: a checkpoint takes neither --policy nor --force")
-    evaluations.check_out(out)
+    if out is not None:
+        query.check_out(out, ["rewards"])
     if checkpoint:
         run = work.checkpoint_run(options.configured(config, set_, as_json), checkpoint)
         with options.locked(run) as opened:
-            prepare(opened)
+            prepare.prepare(opened)
             work.evaluate(opened, None, False)
             what, found = checkpoint, {"checkpoint": opened.config.model}
             found |= evaluations.delivered(opened, 0, out)
-            remove_folder(opened.path)
+            artifacts.files.remove_folder(opened.path)
     else:
         with options.working(config, set_, as_json) as opened:
             policy = work.evaluate(opened, policy, force)
@@ -89,10 +82,8 @@ def _stage_command(name: str, summary: str) -> Callable[..., None]:
         force: ForceOption = False,
         as_json: options.Json = False,
     ) -> None:
-        from grpo.pipeline.work import run_stage
-
         with options.working(config, set_, as_json) as opened:
-            result = run_stage(opened, name, iteration, force)
+            result = work.run_stage(opened, name, iteration, force)
         options.answer(as_json, result)
 
     command.__name__, command.__doc__ = name, summary
@@ -111,12 +102,10 @@ def score(
     as_json: options.Json = False,
 ) -> None:
     """Stage 2: rollouts + prompts -> rewards."""
-    from grpo.pipeline.work import run_stage
-
     if force and only_failed:
         raise UsageError("--only-failed and --force cannot be combined: one keeps rows, the other reruns all")
     with options.working(config, set_, as_json) as opened:
-        result = run_stage(opened, "score", iteration, force, only_failed)
+        result = work.run_stage(opened, "score", iteration, force, only_failed)
     options.answer(as_json, result)
 
 

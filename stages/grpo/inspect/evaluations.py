@@ -6,8 +6,13 @@ from typing import Any
 from grpo import sql
 from grpo.artifacts import EVALUATION, ActiveRun, Run
 from grpo.console import interval, number, printable, stdout_console, table
-from grpo.errors import UsageError
 from grpo.inspect import query
+
+_NUMBERS = (
+    *("prompts", "samples", "unscored", "failed", "pass_at", "pass_at_low", "pass_at_high"),
+    *("reward", "reward_low", "reward_high", "rewards", "response_tokens", "truncated"),
+)
+_MADE_WITH = ("samples_per_prompt", "temperature", "max_new_tokens", "pass_reward", "pass_threshold")
 
 
 def numbers_of(run: Run, policy: int) -> dict[str, Any]:
@@ -15,26 +20,12 @@ def numbers_of(run: Run, policy: int) -> dict[str, Any]:
     manifest = run.manifest(EVALUATION, policy)
     if manifest is None:
         return {}
-    names = (
-        *("prompts", "samples", "unscored", "failed", "pass_at", "pass_at_low", "pass_at_high"),
-        *("reward", "reward_low", "reward_high", "rewards", "response_tokens", "truncated"),
-    )
-    made = manifest.config["evaluate"]
-    kept = ("samples_per_prompt", "temperature", "max_new_tokens", "pass_reward", "pass_threshold")
-    numbers = {name: manifest.summary[name] for name in names}
-    seconds = sum(run.timings(EVALUATION, policy).values())
-    return {"policy": policy, **numbers, **{key: made[key] for key in kept}, "seconds": seconds}
-
-
-def check_out(out: Path | None) -> None:
-    """Raise UsageError (exit 2) for a file that the rows of an evaluation cannot be written to."""
-    if out is None:
-        return
-    query.check_out(out)
-    if out.suffix == ".csv":
-        raise UsageError(
-            f"--out {out}: `rewards` is a map, which CSV has no place for; use .parquet or .json"
-        )
+    return {
+        "policy": policy,
+        **{name: manifest.summary[name] for name in _NUMBERS},
+        **{key: manifest.config["evaluate"][key] for key in _MADE_WITH},
+        "seconds": sum(run.timings(EVALUATION, policy).values()),
+    }
 
 
 def delivered(run: ActiveRun, policy: int, out: Path | None) -> dict[str, Any]:
@@ -62,21 +53,21 @@ def print_evaluation(what: str, found: dict[str, Any]) -> None:
     samples, greedy = found["samples_per_prompt"], found["temperature"] == 0
     how = "greedy" if greedy else f"{samples} responses each, temperature {found['temperature']:g}"
     passing = f"pass: {found['pass_reward']} >= {found['pass_threshold']:g}"
-    rewards = [(f"reward {name}", value, None, None) for name, value in found["rewards"].items()]
-    reward = ("reward", found["reward"], found["reward_low"], found["reward_high"])
-    rest = [
-        (name, found[key], None, None) for name, key in (("length", "response_tokens"), ("truncated",) * 2)
+    measures = [
+        *_shares(found),
+        ("reward", found["reward"], found["reward_low"], found["reward_high"]),
+        *((f"reward {name}", value, None, None) for name, value in found["rewards"].items()),
+        ("length", found["response_tokens"], None, None),
+        ("truncated", found["truncated"], None, None),
     ]
-    measures = [*_shares(found), reward, *rewards, *rest]
     cells = [(name, number(value), interval(low, high)) for name, value, low, high in measures]
     out = stdout_console()
-    title = printable(f"{what}: {found['prompts']:,} prompts, {how}; {passing}")
-    out.print(title, markup=False, highlight=False, soft_wrap=True)
+    out.print(printable(f"{what}: {found['prompts']:,} prompts, {how}; {passing}"), soft_wrap=True)
     out.print(table(("measure", "value", "95 % interval"), cells, left=("measure", "95 % interval")))
     if found["unscored"]:
         missing = f"{found['unscored']} of {found['samples']} responses"
         text = f"{missing} have no {found['pass_reward']}, and do not count in pass@k"
-        out.print(text, markup=False, highlight=False, soft_wrap=True)
+        out.print(text, soft_wrap=True)
 
 
 def _shares(found: dict[str, Any]) -> list[tuple[str, float, float, float]]:

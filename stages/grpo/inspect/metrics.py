@@ -28,26 +28,24 @@ Numbers = dict[str, Any]
 def row_of(run: ActiveRun, iteration: int) -> Numbers:
     """The row of the view. Reads the tables of this iteration and no other."""
     with sql.connect([run], iteration) as connection:
-        rows: list[Numbers] = sql.query(connection, "from iterations").to_pylist(maps_as_pydicts="strict")
-    return rows[0]
+        [row] = sql.rows(connection, "sql/views/iterations")
+    return row
 
 
 def kept_of(run: ActiveRun, iterations: Iterable[int]) -> dict[int, Numbers]:
     """By iteration the columns of _KEPT; null where there is nothing yet."""
-    found, older = {}, []
+    found: dict[int, Numbers] = {}
+    older: set[int] = set()
     for iteration in iterations:
         found[iteration] = dict.fromkeys(_COLUMNS)
         for output, columns in _KEPT.items():
-            manifest = run.manifest(output, iteration)
-            if manifest is None:
-                continue
-            if not manifest.summary.keys() >= set(columns.values()):
-                older.append(iteration)
-                break
-            found[iteration] |= {column: manifest.summary[key] for column, key in columns.items()}
+            if manifest := run.manifest(output, iteration):
+                found[iteration] |= {column: manifest.summary.get(key) for column, key in columns.items()}
+                if not manifest.summary.keys() >= set(columns.values()):
+                    older.add(iteration)
     if older:
         statement = f"select iteration, {', '.join(_COLUMNS)} from iterations"
-        rows = sql.read([run], statement, iteration=older[0] if len(older) == 1 else None).to_pylist()
+        rows = sql.read([run], statement, iteration=min(older) if len(older) == 1 else None).to_pylist()
         found |= {row["iteration"]: row for row in rows if row["iteration"] in older}
     return found
 

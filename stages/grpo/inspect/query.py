@@ -13,7 +13,6 @@ from grpo.artifacts import ActiveRun, files
 from grpo.console import finite, printable, stdout_console, table
 from grpo.errors import UsageError
 
-_SUFFIXES = (".parquet", ".csv", ".json")
 _ROWS_SHOWN = 200
 _WIDE_COLUMNS = 12  # more than fit side by side: a row is shown as lines of name and value
 _WIDE_ROWS_SHOWN = 20
@@ -49,79 +48,67 @@ def _deliver(data: pa.Table, out: Path | None, as_json: bool) -> None:
     elif as_json:
         print(_json(data))
     else:
-        _print_table(data)
+        _print(data)
 
 
-def check_out(out: Path) -> None:
-    """Raise UsageError (exit 2) where write() would have no place, or know no format, for a file."""
+def check_out(out: Path, nested: list[str]) -> None:
+    """Raise UsageError (exit 2) for a file that write() cannot write; nested: columns of lists or maps."""
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: no folder {out.parent}")
-    if out.suffix not in _SUFFIXES:
-        raise UsageError(
-            f"--out {out}: expected a file ending in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
-        )
+    if out.suffix not in (".parquet", ".csv", ".json"):
+        raise UsageError(f"--out {out}: expected a file ending in .parquet, .csv or .json")
+    if out.suffix == ".csv" and nested:
+        wrong = f"column {nested[0]} is a list or map, which CSV has no place for"
+        raise UsageError(f"--out {out}: {wrong}; use .parquet or .json")
 
 
 def write(data: pa.Table, out: Path) -> None:
     """Write a result in the format that the file's name says; errors as check_out's."""
-    check_out(out)
-    files.write_file(out, _encoded(data, out))
-
-
-def _encoded(data: pa.Table, out: Path) -> bytes:
     import pyarrow.csv as pacsv
     import pyarrow.parquet as pq
 
+    check_out(out, [field.name for field in data.schema if pa.types.is_nested(field.type)])
     sink = pa.BufferOutputStream()
     if out.suffix == ".parquet":
         pq.write_table(data, sink, compression="zstd")
-    elif out.suffix == ".csv":
-        nested = [f.name for f in data.schema if pa.types.is_nested(f.type)]
-        if nested:
-            raise UsageError(f"--out {out}: column {nested[0]} is a list or map, which CSV has no place for")
-        pacsv.write_csv(data, sink)
+    elif out.suffix == ".json":
+        sink.write((_json(data) + "\n").encode())
     else:
-        return (_json(data) + "\n").encode()
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+        pacsv.write_csv(data, sink)
+    files.write_file(out, sink.getvalue().to_pybytes())
 
 
 def _json(data: pa.Table) -> str:
+    def plain(value: Any) -> float | str:
+        return float(value) if isinstance(value, Decimal) else str(value)
+
     rows = finite(data.to_pylist(maps_as_pydicts="strict"))
-    return json.dumps(rows, indent=1, default=_plain, allow_nan=False)
+    return json.dumps(rows, indent=1, default=plain, allow_nan=False)
 
 
-def _plain(value: Any) -> float | str:
-    return float(value) if isinstance(value, Decimal) else str(value)
-
-
-def _print_table(data: pa.Table) -> None:
-    if data.num_columns > _WIDE_COLUMNS:
-        _print_records(data)
-        return
-    numeric = [pa.types.is_integer(field.type) or pa.types.is_floating(field.type) for field in data.schema]
-    left = {name for name, right in zip(data.column_names, numeric, strict=True) if not right}
-    rows = data.slice(0, _ROWS_SHOWN).to_pylist(maps_as_pydicts="strict")
-    cells = [[_cell(value) for value in row.values()] for row in rows]
-    console = stdout_console()
-    console.print(table(data.column_names, cells, left))
-    if len(data) > _ROWS_SHOWN:
-        console.print(
-            f"{len(data):,} rows, the first {_ROWS_SHOWN} shown; --out FILE writes all", style="dim"
-        )
+def _print(data: pa.Table) -> None:
+    console, is_wide = stdout_console(), data.num_columns > _WIDE_COLUMNS
+    shown = _WIDE_ROWS_SHOWN if is_wide else _ROWS_SHOWN
+    rows = data.slice(0, shown).to_pylist(maps_as_pydicts="strict")
+    if is_wide:
+        width = max(map(len, data.column_names))
+        for number, row in enumerate(rows):
+            print(f"row {number}")
+            for name, value in row.items():
+                print(f"  {printable(name):<{width}}  {_cell(value)}")
+    else:
+        types = {field.name: field.type for field in data.schema}
+        left = [
+            name
+            for name, kind in types.items()
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind))
+        ]
+        console.print(table(data.column_names, [map(_cell, row.values()) for row in rows], left))
+    if len(data) > shown:
+        console.print(f"{len(data):,} rows, the first {shown} shown; --out FILE writes all", style="dim")
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else printable(str(value))
-
-
-def _print_records(data: pa.Table) -> None:
-    width = max(map(len, data.column_names))
-    for number, row in enumerate(data.slice(0, _WIDE_ROWS_SHOWN).to_pylist(maps_as_pydicts="strict")):
-        print(f"row {number}")
-        for name, value in row.items():
-            print(f"  {printable(name):<{width}}  {_cell(value)}")
-    if len(data) > _WIDE_ROWS_SHOWN:
-        print(f"{len(data):,} rows, the first {_WIDE_ROWS_SHOWN} shown; --out FILE writes all")

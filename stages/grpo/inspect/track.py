@@ -1,9 +1,7 @@
-"""track: what an iteration came to -> the tracker that `track` names, Trackio or Weights & Biases.
+"""track: what an iteration came to -> the log, and a tracker: Trackio or Weights & Biases.
 
-A tracker is for looking at; the tables hold the truth. So it never ends a training: what it raises is said,
-the run goes on without it, and the command ends with exit 8 when all is done. How far it got is noted in the
-run before each call, so that nothing is logged twice; the next `grpo run` logs what is missing. A policy that
-was measured is logged before the iteration that samples from it, the last one too.
+A tracker never ends a training: what it raises is said, and the command ends with exit 8 when all is done.
+How far it got is noted in the run before each call, so that nothing is logged twice.
 """
 
 import os
@@ -11,15 +9,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grpo.artifacts import EVALUATION, ActiveRun, files, lacking, read_sealed, seal
+from grpo import tables
+from grpo.artifacts import EVALUATION, ActiveRun, Run, files, lacking, read_sealed, seal
 from grpo.errors import CorruptError, EngineError, GrpoError, UsageError, first_line
-from grpo.inspect import metrics
+from grpo.inspect import evaluations, metrics, status
 from grpo.pipeline.runner import evaluation_is_due
 from grpo.pipeline.stages import EVALUATE
 
@@ -31,31 +30,25 @@ _NAMES = {
     "response_tokens": "generate/length",
     "truncated": "generate/truncated",
     "tokens_per_second": "generate/tokens_per_second",
-    **{
-        name: f"update/{name}"
-        for name in (
-            *("rollouts_kept", "steps", "steps_skipped", "loss", "policy_loss", "kl", "entropy"),
-            *(
-                "ratio_mean",
-                "ratio_max",
-                "clip_fraction_low",
-                "clip_fraction_high",
-                "grad_norm",
-                "learning_rate",
-            ),
-            *("mismatch_mean", "mismatch_max", "mismatch_kl", "effective_sample_size", "over_cap_fraction"),
-        )
-    },
 }
+# And those of its update: of `updates` what is not a key there, or counted of all rollouts in `iterations`.
+_UPDATE = {"rollouts_kept", "steps", "steps_skipped", *tables.UPDATES} - {"iteration", "rollouts", "tokens"}
 
 
-@dataclass(frozen=True)
-class Sent:
-    """How far a tracker got, from 0 on."""
+@contextmanager
+def reporting(run: ActiveRun, until: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """What to call when an iteration is complete, and when a policy was evaluated; errors as tracking()'s."""
+    with tracking(run, until) as tracked:
 
-    iterations: int
-    policies: int
-    """Of which the evaluation was logged, or is not any more; as many as `iterations`, or one more."""
+        def iteration(number: int) -> None:
+            run.console.say(status.line_of(run, number))
+            tracked()
+
+        def policy(number: int) -> None:
+            run.console.say(evaluations.line_of(run, number))
+            tracked()
+
+        yield iteration, policy
 
 
 @contextmanager
@@ -68,7 +61,7 @@ def tracking(run: ActiveRun, until: int) -> Iterator[Callable[[], None]]:
     opened, both before the body; EngineError behind it where an iteration could not be logged.
     """
     name = run.config.track
-    if name is None or not _has_more(run, name, until):
+    if name is None or not _has_more(run, _place(run, name), until):
         yield lambda: None
         return
     tracker = _Tracker(run, name, until)
@@ -92,91 +85,90 @@ class _Tracker:
         self.name = name
         self.until = until
         self.failure = ""
-        self.module = _OPEN[name](run)
+        self.module = _opened(run, name)
 
     def report(self) -> None:
         """Log what is complete of the first `until` iterations and not logged yet."""
-        while not self.failure:
-            sent = _sent(self.run, self.name)
-            number = sent.iterations
-            if _is_measured(self.run, sent, self.until):
+        while not self.failure and (place := _place(self.run, self.name)) <= 2 * self.until:
+            number = place // 2
+            if _is_measured(self.run, place):
                 numbers, where = evaluation_of(self.run, number), f"at the evaluation of policy {number}"
-                after = Sent(number, number + 1)
-            elif _is_complete(self.run, sent, self.until):
+                after = place + 1
+            elif number < self.until and self.run.manifest("update", number):
                 numbers, where = numbers_of(self.run, number), f"at iteration {number}"
-                after = Sent(number + 1, number + 1)
+                after = 2 * number + 2
             else:
                 return
+            step = number
+            if self.name == "wandb":
+                # It takes a step once, and none that is less: each call has its own, `iteration` is the axis.
+                numbers, step = {"iteration": number, **numbers}, after
             _note(self.run, self.name, after)
-            log = partial(_LOG[self.name], self.module, numbers, number, after)
-            if not self.attempt(where, log):
-                _note(self.run, self.name, sent)
+            if not self.attempt(where, self.module.log, numbers, step=step):
+                _note(self.run, self.name, place)
 
-    def attempt(self, where: str, call: Callable[[], object]) -> bool:
-        """Call the tracker; what it prints goes to stderr. False: it raised, which becomes the failure."""
-        try:
-            with redirect_stdout(sys.stderr):
-                call()
-        except GrpoError:  # an interruption, not the tracker's
-            raise
-        except Exception as error:  # noqa: BLE001 - a service of others may raise anything, and training goes on
-            text = f"{self.name} failed {where}: {type(error).__name__}: {first_line(error)}"
+    def attempt(self, where: str, call: Callable[..., object], *values: object, **options: object) -> bool:
+        """Call the tracker. False: it raised, which becomes the failure."""
+        if error := _error_of(call, *values, **options):
+            text = f"{self.name} failed {where}: {error}"
             self.failure = self.failure or text
             self.run.console.say(f"track: {text}; training continues without it")
-            return False
-        return True
+        return not error
+
+
+def _error_of(call: Callable[..., object], *values: object, **options: object) -> str:
+    """What a tracker raised as it was called; what it prints goes to stderr."""
+    try:
+        with redirect_stdout(sys.stderr):
+            call(*values, **options)
+    except GrpoError:  # an interruption, not the tracker's
+        raise
+    except Exception as error:  # noqa: BLE001 - a service of others may raise anything, and training goes on
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
 
 
 def numbers_of(run: ActiveRun, iteration: int) -> dict[str, float]:
     """What is logged of an iteration: columns of `iterations` by grouped names, nulls left out."""
     row = metrics.row_of(run, iteration)
     numbers = {name: row[column] for column, name in _NAMES.items()}
+    numbers |= {f"update/{column}": value for column, value in row.items() if column in _UPDATE}
     numbers |= {f"rewards/{name}": value for name, value in (row["rewards"] or {}).items()}
     stages = (row["stage_seconds"] or {}).items()
-    numbers |= {f"seconds/{name}": value for name, value in stages if name != EVALUATE.name}
-    return _known(numbers)
+    return _known(numbers | {f"seconds/{name}": value for name, value in stages if name != EVALUATE.name})
 
 
 def evaluation_of(run: ActiveRun, policy: int) -> dict[str, float]:
     """What is logged of a policy that was measured: evaluate/pass@1, evaluate/reward, ..."""
     summary = run.require(EVALUATION, policy, f"grpo evaluate --policy {policy}").summary
-    names = ("reward", "response_tokens", "truncated")
     passes = {f"evaluate/pass@{k}": value for k, value in (summary["pass_at"] or {}).items()}
-    return _known({**passes, **{f"evaluate/{name}": summary[name] for name in names}})
+    names = ("reward", "response_tokens", "truncated")
+    return _known(passes | {f"evaluate/{name}": summary[name] for name in names})
 
 
 def _known(numbers: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items() if value is not None}
 
 
-def _has_more(run: ActiveRun, name: str, until: int) -> bool:
+def _has_more(run: ActiveRun, place: int, until: int) -> bool:
     """Whether there is something to log, or will be."""
-    sent = _sent(run, name)
-    return (
-        sent.iterations < until
-        or _is_measured(run, sent, until)
-        or (sent.policies <= until and evaluation_is_due(run, until, until))
-    )
+    if place != 2 * until:
+        return place < 2 * until
+    return _is_measured(run, place) or evaluation_is_due(run, until, until)
 
 
-def _is_measured(run: ActiveRun, sent: Sent, until: int) -> bool:
+def _is_measured(run: ActiveRun, place: int) -> bool:
     """Whether the evaluation of the policy that the next iteration samples from is to be logged."""
-    if sent.policies > sent.iterations or sent.iterations > until:
-        return False
-    manifest = run.manifest(EVALUATION, sent.iterations)
-    return manifest is not None and not lacking(run, manifest)
+    manifest = run.manifest(EVALUATION, place // 2)
+    return place % 2 == 0 and manifest is not None and not lacking(run, manifest)
 
 
-def _is_complete(run: ActiveRun, sent: Sent, until: int) -> bool:
-    return sent.iterations < until and run.manifest("update", sent.iterations) is not None
-
-
-def note_path(run: ActiveRun) -> Path:
+def note_path(run: Run) -> Path:
     """Where it is noted how far the trackers of a run got."""
     return run.path / ".track.json"
 
 
-def read_note(run: ActiveRun) -> dict[str, Any]:
+def read_note(run: Run) -> dict[str, Any]:
     """By tracker what it was given. Raises CorruptError (exit 6), which says the way out."""
     path = note_path(run)
     try:
@@ -188,89 +180,49 @@ def read_note(run: ActiveRun) -> dict[str, Any]:
         ) from None
 
 
-def _sent(run: ActiveRun, name: str) -> Sent:
+def _place(run: Run, name: str) -> int:
+    """How far a tracker got in policy 0, iteration 0, policy 1, iteration 1, ...
+
+    A policy is logged before the iteration that samples from it, the last one too; or passed over with it.
+    """
     held = read_note(run)
     iterations = int(held.get(name, 0))
-    return Sent(iterations, int(held.get(f"{name}/evaluate", iterations)))
+    return iterations + int(held.get(f"{name}/evaluate", iterations))
 
 
-def _note(run: ActiveRun, name: str, sent: Sent) -> None:
-    files.write_file(
-        note_path(run), seal({**read_note(run), name: sent.iterations, f"{name}/evaluate": sent.policies})
-    )
+def _note(run: Run, name: str, place: int) -> None:
+    held = {**read_note(run), name: place // 2, f"{name}/evaluate": (place + 1) // 2}
+    files.write_file(note_path(run), seal(held))
 
 
-def _open_trackio(run: ActiveRun) -> ModuleType:
-    try:
-        import trackio
-    except ImportError:
-        raise _missing("trackio") from None
-    return _opened(
-        trackio,
-        lambda: trackio.init(
-            project=_project(run), name=run.name, config=run.config.model_dump(), resume="allow", embed=False
-        ),
-    )
-
-
-def _open_wandb(run: ActiveRun) -> ModuleType:
-    # Read when it is imported. It reports its own errors to its maker otherwise.
+def _opened(run: ActiveRun, name: str) -> ModuleType:
+    """The package of a tracker, with the run open in it."""
+    # Weights & Biases reads it when it is imported. It reports its own errors to its maker otherwise.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
-        import wandb
+        module = import_module(name)
     except ImportError:
-        raise _missing("wandb") from None
-    # Of what it would send unasked: no output, no code, no git state. GPU and memory curves are a part of it.
-    settings = wandb.Settings(
-        console="off", save_code=False, disable_code=True, disable_git=True, disable_job_creation=True
-    )
-
-    def init() -> None:
-        wandb.init(
-            project=_project(run),
-            name=run.name,
-            id=run.name,
-            config=run.config.model_dump(),
-            resume="allow",
-            settings=settings,
-        )
-        wandb.define_metric("iteration")
-        wandb.define_metric("*", step_metric="iteration")
-
-    return _opened(wandb, init)
-
-
-def _opened(module: ModuleType, init: Callable[[], object]) -> ModuleType:
-    try:
-        with redirect_stdout(sys.stderr):
-            init()
-    except GrpoError:
-        raise
-    except Exception as error:
+        raise UsageError(f"track: {name}: is not installed; pip install 'grpo-stages[{name}]'") from None
+    if error := _error_of(_init, run, module):
         raise EngineError(
-            f"track: {module.__name__} cannot be opened: {type(error).__name__}: {first_line(error)};"
-            " nothing was sampled (`track: null` goes without)"
-        ) from error
+            f"track: {name} cannot be opened: {error}; nothing was sampled (`track: null` goes without)"
+        )
     return module
 
 
-def _missing(name: str) -> UsageError:
-    return UsageError(f"track: {name}: is not installed; pip install 'grpo-stages[{name}]'")
-
-
-def _project(run: ActiveRun) -> str:
-    """The folder of the configuration, so that its runs stand side by side; without what wandb refuses."""
-    return re.sub(r"[/\\#?%:]", "-", run.imports.name) or "grpo"
-
-
-def _log_trackio(module: ModuleType, numbers: dict[str, float], iteration: int, after: Sent) -> None:
-    module.log(numbers, step=iteration)
-
-
-def _log_wandb(module: ModuleType, numbers: dict[str, float], iteration: int, after: Sent) -> None:
-    """It takes a step once, and none that is less: so each call has its own, and `iteration` is the axis."""
-    module.log({"iteration": iteration, **numbers}, step=after.iterations + after.policies)
-
-
-_OPEN: dict[str, Callable[[ActiveRun], ModuleType]] = {"trackio": _open_trackio, "wandb": _open_wandb}
-_LOG = {"trackio": _log_trackio, "wandb": _log_wandb}
+def _init(run: ActiveRun, module: ModuleType) -> None:
+    # The folder of the configuration, so that its runs stand side by side; without what wandb refuses.
+    project = re.sub(r"[/\\#?%:]", "-", run.imports.name) or "grpo"
+    init = partial(
+        module.init, project=project, name=run.name, config=run.config.model_dump(), resume="allow"
+    )
+    if module.__name__ == "trackio":
+        init(embed=False)
+        return
+    # Of what it would send unasked: no output, no code, no git state. GPU and memory curves are a part of it.
+    settings = module.Settings(
+        console="off", save_code=False, disable_code=True, disable_git=True, disable_job_creation=True
+    )
+    init(id=run.name, settings=settings)
+    module.define_metric("iteration")
+    module.define_metric("*", step_metric="iteration")

@@ -5,7 +5,6 @@ from typing import Any
 
 from grpo import sql, tables
 from grpo.artifacts import ActiveRun, FileRecord, Manifest, Staging, num_rounds
-from grpo.sql.scored import count_signal, create_scored
 
 
 def signal_summary(
@@ -21,9 +20,9 @@ def signal_summary(
     rewards = tables.decode("rewards", ((path, path.read_bytes()) for path in paths))
     with staging.clock("signal"), sql.connect([run], rollouts.iteration, ("rollouts",)) as connection:
         sql.register(connection, "_rewards_0", rewards)
-        create_scored(connection, weights)
-        found = count_signal(connection)
-    return {"groups_with_signal": found, "rounds": num_rounds(rollouts)}
+        sql.create_scored(connection, weights)
+        [found] = sql.rows(connection, "sql/views/signal")
+    return {**found, "rounds": num_rounds(rollouts)}
 
 
 def say_short(run: ActiveRun, rollouts: Manifest, rewards: Manifest) -> None:

@@ -1,8 +1,7 @@
 """connection: DuckDB over the tables of runs. Views only; nothing is stored, nothing can be written.
 
-Tables are registered as Arrow data sets; then the connection loses access to everything else and its
-configuration is locked. Filtering statements would be no sandbox: a SELECT can write files, so the connection
-itself cannot.
+It loses access to everything but the tables, and its configuration is locked: filtering statements would be
+no sandbox, since a SELECT can write files.
 """
 
 import tempfile
@@ -17,13 +16,10 @@ from typing import Any, TypeVar
 import duckdb
 import pyarrow as pa
 
-from grpo import tables
 from grpo.artifacts import OUTPUTS, ActiveRun
 from grpo.errors import GrpoError, ResourceError, UsageError
 from grpo.sql.run_tables import NAMES, RunTables
 
-VIEWS = (*tables.TABLES, "samples", "iterations", "eval_samples", "evals", "timings", "manifests")
-MEMORY_GIB = 1.0
 # Each a query in a file of its name, over views that come before it.
 _DERIVED = ("samples", "eval_samples", "evals", "iterations")
 
@@ -60,19 +56,16 @@ def connect(
 @contextmanager
 def _connected(shown: RunTables) -> Iterator[Connection]:
     spill = tempfile.TemporaryDirectory(prefix="grpo-sql-")  # what does not fit into memory goes here
-    database = duckdb.connect(
-        ":memory:",
-        config={
-            "temp_directory": spill.name,
-            "memory_limit": f"{MEMORY_GIB}GiB",
-            "autoinstall_known_extensions": "false",
-            "autoload_known_extensions": "false",
-            "python_enable_replacements": "false",
-            "preserve_insertion_order": "false",
-            **({"threads": 1} if shown.repeatable else {}),
-        },
-    )
-    try:
+    options: dict[str, Any] = {
+        "temp_directory": spill.name,
+        "memory_limit": "1GiB",
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+        "python_enable_replacements": "false",
+        "preserve_insertion_order": "false",
+        **({"threads": 1} if shown.repeatable else {}),
+    }
+    with spill, duckdb.connect(":memory:", config=options) as database:
         database.execute("set enable_progress_bar = false")
         for view in NAMES:
             _register(database, shown, view)
@@ -81,14 +74,9 @@ def _connected(shown: RunTables) -> Iterator[Connection]:
             ]
             database.execute(f"create view {view} as {' union all by name '.join(selects)}")
         for view in _DERIVED:
-            text = own_text(f"sql/views/{view}")
-            database.execute(f"create view {view} as {text}")
-        for setting in ("enable_external_access = false", "lock_configuration = true"):
-            database.execute(f"set {setting}")
+            database.execute(f"create view {view} as {own_text(f'sql/views/{view}')}")
+        database.execute("set enable_external_access = false; set lock_configuration = true")
         yield Connection(database, shown)
-    finally:
-        database.close()
-        spill.cleanup()
 
 
 def _register(database: duckdb.DuckDBPyConnection, shown: RunTables, view: str) -> None:
@@ -111,7 +99,7 @@ def query(
     parameters: dict[str, Any] | None = None,
     timeout_s: float | None = None,
 ) -> pa.Table:
-    """The rows of one statement.
+    """The rows of one statement, which may use any of `parameters`.
 
     Raises UsageError (exit 2) with DuckDB's message or for two statements, ResourceError (exit 7) over a
     limit, CorruptError (exit 6) for a damaged file.
@@ -134,43 +122,47 @@ def query(
         timer.cancel()
 
 
-def columns(connection: Connection, statement: str, parameters: dict[str, Any]) -> list[str]:
-    """The columns that one statement would give; computes nothing, and raises UsageError as query() does."""
-    try:
-        return _relation(connection, statement, parameters).columns
-    except duckdb.Error as error:
-        raise _explained(error) from None
-
-
-def parameters_in(connection: Connection, text: str) -> set[str]:
-    """Names of the $parameters in the statements of `text`. Raises UsageError for what cannot be parsed."""
-    try:
-        return {name for part in _statements(connection, text) for name in part.named_parameters}
-    except duckdb.Error as error:
-        raise _explained(error) from None
-
-
 def _relation(
     connection: Connection, statement: str, parameters: dict[str, Any] | None
 ) -> duckdb.DuckDBPyRelation:
     """What one statement would give; of a select nothing is computed yet."""
-    number = len(_statements(connection, statement))
-    if number > 1:  # DuckDB would run each and give the rows of the last
-        raise UsageError(f"query: {number} statements, divided by `;`; write one")
-    relation = connection.duckdb.sql(statement, params=parameters)
+    try:
+        statement.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"query: character {error.start} is a lone surrogate, no text; leave it out"
+        ) from None
+    parts = connection.duckdb.extract_statements(statement)
+    if len(parts) > 1:  # DuckDB would run each and give the rows of the last
+        raise UsageError(f"query: {len(parts)} statements, divided by `;`; write one")
+    named = {name for part in parts for name in part.named_parameters}  # DuckDB refuses others
+    used = {name: value for name, value in (parameters or {}).items() if name in named}
+    relation = connection.duckdb.sql(statement, params=used or None)
     if relation is None:  # an empty text, or a statement that gives no rows
         raise UsageError("query: gives no rows; write a select")
     return relation
 
 
-def _statements(connection: Connection, text: str) -> list[duckdb.Statement]:
+def user_rows(
+    connection: Connection, key: str, statement: str, parameters: dict[str, Any] | None = None
+) -> pa.Table:
+    """Rows of a query that the user wrote for `key` of the configuration; errors are query's, and name it."""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"query: character {error.start} is a lone surrogate, no text; leave it out"
-        ) from None
-    return connection.duckdb.extract_statements(text)
+        return query(connection, statement, parameters)
+    except (UsageError, ResourceError) as error:
+        raise type(error)(f"{key}: {error}") from None
+
+
+def user_columns(
+    connection: Connection, key: str, statement: str, parameters: dict[str, Any] | None = None
+) -> list[str]:
+    """The columns that such a query would give; computes nothing. Raises UsageError (exit 2)."""
+    try:
+        return _relation(connection, statement, parameters).columns
+    except duckdb.Error as error:
+        raise UsageError(f"{key}: {_explained(error)}") from None
+    except UsageError as error:
+        raise UsageError(f"{key}: {error}") from None
 
 
 def read(
@@ -204,15 +196,27 @@ def consult(
                 return result
 
 
-def create_view(connection: Connection, name: str, statement: str) -> None:
-    """Give a query of ours a name in this connection."""
-    connection.duckdb.execute(f"create temp view {name} as {statement}")
+def rows(connection: Connection, name: str, **parameters: Any) -> list[dict[str, Any]]:
+    """The rows of a query of this package, named as for own_text()."""
+    data = query(connection, own_text(name), parameters)
+    found: list[dict[str, Any]] = data.to_pylist(maps_as_pydicts="strict")
+    return found
 
 
 def register(connection: Connection, name: str, data: pa.Table) -> None:
     """Show `data` under `name`; `_<table>_0` replaces what the view of a single run's table reads."""
     connection.duckdb.register(name, data)
     connection.replaced.add(name)
+
+
+def create_scored(connection: Connection, weights: Collection[float]) -> None:
+    """Make the view `scored` in a connection to the tables of one iteration; weights: of its rewards.
+
+    scored.sql alone says what a reward is and which rollouts are compared.
+    """
+    number = sum(weight != 0 for weight in weights)
+    register(connection, "reward_names", pa.table({"number": [number]}))
+    connection.duckdb.execute(f"create or replace temp view scored as {own_text('sql/views/scored')}")
 
 
 def own_text(name: str) -> str:
@@ -227,9 +231,7 @@ def seed_random(connection: Connection, *numbers: int) -> None:
 
 
 def _explained(error: duckdb.Error, timeout_s: float | None = None) -> GrpoError:
-    message = " ".join(str(error).split())
     if isinstance(error, duckdb.InterruptException):
         return ResourceError(f"query: stopped after its limit of {timeout_s:g} s; give --timeout-s more")
-    if isinstance(error, duckdb.OutOfMemoryException):
-        return ResourceError(f"query: {message}")
-    return UsageError(f"query: {message}")
+    kind = ResourceError if isinstance(error, duckdb.OutOfMemoryException) else UsageError
+    return kind(f"query: {' '.join(str(error).split())}")

@@ -1,12 +1,11 @@
 """run_tables: the tables of runs as Arrow data sets, each opened when a query scans it.
 
 A query costs what it looks at: binding one needs the schema of each table, and only a scan reads manifests
-and files. File lists come from manifests. Exact schemas are compared here, since a data set casts columns of
-another type and fills missing ones with null.
+and files.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +14,25 @@ import pyarrow.dataset
 import pyarrow.fs
 
 from grpo import tables
-from grpo.artifacts import (
-    EVALUATION,
-    OUTPUTS,
-    RUN_OUTPUTS,
-    TABLES_OF,
-    ActiveRun,
-    FileRecord,
-    Manifest,
-    Run,
-    files,
-)
+from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, ActiveRun, FileRecord, Manifest, files
 from grpo.artifacts.manifest import check_size
 from grpo.config.model import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError
 
-_TIMINGS = pa.schema(
-    [("iteration", pa.int32()), ("stage", pa.string()), ("part", pa.string()), ("seconds", pa.float64())]
-)
 # What an evaluation counted as a pass, and whether `eval_prompts` are still those it was made with.
 SETTINGS = pa.schema(
-    [
-        ("iteration", pa.int32()),
-        ("pass_reward", pa.string()),
-        ("pass_threshold", pa.float64()),
-        ("same_prompts", pa.bool_()),
-    ]
+    {"iteration": "int32", "pass_reward": "string", "pass_threshold": "float64", "same_prompts": "bool"}
 )
-# What counts as a pass in training: what would count in an evaluation, as configured now.
-_PASS_SETTINGS = pa.schema([("pass_reward", pa.string()), ("pass_threshold", pa.float64())])
-_TEXTS = ("ids", "inputs", "config", "user_files", "summary", "versions")
-_MANIFESTS = pa.schema(
-    [
-        ("iteration", pa.int32()),
-        ("stage", pa.string()),
-        ("output", pa.string()),
-        ("attempt", pa.int32()),
-        ("fingerprint", pa.string()),
-        ("rows", pa.int64()),
-        *((name, pa.string()) for name in _TEXTS),
-    ]
-)
+_TEXTS = dict.fromkeys(("ids", "inputs", "config", "user_files", "summary", "versions"), "string")
+_PLACE = {"iteration": "int32", "stage": "string"}
 _FIXED = {
-    "timings": _TIMINGS,
-    "manifests": _MANIFESTS,
+    "timings": pa.schema({**_PLACE, "part": "string", "seconds": "float64"}),
+    "manifests": pa.schema(
+        {**_PLACE, "output": "string", "attempt": "int32", "fingerprint": "string", "rows": "int64", **_TEXTS}
+    ),
     "_eval_settings": SETTINGS,
-    "_pass_settings": _PASS_SETTINGS,
+    # What counts as a pass in training: what would count in an evaluation, as configured now.
+    "_pass_settings": pa.schema({"pass_reward": "string", "pass_threshold": "float64"}),
 }
 NAMES = (*tables.TABLES, *_FIXED)
 _PARQUET, _DISK = pa.dataset.ParquetFileFormat(), pa.fs.LocalFileSystem()
@@ -101,8 +73,12 @@ class RunTables:
 
     def turn_to(self, iteration: int | range | None) -> None:
         """Show what the runs hold of `iteration` now, instead of what was shown."""
-        self._numbers = {run.name: _numbers(run, iteration) for run in self.runs}
-        self._read: dict[tuple[ActiveRun, str, int | None], str | None] = {}
+        wanted = [iteration] if isinstance(iteration, int) else iteration
+        self._numbers = {
+            run: sorted({*run.iterations(), *run.evaluations()}) if wanted is None else wanted
+            for run in self.runs
+        }
+        self._read: dict[tuple[ActiveRun, str, int | None], Manifest | None] = {}
         self._opened: dict[tuple[ActiveRun, str], pa.dataset.Dataset] = {}
         self._files: list[tuple[FileRecord, Path]] = []
 
@@ -112,7 +88,7 @@ class RunTables:
 
     def are_current(self) -> bool:
         """Whether all outputs that were looked at are what they were: then nothing was read half old."""
-        return all(_fingerprint(*place) == found for place, found in self._read.items())
+        return all(run.manifest(output, at) == found for (run, output, at), found in self._read.items())
 
     def check_content(self) -> None:
         """Raise CorruptError (exit 6) for a file that a query opened and whose content has changed."""
@@ -120,41 +96,47 @@ class RunTables:
             if files.sha256_of(path) != file.sha256:
                 raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
 
-    def _open(self, run: ActiveRun, name: str) -> pa.dataset.Dataset:
-        try:
-            if (run, name) not in self._opened:
-                self._opened[run, name] = self._data(run, name)
-        except (GrpoError, OSError, KeyboardInterrupt) as error:
-            self.failure = error
-            raise
-        return self._opened[run, name]
-
-    def _data(self, run: ActiveRun, name: str) -> pa.dataset.Dataset:
-        if name not in _FIXED:
-            return self._dataset(run, name)
-        return pa.dataset.dataset(pa.Table.from_pylist(list(self._rows(run, name)), schema=_FIXED[name]))
-
-    def _rows(self, run: ActiveRun, name: str) -> Iterator[dict[str, Any]]:
-        if name == "_pass_settings":
-            return _pass_settings(run)
-        if name == "_eval_settings":
-            return _settings(run, self._manifests(run, (EVALUATION,)))
-        shown = () if self.repeatable else self._manifests(run, (*RUN_OUTPUTS, *OUTPUTS))
-        return _timings(run, shown) if name == "timings" else _manifests(run, shown)
-
-    def _dataset(self, run: ActiveRun, table: str) -> pa.dataset.Dataset:
-        """The files of one table, each of its recorded size and the exact schema."""
-        schema = self._schema(run, table)
-        found = list(self._table_files(run, table))
-        fragments = [_fragment(table, file, path, schema) for file, path in found]
-        self._files += found
-        return pa.dataset.FileSystemDataset(fragments, schema, _PARQUET, _DISK)
-
     def _schema(self, run: ActiveRun, name: str) -> pa.Schema:
         if name in _FIXED:
             return _FIXED[name]
         first = next(self._table_files(run, name), None) if name in tables.WITH_OWN_COLUMNS else None
         return tables.schema(name) if first is None else _fragment(name, *first).physical_schema
+
+    def _open(self, run: ActiveRun, name: str) -> pa.dataset.Dataset:
+        try:
+            if (run, name) not in self._opened:
+                self._opened[run, name] = self._dataset(run, name)
+        except (GrpoError, OSError, KeyboardInterrupt) as error:
+            self.failure = error
+            raise
+        return self._opened[run, name]
+
+    def _dataset(self, run: ActiveRun, name: str) -> pa.dataset.Dataset:
+        schema = self._schema(run, name)
+        if name in _FIXED:
+            return pa.dataset.dataset(pa.Table.from_pylist(self._rows(run, name), schema))
+        found = list(self._table_files(run, name))
+        fragments = [_fragment(name, file, path, schema) for file, path in found]
+        self._files += found
+        return pa.dataset.FileSystemDataset(fragments, schema, _PARQUET, _DISK)
+
+    def _rows(self, run: ActiveRun, name: str) -> list[dict[str, Any]]:
+        """Rows of one of _FIXED, with more keys than it has columns."""
+        if name == "_pass_settings":
+            evaluate = run.config.evaluate
+            reward = (evaluate and evaluate.pass_reward) or run.config.score.rewards[0].name
+            threshold = evaluate.pass_threshold if evaluate else PASS_THRESHOLD
+            return [{"pass_reward": reward, "pass_threshold": threshold}]
+        if name == "_eval_settings":
+            return [_settings(run, manifest) for _, manifest in self._manifests(run, (EVALUATION,))]
+        every = () if self.repeatable else self._manifests(run, (*RUN_OUTPUTS, *OUTPUTS))
+        if name == "manifests":
+            return [{**dict(manifest), **_texts(manifest), "output": output} for output, manifest in every]
+        return [
+            {**dict(manifest), "part": part, "seconds": seconds}
+            for output, manifest in every
+            for part, seconds in run.timings(output, manifest.iteration).items()
+        ]
 
     def _table_files(self, run: ActiveRun, table: str) -> Iterator[tuple[FileRecord, Path]]:
         output = next((output for output, held in TABLES_OF.items() if table in held), table)
@@ -165,29 +147,20 @@ class RunTables:
 
     def _manifests(self, run: ActiveRun, outputs: Collection[str]) -> Iterator[tuple[str, Manifest]]:
         """Those of `outputs` that are committed and shown, earliest first."""
-        places: list[tuple[str, int | None]] = [(output, None) for output in RUN_OUTPUTS if output in outputs]
-        shown = [output for output in self.outputs if output in outputs]
-        places += [(output, number) for number in self._numbers[run.name] for output in shown]
+        places: list[tuple[str, int | None]] = [(output, None) for output in RUN_OUTPUTS]
+        places += [(output, number) for number in self._numbers[run] for output in self.outputs]
         for output, number in places:
-            manifest = run.manifest(output, number)
-            self._read[run, output, number] = manifest.fingerprint if manifest else None
-            if manifest is not None:
-                yield output, manifest
-
-
-def _numbers(run: Run, iteration: int | range | None) -> list[int] | range:
-    if iteration is None:
-        return sorted({*run.iterations(), *run.evaluations()})
-    return [iteration] if isinstance(iteration, int) else iteration
-
-
-def _fingerprint(run: Run, output: str, number: int | None) -> str | None:
-    manifest = run.manifest(output, number)
-    return manifest.fingerprint if manifest else None
+            if output in outputs:
+                manifest = self._read[run, output, number] = run.manifest(output, number)
+                if manifest is not None:
+                    yield output, manifest
 
 
 def _fragment(table: str, file: FileRecord, path: Path, schema: pa.Schema | None = None) -> Any:
-    """One file of a data set. Raises CorruptError for one of another size or schema."""
+    """One file of a data set. Raises CorruptError for one of another size or schema.
+
+    A data set casts columns of another type, and fills missing ones with null.
+    """
     check_size(file, path)
     fragment = _PARQUET.make_fragment(str(path), _DISK)
     try:
@@ -200,31 +173,10 @@ def _fragment(table: str, file: FileRecord, path: Path, schema: pa.Schema | None
     return fragment
 
 
-def _settings(run: Run, outputs: Iterable[tuple[str, Manifest]]) -> Iterator[dict[str, Any]]:
-    prompts = run.id_of("eval_prompts")
-    for _, manifest in outputs:
-        yield {
-            "iteration": manifest.iteration,
-            **{name: manifest.config["evaluate"][name] for name in ("pass_reward", "pass_threshold")},
-            "same_prompts": manifest.user_files["evaluate.prompts"] == prompts,
-        }
+def _settings(run: ActiveRun, manifest: Manifest) -> dict[str, Any]:
+    same_prompts = manifest.user_files["evaluate.prompts"] == run.id_of("eval_prompts")
+    return {**manifest.config["evaluate"], "iteration": manifest.iteration, "same_prompts": same_prompts}
 
 
-def _pass_settings(run: ActiveRun) -> Iterator[dict[str, Any]]:
-    evaluate, first = run.config.evaluate, run.config.score.rewards[0].name
-    reward = (evaluate.pass_reward if evaluate else None) or first
-    yield {"pass_reward": reward, "pass_threshold": evaluate.pass_threshold if evaluate else PASS_THRESHOLD}
-
-
-def _timings(run: Run, outputs: Iterable[tuple[str, Manifest]]) -> Iterator[dict[str, Any]]:
-    for output, manifest in outputs:
-        place = {"iteration": manifest.iteration, "stage": manifest.stage}
-        for part, seconds in run.timings(output, manifest.iteration).items():
-            yield {**place, "part": part, "seconds": seconds}
-
-
-def _manifests(run: Run, outputs: Iterable[tuple[str, Manifest]]) -> Iterator[dict[str, Any]]:
-    for output, manifest in outputs:
-        scalars = {name: getattr(manifest, name) for name in ("iteration", "stage", "attempt", "fingerprint")}
-        texts = {name: json.dumps(getattr(manifest, name)) for name in _TEXTS}
-        yield {**scalars, **texts, "output": output, "rows": manifest.rows}
+def _texts(manifest: Manifest) -> dict[str, str]:
+    return {name: json.dumps(getattr(manifest, name)) for name in _TEXTS}

@@ -104,7 +104,7 @@ def test_the_curves_of_an_evaluation(hand: ActiveRun) -> None:
     """
 
     def read(connection: sql.Connection) -> list[dict[str, Any]]:
-        sql.create_view(connection, "evals", view)
+        connection.duckdb.execute(f"create temp view evals as {view}")
         return [chart for chart in curves.read(connection, ["hand"]) if chart["section"] == "evaluation"]
 
     passed, reward, length = (chart["series"] for chart in sql.consult([hand], read))

@@ -12,7 +12,7 @@ from tests.inspect.report.runs import make_run, row
 from grpo import sql
 from grpo.artifacts import ActiveRun
 from grpo.inspect import report
-from grpo.inspect.report import heat
+from grpo.inspect.report import overview
 
 HOSTILE = "</script><script>window.hacked=1</script>\x1b[31m\u202e<img src=x onerror=window.hacked=1>"
 
@@ -131,7 +131,7 @@ def test_what_a_model_wrote_never_stands_in_the_page_as_itself(tmp_path: Path) -
 
 
 def test_the_map_has_a_cell_for_each_prompt_and_iteration(hand: ActiveRun) -> None:
-    found = sql.consult([hand], lambda connection: heat.read(connection, hand))
+    found = sql.consult([hand], lambda connection: overview.heat(connection, hand))
     assert (found["reward"], found["binary"], found["prompt_ids"]) == ("right", True, [0, 1, 2])
     columns = found["columns"]
     cells = zip(*(columns[name] for name in ("prompt", "iteration", "mean", "rollouts")), strict=True)

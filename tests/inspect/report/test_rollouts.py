@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -6,13 +7,11 @@ from tests.inspect.report.runs import make_run, row
 from grpo import sql
 from grpo.artifacts import ActiveRun
 from grpo.inspect.report import rollouts
-from grpo.inspect.report.selection import Limits
-
-ALL = Limits()
+from grpo.inspect.report.rollouts import MAX_ROLLOUTS
 
 
-def read(run: ActiveRun, limit: Limits = ALL) -> dict[str, Any]:
-    block, _ = sql.consult([run], lambda connection: rollouts.read(connection, run, limit))
+def read(run: ActiveRun, max_rollouts: int = MAX_ROLLOUTS, max_tokens: float = math.inf) -> dict[str, Any]:
+    block, _ = sql.consult([run], lambda connection: rollouts.read(connection, run, max_rollouts, max_tokens))
     return block
 
 
@@ -85,9 +84,9 @@ def test_without_a_tokenizer_there_is_the_response(tmp_path: Path) -> None:
 
 
 def test_only_what_was_chosen_is_read(hand: ActiveRun) -> None:
-    assert column(read(hand, Limits(4, None)), "iteration") == [1] * 4
-    block = read(hand, Limits(2, None))
+    assert column(read(hand, 4), "iteration") == [1] * 4
+    block = read(hand, 2)
     assert column(block, "group_id") == [0, 0]
     assert list(block["prompts"]) == [0]
-    block = read(hand, Limits(0, None))
+    block = read(hand, 0)
     assert (block["rollouts"], block["texts"], block["prompts"]) == ([], [], {})

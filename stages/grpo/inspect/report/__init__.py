@@ -6,10 +6,9 @@ from typing import Any
 from grpo import sql
 from grpo.artifacts import ActiveRun, files
 from grpo.errors import UsageError
-from grpo.inspect.report import curves, heat, rollouts, summary
+from grpo.inspect.report import curves, overview, rollouts
 from grpo.inspect.report.page import page
 from grpo.inspect.report.picture import picture
-from grpo.inspect.report.selection import limits
 
 __all__ = ["build", "charts", "write"]
 
@@ -51,21 +50,20 @@ def charts(runs: list[ActiveRun]) -> list[dict[str, Any]]:
 
 def build(runs: list[ActiveRun], num_rollouts: int | None) -> tuple[bytes, list[str]]:
     """The page, and for each run that does not fit, what was left out of it."""
-    limit = limits(num_rollouts).shared_by(len(runs))
+    limit = rollouts.limits(num_rollouts, len(runs))
     names = [run.name for run in runs]
 
-    def read(connection: sql.Connection) -> tuple[dict[str, Any], list[str]]:
-        document = {
+    def read(connection: sql.Connection) -> dict[str, Any]:
+        chosen = [rollouts.read(connection, run, *limit) for run in runs]
+        found = zip(names, chosen, strict=True)
+        data = {
             "charts": curves.read(connection, names),
-            "runs": [summary.read(connection, run) for run in runs],
+            "runs": [overview.summary(connection, run) for run in runs],
+            "left_out": [f"run {name}: {text}" for name, (_, text) in found if text],
         }
-        blocks = {f"heat-{index}": heat.read(connection, run) for index, run in enumerate(runs)}
-        left_out = []
-        for index, run in enumerate(runs):
-            blocks[f"rollouts-{index}"], chosen = rollouts.read(connection, run, limit)
-            if text := chosen.left_out():
-                left_out.append(f"run {run.name}: {text}")
-        return {"data": {**document, "left_out": left_out}, **blocks}, left_out
+        heats = {f"heat-{index}": overview.heat(connection, run) for index, run in enumerate(runs)}
+        blocks = {f"rollouts-{index}": block for index, (block, _) in enumerate(chosen)}
+        return {"data": data, **heats, **blocks}
 
-    blocks, left_out = sql.consult(runs, read)
-    return page(", ".join(names), blocks), left_out
+    blocks = sql.consult(runs, read)
+    return page(", ".join(names), blocks), blocks["data"]["left_out"]

@@ -48,9 +48,9 @@ function plotCurve(chart, plot, runs, hidden) {
   const order = runs.map((run) => run.run);
   const series = chart.series.filter((each) => !hidden.has(each.run));
   const stacked = chart.stacked && runs.length === 1;
-  const traces = (chart.stacked && !stacked ? totals(series) : series).flatMap((each) => {
+  const traces = series.flatMap((each) => {
     const index = seriesNames(chart).indexOf(each.name);
-    return stacked ? [area(each, index)] : lines(each, order.indexOf(each.run), Math.max(index, 0), chart.unit, runs.length);
+    return stacked ? [area(each, index)] : lines(each, order.indexOf(each.run), index, chart.unit, runs.length);
   });
   const first = !plot.data;
   Plotly.react(plot, traces, curveLayout(chart, series), { displayModeBar: false, responsive: true });
@@ -80,18 +80,6 @@ function lines(series, run, index, unit, numRuns) {
     fill: "toself", fillcolor: tint, opacity: 0.15, line: { width: 0 }, mode: "lines", hoverinfo: "skip",
   };
   return [band, trace];
-}
-
-// One series a run: the sum of its own at every iteration.
-function totals(series) {
-  return [...new Set(series.map((each) => each.run))].map((run) => {
-    const sums = new Map();
-    for (const each of series.filter((other) => other.run === run)) {
-      each.x.forEach((x, i) => sums.set(x, (sums.get(x) ?? 0) + each.y[i]));
-    }
-    const x = [...sums.keys()].sort((a, b) => a - b);
-    return { run, name: "", x, y: x.map((at) => sums.get(at)) };
-  });
 }
 
 function curveLayout(chart, series) {

@@ -1,6 +1,7 @@
--- Grain: one row per curve, run, iteration and series that has a value there.
--- place: the order of the series of a curve. low, high: of an interval.
--- is_binary: whether a reward gives 0 and 1 only.
+-- Grain: one row per chart that has a value: per curve, of rewards per name.
+-- series: lists by iteration, those of the first of $runs first; low, high: of
+-- an interval. title, unit, meaning: of the chart of one reward; where it gives
+-- 0 and 1 only, the mean is a pass rate.
 with numbers as materialized (
     from iterations
 ),
@@ -26,16 +27,25 @@ reward_means as (
     )
 ),
 
-binary_rewards as (
-    select run, name, bool_and(value in (0, 1)) as is_binary,
+reward_kinds as (
+    select name as reward, bool_and(value in (0, 1)) as is_binary,
     from rewards
     where status = 'ok'
-    group by run, name
+    group by name
 ),
 
+-- Stages on one another for one run; for several, all of them together.
 stage_times as (
-    select run, iteration, unnest(map_entries(stage_seconds)) as entry,
-    from numbers
+    select
+        run,
+        iteration,
+        if(len($runs) = 1, entry.key, '') as series,
+        sum(entry.value order by entry.key) as value,
+    from (
+        select run, iteration, unnest(map_entries(stage_seconds)) as entry,
+        from numbers
+    )
+    group by all
 ),
 
 passes as (
@@ -48,21 +58,20 @@ every as (
     select curve, run, iteration, '' as series, 0 as place, value,
     from plain
     union all by name
-    select 'rewards' as curve, run, iteration, name as series, 0 as place,
-        value, is_binary,
+    select 'rewards' as curve, name as reward, run, iteration, '' as series,
+        0 as place, value,
     from reward_means
-    join binary_rewards using (run, name)
     union all by name
     select 'clipped' as curve, run, iteration,
         side.replace('clip_fraction_', '') as series,
         (series = 'high')::integer as place, value,
     from clipped
     union all by name
-    select 'seconds' as curve, run, iteration, entry.key as series,
+    select 'seconds' as curve, run, iteration, series,
         list_position(
-            ['generate', 'score', 'advantage', 'update', 'evaluate'], entry.key
+            ['generate', 'score', 'advantage', 'update', 'evaluate'], series
         ) as place,
-        entry.value as value,
+        value,
     from stage_times
     union all by name
     select 'eval_pass' as curve, run, iteration, 'pass@' || k as series,
@@ -79,10 +88,39 @@ every as (
     from evals
 ),
 
-final as (
-    select * from every
+lines as (
+    select
+        curve, reward, run, series as name, place,
+        list_position($runs, run) as run_place,
+        list(iteration order by iteration) as x,
+        list(value order by iteration) as y,
+        if(count(low) > 0, list(low order by iteration), null) as low,
+        if(count(high) > 0, list(high order by iteration), null) as high,
+    from every
     where value is not null
+    group by all
+),
+
+final as (
+    select
+        curve,
+        reward,
+        if(is_binary, 'Pass rate: ', 'Reward: ') || reward as title,
+        if(is_binary, 'share', null) as unit,
+        if(
+            is_binary,
+            'Share of rollouts to which this reward gave 1, the others 0.',
+            null
+        ) as meaning,
+        min(run_place) as run_place,
+        list(
+            {run: run, name: name, x: x, y: y, low: low, high: high}
+            order by run_place, place, name
+        ) as series,
+    from lines
+    left join reward_kinds using (reward)
+    group by all
 )
 
-select * from final
-order by curve, run, place, series, iteration
+select * exclude (reward, run_place) from final
+order by curve, run_place, reward

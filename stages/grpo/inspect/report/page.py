@@ -26,12 +26,13 @@ def page(title: str, blocks: dict[str, Any]) -> bytes:
     from plotly.offline import get_plotlyjs
 
     plotly = get_plotlyjs()
-    script = _script()
+    body = "\n".join(map(_read, SCRIPTS))
+    script = f'"use strict";\n(() => {{\n{body}\nmain();\n}})();\n'
     texts = {name: json.dumps(data, allow_nan=False, separators=(",", ":")) for name, data in blocks.items()}
     parts = {
         "title": html.escape(title),
         "policy": f"script-src {_digest(script)} {_digest(plotly)}",
-        "style": "".join(_read(name) for name in STYLES),
+        "style": "".join(map(_read, STYLES)),
         "plotly": html.escape(" ".join(re.findall(r"^\* (.*)$", plotly[:300], re.MULTILINE))),
         "blocks": "\n".join(_block(name, text) for name, text in {**texts, "plotly": plotly}.items()),
         "script": script,
@@ -44,11 +45,6 @@ def page(title: str, blocks: dict[str, Any]) -> bytes:
 def _block(name: str, text: str) -> str:
     packed = base64.b64encode(gzip.compress(text.encode(), _LEVEL, mtime=0)).decode("ascii")
     return f'<script type="text/plain" id="{name}">{packed}</script>'
-
-
-def _script() -> str:
-    body = "\n".join(_read(name) for name in SCRIPTS)
-    return f'"use strict";\n(() => {{\n{body}\nmain();\n}})();\n'
 
 
 def _read(name: str) -> str:

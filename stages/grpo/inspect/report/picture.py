@@ -4,7 +4,7 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
-from grpo.inspect.report.curve_list import SHARE
+from grpo.inspect.report.curves import SHARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ _DPI = 130
 
 
 def picture(charts: list[dict[str, Any]], runs: list[str], columns: int = 4) -> bytes:
-    """PNG of all charts that hold something: a colour a run, a dash a series."""
+    """PNG of all charts that hold something: a colour a run, the ninth that of the first, a dash a series."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -26,19 +26,22 @@ def picture(charts: list[dict[str, Any]], runs: list[str], columns: int = 4) -> 
     shown = [chart for chart in charts if chart["series"]]
     columns = min(columns, max(len(shown), 1))
     rows = math.ceil(len(shown) / columns) or 1
+    colors = {run: COLORS[index % len(COLORS)] for index, run in enumerate(runs)}
     # DejaVu is in matplotlib itself: the same picture on every machine.
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 8, "text.parse_math": False}):
         figure = Figure(figsize=(columns * _PANEL[0], rows * _PANEL[1]), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False).flat
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         iterations = [x for chart in shown for series in chart["series"] for x in series["x"]]
         for axis, chart in zip(axes, shown, strict=False):
-            _panel(axis, chart, runs)
+            _panel(axis, chart, colors)
             axis.set_xlim(min(iterations) - 0.5, max(iterations) + 0.5)
-        for axis in list(axes)[len(shown) :]:
+        for axis in axes[len(shown) :]:
             axis.set_axis_off()
         if len(runs) > 1:
-            handles = [mpl.lines.Line2D([], [], color=color_of(run, runs), lw=2, label=run) for run in runs]
+            handles = [
+                mpl.lines.Line2D([], [], color=color, lw=2, label=run) for run, color in colors.items()
+            ]
             figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
         figure.supxlabel("iteration", fontsize=8)
         sink = io.BytesIO()
@@ -46,26 +49,20 @@ def picture(charts: list[dict[str, Any]], runs: list[str], columns: int = 4) -> 
     return sink.getvalue()
 
 
-def color_of(run: str, runs: list[str]) -> str:
-    """The colour of a run among `runs`; the ninth has that of the first."""
-    return COLORS[runs.index(run) % len(COLORS)]
-
-
-def _panel(axis: "Axes", chart: dict[str, Any], runs: list[str]) -> None:
+def _panel(axis: "Axes", chart: dict[str, Any], colors: dict[str, str]) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     unit = f" ({chart['unit']})" if chart["unit"] not in ("", SHARE) else ""
     axis.set_title(chart["title"] + unit, fontsize=9, loc="left")
     names = list(dict.fromkeys(series["name"] for series in chart["series"]))
-    if chart["stacked"] and len(runs) == 1:
+    if chart["stacked"] and len(colors) == 1:
         axis.stackplot(*_stack(chart["series"]), labels=names, colors=STAGES, alpha=0.85, linewidth=0)
     else:
-        for series in _totals(chart["series"]) if chart["stacked"] else chart["series"]:
-            _line(axis, series, names, runs)
-    if len(names) > 1 and (not chart["stacked"] or len(runs) == 1):
+        _lines(axis, chart["series"], names, colors)
+    if len(names) > 1:
         axis.legend(fontsize=7, frameon=False, ncols=2, loc="best", handlelength=1.6)
-    values = [value for series in chart["series"] for value in series["y"] if value is not None] or [0.0]
-    if min(values) >= 0:
+    values = [value for series in chart["series"] for value in series["y"] if value is not None]
+    if min(values, default=0.0) >= 0:
         axis.set_ylim(bottom=0)
     if chart["unit"] == SHARE:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
@@ -75,38 +72,28 @@ def _panel(axis: "Axes", chart: dict[str, Any], runs: list[str]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _line(axis: "Axes", series: dict[str, Any], names: list[str], runs: list[str]) -> None:
-    place = names.index(series["name"]) if series["name"] in names else 0
-    color = color_of(series["run"], runs)
-    marker = "o" if len(series["x"]) == 1 else None
-    label = series["name"] if series["run"] == runs[0] else None
-    axis.plot(
-        series["x"],
-        series["y"],
-        color=color,
-        linewidth=1.6,
-        label=label,
-        marker=marker,
-        markersize=3,
-        linestyle=_DASHES[place % len(_DASHES)],
-    )
-    if "low" in series:
-        axis.fill_between(series["x"], series["low"], series["high"], color=color, alpha=0.15, linewidth=0)
-
-
-def _stack(series: list[dict[str, Any]]) -> tuple[Any, ...]:
-    """x, then the y of each series at every x; 0 where a stage was not timed."""
-    x = sorted({iteration for each in series for iteration in each["x"]})
-    known = [dict(zip(each["x"], each["y"], strict=True)) for each in series]
-    return x, [[values.get(iteration, 0.0) for iteration in x] for values in known]
-
-
-def _totals(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One series a run: the sum of its own."""
-    totals = []
-    for run in dict.fromkeys(each["run"] for each in series):
-        x, rows = _stack([each for each in series if each["run"] == run])
-        totals.append(
-            {"run": run, "name": "", "x": x, "y": [sum(column) for column in zip(*rows, strict=True)]}
+def _lines(axis: "Axes", every: list[dict[str, Any]], names: list[str], colors: dict[str, str]) -> None:
+    """A line a series; each dash is explained once, by the first run."""
+    for series in every:
+        color = colors[series["run"]]
+        axis.plot(
+            series["x"],
+            series["y"],
+            color=color,
+            lw=1.6,
+            linestyle=_DASHES[names.index(series["name"]) % len(_DASHES)],
+            label=series["name"] if series["run"] == next(iter(colors)) else None,
+            marker="o" if len(series["x"]) == 1 else None,
+            markersize=3,
         )
-    return totals
+        if series["low"]:
+            axis.fill_between(
+                series["x"], series["low"], series["high"], color=color, alpha=0.15, linewidth=0
+            )
+
+
+def _stack(every: list[dict[str, Any]]) -> tuple[list[int], list[list[float]]]:
+    """x, then the y of each series at every x; 0 where a stage was not timed."""
+    x = sorted({iteration for series in every for iteration in series["x"]})
+    known = [dict(zip(series["x"], series["y"], strict=True)) for series in every]
+    return x, [[values.get(iteration, 0.0) for iteration in x] for values in known]
