@@ -103,7 +103,7 @@ def prepare(
     ids, skipped, longest, schema, chats = set[str](), 0, 0, None, False
     for chunk in _chunks(normalised(config, run.imports)):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
-        kept = _usable(chunk, num_tokens, room, config, ids)
+        kept = usable(chunk, num_tokens, room, config, ids)
         skipped += len(chunk) - len(kept)
         if kept:
             longest = max(longest, *(length for _, length in kept))
@@ -132,7 +132,7 @@ def _chunks(rows: Iterator[tuple[str, Row]]) -> Iterator[list[tuple[str, Row]]]:
         yield chunk
 
 
-def _usable(
+def usable(
     chunk: list[tuple[str, Row]],
     num_tokens: Callable[[list[Row]], list[int]],
     room: int | None,

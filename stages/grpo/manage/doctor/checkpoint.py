@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.artifacts import Run, checkpoint_files, is_hub_id, read_json
-from grpo.errors import CorruptError, GrpoError, InputError, UsageError
-from grpo.manage.doctor.check import Check, failed
+from grpo.errors import CorruptError, InputError, UsageError
+from grpo.manage.doctor.report import Report
 from grpo.models.find import STARTER, resolve_model, starter_folder
+from grpo.models.loading import WEIGHT_FILES, context_length, load_config, load_tokenizer
 
 STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
 
@@ -16,61 +17,67 @@ STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
 class Checkpoint:
     """A configured checkpoint. `folder` None: not on this machine yet; `parameters` None: not known yet."""
 
-    folder: Path | None
-    parameters: int | None
+    folder: Path | None = None
+    parameters: int | None = None
 
 
-def find(run: Run, name: str, fetch: bool) -> Checkpoint:
-    """The checkpoint `name`; with `fetch` it is trained or downloaded as a run would.
+def check_model(
+    run: Run, report: Report, key: str, name: str, fetch: bool, needed: str = "a checkpoint"
+) -> Checkpoint:
+    """Whether a configured model is there with its weights; the policy also with tokenizer and room.
 
-    Raises InputError or CorruptError where it cannot be used.
+    fetch: it is trained or downloaded as a run would. Returns nothing known where it cannot be used.
     """
-    folder = resolve_model(run, name) if fetch else _local(run, name)
-    if folder is None:
-        return Checkpoint(None, STARTER_PARAMETERS if name == STARTER else None)
-    return Checkpoint(folder, num_parameters(folder))
+    found = Checkpoint()
+    with report.check(key, name, needed) as check:
+        folder = resolve_model(run, name) if fetch else _local(run, name)
+        if folder is not None:
+            parameters = num_parameters(folder)
+            _check_use(run, folder, is_policy=key == "model")
+            found = Checkpoint(folder, parameters)
+        elif name == STARTER:
+            found = Checkpoint(None, STARTER_PARAMETERS)
+            check.needed = "the built-in starter model, trained at the first run"
+        else:
+            text = f"{name} is downloaded at the first run; --model downloads it now, and then checks memory"
+            check.warn(f"{text} and disk")
+        size = "size not known" if found.parameters is None else f"{found.parameters / 1e6:,.1f}M parameters"
+        check.found = f"{name}, {size}"
+    return found
 
 
-def check_model(run: Run, key: str, name: str, fetch: bool) -> tuple[Check, Checkpoint]:
-    """Whether a configured model is there with weights, tokenizer, and room for a response."""
-    try:
-        found = find(run, name, fetch)
-        if found.folder is not None:
-            _check_use(run, key, found.folder)
-    except GrpoError as error:
-        return failed(key, name, "a checkpoint", error), Checkpoint(None, None)
-    size = "size not known" if found.parameters is None else f"{found.parameters / 1e6:,.1f}M parameters"
-    if found.folder is not None:
-        return Check(key, f"{name}, {size}", "a checkpoint"), found
-    if name == STARTER:
-        return Check(key, f"{name}, {size}", "the built-in starter model, trained at the first run"), found
-    note = f"{name} is downloaded at the first run; --model downloads it now, and then checks memory and disk"
-    return Check(key, f"{name}, {size}", "a checkpoint", "warning", note), found
-
-
-def check_lora(run: Run, policy: Checkpoint) -> list[Check]:
+def check_lora(run: Run, report: Report, policy: Checkpoint) -> None:
     """Whether peft is there and, once the policy is, has what update.lora.targets names."""
     lora = run.config.update.lora
     if lora is None:
-        return []
+        return
     from grpo.update.adapter import check_targets, require_peft
 
-    found, needed = ", ".join(lora.targets or ["every linear layer"]), "linear layers that take an adapter"
-    try:
+    found = ", ".join(lora.targets or ["every linear layer"])
+    with report.check("lora targets", found, "linear layers that take an adapter"):
         require_peft()
         if policy.folder is not None:
             check_targets(policy.folder, lora.targets)
-    except GrpoError as error:
-        return [failed("lora targets", found, needed, error)]
-    return [Check("lora targets", found, needed)]
 
 
 def num_parameters(folder: Path) -> int:
-    """Weights in the checkpoint `folder`, from the headers of its files. Raises InputError, CorruptError."""
+    """Weights in the checkpoint `folder`, from the headers of the files that transformers reads.
+
+    Raises InputError, CorruptError.
+    """
     from safetensors import SafetensorError, safe_open
 
+    checkpoint_files(folder)
+    single, index = (folder / name for name in WEIGHT_FILES)
+    names = {single.name}
+    if not single.is_file():
+        if not index.is_file():
+            raise InputError(
+                f"{folder}: has no {' or '.join(WEIGHT_FILES)}; weights cannot be loaded without"
+            )
+        names = set(read_json(index, weight_map=dict)["weight_map"].values())
     total = 0
-    for path in _weight_files(folder):
+    for path in sorted(folder / name for name in names):
         if not path.is_file():
             raise InputError(f"{path}: missing, though the index of the checkpoint lists it")
         try:
@@ -80,19 +87,6 @@ def num_parameters(folder: Path) -> int:
             raise CorruptError(f"{path}: is not safetensors: {error}") from error
         total += sum(map(math.prod, shapes))
     return total
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files transformers reads, and no other copy of the weights that lies beside them."""
-    from grpo.models.loading import WEIGHT_FILES
-
-    checkpoint_files(folder)
-    single, index = (folder / name for name in WEIGHT_FILES)
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise InputError(f"{folder}: has no {' or '.join(WEIGHT_FILES)}; weights cannot be loaded without")
-    return [folder / name for name in sorted(set(read_json(index, weight_map=dict)["weight_map"].values()))]
 
 
 def _local(run: Run, name: str) -> Path | None:
@@ -106,11 +100,9 @@ def _local(run: Run, name: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _check_use(run: Run, key: str, folder: Path) -> None:
-    from grpo.models.loading import context_length, load_config, load_tokenizer
-
+def _check_use(run: Run, folder: Path, is_policy: bool) -> None:
     context, limit = context_length(load_config(folder)), run.config.generate.max_new_tokens
-    if key != "model":
+    if not is_policy:
         return
     load_tokenizer(folder)
     if context is not None and limit >= context:
