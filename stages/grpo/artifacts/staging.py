@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from grpo import __version__, tables
 from grpo.artifacts import files
+from grpo.artifacts.layout import iterations_in
 from grpo.artifacts.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -253,10 +254,12 @@ def _sidecars(run: Run, folder: Path) -> list[FileRecord]:
     return records
 
 
-def staging_folders(run: Run) -> list[Path]:
-    """Folders of outputs that are not committed yet."""
-    root = run.path / ".staging"
-    return sorted({path.parent for name in (_PLAN, MANIFEST, f"*{_SIDECAR}") for path in root.rglob(name)})
+def staging_folders(run: Run) -> dict[Path, tuple[str, int | None]]:
+    """Folders of outputs that are not committed yet: the output and its iteration."""
+    root = run.staging_root(None)
+    found = {path.parent for name in (_PLAN, MANIFEST, f"*{_SIDECAR}") for path in root.rglob(name)}
+    iterations = {run.staging_root(number): number for number in iterations_in(root)}
+    return {path: (path.name.rpartition("-")[0], iterations.get(path.parent)) for path in sorted(found)}
 
 
 def check_staged(run: Run, folder: Path) -> None:
