@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from grpo import sql, tables
-from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, lacking
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Run, Staging, id_of, lacking
 from grpo.errors import EngineError
 from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, config_of, settings
 from grpo.generate import plan as generate
@@ -33,7 +33,7 @@ class Resources(Protocol):
         """The resource of a stage. beside: it needs no accelerator, so that whoever is there may stay."""
 
 
-def check(run: Run, until: int, resources: Resources) -> None:
+def check(run: ActiveRun, until: int, resources: Resources) -> None:
     """Raise UsageError (exit 2) for a reward that cannot do with the columns of the held-out prompts."""
     scorers: Scorers = resources(score.NAME)
     columns = columns_of(run.read(HELD_OUT, None))
@@ -53,13 +53,13 @@ def release(opened: Resources) -> None:
     """The stages' own."""
 
 
-def after(run: Run, manifest: Manifest, opened: Resources) -> None:
+def after(run: ActiveRun, manifest: Manifest, opened: Resources) -> None:
     """Raise EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop."""
     if lacking(run, manifest):
         raise EngineError(scoring.complaint(run, f"evaluate: policy {manifest.iteration}", REWARDS, manifest))
 
 
-def produce(run: Run, policy: int, staging: Staging, resources: Resources) -> Product:
+def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources) -> Product:
     """The evaluation of one policy: what of it is not committed yet is sampled and scored."""
     before = run.manifest(OUTPUT, policy)
     prompts = run.read(HELD_OUT, None)
@@ -93,7 +93,7 @@ def _keep_rollouts(run: Run, policy: int, staging: Staging, before: Manifest) ->
 
 
 def _sampled(
-    run: Run, policy: int, staging: Staging, prompts: pa.Table, sampler: sampling.Sampler
+    run: ActiveRun, policy: int, staging: Staging, prompts: pa.Table, sampler: sampling.Sampler
 ) -> sampling.Work:
     wanted = settings(run)
     draws = sampling.draws_of(prompts.to_pylist(), sampler, chat_of(config_of(run).prompts, run.imports))
@@ -112,7 +112,7 @@ def _sampled(
     )
 
 
-def measure(run: Run, policy: int, staging: Staging, held: list[FileRecord]) -> dict[str, Any]:
+def measure(run: ActiveRun, policy: int, staging: Staging, held: list[FileRecord]) -> dict[str, Any]:
     """The row of `evals` of what is staged: the same SQL that everyone asks later, over the same files."""
     wanted = settings(run)
     row = {"iteration": policy, "same_prompts": True, **wanted}

@@ -5,7 +5,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import Run, droppable, files, iterations_in, prune, staged_attempts, staging_folders
+from grpo.artifacts import (
+    ActiveRun,
+    Run,
+    droppable,
+    files,
+    iterations_in,
+    prune,
+    staged_attempts,
+    staging_folders,
+)
 from grpo.console import stdout_console
 from grpo.errors import InputError, UsageError
 from grpo.pipeline.stages import EVALUATE, STAGES
@@ -22,7 +31,7 @@ class Garbage:
     bytes: int
 
 
-def garbage(run: Run) -> list[Garbage]:
+def garbage(run: ActiveRun) -> list[Garbage]:
     """All that `grpo gc` would remove, in the order in which it does."""
     found = [("trash", path, [path]) for path in _entries(run.trash)]
     found += [("abandoned staging", path, [path]) for path in _abandoned(run)]
@@ -31,7 +40,7 @@ def garbage(run: Run) -> list[Garbage]:
     return [Garbage(what, path, sum(map(_size, paths))) for what, path, paths in found]
 
 
-def collect(run: Run) -> list[Garbage]:
+def collect(run: ActiveRun) -> list[Garbage]:
     """Remove it, and return what was removed. Needs the lock."""
     found = garbage(run)
     for each in found:
@@ -44,7 +53,7 @@ def collect(run: Run) -> list[Garbage]:
     return found
 
 
-def _abandoned(run: Run) -> Iterator[Path]:
+def _abandoned(run: ActiveRun) -> Iterator[Path]:
     """Staged work that no command would go on with: of a plan that is no longer the configured one.
 
     Of an output that is not committed it stays, of whatever plan: the configuration may come back to it, and
@@ -57,7 +66,7 @@ def _abandoned(run: Run) -> Iterator[Path]:
                 yield path
 
 
-def _is_wanted(run: Run, staged: Path, output: str, iteration: int | None) -> bool:
+def _is_wanted(run: ActiveRun, staged: Path, output: str, iteration: int | None) -> bool:
     stage = _STAGES.get(output)
     if stage is None or iteration is None or run.manifest(output, iteration) is None:
         return True

@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, Run, holder_of, is_kept, read_manifest
+from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, ActiveRun, Run, holder_of, is_kept, read_manifest
 from grpo.errors import CorruptError, InputError
 from grpo.models.find import resolve_model
 from grpo.prompts.table import HELD_OUT, config_of, source_is_gone
@@ -33,7 +33,7 @@ class Damage:
     """What has to be out of the way first."""
 
 
-def damages(run: Run, wrong: dict[Place, str]) -> list[Damage]:
+def damages(run: ActiveRun, wrong: dict[Place, str]) -> list[Damage]:
     """What is damaged and what to do, in the order of the outputs. wrong: what was found at each place."""
     lost: dict[Place, str] = {}
     for place in sorted(wrong, key=_in_order):  # what an output is made from comes before it
@@ -63,7 +63,7 @@ def command_for(output: str, iteration: int | None) -> str:
     return f"grpo {stage} --{'policy' if output == EVALUATION else 'iteration'} {iteration}"
 
 
-def read_by(run: Run, place: Place) -> list[Place]:
+def read_by(run: ActiveRun, place: Place) -> list[Place]:
     """What an output is made from, with the configuration of `run`."""
     output, iteration = place
     if iteration is None:
@@ -95,7 +95,7 @@ def _moved(folder: Path, place: Place) -> Place | None:
     return None
 
 
-def _reason_lost(run: Run, place: Place, wrong: dict[Place, str], lost: dict[Place, str]) -> str:
+def _reason_lost(run: ActiveRun, place: Place, wrong: dict[Place, str], lost: dict[Place, str]) -> str:
     """Why an output cannot be made again; empty where it can. lost: the same of those before it."""
     if place[1] is None:
         return _source_lost(run, place[0])
@@ -112,7 +112,7 @@ def _reason_lost(run: Run, place: Place, wrong: dict[Place, str], lost: dict[Pla
     return ""
 
 
-def _source_lost(run: Run, output: str) -> str:
+def _source_lost(run: ActiveRun, output: str) -> str:
     """Why prompts, held-out prompts or the starting policy cannot be made again."""
     if output == "policy":
         try:

@@ -18,6 +18,7 @@ from grpo.artifacts import (
     OUTPUTS,
     PRUNED,
     RUN_OUTPUTS,
+    ActiveRun,
     FileRecord,
     Manifest,
     Run,
@@ -60,7 +61,7 @@ class Report:
         return {**counts, "damaged": damaged, **rest}
 
 
-def verify(run: Run) -> Report:
+def verify(run: ActiveRun) -> Report:
     """Look at every committed output of `run`. Raises UsageError when there is no such run."""
     report = Report(damages=_damaged_notes(run))
     places: list[Place] = [(output, None) for output in RUN_OUTPUTS]
@@ -120,7 +121,7 @@ def print_report(run: Run, report: Report, discarded: bool) -> None:
         say(f"to rebuild it, with the configuration of run {run.name}: {'; '.join(redo)}")
 
 
-def _damaged_notes(run: Run) -> list[Damage]:
+def _damaged_notes(run: ActiveRun) -> list[Damage]:
     """Of what is no output: run.json, the intent of `--from`, the tracker's note, and unfinished work."""
     found = []
     notes: list[tuple[Path, str, Callable[[], object]]] = [
@@ -191,7 +192,7 @@ def _check_file(run: Run, manifest: Manifest, file: FileRecord, path: Path) -> N
             raise CorruptError(f"{path}: holds rows of another iteration than {at}")
 
 
-def _gone(run: Run, readers: dict[Place, Place], wrong: dict[Place, str]) -> dict[Place, str]:
+def _gone(run: ActiveRun, readers: dict[Place, Place], wrong: dict[Place, str]) -> dict[Place, str]:
     """Outputs that are not there, though another was made from them. readers: of what, who read it."""
     found: dict[Place, str] = {}
     # A writer may have taken away both meanwhile.
@@ -217,7 +218,7 @@ def _unfinished(run: Run) -> list[str]:
     return [f"{folder}: written, and moved to its place by the next command" for folder in written]
 
 
-def _stale(run: Run) -> list[str]:
+def _stale(run: ActiveRun) -> list[str]:
     present = states(run)
     found = {
         f"{name} of iteration {iteration}": state

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.config import RewardConfig
 from grpo.score.functions.call import FunctionSpec, GroupCall
 from grpo.score.functions.pool import FunctionPool
@@ -55,7 +55,7 @@ class Rollout:
 
 
 @contextmanager
-def open_scorers(run: Run) -> Iterator[Scorers]:
+def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
     """Start the workers, load the reward models, open the judges.
 
     Raises UsageError (exit 2) for a function that is no use, and a judge without key, package or rubric.
@@ -80,7 +80,7 @@ def open_scorers(run: Run) -> Iterator[Scorers]:
         yield Scorers(pool, prompts, columns, _open_models(run), judges, rubrics)
 
 
-def _open_models(run: Run) -> "dict[str, RewardModel]":
+def _open_models(run: ActiveRun) -> "dict[str, RewardModel]":
     rewards = [reward for reward in run.config.score.rewards if reward.model is not None]
     if not rewards:
         return {}
@@ -103,7 +103,7 @@ def spec_of(reward: RewardConfig) -> FunctionSpec:
 
 
 def score(
-    run: Run, tool: Scorers, iteration: int, reward: RewardConfig, rollouts: Sequence[Rollout]
+    run: ActiveRun, tool: Scorers, iteration: int, reward: RewardConfig, rollouts: Sequence[Rollout]
 ) -> Iterator[tuple[Rollout, Outcome]]:
     """(rollout, outcome) of each: a function gets one group per call, a model batches of tokens."""
     groups: dict[int, list[Rollout]] = {}
@@ -139,7 +139,7 @@ def questions(tool: Scorers, reward: RewardConfig, rollouts: Sequence[Rollout]) 
 
 
 def ask(
-    run: Run, tool: Scorers, reward: RewardConfig, asked: dict[Key, str]
+    run: ActiveRun, tool: Scorers, reward: RewardConfig, asked: dict[Key, str]
 ) -> Generator[dict[Key, Judgement], None, None]:
     """Answers of a judge as they come. They end early when a signal asks to stop."""
     keys = list(asked)

@@ -4,12 +4,12 @@ from collections.abc import Collection
 from typing import Any
 
 from grpo import sql, tables
-from grpo.artifacts import FileRecord, Manifest, Run, Staging, num_rounds
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Staging, num_rounds
 from grpo.sql.scored import count_signal, create_scored
 
 
 def signal_summary(
-    run: Run, staging: Staging, rollouts: Manifest, held: list[FileRecord], weights: Collection[float]
+    run: ActiveRun, staging: Staging, rollouts: Manifest, held: list[FileRecord], weights: Collection[float]
 ) -> dict[str, Any]:
     """Of rewards that are about to be committed: groups with signal, and the rounds they are of.
 
@@ -26,7 +26,7 @@ def signal_summary(
     return {"groups_with_signal": found, "rounds": num_rounds(rollouts)}
 
 
-def say_short(run: Run, rollouts: Manifest, rewards: Manifest) -> None:
+def say_short(run: ActiveRun, rollouts: Manifest, rewards: Manifest) -> None:
     """Say it where the last round has not brought enough groups with signal."""
     dynamic_sampling = dynamic_sampling_of(rollouts)
     if dynamic_sampling is None or num_rounds(rollouts) < dynamic_sampling["max_rounds"]:

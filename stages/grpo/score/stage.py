@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, lacking
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Run, Staging, id_of, lacking
 from grpo.config import RewardConfig
 from grpo.errors import EngineError
 from grpo.score import scorers
@@ -34,7 +34,7 @@ def check(run: Run, until: int, resources: Callable[[str], Any]) -> None:
     resources(NAME)
 
 
-def open_resource(run: Run) -> AbstractContextManager[Scorers]:
+def open_resource(run: ActiveRun) -> AbstractContextManager[Scorers]:
     """What scores, kept open between iterations; errors as scorers.open_scorers()."""
     return scorers.open_scorers(run)
 
@@ -45,7 +45,7 @@ def release(opened: Scorers) -> None:
         model.release()
 
 
-def after(run: Run, manifest: Manifest, opened: Scorers) -> None:
+def after(run: ActiveRun, manifest: Manifest, opened: Scorers) -> None:
     """Raise EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop."""
     assert manifest.iteration is not None
     if lacking(run, manifest):
@@ -53,7 +53,7 @@ def after(run: Run, manifest: Manifest, opened: Scorers) -> None:
     say_short(run, run.require("rollouts", manifest.iteration, "grpo generate"), manifest)
 
 
-def produce(run: Run, iteration: int, staging: Staging, opened: Scorers) -> Product:
+def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Scorers) -> Product:
     """The `rewards` of one iteration: what of them is not there yet is scored."""
     rollouts = run.require("rollouts", iteration, "grpo generate")
     files = [File(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
@@ -65,7 +65,9 @@ def produce(run: Run, iteration: int, staging: Staging, opened: Scorers) -> Prod
     return Product(ids, held, summary)
 
 
-def score(run: Run, staging: Staging, opened: Scorers, work: Work) -> tuple[dict[str, str], list[FileRecord]]:
+def score(
+    run: ActiveRun, staging: Staging, opened: Scorers, work: Work
+) -> tuple[dict[str, str], list[FileRecord]]:
     """Score what of `work` is not scored yet: the id of each reward, and all shards, judgements last."""
     earlier = None if _asked_again(run, staging, work.before) else work.before
     scored: list[FileRecord] = []
@@ -88,7 +90,7 @@ def score(run: Run, staging: Staging, opened: Scorers, work: Work) -> tuple[dict
     return ids, [*scored, *answered]
 
 
-def summary_of(run: Run, held: list[FileRecord]) -> dict[str, Any]:
+def summary_of(run: ActiveRun, held: list[FileRecord]) -> dict[str, Any]:
     """How many rewards failed, what became of each, and their weights."""
     statuses: Counter[str] = Counter()
     for record in held:
@@ -97,13 +99,13 @@ def summary_of(run: Run, held: list[FileRecord]) -> dict[str, Any]:
     return {"failed": _failed(statuses), "statuses": dict(statuses), "weights": weights}
 
 
-def _asked_again(run: Run, staging: Staging, before: Manifest | None) -> bool:
+def _asked_again(run: ActiveRun, staging: Staging, before: Manifest | None) -> bool:
     """Whether this is a `--force` with nothing changed: then every reward is computed anew."""
     again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
     return again and not staging.only_failed and not lacking(run, before)
 
 
-def _score_shard(run: Run, staging: Staging, opened: Scorers, shard: Shard) -> FileRecord:
+def _score_shard(run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
     reward, old = shard.reward, shard.old
     name = shard.name(staging)
@@ -130,7 +132,7 @@ def _score_shard(run: Run, staging: Staging, opened: Scorers, shard: Shard) -> F
 
 
 def _score(
-    run: Run, staging: Staging, opened: Scorers, shard: Shard, rollouts: list[Rollout]
+    run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard, rollouts: list[Rollout]
 ) -> dict[Key, Outcome]:
     outcomes = {}
     title = f"{staging.plan.stage} {shard.work.iteration} {shard.reward.name}"

@@ -1,6 +1,6 @@
 """doctor: is everything here that a configuration needs? Looks and tries, makes no run and takes no lock."""
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.manage.doctor.checkpoint import check_lora, check_model
 from grpo.manage.doctor.engine import AGREEMENT, check_agreement, check_engine
 from grpo.manage.doctor.inputs import check_prompts, check_rewards
@@ -11,7 +11,7 @@ from grpo.prompts.table import HELD_OUT
 __all__ = ["Report", "examine", "print_report"]
 
 
-def examine(run: Run, with_model: bool) -> Report:
+def examine(run: ActiveRun, with_model: bool) -> Report:
     """Check the machine for the configuration of `run`, in the order in which a run would meet what is wrong.
 
     with_model: also get the model as a run would, open the engine, and compare it with the learner.

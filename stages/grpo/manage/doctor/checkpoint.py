@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.artifacts import Run, checkpoint_files, is_hub_id, read_json
+from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id, read_json
 from grpo.errors import CorruptError, InputError, UsageError
 from grpo.manage.doctor.report import Report
 from grpo.models.find import STARTER, resolve_model, starter_folder
@@ -22,7 +22,7 @@ class Checkpoint:
 
 
 def check_model(
-    run: Run, report: Report, key: str, name: str, fetch: bool, needed: str = "a checkpoint"
+    run: ActiveRun, report: Report, key: str, name: str, fetch: bool, needed: str = "a checkpoint"
 ) -> Checkpoint:
     """Whether a configured model is there with its weights; the policy also with tokenizer and room.
 
@@ -46,7 +46,7 @@ def check_model(
     return found
 
 
-def check_lora(run: Run, report: Report, policy: Checkpoint) -> None:
+def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
     """Whether peft is there and, once the policy is, has what update.lora.targets names."""
     lora = run.config.update.lora
     if lora is None:
@@ -89,7 +89,7 @@ def num_parameters(folder: Path) -> int:
     return total
 
 
-def _local(run: Run, name: str) -> Path | None:
+def _local(run: ActiveRun, name: str) -> Path | None:
     if name == STARTER:
         return starter_folder(run) if starter_folder(run).exists() else None
     if not is_hub_id(name, run.imports):
@@ -100,7 +100,7 @@ def _local(run: Run, name: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _check_use(run: Run, folder: Path, is_policy: bool) -> None:
+def _check_use(run: ActiveRun, folder: Path, is_policy: bool) -> None:
     context, limit = context_length(load_config(folder)), run.config.generate.max_new_tokens
     if not is_policy:
         return

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.errors import DataError, EngineError, ResourceError, UsageError, first_line
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Request, Sample, Sampling, group_seed
@@ -35,7 +35,7 @@ AGREEMENT = "engine and learner compute the same"
 NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS = 4, 4, 64  # at most
 
 
-def check_engine(run: Run, report: Report) -> None:
+def check_engine(run: ActiveRun, report: Report) -> None:
     """The engine that is chosen; where it is vLLM, its version and `engine_options`. Opens nothing."""
     config = run.config.generate
     name, why = choose_engine(config.engine)
@@ -55,7 +55,7 @@ def check_engine(run: Run, report: Report) -> None:
             check.warn("leave generate.engine_options out, or set generate.engine: vllm")
 
 
-def check_agreement(run: Run, report: Report, checkpoint: Path, rows: list[Row]) -> None:
+def check_agreement(run: ActiveRun, report: Report, checkpoint: Path, rows: list[Row]) -> None:
     """Open the engine on the starting policy, sample, and compare; the numbers are in the report too."""
     with report.check("agreement", "", AGREEMENT) as check:
         try:
@@ -83,7 +83,7 @@ def _judge(check: Check, mean: float, precision: str) -> None:
     check.warn(f"{apart} in {precision}; {way}")
 
 
-def _measure(run: Run, checkpoint: Path, rows: list[Row]) -> dict[str, Any]:
+def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any]:
     """The numbers of the comparison. Raises EngineError (exit 8) where a reload is not followed."""
     config, device = run.config.generate, best_device()
     name, _ = choose_engine(config.engine)
@@ -114,7 +114,9 @@ def _measure(run: Run, checkpoint: Path, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _requests(run: Run, checkpoint: Path, rows: list[Row], limit: int, context: int | None) -> list[Request]:
+def _requests(
+    run: ActiveRun, checkpoint: Path, rows: list[Row], limit: int, context: int | None
+) -> list[Request]:
     """The first prompts that leave room for `limit` tokens; with seeds of iteration 0."""
     token_ids = encode(rows, load_tokenizer(checkpoint), chat_of(run.config.prompts, run.imports))[1]
     fitting = [ids for ids in token_ids if context is None or len(ids) + limit <= context][:NUM_PROMPTS]
@@ -126,7 +128,7 @@ def _requests(run: Run, checkpoint: Path, rows: list[Row], limit: int, context: 
 
 
 def _compare(
-    run: Run, checkpoint: Path, taken: Sequence[tuple[Request, Sample]], device: str
+    run: ActiveRun, checkpoint: Path, taken: Sequence[tuple[Request, Sample]], device: str
 ) -> dict[str, float]:
     """The learner's log-probs of what was sampled, against the sampler's."""
     old = [sample.logprobs for _, sample in taken]

@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from grpo import tables
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.errors import DataError
 from grpo.manage.doctor.checkpoint import Checkpoint, check_model
 from grpo.manage.doctor.report import Report
@@ -23,7 +23,7 @@ NUM_ROWS = 1000  # read of the source; a run reads and checks all
 
 
 def check_prompts(
-    run: Run, report: Report, policy: Checkpoint, fetch: bool, output: str = OUTPUT
+    run: ActiveRun, report: Report, policy: Checkpoint, fetch: bool, output: str = OUTPUT
 ) -> list[Row]:
     """The first rows of prompts, or held-out ones, with their length where the tokenizer is there.
 
@@ -46,7 +46,7 @@ def check_prompts(
     return rows
 
 
-def _first_rows(run: Run, output: str) -> list[tuple[str, Row]]:
+def _first_rows(run: ActiveRun, output: str) -> list[tuple[str, Row]]:
     """(place, row) from the source, or from the run where that is what will be used."""
     config = config_of(run, output)
     kept = source_is_gone(run, output) or is_on_hub(config, run.imports)
@@ -56,7 +56,7 @@ def _first_rows(run: Run, output: str) -> list[tuple[str, Row]]:
     return list(islice(normalised(config, run.imports), NUM_ROWS))
 
 
-def _longest(run: Run, rows: list[tuple[str, Row]], policy: Path, output: str) -> str:
+def _longest(run: ActiveRun, rows: list[tuple[str, Row]], policy: Path, output: str) -> str:
     """How long the longest prompt is. Raises DataError where a run would refuse one."""
     config, tokenizer = config_of(run, output), load_tokenizer(policy)
     chat, context = chat_of(config, run.imports), context_length(load_config(policy))
@@ -73,7 +73,7 @@ def _longest(run: Run, rows: list[tuple[str, Row]], policy: Path, output: str) -
     return f", the longest {max(length for _, length in kept)} tokens"
 
 
-def check_rewards(run: Run, report: Report, rows: list[Row], fetch: bool) -> None:
+def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) -> None:
     """Import every reward function in a worker, as `score` does; look for every reward model and judge."""
     names = {*tables.schema("prompts").names, *(name for row in rows for name in row)}
     columns = sorted(names - {"prompt", "messages"}) if rows else None

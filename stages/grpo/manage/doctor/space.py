@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.errors import ResourceError
 from grpo.generate.engines.choice import choose_engine
 from grpo.manage.doctor.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ LEFT_OUT = (
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_memory(run: Run, report: Report, policy: Checkpoint, reference: Checkpoint) -> None:
+def check_memory(run: ActiveRun, report: Report, policy: Checkpoint, reference: Checkpoint) -> None:
     """GPU and main memory, or main memory alone; nothing where a size is not known."""
     import torch
 
@@ -95,7 +95,7 @@ def main_memory() -> tuple[int, int]:
     return total, min(available, total)
 
 
-def _engine_bytes(run: Run, parameters: int, on_gpu: bool) -> tuple[int, float]:
+def _engine_bytes(run: ActiveRun, parameters: int, on_gpu: bool) -> tuple[int, float]:
     """What the engine's weights take, on a CPU with vLLM's cache; and the share of a GPU that it may have."""
     config = run.config.generate
     if choose_engine(config.engine)[0] != "vllm":
@@ -109,7 +109,7 @@ def _engine_bytes(run: Run, parameters: int, on_gpu: bool) -> tuple[int, float]:
     return weights + cache, settings.get("gpu_memory_utilization", 1.0)
 
 
-def check_disk(run: Run, report: Report, policy: Checkpoint) -> None:
+def check_disk(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
     """Free space against the checkpoints still to come; nothing where the model's size is not known."""
     if policy.parameters is None:
         return

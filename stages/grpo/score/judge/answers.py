@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import Run, Staging
+from grpo.artifacts import ActiveRun, Staging
 from grpo.score import scorers
 from grpo.score.judge.completion import Judgement
 from grpo.score.outcome import Outcome
@@ -24,7 +24,7 @@ TABLE = "judgements"
 
 
 def score_by_judge(
-    run: Run,
+    run: ActiveRun,
     staging: Staging,
     tool: Scorers,
     shard: Shard,
@@ -47,7 +47,7 @@ def score_by_judge(
 
 
 def _commit_answers(
-    run: Run,
+    run: ActiveRun,
     staging: Staging,
     tool: Scorers,
     shard: Shard,
