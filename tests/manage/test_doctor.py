@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Grpo
 
 from grpo.errors import CorruptError, InputError
-from grpo.manage.doctor import checkpoint, space
+from grpo.manage.doctor import inputs, space
 from grpo.manage.doctor.report import Report
 
 GIB = 2**30
@@ -197,13 +197,13 @@ def test_parameters_are_counted_from_headers(tmp_path: Path) -> None:
     write_weights(tmp_path / "copy.safetensors", {"x": [3, 4], "y": [5], "z": []})
     weight_map = {"x": "b.safetensors", "y": "b.safetensors", "z": "a.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert checkpoint.num_parameters(tmp_path) == 18  # 12 + 5 + 1; what the index does not name is a copy
+    assert inputs.num_parameters(tmp_path) == 18  # 12 + 5 + 1; what the index does not name is a copy
     (tmp_path / "a.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     with pytest.raises(CorruptError, match=r"a\.safetensors: is not safetensors: "):
-        checkpoint.num_parameters(tmp_path)
+        inputs.num_parameters(tmp_path)
     (tmp_path / "a.safetensors").unlink()
     with pytest.raises(InputError, match=r"a\.safetensors: missing, though the index"):
-        checkpoint.num_parameters(tmp_path)
+        inputs.num_parameters(tmp_path)
 
 
 def test_a_model_too_large_for_memory_and_disk(project: Path, grpo: Grpo) -> None:
@@ -247,7 +247,7 @@ def test_the_starter_model_is_not_trained_to_look(project: Path, grpo: Grpo) -> 
 
 
 def test_the_size_of_the_starter_model_is_known(starter_model: Path) -> None:
-    assert checkpoint.num_parameters(starter_model) == checkpoint.STARTER_PARAMETERS
+    assert inputs.num_parameters(starter_model) == inputs.STARTER_PARAMETERS
 
 
 def test_a_model_of_the_hub_is_not_downloaded_to_look(project: Path, grpo: Grpo) -> None:
@@ -272,7 +272,7 @@ def test_a_response_longer_than_the_context(project: Path, grpo: Grpo) -> None:
     ("billions", "share", "free", "level", "note"),
     [
         (1, 0.85, 80, "ok", "left out: activations"),  # 20 GiB in training, 2 GiB of engine weights
-        (5, 0.85, 80, "failed", "GPU memory: 100.0 GiB to train, 80.0 GiB there; "),
+        (5, 0.85, 80, "failed", "GPU memory: 100.0 GiB needed, 80.0 GiB there; "),
         (1, 0.02, 80, "failed", "GPU memory: 2.0 GiB of engine weights, 1.6 GiB for them; raise"),
         (1, 0.85, 60, "warning", "68.0 GiB will be asked for and other processes hold 20.0 GiB; "),
         (1, 1.0, 30, "ok", "left out: activations"),  # the built-in engine takes what it needs only

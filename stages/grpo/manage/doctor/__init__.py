@@ -1,9 +1,8 @@
 """doctor: is everything here that a configuration needs? Looks and tries, makes no run and takes no lock."""
 
 from grpo.artifacts import ActiveRun
-from grpo.manage.doctor.checkpoint import check_lora, check_model
 from grpo.manage.doctor.engine import AGREEMENT, check_agreement, check_engine
-from grpo.manage.doctor.inputs import check_prompts, check_rewards
+from grpo.manage.doctor.inputs import check_lora, check_model, check_prompts, check_rewards
 from grpo.manage.doctor.report import Report, print_report
 from grpo.manage.doctor.space import check_disk, check_memory
 from grpo.prompts.table import HELD_OUT

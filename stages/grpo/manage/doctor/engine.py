@@ -56,31 +56,30 @@ def check_engine(run: ActiveRun, report: Report) -> None:
 
 
 def check_agreement(run: ActiveRun, report: Report, checkpoint: Path, rows: list[Row]) -> None:
-    """Open the engine on the starting policy, sample, and compare; the numbers are in the report too."""
+    """Open the engine on the starting policy, sample, and compare; the numbers are in the report too.
+
+    float32 must agree to rounding; other precisions are what they are, and are reported.
+    """
     with report.check("agreement", "", AGREEMENT) as check:
         try:
-            numbers = _measure(run, checkpoint, rows)
+            numbers = report.agreement = _measure(run, checkpoint, rows)
         except torch.OutOfMemoryError as error:
             way = "lower gpu_memory_utilization, or end other processes"
             raise ResourceError(f"the GPU ran out of memory: {first_line(error)}; {way}") from None
-        report.agreement = numbers
         found = f"{numbers['weight_check_difference']:.1e} nats per token apart; it follows a perturbed copy"
         report.checks.append(Check("weight sync", found, "the engine computes the weights it was given"))
-        _judge(check, numbers["mismatch_mean"], numbers["precision"])
-
-
-def _judge(check: Check, mean: float, precision: str) -> None:
-    """float32 must agree to rounding; other precisions are what they are, and are reported."""
-    exact = precision == "float32"
-    allowed = FLOAT32_TOLERANCE if exact else MISMATCH_WARNING
-    check.found, check.needed = f"mismatch {mean:.1e} nats per token in {precision}", f"at most {allowed:g}"
-    if mean <= allowed:
-        return
-    apart = f"engine and learner are {mean:.1e} nats per token apart, at most {allowed:g} is right"
-    if exact or not np.isfinite(mean):
-        raise EngineError(f"{apart} in {precision}; they do not compute the same model")
-    way = "set engine_options dtype: float32, or update.sampler_correction (docs/math.md)"
-    check.warn(f"{apart} in {precision}; {way}")
+        mean, precision = numbers["mismatch_mean"], numbers["precision"]
+        allowed = FLOAT32_TOLERANCE if precision == "float32" else MISMATCH_WARNING
+        check.found = f"mismatch {mean:.1e} nats per token in {precision}"
+        check.needed = f"at most {allowed:g}"
+        apart = (
+            f"engine and learner are {mean:.1e} nats per token apart, {check.needed} is right in {precision}"
+        )
+        if not mean <= allowed and (precision == "float32" or not np.isfinite(mean)):
+            raise EngineError(f"{apart}; they do not compute the same model")
+        if mean > allowed:
+            way = "set engine_options dtype: float32, or update.sampler_correction (docs/math.md)"
+            check.warn(f"{apart}; {way}")
 
 
 def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any]:

@@ -1,25 +1,114 @@
-"""inputs: the prompts and the rewards that the configuration names."""
+"""inputs: the models, the prompts and the rewards that the configuration names."""
 
+import math
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from grpo import tables
-from grpo.artifacts import ActiveRun
-from grpo.errors import DataError
-from grpo.manage.doctor.checkpoint import Checkpoint, check_model
+from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id, read_json
+from grpo.errors import CorruptError, DataError, InputError
 from grpo.manage.doctor.report import Report
-from grpo.models.loading import context_length, load_config, load_tokenizer
-from grpo.prompts.chat import chat_of, encode
+from grpo.models.find import STARTER, resolve_model, starter_folder
+from grpo.models.loading import WEIGHT_FILES, load_config
+from grpo.pipeline.begin import lengths
 from grpo.prompts.rows import normalised
 from grpo.prompts.source import Row
-from grpo.prompts.table import HELD_OUT, OUTPUT, config_of, is_on_hub, source_is_gone, usable
+from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone, usable
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of, where
 from grpo.score.scorers import spec_of
 
-NUM_ROWS = 1000  # read of the source; a run reads and checks all
+NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
+STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A configured checkpoint. `folder` None: not on this machine yet; `parameters` None: not known yet."""
+
+    folder: Path | None = None
+    parameters: int | None = None
+
+
+def check_model(
+    run: ActiveRun, report: Report, key: str, name: str, fetch: bool, needed: str = "a checkpoint"
+) -> Checkpoint:
+    """Whether a configured model is there with its weights; the policy also with tokenizer and room.
+
+    fetch: it is trained or downloaded as a run would. Returns nothing known where it cannot be used.
+    """
+    found = Checkpoint()
+    with report.check(key, name, needed) as check:
+        folder = resolve_model(run, name) if fetch else _local(run, name)
+        if folder is not None:
+            parameters = num_parameters(folder)
+            load_config(folder)
+            if key == "model":
+                lengths(run, folder, OUTPUT)
+            found = Checkpoint(folder, parameters)
+        elif name == STARTER:
+            found = Checkpoint(None, STARTER_PARAMETERS)
+            check.needed = "the built-in starter model, trained at the first run"
+        else:
+            text = f"{name} is downloaded at the first run; --model downloads it now, and then checks memory"
+            check.warn(f"{text} and disk")
+        size = "size not known" if found.parameters is None else f"{found.parameters / 1e6:,.1f}M parameters"
+        check.found = f"{name}, {size}"
+    return found
+
+
+def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
+    """Whether peft is there and, once the policy is, has what update.lora.targets names."""
+    lora = run.config.update.lora
+    if lora is None:
+        return
+    from grpo.update.adapter import check_targets, require_peft
+
+    found = ", ".join(lora.targets or ["every linear layer"])
+    with report.check("lora targets", found, "linear layers that take an adapter"):
+        require_peft()
+        if policy.folder is not None:
+            check_targets(policy.folder, lora.targets)
+
+
+def num_parameters(folder: Path) -> int:
+    """Weights in the checkpoint `folder`, from the headers of the files that transformers reads.
+
+    Raises InputError, CorruptError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    checkpoint_files(folder)
+    first = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if first is None:
+        raise InputError(f"{folder}: has no {' or '.join(WEIGHT_FILES)}; weights cannot be loaded without")
+    names, total = {first}, 0
+    if first.endswith(".json"):
+        names = set(read_json(folder / first, weight_map=dict)["weight_map"].values())
+    for path in sorted(folder / name for name in names):
+        if not path.is_file():
+            raise InputError(f"{path}: missing, though the index of the checkpoint lists it")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise CorruptError(f"{path}: is not safetensors: {error}") from error
+        total += sum(map(math.prod, shapes))
+    return total
+
+
+def _local(run: ActiveRun, name: str) -> Path | None:
+    if name == STARTER:
+        return starter_folder(run) if starter_folder(run).exists() else None
+    if not is_hub_id(name, run.imports):
+        return run.imports / name
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def check_prompts(
@@ -32,45 +121,28 @@ def check_prompts(
     config, rows = config_of(run, output), list[Row]()
     needed = "prompts" if policy.folder is None else "prompts that leave room for max_new_tokens"
     name = "prompts" if output == OUTPUT else "held-out prompts"
+    on_hub, there = is_on_hub(config, run.imports), run.manifest(output, None) is not None
     with report.check(name, config.source, needed) as check:
-        if not fetch and is_on_hub(config, run.imports) and run.manifest(output, None) is None:
+        if on_hub and not (fetch or there):
             check.warn(f"{config.source} is downloaded at the first run; --model downloads it now")
             return rows
-        found = _first_rows(run, output)
+        if there and (on_hub or source_is_gone(run, output)):  # a run would not ask for it again
+            held = run.read(output, None).slice(0, NUM_ROWS).to_pylist()
+            found = [(f"{config.source}: prompt {row['prompt_id']}", row) for row in held]
+        else:
+            found = list(islice(normalised(config, run.imports), NUM_ROWS))
         if not found:
             raise DataError(f"prompts.source: {config.source}: holds no prompt")
-        longest = "" if policy.folder is None else _longest(run, found, policy.folder, output)
         more = "first " if len(found) == NUM_ROWS else ""
-        check.found = f"{config.source}: {more}{len(found):,} rows{longest}"
+        check.found = f"{config.source}: {more}{len(found):,} rows"
+        if policy.folder is not None:
+            num_tokens, room = lengths(run, policy.folder, output)
+            kept = usable(found, num_tokens, room, config, set())
+            if not kept:
+                raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
+            check.found += f", the longest {max(length for _, length in kept)} tokens"
         rows += [row for _, row in found]
     return rows
-
-
-def _first_rows(run: ActiveRun, output: str) -> list[tuple[str, Row]]:
-    """(place, row) from the source, or from the run where that is what will be used."""
-    config = config_of(run, output)
-    kept = source_is_gone(run, output) or is_on_hub(config, run.imports)
-    if kept and run.manifest(output, None) is not None:
-        rows = run.read(output, None).slice(0, NUM_ROWS).to_pylist()
-        return [(f"{run.folder(output, None)}: prompt {row['prompt_id']}", row) for row in rows]
-    return list(islice(normalised(config, run.imports), NUM_ROWS))
-
-
-def _longest(run: ActiveRun, rows: list[tuple[str, Row]], policy: Path, output: str) -> str:
-    """How long the longest prompt is. Raises DataError where a run would refuse one."""
-    config, tokenizer = config_of(run, output), load_tokenizer(policy)
-    chat, context = chat_of(config, run.imports), context_length(load_config(policy))
-    held_out = run.config.evaluate if output == HELD_OUT else None
-    given = (held_out and held_out.max_new_tokens) or run.config.generate.max_new_tokens
-    room = None if context is None else context - given
-
-    def num_tokens(rows: list[Row]) -> list[int]:
-        return [len(ids) for ids in encode(rows, tokenizer, chat)[1]]
-
-    kept = usable(rows, num_tokens, room, config, set())
-    if not kept:
-        raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
-    return f", the longest {max(length for _, length in kept)} tokens"
 
 
 def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) -> None:

@@ -11,17 +11,15 @@ from pathlib import Path
 from grpo.artifacts import ActiveRun
 from grpo.errors import ResourceError
 from grpo.generate.engines.choice import choose_engine
-from grpo.manage.doctor.checkpoint import Checkpoint
-from grpo.manage.doctor.report import Report
+from grpo.manage.doctor.inputs import Checkpoint
+from grpo.manage.doctor.report import Check, Report
 
 # Of a parameter, in bytes.
 FLOAT32 = 4
 LEARNER = 16  # float32 weights, gradients and AdamW's two moments
 RELEASED = 12  # the same in main memory while the engine has the GPU: no gradients then
 MOMENTS = 8  # beside the weights of a committed checkpoint
-LEFT_OUT = (
-    "left out: activations, the built-in engine's key-value cache, an adapter, the libraries themselves"
-)
+LEFT_OUT = "left out: activations, the built-in engine's key-value cache, an adapter, the libraries"
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -55,31 +53,31 @@ def check_gpu(report: Report, name: str, free: int, total: int, share: float, he
     most = max(training, engine)
     found = f"{name}: {_gib(free)} of {_gib(total)} free"
     with report.check("GPU memory", found, f"{_gib(most)}: {_parts(held)}, in turns") as check:
-        if training > total:
-            text = f"{_gib(training)} to train, {_gib(total)} there; use a smaller model or a larger GPU"
-            raise ResourceError(f"GPU memory: {text}")
+        _fit(check, training, max(most, share * total if share < 1 else 0), free, total)
         if engine > share * total:
             raise ResourceError(
                 f"GPU memory: {_gib(engine)} of engine weights, {_gib(share * total)} for them; raise"
                 " gpu_memory_utilization or tensor_parallel_size in generate.engine_options"
             )
-        check.note = LEFT_OUT
-        taken = max(most, share * total if share < 1 else 0)
-        if taken > free:
-            others = f"other processes hold {_gib(total - free)}; end them first"
-            check.warn(f"{_gib(taken)} will be asked for and {others}")
 
 
 def _check_main(report: Report, need: int, parts: str) -> None:
-    total, available = main_memory()
-    found = f"{_gib(available)} of {_gib(total)} available"
-    with report.check("memory", found, f"{_gib(need)}: {parts}") as check:
-        if need > total:
-            text = f"{_gib(need)} needed, {_gib(total)} there; use a smaller model or a larger machine"
-            raise ResourceError(f"memory: {text}")
-        check.note = LEFT_OUT
-        if need > available:
-            check.warn(f"other processes hold {_gib(total - available)}; end some of them first")
+    total, free = main_memory()
+    with report.check(
+        "memory", f"{_gib(free)} of {_gib(total)} available", f"{_gib(need)}: {parts}"
+    ) as check:
+        _fit(check, need, need, free, total)
+
+
+def _fit(check: Check, need: int, taken: float, free: int, total: int) -> None:
+    """Raise ResourceError where `need` bytes are not there at all; warn where others hold what is taken."""
+    if need > total:
+        text = f"{_gib(need)} needed, {_gib(total)} there; use a smaller model or a larger machine"
+        raise ResourceError(f"{check.name}: {text}")
+    check.note = LEFT_OUT
+    if taken > free:
+        others = f"other processes hold {_gib(total - free)}; end some of them first"
+        check.warn(f"{_gib(taken)} will be asked for and {others}")
 
 
 def main_memory() -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""export: a policy of a run, or its adapter -> a plain Hugging Face directory with a model card; and to the hub.
+"""export: a policy of a run, or its adapter -> a plain Hugging Face directory with a model card.
 
 Copies, not hard links: whoever saves over an exported file would write into the run.
 """

@@ -108,7 +108,7 @@ def _metrics(run: ActiveRun, policy: int) -> list[str]:
 
 
 def _held_out(run: Run, policy: int) -> list[str]:
-    """What the policy was measured to be on prompts that it was not trained on; where nothing was, no line."""
+    """What the policy was measured to be on prompts that it was not trained on; no line where nothing was."""
     manifest = run.manifest(EVALUATION, policy)
     found = manifest.summary if manifest else {"pass_at": None, "reward": None}
     told = [
