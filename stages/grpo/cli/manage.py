@@ -50,9 +50,7 @@ def verify(
     opened = reading(name, config, set_, damaged=True)
     # What a crash cut off is not finished first: that may be what is damaged.
     with opened.lock() if discard else nullcontext():
-        report = lazy.verify.verify(opened)
-        if discard:
-            lazy.verify.discard_damaged(opened, report)
+        report = lazy.verify.verify(opened, discard)
     if as_json:
         print_json({"run": opened.name, **report.describe()})
     else:
@@ -72,7 +70,7 @@ def gc(
     with nullcontext() if dry_run else locked(opened):
         found = lazy.gc.garbage(opened) if dry_run else lazy.gc.collect(opened)
     if as_json:
-        print_json(lazy.gc.describe(found, opened, dry_run))
+        print_json({**found, "dry_run": dry_run})
     else:
         lazy.gc.print_garbage(found, opened, dry_run)
 

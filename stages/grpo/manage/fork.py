@@ -31,10 +31,9 @@ from grpo.prompts.table import HELD_OUT
 def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, Any]:
     """Make the run `new`, with a configuration of its own, from iterations of `source` before `iteration`.
 
-    Of that iteration the outputs are taken over that `new` would make in the same way, up to the first that
-    it would not. None: the iteration after those that `source` has completed; what is later is not looked at.
-    Raises UsageError (exit 2) when `new` is there already or `source` has no such iteration, InputError (exit
-    4) when the checkpoint to go on from was pruned.
+    Of that iteration too, what `new` would make in the same way. None: the one after those completed. Raises
+    UsageError (exit 2) when `new` is there already or `source` has no such iteration, InputError (exit 4)
+    when the checkpoint to go on from was pruned.
     """
     _check_free(new)
     _check_fixed(source, new)
@@ -115,10 +114,10 @@ def _link(run: Run, staged: Run, output: str, iteration: int | None) -> None:
     """Link a committed output; its manifest last, as a commit would have it."""
     manifest = run.require(output, iteration, "grpo run")
     source, target = run.folder(output, iteration), staged.folder(output, iteration)
+    notes = [source / TIMINGS, source / PRUNED]
     held = [run.path_of(file, output, iteration) for file in manifest.files]
-    may_be_gone = {source / TIMINGS, source / PRUNED, *(held if (source / PRUNED).exists() else ())}
-    every = (source / TIMINGS, source / PRUNED, *held, source / MANIFEST)
-    paths = [path for path in every if path not in may_be_gone or path.exists()]
+    optional = notes + (held if (source / PRUNED).exists() else [])
+    paths = [path for path in (*notes, *held, source / MANIFEST) if path not in optional or path.exists()]
     places = [target / path.relative_to(source) for path in paths]
     for path, place in zip(paths, places, strict=True):
         files.make_folder(place.parent)

@@ -1,7 +1,6 @@
 """gc: `grpo gc`, what a run no longer needs: trash, abandoned staging, checkpoints that are not kept."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +21,22 @@ from grpo.pipeline.stages import EVALUATE, STAGES
 _STAGES = {stage.output: stage for stage in (*STAGES, EVALUATE)}
 
 
-@dataclass(frozen=True)
-class Garbage:
-    """Something to remove: a folder, or the checkpoint of an update (`path` is then the update's)."""
-
-    what: str
-    path: Path
-    bytes: int
-
-
-def garbage(run: ActiveRun) -> list[Garbage]:
-    """All that `grpo gc` would remove, in the order in which it does."""
+def garbage(run: ActiveRun) -> dict[str, Any]:
+    """All that `grpo gc` would remove, in order; of a checkpoint, `path` is the folder of its update."""
     found = [("trash", path, [path]) for path in _entries(run.trash)]
     found += [("abandoned staging", path, [path]) for path in _abandoned(run)]
     for iteration, paths in droppable(run).items():
         found.append(("checkpoint", run.folder("update", iteration), paths))
-    return [Garbage(what, path, sum(map(_size, paths))) for what, path, paths in found]
+    rows = [{"what": what, "path": path, "bytes": sum(map(_size, paths))} for what, path, paths in found]
+    return {"run": run.name, "garbage": rows, "bytes": sum(row["bytes"] for row in rows)}
 
 
-def collect(run: ActiveRun) -> list[Garbage]:
+def collect(run: ActiveRun) -> dict[str, Any]:
     """Remove it, and return what was removed. Needs the lock."""
     found = garbage(run)
-    for each in found:
-        if each.what != "checkpoint":
-            files.remove_folder(each.path) if each.path.is_dir() else files.remove_file(each.path)
+    for row in found["garbage"]:
+        if row["what"] != "checkpoint":
+            files.remove_folder(row["path"]) if row["path"].is_dir() else files.remove_file(row["path"])
     prune(run)
     for folder in _folders(run):
         if not _entries(folder):
@@ -74,22 +65,17 @@ def _is_wanted(run: ActiveRun, staged: Path, output: str, iteration: int | None)
         plan = stage.plan(run, iteration)
     except (InputError, UsageError):
         return False  # what it reads is not there yet, so nothing of it is staged at this plan
-    fingerprints = [plan.fingerprint(attempt) for attempt in staged_attempts(run, plan)]
-    return staged.name in [f"{output}-{fingerprint[:16]}" for fingerprint in fingerprints]
+    attempts = staged_attempts(run, plan)
+    return staged.name in [f"{output}-{plan.fingerprint(attempt)[:16]}" for attempt in attempts]
 
 
-def describe(found: list[Garbage], run: Run, dry_run: bool) -> dict[str, Any]:
-    """The list as plain data."""
-    total = sum(each.bytes for each in found)
-    return {"run": run.name, "dry_run": dry_run, "garbage": list(map(asdict, found)), "bytes": total}
-
-
-def print_garbage(found: list[Garbage], run: Run, dry_run: bool) -> None:
+def print_garbage(found: dict[str, Any], run: Run, dry_run: bool) -> None:
     """The list as a person reads it."""
     out = stdout_console()
-    lines = [(each.bytes, f"{each.what:<18} {each.path.relative_to(run.path)}") for each in found]
-    verb = "would be removed" if dry_run else "removed"
-    lines.append((sum(each.bytes for each in found), f"{verb} from run {run.name}"))
+    lines = [
+        (row["bytes"], f"{row['what']:<18} {row['path'].relative_to(run.path)}") for row in found["garbage"]
+    ]
+    lines.append((found["bytes"], f"{'would be removed' if dry_run else 'removed'} from run {run.name}"))
     for size, text in lines:
         out.print(f"{size / 2**20:10,.1f} MiB  {text}", markup=False, highlight=False)
 

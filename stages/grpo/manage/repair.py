@@ -36,7 +36,8 @@ class Damage:
 def damages(run: ActiveRun, wrong: dict[Place, str]) -> list[Damage]:
     """What is damaged and what to do, in the order of the outputs. wrong: what was found at each place."""
     lost: dict[Place, str] = {}
-    for place in sorted(wrong, key=_in_order):  # what an output is made from comes before it
+    order = [*RUN_OUTPUTS, *OUTPUTS]  # what an output is made from comes before it
+    for place in sorted(wrong, key=lambda place: (place[1] or 0, order.index(place[0]))):
         lost[place] = _reason_lost(run, place, wrong, lost)
     return [_damage(run, place, wrong, lost) for place in lost]
 
@@ -79,17 +80,12 @@ def read_by(run: ActiveRun, place: Place) -> list[Place]:
     return [*past, *(holder_of(f"{name}@{iteration}") for name in _READS[output])]
 
 
-def _in_order(place: Place) -> tuple[int, int]:
-    output, iteration = place
-    return (-1, 0) if iteration is None else (iteration, list(OUTPUTS).index(output))
-
-
 def _moved(folder: Path, place: Place) -> Place | None:
     """The place of an output that is whole and lies at another's."""
     with suppress(CorruptError, InputError):
         if manifest := read_manifest(folder):
-            outputs = {stage: output for output, stage in OUTPUTS.items()}
-            own = (outputs.get(manifest.stage, manifest.stage), manifest.iteration)
+            made = [output for output, stage in OUTPUTS.items() if stage == manifest.stage]
+            own = (made[0] if made else manifest.stage, manifest.iteration)
             whole = all((folder / file.part / file.name).exists() for file in manifest.files)
             return own if own != place and whole else None
     return None

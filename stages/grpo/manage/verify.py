@@ -1,8 +1,4 @@
-"""verify: every hash, every schema and every invariant of a run, and what to do where one does not hold.
-
-Reads everything and changes nothing, unless asked to move what is damaged to .trash, so that the commands
-that make it can be run again.
-"""
+"""verify: every hash, every schema and every invariant of a run, and what to do where one does not hold."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -36,13 +32,14 @@ from grpo.pipeline.restart import intent_path, read_intent
 from grpo.pipeline.states import evaluation_states, states
 from grpo.prompts.table import HELD_OUT
 
+_COUNTS = ("outputs", "files", "bytes", "rows", "pruned")  # pruned: files that retention dropped
+
 
 @dataclass
 class Report:
     """What was looked at, and what was found."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    """files, bytes, rows, outputs; pruned: files that retention dropped."""
+    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_COUNTS, 0)))
     damages: list[Damage] = field(default_factory=list)
     broken: dict[str, int] = field(default_factory=dict)
     """Invariant -> rows that break it; only looked at where nothing is damaged."""
@@ -55,14 +52,13 @@ class Report:
 
     def describe(self) -> dict[str, Any]:
         """The report as plain data."""
-        counts = {name: self.counts[name] for name in ("outputs", "files", "bytes", "rows", "pruned")}
         damaged = [{"found": each.found, "redo": each.redo or None} for each in self.damages]
         rest = {"broken": self.broken, "stale": self.stale, "exit": self.exit_code}
-        return {**counts, "damaged": damaged, **rest}
+        return {**self.counts, "damaged": damaged, **rest}
 
 
-def verify(run: ActiveRun) -> Report:
-    """Look at every committed output of `run`. Raises UsageError when there is no such run."""
+def verify(run: ActiveRun, set_aside: bool) -> Report:
+    """Look at all of a run. set_aside: move what can be made again to .trash, which needs the lock."""
     report = Report(damages=_damaged_notes(run))
     places: list[Place] = [(output, None) for output in RUN_OUTPUTS]
     numbers = sorted({*run.iterations(), *run.evaluations()})
@@ -88,14 +84,10 @@ def verify(run: ActiveRun) -> Report:
         rows = sql.read([run], sql.own_text("sql/views/invariants")).to_pylist()
         report.broken = {row["invariant"]: row["rows"] for row in rows}
         report.stale = _stale(run)
-    return report
-
-
-def discard_damaged(run: Run, report: Report) -> None:
-    """Move what is damaged and can be made again to .trash. Needs the lock."""
     for each in report.damages:
-        if each.aside is not None:
+        if each.aside is not None and set_aside:
             discard(run, each.aside)
+    return report
 
 
 def print_report(run: Run, report: Report, discarded: bool) -> None:

@@ -4,7 +4,6 @@ A few rollouts, sampled from the whole distribution, whatever top_p says: what i
 the two. The learner is the real one, so its formula, padding and temperature are those of training.
 """
 
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +22,6 @@ from grpo.generate.weight_sync import FLOAT32_TOLERANCE, WeightSync
 from grpo.inspect.status import MISMATCH_WARNING
 from grpo.manage.doctor.report import Check, Report
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
-from grpo.models.weight_check import NUM_PROMPTS as NUM_CHECK_PROMPTS
 from grpo.models.weight_check import weight_check_of
 from grpo.prompts.chat import chat_of, encode
 from grpo.prompts.source import Row
@@ -45,8 +43,8 @@ def check_engine(run: ActiveRun, report: Report) -> None:
         if is_vllm:
             check_version()
         elif cut := config.truncation():
-            engine.needed, text = "vllm", "the built-in engine samples from all tokens"
-            raise UsageError(f"generate.{cut}: needs engine: vllm; {text}")
+            text = "needs engine: vllm; the built-in engine samples from all tokens"
+            raise UsageError(f"generate.{cut}: {text}")
     if is_vllm and engine.level == "ok":
         with report.check("engine options", options or "none", "engine arguments of vLLM"):
             make_engine(config, name, "", None, longest_prompt=1)  # checks them; load() would open it
@@ -56,10 +54,7 @@ def check_engine(run: ActiveRun, report: Report) -> None:
 
 
 def check_agreement(run: ActiveRun, report: Report, checkpoint: Path, rows: list[Row]) -> None:
-    """Open the engine on the starting policy, sample, and compare; the numbers are in the report too.
-
-    float32 must agree to rounding; other precisions are what they are, and are reported.
-    """
+    """Open the engine on the starting policy, sample, and compare; the numbers are in the report too."""
     with report.check("agreement", "", AGREEMENT) as check:
         try:
             numbers = report.agreement = _measure(run, checkpoint, rows)
@@ -68,13 +63,13 @@ def check_agreement(run: ActiveRun, report: Report, checkpoint: Path, rows: list
             raise ResourceError(f"the GPU ran out of memory: {first_line(error)}; {way}") from None
         found = f"{numbers['weight_check_difference']:.1e} nats per token apart; it follows a perturbed copy"
         report.checks.append(Check("weight sync", found, "the engine computes the weights it was given"))
+        # float32 must agree to rounding; other precisions are what they are, and are reported.
         mean, precision = numbers["mismatch_mean"], numbers["precision"]
         allowed = FLOAT32_TOLERANCE if precision == "float32" else MISMATCH_WARNING
         check.found = f"mismatch {mean:.1e} nats per token in {precision}"
         check.needed = f"at most {allowed:g}"
-        apart = (
-            f"engine and learner are {mean:.1e} nats per token apart, {check.needed} is right in {precision}"
-        )
+        right = f"{check.needed} is right in {precision}"
+        apart = f"engine and learner are {mean:.1e} nats per token apart, {right}"
         if not mean <= allowed and (precision == "float32" or not np.isfinite(mean)):
             raise EngineError(f"{apart}; they do not compute the same model")
         if mean > allowed:
@@ -91,26 +86,17 @@ def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any
     longest = max(len(request.prompt_token_ids) for request in requests)
     with closing(make_engine(config, name, device, context, longest)) as engine:
         weight_sync = WeightSync(engine, device, run.console.say)
-        chat = chat_of(run.config.prompts, run.imports)
-        check = weight_check_of(checkpoint, rows[:NUM_CHECK_PROMPTS], chat)
+        check = weight_check_of(checkpoint, rows, chat_of(run.config.prompts, run.imports))
         with TemporaryDirectory() as scratch:
             weight_sync.open(checkpoint, check, Path(scratch))
         difference = weight_sync.bring("starting policy", checkpoint, check)
         groups = list(engine.sample([requests], Sampling(config.temperature, limit), lambda _: None))
-        precision = engine.precision
         weight_sync.release()
         taken = [(requests[group.group_id], sample) for group in groups for sample in group.samples]
-        compared = _compare(run, checkpoint, taken, device)
-    return {
-        "engine": name,
-        "device": device,
-        "precision": precision,
-        "prompts": len(requests),
-        "rollouts": len(taken),
-        "temperature": config.temperature,
-        "weight_check_difference": difference,
-        **compared,
-    }
+        opened = {"engine": name, "device": device, "precision": engine.precision}
+        sampled = {"prompts": len(requests), "rollouts": len(taken), "temperature": config.temperature}
+        compared = _compare(run, checkpoint, taken)
+    return {**opened, **sampled, "weight_check_difference": difference, **compared}
 
 
 def _requests(
@@ -122,13 +108,11 @@ def _requests(
     if not fitting:
         raise DataError(f"prompts.source: no prompt leaves room for {limit} tokens in a context of {context}")
     samples = range(min(run.config.generate.samples_per_prompt, NUM_SAMPLES))
-    first_seeds = [group_seed(run.config.seed, 0, number) for number in range(len(fitting))]
-    return [Request(n, ids, [first_seeds[n] + s for s in samples]) for n, ids in enumerate(fitting)]
+    seed = run.config.seed
+    return [Request(n, ids, [group_seed(seed, 0, n) + s for s in samples]) for n, ids in enumerate(fitting)]
 
 
-def _compare(
-    run: ActiveRun, checkpoint: Path, taken: Sequence[tuple[Request, Sample]], device: str
-) -> dict[str, float]:
+def _compare(run: ActiveRun, checkpoint: Path, taken: list[tuple[Request, Sample]]) -> dict[str, float]:
     """The learner's log-probs of what was sampled, against the sampler's."""
     old = [sample.logprobs for _, sample in taken]
     rollouts = Rollouts(
@@ -140,7 +124,7 @@ def _compare(
         advantages=np.zeros(len(taken)),
         temperatures=np.full(len(taken), run.config.generate.temperature),
     )
-    learner = Learner(run.config.update, device)
+    learner = Learner(run.config.update, best_device())
     learner.load(checkpoint, None, ("starting policy", None))
     found = learner.policy_logprobs(rollouts, np.arange(len(taken)))
     own = [found[row] for row in range(len(taken))]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from grpo import tables
+from safetensors import SafetensorError, safe_open
+
 from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id, read_json
 from grpo.errors import CorruptError, DataError, InputError
 from grpo.manage.doctor.report import Report
@@ -20,6 +21,7 @@ from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of, where
 from grpo.score.scorers import spec_of
+from grpo.update.adapter import check_targets, require_peft
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
 STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
@@ -53,8 +55,7 @@ def check_model(
             found = Checkpoint(None, STARTER_PARAMETERS)
             check.needed = "the built-in starter model, trained at the first run"
         else:
-            text = f"{name} is downloaded at the first run; --model downloads it now, and then checks memory"
-            check.warn(f"{text} and disk")
+            check.warn(f"{name} is downloaded at the first run; --model does so now, and checks memory, disk")
         size = "size not known" if found.parameters is None else f"{found.parameters / 1e6:,.1f}M parameters"
         check.found = f"{name}, {size}"
     return found
@@ -65,8 +66,6 @@ def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
     lora = run.config.update.lora
     if lora is None:
         return
-    from grpo.update.adapter import check_targets, require_peft
-
     found = ", ".join(lora.targets or ["every linear layer"])
     with report.check("lora targets", found, "linear layers that take an adapter"):
         require_peft()
@@ -75,12 +74,7 @@ def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
 
 
 def num_parameters(folder: Path) -> int:
-    """Weights in the checkpoint `folder`, from the headers of the files that transformers reads.
-
-    Raises InputError, CorruptError.
-    """
-    from safetensors import SafetensorError, safe_open
-
+    """Of a checkpoint, from the headers of what transformers reads. Raises InputError, CorruptError."""
     checkpoint_files(folder)
     first = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if first is None:
@@ -147,8 +141,7 @@ def check_prompts(
 
 def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) -> None:
     """Import every reward function in a worker, as `score` does; look for every reward model and judge."""
-    names = {*tables.schema("prompts").names, *(name for row in rows for name in row)}
-    columns = sorted(names - {"prompt", "messages"}) if rows else None
+    columns = sorted({name for row in rows for name in row} - {"prompt", "messages"}) or None
     with closing(FunctionPool(run.imports, 1)) as pool:
         for reward in run.config.score.rewards:
             name, judge = f"reward {reward.name}", reward.judge

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rich.text import Text
+
 from grpo.console import finite, printable, stdout_console, table
 from grpo.errors import GrpoError
 
@@ -61,8 +63,6 @@ class Report:
 
 def print_report(report: Report) -> None:
     """The table, the numbers of --model, what would be right, and a last line that sums up."""
-    from rich.text import Text
-
     columns = ("check", "found", "needed", "")
     cells = [
         [check.name, check.found, check.needed, Text(check.level, _STYLES[check.level], no_wrap=True)]

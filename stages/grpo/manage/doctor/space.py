@@ -1,16 +1,18 @@
-"""space: what weights, gradients, optimiser and checkpoints take, against memory and disk that are there.
+"""space: what training and its checkpoints take, against the memory and the disk that are there.
 
-Learner and engine take turns on a GPU; on a CPU they are in memory together. With update.lora the learner
-holds the weights alone: they have no gradient, and with the adapter off are the reference too.
+Learner and engine take turns on a GPU; on a CPU they are in memory together.
 """
 
 import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from grpo.artifacts import ActiveRun
 from grpo.errors import ResourceError
 from grpo.generate.engines.choice import choose_engine
+from grpo.generate.engines.vllm_settings import CPU_CACHE_GIB, defaults
 from grpo.manage.doctor.inputs import Checkpoint
 from grpo.manage.doctor.report import Check, Report
 
@@ -20,14 +22,12 @@ LEARNER = 16  # float32 weights, gradients and AdamW's two moments
 RELEASED = 12  # the same in main memory while the engine has the GPU: no gradients then
 MOMENTS = 8  # beside the weights of a committed checkpoint
 LEFT_OUT = "left out: activations, the built-in engine's key-value cache, an adapter, the libraries"
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_memory(run: ActiveRun, report: Report, policy: Checkpoint, reference: Checkpoint) -> None:
     """GPU and main memory, or main memory alone; nothing where a size is not known."""
-    import torch
-
     update = run.config.update
+    # Under an adapter the weights have no gradient, and with it off they are the reference too.
     shares_base = update.lora is not None and update.reference is None
     with_reference = bool(update.kl_coefficient) and not shares_base
     if policy.parameters is None or (with_reference and reference.parameters is None):
@@ -62,10 +62,14 @@ def check_gpu(report: Report, name: str, free: int, total: int, share: float, he
 
 
 def _check_main(report: Report, need: int, parts: str) -> None:
-    total, free = main_memory()
-    with report.check(
-        "memory", f"{_gib(free)} of {_gib(total)} available", f"{_gib(need)}: {parts}"
-    ) as check:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    sizes = {line.split()[0]: 1024 * int(line.split()[1]) for line in lines}
+    total, cgroup = sizes["MemTotal:"], Path("/sys/fs/cgroup/memory.max")
+    if cgroup.exists() and (limit := cgroup.read_text().strip()) != "max":
+        total = min(total, int(limit))
+    free = min(sizes["MemAvailable:"], total)  # with caches, which the kernel gives up
+    found = f"{_gib(free)} of {_gib(total)} available"
+    with report.check("memory", found, f"{_gib(need)}: {parts}") as check:
         _fit(check, need, need, free, total)
 
 
@@ -80,26 +84,11 @@ def _fit(check: Check, need: int, taken: float, free: int, total: int) -> None:
         check.warn(f"{_gib(taken)} will be asked for and {others}")
 
 
-def main_memory() -> tuple[int, int]:
-    """Bytes of main memory this process may have: in all, and without taking from others."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, available = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
-        if line.startswith("MemAvailable:"):  # with caches, which the kernel gives up
-            available = 1024 * int(line.split()[1])
-    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()) != "max":
-        total = min(total, int(limit))
-    return total, min(available, total)
-
-
 def _engine_bytes(run: ActiveRun, parameters: int, on_gpu: bool) -> tuple[int, float]:
     """What the engine's weights take, on a CPU with vLLM's cache; and the share of a GPU that it may have."""
     config = run.config.generate
     if choose_engine(config.engine)[0] != "vllm":
         return FLOAT32 * parameters, 1.0
-    from grpo.generate.engines.vllm_settings import CPU_CACHE_GIB, defaults
-
     settings = {**defaults(max_model_len=1), **config.engine_options}
     width = FLOAT32 if settings.get("dtype") in ("float32", "float") else FLOAT32 // 2
     weights = width * parameters // int(settings.get("tensor_parallel_size", 1))

@@ -26,9 +26,8 @@ def export(run: ActiveRun, policy: int | None, out: Path, dtype: str | None, ada
     """Write policy `policy` of a run (None: the newest) to the folder `out`, complete or not at all.
 
     dtype: cast the weights; None: as the run has them, float32, and those of the start as they came. adapter:
-    only what LoRA trained, in peft's form. Raises UsageError (exit 2) where `out` holds something or an
-    argument makes no sense, InputError (4) for a policy that was pruned, naming the nearest, and CorruptError
-    (6) for one that is damaged.
+    only what LoRA trained, in peft's form. Raises UsageError (exit 2) for an argument that makes no sense,
+    InputError (4) for a policy that was pruned, CorruptError (6) for one that is damaged.
     """
     if dtype is not None and (adapter or dtype not in DTYPES):
         right = f"expected {', '.join(DTYPES)}, and no --adapter: that stays as it is"

@@ -14,20 +14,8 @@ from grpo.inspect import metrics
 from grpo.prompts.table import is_on_hub
 
 _ROWS_SHOWN = 5
-_USE = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForCausalLM.from_pretrained(FOLDER)
-```"""
-_USE_ADAPTER = """\
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
-```"""
+_USE = "`AutoModelForCausalLM.from_pretrained(FOLDER)` of transformers loads it, as does vLLM."
+_USE_ADAPTER = "`PeftModel.from_pretrained(BASE_MODEL, FOLDER)` of peft loads it over its base."
 
 
 def card_of(run: ActiveRun, policy: int, dtype: str | None, adapter: bool) -> str:
@@ -82,8 +70,8 @@ def _training(config: Config, policy: int) -> list[str]:
     lora = f", LoRA of rank {update.lora.rank}" if update.lora else ""
     rewards = []
     for reward in config.score.rewards:
-        asked = f"{reward.judge.model}, asked: {reward.judge.rubric}" if reward.judge else ""
-        scored_by = asked or reward.function or reward.model
+        judge = reward.judge
+        scored_by = f"{judge.model}, asked: {judge.rubric}" if judge else reward.function or reward.model
         rewards.append((f"`{reward.name}`", _code(scored_by), f"{reward.weight:g}"))
     return [
         f"- Prompts: {_code(prompts.source)}{split}\n"
