@@ -205,10 +205,6 @@ def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
     return {note["attempt"]: note["fingerprint"] for note in _notes(run, plan)}
 
 
-def _only_failed_attempts(run: Run, plan: Plan) -> list[int]:
-    return [note["attempt"] for note in _notes(run, plan) if note.get("only_failed")]
-
-
 def _notes(run: Run, plan: Plan) -> list[dict[str, Any]]:
     paths = run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}")
     return [_read_plan(path) for path in paths]
@@ -222,12 +218,13 @@ def choose_attempt(
     An output that is partial is retried as a new attempt, so that its files get new names. `only_failed`:
     any output is, and an attempt that was begun for all of its rows is left alone.
     """
-    staged = staged_attempts(run, plan)
+    notes = _notes(run, plan)
+    staged: dict[int, str] = {note["attempt"]: note["fingerprint"] for note in notes}
     newest = max([*staged, *([committed.attempt] if committed else [])], default=-1)
     if force:
         return newest + 1
     oldest = committed.attempt if committed else 0  # what is staged below was superseded by a commit
-    begun = _only_failed_attempts(run, plan) if only_failed else staged
+    begun: list[int] = [note["attempt"] for note in notes if note.get("only_failed") or not only_failed]
     for attempt in sorted(begun, reverse=True):
         if attempt >= oldest and staged[attempt] == plan.fingerprint(attempt):
             return attempt

@@ -1,10 +1,11 @@
 """gc: `grpo gc`, what a run no longer needs: trash, abandoned staging, checkpoints that are not kept."""
 
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from grpo.artifacts import (
+    OUTPUTS,
     ActiveRun,
     Run,
     droppable,
@@ -17,8 +18,6 @@ from grpo.artifacts import (
 from grpo.console import stdout_console
 from grpo.errors import InputError, UsageError
 from grpo.pipeline.stages import EVALUATE, STAGES
-
-_STAGES = {stage.output: stage for stage in (*STAGES, EVALUATE)}
 
 
 def garbage(run: ActiveRun) -> dict[str, Any]:
@@ -38,35 +37,34 @@ def collect(run: ActiveRun) -> dict[str, Any]:
         if row["what"] != "checkpoint":
             files.remove_folder(row["path"]) if row["path"].is_dir() else files.remove_file(row["path"])
     prune(run)
-    for folder in _folders(run):
+    for folder in _folders(run).values():
         if not _entries(folder):
             files.remove_folder(folder)
     return found
 
 
-def _abandoned(run: ActiveRun) -> Iterator[Path]:
+def _abandoned(run: ActiveRun) -> list[Path]:
     """Staged work that no command would go on with: of a plan that is no longer the configured one.
 
     Of an output that is not committed it stays, of whatever plan: the configuration may come back to it, and
     what the commit supersedes goes then.
     """
-    staged, folders = staging_folders(run), _folders(run)
-    for root in (run.staging_root(None), *folders):
-        for path in _entries(root):
-            if path not in folders and not (path in staged and _is_wanted(run, path, *staged[path])):
-                yield path
-
-
-def _is_wanted(run: ActiveRun, staged: Path, output: str, iteration: int | None) -> bool:
-    stage = _STAGES.get(output)
-    if stage is None or iteration is None or run.manifest(output, iteration) is None:
-        return True
-    try:
-        plan = stage.plan(run, iteration)
-    except (InputError, UsageError):
-        return False  # what it reads is not there yet, so nothing of it is staged at this plan
-    attempts = staged_attempts(run, plan)
-    return staged.name in [f"{output}-{plan.fingerprint(attempt)[:16]}" for attempt in attempts]
+    wanted = {
+        path
+        for path, (output, iteration) in staging_folders(run).items()
+        if iteration is None or output not in OUTPUTS or run.manifest(output, iteration) is None
+    }
+    folders = _folders(run)
+    for iteration in {*run.iterations(), *folders}:
+        for stage in (*STAGES, EVALUATE):
+            # Where what it reads is not there, nothing of it is staged at this plan.
+            with suppress(InputError, UsageError):
+                plan, root = stage.plan(run, iteration), run.staging_root(iteration)
+                attempts = staged_attempts(run, plan)
+                wanted |= {root / f"{plan.output}-{plan.fingerprint(each)[:16]}" for each in attempts}
+    roots = [run.staging_root(None), *folders.values()]
+    entries = [path for root in roots for path in _entries(root)]
+    return [path for path in entries if path not in roots and path not in wanted]
 
 
 def print_garbage(found: dict[str, Any], run: Run, dry_run: bool) -> None:
@@ -80,8 +78,8 @@ def print_garbage(found: dict[str, Any], run: Run, dry_run: bool) -> None:
         out.print(f"{size / 2**20:10,.1f} MiB  {text}", markup=False, highlight=False)
 
 
-def _folders(run: Run) -> list[Path]:
-    return [run.staging_root(iteration) for iteration in iterations_in(run.staging_root(None))]
+def _folders(run: Run) -> dict[int, Path]:
+    return {number: run.staging_root(number) for number in iterations_in(run.staging_root(None))}
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -134,7 +134,7 @@ def _cast(path: Path, dtype: str) -> tuple[bytes, int]:
 def check_repository(name: str) -> None:
     """Raise UsageError (exit 2) unless `name` can be a repository of somebody's, first of all."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)

@@ -98,7 +98,7 @@ def _metrics(run: ActiveRun, policy: int) -> list[str]:
 def _held_out(run: Run, policy: int) -> list[str]:
     """What the policy was measured to be on prompts that it was not trained on; no line where nothing was."""
     manifest = run.manifest(EVALUATION, policy)
-    found = manifest.summary if manifest else {"pass_at": None, "reward": None}
+    found: dict[str, Any] = manifest.summary if manifest else {"pass_at": None, "reward": None}
     told = [
         f"pass@{k} {value:.3f} ({interval(found['pass_at_low'][k], found['pass_at_high'][k])})"
         for k, value in (found["pass_at"] or {}).items()
