@@ -236,13 +236,11 @@ def choose_attempt(
 
 def roll_forward(run: Run) -> None:
     """Finish every commit that a crash cut off after its manifest was written. Needs the lock."""
-    for path in sorted((run.path / ".staging").rglob(MANIFEST)):
-        manifest = read_manifest(path.parent)
-        if manifest is None:
-            continue
-        for record in manifest.files:
-            check_size(record, path.parent / record.part / record.name)
-        _finish(run, path.parent, manifest, path.parent.name.rpartition("-")[0])
+    for folder, (output, _) in staging_folders(run).items():
+        if manifest := read_manifest(folder):
+            for record in manifest.files:
+                check_size(record, folder / record.part / record.name)
+            _finish(run, folder, manifest, output)
 
 
 def _sidecars(run: Run, folder: Path) -> list[FileRecord]:
