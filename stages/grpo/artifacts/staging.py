@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from grpo import __version__, tables
 from grpo.artifacts import files
 from grpo.artifacts.active import ActiveRun
+from grpo.artifacts.layout import iterations_in
 from grpo.artifacts.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -204,10 +205,6 @@ def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
     return {note["attempt"]: note["fingerprint"] for note in _notes(run, plan)}
 
 
-def _only_failed_attempts(run: Run, plan: Plan) -> list[int]:
-    return [note["attempt"] for note in _notes(run, plan) if note.get("only_failed")]
-
-
 def _notes(run: Run, plan: Plan) -> list[dict[str, Any]]:
     paths = run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}")
     return [_read_plan(path) for path in paths]
@@ -221,12 +218,13 @@ def choose_attempt(
     An output that is partial is retried as a new attempt, so that its files get new names. `only_failed`:
     any output is, and an attempt that was begun for all of its rows is left alone.
     """
-    staged = staged_attempts(run, plan)
+    notes = _notes(run, plan)
+    staged: dict[int, str] = {note["attempt"]: note["fingerprint"] for note in notes}
     newest = max([*staged, *([committed.attempt] if committed else [])], default=-1)
     if force:
         return newest + 1
     oldest = committed.attempt if committed else 0  # what is staged below was superseded by a commit
-    begun = _only_failed_attempts(run, plan) if only_failed else staged
+    begun: list[int] = [note["attempt"] for note in notes if note.get("only_failed") or not only_failed]
     for attempt in sorted(begun, reverse=True):
         if attempt >= oldest and staged[attempt] == plan.fingerprint(attempt):
             return attempt
@@ -238,13 +236,11 @@ def choose_attempt(
 
 def roll_forward(run: Run) -> None:
     """Finish every commit that a crash cut off after its manifest was written. Needs the lock."""
-    for path in sorted((run.path / ".staging").rglob(MANIFEST)):
-        manifest = read_manifest(path.parent)
-        if manifest is None:
-            continue
-        for record in manifest.files:
-            check_size(record, path.parent / record.part / record.name)
-        _finish(run, path.parent, manifest, path.parent.name.rpartition("-")[0])
+    for folder, (output, _) in staging_folders(run).items():
+        if manifest := read_manifest(folder):
+            for record in manifest.files:
+                check_size(record, folder / record.part / record.name)
+            _finish(run, folder, manifest, output)
 
 
 def _sidecars(run: Run, folder: Path) -> list[FileRecord]:
@@ -260,10 +256,12 @@ def _sidecars(run: Run, folder: Path) -> list[FileRecord]:
     return records
 
 
-def staging_folders(run: Run) -> list[Path]:
-    """Folders of outputs that are not committed yet."""
-    root = run.path / ".staging"
-    return sorted({path.parent for name in (_PLAN, MANIFEST, f"*{_SIDECAR}") for path in root.rglob(name)})
+def staging_folders(run: Run) -> dict[Path, tuple[str, int | None]]:
+    """Folders of outputs that are not committed yet: the output and its iteration."""
+    root = run.staging_root(None)
+    found = {path.parent for name in (_PLAN, MANIFEST, f"*{_SIDECAR}") for path in root.rglob(name)}
+    iterations = {run.staging_root(number): number for number in iterations_in(root)}
+    return {path: (path.name.rpartition("-")[0], iterations.get(path.parent)) for path in sorted(found)}
 
 
 def check_staged(run: Run, folder: Path) -> None:

@@ -33,9 +33,7 @@ def verify(
     opened = options.reading(name, config, set_, damaged=True)
     # What a crash cut off is not finished first: that may be what is damaged.
     with opened.lock() if discard else nullcontext():
-        report = lazy.verify.verify(opened)
-        if discard:
-            lazy.verify.discard_damaged(opened, report)
+        report = lazy.verify.verify(opened, discard)
     document = {"run": opened.name, **report.describe()}
     options.answer(as_json, document, lambda: lazy.verify.print_report(opened, report, discard))
     raise typer.Exit(report.exit_code)
@@ -52,7 +50,7 @@ def gc(
     opened = options.reading(name, config, set_)
     with nullcontext() if dry_run else options.locked(opened):
         found = lazy.gc.garbage(opened) if dry_run else lazy.gc.collect(opened)
-    document = lazy.gc.describe(found, opened, dry_run)
+    document = {**found, "dry_run": dry_run}
     options.answer(as_json, document, lambda: lazy.gc.print_garbage(found, opened, dry_run))
 
 

@@ -4,7 +4,8 @@ Committed files are never written again, only replaced, so that two runs can sha
 """
 
 import os
-from itertools import count, takewhile
+from itertools import count
+from operator import attrgetter
 from typing import Any
 
 from grpo.artifacts import (
@@ -30,84 +31,35 @@ from grpo.prompts.table import HELD_OUT
 def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, Any]:
     """Make the run `new`, with a configuration of its own, from iterations of `source` before `iteration`.
 
-    Of that iteration the outputs are taken over that `new` would make in the same way, up to the first that
-    it would not. None: the iteration after those that `source` has completed; what is later is not looked at.
-    Raises UsageError (exit 2) when `new` is there already or `source` has no such iteration, InputError (exit
-    4) when the checkpoint to go on from was pruned.
+    Of that iteration too, what `new` would make in the same way. None: the one after those completed. Raises
+    UsageError (exit 2) when `new` is there already or `source` has no such iteration, InputError (exit 4)
+    when the checkpoint to go on from was pruned.
     """
     _check_free(new)
     _check_fixed(source, new)
-    done = takewhile(lambda n: n != iteration and source.manifest("update", n) is not None, count())
-    completed = len(list(done))
-    first = completed if iteration is None else iteration
-    if first not in range(completed + 1):
-        raise UsageError(f"--iteration {first}: run {source.name} has completed {completed} iterations")
+    first = next(n for n in count() if n == iteration or source.manifest("update", n) is None)
+    if iteration not in (None, first):
+        raise UsageError(f"--iteration {iteration}: run {source.name} has completed {first} iterations")
     source.require_checkpoint(first)
-    staged = ActiveRun(
-        source.root, new.config.model_copy(update={"run": f".fork-{new.name}"}), new.imports, new.console
-    )
+    config = new.config.model_copy(update={"run": f".fork-{new.name}"})
+    staged = ActiveRun(source.root, config, new.imports, new.console)
     with staged.lock():  # two forks of one name: the other is exit 5
         _check_free(new)
         for leftover in staged.path.iterdir():  # of a fork that was killed
             if leftover.name != ".lock":
                 files.remove_folder(leftover) if leftover.is_dir() else files.remove_file(leftover)
-        taken = _link_all(source, staged, first)
+        try:
+            taken = _link_all(source, staged, first)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{error.filename}: gone while it was linked; `grpo verify {source.name}` says whether it is"
+                " damaged, else try again"
+            ) from None
         files.write_file(staged.path / "run.json", run_json(new.config))
         files.sync_folder(staged.path)
         files.move(staged.path, new.path)
         files.sync_folder(new.root)
     return {"iterations": first, "taken": taken}
-
-
-def _link_all(source: ActiveRun, staged: ActiveRun, first: int) -> list[str]:
-    """Link what comes before iteration `first`, and of it what can be taken over; returns those stages."""
-    try:
-        for output in RUN_OUTPUTS:
-            if output != HELD_OUT or source.manifest(output, None) is not None:
-                _link(source, staged, output, None)
-        for number in range(first):
-            for output in STAGE_OUTPUTS:
-                _link(source, staged, output, number)
-        taken = _take_over(source, staged, first)
-        _link_evaluations(source, staged, first, STAGES[0].name in taken)
-        return taken
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{error.filename}: gone while it was linked; `grpo verify {source.name}` says whether it is"
-            " damaged, else try again"
-        ) from None
-
-
-def _link_evaluations(source: ActiveRun, staged: ActiveRun, first: int, sampled: bool) -> None:
-    """Link what the shared policies were measured to be.
-
-    Policy `first` only as the fork would measure it, unless it was sampled from and so is history too.
-    """
-    for policy in (number for number in source.evaluations() if number <= first):
-        manifest = source.manifest(EVALUATION, policy)
-        if manifest is None or lacking(source, manifest):
-            continue
-        if policy < first or sampled or not differences_of(staged, EVALUATE, manifest):
-            _link(source, staged, EVALUATION, policy)
-
-
-def _check_free(new: Run) -> None:
-    """Raise UsageError (exit 2) when there is a run, or anything else, of that name."""
-    if os.path.lexists(new.path):
-        raise UsageError(f"{new.path}: is there already; give the fork another name")
-
-
-def _check_fixed(source: ActiveRun, new: ActiveRun) -> None:
-    """Raise UsageError for what every iteration of `source` stands on and `new` would have otherwise."""
-    created = created_config(source.name, source.root)
-    for key, before, after in (
-        ("seed", created.seed, new.config.seed),
-        ("model", created.model, new.config.model),
-        ("prompts", created.prompts, new.config.prompts),
-        ("update.reference", created.update.reference, new.config.update.reference),
-    ):
-        if before != after:
-            raise UsageError(f"{key}: a fork shares it with {source.name}; a new `run:` can have another")
 
 
 def describe(source: str, new: str, result: dict[str, Any]) -> str:
@@ -117,17 +69,44 @@ def describe(source: str, new: str, result: dict[str, Any]) -> str:
     return f"{new} begins as {source}: {shared}"
 
 
-def _take_over(source: ActiveRun, staged: ActiveRun, iteration: int) -> list[str]:
-    """Link the stages of `iteration` whose plan is the same, in order; returns their names."""
+def _check_free(new: Run) -> None:
+    if os.path.lexists(new.path):
+        raise UsageError(f"{new.path}: is there already; give the fork another name")
+
+
+def _check_fixed(source: ActiveRun, new: ActiveRun) -> None:
+    """Raise UsageError for what every iteration of `source` stands on and `new` would have otherwise."""
+    created = created_config(source.name, source.root)
+    for key in ("seed", "model", "prompts", "update.reference"):
+        of = attrgetter(key)
+        if of(created) != of(new.config):
+            raise UsageError(f"{key}: a fork shares it with {source.name}; a new `run:` can have another")
+
+
+def _link_all(source: ActiveRun, staged: ActiveRun, first: int) -> list[str]:
+    """Link what comes before iteration `first`, and of it what can be taken over; returns those stages."""
+    for output in RUN_OUTPUTS:
+        if output != HELD_OUT or source.manifest(output, None) is not None:
+            _link(source, staged, output, None)
+    for number in range(first):
+        for output in STAGE_OUTPUTS:
+            _link(source, staged, output, number)
     taken = []
     for stage in STAGES:
-        manifest = source.manifest(stage.output, iteration)
+        manifest = source.manifest(stage.output, first)
         # Rollouts that want another round are taken with the rewards that say so.
         failed = stage.name != "generate" and lacking(source, manifest)
         if manifest is None or failed or differences_of(staged, stage, manifest):
             break
-        _link(source, staged, stage.output, iteration)
+        _link(source, staged, stage.output, first)
         taken.append(stage.name)
+    for policy in source.evaluations():
+        manifest = source.manifest(EVALUATION, policy)
+        if manifest is None or policy > first or lacking(source, manifest):
+            continue
+        # Policy `first` only as the fork would measure it, unless it was sampled from and so is history too.
+        if policy < first or taken or not differences_of(staged, EVALUATE, manifest):
+            _link(source, staged, EVALUATION, policy)
     return taken
 
 
@@ -135,14 +114,13 @@ def _link(run: Run, staged: Run, output: str, iteration: int | None) -> None:
     """Link a committed output; its manifest last, as a commit would have it."""
     manifest = run.require(output, iteration, "grpo run")
     source, target = run.folder(output, iteration), staged.folder(output, iteration)
-    notes = [path for path in (source / TIMINGS, source / PRUNED) if path.exists()]
+    notes = [source / TIMINGS, source / PRUNED]
     held = [run.path_of(file, output, iteration) for file in manifest.files]
-    if source / PRUNED in notes:
-        held = [path for path in held if path.exists()]
-    paths = [*notes, *held, source / MANIFEST]
-    for path in paths:
-        place = target / path.relative_to(source)
+    optional = notes + (held if (source / PRUNED).exists() else [])
+    paths = [path for path in (*notes, *held, source / MANIFEST) if path not in optional or path.exists()]
+    places = [target / path.relative_to(source) for path in paths]
+    for path, place in zip(paths, places, strict=True):
         files.make_folder(place.parent)
         files.link_file(path, place)
-    for folder in {(target / path.relative_to(source)).parent for path in paths}:
+    for folder in {place.parent for place in places}:
         files.sync_folder(folder)

@@ -1,6 +1,6 @@
 """gc: `grpo gc`, what a run no longer needs: trash, abandoned staging, checkpoints that are not kept."""
 
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,84 +20,66 @@ from grpo.errors import InputError, UsageError
 from grpo.pipeline.stages import EVALUATE, STAGES
 
 
-@dataclass(frozen=True)
-class Garbage:
-    """Something to remove: a folder, or the checkpoint of an update (`path` is then the update's)."""
-
-    what: str
-    path: Path
-    bytes: int
-
-
-def garbage(run: ActiveRun) -> list[Garbage]:
-    """All that `grpo gc` would remove, in the order in which it does."""
-    found = [Garbage("trash", path, _size(path)) for path in _entries(run.trash)]
-    found += [Garbage("abandoned staging", path, _size(path)) for path in abandoned(run)]
+def garbage(run: ActiveRun) -> dict[str, Any]:
+    """All that `grpo gc` would remove, in order; of a checkpoint, `path` is the folder of its update."""
+    found = [("trash", path, [path]) for path in _entries(run.trash)]
+    found += [("abandoned staging", path, [path]) for path in _abandoned(run)]
     for iteration, paths in droppable(run).items():
-        found.append(Garbage("checkpoint", run.folder("update", iteration), sum(map(_size, paths))))
-    return found
+        found.append(("checkpoint", run.folder("update", iteration), paths))
+    rows = [{"what": what, "path": path, "bytes": sum(map(_size, paths))} for what, path, paths in found]
+    return {"run": run.name, "garbage": rows, "bytes": sum(row["bytes"] for row in rows)}
 
 
-def collect(run: ActiveRun) -> list[Garbage]:
+def collect(run: ActiveRun) -> dict[str, Any]:
     """Remove it, and return what was removed. Needs the lock."""
     found = garbage(run)
-    for each in found:
-        if each.what != "checkpoint":
-            _remove(each.path)
+    for row in found["garbage"]:
+        if row["what"] != "checkpoint":
+            files.remove_folder(row["path"]) if row["path"].is_dir() else files.remove_file(row["path"])
     prune(run)
-    for iteration in iterations_in(run.path / ".staging"):
-        if not _entries(run.staging_root(iteration)):
-            files.remove_folder(run.staging_root(iteration))
+    for folder in _folders(run).values():
+        if not _entries(folder):
+            files.remove_folder(folder)
     return found
 
 
-def abandoned(run: ActiveRun) -> list[Path]:
+def _abandoned(run: ActiveRun) -> list[Path]:
     """Staged work that no command would go on with: of a plan that is no longer the configured one.
 
     Of an output that is not committed it stays, of whatever plan: the configuration may come back to it, and
     what the commit supersedes goes then.
     """
-    root = run.path / ".staging"
-    wanted = {folder for folder in staging_folders(run) if not _is_committed(run, folder)}
-    for iteration in {*run.iterations(), *iterations_in(root)}:
+    wanted = {
+        path
+        for path, (output, iteration) in staging_folders(run).items()
+        if iteration is None or output not in OUTPUTS or run.manifest(output, iteration) is None
+    }
+    folders = _folders(run)
+    for iteration in {*run.iterations(), *folders}:
         for stage in (*STAGES, EVALUATE):
-            try:
-                plan = stage.plan(run, iteration)
-            except (InputError, UsageError):
-                continue  # what it reads is not there yet, so nothing of it is staged at this plan
-            for attempt in staged_attempts(run, plan):
-                wanted.add(run.staging_root(iteration) / f"{plan.output}-{plan.fingerprint(attempt)[:16]}")
-    folders = {run.staging_root(iteration) for iteration in iterations_in(root)}
-    found = [path for path in _entries(root) if path not in folders]
-    found += [path for folder in sorted(folders) for path in _entries(folder)]
-    return [path for path in found if path not in wanted]
+            # Where what it reads is not there, nothing of it is staged at this plan.
+            with suppress(InputError, UsageError):
+                plan, root = stage.plan(run, iteration), run.staging_root(iteration)
+                attempts = staged_attempts(run, plan)
+                wanted |= {root / f"{plan.output}-{plan.fingerprint(each)[:16]}" for each in attempts}
+    roots = [run.staging_root(None), *folders.values()]
+    entries = [path for root in roots for path in _entries(root)]
+    return [path for path in entries if path not in roots and path not in wanted]
 
 
-def _is_committed(run: Run, staged: Path) -> bool:
-    output = staged.name.rpartition("-")[0]
-    return any(
-        run.manifest(output, iteration) is not None
-        for iteration in iterations_in(run.path / ".staging")
-        if output in OUTPUTS and staged.parent == run.staging_root(iteration)
-    )
-
-
-def describe(found: list[Garbage], run: Run, dry_run: bool) -> dict[str, Any]:
-    """The list as plain data."""
-    rows = [{"what": each.what, "path": str(each.path), "bytes": each.bytes} for each in found]
-    total = sum(each.bytes for each in found)
-    return {"run": run.name, "dry_run": dry_run, "garbage": rows, "bytes": total}
-
-
-def print_garbage(found: list[Garbage], run: Run, dry_run: bool) -> None:
+def print_garbage(found: dict[str, Any], run: Run, dry_run: bool) -> None:
     """The list as a person reads it."""
     out = stdout_console()
-    for each in found:
-        place = each.path.relative_to(run.path)
-        out.print(f"{each.bytes / 2**20:10,.1f} MiB  {each.what:<18} {place}", markup=False, highlight=False)
-    total = sum(each.bytes for each in found) / 2**20
-    verb = "would be removed" if dry_run else "removed"
-    out.print(f"{total:10,.1f} MiB  {verb} from run {run.name}", highlight=False)
+    lines = [
+        (row["bytes"], f"{row['what']:<18} {row['path'].relative_to(run.path)}") for row in found["garbage"]
+    ]
+    lines.append((found["bytes"], f"{'would be removed' if dry_run else 'removed'} from run {run.name}"))
+    for size, text in lines:
+        out.print(f"{size / 2**20:10,.1f} MiB  {text}", markup=False, highlight=False)
+
+
+def _folders(run: Run) -> dict[int, Path]:
+    return {number: run.staging_root(number) for number in iterations_in(run.staging_root(None))}
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -107,10 +89,3 @@ def _entries(folder: Path) -> list[Path]:
 def _size(path: Path) -> int:
     every = path.rglob("*") if path.is_dir() else [path]
     return sum(found.stat().st_size for found in every if found.is_file())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        files.remove_folder(path)
-    else:
-        files.remove_file(path)

@@ -1,9 +1,10 @@
 """repair: what rebuilds a damaged output, or why nothing can."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.artifacts import EVALUATION, OUTPUTS, ActiveRun, Run, holder_of, is_kept, read_manifest
+from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, ActiveRun, Run, holder_of, is_kept, read_manifest
 from grpo.errors import CorruptError, InputError
 from grpo.models.find import resolve_model
 from grpo.prompts.table import HELD_OUT, config_of, source_is_gone
@@ -20,9 +21,6 @@ _READS = {
     EVALUATION: ("policy", HELD_OUT),
 }
 
-_TABLES = ("rollouts", "rewards", "advantages")  # of earlier iterations, for generate.prompts_sql
-_REPLAYED = ("rollouts", "advantages")  # likewise, for update.replay_iterations
-
 
 @dataclass(frozen=True)
 class Damage:
@@ -35,20 +33,27 @@ class Damage:
     """What has to be out of the way first."""
 
 
-def damage(run: ActiveRun, place: Place, wrong: dict[Place, str]) -> Damage:
-    """The damage at a place, and what to do. wrong: what was found there and at all other places."""
-    output, iteration = place
-    folder = run.folder(*place)
+def damages(run: ActiveRun, wrong: dict[Place, str]) -> list[Damage]:
+    """What is damaged and what to do, in the order of the outputs. wrong: what was found at each place."""
+    lost: dict[Place, str] = {}
+    order = [*RUN_OUTPUTS, *OUTPUTS]  # what an output is made from comes before it
+    for place in sorted(wrong, key=lambda place: (place[1] or 0, order.index(place[0]))):
+        lost[place] = _reason_lost(run, place, wrong, lost)
+    return [_damage(run, place, wrong, lost) for place in lost]
+
+
+def _damage(run: Run, place: Place, wrong: dict[Place, str], lost: dict[Place, str]) -> Damage:
+    folder, iteration = run.folder(*place), place[1] or 0
     if moved := _moved(folder, place):
         return Damage(f"{wrong[place]}; move it to {run.folder(*moved)}", "")
-    if lost := _lost(run, place, wrong):
-        way = "restore it from a copy"
-        if not any(base[1] is None and base in wrong and _lost(run, base, wrong) for base in wrong):
-            nearest = max(number for number in _usable(run, wrong) if number <= (iteration or 0))
-            way += f", or `grpo run --from {nearest}`"
-        return Damage(f"{wrong[place]}; cannot be rebuilt ({lost}): {way}", "")
-    redo = command_for(output, iteration)
-    return Damage(wrong[place], redo, folder if folder.exists() or folder.is_symlink() else None)
+    if not lost[place]:
+        aside = folder if folder.exists() or folder.is_symlink() else None
+        return Damage(wrong[place], command_for(*place), aside)
+    way = "restore it from a copy"
+    if not any(lost.get((output, None)) for output in RUN_OUTPUTS):
+        whole = [policy for policy in run.policies() if ("update", policy - 1) not in wrong]
+        way += f", or `grpo run --from {max(policy for policy in whole if policy <= iteration)}`"
+    return Damage(f"{wrong[place]}; cannot be rebuilt ({lost[place]}): {way}", "")
 
 
 def command_for(output: str, iteration: int | None) -> str:
@@ -56,9 +61,7 @@ def command_for(output: str, iteration: int | None) -> str:
     stage = OUTPUTS.get(output)
     if stage is None or iteration is None:
         return "grpo run"
-    if output == EVALUATION:
-        return f"grpo evaluate --policy {iteration}"
-    return f"grpo {stage} --iteration {iteration}"
+    return f"grpo {stage} --{'policy' if output == EVALUATION else 'iteration'} {iteration}"
 
 
 def read_by(run: ActiveRun, place: Place) -> list[Place]:
@@ -66,49 +69,32 @@ def read_by(run: ActiveRun, place: Place) -> list[Place]:
     output, iteration = place
     if iteration is None:
         return []
-    past: list[Place] = []
+    earlier: tuple[str, ...] = ()
+    first = 0
     if output == "rollouts" and run.config.generate.prompts_sql is not None:
-        past = [(name, number) for number in range(iteration) for name in _TABLES]
+        earlier = ("rollouts", "rewards", "advantages")
     if output == "update":
+        earlier = ("rollouts", "advantages")
         first = max(0, iteration - run.config.update.replay_iterations)
-        past = [(name, number) for number in range(first, iteration) for name in _REPLAYED]
+    past: list[Place] = [(name, number) for number in range(first, iteration) for name in earlier]
     return [*past, *(holder_of(f"{name}@{iteration}") for name in _READS[output])]
 
 
 def _moved(folder: Path, place: Place) -> Place | None:
     """The place of an output that is whole and lies at another's."""
-    try:
-        manifest = read_manifest(folder)
-    except (CorruptError, InputError):
-        return None
-    if manifest is None:
-        return None
-    outputs = {stage: output for output, stage in OUTPUTS.items()}
-    own = (outputs.get(manifest.stage, manifest.stage), manifest.iteration)
-    whole = all((folder / file.part / file.name).exists() for file in manifest.files)
-    return own if own != place and whole else None
+    with suppress(CorruptError, InputError):
+        if manifest := read_manifest(folder):
+            made = [output for output, stage in OUTPUTS.items() if stage == manifest.stage]
+            own = (made[0] if made else manifest.stage, manifest.iteration)
+            whole = all((folder / file.part / file.name).exists() for file in manifest.files)
+            return own if own != place and whole else None
+    return None
 
 
-def _lost(
-    run: ActiveRun, place: Place, wrong: dict[Place, str], known: dict[Place, str] | None = None
-) -> str:
-    """Why an output cannot be made again; empty where it can. known: what was found of others already."""
-    known = {} if known is None else known
-    if place not in known:
-        known[place] = _reason_lost(run, place, wrong, known)
-    return known[place]
-
-
-def _reason_lost(run: ActiveRun, place: Place, wrong: dict[Place, str], known: dict[Place, str]) -> str:
-    if place == ("prompts", None):
-        return f"prompts.source: {run.config.prompts.source} is gone" if source_is_gone(run) else ""
-    if place == (HELD_OUT, None):
-        if run.config.evaluate is None:
-            return "evaluate is not configured"
-        source = config_of(run, HELD_OUT).source
-        return f"evaluate.prompts.source: {source} is gone" if source_is_gone(run, HELD_OUT) else ""
-    if place == ("policy", None):
-        return _model_is_gone(run)
+def _reason_lost(run: ActiveRun, place: Place, wrong: dict[Place, str], lost: dict[Place, str]) -> str:
+    """Why an output cannot be made again; empty where it can. lost: the same of those before it."""
+    if place[1] is None:
+        return _source_lost(run, place[0])
     have = [number for number in run.iterations() if run.has_checkpoint(number)]
     for read in read_by(run, place):
         output, iteration = read
@@ -117,20 +103,21 @@ def _reason_lost(run: ActiveRun, place: Place, wrong: dict[Place, str], known: d
                 return f"policy {iteration + 1} would be pruned as soon as it is made"
             if read not in wrong and run.is_pruned(iteration):
                 return f"policy {iteration + 1} was pruned"
-        if read in wrong and (reason := _lost(run, read, wrong, known)):
-            return reason
+        if lost.get(read):
+            return lost[read]
     return ""
 
 
-def _model_is_gone(run: ActiveRun) -> str:
-    for name in (run.config.model, run.config.update.reference or run.config.model):
+def _source_lost(run: ActiveRun, output: str) -> str:
+    """Why prompts, held-out prompts or the starting policy cannot be made again."""
+    if output == "policy":
         try:
-            resolve_model(run, name)
+            resolve_model(run, run.config.model)
+            resolve_model(run, run.config.update.reference or run.config.model)
         except InputError as error:
             return str(error)
-    return ""
-
-
-def _usable(run: Run, wrong: dict[Place, str]) -> list[int]:
-    """Policies that are there and whole."""
-    return [number for number in run.policies() if number == 0 or ("update", number - 1) not in wrong]
+        return ""
+    if output == HELD_OUT and run.config.evaluate is None:
+        return "evaluate is not configured"
+    key = "evaluate.prompts.source" if output == HELD_OUT else "prompts.source"
+    return f"{key}: {config_of(run, output).source} is gone" if source_is_gone(run, output) else ""

@@ -1,8 +1,4 @@
-"""verify: every hash, every schema and every invariant of a run, and what to do where one does not hold.
-
-Reads everything and changes nothing, unless asked to move what is damaged to .trash, so that the commands
-that make it can be run again.
-"""
+"""verify: every hash, every schema and every invariant of a run, and what to do where one does not hold."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo import sql, tables
 from grpo.artifacts import (
@@ -31,20 +27,19 @@ from grpo.artifacts import (
 from grpo.console import stdout_console
 from grpo.errors import CorruptError
 from grpo.inspect.track import note_path, read_note
-from grpo.manage.repair import Damage, Place, command_for, damage, read_by
+from grpo.manage.repair import Damage, Place, command_for, damages, read_by
 from grpo.pipeline.restart import intent_path, read_intent
 from grpo.pipeline.states import evaluation_states, states
+from grpo.prompts.table import HELD_OUT
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+_COUNTS = ("outputs", "files", "bytes", "rows", "pruned")  # pruned: files that retention dropped
 
 
 @dataclass
 class Report:
     """What was looked at, and what was found."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    """files, bytes, rows, outputs; pruned: files that retention dropped."""
+    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_COUNTS, 0)))
     damages: list[Damage] = field(default_factory=list)
     broken: dict[str, int] = field(default_factory=dict)
     """Invariant -> rows that break it; only looked at where nothing is damaged."""
@@ -57,21 +52,14 @@ class Report:
 
     def describe(self) -> dict[str, Any]:
         """The report as plain data."""
-        damages = [{"found": each.found, "redo": each.redo or None} for each in self.damages]
-        counts = {name: self.counts[name] for name in ("outputs", "files", "bytes", "rows", "pruned")}
-        return {
-            **counts,
-            "damaged": damages,
-            "broken": self.broken,
-            "stale": self.stale,
-            "exit": self.exit_code,
-        }
+        damaged = [{"found": each.found, "redo": each.redo or None} for each in self.damages]
+        rest = {"broken": self.broken, "stale": self.stale, "exit": self.exit_code}
+        return {**self.counts, "damaged": damaged, **rest}
 
 
-def verify(run: ActiveRun) -> Report:
-    """Look at every committed output of `run`. Raises UsageError when there is no such run."""
-    report = Report()
-    _check_notes(run, report)
+def verify(run: ActiveRun, set_aside: bool) -> Report:
+    """Look at all of a run. set_aside: move what can be made again to .trash, which needs the lock."""
+    report = Report(damages=_damaged_notes(run))
     places: list[Place] = [(output, None) for output in RUN_OUTPUTS]
     numbers = sorted({*run.iterations(), *run.evaluations()})
     places += [(output, iteration) for iteration in numbers for output in OUTPUTS]
@@ -88,130 +76,84 @@ def verify(run: ActiveRun) -> Report:
                 for reference in manifest.inputs if manifest else ():
                     readers.setdefault(holder_of(reference), place)
                 if manifest is not None and "evaluate.prompts" in manifest.user_files:
-                    readers.setdefault(("eval_prompts", None), place)
+                    readers.setdefault((HELD_OUT, None), place)
             advance(1)
-    wrong |= _gone(run, readers, wrong)
-    report.damages += [damage(run, place, wrong) for place in sorted(wrong, key=_in_order)]
+    report.damages += damages(run, wrong | _gone(run, readers, wrong))
     report.stale = _unfinished(run)
     if not report.damages and not report.stale:
         rows = sql.read([run], sql.own_text("sql/views/invariants")).to_pylist()
         report.broken = {row["invariant"]: row["rows"] for row in rows}
         report.stale = _stale(run)
-    return report
-
-
-def _stale(run: ActiveRun) -> list[str]:
-    present = states(run)
-    found = [
-        (f"{name} of iteration {iteration}", state)
-        for iteration, by_stage in present.items()
-        for name, state in by_stage.items()
-    ]
-    evaluated = evaluation_states(run, present)
-    found += [(f"evaluation of policy {policy}", state) for policy, state in evaluated.items()]
-    return [f"{what}: {state.why}" for what, state in found if state.name == "stale"]
-
-
-def discard_damaged(run: Run, report: Report) -> None:
-    """Move what is damaged and can be made again to .trash. Needs the lock."""
     for each in report.damages:
-        if each.aside is not None:
+        if each.aside is not None and set_aside:
             discard(run, each.aside)
+    return report
 
 
 def print_report(run: Run, report: Report, discarded: bool) -> None:
     """The report as a person reads it. discarded: what is damaged is in .trash already."""
-    out = stdout_console()
-    counts = report.counts
-    for each in report.damages:
-        out.print(f"damaged  {each.found}", markup=False, highlight=False, soft_wrap=True)
+    say = partial(stdout_console().print, markup=False, highlight=False, soft_wrap=True)
+    counts, found = report.counts, report.damages
+    for each in found:
+        say(f"damaged  {each.found}")
     for invariant, rows in report.broken.items():
-        out.print(f"broken   {invariant}: {rows} rows", markup=False, highlight=False, soft_wrap=True)
+        say(f"broken   {invariant}: {rows} rows")
     for text in report.stale:
-        out.print(f"stale    {text}", markup=False, highlight=False, soft_wrap=True)
+        say(f"stale    {text}")
     pruned = f", {counts['pruned']:,} pruned" if counts["pruned"] else ""
-    size = f"{counts['bytes'] / 2**20:,.1f} MiB"
-    out.print(
-        f"run {run.name}: {counts['outputs']:,} outputs, {counts['files']:,} files ({size}) and"
-        f" {counts['rows']:,} rows read{pruned}; {len(report.damages)} damaged, {len(report.broken)} broken,"
-        f" {len(report.stale)} stale",
-        highlight=False,
-        soft_wrap=True,
+    say(
+        f"run {run.name}: {counts['outputs']:,} outputs, {counts['files']:,} files"
+        f" ({counts['bytes'] / 2**20:,.1f} MiB) and {counts['rows']:,} rows read{pruned};"
+        f" {len(found)} damaged, {len(report.broken)} broken, {len(report.stale)} stale"
     )
-    if any(each.aside for each in report.damages):
+    if any(each.aside for each in found):
         first = "moved to .trash" if discarded else "`grpo verify --discard` moves it to .trash"
-        first = f"what can be rebuilt: {first}" if not all(each.redo for each in report.damages) else first
-        out.print(first, highlight=False, soft_wrap=True)
-    if redo := list(dict.fromkeys(each.redo for each in report.damages if each.redo)):
-        text = f"to rebuild it, with the configuration of run {run.name}: {'; '.join(redo)}"
-        out.print(text, highlight=False, soft_wrap=True)
+        say(first if all(each.redo for each in found) else f"what can be rebuilt: {first}")
+    if redo := dict.fromkeys(each.redo for each in found if each.redo):
+        say(f"to rebuild it, with the configuration of run {run.name}: {'; '.join(redo)}")
 
 
-def _check_notes(run: ActiveRun, report: Report) -> None:
-    """What is no output: run.json, the intent of `--from`, the tracker's note, and unfinished work."""
-    notes: list[tuple[Path, Callable[[], object]]] = [
-        (run.path / "run.json", partial(open_run, run.name, run.root)),
-        (intent_path(run), partial(read_intent, run)),
-        (note_path(run), partial(read_note, run)),
+def _damaged_notes(run: ActiveRun) -> list[Damage]:
+    """Of what is no output: run.json, the intent of `--from`, the tracker's note, and unfinished work."""
+    found = []
+    notes: list[tuple[Path, str, Callable[[], object]]] = [
+        (run.path / "run.json", "grpo run", partial(open_run, run.name, run.root)),
+        (intent_path(run), "grpo run", partial(read_intent, run)),
+        (note_path(run), "grpo run", partial(read_note, run)),
     ]
-    for path, check in notes:
+    for folder, place in staging_folders(run).items():
+        notes.append((folder, command_for(*place), partial(check_staged, run, folder)))
+    for path, redo, check in notes:
         try:
             check()
         except CorruptError as error:
-            report.damages.append(Damage(str(error), "grpo run", path))
+            if path.exists():  # else a writer has committed it meanwhile
+                found.append(Damage(str(error), redo, path))
     folders = [run.iteration_root(number) for number in {*run.iterations(), *run.evaluations()}]
     for path in (run.trash, run.staging_root(None), *folders):
         if path.exists() and not path.is_dir():
-            found = f"{path}: is a file where a folder belongs; remove it"
-            report.damages.append(Damage(found, "grpo run"))
-    for folder in staging_folders(run):
-        try:
-            check_staged(run, folder)
-        except CorruptError as error:
-            if folder.exists():  # else a writer has committed it meanwhile
-                report.damages.append(Damage(str(error), _command_of(folder), folder))
+            found.append(Damage(f"{path}: is a file where a folder belongs; remove it", "grpo run"))
+    return found
 
 
-def _command_of(staged: Path) -> str:
-    """The command that goes on with what is staged in a folder."""
-    output = staged.name.rpartition("-")[0]
-    iteration = staged.parent.name.removeprefix("iteration=")
-    return command_for(output, int(iteration) if iteration.isdecimal() else None)
-
-
-def _unfinished(run: Run) -> list[str]:
-    """What a crash came between, and the next command finishes: until then some outputs look stale."""
-    with suppress(CorruptError):  # which is reported already
-        if (first := read_intent(run)) is not None:
-            return [f"--from {first}: not finished; the next `grpo run` resumes it"]
-    return [
-        f"{folder}: written, and moved to its place by the next command"
-        for folder in staging_folders(run)
-        if (folder / MANIFEST).exists()
-    ]
-
-
-def _check_output(run: Run, place: Place, counts: "Counter[str]") -> Manifest | None:
+def _check_output(run: Run, place: Place, counts: Counter[str]) -> Manifest | None:
     """Its manifest; raises the first thing that is wrong with it: all of it is made again together."""
     with suppress(CorruptError, FileNotFoundError):
         return _look_at(run, place, counts)
     return _look_at(run, place, counts)  # once more: a writer may have replaced or pruned it meanwhile
 
 
-def _look_at(run: Run, place: Place, counts: "Counter[str]") -> Manifest | None:
+def _look_at(run: Run, place: Place, counts: Counter[str]) -> Manifest | None:
     manifest = run.manifest(*place)
     if manifest is None:
         return None
     dropped = _dropped(run, place)
-    found: Counter[str] = Counter(outputs=1)
+    held = [file for file in manifest.files if file not in dropped]
     run.timings(*place)
-    for file in manifest.files:
-        if file in dropped:
-            found["pruned"] += 1
-            continue
+    for file in held:
         _check_file(run, manifest, file, run.path_of(file, *place))
-        found.update(files=1, bytes=file.bytes, rows=file.rows or 0)
-    counts.update(found)
+    sizes = {"bytes": sum(file.bytes for file in held), "rows": sum(file.rows or 0 for file in held)}
+    counts.update(outputs=1, files=len(held), pruned=len(manifest.files) - len(held), **sizes)
     return manifest
 
 
@@ -225,44 +167,14 @@ def _dropped(run: Run, place: Place) -> list[FileRecord]:
     return run.checkpoint_records(iteration) if noted or iteration not in newest else []
 
 
-def _gone(run: ActiveRun, readers: dict[Place, Place], wrong: dict[Place, str]) -> dict[Place, str]:
-    """Outputs that are not there, though another was made from them. readers: of what, who read it."""
-    found: dict[Place, str] = {}
-    # A writer may have taken away both meanwhile.
-    look = [(place, reader) for place, reader in readers.items() if run.manifest(*reader)]
-    look += [(read, place) for place in wrong for read in read_by(run, place)]
-    while look:
-        place, reader = look.pop()
-        # Staged: a crash came between two renames, which the next writer finishes.
-        if place in wrong or place in found or run.manifest(*place) or run.is_staged(*place):
-            continue
-        found[place] = f"{run.folder(*place)}: gone, though {_text(reader)} was made from it"
-        look += [(read, place) for read in read_by(run, place)]
-    return found
-
-
-def _text(place: Place) -> str:
-    output, iteration = place
-    return output if iteration is None else f"{output} of iteration {iteration}"
-
-
-def _in_order(place: Place) -> tuple[int, int]:
-    output, iteration = place
-    return (-1, 0) if iteration is None else (iteration, list(OUTPUTS).index(output))
-
-
 def _check_file(run: Run, manifest: Manifest, file: FileRecord, path: Path) -> None:
+    """Hash, schema and keys: rows are of their output's iteration, log-probs also of those replayed."""
     run.verify(file, path)
     if file.table is None:
         return
     found = tables.decode(file.table, [(path, path.read_bytes())])
     if len(found) != file.rows:
         raise CorruptError(f"{path}: {len(found)} rows, but its manifest says {file.rows}")
-    _check_iterations(manifest, path, found)
-
-
-def _check_iterations(manifest: Manifest, path: Path, found: "pa.Table") -> None:
-    """Rows are of their output's iteration; log-probs also of the earlier ones that update trained on."""
     at = manifest.iteration
     replayed = manifest.config.get("update", {}).get("replay_iterations", 0)
     for column in {"iteration", "update_iteration"} & set(found.column_names):
@@ -270,3 +182,41 @@ def _check_iterations(manifest: Manifest, path: Path, found: "pa.Table") -> None
         allowed = set(range(at - earlier, at + 1)) if at is not None else set()
         if set(found[column].unique().to_pylist()) - allowed:
             raise CorruptError(f"{path}: holds rows of another iteration than {at}")
+
+
+def _gone(run: ActiveRun, readers: dict[Place, Place], wrong: dict[Place, str]) -> dict[Place, str]:
+    """Outputs that are not there, though another was made from them. readers: of what, who read it."""
+    found: dict[Place, str] = {}
+    # A writer may have taken away both meanwhile.
+    look = [(place, reader) for place, reader in readers.items() if run.manifest(*reader)]
+    look += [(read, place) for place in wrong for read in read_by(run, place)]
+    while look:
+        place, (output, iteration) = look.pop()
+        # Staged: a crash came between two renames, which the next writer finishes.
+        if place in wrong or place in found or run.manifest(*place) or run.is_staged(*place):
+            continue
+        reader = output if iteration is None else f"{output} of iteration {iteration}"
+        found[place] = f"{run.folder(*place)}: gone, though {reader} was made from it"
+        look += [(read, place) for read in read_by(run, place)]
+    return found
+
+
+def _unfinished(run: Run) -> list[str]:
+    """What a crash came between, and the next command finishes: until then some outputs look stale."""
+    with suppress(CorruptError):  # which is reported already
+        if (first := read_intent(run)) is not None:
+            return [f"--from {first}: not finished; the next `grpo run` resumes it"]
+    written = [folder for folder in staging_folders(run) if (folder / MANIFEST).exists()]
+    return [f"{folder}: written, and moved to its place by the next command" for folder in written]
+
+
+def _stale(run: ActiveRun) -> list[str]:
+    present = states(run)
+    found = {
+        f"{name} of iteration {iteration}": state
+        for iteration, by_stage in present.items()
+        for name, state in by_stage.items()
+    }
+    evaluated = evaluation_states(run, present)
+    found |= {f"evaluation of policy {policy}": state for policy, state in evaluated.items()}
+    return [f"{what}: {state.why}" for what, state in found.items() if state.name == "stale"]

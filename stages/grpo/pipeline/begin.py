@@ -1,5 +1,8 @@
 """begin: what a run commits once, and loads models for: its prompts, and the ids of what it starts from."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 from grpo.artifacts import ActiveRun, Plan, Product, Staging
 from grpo.errors import UsageError
 from grpo.models import weight_check
@@ -27,21 +30,29 @@ def commit_policy(run: ActiveRun, names: dict[str, str], ids: dict[str, str]) ->
     staging.commit(Product(ids, [record], paths))
 
 
-def normalise(run: ActiveRun, plan: Plan, max_new_tokens: int, expected: str | None = None) -> None:
-    """Write prompts that leave room for max_new_tokens in the model's context."""
-    context = context_length(load_config(run.start["policy"]))
-    tokenizer = load_tokenizer(run.start["policy"])
-    room = None if context is None else context - max_new_tokens
-    if room is not None and room < 1:
-        key = "generate" if plan.output == prompts.OUTPUT else "evaluate"
+def normalise(run: ActiveRun, plan: Plan, expected: str | None = None) -> None:
+    """Write prompts, or held-out ones, that leave room for max_new_tokens in the model's context."""
+    num_tokens, room = lengths(run, run.start["policy"], plan.output)
+    prompts.prepare(run, Staging(run, plan, 0), num_tokens, room, expected)
+
+
+def lengths(run: ActiveRun, policy: Path, output: str) -> tuple[Callable[[list[Row]], list[int]], int | None]:
+    """Counts tokens of prompts as `policy` sees them; and the most that leave room, None: there is no limit.
+
+    Raises UsageError (exit 2) where max_new_tokens leave none.
+    """
+    key, limit = "generate", run.config.generate.max_new_tokens
+    if output != prompts.OUTPUT and run.config.evaluate is not None:
+        key, limit = "evaluate", run.config.evaluate.max_new_tokens or limit
+    context = context_length(load_config(policy))
+    if context is not None and limit >= context:
         raise UsageError(
-            f"{key}.max_new_tokens: {max_new_tokens} leaves no room for a prompt in the model's context of"
+            f"{key}.max_new_tokens: {limit} leaves no room for a prompt in the model's context of"
             f" {context} tokens"
         )
-
-    chat = chat_of(prompts.config_of(run, plan.output), run.imports)
+    chat, tokenizer = chat_of(prompts.config_of(run, output), run.imports), load_tokenizer(policy)
 
     def num_tokens(rows: list[Row]) -> list[int]:
         return [len(ids) for ids in encode(rows, tokenizer, chat)[1]]
 
-    prompts.prepare(run, Staging(run, plan, 0), num_tokens, room, expected)
+    return num_tokens, None if context is None else context - limit

@@ -77,7 +77,7 @@ def _prompts(run: ActiveRun, begun: bool) -> None:
     if manifest is not None and begun:
         raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
     expected = _recorded(run, prompts.OUTPUT)
-    _begin().normalise(run, plan, run.config.generate.max_new_tokens, expected)
+    _begin().normalise(run, plan, expected)
 
 
 def _held_out(run: ActiveRun) -> None:
@@ -92,8 +92,7 @@ def _held_out(run: ActiveRun) -> None:
                 source = run.config.evaluate.prompts.source
                 run.console.say(f"evaluate.prompts.source: {source} is gone; the run has its own copy")
             return
-        limit = run.config.evaluate.max_new_tokens or run.config.generate.max_new_tokens
-        _begin().normalise(run, plan, limit)
+        _begin().normalise(run, plan)
         _say_shared(run)
     except DataError as error:
         raise DataError(f"evaluate.prompts: {error}") from None

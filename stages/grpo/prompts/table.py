@@ -97,7 +97,7 @@ def prepare(
     rows = normalised(config, run.imports)
     while chunk := list(islice(rows, _ROWS_PER_SHARD)):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
-        kept = _usable(chunk, num_tokens, room, config.on_long_prompt == "skip", ids)
+        kept = usable(chunk, num_tokens, room, config, ids)
         skipped += len(chunk) - len(kept)
         if kept:
             longest = max(longest, *(length for _, length in kept))
@@ -121,8 +121,12 @@ def prepare(
     return staging.commit(Product({output: id_of(records)}, records, summary))
 
 
-def _usable(
-    chunk: list[tuple[str, Row]], num_tokens: NumTokens, room: int | None, skip: bool, ids: set[str]
+def usable(
+    chunk: list[tuple[str, Row]],
+    num_tokens: NumTokens,
+    room: int | None,
+    config: PromptsConfig,
+    ids: set[str],
 ) -> list[tuple[Row, int]]:
     """(row, tokens) of each prompt that leaves room for a response; adds the user's own ids to `ids`."""
     kept = []
@@ -133,7 +137,7 @@ def _usable(
             ids.add(name)
         if room is None or length <= room:
             kept.append((row, length))
-        elif not skip:
+        elif config.on_long_prompt != "skip":
             raise DataError(
                 f"{place}: prompt of {length} tokens, but the context leaves room for {room} beside"
                 " max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"

@@ -1,37 +1,136 @@
-"""engine: which engine samples, and whether it could be opened. Nothing is opened here."""
+"""engine: which one samples, and does it compute what the learner computes?
+
+A few rollouts, sampled from the whole distribution, whatever top_p says: what is measured is the numerics of
+the two. The learner is the real one, so its formula, padding and temperature are those of training.
+"""
+
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
 
 from grpo.artifacts import ActiveRun
-from grpo.errors import GrpoError, UsageError
+from grpo.errors import DataError, EngineError, ResourceError, UsageError, first_line
 from grpo.generate.engines.choice import choose_engine
+from grpo.generate.engines.protocol import Request, Sample, Sampling, group_seed
+from grpo.generate.engines.vllm_settings import check_version
 from grpo.generate.stage import make_engine
-from grpo.manage.doctor.check import Check, failed
+from grpo.generate.weight_sync import FLOAT32_TOLERANCE, WeightSync
+from grpo.inspect.status import MISMATCH_WARNING
+from grpo.manage.doctor.report import Check, Report
+from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
+from grpo.models.weight_check import weight_check_of
+from grpo.prompts.chat import chat_of, encode
+from grpo.prompts.source import Row
+from grpo.update.batch import Rollouts
+from grpo.update.learner import Learner
+from grpo.update.mismatch import mismatch
+
+AGREEMENT = "engine and learner compute the same"
+NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS = 4, 4, 64  # at most
 
 
-def check_engine(run: ActiveRun) -> list[Check]:
-    """The engine that is chosen; where it is vLLM, its version and `generate.engine_options`."""
+def check_engine(run: ActiveRun, report: Report) -> None:
+    """The engine that is chosen; where it is vLLM, its version and `engine_options`. Opens nothing."""
     config = run.config.generate
     name, why = choose_engine(config.engine)
-    options = ", ".join(config.engine_options)
-    if name != "vllm" and (cut := config.truncation()):
-        error = UsageError(f"generate.{cut}: needs engine: vllm; the built-in engine samples from all tokens")
-        return [failed("engine", f"{name} ({why})", "vllm", error)]
-    if name != "vllm":
-        if not options:
-            return [Check("engine", f"{name} ({why})")]
-        note = "leave generate.engine_options out, or set generate.engine: vllm"
-        return [
-            Check("engine", f"{name} ({why})"),
-            Check("engine options", options, "none: they are vLLM's", "warning", note),
-        ]
-    from grpo.generate.engines.vllm_settings import check_version
+    is_vllm, options = name == "vllm", ", ".join(config.engine_options)
+    needed = "a vLLM that works with this version" if is_vllm else ""
+    with report.check("engine", f"{name} ({why})", needed) as engine:
+        if is_vllm:
+            check_version()
+        elif cut := config.truncation():
+            text = "needs engine: vllm; the built-in engine samples from all tokens"
+            raise UsageError(f"generate.{cut}: {text}")
+    if is_vllm and engine.level == "ok":
+        with report.check("engine options", options or "none", "engine arguments of vLLM"):
+            make_engine(config, name, "", None, longest_prompt=1)  # checks them; load() would open it
+    elif options and not is_vllm:
+        with report.check("engine options", options, "none: they are vLLM's") as check:
+            check.warn("leave generate.engine_options out, or set generate.engine: vllm")
 
-    try:
-        check_version()
-    except GrpoError as error:
-        return [failed("engine", f"{name} ({why})", "a vLLM that works with this version", error)]
-    chosen, needed = Check("engine", f"{name} ({why})"), "engine arguments of vLLM"
-    try:
-        make_engine(config, name, "", None, longest_prompt=1)  # checks its options; load() would open it
-    except GrpoError as error:
-        return [chosen, failed("engine options", options or "none", needed, error)]
-    return [chosen, Check("engine options", options or "none", needed)]
+
+def check_agreement(run: ActiveRun, report: Report, checkpoint: Path, rows: list[Row]) -> None:
+    """Open the engine on the starting policy, sample, and compare; the numbers are in the report too."""
+    with report.check("agreement", "", AGREEMENT) as check:
+        try:
+            numbers = report.agreement = _measure(run, checkpoint, rows)
+        except torch.OutOfMemoryError as error:
+            way = "lower gpu_memory_utilization, or end other processes"
+            raise ResourceError(f"the GPU ran out of memory: {first_line(error)}; {way}") from None
+        found = f"{numbers['weight_check_difference']:.1e} nats per token apart; it follows a perturbed copy"
+        report.checks.append(Check("weight sync", found, "the engine computes the weights it was given"))
+        # float32 must agree to rounding; other precisions are what they are, and are reported.
+        mean, precision = numbers["mismatch_mean"], numbers["precision"]
+        allowed = FLOAT32_TOLERANCE if precision == "float32" else MISMATCH_WARNING
+        check.found = f"mismatch {mean:.1e} nats per token in {precision}"
+        check.needed = f"at most {allowed:g}"
+        right = f"{check.needed} is right in {precision}"
+        apart = f"engine and learner are {mean:.1e} nats per token apart, {right}"
+        if not mean <= allowed and (precision == "float32" or not np.isfinite(mean)):
+            raise EngineError(f"{apart}; they do not compute the same model")
+        if mean > allowed:
+            way = "set engine_options dtype: float32, or update.sampler_correction (docs/math.md)"
+            check.warn(f"{apart}; {way}")
+
+
+def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any]:
+    """The numbers of the comparison. Raises EngineError (exit 8) where a reload is not followed."""
+    config, device = run.config.generate, best_device()
+    name, _ = choose_engine(config.engine)
+    limit, context = min(config.max_new_tokens, MAX_NEW_TOKENS), context_length(load_config(checkpoint))
+    requests = _requests(run, checkpoint, rows, limit, context)
+    longest = max(len(request.prompt_token_ids) for request in requests)
+    with closing(make_engine(config, name, device, context, longest)) as engine:
+        weight_sync = WeightSync(engine, device, run.console.say)
+        check = weight_check_of(checkpoint, rows, chat_of(run.config.prompts, run.imports))
+        with TemporaryDirectory() as scratch:
+            weight_sync.open(checkpoint, check, Path(scratch))
+        difference = weight_sync.bring("starting policy", checkpoint, check)
+        groups = list(engine.sample([requests], Sampling(config.temperature, limit), lambda _: None))
+        weight_sync.release()
+        taken = [(requests[group.group_id], sample) for group in groups for sample in group.samples]
+        opened = {"engine": name, "device": device, "precision": engine.precision}
+        sampled = {"prompts": len(requests), "rollouts": len(taken), "temperature": config.temperature}
+        compared = _compare(run, checkpoint, taken)
+    return {**opened, **sampled, "weight_check_difference": difference, **compared}
+
+
+def _requests(
+    run: ActiveRun, checkpoint: Path, rows: list[Row], limit: int, context: int | None
+) -> list[Request]:
+    """The first prompts that leave room for `limit` tokens; with seeds of iteration 0."""
+    token_ids = encode(rows, load_tokenizer(checkpoint), chat_of(run.config.prompts, run.imports))[1]
+    fitting = [ids for ids in token_ids if context is None or len(ids) + limit <= context][:NUM_PROMPTS]
+    if not fitting:
+        raise DataError(f"prompts.source: no prompt leaves room for {limit} tokens in a context of {context}")
+    samples = range(min(run.config.generate.samples_per_prompt, NUM_SAMPLES))
+    seed = run.config.seed
+    return [Request(n, ids, [group_seed(seed, 0, n) + s for s in samples]) for n, ids in enumerate(fitting)]
+
+
+def _compare(run: ActiveRun, checkpoint: Path, taken: list[tuple[Request, Sample]]) -> dict[str, float]:
+    """The learner's log-probs of what was sampled, against the sampler's."""
+    old = [sample.logprobs for _, sample in taken]
+    rollouts = Rollouts(
+        keys=np.array([(0, request.group_id, n) for n, (request, _) in enumerate(taken)]),
+        prompts=[np.array(request.prompt_token_ids) for request, _ in taken],
+        responses=[sample.token_ids.astype(np.int64) for _, sample in taken],
+        masks=[np.ones(len(logprobs), dtype=bool) for logprobs in old],
+        old_logprobs=old,
+        advantages=np.zeros(len(taken)),
+        temperatures=np.full(len(taken), run.config.generate.temperature),
+    )
+    learner = Learner(run.config.update, best_device())
+    learner.load(checkpoint, None, ("starting policy", None))
+    found = learner.policy_logprobs(rollouts, np.arange(len(taken)))
+    own = [found[row] for row in range(len(taken))]
+    ratio_N = np.exp(np.concatenate(own).astype(np.float64) - np.concatenate(old))
+    return {
+        "tokens": int(rollouts.num_tokens.sum()),
+        **mismatch(zip(own, old, strict=True)),
+        "largest_ratio_error": float(np.abs(ratio_N - 1).max()),
+    }

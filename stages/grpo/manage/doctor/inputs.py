@@ -1,126 +1,159 @@
-"""inputs: the prompts and the rewards that the configuration names."""
+"""inputs: the models, the prompts and the rewards that the configuration names."""
 
+import math
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
-from grpo import tables
-from grpo.artifacts import ActiveRun
-from grpo.config import RewardConfig
-from grpo.errors import DataError, GrpoError
-from grpo.manage.doctor.check import Check, failed
-from grpo.manage.doctor.checkpoint import Checkpoint, find
-from grpo.prompts.chat import chat_of, encode
+from safetensors import SafetensorError, safe_open
+
+from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id, read_json
+from grpo.errors import CorruptError, DataError, InputError
+from grpo.manage.doctor.report import Report
+from grpo.models.find import STARTER, resolve_model, starter_folder
+from grpo.models.loading import WEIGHT_FILES, load_config
+from grpo.pipeline.begin import lengths
 from grpo.prompts.rows import normalised
 from grpo.prompts.source import Row
-from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone
+from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone, usable
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of, where
 from grpo.score.scorers import spec_of
+from grpo.update.adapter import check_targets, require_peft
 
-NUM_ROWS = 1000  # read of the source; a run reads and checks all
+NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
+STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A configured checkpoint. `folder` None: not on this machine yet; `parameters` None: not known yet."""
+
+    folder: Path | None = None
+    parameters: int | None = None
+
+
+def check_model(
+    run: ActiveRun, report: Report, key: str, name: str, fetch: bool, needed: str = "a checkpoint"
+) -> Checkpoint:
+    """Whether a configured model is there with its weights; the policy also with tokenizer and room.
+
+    fetch: it is trained or downloaded as a run would. Returns nothing known where it cannot be used.
+    """
+    found = Checkpoint()
+    with report.check(key, name, needed) as check:
+        folder = resolve_model(run, name) if fetch else _local(run, name)
+        if folder is not None:
+            parameters = num_parameters(folder)
+            load_config(folder)
+            if key == "model":
+                lengths(run, folder, OUTPUT)
+            found = Checkpoint(folder, parameters)
+        elif name == STARTER:
+            found = Checkpoint(None, STARTER_PARAMETERS)
+            check.needed = "the built-in starter model, trained at the first run"
+        else:
+            check.warn(f"{name} is downloaded at the first run; --model does so now, and checks memory, disk")
+        size = "size not known" if found.parameters is None else f"{found.parameters / 1e6:,.1f}M parameters"
+        check.found = f"{name}, {size}"
+    return found
+
+
+def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
+    """Whether peft is there and, once the policy is, has what update.lora.targets names."""
+    lora = run.config.update.lora
+    if lora is None:
+        return
+    found = ", ".join(lora.targets or ["every linear layer"])
+    with report.check("lora targets", found, "linear layers that take an adapter"):
+        require_peft()
+        if policy.folder is not None:
+            check_targets(policy.folder, lora.targets)
+
+
+def num_parameters(folder: Path) -> int:
+    """Of a checkpoint, from the headers of what transformers reads. Raises InputError, CorruptError."""
+    checkpoint_files(folder)
+    first = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if first is None:
+        raise InputError(f"{folder}: has no {' or '.join(WEIGHT_FILES)}; weights cannot be loaded without")
+    names, total = {first}, 0
+    if first.endswith(".json"):
+        names = set(read_json(folder / first, weight_map=dict)["weight_map"].values())
+    for path in sorted(folder / name for name in names):
+        if not path.is_file():
+            raise InputError(f"{path}: missing, though the index of the checkpoint lists it")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise CorruptError(f"{path}: is not safetensors: {error}") from error
+        total += sum(map(math.prod, shapes))
+    return total
+
+
+def _local(run: ActiveRun, name: str) -> Path | None:
+    if name == STARTER:
+        return starter_folder(run) if starter_folder(run).exists() else None
+    if not is_hub_id(name, run.imports):
+        return run.imports / name
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def check_prompts(
-    run: ActiveRun, policy: Checkpoint, fetch: bool, output: str = OUTPUT
-) -> tuple[Check, list[Row]]:
+    run: ActiveRun, report: Report, policy: Checkpoint, fetch: bool, output: str = OUTPUT
+) -> list[Row]:
     """The first rows of prompts, or held-out ones, with their length where the tokenizer is there.
 
-    fetch: get a data set from the hub where the run has not read it yet.
+    fetch: get a data set from the hub where the run has not read it yet. No rows where they cannot be used.
     """
-    config = config_of(run, output)
-    name, what = config.source, "prompts" if output == OUTPUT else "held-out prompts"
+    config, rows = config_of(run, output), list[Row]()
     needed = "prompts" if policy.folder is None else "prompts that leave room for max_new_tokens"
-    if not fetch and is_on_hub(config, run.imports) and run.manifest(output, None) is None:
-        note = f"{name} is downloaded at the first run; --model downloads it now"
-        return Check(what, name, needed, "warning", note), []
-    try:
-        rows = _first_rows(run, output)
-        if not rows:
-            raise DataError(f"prompts.source: {name}: holds no prompt")
-        length = (
-            "" if policy.folder is None else f", the longest {_longest(run, rows, policy, output)} tokens"
-        )
-    except GrpoError as error:
-        return failed(what, name, needed, error), []
-    more = "first " if len(rows) == NUM_ROWS else ""
-    return Check(what, f"{name}: {more}{len(rows):,} rows{length}", needed), rows
+    name = "prompts" if output == OUTPUT else "held-out prompts"
+    on_hub, there = is_on_hub(config, run.imports), run.manifest(output, None) is not None
+    with report.check(name, config.source, needed) as check:
+        if on_hub and not (fetch or there):
+            check.warn(f"{config.source} is downloaded at the first run; --model downloads it now")
+            return rows
+        if there and (on_hub or source_is_gone(run, output)):  # a run would not ask for it again
+            held = run.read(output, None).slice(0, NUM_ROWS).to_pylist()
+            found = [(f"{config.source}: prompt {row['prompt_id']}", row) for row in held]
+        else:
+            found = list(islice(normalised(config, run.imports), NUM_ROWS))
+        if not found:
+            raise DataError(f"prompts.source: {config.source}: holds no prompt")
+        more = "first " if len(found) == NUM_ROWS else ""
+        check.found = f"{config.source}: {more}{len(found):,} rows"
+        if policy.folder is not None:
+            num_tokens, room = lengths(run, policy.folder, output)
+            kept = usable(found, num_tokens, room, config, set())
+            if not kept:
+                raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
+            check.found += f", the longest {max(length for _, length in kept)} tokens"
+        rows += [row for _, row in found]
+    return rows
 
 
-def check_rewards(run: ActiveRun, rows: list[Row], fetch: bool) -> list[Check]:
+def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) -> None:
     """Import every reward function in a worker, as `score` does; look for every reward model and judge."""
-    names = {*tables.schema("prompts").names, *(name for row in rows for name in row)}
-    columns = sorted(names - {"prompt", "messages"}) if rows else None
-    rewards = run.config.score.rewards
-    checks = [_check_model(run, reward, fetch) for reward in rewards if reward.model is not None]
-    checks += [_check_judge(run, reward, columns) for reward in rewards if reward.judge is not None]
-    functions = [reward for reward in rewards if reward.function is not None]
-    if functions:
-        pool = FunctionPool(run.imports, 1)
-        try:
-            checks += [_check_function(pool, reward, columns) for reward in functions]
-        finally:
-            pool.close()
-    return checks
-
-
-def _check_function(pool: FunctionPool, reward: RewardConfig, columns: list[str] | None) -> Check:
-    name, needed = f"reward {reward.name}", "a function that can be imported and takes its arguments"
-    try:
-        pool.check(spec_of(reward), columns)
-    except GrpoError as error:
-        return failed(name, str(reward.function), needed, error)
-    return Check(name, str(reward.function), needed)
-
-
-def _check_judge(run: ActiveRun, reward: RewardConfig, columns: list[str] | None) -> Check:
-    """Without a request: an answer may cost money."""
-    assert reward.judge is not None
-    name, needed = f"reward {reward.name}", "a judge with its rubric and its key (nothing is asked)"
-    found = f"{reward.judge.model} at {reward.judge.url}"
-    try:
-        rubric_of(reward, run.imports, columns)
-        Judge(where(reward), reward.judge, reward.timeout_s).close()
-    except GrpoError as error:
-        return failed(name, found, needed, error)
-    return Check(name, found, needed)
-
-
-def _check_model(run: ActiveRun, reward: RewardConfig, fetch: bool) -> Check:
-    name, needed = f"reward {reward.name}", "a sequence classifier with one label"
-    try:
-        found = find(run, str(reward.model), fetch)
-    except GrpoError as error:
-        return failed(name, str(reward.model), needed, error)
-    if found.folder is None:
-        note = f"{reward.model} is downloaded at the first run; --model downloads it now"
-        return Check(name, str(reward.model), needed, "warning", note)
-    return Check(name, f"{reward.model}, {(found.parameters or 0) / 1e6:,.1f}M parameters", needed)
-
-
-def _first_rows(run: ActiveRun, output: str) -> list[Row]:
-    config = config_of(run, output)
-    kept = source_is_gone(run, output) or is_on_hub(config, run.imports)
-    if kept and run.manifest(output, None) is not None:
-        rows: list[Row] = run.read(output, None).slice(0, NUM_ROWS).to_pylist()
-        return rows
-    return [row for _, row in islice(normalised(config, run.imports), NUM_ROWS)]
-
-
-def _longest(run: ActiveRun, rows: list[Row], policy: Checkpoint, output: str) -> int:
-    """Tokens of the longest prompt. Raises DataError where a run would refuse it."""
-    from grpo.models.loading import context_length, load_config, load_tokenizer
-
-    assert policy.folder is not None
-    chat = chat_of(config_of(run, output), run.imports)
-    lengths = [len(ids) for ids in encode(rows, load_tokenizer(policy.folder), chat)[1]]
-    context = context_length(load_config(policy.folder))
-    given = run.config.evaluate.max_new_tokens if run.config.evaluate and output != OUTPUT else None
-    room = None if context is None else context - (given or run.config.generate.max_new_tokens)
-    source, on_long_prompt = config_of(run, output).source, config_of(run, output).on_long_prompt
-    fitting = [length for length in lengths if room is None or length <= room]
-    if not fitting or (len(fitting) < len(lengths) and on_long_prompt == "error"):
-        raise DataError(
-            f"prompts.source: {source}: a prompt of {max(lengths)} tokens, but the context"
-            f" leaves room for {room} beside max_new_tokens; shorten it, or set prompts.on_long_prompt: skip"
-        )
-    return max(fitting)
+    columns = sorted({name for row in rows for name in row} - {"prompt", "messages"}) or None
+    with closing(FunctionPool(run.imports, 1)) as pool:
+        for reward in run.config.score.rewards:
+            name, judge = f"reward {reward.name}", reward.judge
+            if reward.function is not None:
+                needed = "a function that can be imported and takes its arguments"
+                with report.check(name, reward.function, needed):
+                    pool.check(spec_of(reward), columns)
+            elif judge is not None:  # without a request: an answer may cost money
+                needed = "a judge with its rubric and its key (nothing is asked)"
+                with report.check(name, f"{judge.model} at {judge.url}", needed):
+                    rubric_of(reward, run.imports, columns)
+                    Judge(where(reward), judge, reward.timeout_s).close()
+            else:
+                needed = "a sequence classifier with one label"
+                check_model(run, report, name, str(reward.model), fetch, needed)

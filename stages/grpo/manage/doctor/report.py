@@ -1,37 +1,34 @@
-"""report: all checks in the order a run would meet them, as a table or as plain data."""
+"""report: what `grpo doctor` looked at and found, as a table or as plain data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from grpo.artifacts import ActiveRun
+from rich.text import Text
+
 from grpo.console import finite, printable, stdout_console, table
-from grpo.manage.doctor.check import Check
-from grpo.manage.doctor.checkpoint import Checkpoint, check_lora, check_model
-from grpo.manage.doctor.disk import check_space
-from grpo.manage.doctor.engine import check_engine
-from grpo.manage.doctor.inputs import check_prompts, check_rewards
-from grpo.manage.doctor.memory import check_memory
-from grpo.prompts.source import Row
-from grpo.prompts.table import HELD_OUT
-
-if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
+from grpo.errors import GrpoError
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
-_NUMBERS = {
-    "engine": "",
-    "device": "",
-    "precision": "",
-    "temperature": "g",
-    "rollouts": "d",
-    "tokens": "d",
-    "mismatch_mean": ".2e",
-    "mismatch_max": ".2e",
-    "mismatch_kl": ".2e",
-    "effective_sample_size": ".6f",
-    "largest_ratio_error": ".2e",
-    "weight_check_difference": ".2e",
-}
+
+
+@dataclass
+class Check:
+    """One thing that was looked at. Example: Check("disk space", "59.2 GiB free", "1.2 GiB to come")."""
+
+    name: str
+    found: str
+    needed: str = ""
+    level: Literal["ok", "warning", "failed"] = "ok"
+    note: str = ""
+    """What would be right, where the level is not ok; else what is left out."""
+    exit_code: int = 0
+    """What a run would exit with; 0 unless failed."""
+
+    def warn(self, note: str) -> None:
+        """Not as it should be, though a run would begin."""
+        self.level, self.note = "warning", note
 
 
 @dataclass
@@ -42,6 +39,16 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     agreement: dict[str, Any] = field(default_factory=dict)
 
+    @contextmanager
+    def check(self, name: str, found: str, needed: str = "") -> Iterator[Check]:
+        """A check that fails with the GrpoError of its `with` block, which says what would be right."""
+        check = Check(name, found, needed)
+        try:
+            yield check
+        except GrpoError as error:
+            check.level, check.note, check.exit_code = "failed", str(error), error.exit_code
+        self.checks.append(check)
+
     @property
     def exit_code(self) -> int:
         """Of the first check that failed, else 0."""
@@ -49,53 +56,13 @@ class Report:
 
     def describe(self) -> dict[str, Any]:
         """As one JSON document; a number that is not finite is null."""
-        numbers = finite(self.agreement)
         checks = [asdict(check) for check in self.checks]
-        return {"run": self.run, "exit": self.exit_code, "checks": checks, "agreement": numbers or None}
-
-
-def examine(run: ActiveRun, with_model: bool) -> Report:
-    """Check the machine for the configuration of `run`.
-
-    with_model: also get the model as a run would, open the engine, and compare it with the learner.
-    """
-    config, report = run.config, Report(run.name, check_engine(run))
-    check, policy = check_model(run, "model", config.model, with_model)
-    report.checks += [check, *check_lora(run, policy)]
-    reference = policy
-    if config.update.reference is not None and config.update.kl_coefficient:
-        check, reference = check_model(run, "reference", config.update.reference, with_model)
-        report.checks.append(check)
-    if not any(check.name == "engine options" and check.level == "failed" for check in report.checks):
-        report.checks += check_memory(run, policy, reference)
-    report.checks += check_space(run, policy)
-    check, rows = check_prompts(run, policy, with_model)
-    report.checks.append(check)
-    if config.evaluate is not None:
-        report.checks.append(check_prompts(run, policy, with_model, HELD_OUT)[0])
-    report.checks += check_rewards(run, rows, with_model)
-    if with_model:
-        _compare(run, report, policy, rows)
-    return report
-
-
-def _compare(run: ActiveRun, report: Report, policy: Checkpoint, rows: list[Row]) -> None:
-    needed = "engine and learner compute the same"
-    if report.exit_code:
-        note = "what failed above comes first"
-        report.checks.append(Check("agreement", "not tried", needed, "warning", note))
-        return
-    from grpo.manage.doctor.agreement import check_agreement
-
-    assert policy.folder is not None
-    checks, report.agreement = check_agreement(run, policy.folder, rows)
-    report.checks += checks
+        numbers = finite(self.agreement) or None
+        return {"run": self.run, "exit": self.exit_code, "checks": checks, "agreement": numbers}
 
 
 def print_report(report: Report) -> None:
     """The table, the numbers of --model, what would be right, and a last line that sums up."""
-    from rich.text import Text
-
     columns = ("check", "found", "needed", "")
     cells = [
         [check.name, check.found, check.needed, Text(check.level, _STYLES[check.level], no_wrap=True)]
@@ -103,25 +70,16 @@ def print_report(report: Report) -> None:
     ]
     console = stdout_console()
     console.print(table(columns, cells, left=columns))
-    if report.agreement:
-        _print_numbers(console, report.agreement)
+    width = max(map(len, report.agreement), default=0)
+    for name, value in report.agreement.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        console.print(f"{name:<{width}}  {shown}", markup=False, highlight=False)
     notes = dict.fromkeys((check.level, check.name, check.note) for check in report.checks if check.note)
     for level, name, note in sorted(notes, key=lambda item: list(_STYLES).index(item[0])):
-        mark = "note" if level == "ok" else level
-        style = "dim" if level == "ok" else _STYLES[level]
+        mark, style = ("note", "dim") if level == "ok" else (level, _STYLES[level])
         console.print(Text(mark, style=style) + Text(printable(f"  {name}: {note}")), soft_wrap=True)
-    console.print(_sum_up(report), style=_STYLES["failed" if report.exit_code else "ok"], highlight=False)
-
-
-def _print_numbers(console: "RichConsole", numbers: dict[str, Any]) -> None:
-    width = max(map(len, _NUMBERS))
-    for name, form in _NUMBERS.items():
-        console.print(f"{name:<{width}}  {numbers[name]:{form}}", markup=False, highlight=False)
-
-
-def _sum_up(report: Report) -> str:
     count = {level: sum(check.level == level for check in report.checks) for level in _STYLES}
+    found = f"{count['failed']} of {len(report.checks)} checks failed" if report.exit_code else ""
     warnings = f", {count['warning']} warnings" if count["warning"] else ""
-    if report.exit_code:
-        return f"run {report.run}: {count['failed']} of {len(report.checks)} checks failed{warnings}"
-    return f"run {report.run}: everything that it needs is here{warnings}"
+    text = f"run {report.run}: {found or 'everything that it needs is here'}{warnings}"
+    console.print(text, style=_STYLES["failed" if report.exit_code else "ok"], highlight=False)

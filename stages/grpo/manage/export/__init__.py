@@ -1,6 +1,164 @@
-"""export: a policy of a run -> a plain Hugging Face directory with a model card."""
+"""export: a policy of a run, or its adapter -> a plain Hugging Face directory with a model card.
 
-from grpo.manage.export.folder import export
-from grpo.manage.export.push import check_repository, push
+Copies, not hard links: whoever saves over an exported file would write into the run.
+"""
 
-__all__ = ["check_repository", "export", "push"]
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from grpo.artifacts import ActiveRun, checkpoint_files, files, is_hub_id, is_weight_file, read_json
+from grpo.errors import CorruptError, GrpoError, InputError, ResourceError, UsageError, first_line
+from grpo.manage.export.card import card_of
+from grpo.models.find import resolve_model
+from grpo.prompts.chat import chat_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+_CHUNK_BYTES = 2**24
+_TEMPLATE = "chat_template.jinja"
+_INDEX = ".safetensors.index.json"
+Content = Iterable[bytes | memoryview]  # of a file, in pieces
+
+
+def export(run: ActiveRun, policy: int | None, out: Path, dtype: str | None, adapter: bool) -> dict[str, Any]:
+    """Write policy `policy` of a run (None: the newest) to the folder `out`, complete or not at all.
+
+    dtype: cast the weights; None: as the run has them, float32, and those of the start as they came. adapter:
+    only what LoRA trained, in peft's form. Raises UsageError (exit 2) for an argument that makes no sense,
+    InputError (4) for a policy that was pruned, CorruptError (6) for one that is damaged.
+    """
+    if dtype is not None and (adapter or dtype not in DTYPES):
+        right = f"expected {', '.join(DTYPES)}, and no --adapter: that stays as it is"
+        raise UsageError(f"--dtype {dtype}: {right}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is there already and not empty; name another folder")
+    there = [0, *(number + 1 for number in run.iterations() if run.manifest("update", number))]
+    if policy is not None and policy not in there:
+        raise UsageError(f"--policy {policy}: run {run.name} has policies 0 to {max(there)}")
+    number = max(run.policies()) if policy is None else policy
+    dtype = dtype or ("float32" if number else None)
+    content = _adapter_files(run, number) if adapter else _policy_files(run, number, dtype)
+    card = card_of(run, number, dtype, adapter).encode()
+    unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
+    files.remove_folder(unfinished)  # of a process that was killed
+    try:
+        files.make_folder(unfinished)
+        for name, pieces in chain(content, [("README.md", [card])]):
+            files.write_chunks(unfinished / name, pieces)
+        files.sync_folder(unfinished)
+    except GrpoError:
+        files.remove_folder(unfinished)
+        raise
+    sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
+    files.move(unfinished, out.absolute())
+    files.sync_folder(out.absolute().parent)
+    told = {"run": run.name, "policy": number, "folder": str(out)}
+    return {**told, "files": sorted(sizes), "bytes": sum(sizes.values())}
+
+
+def _policy_files(run: ActiveRun, number: int, dtype: str | None) -> Iterator[tuple[str, Content]]:
+    if number == 0:
+        start = run.start["policy"] = resolve_model(run, run.config.model)
+        if run.checkpoint_id(str(start.absolute())) != run.id_of("policy@0"):
+            what = f"not the checkpoint that run {run.name} started from"
+            raise InputError(f"{start}: {what}; put that one back")
+    template = chat_of(run.config.prompts, run.imports).template  # None: the prompts used the tokenizer's
+    if template is not None:
+        yield _TEMPLATE, [template.encode()]
+    cast_to = None if number and dtype == "float32" else dtype  # what an update writes is that
+    sizes: dict[str, int] = {}
+    paths = checkpoint_files(run.policy_folder(number))
+    for path in sorted(paths, key=lambda path: path.name.endswith(_INDEX)):  # last: it holds their size
+        if cast_to and path.suffix == ".safetensors":
+            weights, sizes[path.name] = _cast(path, cast_to)
+            yield path.name, [weights]
+        elif cast_to and path.name.endswith(_INDEX):
+            index = read_json(path, weight_map=dict)
+            size = sum(sizes[name] for name in set(index["weight_map"].values()))
+            yield path.name, _json({**index, "metadata": {**index.get("metadata", {}), "total_size": size}})
+        elif dtype and path.name == "config.json":  # loaders go by it, and a run leaves the base's
+            config = {key: value for key, value in read_json(path).items() if key != "torch_dtype"}
+            yield path.name, _json({**config, "dtype": dtype})
+        elif path.name != _TEMPLATE or template is None:
+            yield path.name, _pieces(path)
+
+
+def _adapter_files(run: ActiveRun, number: int) -> Iterator[tuple[str, Content]]:
+    manifest = run.manifest("update", number - 1) if number else None
+    held = [file for file in (manifest.files if manifest else []) if file.part == "adapter"]
+    if not held:
+        why = "update.lora is null, or it is the start"
+        raise UsageError(f"--adapter: policy {number} of run {run.name} has none: {why}")
+    run.require_checkpoint(number)
+    on_hub = is_hub_id(run.config.model, run.imports)
+    base = {"base_model_name_or_path": run.config.model} if on_hub else {}
+    for file in held:
+        path = run.path_of(file, "update", number - 1)
+        run.verify(file, path)
+        is_config = file.name == "adapter_config.json"
+        yield file.name, _json({**read_json(path), **base}) if is_config else _pieces(path)
+    for path in checkpoint_files(run.policy_folder(number)):
+        if not is_weight_file(path.name) and path.name not in ("config.json", "generation_config.json"):
+            yield path.name, _pieces(path)
+
+
+def _json(document: dict[str, Any]) -> Content:
+    return [json.dumps(document, indent=2, sort_keys=True).encode()]
+
+
+def _pieces(path: Path) -> Content:
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK_BYTES):
+            yield piece
+
+
+def _cast(path: Path, dtype: str) -> tuple[bytes, int]:
+    """A safetensors file with its floating tensors cast, as from_pretrained(dtype=...) does; their bytes."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save
+
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise CorruptError(f"{path}: is not safetensors: {error}") from None
+    wanted: torch.dtype = getattr(torch, dtype)
+    cast = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
+    if lost := [name for name, t in cast.items() if not torch.isfinite(t).all()]:
+        raise UsageError(f"--dtype {dtype}: {lost[0]} is too large for it; take bfloat16 or float32")
+    return save(cast, metadata={"format": "pt"}), sum(t.nbytes for t in cast.values())
+
+
+def check_repository(name: str) -> None:
+    """Raise UsageError (exit 2) unless `name` can be a repository of somebody's, first of all."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(f"--push {name}: {first_line(error)}") from None
+    if name.count("/") != 1:
+        raise UsageError(f"--push {name}: expected owner/name")
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload `folder` to the repository `name`, made private where it is not there; returns its address.
+
+    Raises ResourceError (exit 7) where the hub refuses or cannot be reached; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # What a connection raises is the HTTP client's own error: httpx or httpx2, by the release of the library.
+    client_error: Any = HfHubHTTPError.__mro__[1]
+    api = HfApi()
+    try:
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="grpo export")
+    except (client_error, OSError, ValueError) as error:
+        way = f"the folder is complete: `hf upload {name} {folder}` tries again"
+        raise ResourceError(f"--push {name}: {first_line(error)}; {way}") from None
+    return str(url)

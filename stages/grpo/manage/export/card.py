@@ -1,11 +1,12 @@
 """card: README.md of an exported policy: what it is made of and how, with front matter that the hub reads."""
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo.artifacts import EVALUATION, STAGE_OUTPUTS, ActiveRun, Run, created_config, is_hub_id
-from grpo.config import Config, RewardConfig, differing_keys
+from grpo.config import Config, differing_keys
 from grpo.config.prompts import BUILT_IN
 from grpo.config.yaml import dump
 from grpo.console import interval, number
@@ -13,42 +14,36 @@ from grpo.inspect import metrics
 from grpo.prompts.table import is_on_hub
 
 _ROWS_SHOWN = 5
-_USE = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForCausalLM.from_pretrained(FOLDER)
-```"""
-_USE_ADAPTER = """\
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
-```"""
+_USE = "`AutoModelForCausalLM.from_pretrained(FOLDER)` of transformers loads it, as does vLLM."
+_USE_ADAPTER = "`PeftModel.from_pretrained(BASE_MODEL, FOLDER)` of peft loads it over its base."
 
 
 def card_of(run: ActiveRun, policy: int, dtype: str | None, adapter: bool) -> str:
     """The model card. Everything in it is read from the run: nothing has to be filled in."""
     config = created_config(run.name, run.root)
     kind = "LoRA adapter" if adapter else f"weights {f'in {dtype}' if dtype else 'as they came'}"
-    objective = config.update.objective
     iterations = f"{policy} iteration{'' if policy == 1 else 's'}"
+    base = f"`{Path(config.model).name}`"  # a path says nothing to others
+    if is_hub_id(config.model, run.imports):
+        base = f"[{config.model}](https://huggingface.co/{config.model})"
+    maker = run.manifest("update", policy - 1) if policy else run.manifest("policy", None)
+    settings = dump(config.model_dump())
+    fence = _fence(settings, 3)
     parts = [
         _front_matter(run, config, adapter),
         f"# {run.name}, policy {policy}",
-        f"{_base(run, config)} after {iterations} of GRPO, objective `{objective}`; {kind}.",
+        f"{base} after {iterations} of GRPO, objective `{config.update.objective}`; {kind}.",
         "## Use",
         _USE_ADAPTER if adapter else _USE,
         "## Training",
-        _training(config, policy),
+        *_training(config, policy),
         *_metrics(run, policy),
+        *_held_out(run, policy),
         "## Versions",
-        _versions(run, policy),
+        "\n".join(f"- {name}: {version}" for name, version in (maker.versions if maker else {}).items()),
         "## Configuration",
         "As the run was created, every value.",
-        _fenced(dump(config.model_dump()), "yaml"),
+        f"{fence}yaml\n{settings.rstrip()}\n{fence}",
         *_changes(run, policy),
     ]
     return "\n\n".join(parts) + "\n"
@@ -67,79 +62,50 @@ def _front_matter(run: ActiveRun, config: Config, adapter: bool) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _base(run: ActiveRun, config: Config) -> str:
-    """The base model as a link, or by its name: a path says nothing to others."""
-    if is_hub_id(config.model, run.imports):
-        return f"[{config.model}](https://huggingface.co/{config.model})"
-    return f"`{Path(config.model).name}`"
-
-
-def _training(config: Config, policy: int) -> str:
-    generate, update = config.generate, config.update
-    rewards = "\n".join(
-        f"| `{reward.name}` | {_cell(_scored_by(reward))} | {reward.weight:g} |"
-        for reward in config.score.rewards
-    )
-    source = config.prompts.source
-    subset = f", subset {config.prompts.subset}" if config.prompts.subset else ""
-    of_split = (
-        "" if config.prompts.is_file or source in BUILT_IN else f" (split {config.prompts.split}{subset})"
-    )
+def _training(config: Config, policy: int) -> list[str]:
+    prompts, generate, update = config.prompts, config.generate, config.update
+    subset = f", subset {prompts.subset}" if prompts.subset else ""
+    whole = prompts.is_file or prompts.source in BUILT_IN
+    split = "" if whole else f" (split {prompts.split}{subset})"
     lora = f", LoRA of rank {update.lora.rank}" if update.lora else ""
-    return (
-        f"- Prompts: {_cell(source)}{of_split}\n"
+    rewards = []
+    for reward in config.score.rewards:
+        judge = reward.judge
+        scored_by = f"{judge.model}, asked: {judge.rubric}" if judge else reward.function or reward.model
+        rewards.append((f"`{reward.name}`", _code(scored_by), f"{reward.weight:g}"))
+    return [
+        f"- Prompts: {_code(prompts.source)}{split}\n"
         f"- Rollouts: {policy} iterations x {generate.prompts_per_iteration} prompts x"
         f" {generate.samples_per_prompt} samples of at most {generate.max_new_tokens} tokens,"
         f" temperature {generate.temperature:g}\n"
-        f"- Update: learning rate {update.learning_rate:g}, KL coefficient {update.kl_coefficient:g}{lora}\n"
-        "\n"
-        f"| reward | function, model or judge | weight |\n|---|---|---|\n{rewards}"
-    )
-
-
-def _scored_by(reward: RewardConfig) -> str:
-    if reward.judge is not None:
-        return f"{reward.judge.model}, asked: {reward.judge.rubric}"
-    return str(reward.function or reward.model)
+        f"- Update: learning rate {update.learning_rate:g}, KL coefficient {update.kl_coefficient:g}{lora}",
+        _table(("reward", "function, model or judge", "weight"), rewards),
+    ]
 
 
 def _metrics(run: ActiveRun, policy: int) -> list[str]:
     """Iteration 0 and the last ones that made this policy."""
-    shown = sorted({0, *range(max(policy - _ROWS_SHOWN, 0), policy)}) if policy else []
-    if not shown:
-        return _held_out(run, policy)
+    if not policy:
+        return []
+    shown = sorted({0, *range(max(policy - _ROWS_SHOWN, 0), policy)})
     names = ("reward", "kl", "entropy", "response_tokens", "truncated")
-    rows = [f"| iteration | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for iteration, found in metrics.kept_of(run, shown).items():
-        rows.append(f"| {iteration} | {' | '.join(number(found[name], '.4g') for name in names)} |")
-    return [
-        "## Metrics",
-        "Means over the rollouts of an iteration, sampled before its update.",
-        "\n".join(rows),
-        *_held_out(run, policy),
-    ]
+    found = metrics.kept_of(run, shown).items()
+    rows = [(str(at), *(number(row[name], ".4g") for name in names)) for at, row in found]
+    told = "Means over the rollouts of an iteration, sampled before its update."
+    return ["## Metrics", told, _table(("iteration", *names), rows)]
 
 
 def _held_out(run: Run, policy: int) -> list[str]:
-    """What the policy was measured to be on prompts that it was not trained on."""
+    """What the policy was measured to be on prompts that it was not trained on; no line where nothing was."""
     manifest = run.manifest(EVALUATION, policy)
-    if manifest is None:
-        return []
-    found = manifest.summary
-    passes = [
+    found: dict[str, Any] = manifest.summary if manifest else {"pass_at": None, "reward": None}
+    told = [
         f"pass@{k} {value:.3f} ({interval(found['pass_at_low'][k], found['pass_at_high'][k])})"
         for k, value in (found["pass_at"] or {}).items()
     ]
-    reward = [] if found["reward"] is None else [f"reward {found['reward']:.4g}"]
-    if not passes and not reward:  # nothing of it was scored
-        return []
-    return [f"On {found['prompts']} held-out prompts, with 95 % intervals: {', '.join([*passes, *reward])}."]
-
-
-def _versions(run: Run, policy: int) -> str:
-    manifest = run.manifest("update", policy - 1) if policy else run.manifest("policy", None)
-    found = manifest.versions if manifest else {}
-    return "\n".join(f"- {name}: {version}" for name, version in found.items())
+    told += [] if found["reward"] is None else [f"reward {found['reward']:.4g}"]
+    text = "held-out prompts, with 95 % intervals"
+    return [f"On {found['prompts']} {text}: {', '.join(told)}."] if told else []
 
 
 def _changes(run: Run, policy: int) -> list[str]:
@@ -147,23 +113,24 @@ def _changes(run: Run, policy: int) -> list[str]:
     lines, held = [], dict[str, dict[str, Any]]()
     for iteration in range(policy):
         for output in STAGE_OUTPUTS:
-            manifest = run.manifest(output, iteration)
-            if manifest is None:
-                continue
-            changes = differing_keys(held.get(output, manifest.config), manifest.config)
-            lines += [f"- from iteration {iteration}: {_cell(change)}" for change in changes]
-            held[output] = manifest.config
+            if manifest := run.manifest(output, iteration):
+                changes = differing_keys(held.get(output, manifest.config), manifest.config)
+                lines += [f"- from iteration {iteration}: {_code(change)}" for change in changes]
+                held[output] = manifest.config
     return ["What changed since:", "\n".join(lines)] if lines else []
 
 
-def _cell(value: object) -> str:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
+
+
+def _code(value: object) -> str:
     """Text of the user's as code, on one line of a table."""
     text = " ".join(str(value).split()).replace("|", "\\|")
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    fence = _fence(text)
     return f"{fence}{text}{fence}" if "`" not in text else f"{fence} {text} {fence}"
 
 
-def _fenced(text: str, language: str) -> str:
-    """Text as a block, whatever backticks it holds."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+def _fence(text: str, least: int = 1) -> str:
+    """More backticks than `text` holds in a row."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
