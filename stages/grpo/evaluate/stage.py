@@ -1,8 +1,8 @@
 """evaluation: policy + eval_prompts -> eval_rollouts, eval_rewards, both in one output.
 
-By the engine, the weight_sync and the rewards of training, whose tools it borrows. What differs is what is
-sampled: every held-out prompt, with seeds that are the same for each policy, so that what changes from one
-policy to the next is the policy. Nothing reads the result, so it never makes anything stale.
+By the engine, the weight_sync and the rewards of training. Every held-out prompt is sampled, with the same
+seeds for each policy, so that what changes from one to the next is the policy. Nothing reads it, so it makes
+nothing stale.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from grpo import sql, tables
+from grpo import sql
 from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, lacking
-from grpo.errors import EngineError
 from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, config_of, settings
 from grpo.generate import plan as generate
 from grpo.generate import sampling
@@ -23,7 +22,7 @@ from grpo.score import plan as score
 from grpo.score import stage as scoring
 from grpo.score.judge.rubric import rubric_of
 from grpo.score.scorers import Scorers, columns_of, spec_of
-from grpo.score.shard import File, Work
+from grpo.score.shard import Work, read, staged
 
 
 class Resources(Protocol):
@@ -55,8 +54,7 @@ def release(opened: Resources) -> None:
 
 def after(run: Run, manifest: Manifest, opened: Resources) -> None:
     """Raise EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop."""
-    if lacking(run, manifest):
-        raise EngineError(scoring.complaint(run, f"evaluate: policy {manifest.iteration}", REWARDS, manifest))
+    scoring.raise_for_failed(run, f"evaluate: policy {manifest.iteration}", REWARDS, manifest)
 
 
 def produce(run: Run, policy: int, staging: Staging, resources: Resources) -> Product:
@@ -71,12 +69,10 @@ def produce(run: Run, policy: int, staging: Staging, resources: Resources) -> Pr
     rollouts, engine = sampling.sample(run, staging, sampler, work)
     # A reward model takes the engine's place on the accelerator; functions leave it where it is.
     scorers = resources(score.NAME, beside=all(reward.model is None for reward in run.config.score.rewards))
-    scorers = replace(scorers, prompts=prompts, columns=columns_of(prompts))
-    files = [File(record, staging.folder / record.name) for record in rollouts]
+    files = staged(staging, rollouts, ROLLOUTS)
     prompts_id = staging.plan.user_files["evaluate.prompts"]
-    _, rewards = scoring.score(
-        run, staging, scorers, Work(REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id, before)
-    )
+    wanted = Work(REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id)
+    _, rewards = scoring.score(run, staging, replace(scorers, prompts=prompts), wanted)
     held = [*rollouts, *rewards]
     with staging.clock("measure"):
         summary = {**measure(run, policy, staging, held), **scoring.summary_of(run, rewards), **engine}
@@ -98,7 +94,6 @@ def _sampled(
     wanted = settings(run)
     draws = sampling.draws_of(prompts.to_pylist(), sampler, chat_of(config_of(run).prompts, run.imports))
     requests = sampling.requests_of(draws, run.config.seed, SEEDS, wanted["samples_per_prompt"])
-    how = sampling.sampling_of(run.config.generate, wanted["temperature"], wanted["max_new_tokens"])
     return sampling.Work(
         table=ROLLOUTS,
         prefix=ROLLOUTS,
@@ -108,26 +103,20 @@ def _sampled(
         requests=requests,
         shards=[range(first, end) for first, end in staging.plan.shards],
         groups_per_round=len(requests),
-        sampling=how,
+        sampling=sampling.sampling_of(run.config.generate, wanted["temperature"], wanted["max_new_tokens"]),
     )
 
 
 def measure(run: Run, policy: int, staging: Staging, held: list[FileRecord]) -> dict[str, Any]:
     """The row of `evals` of what is staged: the same SQL that everyone asks later, over the same files."""
-    wanted = settings(run)
-    row = {"iteration": policy, "same_prompts": True, **wanted}
-    found = {"_eval_settings": pa.Table.from_pylist([row], schema=sql.SETTINGS)}
-    for table in (ROLLOUTS, REWARDS):
-        records = [(record, staging.folder / record.name) for record in held if record.table == table]
-        for record, path in records:
-            run.verify(record, path)
-        found[table] = tables.decode(table, ((path, path.read_bytes()) for _, path in records))
+    row = {"iteration": policy, "same_prompts": True, **settings(run)}
+    views = {table: read(run, table, staged(staging, held, table)) for table in (ROLLOUTS, REWARDS)}
+    views["_eval_settings"] = pa.Table.from_pylist([row], schema=sql.SETTINGS)
     with sql.connect([run], policy, ()) as connection:
-        for view, data in found.items():
+        for view, data in views.items():
             sql.register(connection, f"_{view}_0", data)
-        [values] = sql.query(connection, "select * exclude (run, iteration) from evals").to_pylist(
-            maps_as_pydicts="strict"
-        )
+        found = sql.query(connection, "select * exclude (run, iteration) from evals")
+    [values] = found.to_pylist(maps_as_pydicts="strict")
     return {
         name: {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
         for name, value in values.items()

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 MAX_ERROR_CHARACTERS = 500  # an error is a table cell and a terminal line, not a log
 
+Key = tuple[int, int]
+"""(group_id, sample_id): unique within an iteration."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -13,7 +16,6 @@ class Outcome:
     value: finite when status is `ok`, else None. status: `ok`; `error` (raised, crashed, or gave something
     that is no number); `timeout`; `nonfinite` (NaN or infinite); `not_applicable` (the function gave None).
     error: one line of at most 500 characters; None for `ok` and `not_applicable`.
-    Example: Outcome(None, "error", "ZeroDivisionError: division by zero (reward.py, line 7)").
     """
 
     value: float | None

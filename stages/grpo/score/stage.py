@@ -1,9 +1,8 @@
-"""score: rollouts + prompts -> rewards.
+"""score: rollouts + prompts -> rewards, one row per rollout and reward.
 
-One row per rollout and reward. A shard is one reward over one rollout shard: an unchanged reward is kept by
-a hard link, a new weight rewrites its rows without scoring, and a reward added later scores only itself.
-A rollout that cannot be scored is a row with a status, never a silent zero. What a judge answered stands in
-`judgements`, beside.
+A shard is one reward over one rollout shard: an unchanged reward is kept by a hard link, a new weight
+rewrites its rows without scoring, and a reward added later scores only itself. A rollout that cannot be
+scored is a row with a status, never a silent zero. What a judge answered stands in `judgements`, beside.
 """
 
 from collections import Counter
@@ -11,22 +10,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import pyarrow as pa
-
-from grpo import tables
-from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, lacking
+from grpo import sql
+from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, lacking, num_rounds
 from grpo.config import RewardConfig
 from grpo.errors import EngineError
 from grpo.score import scorers
 from grpo.score.judge import answers as judgements
 from grpo.score.outcome import Outcome
 from grpo.score.plan import NAME, OUTPUT
-from grpo.score.scorers import Key, Rollout, Scorers
-from grpo.score.shard import File, Shard, Work, rows_of, shard_of
-from grpo.score.signal import say_short, signal_summary
+from grpo.score.scorers import Scorers
+from grpo.score.shard import File, Shard, Work, found_in, read, shard_of, staged, table_of
+from grpo.sql.scored import count_signal, create_scored
 
 _FAILED = ("error", "timeout", "nonfinite")
-_READ = ["group_id", "sample_id", "prompt_id", "response", "response_token_ids"]
 
 
 def check(run: Run, until: int, resources: Callable[[str], Any]) -> None:
@@ -46,45 +42,76 @@ def release(opened: Scorers) -> None:
 
 
 def after(run: Run, manifest: Manifest, opened: Scorers) -> None:
-    """Raise EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop."""
-    assert manifest.iteration is not None
-    if lacking(run, manifest):
-        raise EngineError(complaint(run, f"score: iteration {manifest.iteration}", OUTPUT, manifest))
-    say_short(run, run.require("rollouts", manifest.iteration, "grpo generate"), manifest)
+    """Raise as raise_for_failed(); say where the last round has not brought enough groups with signal."""
+    raise_for_failed(run, f"score: iteration {manifest.iteration}", OUTPUT, manifest)
+    rollouts = run.require("rollouts", manifest.iteration, "grpo generate")
+    wanted, rounds = _dynamic_sampling(rollouts), num_rounds(rollouts)
+    if wanted is None or rounds < wanted["max_rounds"]:
+        return
+    found = manifest.summary["groups_with_signal"]
+    if found < wanted["min_groups"]:
+        run.console.say(
+            f"score {manifest.iteration}: {found} of {wanted['min_groups']} groups with signal after {rounds}"
+            " rounds (generate.dynamic_sampling.max_rounds); continuing with these"
+        )
+
+
+def raise_for_failed(run: Run, where: str, table: str, manifest: Manifest) -> None:
+    """Raise EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop.
+
+    where: of what they are, as the message begins; it says how many failed, and the first of them.
+    """
+    if not lacking(run, manifest):
+        return
+    statuses: dict[str, int] = manifest.summary["statuses"]
+    counts = ", ".join(f"{statuses[status]} {status}" for status in _FAILED if statuses.get(status))
+    rows = run.read(table, manifest.iteration, ["name", "status", "error"]).to_pylist()
+    first = next((row for row in rows if row["error"]), {"name": "", "error": ""})
+    raise EngineError(
+        f"{where}: {manifest.summary['failed']} of {sum(statuses.values())} rewards failed ({counts});"
+        f" first: {first['name']}: {first['error']}; the same command scores only those again,"
+        " `score.on_error: drop` leaves their rollouts out"
+    )
 
 
 def produce(run: Run, iteration: int, staging: Staging, opened: Scorers) -> Product:
     """The `rewards` of one iteration: what of them is not there yet is scored."""
     rollouts = run.require("rollouts", iteration, "grpo generate")
     files = [File(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
-    before = run.manifest(OUTPUT, iteration)
-    work = Work(OUTPUT, judgements.TABLE, "part", iteration, files, staging.plan.inputs["prompts"], before)
+    work = Work(OUTPUT, judgements.TABLE, "part", iteration, files, staging.plan.inputs["prompts"])
     ids, held = score(run, staging, opened, work)
     summary = summary_of(run, held)
-    summary |= signal_summary(run, staging, rollouts, held, summary["weights"].values())
+    if _dynamic_sampling(rollouts) is not None:  # else nobody asks
+        rewards = read(run, OUTPUT, staged(staging, held, OUTPUT))
+        with staging.clock("signal"), sql.connect([run], iteration, ("rollouts",)) as connection:
+            sql.register(connection, "_rewards_0", rewards)
+            create_scored(connection, summary["weights"].values())
+            summary["groups_with_signal"] = count_signal(connection)
+        summary["rounds"] = num_rounds(rollouts)
     return Product(ids, held, summary)
 
 
 def score(run: Run, staging: Staging, opened: Scorers, work: Work) -> tuple[dict[str, str], list[FileRecord]]:
     """Score what of `work` is not scored yet: the id of each reward, and all shards, judgements last."""
-    earlier = None if _asked_again(run, staging, work.before) else work.before
+    before = run.manifest(staging.plan.output, work.iteration)
+    earlier = None if _asked_again(run, staging, before) else before
     scored: list[FileRecord] = []
     answered: list[FileRecord] = []
     ids = {}
     for reward in run.config.score.rewards:
         own = []
         for rollouts in work.rollouts:
-            shard = shard_of(staging, work, reward, rollouts, earlier, len(scored))
-            record = staging.committed(shard.name(staging))
+            shard = shard_of(staging, work, reward, rollouts, earlier, len(scored) + len(own))
+            record = staging.committed(shard.name)
             if record is None:
                 with staging.clock(reward.name):
                     record = _score_shard(run, staging, opened, shard)
                 run.console.stop_requested()
-            answers = staging.committed(shard.answers_name(staging))
-            answered += [answers] if answers is not None else []
             own.append(record)
-            scored.append(record)
+            if (answers := staging.committed(shard.answers_name)) is not None:
+                answered.append(answers)
         ids[f"reward/{reward.name}"] = id_of(own)
+        scored += own
     return ids, [*scored, *answered]
 
 
@@ -105,40 +132,29 @@ def _asked_again(run: Run, staging: Staging, before: Manifest | None) -> bool:
 
 def _score_shard(run: Run, staging: Staging, opened: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
-    reward, old = shard.reward, shard.old
-    name = shard.name(staging)
+    reward, old, work = shard.reward, shard.old, shard.work
     if old is not None and _is_unchanged(old.record, reward):
         if shard.old_answers is not None:
-            staging.link_table(shard.old_answers.record, shard.old_answers.path, shard.answers_name(staging))
-        return staging.link_table(old.record, old.path, name)
-    rollouts = [Rollout(**row) for row in rows_of(run, shard.rollouts, _READ)]
-    kept = {
-        (row["group_id"], row["sample_id"]): Outcome(row["value"], row["status"], row["error"])
-        for row in (rows_of(run, old) if old is not None else [])
-        if row["status"] not in _FAILED
-    }
+            staging.link_table(*shard.old_answers, shard.answers_name)
+        return staging.link_table(*old, shard.name)
+    rollouts = scorers.rollouts_of(run, shard.rollouts, opened.prompts)
+    before = found_in(run, old, Outcome) if old is not None else {}
+    kept = {key: outcome for key, outcome in before.items() if outcome.status not in _FAILED}
     if reward.judge is not None:
         outcomes = judgements.score_by_judge(run, staging, opened, shard, rollouts, kept)
     else:
+        outcomes = dict(kept)
         todo = [rollout for rollout in rollouts if rollout.key not in kept]
-        outcomes = kept | _score(run, staging, opened, shard, todo)
-    ordered = [outcomes[rollout.key] for rollout in rollouts]
-    data = _table(shard.work.iteration, reward, rollouts, ordered)
-    statuses = dict(Counter(outcome.status for outcome in ordered))
+        title = f"{staging.plan.stage} {work.iteration} {reward.name}"
+        with run.console.progress(title, len(todo), "rollouts") as advance:
+            for rollout, outcome in scorers.score(run, opened, work.iteration, reward, todo):
+                outcomes[rollout.key] = outcome
+                advance(1)
+    ordered = {rollout.key: outcomes[rollout.key] for rollout in rollouts}
+    statuses = dict(Counter(outcome.status for outcome in ordered.values()))
     labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
-    return staging.write_table(shard.work.table, name, data, shard.unit, **labels)
-
-
-def _score(
-    run: Run, staging: Staging, opened: Scorers, shard: Shard, rollouts: list[Rollout]
-) -> dict[Key, Outcome]:
-    outcomes = {}
-    title = f"{staging.plan.stage} {shard.work.iteration} {shard.reward.name}"
-    with run.console.progress(title, len(rollouts), "rollouts") as advance:
-        for rollout, outcome in scorers.score(run, opened, shard.work.iteration, shard.reward, rollouts):
-            outcomes[rollout.key] = outcome
-            advance(1)
-    return outcomes
+    data = table_of(shard, work.table, ordered)
+    return staging.write_table(work.table, shard.name, data, shard.unit, **labels)
 
 
 def _is_unchanged(old: FileRecord, reward: RewardConfig) -> bool:
@@ -151,31 +167,7 @@ def _failed(statuses: dict[str, int]) -> int:
     return sum(statuses.get(status, 0) for status in _FAILED)
 
 
-def _table(
-    iteration: int, reward: RewardConfig, rollouts: list[Rollout], outcomes: list[Outcome]
-) -> pa.Table:
-    columns = {
-        "iteration": [iteration] * len(rollouts),
-        "group_id": [rollout.group_id for rollout in rollouts],
-        "sample_id": [rollout.sample_id for rollout in rollouts],
-        "name": [reward.name] * len(rollouts),
-        "value": [outcome.value for outcome in outcomes],
-        "weight": [reward.weight] * len(rollouts),
-        "status": [outcome.status for outcome in outcomes],
-        "error": [outcome.error for outcome in outcomes],
-    }
-    return pa.table(columns, schema=tables.schema(OUTPUT))
-
-
-def complaint(run: Run, where: str, table: str, manifest: Manifest) -> str:
-    """That rewards failed, how many and the first of them; where: of what, as an error begins."""
-    assert manifest.iteration is not None
-    statuses: dict[str, int] = manifest.summary["statuses"]
-    counts = ", ".join(f"{statuses[status]} {status}" for status in _FAILED if statuses.get(status))
-    rows = run.read(table, manifest.iteration, ["name", "status", "error"]).to_pylist()
-    first = next((row for row in rows if row["error"]), {"name": "", "error": ""})
-    return (
-        f"{where}: {manifest.summary['failed']} of {sum(statuses.values())} rewards failed ({counts});"
-        f" first: {first['name']}: {first['error']}; the same command scores only those again,"
-        " `score.on_error: drop` leaves their rollouts out"
-    )
+def _dynamic_sampling(rollouts: Manifest) -> dict[str, int] | None:
+    """generate.dynamic_sampling as the rollouts were planned with it."""
+    found: dict[str, int] | None = rollouts.config.get("generate", {}).get("dynamic_sampling")
+    return found

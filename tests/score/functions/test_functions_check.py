@@ -60,7 +60,11 @@ def spec(function: str, **arguments: Any) -> FunctionSpec:
             "arguments.log_extra: this keyword is passed to every",
         ),
         (spec("positional_only"), None, "'completions' is positional-only; everything is passed by keyword"),
-        (spec("regex_format"), None, "needs arguments: pattern"),
+        (
+            spec("regex_format"),
+            None,
+            "arguments: regex_format() missing 1 required keyword-only argument: 'pattern'",
+        ),
         (
             spec("regex_format", pattern="("),
             None,

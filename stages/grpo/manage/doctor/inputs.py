@@ -14,7 +14,7 @@ from grpo.prompts.source import Row
 from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
-from grpo.score.judge.rubric import rubric_of, where
+from grpo.score.judge.rubric import rubric_of
 from grpo.score.scorers import spec_of
 
 NUM_ROWS = 1000  # read of the source; a run reads and checks all
@@ -77,7 +77,7 @@ def _check_judge(run: Run, reward: RewardConfig, columns: list[str] | None) -> C
     found = f"{reward.judge.model} at {reward.judge.url}"
     try:
         rubric_of(reward, run.imports, columns)
-        Judge(where(reward), reward.judge, reward.timeout_s).close()
+        Judge(reward).close()
     except GrpoError as error:
         return failed(name, found, needed, error)
     return Check(name, found, needed)

@@ -1,7 +1,6 @@
-"""call: reward function + one group -> one outcome per rollout
+"""call: reward function + one group -> one outcome per rollout: what a worker does with the user's function.
 
-What a worker process does with the user's function; no processes here. Nothing here imports torch or numpy:
-their tensors and arrays are read through their own methods.
+Nothing here imports torch or numpy: their tensors and arrays are read through their own methods.
 """
 
 import asyncio
@@ -9,6 +8,7 @@ import importlib
 import inspect
 import math
 import numbers
+import pkgutil
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -54,15 +54,14 @@ class GroupCall:
         """The call for one rollout of the group."""
         one = slice(sample, sample + 1)
         columns = {name: values[one] for name, values in self.columns.items()}
-        texts = (self.prompts[one], self.completions[one], self.completion_ids[one])
-        return GroupCall(*texts, columns, self.iteration)
+        lists = (self.prompts[one], self.completions[one], self.completion_ids[one])
+        return GroupCall(*lists, columns, self.iteration)
 
 
 class TrainerState:
     """TRL's `trainer_state` as far as it has a meaning on disk: `global_step` is the iteration, from 0.
 
-    That is TRL's own number where an iteration is one optimiser step. Whatever else is asked of it raises
-    AttributeError: a made-up value would be a wrong reward.
+    Whatever else is asked of it raises AttributeError: a made-up value would be a wrong reward.
     """
 
     def __init__(self, iteration: int) -> None:
@@ -74,10 +73,7 @@ class TrainerState:
 
 def load(function: str) -> Any:
     """Import what `function` names; raises whatever the import raises, AttributeError if it is not there."""
-    if function in BUILT_IN:
-        return BUILT_IN[function]
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return BUILT_IN.get(function) or pkgutil.resolve_name(function)
 
 
 def find_problem(spec: FunctionSpec, file: Path | None, columns: Collection[str] | None) -> str | None:
@@ -90,8 +86,7 @@ def find_problem(spec: FunctionSpec, file: Path | None, columns: Collection[str]
         return problem
     function = load(spec.function)
     if inspect.isclass(function):
-        name = function.__name__
-        return f"is a class; write `reward = {name}(...)` below it, and name that"
+        return f"is a class; write `reward = {function.__name__}(...)` below it, and name that"
     try:
         inspect.signature(function)
     except ValueError:
@@ -205,11 +200,9 @@ def _argument_problem(spec: FunctionSpec) -> str | None:
     if spec.function not in BUILT_IN:
         return None
     accepted, _ = _keywords(BUILT_IN[spec.function])
-    required = {name for name, p in accepted.items() if p.default is p.empty}
-    unset = {name for name in required if accepted[name].kind is inspect.Parameter.KEYWORD_ONLY}
-    if unset - set(spec.arguments):
-        return f"needs arguments: {', '.join(sorted(unset - set(spec.arguments)))}"
-    columns: dict[str, list[Any]] = {name: [] for name in required - unset}
+    columns: dict[str, list[Any]] = {
+        name: [] for name, p in accepted.items() if p.kind is not p.KEYWORD_ONLY and p.default is p.empty
+    }
     try:
         run(spec, BUILT_IN[spec.function], GroupCall([], [], [], columns))
     except ImportError as error:  # of a built-in that stands on an optional package

@@ -1,10 +1,7 @@
-"""pool: reward functions + groups -> outcomes, each call in a worker process
+"""pool: reward functions + groups -> outcomes, each call in a process, which may hang, crash or be killed.
 
-A reward function is the user's code and may hang, crash or be killed: it runs in processes (pebble) that
-are kept open between iterations, and only the rollouts that it fails on are lost. Time is kept twice. A
-watchdog in the worker (faulthandler: a C thread, so code that holds the interpreter lock cannot stop it) ends
-the worker, also when our own process is dead; its clock starts after the import of the function's module.
-pebble's clock includes that import, and is the second line.
+Time is kept twice. A watchdog in the worker (faulthandler: a C thread, which no code that holds the
+interpreter lock can stop) starts behind the import; pebble's clock, with the import, is the second line.
 """
 
 import signal
@@ -13,10 +10,10 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -29,9 +26,7 @@ from grpo.score.outcome import Outcome, one_line
 IMPORT_TIMEOUT_S = 120.0  # of the first import of a function's module; a cold torch takes tens of seconds
 SPARE_S = 5.0  # what pebble's clock allows beyond the time-out and three times the measured import
 CALLS_PER_WORKER = 2  # in flight: one running and one waiting, so that memory stays bounded
-MAX_RESTARTS = (
-    3  # of the pool for one call: a worker that dies between calls breaks the pool, not the function
-)
+MAX_RESTARTS = 3  # of the pool for one call: a worker that dies between calls breaks the pool, nothing else
 POLL_S = 1.0  # how often a broken pool is looked for; a result is seen at once
 
 
@@ -56,14 +51,11 @@ class FunctionPool:
         file = find_file(spec.function, self._import_root)
         problem: str | None
         try:
-            problem, import_s = self._result(
-                self._start(worker.examine, (spec, file, columns), IMPORT_TIMEOUT_S)
-            )
+            flight = self._start(worker.examine, (spec, file, columns), IMPORT_TIMEOUT_S)
+            problem, import_s = self._result(flight)
         except TimeoutError:
-            problem = (
-                f"the import of its module did not end within {IMPORT_TIMEOUT_S:g} s, or ended the process"
-                " with status 0"
-            )
+            limit = f"within {IMPORT_TIMEOUT_S:g} s"
+            problem = f"the import of its module did not end {limit}, or ended the process with status 0"
         except ProcessExpired as error:
             problem = f"the import of its module ended the process ({_ending(error.exitcode)})"
         if problem is not None:
@@ -82,15 +74,11 @@ class FunctionPool:
         waiting: deque[tuple[GroupCall, _Flight]] = deque()
         try:
             while True:
-                while len(waiting) < CALLS_PER_WORKER * self._num_workers:
-                    group = next(remaining, None)
-                    if group is None:
-                        break
+                for group in islice(remaining, CALLS_PER_WORKER * self._num_workers - len(waiting)):
                     waiting.append((group, self._start_group(spec, group, limit_s)))
                 if not waiting:
                     return
-                group, flight = waiting.popleft()
-                yield self._outcomes(spec, group, flight)
+                yield self._outcomes(spec, *waiting.popleft())
         finally:
             for _, flight in waiting:
                 flight.future.cancel()
@@ -114,25 +102,23 @@ class FunctionPool:
         result = self._group_result(spec, flight)
         if isinstance(result, list):
             return result
-        num_rollouts = len(group.completions)
-        if num_rollouts == 1:
+        if len(group.completions) == 1:
             return [result]
-        flights = [self._start_group(spec, group.alone(s), flight.limit_s) for s in range(num_rollouts)]
-        results = [self._group_result(spec, alone) for alone in flights]
-        return [alone[0] if isinstance(alone, list) else alone for alone in results]
+        alone = [group.alone(sample) for sample in range(len(group.completions))]
+        flights = [self._start_group(spec, each, flight.limit_s) for each in alone]
+        return [self._outcomes(spec, *pair)[0] for pair in zip(alone, flights, strict=True)]
 
     def _group_result(self, spec: FunctionSpec, flight: "_Flight") -> list[Outcome] | Outcome:
+        late = f"no result within {spec.timeout_s:g} s"
         try:
             result: list[Outcome] | Outcome = self._result(flight)
         except TimeoutError:  # pebble's, and not the watchdog's, which would have said where it hung
             why = "the import of its module hung, or the process ended itself with status 0"
-            return Outcome(None, "timeout", f"no result within {spec.timeout_s:g} s ({why})")
+            return Outcome(None, "timeout", f"{late} ({why})")
         except ProcessExpired as error:
             where = worker.where_it_hung(self._folder.name, error.pid)
             if where is not None:
-                return Outcome(
-                    None, "timeout", one_line(f"no result within {spec.timeout_s:g} s (in {where})")
-                )
+                return Outcome(None, "timeout", one_line(f"{late} (in {where})"))
             return Outcome(None, "error", f"the process ended during the call ({_ending(error.exitcode)})")
         return result
 
@@ -142,8 +128,8 @@ class FunctionPool:
     def _start(self, function: Callable[..., Any], args: tuple[Any, ...], limit_s: float) -> "_Flight":
         if not self._pool.active:
             self._restart()
-        pool = self._pool
-        return _Flight(function, args, limit_s, pool, pool.schedule(function, args, timeout=limit_s))
+        future = self._pool.schedule(function, args, timeout=limit_s)
+        return _Flight(function, args, limit_s, self._pool, future)
 
     def _result(self, flight: "_Flight") -> Any:
         """Wait for a call. Raises TimeoutError, ProcessExpired, and EngineError when the pool keeps breaking.
@@ -180,8 +166,7 @@ class FunctionPool:
         self._pool.join()
 
 
-@dataclass(frozen=True)
-class _Flight:
+class _Flight(NamedTuple):
     """A call under way, with what is needed to start it again."""
 
     function: Callable[..., Any]

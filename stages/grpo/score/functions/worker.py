@@ -1,7 +1,7 @@
-"""worker: one reward call inside a worker process, under a watchdog
+"""worker: one reward call inside a worker process, under a watchdog; it starts often, so it imports little.
 
-Runs in spawned processes, so it imports little. Whatever the user's code raises is caught here and comes
-back as plain data: an exception that cannot be unpickled would break the pool.
+Whatever the user's code raises comes back as plain data: an exception that cannot be unpickled would break
+the pool.
 """
 
 import faulthandler
