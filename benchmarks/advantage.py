@@ -21,7 +21,7 @@ from machine import describe
 from grpo import tables
 from grpo.advantage import stage
 from grpo.advantage.plan import plan as planned
-from grpo.artifacts import Plan, Product, Run, Staging, id_of
+from grpo.artifacts import ActiveRun, Plan, Product, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.pipeline.stages import ADVANTAGE, make
@@ -63,14 +63,14 @@ def _run_stage(folder: Path, attempt: int) -> tuple[float, float]:
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _run(folder: Path) -> Run:
+def _run(folder: Path) -> ActiveRun:
     config = {
         "run": "benchmark",
         "model": "none",
         "prompts": {"source": "arithmetic"},
         "score": {"rewards": [{"function": "exact_answer"}]},
     }
-    return Run(folder, Config.model_validate(config), folder, Console(quiet=True))
+    return ActiveRun(folder, Config.model_validate(config), folder, Console(quiet=True))
 
 
 def _write_run(folder: Path, size: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from machine import describe
 
-from grpo.artifacts import MANIFEST, PRUNED, TIMINGS, Run, seal
+from grpo.artifacts import MANIFEST, PRUNED, TIMINGS, ActiveRun, seal
 from grpo.config import load
 from grpo.console import Console
 from grpo.pipeline.stages import STAGES
@@ -139,7 +139,7 @@ def _write_project(folder: Path) -> None:
 
 def _make_old(folder: Path, num_iterations: int) -> None:
     """Make up the iterations from REAL to `num_iterations`, each like the last real one."""
-    run = Run(folder / "artifacts", load(folder / "pipeline.yaml"), folder, Console(quiet=True))
+    run = ActiveRun(folder / "artifacts", load(folder / "pipeline.yaml"), folder, Console(quiet=True))
     for iteration in range(REAL, num_iterations):
         for stage in STAGES:
             plan = stage.plan(run, iteration)

@@ -27,7 +27,7 @@ from machine import describe
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.config import Config
 from grpo.console import Console
 from grpo.models import starter_model
@@ -182,7 +182,7 @@ def measured(folder: Path, arm: str, rate: float, seed: int, products: tuple[lis
             "checkpoints": {"keep_last": 2, "keep_every": None},
         }
     )
-    run = Run(folder / "artifacts", config, folder, Console(quiet=True))
+    run = ActiveRun(folder / "artifacts", config, folder, Console(quiet=True))
     curve: Curve = [(0, *accuracy(folder / "model", products))]
 
     def note(iteration: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import generate_builtin
 from machine import describe
 
-from grpo.artifacts import Run, Staging
+from grpo.artifacts import ActiveRun, Staging
 from grpo.config import Config
 from grpo.console import Console
 from grpo.generate import stage
@@ -63,7 +63,7 @@ def main() -> None:
     generate_builtin.main()
 
 
-def open_run(folder: Path, name: str, model: Path, options: dict[str, Any]) -> Run:
+def open_run(folder: Path, name: str, model: Path, options: dict[str, Any]) -> ActiveRun:
     config = Config.model_validate(
         {
             "run": name,
@@ -78,7 +78,7 @@ def open_run(folder: Path, name: str, model: Path, options: dict[str, Any]) -> R
             "score": {"rewards": [{"function": "exact_answer"}]},
         }
     )
-    run = Run(folder / "artifacts", config, folder, Console(quiet=True))
+    run = ActiveRun(folder / "artifacts", config, folder, Console(quiet=True))
     prepare.prepare(run)
     return run
 
@@ -105,7 +105,7 @@ def compare_stage(folder: Path, title: str, model: Path, options: dict[str, Any]
     report(title, rates)
 
 
-def raw_generate(run: Run, tool: Sampler) -> Callable[[], int]:
+def raw_generate(run: ActiveRun, tool: Sampler) -> Callable[[], int]:
     """The same requests, as a user of vLLM alone would send them."""
     from vllm import SamplingParams
 

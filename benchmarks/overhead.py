@@ -27,7 +27,7 @@ from machine import describe
 
 from grpo import cli, tables
 from grpo.advantage.stage import open_resource
-from grpo.artifacts import Manifest, Run, Staging
+from grpo.artifacts import ActiveRun, Manifest, Run, Staging
 from grpo.artifacts.manifest import Plan
 from grpo.config import load
 from grpo.console import Console
@@ -47,7 +47,7 @@ def main() -> None:
         shutil.copy(ROOT / "pipeline.yaml", folder)
         os.chdir(folder)
         clocks, syncs = _train(iterations)
-        run = Run(Path("artifacts"), load(Path("pipeline.yaml")), Path(), Console(quiet=True))
+        run = ActiveRun(Path("artifacts"), load(Path("pipeline.yaml")), Path(), Console(quiet=True))
         print(f"quickstart, iterations {WARM} to {iterations - 1}; {describe()}")
         _print_parts(run, clocks, iterations)
         print(
@@ -63,7 +63,7 @@ def _train(iterations: int) -> tuple[Clocks, list[float]]:
     syncs: list[float] = []
     perform, fsync = pipeline.perform, os.fsync
 
-    def timed(run: Run, stage: pipeline.Stage, *others: Any) -> Manifest:
+    def timed(run: ActiveRun, stage: pipeline.Stage, *others: Any) -> Manifest:
         started = time.perf_counter()
         manifest = perform(run, stage, *others)
         clocks[stage.name].append((started, time.perf_counter()))
@@ -107,7 +107,7 @@ def _print_parts(run: Run, clocks: Clocks, iterations: int) -> None:
         print(f"{name:<24} {medians * 1e3:>9.1f} {least * 1e3:>9.1f}")
 
 
-def _print_advantage(run: Run, iteration: int) -> None:
+def _print_advantage(run: ActiveRun, iteration: int) -> None:
     """The stage, its query alone, and numpy in its place, on the tables of one iteration."""
     manifest = run.require("advantages", iteration, "")
     with open_resource(run) as connection:
@@ -133,7 +133,7 @@ def _milliseconds(work: Callable[[], object]) -> float:
     return median(taken) * 1e3
 
 
-def _numpy(run: Run, iteration: int) -> dict[str, np.ndarray]:
+def _numpy(run: ActiveRun, iteration: int) -> dict[str, np.ndarray]:
     """The advantages of complete groups that have one reward, and their Parquet file in memory."""
     key = list(tables.KEY)
     rollouts = run.read("rollouts", iteration, [*key, "response_tokens"])

@@ -18,7 +18,7 @@ from pathlib import Path
 from machine import describe
 from process import GRPO, answer
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.config import load
 from grpo.console import Console
 from grpo.inspect import report
@@ -68,7 +68,7 @@ def _run(folder: Path) -> tuple[list[float], str]:
 
 
 def _draw(folder: Path, file: Path) -> None:
-    run = Run(folder / "artifacts", load(folder / "pipeline.yaml"), folder, Console(quiet=True))
+    run = ActiveRun(folder / "artifacts", load(folder / "pipeline.yaml"), folder, Console(quiet=True))
     drawn = [chart for chart in report.charts([run]) if chart["title"] in DRAWN]
     file.write_bytes(picture(drawn, [run.name], columns=len(DRAWN)))
 

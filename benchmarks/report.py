@@ -27,7 +27,7 @@ from process import answer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from grpo import tables
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, files, id_of
+from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Plan, Product, Staging, files, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.pipeline.prepare import run_json
@@ -132,7 +132,7 @@ def _write_run(folder: Path, length: int) -> None:
         "generate": {"prompts_per_iteration": GROUPS, "samples_per_prompt": SAMPLES},
         "score": {"rewards": [{"function": "exact_answer"}]},
     }
-    run = Run(folder / "artifacts", Config.model_validate(config), folder, Console(quiet=True))
+    run = ActiveRun(folder / "artifacts", Config.model_validate(config), folder, Console(quiet=True))
     files.make_folder(run.path)
     files.write_file(run.path / "run.json", run_json(run.config))
     lines = [json.loads(line) for line in CORPUS.read_text().splitlines()]

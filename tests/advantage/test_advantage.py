@@ -24,7 +24,7 @@ from grpo import sql, tables
 from grpo.advantage import stage
 from grpo.advantage.plan import plan as planned
 from grpo.advantage.plan import shipped_sql
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, id_of
+from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Plan, Product, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import DataError, GrpoError, UsageError
@@ -50,7 +50,7 @@ class Row:
         self.cells = self.rewards if isinstance(self.rewards, dict) else {"r": ("ok", self.rewards, 1.0)}
 
 
-def make_run(root: Path, **advantage: Any) -> Run:
+def make_run(root: Path, **advantage: Any) -> ActiveRun:
     config = Config.model_validate(
         {
             "run": "small",
@@ -60,7 +60,7 @@ def make_run(root: Path, **advantage: Any) -> Run:
             "advantage": advantage,
         }
     )
-    return Run(root, config, root, Console(quiet=True))
+    return ActiveRun(root, config, root, Console(quiet=True))
 
 
 def commit(run: Run, output: str, iteration: int | None, parts: list[pa.Table], **manifest: Any) -> None:
@@ -135,7 +135,7 @@ def write_inputs(run: Run, groups: list[list[Row]], answers: list[str | None] | 
     )
 
 
-def compute(run: Run) -> list[dict[str, Any]]:
+def compute(run: ActiveRun) -> list[dict[str, Any]]:
     staging = Staging(run, planned(run, 0), 0)
     with stage.open_resource(run) as connection:
         make(run, ADVANTAGE, staging, connection)

@@ -14,6 +14,7 @@ import pytest
 
 from grpo import tables
 from grpo.artifacts import (
+    ActiveRun,
     FileRecord,
     Manifest,
     Plan,
@@ -49,16 +50,16 @@ PLAN = Plan("score", 1, "rewards", 0, {"score": {"x": 1}}, {"rollouts@0": "abc"}
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> ActiveRun:
     """A run with nothing in it yet."""
-    run = Run(tmp_path / "artifacts", Config.model_validate(CONFIG), tmp_path, Console(quiet=True))
+    run = ActiveRun(tmp_path / "artifacts", Config.model_validate(CONFIG), tmp_path, Console(quiet=True))
     files.make_folder(run.path)
     return run
 
 
-def again(run: Run) -> Run:
+def again(run: ActiveRun) -> ActiveRun:
     """The same run as another process would open it: nothing is known to be verified."""
-    return Run(run.root, run.config, run.imports, run.console)
+    return ActiveRun(run.root, run.config, run.imports, run.console)
 
 
 def rows(group: int, value: float = 1.0) -> pa.Table:
@@ -138,7 +139,7 @@ def test_a_shard_is_committed_by_its_sidecar(run: Run) -> None:
     assert record == FileRecord.model_validate(sidecar)
 
 
-def test_resume_finds_committed_shards_and_the_commit_removes_leftovers(run: Run) -> None:
+def test_resume_finds_committed_shards_and_the_commit_removes_leftovers(run: ActiveRun) -> None:
     staging = stage_two_shards(run)
     first, second = (staging.file_name("part", group) for group in range(2))
     (staging.folder / f"{second}.sidecar.json").unlink()  # killed before the sidecar: no shard
@@ -156,7 +157,7 @@ def test_resume_finds_committed_shards_and_the_commit_removes_leftovers(run: Run
     assert [path for path in tree(run.path) if path.endswith(".tmp")] == []
 
 
-def test_a_staged_shard_that_changed_is_refused(run: Run) -> None:
+def test_a_staged_shard_that_changed_is_refused(run: ActiveRun) -> None:
     staging = stage_two_shards(run)
     path = staging.folder / staging.file_name("part", 1)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -165,7 +166,7 @@ def test_a_staged_shard_that_changed_is_refused(run: Run) -> None:
     assert str(caught.value) == f"{path}: content changed since it was committed (sha256 differs)"
 
 
-def test_a_sidecar_that_is_none_is_refused(run: Run) -> None:
+def test_a_sidecar_that_is_none_is_refused(run: ActiveRun) -> None:
     staging = stage_two_shards(run)
     path = staging.folder / (staging.file_name("part", 0) + ".sidecar.json")
     path.write_bytes(b"{")
@@ -176,7 +177,7 @@ def test_a_sidecar_that_is_none_is_refused(run: Run) -> None:
     )
 
 
-def test_commit_puts_the_output_in_place(run: Run) -> None:
+def test_commit_puts_the_output_in_place(run: ActiveRun) -> None:
     manifest = commit(run)
     target = run.folder("rewards", 0)
     first, second = (record.name for record in manifest.files)
@@ -199,7 +200,7 @@ def test_an_id_is_of_the_content_and_not_of_names(run: Run) -> None:
     assert commit(run, attempt=2, value=0.5).ids != before.ids
 
 
-def test_commit_replaces_an_output_and_the_old_one_is_in_the_trash(run: Run) -> None:
+def test_commit_replaces_an_output_and_the_old_one_is_in_the_trash(run: ActiveRun) -> None:
     before = commit(run)
     old = tree(run.folder("rewards", 0))
     after = commit(run, attempt=1)
@@ -232,7 +233,7 @@ POINTS = [
 
 @pytest.mark.parametrize(("call", "number", "seen"), POINTS)
 def test_killed_at_any_point_of_a_commit_the_next_process_finishes_it(
-    run: Run, call: str, number: int, seen: str
+    run: ActiveRun, call: str, number: int, seen: str
 ) -> None:
     before = commit(run)
     staging = stage_two_shards(run, attempt=1, value=0.5)
@@ -264,7 +265,7 @@ def test_killed_at_any_point_of_a_commit_the_next_process_finishes_it(
     assert tree(run.path / ".staging") == []
 
 
-def test_roll_forward_leaves_unfinished_work_alone(run: Run) -> None:
+def test_roll_forward_leaves_unfinished_work_alone(run: ActiveRun) -> None:
     staging = stage_two_shards(run)
     before = tree(staging.folder)
     roll_forward(again(run))
@@ -272,7 +273,7 @@ def test_roll_forward_leaves_unfinished_work_alone(run: Run) -> None:
     assert run.manifest("rewards", 0) is None
 
 
-def test_roll_forward_refuses_a_staged_output_that_lost_a_file(run: Run) -> None:
+def test_roll_forward_refuses_a_staged_output_that_lost_a_file(run: ActiveRun) -> None:
     staging = stage_two_shards(run)
     held = records(staging)
     manifest = commit(run)
@@ -286,7 +287,7 @@ def test_roll_forward_refuses_a_staged_output_that_lost_a_file(run: Run) -> None
     assert run.manifest("rewards", 0) is None
 
 
-def test_a_shard_may_be_a_hard_link(run: Run) -> None:
+def test_a_shard_may_be_a_hard_link(run: ActiveRun) -> None:
     before = commit(run)
     source = run.path_of(before.files[0], "rewards", 0)
     staging = Staging(again(run), PLAN, 1)
@@ -346,14 +347,14 @@ def test_differences_name_what_changed(run: Run) -> None:
     assert not recut.same_as(manifest)
 
 
-def test_the_first_attempt_is_0_and_an_equal_plan_keeps_it(run: Run) -> None:
+def test_the_first_attempt_is_0_and_an_equal_plan_keeps_it(run: ActiveRun) -> None:
     assert choose_attempt(run, PLAN, None, force=False) == 0
     committed = commit(run)
     assert choose_attempt(run, PLAN, committed, force=False) == 0
     assert committed.fingerprint == PLAN.fingerprint(0)
 
 
-def test_force_opens_an_attempt_above_any_other_and_a_rerun_finishes_the_newest(run: Run) -> None:
+def test_force_opens_an_attempt_above_any_other_and_a_rerun_finishes_the_newest(run: ActiveRun) -> None:
     committed = commit(run)
     assert choose_attempt(run, PLAN, committed, force=True) == 1
     Staging(run, PLAN, 1)  # and killed
@@ -364,7 +365,7 @@ def test_force_opens_an_attempt_above_any_other_and_a_rerun_finishes_the_newest(
     assert choose_attempt(run, PLAN, committed, force=False) == 2
 
 
-def test_a_staged_attempt_at_another_plan_is_not_gone_on_with(run: Run) -> None:
+def test_a_staged_attempt_at_another_plan_is_not_gone_on_with(run: ActiveRun) -> None:
     committed = commit(run)
     other = replace(PLAN, config={"score": {"x": 2}})
     Staging(run, other, 1)
@@ -373,7 +374,7 @@ def test_a_staged_attempt_at_another_plan_is_not_gone_on_with(run: Run) -> None:
     assert choose_attempt(run, PLAN, committed, force=True) == 2
 
 
-def test_an_attempt_older_than_the_committed_one_is_never_gone_on_with(run: Run) -> None:
+def test_an_attempt_older_than_the_committed_one_is_never_gone_on_with(run: ActiveRun) -> None:
     Staging(run, PLAN, 0)  # killed, and then a later attempt was committed
     older = run.staging_root(0) / f"rewards-{PLAN.fingerprint(0)[:16]}"
     aside = older.rename(run.path / "aside")
@@ -382,14 +383,14 @@ def test_an_attempt_older_than_the_committed_one_is_never_gone_on_with(run: Run)
     assert choose_attempt(run, PLAN, committed, force=False) == 1
 
 
-def test_a_partial_output_is_tried_again_as_a_new_attempt(run: Run) -> None:
+def test_a_partial_output_is_tried_again_as_a_new_attempt(run: ActiveRun) -> None:
     staging = stage_two_shards(run)
     held = records(staging)
     committed = staging.commit(Product({"reward/a": id_of(held)}, held, {"failed": 1}))
     assert lacking(run, committed) == "1 rewards failed"
     assert choose_attempt(run, PLAN, committed, force=False) == 1
     drop = {**CONFIG, "score": {**CONFIG["score"], "on_error": "drop"}}
-    dropping = Run(run.root, Config.model_validate(drop), run.imports, run.console)
+    dropping = ActiveRun(run.root, Config.model_validate(drop), run.imports, run.console)
     assert lacking(dropping, committed) == ""
     assert choose_attempt(dropping, PLAN, committed, force=False) == 0
 
@@ -407,7 +408,7 @@ def damaged_manifest(run: Run, change: Callable[[dict[str, Any]], Any]) -> Path:
 
 
 @pytest.mark.parametrize("key", ["rows", "attempt", "stage"])
-def test_a_manifest_that_was_edited_is_found(run: Run, key: str) -> None:
+def test_a_manifest_that_was_edited_is_found(run: ActiveRun, key: str) -> None:
     commit(run)
     path = run.folder("rewards", 0) / "manifest.json"
     data = json.loads(path.read_bytes())
@@ -427,7 +428,7 @@ def test_a_manifest_that_was_edited_is_found(run: Run, key: str) -> None:
         (b'{"schema_version": 2}', "content changed since it was committed (sha256 differs)"),
     ],
 )
-def test_a_manifest_that_is_none(run: Run, content: bytes, message: str) -> None:
+def test_a_manifest_that_is_none(run: ActiveRun, content: bytes, message: str) -> None:
     commit(run)
     path = run.folder("rewards", 0) / "manifest.json"
     path.write_bytes(content)
@@ -437,7 +438,7 @@ def test_a_manifest_that_is_none(run: Run, content: bytes, message: str) -> None
     assert str(caught.value) == f"{path}: {message}"
 
 
-def test_a_manifest_with_what_does_not_belong_there(run: Run) -> None:
+def test_a_manifest_with_what_does_not_belong_there(run: ActiveRun) -> None:
     commit(run)
     path = damaged_manifest(run, lambda data: data.update(extra=1))
     with pytest.raises(CorruptError, match="extra: extra inputs are not permitted") as caught:
@@ -446,14 +447,14 @@ def test_a_manifest_with_what_does_not_belong_there(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a/b", ".hidden", ""])
-def test_a_manifest_cannot_name_a_file_outside_its_folder(run: Run, name: str) -> None:
+def test_a_manifest_cannot_name_a_file_outside_its_folder(run: ActiveRun, name: str) -> None:
     commit(run)
     damaged_manifest(run, lambda data: data["files"][0].update(name=name))
     with pytest.raises(CorruptError, match=r"files\.0\.name: string should match pattern"):
         again(run).manifest("rewards", 0)
 
 
-def test_a_manifest_of_a_newer_version(run: Run) -> None:
+def test_a_manifest_of_a_newer_version(run: ActiveRun) -> None:
     commit(run)
     path = damaged_manifest(run, lambda data: data.update(schema_version=3, unknown="to us"))
     with pytest.raises(InputError) as caught:
@@ -481,7 +482,7 @@ def remove(path: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, remove])
-def test_a_damaged_file_is_found_when_it_is_read(run: Run, damage: Callable[[Path], str]) -> None:
+def test_a_damaged_file_is_found_when_it_is_read(run: ActiveRun, damage: Callable[[Path], str]) -> None:
     manifest = commit(run)
     path = run.path_of(manifest.files[1], "rewards", 0)
     message = damage(path)
@@ -491,7 +492,7 @@ def test_a_damaged_file_is_found_when_it_is_read(run: Run, damage: Callable[[Pat
     assert str(caught.value) == f"{path}: {message}"
 
 
-def test_two_files_that_were_swapped_are_found(run: Run) -> None:
+def test_two_files_that_were_swapped_are_found(run: ActiveRun) -> None:
     manifest = commit(run)
     first, second = (run.path_of(record, "rewards", 0) for record in manifest.files)
     contents = first.read_bytes(), second.read_bytes()
@@ -501,7 +502,7 @@ def test_two_files_that_were_swapped_are_found(run: Run) -> None:
         again(run).read("rewards", 0)
 
 
-def test_a_file_beside_the_manifest_is_no_part_of_the_output(run: Run) -> None:
+def test_a_file_beside_the_manifest_is_no_part_of_the_output(run: ActiveRun) -> None:
     manifest = commit(run)
     (run.folder("rewards", 0) / "part-00009.parquet").write_bytes(tables.encode(rows(9)))
     assert again(run).read("rewards", 0)["group_id"].to_pylist() == [0, 1]
@@ -526,7 +527,7 @@ def test_a_policy_of_iteration_i_is_held_by_update_i_minus_1(run: Run) -> None:
     assert [run.id_of(name) for name in references] == ["P", "R", "P1", "O1", None, None]
 
 
-def test_the_weight_check_of_a_policy_is_held_with_it(run: Run) -> None:
+def test_the_weight_check_of_a_policy_is_held_with_it(run: ActiveRun) -> None:
     first = Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0)
     first.commit(
         Product({"policy": "P", "reference": "R"}, [first.write_bytes("", "weight_check.json", b"{}")], {})
@@ -574,17 +575,17 @@ def test_a_checkpoint_without_safetensors_is_refused(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.config import Config
 from grpo.console import Console
-run = Run(Path(sys.argv[1]), Config.model_validate_json(sys.argv[2]), Path(), Console(quiet=True))
+run = ActiveRun(Path(sys.argv[1]), Config.model_validate_json(sys.argv[2]), Path(), Console(quiet=True))
 with run.lock():
     print("locked", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_second_process_is_locked_out_until_the_first_ends(run: Run) -> None:
+def test_a_second_process_is_locked_out_until_the_first_ends(run: ActiveRun) -> None:
     command = [sys.executable, "-c", HOLDER, str(run.root), run.config.model_dump_json()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -647,15 +648,15 @@ def commit_update(run: Run, iteration: int) -> None:
     staging.commit(Product(ids, [policy, check, optimizer], {}))
 
 
-def keeping(run: Run, keep_last: int | None, keep_every: int | None) -> Run:
+def keeping(run: ActiveRun, keep_last: int | None, keep_every: int | None) -> ActiveRun:
     """The run with another `checkpoints`."""
     checkpoints = {"keep_last": keep_last, "keep_every": keep_every}
-    return Run(
+    return ActiveRun(
         run.root, Config.model_validate({**CONFIG, "checkpoints": checkpoints}), run.imports, run.console
     )
 
 
-def test_the_newest_checkpoints_and_every_nth_are_kept_and_all_ids_stay(run: Run) -> None:
+def test_the_newest_checkpoints_and_every_nth_are_kept_and_all_ids_stay(run: ActiveRun) -> None:
     run = keeping(run, keep_last=2, keep_every=3)
     for iteration in range(8):
         commit_update(run, iteration)
@@ -676,7 +677,7 @@ def test_the_newest_checkpoints_and_every_nth_are_kept_and_all_ids_stay(run: Run
     assert "optimizer/optimizer.safetensors" in tree(run.folder("update", 2))
 
 
-def test_a_checkpoint_left_by_a_crash_while_pruning_goes_at_the_next(run: Run) -> None:
+def test_a_checkpoint_left_by_a_crash_while_pruning_goes_at_the_next(run: ActiveRun) -> None:
     run = keeping(run, keep_last=2, keep_every=None)
     for iteration in range(3):
         commit_update(run, iteration)
@@ -690,7 +691,7 @@ def test_a_checkpoint_left_by_a_crash_while_pruning_goes_at_the_next(run: Run) -
 
 @pytest.mark.parametrize("keep_every", [1, 3, None])
 def test_what_is_pruned_behind_an_update_is_what_a_look_at_all_of_them_would_prune(
-    run: Run, keep_every: int | None
+    run: ActiveRun, keep_every: int | None
 ) -> None:
     run = keeping(run, keep_last=2, keep_every=keep_every)
     for iteration in range(9):
@@ -704,7 +705,7 @@ def test_what_is_pruned_behind_an_update_is_what_a_look_at_all_of_them_would_pru
         assert [n for n in run.iterations() if run.has_checkpoint(n)] == kept
 
 
-def test_an_old_update_that_was_made_again_is_pruned_at_once(run: Run) -> None:
+def test_an_old_update_that_was_made_again_is_pruned_at_once(run: ActiveRun) -> None:
     run = keeping(run, keep_last=2, keep_every=None)
     for iteration in range(4):
         commit_update(run, iteration)
@@ -715,7 +716,7 @@ def test_an_old_update_that_was_made_again_is_pruned_at_once(run: Run) -> None:
     assert [n for n in run.iterations() if run.has_checkpoint(n)] == [2, 3]
 
 
-def test_pruning_behind_an_update_does_not_look_at_the_oldest(run: Run) -> None:
+def test_pruning_behind_an_update_does_not_look_at_the_oldest(run: ActiveRun) -> None:
     run = keeping(run, keep_last=2, keep_every=None)
     for iteration in range(4):
         commit_update(run, iteration)
@@ -739,7 +740,7 @@ def test_within_steady_a_manifest_is_looked_at_once(run: Run) -> None:
     assert run.manifest("update", 0) is None
 
 
-def test_null_keeps_every_checkpoint(run: Run) -> None:
+def test_null_keeps_every_checkpoint(run: ActiveRun) -> None:
     run = keeping(run, keep_last=None, keep_every=10)
     for iteration in range(4):
         commit_update(run, iteration)

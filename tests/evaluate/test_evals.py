@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import PIPELINE
 
 from grpo import sql, tables
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.config import load
 from grpo.console import Console
 
@@ -19,12 +19,12 @@ Value = float | None | str
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> ActiveRun:
     (tmp_path / "pipeline.yaml").write_text(PIPELINE)
-    return Run(tmp_path, load(tmp_path / "pipeline.yaml"), tmp_path, Console(quiet=True))
+    return ActiveRun(tmp_path, load(tmp_path / "pipeline.yaml"), tmp_path, Console(quiet=True))
 
 
-def evaluated(run: Run, prompts: Sequence[Sequence[Value]], more: Sequence[dict[str, Any]] = ()) -> Any:
+def evaluated(run: ActiveRun, prompts: Sequence[Sequence[Value]], more: Sequence[dict[str, Any]] = ()) -> Any:
     """The row of `evals` of responses that pass from 1 on. more: rows of eval_rewards besides."""
     keys = [(group, sample) for group, values in enumerate(prompts) for sample in range(len(values))]
     rollouts = [
@@ -56,7 +56,7 @@ def evaluated(run: Run, prompts: Sequence[Sequence[Value]], more: Sequence[dict[
     return row
 
 
-def test_two_prompts_of_four_responses(run: Run) -> None:
+def test_two_prompts_of_four_responses(run: ActiveRun) -> None:
     row = evaluated(run, [[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     assert (row["run"], row["iteration"], row["prompts"], row["samples"], row["unscored"]) == (
         *("tiny", 7, 2, 8),
@@ -94,13 +94,13 @@ def test_two_prompts_of_four_responses(run: Run) -> None:
         ([[1.0, 0.0, 1.0, 0.0]], 0.054621, 0.945379),
     ],
 )
-def test_the_interval_of_pass_1(run: Run, values: list[list[Value]], low: float, high: float) -> None:
+def test_the_interval_of_pass_1(run: ActiveRun, values: list[list[Value]], low: float, high: float) -> None:
     row = evaluated(run, values)
     assert row["pass_at_low"][1] == pytest.approx(low, abs=1e-6)
     assert row["pass_at_high"][1] == pytest.approx(high, abs=1e-6)
 
 
-def test_pass_at_k_is_the_share_of_draws_of_k_responses_with_one_that_passes(run: Run) -> None:
+def test_pass_at_k_is_the_share_of_draws_of_k_responses_with_one_that_passes(run: ActiveRun) -> None:
     values = [[1.0, 0.0, 0.0, 0.0, 1.0, 0.0], [0.0] * 6, [0.0, 0.0, 0.0, 1.0, 0.0, 0.0], [1.0] * 6]
     row = evaluated(run, values)
     assert list(row["pass_at"]) == [1, 2, 4, 6]  # powers of two, and n
@@ -110,7 +110,7 @@ def test_pass_at_k_is_the_share_of_draws_of_k_responses_with_one_that_passes(run
         assert found == pytest.approx(sum(shares) / 4, abs=1e-12)
 
 
-def test_k_is_a_power_of_two_or_the_number_of_responses(run: Run) -> None:
+def test_k_is_a_power_of_two_or_the_number_of_responses(run: ActiveRun) -> None:
     assert list(evaluated(run, [[1.0] * 8])["pass_at"]) == [1, 2, 4, 8]
     assert list(evaluated(run, [[1.0]])["pass_at"]) == [1]
     # Two thousand responses: no factor of the product overflows. c = 1: pass@k = k/n.
@@ -119,7 +119,7 @@ def test_k_is_a_power_of_two_or_the_number_of_responses(run: Run) -> None:
     assert list(many)[-1] == 2000
 
 
-def test_what_was_not_scored_counts_neither_as_passed_nor_as_failed(run: Run) -> None:
+def test_what_was_not_scored_counts_neither_as_passed_nor_as_failed(run: ActiveRun) -> None:
     row = evaluated(run, [[1.0, "error", 0.0], [1.0, "not_applicable", "timeout"]])
     assert (row["samples"], row["unscored"]) == (6, 3)
     # Two responses are left of the first prompt and one of the second, which pass@2 leaves out.
@@ -127,19 +127,19 @@ def test_what_was_not_scored_counts_neither_as_passed_nor_as_failed(run: Run) ->
     assert row["reward"] == (0.25 + 0.5) / 2
 
 
-def test_nothing_scored(run: Run) -> None:
+def test_nothing_scored(run: ActiveRun) -> None:
     row = evaluated(run, [["error"], ["error"]])
     assert (row["unscored"], row["pass_at"], row["reward"], row["reward_low"]) == (2, None, None, None)
     assert row["rewards"] == {"right": None}
     assert row["prompts"] == 2
 
 
-def test_one_prompt_has_no_interval_of_the_mean_reward(run: Run) -> None:
+def test_one_prompt_has_no_interval_of_the_mean_reward(run: ActiveRun) -> None:
     row = evaluated(run, [[1.0, 0.0]])
     assert (row["reward"], row["reward_low"], row["reward_high"]) == (0.25, None, None)
 
 
-def test_a_reward_of_weight_0_is_no_part_of_the_sum_and_may_fail(run: Run) -> None:
+def test_a_reward_of_weight_0_is_no_part_of_the_sum_and_may_fail(run: ActiveRun) -> None:
     key = {"iteration": 7, "group_id": 0, "name": "b"}
     more = [
         {**key, "sample_id": 0, "value": 8.0, "weight": 0.0, "status": "ok"},

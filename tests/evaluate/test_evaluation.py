@@ -542,12 +542,12 @@ def test_mistakes_in_the_section(
 
 
 def test_null_is_as_in_training(measured_project: Path) -> None:
-    from grpo.artifacts import Run
+    from grpo.artifacts import ActiveRun
     from grpo.console import Console
     from grpo.evaluate.plan import settings
 
     config = load(Path("pipeline.yaml"), ["generate.temperature=0.7"])
-    assert settings(Run(Path(), config, Path(), Console(quiet=True))) == {
+    assert settings(ActiveRun(Path(), config, Path(), Console(quiet=True))) == {
         "samples_per_prompt": 3,
         "temperature": 0.7,
         "max_new_tokens": 4,

@@ -18,7 +18,7 @@ from tests.conftest import NewTally
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from grpo import tables
-from grpo.artifacts import Manifest, Plan, Product, Run, Staging, choose_attempt
+from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Run, Staging, choose_attempt
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import DataError, InputError, Interrupted, UsageError
@@ -66,7 +66,7 @@ def write_checkpoint(path: Path) -> Path:
 
 def opened(
     folder: Path, checkpoint: Path, rows: Sequence[Any] | None = None, prompts: Any = None, **generate: Any
-) -> Run:
+) -> ActiveRun:
     """A run that is prepared: its prompts and its starting policy are committed."""
     rows = rows or [{"prompt": text} for text in PROMPTS]
     folder.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def opened(
         "generate": sizes | generate,
         "score": {"rewards": [{"function": "exact_answer"}]},
     }
-    run = Run(folder / "artifacts", Config.model_validate(config), folder, Console(quiet=True))
+    run = ActiveRun(folder / "artifacts", Config.model_validate(config), folder, Console(quiet=True))
     prepare.prepare(run)
     return run
 
@@ -94,7 +94,7 @@ def opened(
 Wrap = Callable[[Engine], Engine]
 
 
-def generated(run: Run, wrap: Wrap | None = None, iteration: int = 0) -> Manifest:
+def generated(run: ActiveRun, wrap: Wrap | None = None, iteration: int = 0) -> Manifest:
     """One iteration, from where it was left."""
     plan = planned(run, iteration)
     attempt = choose_attempt(run, plan, run.manifest("rollouts", iteration), force=False)
@@ -380,7 +380,7 @@ def test_a_shard_that_was_not_committed_is_sampled_again(
 
 
 def test_stopped_between_the_last_shard_and_the_manifest(
-    checkpoint: Path, undisturbed: Run, tmp_path: Path
+    checkpoint: Path, undisturbed: ActiveRun, tmp_path: Path
 ) -> None:
     def spoil(index: int, group: Group) -> Group:
         if index == GROUPS - 1:
@@ -408,7 +408,7 @@ def test_stopped_between_the_last_shard_and_the_manifest(
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_work_after_the_current_shard(
-    checkpoint: Path, undisturbed: Run, tmp_path: Path, number: signal.Signals, exit_code: int
+    checkpoint: Path, undisturbed: ActiveRun, tmp_path: Path, number: signal.Signals, exit_code: int
 ) -> None:
     def spoil(index: int, group: Group) -> Group:
         if index == 2:  # the first group of the second shard
@@ -542,7 +542,7 @@ def test_groups_may_come_in_any_order(checkpoint: Path, undisturbed: Run, tmp_pa
 
 def test_without_prompts_there_is_nothing_to_plan(tmp_path: Path, checkpoint: Path) -> None:
     run = opened(tmp_path, checkpoint)
-    bare = Run(tmp_path / "elsewhere", run.config, tmp_path, Console(quiet=True))
+    bare = ActiveRun(tmp_path / "elsewhere", run.config, tmp_path, Console(quiet=True))
     with pytest.raises(InputError) as caught:
         planned(bare, 0)
     assert str(caught.value) == f"{tmp_path}/elsewhere/r/prompts: missing; run `grpo run` first"

@@ -74,7 +74,7 @@ def test_kendall_counts_as_all_pairs_do() -> None:
 
 
 def test_groups_and_totals_by_hand(finished: Path) -> None:
-    from grpo.artifacts import Run
+    from grpo.artifacts import ActiveRun
     from grpo.config import load
     from grpo.console import Console
     from grpo.inspect.compare.rewards import measured
@@ -87,7 +87,7 @@ def test_groups_and_totals_by_hand(finished: Path) -> None:
     ]
     names = ("iteration", "group_id", "sample_id", "a", "b")
     data = [{**dict(zip(names, row, strict=True)), "prompt_id": 10 + row[1]} for row in rows]
-    run = Run(Path("artifacts"), load(Path("pipeline.yaml")), Path(), Console(quiet=True))
+    run = ActiveRun(Path("artifacts"), load(Path("pipeline.yaml")), Path(), Console(quiet=True))
     groups, totals = measured(run, pa.Table.from_pylist(data), 0.0)
     first, second, third = groups.to_pylist()
     # of 6 pairs 4 agree, 1 is flipped, 1 is tied in both: 3 / sqrt(5 * 5)

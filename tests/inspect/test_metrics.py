@@ -11,7 +11,7 @@ from tests.inspect.report.runs import make_run, row
 from tests.pages.pages import DOCS
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun, Run
 from grpo.cli.options import reading
 from grpo.inspect import metrics
 
@@ -42,7 +42,7 @@ def hand(tmp_path: Path) -> Run:
     return make_run(tmp_path, rows, updates)
 
 
-def test_the_numbers_of_an_iteration_by_hand(hand: Run) -> None:
+def test_the_numbers_of_an_iteration_by_hand(hand: ActiveRun) -> None:
     found = metrics.row_of(hand, 0)
     expected = {
         "reward": 1.6,  # (2.5 + 0.5 + 1 + 1 + 3) / 5, the unscored one left out
@@ -97,7 +97,7 @@ def test_an_iteration_before_its_update_has_what_is_there(project: Path, grpo: G
     assert metrics.kept_of(run, [0])[0] == {name: found[name] for name in metrics.kept_of(run, [0])[0]}
 
 
-def test_the_view_has_the_columns_that_are_documented(hand: Run) -> None:
+def test_the_view_has_the_columns_that_are_documented(hand: ActiveRun) -> None:
     section = (DOCS / "tables.md").read_text().partition("## iterations\n")[2].partition("\n## ")[0]
     documented = re.findall(r"^\| `(\w+)` \| \S.* \|$", section, re.MULTILINE)
     assert documented == sql.read([hand], "from iterations").column_names
@@ -145,7 +145,7 @@ def test_what_manifests_keep_is_what_the_view_gives(
             assert value == pytest.approx(rows[iteration][name], rel=1e-12), (iteration, name)
 
 
-def test_of_manifests_that_keep_nothing_the_view_is_asked(hand: Run) -> None:
+def test_of_manifests_that_keep_nothing_the_view_is_asked(hand: ActiveRun) -> None:
     kept = metrics.kept_of(hand, [0])[0]
     assert {name: kept[name] for name in ("reward", "kl", "tokens")} == pytest.approx(
         {"reward": 1.6, "kl": 0.55, "tokens": 18}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tests.conftest import Grpo
 
-from grpo.artifacts import ARTIFACTS, Run, seal
+from grpo.artifacts import ARTIFACTS, ActiveRun, seal
 from grpo.config import load
 from grpo.console import Console
 from grpo.inspect.track import evaluation_of, numbers_of, tracking
@@ -72,8 +72,8 @@ def steps(rows: list[dict[str, Any]]) -> list[int]:
     return [row["iteration"] for row in rows]
 
 
-def opened() -> Run:
-    return Run(ARTIFACTS, load(Path("pipeline.yaml"), ["track=wandb"]), Path.cwd(), Console())
+def opened() -> ActiveRun:
+    return ActiveRun(ARTIFACTS, load(Path("pipeline.yaml"), ["track=wandb"]), Path.cwd(), Console())
 
 
 def evaluations(rows: list[dict[str, Any]]) -> list[int]:

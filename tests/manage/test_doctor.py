@@ -59,11 +59,11 @@ def test_the_table_says_what_would_be_right(project: Path, grpo: Grpo) -> None:
 
 
 def test_it_works_while_another_process_holds_the_run(project: Path, grpo: Grpo) -> None:
-    from grpo.artifacts import ARTIFACTS, Run
+    from grpo.artifacts import ARTIFACTS, ActiveRun
     from grpo.config import load
     from grpo.console import Console
 
-    with Run(ARTIFACTS, load(Path("pipeline.yaml")), project, Console(quiet=True)).lock():
+    with ActiveRun(ARTIFACTS, load(Path("pipeline.yaml")), project, Console(quiet=True)).lock():
         assert doctor(grpo)[0] == 0
 
 

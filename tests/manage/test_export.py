@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from tests.conftest import Grpo
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from grpo.artifacts import ARTIFACTS, Run
+from grpo.artifacts import ARTIFACTS, ActiveRun
 from grpo.config import Config, load
 from grpo.console import Console
 from grpo.manage.export import export
@@ -30,8 +30,8 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def opened(*settings: str) -> Run:
-    return Run(ARTIFACTS, load(Path("pipeline.yaml"), list(settings)), Path.cwd(), Console(quiet=True))
+def opened(*settings: str) -> ActiveRun:
+    return ActiveRun(ARTIFACTS, load(Path("pipeline.yaml"), list(settings)), Path.cwd(), Console(quiet=True))
 
 
 def files_in(folder: Path) -> set[str]:

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.conftest import Grpo
 from transformers import Qwen2ForSequenceClassification
 
-from grpo.artifacts import ARTIFACTS, Run
+from grpo.artifacts import ARTIFACTS, ActiveRun, Run
 from grpo.config import load
 from grpo.console import Console
 from grpo.models import starter_model as starter
@@ -43,7 +43,7 @@ def settings(starter_model: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def done(starter_model: Path, grpo: Grpo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
+def done(starter_model: Path, grpo: Grpo, tmp_path_factory: pytest.TempPathFactory) -> tuple[ActiveRun, str]:
     """Two iterations of the example, and what was said; read them only."""
     folder = tmp_path_factory.mktemp("gsm8k")
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +51,7 @@ def done(starter_model: Path, grpo: Grpo, tmp_path_factory: pytest.TempPathFacto
         code, out, err = grpo("run", "-c", str(EXAMPLE), "--until", "2", *settings(starter_model))
     assert (code, out) == (0, ""), err
     config = load(EXAMPLE, settings(starter_model)[1::2])
-    return Run(folder / ARTIFACTS, config, EXAMPLE.parent, Console(quiet=True)), err
+    return ActiveRun(folder / ARTIFACTS, config, EXAMPLE.parent, Console(quiet=True)), err
 
 
 # ---- the file ----
@@ -112,7 +112,7 @@ def test_two_iterations_are_complete(done: tuple[Run, str]) -> None:
     assert run.read("prompts", None).num_rows == 64
 
 
-def test_rollouts_hold_the_real_questions_through_the_chat_template(done: tuple[Run, str]) -> None:
+def test_rollouts_hold_the_real_questions_through_the_chat_template(done: tuple[ActiveRun, str]) -> None:
     run, _ = done
     questions = [problem["question"] for problem in problems()]
     system = run.config.prompts.system
@@ -132,7 +132,7 @@ def test_rollouts_hold_the_real_questions_through_the_chat_template(done: tuple[
     assert len(seen) == 6  # one pass over 64 problems draws none twice
 
 
-def test_rewards_are_what_the_functions_give_the_stored_responses(done: tuple[Run, str]) -> None:
+def test_rewards_are_what_the_functions_give_the_stored_responses(done: tuple[ActiveRun, str]) -> None:
     run, _ = done
     answers = [problem["answer"] for problem in problems()]
     for iteration in (0, 1):
@@ -152,7 +152,7 @@ def test_rewards_are_what_the_functions_give_the_stored_responses(done: tuple[Ru
         assert run.read("advantages", iteration)["reward"].to_pylist() == pytest.approx(total)
 
 
-def test_policy_two_is_there_and_loads(done: tuple[Run, str], starter_model: Path) -> None:
+def test_policy_two_is_there_and_loads(done: tuple[ActiveRun, str], starter_model: Path) -> None:
     run, _ = done
     folder = run.policy_folder(2)
     trained, before = load_model(folder, "cpu"), load_model(starter_model, "cpu")
@@ -221,7 +221,7 @@ def test_two_iterations_with_a_reward_model(
     assert code == 0, err
     assert json.loads(out)["worked"] == 2
 
-    run = Run(ARTIFACTS, load(Path("pipeline.yaml")), tmp_path, Console(quiet=True))
+    run = ActiveRun(ARTIFACTS, load(Path("pipeline.yaml")), tmp_path, Console(quiet=True))
     for iteration in (0, 1):
         rollouts = run.read("rollouts", iteration).to_pylist()
         expected = [value_of(classifier, row["prompt"], row["response"]) for row in rollouts]

@@ -11,17 +11,17 @@ from typing import Any, cast
 import pytest
 from tests.conftest import Grpo
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.config import load as load_config
 from grpo.console import Console
 from grpo.pipeline import stages
 from grpo.pipeline.resources import Resources
-from grpo.pipeline.stages import Stage, Work
+from grpo.pipeline.stages import Stage, StageModule
 
 
-def fake(**functions: Any) -> Work:
+def fake(**functions: Any) -> StageModule:
     """The heavy half of a stage that has these functions alone."""
-    return cast(Work, SimpleNamespace(**functions))
+    return cast(StageModule, SimpleNamespace(**functions))
 
 
 def test_the_resource_of_the_stage_before_leaves_when_the_next_one_starts(project: Path) -> None:
@@ -44,7 +44,7 @@ def test_the_resource_of_the_stage_before_leaves_when_the_next_one_starts(projec
         )
 
     one, two, three = stage("one"), stage("two"), stage("three")
-    run = Run(Path("artifacts"), load_config(Path("pipeline.yaml")), Path(), Console(quiet=True))
+    run = ActiveRun(Path("artifacts"), load_config(Path("pipeline.yaml")), Path(), Console(quiet=True))
     with Resources(run) as resources:
         assert resources.get(one) == "resource of one"
         assert resources.get(one) == "resource of one"  # still its turn
@@ -87,7 +87,7 @@ def test_an_evaluation_leaves_the_engine_where_it_is_unless_a_reward_needs_the_r
 
     for stage in stages.STAGES:
         monkeypatch.setitem(stages.BY_NAME, stage.name, noting(stage))
-    run = Run(Path("artifacts"), load_config(Path("pipeline.yaml")), Path(), Console(quiet=True))
+    run = ActiveRun(Path("artifacts"), load_config(Path("pipeline.yaml")), Path(), Console(quiet=True))
     with Resources(run) as resources:
         assert resources.borrow("generate") == "generate"
         assert resources.borrow("score", beside=beside) == "score"

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from grpo.artifacts import Manifest, Run, Staging
+from grpo.artifacts import ActiveRun, Manifest, Staging
 from grpo.config import Config, PromptsConfig
 from grpo.console import Console
 from grpo.errors import DataError, InputError, UsageError
@@ -23,7 +23,7 @@ from grpo.prompts.table import draw, prepare
 FIXED = {"prompt_id": 0, "prompt": None, "messages": None, "answer": None}
 
 
-def opened(folder: Path, **config: Any) -> Run:
+def opened(folder: Path, **config: Any) -> ActiveRun:
     """A run whose prompts are `config`; its data is beside it."""
     whole = {
         "run": "r",
@@ -31,14 +31,14 @@ def opened(folder: Path, **config: Any) -> Run:
         "prompts": {"source": "p.jsonl", **config},
         "score": {"rewards": [{"function": "exact_answer"}]},
     }
-    return Run(folder / "artifacts", Config.model_validate(whole), folder, Console(quiet=True))
+    return ActiveRun(folder / "artifacts", Config.model_validate(whole), folder, Console(quiet=True))
 
 
 def characters(rows: list[Row]) -> list[int]:
     return [len(row["prompt"] or "") for row in rows]
 
 
-def prepared(run: Run, room: int | None = None) -> Manifest:
+def prepared(run: ActiveRun, room: int | None = None) -> Manifest:
     return prepare(run, Staging(run, prompts.plan(run), 0), characters, room)
 
 

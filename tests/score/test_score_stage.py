@@ -19,7 +19,7 @@ from tests import tiny
 from transformers import Qwen2ForSequenceClassification
 
 from grpo import tables
-from grpo.artifacts import Manifest, Plan, Product, Run, Staging, files, id_of
+from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Run, Staging, files, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import EngineError, GrpoError, InputError, Interrupted, UsageError
@@ -113,7 +113,7 @@ def trl_style(prompts, completions, completion_ids, answer, **kwargs):
 '''
 
 
-def opened(folder: Path, *rewards: dict[str, Any], prompts: Any = None, **score: Any) -> Run:
+def opened(folder: Path, *rewards: dict[str, Any], prompts: Any = None, **score: Any) -> ActiveRun:
     """The run in `folder` under these rewards; the first time with prompts and rollouts, written by hand."""
     folder.mkdir(exist_ok=True)
     if not (folder / "reward.py").exists():
@@ -130,13 +130,13 @@ def opened(folder: Path, *rewards: dict[str, Any], prompts: Any = None, **score:
         },
         "score": {"rewards": list(rewards), "workers": 1, **score},
     }
-    run = Run(folder / "artifacts", Config.model_validate(config), folder, Console(quiet=True))
+    run = ActiveRun(folder / "artifacts", Config.model_validate(config), folder, Console(quiet=True))
     if not run.path.exists():
         write_inputs(run)
     return run
 
 
-def write_inputs(run: Run) -> None:
+def write_inputs(run: ActiveRun) -> None:
     """Commit `policy`, `prompts` and the rollouts of iteration 0: group g is prompt g."""
     files.make_folder(run.path)
     ids = {"policy": "p", "reference": "p"}
@@ -168,7 +168,7 @@ def rollouts_table(places: Sequence[tuple[int, int]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=tables.schema("rollouts"))
 
 
-def scored(run: Run, force: bool = False) -> Manifest:
+def scored(run: ActiveRun, force: bool = False) -> Manifest:
     """`grpo score --iteration 0`."""
     work.run_stage(run, "score", "0", force)
     manifest = run.manifest("rewards", 0)
@@ -176,7 +176,7 @@ def scored(run: Run, force: bool = False) -> Manifest:
     return manifest
 
 
-def failed(run: Run, force: bool = False) -> str:
+def failed(run: ActiveRun, force: bool = False) -> str:
     """The message of a `grpo score` that committed failed rewards (exit 8)."""
     with pytest.raises(EngineError) as caught:
         scored(run, force)
@@ -206,13 +206,13 @@ SCORE = """
 import sys
 from pathlib import Path
 from grpo.pipeline import work
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.cli import entry
 from grpo.config import Config
 from grpo.console import Console
 
 folder = Path(sys.argv[1])
-run = Run(folder / "artifacts", Config.model_validate_json(sys.argv[2]), folder, Console(quiet=True))
+run = ActiveRun(folder / "artifacts", Config.model_validate_json(sys.argv[2]), folder, Console(quiet=True))
 entry.app = lambda standalone_mode: work.run_stage(run, "score", "0", force=False)
 entry.main()
 """
@@ -360,7 +360,7 @@ def test_a_function_that_cannot_be_used_is_refused_before_any_call(
 # ---- what is kept, what is scored again ----
 
 
-def refused(run: Run) -> str:
+def refused(run: ActiveRun) -> str:
     """What `grpo score` without --force says; nothing may change."""
     before = run.manifest("rewards", 0)
     with pytest.raises(InputError) as caught:

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import Grpo
 
 from grpo import sql
-from grpo.artifacts import MANIFEST, Run, seal
+from grpo.artifacts import MANIFEST, ActiveRun, Run, seal
 from grpo.artifacts.files import sha256_of
 from grpo.config import load
 from grpo.console import Console
@@ -21,8 +21,8 @@ FIRST = Path("artifacts/tiny/iteration=000000")
 
 
 @pytest.fixture
-def run(finished: Path) -> Run:
-    return Run(Path("artifacts"), load(Path("pipeline.yaml")), Path(), Console(quiet=True))
+def run(finished: Path) -> ActiveRun:
+    return ActiveRun(Path("artifacts"), load(Path("pipeline.yaml")), Path(), Console(quiet=True))
 
 
 def file_of(output: str) -> Path:
@@ -41,7 +41,7 @@ def put(path: Path, data: pa.Table) -> None:
     place.write_bytes(seal({**manifest, "fingerprint": "f" * 64}))
 
 
-def test_a_query_opens_the_tables_it_scans_and_no_others(run: Run, grpo: Grpo) -> None:
+def test_a_query_opens_the_tables_it_scans_and_no_others(run: ActiveRun, grpo: Grpo) -> None:
     for path in FIRST.rglob("*.parquet"):
         if path.parent.name != "rewards":
             path.unlink()
@@ -73,7 +73,9 @@ def test_a_query_opens_the_tables_it_scans_and_no_others(run: Run, grpo: Grpo) -
         (lambda data: data.append_column("level", data["value"]), "level"),
     ],
 )
-def test_no_column_is_cast_or_filled(run: Run, change: Callable[[pa.Table], pa.Table], column: str) -> None:
+def test_no_column_is_cast_or_filled(
+    run: ActiveRun, change: Callable[[pa.Table], pa.Table], column: str
+) -> None:
     path = file_of("rewards")
     put(path, change(pq.read_table(path)))
     with pytest.raises(CorruptError) as caught:
@@ -90,7 +92,7 @@ def test_a_file_damaged_where_only_a_scan_reads_is_named(run: Run, grpo: Grpo) -
     assert (code, err) == (6, f"error: {path}: content changed since it was committed (sha256 differs)\n")
 
 
-def test_what_is_replaced_while_it_is_read_is_read_again(run: Run) -> None:
+def test_what_is_replaced_while_it_is_read_is_read_again(run: ActiveRun) -> None:
     path = file_of("rewards")
     data = pq.read_table(path)
     before = sql.read([run], COUNT)["n"][0].as_py()
@@ -106,7 +108,7 @@ def test_what_is_replaced_while_it_is_read_is_read_again(run: Run) -> None:
     assert found == [before, before - len(data) + 1]
 
 
-def test_a_connection_turns_to_another_iteration(run: Run) -> None:
+def test_a_connection_turns_to_another_iteration(run: ActiveRun) -> None:
     statement = "select distinct iteration from rewards"
     with sql.connect([run], 0) as connection:
         assert sql.query(connection, statement)["iteration"].to_pylist() == [0]

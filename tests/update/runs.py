@@ -8,7 +8,7 @@ import pyarrow as pa
 from tests.update.examples import MAX_NEW_TOKENS
 
 from grpo import tables
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, id_of
+from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Plan, Product, Run, Staging, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.models import weight_check
@@ -28,8 +28,8 @@ def commit_table(
     staging.commit(Product({table: id_of([record])}, [record], {}))
 
 
-def make_run(root: Path, config: Config, policy: Path, reference: Path) -> Run:
-    run = Run(root, config, root, Console(quiet=True))
+def make_run(root: Path, config: Config, policy: Path, reference: Path) -> ActiveRun:
+    run = ActiveRun(root, config, root, Console(quiet=True))
     staging = Staging(run, Plan("policy", 1, "policy", None, {}, {}), 0)
     sequences = weight_check.check_sequences([range(10)], context=None)
     record = staging.write_bytes(
@@ -71,7 +71,7 @@ def commit_rollouts(run: Run, iteration: int, kept: Rollouts, unkept: Rollouts |
     commit_table(run, "advantages", iteration, pa.Table.from_pylist(advantages, schema=schema("advantages")))
 
 
-def update(run: Run, iteration: int, learner: Learner) -> list[dict[str, Any]]:
+def update(run: ActiveRun, iteration: int, learner: Learner) -> list[dict[str, Any]]:
     make(run, UPDATE, Staging(run, planned(run, iteration), 0), learner)
     rows: list[dict[str, Any]] = run.read("updates", iteration).to_pylist()
     return rows

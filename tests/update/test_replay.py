@@ -23,7 +23,7 @@ from tests.update.examples import (
 )
 from tests.update.runs import commit_rollouts, make_run, update
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.config import Config
 from grpo.update.batch import Rollouts, minibatches
 from grpo.update.learner import Learner
@@ -59,7 +59,7 @@ def joined(parts: list[Rollouts]) -> Rollouts:
     )
 
 
-def after(tmp_path: Path, config: Config, untied: Path, other: Path, parts: list[Rollouts]) -> Run:
+def after(tmp_path: Path, config: Config, untied: Path, other: Path, parts: list[Rollouts]) -> ActiveRun:
     """A run whose iterations before the last one of `parts` are done; at learning rate 0 nothing moves."""
     run = make_run(tmp_path, config, untied, other)
     for iteration, part in enumerate(parts):

@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import grpo
-from grpo.artifacts import Manifest, Plan, Run, lacking
+from grpo.artifacts import ActiveRun, Manifest, Plan, lacking
 from grpo.artifacts.files import sha256_of
 from grpo.config.named_files import named_file
 from grpo.errors import InputError
@@ -15,7 +15,7 @@ STAGE_VERSION = 2  # 2: sums of three rewards and more are compensated, which ma
 _SHIPPED = ("advantage/advantage.sql", "advantage/batch_deviation.sql", "sql/views/scored.sql")
 
 
-def plan(run: Run, iteration: int) -> Plan:
+def plan(run: ActiveRun, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when an input is missing or partial."""
     config = run.config.advantage
     rollouts = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
@@ -55,7 +55,7 @@ def _way_on(manifest: Manifest) -> str:
     return f"{command} scores the others"
 
 
-def _reads(run: Run, iteration: int, rewards: Manifest) -> dict[str, str]:
+def _reads(run: ActiveRun, iteration: int, rewards: Manifest) -> dict[str, str]:
     """Ids of the inputs. A reward of weight 0 counts only for a user's own SQL, which may look at it."""
     config = run.config.advantage
     own_sql = config.where is not None or config.sql is not None

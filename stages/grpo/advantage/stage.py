@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from grpo import sql, tables
 from grpo.advantage.plan import NAME, OUTPUT
-from grpo.artifacts import Manifest, Product, Run, Staging, id_of
+from grpo.artifacts import ActiveRun, Manifest, Product, Run, Staging, id_of
 from grpo.config.named_files import named_text
 from grpo.errors import DataError, UsageError
 from grpo.sql.scored import create_scored, tell_weights
@@ -23,7 +23,7 @@ _KEY = ", ".join(tables.KEY)
 
 
 @contextmanager
-def open_resource(run: Run) -> Iterator[sql.Connection]:
+def open_resource(run: ActiveRun) -> Iterator[sql.Connection]:
     """A connection for all iterations: it is opened in 30 ms, and used in 10."""
     with sql.connect([run], range(0), ("rollouts", "rewards")) as connection:
         create_scored(connection, [reward.weight for reward in run.config.score.rewards])
@@ -38,7 +38,7 @@ def after(run: Run, manifest: Manifest, opened: sql.Connection) -> None:
     """Nothing follows from committed advantages."""
 
 
-def produce(run: Run, iteration: int, staging: Staging, opened: sql.Connection) -> Product:
+def produce(run: ActiveRun, iteration: int, staging: Staging, opened: sql.Connection) -> Product:
     """The `advantages` of one iteration."""
     for table, output in (("rollouts", "rollouts"), ("rewards", "rewards")):
         for file in run.require(output, iteration, f"grpo {NAME}").files:
@@ -61,7 +61,7 @@ def produce(run: Run, iteration: int, staging: Staging, opened: sql.Connection) 
     return Product({OUTPUT: id_of(records)}, records, summary)
 
 
-def check(run: Run, until: int, resources: object) -> None:
+def check(run: ActiveRun, until: int, resources: object) -> None:
     """Raise UsageError (exit 2) for SQL of the user's that cannot be run, whatever the tables will hold."""
     config = run.config.advantage
     if config.sql is None and config.where is None:
@@ -75,7 +75,7 @@ def check(run: Run, until: int, resources: object) -> None:
             sql.user_columns(connection, "advantage.where", _condition(config.where))
 
 
-def _advantages(run: Run, iteration: int, connection: sql.Connection) -> Iterator[pa.Table]:
+def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> Iterator[pa.Table]:
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
     sql.turn_to(connection, iteration)
@@ -127,7 +127,7 @@ def _blocks(run: Run, iteration: int, connection: sql.Connection) -> Iterator[tu
         yield first, first + step - 1
 
 
-def _selected(run: Run, connection: sql.Connection, data: pa.Table) -> pa.Table:
+def _selected(run: ActiveRun, connection: sql.Connection, data: pa.Table) -> pa.Table:
     """`data` after the user's own estimator and condition, which see `data` itself as `advantages`."""
     config = run.config.advantage
     sql.register(connection, "_advantages_0", data)

@@ -1,6 +1,7 @@
 """artifacts: where things are, and how they are committed."""
 
 from grpo.artifacts import files
+from grpo.artifacts.active import ActiveRun
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
 from grpo.artifacts.existing import ARTIFACTS, created_config, open_run, require_run, run_names
 from grpo.artifacts.layout import (
@@ -51,6 +52,7 @@ __all__ = [
     "STAGE_OUTPUTS",
     "TABLES_OF",
     "TIMINGS",
+    "ActiveRun",
     "FileRecord",
     "Manifest",
     "Plan",

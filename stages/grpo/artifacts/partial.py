@@ -5,11 +5,12 @@ it as a new attempt. Rewards that failed are scored again. With generate.dynamic
 rewards show too few groups with signal get another round, and rewards of the rounds before score only that.
 """
 
+from grpo.artifacts.active import ActiveRun
 from grpo.artifacts.manifest import Manifest, id_of
 from grpo.artifacts.run import Run
 
 
-def lacking(run: Run, manifest: Manifest | None) -> str:
+def lacking(run: ActiveRun, manifest: Manifest | None) -> str:
     """What an output lacks; empty: nothing. Examples: `3 rewards failed`, `5 of 8 groups with signal ...`."""
     if manifest is not None and manifest.stage == "score":
         return _failed(run, manifest) or unscored_rounds(run, manifest)
@@ -44,12 +45,12 @@ def unscored_rounds(run: Run, rewards: Manifest) -> str:
     return f"{scored} of {there} rounds are scored" if 0 < scored < there else ""
 
 
-def _failed(run: Run, rewards: Manifest) -> str:
+def _failed(run: ActiveRun, rewards: Manifest) -> str:
     failed = rewards.summary.get("failed")
     return f"{failed} rewards failed" if failed and run.config.score.on_error == "stop" else ""
 
 
-def _without_signal(run: Run, rollouts: Manifest) -> str:
+def _without_signal(run: ActiveRun, rollouts: Manifest) -> str:
     """Decided by what the rollouts were planned with; `dynamic_sampling: null` goes on with what is there.
 
     Rollouts that have advantages were gone on with: those are history.

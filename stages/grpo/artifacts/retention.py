@@ -9,16 +9,17 @@ from bisect import bisect_right
 from pathlib import Path
 
 from grpo.artifacts import files
+from grpo.artifacts.active import ActiveRun
 from grpo.artifacts.run import PRUNED, Run
 
 
-def prunable(run: Run) -> list[int]:
+def prunable(run: ActiveRun) -> list[int]:
     """Updates whose checkpoint `checkpoints` does not keep, oldest first. Never one of the newest two."""
     have = [iteration for iteration in run.iterations() if run.has_checkpoint(iteration)]
     return [iteration for iteration in have if not is_kept(run, iteration, have)]
 
 
-def is_kept(run: Run, iteration: int, have: list[int]) -> bool:
+def is_kept(run: ActiveRun, iteration: int, have: list[int]) -> bool:
     """Whether the checkpoint of an update stays, among the updates that `have` one, in order."""
     config = run.config.checkpoints
     if config.keep_last is None or len(have) - bisect_right(have, iteration) < config.keep_last:
@@ -26,13 +27,13 @@ def is_kept(run: Run, iteration: int, have: list[int]) -> bool:
     return _is_nth(run, iteration)
 
 
-def _is_nth(run: Run, iteration: int) -> bool:
+def _is_nth(run: ActiveRun, iteration: int) -> bool:
     keep_every = run.config.checkpoints.keep_every
     # Update i writes policy i + 1, and it is policies that people count.
     return keep_every is not None and (iteration + 1) % keep_every == 0
 
 
-def droppable(run: Run) -> dict[int, list[Path]]:
+def droppable(run: ActiveRun) -> dict[int, list[Path]]:
     """Update -> files that prune() would remove: of checkpoints not kept, and what a crash left of such."""
     with run.steady():
         going, found = prunable(run), {}
@@ -44,14 +45,14 @@ def droppable(run: Run) -> dict[int, list[Path]]:
         return found
 
 
-def prune(run: Run) -> None:
+def prune(run: ActiveRun) -> None:
     """Drop the checkpoints that are not kept, and what a crash left of such."""
     found = droppable(run)
     going = [iteration for iteration in found if run.has_checkpoint(iteration)]
     _drop(run, going, [path for paths in found.values() for path in paths])
 
 
-def prune_behind(run: Run, newest: int) -> None:
+def prune_behind(run: ActiveRun, newest: int) -> None:
     """Drop what the update `newest` moved out of the checkpoints kept: all that prune() would find after it.
 
     The cost does not grow with the run: behind a checkpoint that is gone, all that were to go went before.

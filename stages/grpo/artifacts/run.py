@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from grpo import tables
 from grpo.artifacts import files
-from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
 from grpo.artifacts.layout import (
     EVALUATION,
     OUTPUTS,
@@ -26,8 +25,6 @@ from grpo.artifacts.layout import (
 )
 from grpo.artifacts.lock import lock
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, check_size, read_json, read_manifest
-from grpo.config import Config
-from grpo.console import Console
 from grpo.errors import CorruptError, InputError
 
 PRUNED = "pruned.json"
@@ -39,22 +36,13 @@ _LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
 
 
 class Run:
-    """A run: its folder, the configuration in force, and who is told about progress.
+    """A run on disk: its folder, outputs, tables and their integrity. The work on it is in active.py."""
 
-    `imports` is the configuration's folder: relative paths and the user's modules are found there.
-    """
-
-    def __init__(self, root: Path, config: Config, imports: Path, console: Console) -> None:
+    def __init__(self, root: Path, name: str) -> None:
         self.root = root
-        self.name = config.run
-        self.path = root / config.run
-        self.config = config
-        self.imports = imports
-        self.console = console
-        self.start: dict[str, Path] = {}
-        """Checkpoints the run stands on, once their ids are known to be right: `policy` and `reference`."""
+        self.name = name
+        self.path = root / name
         self._verified: set[tuple[Path, str]] = set()
-        self._checkpoint_ids: dict[str, str] = {}
         self._seen: dict[Hashable, Any] | None = None
 
     @contextmanager
@@ -171,10 +159,8 @@ class Run:
         """Where a file of an output is."""
         return self.folder(output, iteration) / file.part / file.name
 
-    def policy_folder(self, iteration: int) -> Path:
-        """The checkpoint of policy `iteration`, verified."""
-        if iteration == 0:
-            return self.start["policy"]
+    def trained_policy(self, iteration: int) -> Path:
+        """The checkpoint of policy `iteration` >= 1, which an update wrote; verified."""
         manifest = self.require("update", iteration - 1, f"grpo update --iteration {iteration - 1}")
         self.require_checkpoint(iteration)
         for file in manifest.files:
@@ -193,16 +179,6 @@ class Run:
         path = self.path_of(file, output, before)
         self.verify(file, path)
         return path
-
-    def checkpoint_path(self, name: str) -> Path:
-        """Directory of a configured checkpoint: relative to the configuration's folder, or from the hub."""
-        return find_checkpoint(name, self.imports)
-
-    def checkpoint_id(self, name: str) -> str:
-        """Id of a configured checkpoint, computed once per process."""
-        if name not in self._checkpoint_ids:
-            self._checkpoint_ids[name] = checkpoint_id(self.checkpoint_path(name))
-        return self._checkpoint_ids[name]
 
     def checkpoint_records(self, iteration: int) -> list[FileRecord]:
         """Files that update wrote in `iteration` for its successor: what retention may drop."""

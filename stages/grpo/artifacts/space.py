@@ -2,7 +2,7 @@
 
 import shutil
 
-from grpo.artifacts.run import Run
+from grpo.artifacts.active import ActiveRun
 from grpo.errors import ResourceError
 
 # An output is about as large as that of the iteration before; lengths of responses change.
@@ -11,7 +11,7 @@ _LEAST_BYTES = 2**20  # manifests, logs, a shard or two
 _CHECKPOINT_FACTOR = 3  # float32 weights and two moments, against the starting policy's weights in float32
 
 
-def require_space(run: Run, output: str, iteration: int) -> None:
+def require_space(run: ActiveRun, output: str, iteration: int) -> None:
     """Raise ResourceError (exit 7) when there is less room than `output` of `iteration` will take.
 
     That of the iteration before tells how much; of the first update, the starting policy's files do.
@@ -25,7 +25,7 @@ def require_space(run: Run, output: str, iteration: int) -> None:
         )
 
 
-def _expected(run: Run, output: str, iteration: int) -> int:
+def _expected(run: ActiveRun, output: str, iteration: int) -> int:
     before = run.manifest(output, iteration - 1) if iteration > 0 else None
     if before is not None:
         return sum(file.bytes for file in before.files)

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from grpo import __version__, tables
 from grpo.artifacts import files
+from grpo.artifacts.active import ActiveRun
 from grpo.artifacts.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -207,7 +208,7 @@ def _notes(run: Run, plan: Plan) -> list[dict[str, Any]]:
 
 
 def choose_attempt(
-    run: Run, plan: Plan, committed: Manifest | None, force: bool, only_failed: bool = False
+    run: ActiveRun, plan: Plan, committed: Manifest | None, force: bool, only_failed: bool = False
 ) -> int:
     """The attempt to work on: a new one above any other with `force`, else the newest begun at this plan.
 

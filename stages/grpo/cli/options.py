@@ -12,7 +12,7 @@ from grpo.cli.lazy import artifacts, config, console, prepare, restart
 from grpo.errors import CorruptError, UsageError
 
 if TYPE_CHECKING:
-    from grpo.artifacts import Run
+    from grpo.artifacts import ActiveRun
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The configuration.")]
 SetOption = Annotated[
@@ -23,14 +23,14 @@ RunArgument = Annotated[str, typer.Argument(help="Name of a run; default: that o
 CONFIG = Path("pipeline.yaml")
 
 
-def configured(path: Path, overrides: list[str], quiet: bool) -> "Run":
+def configured(path: Path, overrides: list[str], quiet: bool) -> "ActiveRun":
     """The run of a configuration, which need not be there yet."""
     values = config.load(path, overrides)
-    return artifacts.Run(artifacts.ARTIFACTS, values, path.absolute().parent, console.Console(quiet))
+    return artifacts.ActiveRun(artifacts.ARTIFACTS, values, path.absolute().parent, console.Console(quiet))
 
 
 @contextmanager
-def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
+def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["ActiveRun"]:
     """The run of a configuration, locked and prepared for work."""
     opened = configured(path, overrides, quiet)
     with locked(opened):
@@ -40,14 +40,14 @@ def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["Run"]:
 
 
 @contextmanager
-def locked(opened: "Run") -> Iterator["Run"]:
+def locked(opened: "ActiveRun") -> Iterator["ActiveRun"]:
     """A run that nobody else works on, with every commit finished that a crash cut off."""
     with opened.console.signals(), opened.lock():
         artifacts.roll_forward(opened)
         yield opened
 
 
-def reading(name: str, path: Path, overrides: list[str], damaged: bool = False) -> "Run":
+def reading(name: str, path: Path, overrides: list[str], damaged: bool = False) -> "ActiveRun":
     """A run to read: that of the configuration, or by name with the configuration it was created with.
 
     `overrides` apply to either. damaged: of the former, run.json need only be there.
@@ -67,7 +67,7 @@ def reading(name: str, path: Path, overrides: list[str], damaged: bool = False) 
             raise
         way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={name} --discard` sets it aside"
         raise CorruptError(f"{error}; {way}") from None
-    return artifacts.Run(artifacts.ARTIFACTS, created, path.absolute().parent, console.Console())
+    return artifacts.ActiveRun(artifacts.ARTIFACTS, created, path.absolute().parent, console.Console())
 
 
 def print_json(document: Any) -> None:

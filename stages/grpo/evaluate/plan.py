@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from grpo.artifacts import EVALUATION, Plan, Run
+from grpo.artifacts import EVALUATION, ActiveRun, Plan
 from grpo.artifacts.files import sha256_of
 from grpo.config import EvaluateConfig
 from grpo.errors import UsageError
@@ -20,14 +20,14 @@ SEEDS = "evaluation"  # in the place of an iteration's number: no seed of traini
 _OF_ENGINE = ("engine", "engine_options", "top_p", "top_k", "min_p", "max_rows_per_batch")
 
 
-def config_of(run: Run) -> EvaluateConfig:
+def config_of(run: ActiveRun) -> EvaluateConfig:
     """The section. Raises UsageError (exit 2) where there is none."""
     if run.config.evaluate is None:
         raise UsageError("evaluate: is not configured; say in `evaluate.prompts.source` what to measure with")
     return run.config.evaluate
 
 
-def settings(run: Run) -> dict[str, Any]:
+def settings(run: ActiveRun) -> dict[str, Any]:
     """What is sampled and what passes, every null resolved."""
     config, sampled = config_of(run), run.config.generate
     given = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
@@ -39,7 +39,7 @@ def settings(run: Run) -> dict[str, Any]:
     }
 
 
-def plan(run: Run, policy: int) -> Plan:
+def plan(run: ActiveRun, policy: int) -> Plan:
     """What an evaluation of `policy` would do now. Raises InputError (exit 4) where it is not there.
 
     The prompts count as a source, not as something read: other prompts make what was measured with the old

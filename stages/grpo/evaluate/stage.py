@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from grpo import sql
-from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, lacking
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id_of, lacking
 from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, config_of, settings
 from grpo.generate import plan as generate
 from grpo.generate import sampling
@@ -20,8 +20,7 @@ from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
 from grpo.score import plan as score
 from grpo.score import stage as scoring
-from grpo.score.judge.rubric import rubric_of
-from grpo.score.scorers import Scorers, columns_of, spec_of
+from grpo.score.scorers import check_columns
 from grpo.score.shard import Work, read, staged
 
 
@@ -32,18 +31,12 @@ class Resources(Protocol):
         """The resource of a stage. beside: it needs no accelerator, so that whoever is there may stay."""
 
 
-def check(run: Run, until: int, resources: Resources) -> None:
+def check(run: ActiveRun, until: int, resources: Resources) -> None:
     """Raise UsageError (exit 2) for a reward that cannot do with the columns of the held-out prompts."""
-    scorers: Scorers = resources(score.NAME)
-    columns = columns_of(run.read(HELD_OUT, None))
-    for reward in run.config.score.rewards:
-        if reward.function is not None:
-            scorers.pool.check(spec_of(reward), columns)
-        if reward.judge is not None:
-            rubric_of(reward, run.imports, columns)
+    check_columns(run, resources(score.NAME).pool, run.read(HELD_OUT, None))
 
 
-def open_resource(run: Run) -> AbstractContextManager[None]:
+def open_resource(run: ActiveRun) -> AbstractContextManager[None]:
     """Nothing of its own: it is given what the stages keep open."""
     return nullcontext()
 
@@ -52,12 +45,12 @@ def release(opened: Resources) -> None:
     """The stages' own."""
 
 
-def after(run: Run, manifest: Manifest, opened: Resources) -> None:
+def after(run: ActiveRun, manifest: Manifest, opened: Resources) -> None:
     """Raise EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop."""
     scoring.raise_for_failed(run, f"evaluate: policy {manifest.iteration}", REWARDS, manifest)
 
 
-def produce(run: Run, policy: int, staging: Staging, resources: Resources) -> Product:
+def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources) -> Product:
     """The evaluation of one policy: what of it is not committed yet is sampled and scored."""
     before = run.manifest(OUTPUT, policy)
     prompts = run.read(HELD_OUT, None)
@@ -79,7 +72,7 @@ def produce(run: Run, policy: int, staging: Staging, resources: Resources) -> Pr
     return Product({OUTPUT: id_of(held)}, held, summary)
 
 
-def _keep_rollouts(run: Run, policy: int, staging: Staging, before: Manifest) -> None:
+def _keep_rollouts(run: ActiveRun, policy: int, staging: Staging, before: Manifest) -> None:
     """Of an evaluation whose rewards failed: only those are computed again, over the same rollouts."""
     sampled = [record for record in before.files if record.table == ROLLOUTS]
     for index, record in enumerate(sampled):
@@ -89,7 +82,7 @@ def _keep_rollouts(run: Run, policy: int, staging: Staging, before: Manifest) ->
 
 
 def _sampled(
-    run: Run, policy: int, staging: Staging, prompts: pa.Table, sampler: sampling.Sampler
+    run: ActiveRun, policy: int, staging: Staging, prompts: pa.Table, sampler: sampling.Sampler
 ) -> sampling.Work:
     wanted = settings(run)
     draws = sampling.draws_of(prompts.to_pylist(), sampler, chat_of(config_of(run).prompts, run.imports))
@@ -107,7 +100,7 @@ def _sampled(
     )
 
 
-def measure(run: Run, policy: int, staging: Staging, held: list[FileRecord]) -> dict[str, Any]:
+def measure(run: ActiveRun, policy: int, staging: Staging, held: list[FileRecord]) -> dict[str, Any]:
     """The row of `evals` of what is staged: the same SQL that everyone asks later, over the same files."""
     row = {"iteration": policy, "same_prompts": True, **settings(run)}
     views = {table: read(run, table, staged(staging, held, table)) for table in (ROLLOUTS, REWARDS)}

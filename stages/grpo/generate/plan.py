@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from grpo.artifacts import Plan, Run, policy_of
+from grpo.artifacts import ActiveRun, Plan, Run, policy_of
 from grpo.artifacts.files import sha256_of
 from grpo.config import GenerateConfig
 from grpo.config.named_files import named_file
@@ -14,7 +14,7 @@ STAGE_VERSION = 3  # 3: the built-in engine adds up attention otherwise, which m
 KEY = "generate.prompts_sql"
 
 
-def plan(run: Run, iteration: int) -> Plan:
+def plan(run: ActiveRun, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when prompts or policy are missing."""
     config = run.config.generate
     run.require("prompts", None, "grpo run")

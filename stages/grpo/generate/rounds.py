@@ -6,13 +6,13 @@ at the same plan: it keeps the shards of the rounds before by hard links, and sa
 
 from collections.abc import Sequence
 
-from grpo.artifacts import Manifest, Plan, Run, Staging, lacking, num_rounds
+from grpo.artifacts import ActiveRun, Manifest, Plan, Staging, lacking, num_rounds
 from grpo.config import GenerateConfig
 from grpo.errors import DataError
 from grpo.generate.plan import shards_of_round
 
 
-def rounds_to_hold(run: Run, plan: Plan, before: Manifest | None) -> int:
+def rounds_to_hold(run: ActiveRun, plan: Plan, before: Manifest | None) -> int:
     """Rounds that the output holds once this attempt is done; before: what is committed now."""
     dynamic_sampling = run.config.generate.dynamic_sampling
     if dynamic_sampling is None:
@@ -27,7 +27,7 @@ def rounds_to_hold(run: Run, plan: Plan, before: Manifest | None) -> int:
     return num_rounds(before) + bool(another_round(run, plan, before))
 
 
-def another_round(run: Run, plan: Plan, before: Manifest | None) -> str:
+def another_round(run: ActiveRun, plan: Plan, before: Manifest | None) -> str:
     """Why this attempt adds a round to what is committed; empty: it does not."""
     return lacking(run, before) if before is not None and plan.same_as(before) else ""
 
@@ -40,7 +40,7 @@ def all_shards(config: GenerateConfig, rounds: int) -> list[range]:
     ]
 
 
-def keep_rounds(run: Run, staging: Staging, before: Manifest | None, names: Sequence[str]) -> None:
+def keep_rounds(run: ActiveRun, staging: Staging, before: Manifest | None, names: Sequence[str]) -> None:
     """Commit the rounds of `before` under their new names, where this attempt adds one to them."""
     if before is None or not another_round(run, staging.plan, before):
         return

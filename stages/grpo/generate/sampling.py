@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from grpo.artifacts import FileRecord, Run, Staging, digest
+from grpo.artifacts import ActiveRun, FileRecord, Staging, digest
 from grpo.config import GenerateConfig
 from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.rollouts import Draws, rollouts_table, shard_numbers
@@ -55,7 +55,9 @@ class Work:
     sampling: Sampling
 
 
-def sample(run: Run, staging: Staging, tool: Sampler, work: Work) -> tuple[list[FileRecord], dict[str, Any]]:
+def sample(
+    run: ActiveRun, staging: Staging, tool: Sampler, work: Work
+) -> tuple[list[FileRecord], dict[str, Any]]:
     """Sample what of `work` is not committed yet; all its shards, and what the engine was."""
     names = shard_names(staging, work)
     todo = [index for index, name in enumerate(names) if staging.committed(name) is None]
@@ -113,7 +115,7 @@ def sampling_of(config: GenerateConfig, temperature: float, max_new_tokens: int)
     return Sampling(temperature, max_new_tokens, config.top_p, config.top_k, config.min_p)
 
 
-def _bring_policy(run: Run, staging: Staging, tool: Sampler, policy: int) -> float | None:
+def _bring_policy(run: ActiveRun, staging: Staging, tool: Sampler, policy: int) -> float | None:
     """Put a policy into the engine, opening it the first time; see weight_sync.py."""
     if not tool.is_open:
         with staging.clock("open"):
@@ -128,7 +130,7 @@ def _bring_policy(run: Run, staging: Staging, tool: Sampler, policy: int) -> flo
 
 @contextmanager
 def _sampling(
-    run: Run, staging: Staging, tool: Sampler, work: Work, shards: list[list[Request]]
+    run: ActiveRun, staging: Staging, tool: Sampler, work: Work, shards: list[list[Request]]
 ) -> Iterator[Iterator[Group]]:
     """The engine's groups as they come, with a bar of the rollouts done and the time spent in the engine."""
     total = sum(len(request.seeds) for shard in shards for request in shard)

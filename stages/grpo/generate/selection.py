@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.config.named_files import named_text
 from grpo.errors import DataError, UsageError
 from grpo.generate.plan import KEY
@@ -28,7 +28,7 @@ class Selection:
     by_query: int | None
 
 
-def select(run: Run, iteration: int, rounds: int, prompts: pa.Table) -> Selection:
+def select(run: ActiveRun, iteration: int, rounds: int, prompts: pa.Table) -> Selection:
     """The prompts of every round up to `rounds`. Raises what the query's result deserves, naming KEY."""
     config, seed = run.config.generate, run.config.seed
     count, size = config.prompts_per_iteration, len(prompts)
@@ -55,7 +55,7 @@ def least_drawn(num_prompts: int, drawn: np.ndarray, count: int, seed: list[int]
     return rows
 
 
-def asked_for(run: Run, iteration: int, prompt_ids: np.ndarray) -> np.ndarray:
+def asked_for(run: ActiveRun, iteration: int, prompt_ids: np.ndarray) -> np.ndarray:
     """Rows of the prompts table that the query asks for, in its order; prompt_ids: of that table, ascending.
 
     Raises UsageError (exit 2) for a query that cannot be run, DataError (exit 3) for ids that cannot be used.
@@ -73,7 +73,7 @@ def asked_for(run: Run, iteration: int, prompt_ids: np.ndarray) -> np.ndarray:
     return _rows_of(found["prompt_id"], prompt_ids, f"{KEY}: {name}")
 
 
-def check(run: Run) -> None:
+def check(run: ActiveRun) -> None:
     """Raise UsageError (exit 2) for a query that cannot be run, whatever the tables will hold."""
     name = run.config.generate.prompts_sql
     if name is None:
@@ -83,7 +83,7 @@ def check(run: Run) -> None:
         _check_columns(name, sql.user_columns(connection, KEY, text, _parameters(run, 0)))
 
 
-def _parameters(run: Run, iteration: int) -> dict[str, int]:
+def _parameters(run: ActiveRun, iteration: int) -> dict[str, int]:
     count = run.config.generate.prompts_per_iteration
     return {"iteration": iteration, "seed": run.config.seed, "prompts_per_iteration": count}
 

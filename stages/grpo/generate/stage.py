@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, policy_of
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Run, Staging, id_of, policy_of
 from grpo.config import GenerateConfig
 from grpo.errors import UsageError
 from grpo.generate import selection
@@ -39,13 +39,13 @@ from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
 
 
-def check(run: Run, until: int, resources: object) -> None:
+def check(run: ActiveRun, until: int, resources: object) -> None:
     """Raise UsageError (exit 2) for a `generate.prompts_sql` that cannot be run."""
     selection.check(run)
 
 
 @contextmanager
-def open_resource(run: Run) -> Iterator[Sampler]:
+def open_resource(run: ActiveRun) -> Iterator[Sampler]:
     """Choose the engine; it is opened when the first iteration needs it."""
     name, why = choose_engine(run.config.generate.engine)
     if name != "vllm" and (truncated := run.config.generate.truncation()):
@@ -65,7 +65,7 @@ def open_resource(run: Run) -> Iterator[Sampler]:
         engine.close()
 
 
-def _longest_prompt(run: Run) -> int:
+def _longest_prompt(run: ActiveRun) -> int:
     """Tokens of the longest prompt; of held-out ones with what they are given more than max_new_tokens."""
     longest = int(run.require("prompts", None, "grpo run").summary["longest_prompt_tokens"])
     held_out = run.manifest(HELD_OUT, None) if run.config.evaluate else None
@@ -103,7 +103,7 @@ def make_engine(
     return VllmEngine(config.engine_options, needed if context is None else min(needed, context))
 
 
-def produce(run: Run, iteration: int, staging: Staging, sampler: Sampler) -> Product:
+def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) -> Product:
     """The `rollouts` of one iteration: what of them is not committed yet is sampled, shard by shard."""
     before = run.manifest(OUTPUT, iteration)
     rounds = rounds_to_hold(run, staging.plan, before)
@@ -121,7 +121,7 @@ def produce(run: Run, iteration: int, staging: Staging, sampler: Sampler) -> Pro
     return Product({OUTPUT: id_of(held)}, held, {**_summary(held), **drawn, **engine})
 
 
-def _work(run: Run, iteration: int, sampler: Sampler, rounds: int) -> Work:
+def _work(run: ActiveRun, iteration: int, sampler: Sampler, rounds: int) -> Work:
     config = run.config.generate
     chosen = selection.select(run, iteration, rounds, sampler.prompts)
     if chosen.by_query is not None and chosen.by_query < len(chosen.rows):

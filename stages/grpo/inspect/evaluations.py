@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import EVALUATION, Run
+from grpo.artifacts import EVALUATION, ActiveRun, Run
 from grpo.console import interval, number, printable, stdout_console, table
 from grpo.errors import UsageError
 from grpo.inspect import query
@@ -37,7 +37,7 @@ def check_out(out: Path | None) -> None:
         )
 
 
-def delivered(run: Run, policy: int, out: Path | None) -> dict[str, Any]:
+def delivered(run: ActiveRun, policy: int, out: Path | None) -> dict[str, Any]:
     """numbers_of(), and its rows of `eval_samples` written to `out`, where that is given."""
     if out is not None:
         rows = "select * from eval_samples where iteration = $policy order by group_id, sample_id"

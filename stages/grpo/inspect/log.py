@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.inspect import evaluations, status, track
 
 
 @contextmanager
-def reporting(run: Run, until: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+def reporting(run: ActiveRun, until: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
     """What to call when an iteration is complete, and when a policy was evaluated; errors as tracking()'s."""
     with track.tracking(run, until) as tracked:
 

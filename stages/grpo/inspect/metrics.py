@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun, Run
 from grpo.pipeline.stages import STAGES
 
 # By output: column -> its key in the summary of the manifest.
@@ -25,14 +25,14 @@ _COLUMNS = [column for columns in _KEPT.values() for column in columns]
 Numbers = dict[str, Any]
 
 
-def row_of(run: Run, iteration: int) -> Numbers:
+def row_of(run: ActiveRun, iteration: int) -> Numbers:
     """The row of the view. Reads the tables of this iteration and no other."""
     with sql.connect([run], iteration) as connection:
         rows: list[Numbers] = sql.query(connection, "from iterations").to_pylist(maps_as_pydicts="strict")
     return rows[0]
 
 
-def kept_of(run: Run, iterations: Iterable[int]) -> dict[int, Numbers]:
+def kept_of(run: ActiveRun, iterations: Iterable[int]) -> dict[int, Numbers]:
     """By iteration the columns of _KEPT; null where there is nothing yet."""
     found, older = {}, []
     for iteration in iterations:

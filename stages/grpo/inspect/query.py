@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from grpo import sql
-from grpo.artifacts import Run, files
+from grpo.artifacts import ActiveRun, files
 from grpo.console import finite, printable, stdout_console, table
 from grpo.errors import UsageError
 
@@ -19,7 +19,7 @@ _WIDE_COLUMNS = 12  # more than fit side by side: a row is shown as lines of nam
 _WIDE_ROWS_SHOWN = 20
 
 
-def answer(runs: list[Run], query: str, out: Path | None, timeout_s: float, as_json: bool) -> None:
+def answer(runs: list[ActiveRun], query: str, out: Path | None, timeout_s: float, as_json: bool) -> None:
     """`grpo sql`: one query, or a prompt that takes one after the other."""
     if not 0 < timeout_s <= threading.TIMEOUT_MAX:  # NaN is not
         raise UsageError(f"--timeout-s {timeout_s:g}: expected seconds, more than 0 and finite")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.console import interval, number, stdout_console, table
 from grpo.inspect import metrics
 from grpo.inspect.evaluations import numbers_of
@@ -16,13 +16,13 @@ _STYLES = {"done": "green", "partial": "yellow", "stale": "red", "changed": "yel
 Row = dict[str, Any]
 
 
-def describe(run: Run) -> dict[str, Any]:
+def describe(run: ActiveRun) -> dict[str, Any]:
     """Everything `grpo status` shows, as plain data: the run's configuration decides what differs."""
     with run.steady():
         return _described(run, states(run))
 
 
-def _described(run: Run, present: dict[int, dict[str, State]]) -> dict[str, Any]:
+def _described(run: ActiveRun, present: dict[int, dict[str, State]]) -> dict[str, Any]:
     numbers = metrics.kept_of(run, present)
     return {
         "run": run.name,
@@ -44,7 +44,7 @@ def _described(run: Run, present: dict[int, dict[str, State]]) -> dict[str, Any]
     }
 
 
-def _stages(run: Run, iteration: int, by_stage: dict[str, State]) -> Row:
+def _stages(run: ActiveRun, iteration: int, by_stage: dict[str, State]) -> Row:
     stages = {}
     for stage in STAGES:
         state = by_stage[stage.name]
@@ -53,7 +53,7 @@ def _stages(run: Run, iteration: int, by_stage: dict[str, State]) -> Row:
     return stages
 
 
-def line_of(run: Run, iteration: int) -> str:
+def line_of(run: ActiveRun, iteration: int) -> str:
     """One line for the log of `grpo run`."""
     numbers = metrics.kept_of(run, [iteration])[iteration]
     times = metrics.times_of(run, iteration)
@@ -70,7 +70,7 @@ def line_of(run: Run, iteration: int) -> str:
     return f"iteration {iteration:>4}  {'  '.join(known)}  {times['seconds'] or 0:.2f} s{speed}"
 
 
-def print_status(run: Run, every: bool) -> None:
+def print_status(run: ActiveRun, every: bool) -> None:
     """Print the table: the last iterations, or all with `every`; then why something is not done."""
     data = describe(run)
     rows = data["iterations"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grpo.artifacts import EVALUATION, Run, files, lacking, read_sealed, seal
+from grpo.artifacts import EVALUATION, ActiveRun, files, lacking, read_sealed, seal
 from grpo.errors import CorruptError, EngineError, GrpoError, UsageError, first_line
 from grpo.inspect import metrics
 from grpo.pipeline.runner import evaluation_is_due
@@ -59,7 +59,7 @@ class Sent:
 
 
 @contextmanager
-def tracking(run: Run, until: int) -> Iterator[Callable[[], None]]:
+def tracking(run: ActiveRun, until: int) -> Iterator[Callable[[], None]]:
     """Yields report(), to be called when an iteration is complete or a policy measured; it never raises.
 
     until: what is logged is of the first so many iterations, and of the policies up to this one.
@@ -87,7 +87,7 @@ def tracking(run: Run, until: int) -> Iterator[Callable[[], None]]:
 class _Tracker:
     """A tracker with its run open. `failure`: what it raised first; from then on it is left alone."""
 
-    def __init__(self, run: Run, name: str, until: int) -> None:
+    def __init__(self, run: ActiveRun, name: str, until: int) -> None:
         self.run = run
         self.name = name
         self.until = until
@@ -127,7 +127,7 @@ class _Tracker:
         return True
 
 
-def numbers_of(run: Run, iteration: int) -> dict[str, float]:
+def numbers_of(run: ActiveRun, iteration: int) -> dict[str, float]:
     """What is logged of an iteration: columns of `iterations` by grouped names, nulls left out."""
     row = metrics.row_of(run, iteration)
     numbers = {name: row[column] for column, name in _NAMES.items()}
@@ -137,7 +137,7 @@ def numbers_of(run: Run, iteration: int) -> dict[str, float]:
     return _known(numbers)
 
 
-def evaluation_of(run: Run, policy: int) -> dict[str, float]:
+def evaluation_of(run: ActiveRun, policy: int) -> dict[str, float]:
     """What is logged of a policy that was measured: evaluate/pass@1, evaluate/reward, ..."""
     summary = run.require(EVALUATION, policy, f"grpo evaluate --policy {policy}").summary
     names = ("reward", "response_tokens", "truncated")
@@ -149,7 +149,7 @@ def _known(numbers: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items() if value is not None}
 
 
-def _has_more(run: Run, name: str, until: int) -> bool:
+def _has_more(run: ActiveRun, name: str, until: int) -> bool:
     """Whether there is something to log, or will be."""
     sent = _sent(run, name)
     return (
@@ -159,7 +159,7 @@ def _has_more(run: Run, name: str, until: int) -> bool:
     )
 
 
-def _is_measured(run: Run, sent: Sent, until: int) -> bool:
+def _is_measured(run: ActiveRun, sent: Sent, until: int) -> bool:
     """Whether the evaluation of the policy that the next iteration samples from is to be logged."""
     if sent.policies > sent.iterations or sent.iterations > until:
         return False
@@ -167,16 +167,16 @@ def _is_measured(run: Run, sent: Sent, until: int) -> bool:
     return manifest is not None and not lacking(run, manifest)
 
 
-def _is_complete(run: Run, sent: Sent, until: int) -> bool:
+def _is_complete(run: ActiveRun, sent: Sent, until: int) -> bool:
     return sent.iterations < until and run.manifest("update", sent.iterations) is not None
 
 
-def note_path(run: Run) -> Path:
+def note_path(run: ActiveRun) -> Path:
     """Where it is noted how far the trackers of a run got."""
     return run.path / ".track.json"
 
 
-def read_note(run: Run) -> dict[str, Any]:
+def read_note(run: ActiveRun) -> dict[str, Any]:
     """By tracker what it was given. Raises CorruptError (exit 6), which says the way out."""
     path = note_path(run)
     try:
@@ -188,19 +188,19 @@ def read_note(run: Run) -> dict[str, Any]:
         ) from None
 
 
-def _sent(run: Run, name: str) -> Sent:
+def _sent(run: ActiveRun, name: str) -> Sent:
     held = read_note(run)
     iterations = int(held.get(name, 0))
     return Sent(iterations, int(held.get(f"{name}/evaluate", iterations)))
 
 
-def _note(run: Run, name: str, sent: Sent) -> None:
+def _note(run: ActiveRun, name: str, sent: Sent) -> None:
     files.write_file(
         note_path(run), seal({**read_note(run), name: sent.iterations, f"{name}/evaluate": sent.policies})
     )
 
 
-def _open_trackio(run: Run) -> ModuleType:
+def _open_trackio(run: ActiveRun) -> ModuleType:
     try:
         import trackio
     except ImportError:
@@ -213,7 +213,7 @@ def _open_trackio(run: Run) -> ModuleType:
     )
 
 
-def _open_wandb(run: Run) -> ModuleType:
+def _open_wandb(run: ActiveRun) -> ModuleType:
     # Read when it is imported. It reports its own errors to its maker otherwise.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
@@ -258,7 +258,7 @@ def _missing(name: str) -> UsageError:
     return UsageError(f"track: {name}: is not installed; pip install 'grpo-stages[{name}]'")
 
 
-def _project(run: Run) -> str:
+def _project(run: ActiveRun) -> str:
     """The folder of the configuration, so that its runs stand side by side; without what wandb refuses."""
     return re.sub(r"[/\\#?%:]", "-", run.imports.name) or "grpo"
 
@@ -272,5 +272,5 @@ def _log_wandb(module: ModuleType, numbers: dict[str, float], iteration: int, af
     module.log({"iteration": iteration, **numbers}, step=after.iterations + after.policies)
 
 
-_OPEN: dict[str, Callable[[Run], ModuleType]] = {"trackio": _open_trackio, "wandb": _open_wandb}
+_OPEN: dict[str, Callable[[ActiveRun], ModuleType]] = {"trackio": _open_trackio, "wandb": _open_wandb}
 _LOG = {"trackio": _log_trackio, "wandb": _log_wandb}

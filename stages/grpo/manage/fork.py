@@ -14,6 +14,7 @@ from grpo.artifacts import (
     RUN_OUTPUTS,
     STAGE_OUTPUTS,
     TIMINGS,
+    ActiveRun,
     Run,
     created_config,
     files,
@@ -26,7 +27,7 @@ from grpo.pipeline.states import differences_of
 from grpo.prompts.table import HELD_OUT
 
 
-def fork(source: Run, new: Run, iteration: int | None) -> dict[str, Any]:
+def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, Any]:
     """Make the run `new`, with a configuration of its own, from iterations of `source` before `iteration`.
 
     Of that iteration the outputs are taken over that `new` would make in the same way, up to the first that
@@ -42,7 +43,7 @@ def fork(source: Run, new: Run, iteration: int | None) -> dict[str, Any]:
     if first not in range(completed + 1):
         raise UsageError(f"--iteration {first}: run {source.name} has completed {completed} iterations")
     source.require_checkpoint(first)
-    staged = Run(
+    staged = ActiveRun(
         source.root, new.config.model_copy(update={"run": f".fork-{new.name}"}), new.imports, new.console
     )
     with staged.lock():  # two forks of one name: the other is exit 5
@@ -58,7 +59,7 @@ def fork(source: Run, new: Run, iteration: int | None) -> dict[str, Any]:
     return {"iterations": first, "taken": taken}
 
 
-def _link_all(source: Run, staged: Run, first: int) -> list[str]:
+def _link_all(source: ActiveRun, staged: ActiveRun, first: int) -> list[str]:
     """Link what comes before iteration `first`, and of it what can be taken over; returns those stages."""
     try:
         for output in RUN_OUTPUTS:
@@ -77,7 +78,7 @@ def _link_all(source: Run, staged: Run, first: int) -> list[str]:
         ) from None
 
 
-def _link_evaluations(source: Run, staged: Run, first: int, sampled: bool) -> None:
+def _link_evaluations(source: ActiveRun, staged: ActiveRun, first: int, sampled: bool) -> None:
     """Link what the shared policies were measured to be.
 
     Policy `first` only as the fork would measure it, unless it was sampled from and so is history too.
@@ -96,7 +97,7 @@ def _check_free(new: Run) -> None:
         raise UsageError(f"{new.path}: is there already; give the fork another name")
 
 
-def _check_fixed(source: Run, new: Run) -> None:
+def _check_fixed(source: ActiveRun, new: ActiveRun) -> None:
     """Raise UsageError for what every iteration of `source` stands on and `new` would have otherwise."""
     created = created_config(source.name, source.root)
     for key, before, after in (
@@ -116,7 +117,7 @@ def describe(source: str, new: str, result: dict[str, Any]) -> str:
     return f"{new} begins as {source}: {shared}"
 
 
-def _take_over(source: Run, staged: Run, iteration: int) -> list[str]:
+def _take_over(source: ActiveRun, staged: ActiveRun, iteration: int) -> list[str]:
     """Link the stages of `iteration` whose plan is the same, in order; returns their names."""
     taken = []
     for stage in STAGES:

@@ -6,6 +6,7 @@ from typing import Any
 
 from grpo.artifacts import (
     OUTPUTS,
+    ActiveRun,
     Run,
     droppable,
     files,
@@ -28,7 +29,7 @@ class Garbage:
     bytes: int
 
 
-def garbage(run: Run) -> list[Garbage]:
+def garbage(run: ActiveRun) -> list[Garbage]:
     """All that `grpo gc` would remove, in the order in which it does."""
     found = [Garbage("trash", path, _size(path)) for path in _entries(run.trash)]
     found += [Garbage("abandoned staging", path, _size(path)) for path in abandoned(run)]
@@ -37,7 +38,7 @@ def garbage(run: Run) -> list[Garbage]:
     return found
 
 
-def collect(run: Run) -> list[Garbage]:
+def collect(run: ActiveRun) -> list[Garbage]:
     """Remove it, and return what was removed. Needs the lock."""
     found = garbage(run)
     for each in found:
@@ -50,7 +51,7 @@ def collect(run: Run) -> list[Garbage]:
     return found
 
 
-def abandoned(run: Run) -> list[Path]:
+def abandoned(run: ActiveRun) -> list[Path]:
     """Staged work that no command would go on with: of a plan that is no longer the configured one.
 
     Of an output that is not committed it stays, of whatever plan: the configuration may come back to it, and

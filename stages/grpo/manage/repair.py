@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.artifacts import EVALUATION, OUTPUTS, Run, holder_of, is_kept, read_manifest
+from grpo.artifacts import EVALUATION, OUTPUTS, ActiveRun, Run, holder_of, is_kept, read_manifest
 from grpo.errors import CorruptError, InputError
 from grpo.models.find import resolve_model
 from grpo.prompts.table import HELD_OUT, config_of, source_is_gone
@@ -35,7 +35,7 @@ class Damage:
     """What has to be out of the way first."""
 
 
-def damage(run: Run, place: Place, wrong: dict[Place, str]) -> Damage:
+def damage(run: ActiveRun, place: Place, wrong: dict[Place, str]) -> Damage:
     """The damage at a place, and what to do. wrong: what was found there and at all other places."""
     output, iteration = place
     folder = run.folder(*place)
@@ -61,7 +61,7 @@ def command_for(output: str, iteration: int | None) -> str:
     return f"grpo {stage} --iteration {iteration}"
 
 
-def read_by(run: Run, place: Place) -> list[Place]:
+def read_by(run: ActiveRun, place: Place) -> list[Place]:
     """What an output is made from, with the configuration of `run`."""
     output, iteration = place
     if iteration is None:
@@ -89,7 +89,9 @@ def _moved(folder: Path, place: Place) -> Place | None:
     return own if own != place and whole else None
 
 
-def _lost(run: Run, place: Place, wrong: dict[Place, str], known: dict[Place, str] | None = None) -> str:
+def _lost(
+    run: ActiveRun, place: Place, wrong: dict[Place, str], known: dict[Place, str] | None = None
+) -> str:
     """Why an output cannot be made again; empty where it can. known: what was found of others already."""
     known = {} if known is None else known
     if place not in known:
@@ -97,7 +99,7 @@ def _lost(run: Run, place: Place, wrong: dict[Place, str], known: dict[Place, st
     return known[place]
 
 
-def _reason_lost(run: Run, place: Place, wrong: dict[Place, str], known: dict[Place, str]) -> str:
+def _reason_lost(run: ActiveRun, place: Place, wrong: dict[Place, str], known: dict[Place, str]) -> str:
     if place == ("prompts", None):
         return f"prompts.source: {run.config.prompts.source} is gone" if source_is_gone(run) else ""
     if place == (HELD_OUT, None):
@@ -120,7 +122,7 @@ def _reason_lost(run: Run, place: Place, wrong: dict[Place, str], known: dict[Pl
     return ""
 
 
-def _model_is_gone(run: Run) -> str:
+def _model_is_gone(run: ActiveRun) -> str:
     for name in (run.config.model, run.config.update.reference or run.config.model):
         try:
             resolve_model(run, name)

@@ -18,6 +18,7 @@ from grpo.artifacts import (
     OUTPUTS,
     PRUNED,
     RUN_OUTPUTS,
+    ActiveRun,
     FileRecord,
     Manifest,
     Run,
@@ -67,7 +68,7 @@ class Report:
         }
 
 
-def verify(run: Run) -> Report:
+def verify(run: ActiveRun) -> Report:
     """Look at every committed output of `run`. Raises UsageError when there is no such run."""
     report = Report()
     _check_notes(run, report)
@@ -99,7 +100,7 @@ def verify(run: Run) -> Report:
     return report
 
 
-def _stale(run: Run) -> list[str]:
+def _stale(run: ActiveRun) -> list[str]:
     present = states(run)
     found = [
         (f"{name} of iteration {iteration}", state)
@@ -146,7 +147,7 @@ def print_report(run: Run, report: Report, discarded: bool) -> None:
         out.print(text, highlight=False, soft_wrap=True)
 
 
-def _check_notes(run: Run, report: Report) -> None:
+def _check_notes(run: ActiveRun, report: Report) -> None:
     """What is no output: run.json, the intent of `--from`, the tracker's note, and unfinished work."""
     notes: list[tuple[Path, Callable[[], object]]] = [
         (run.path / "run.json", partial(open_run, run.name, run.root)),
@@ -224,7 +225,7 @@ def _dropped(run: Run, place: Place) -> list[FileRecord]:
     return run.checkpoint_records(iteration) if noted or iteration not in newest else []
 
 
-def _gone(run: Run, readers: dict[Place, Place], wrong: dict[Place, str]) -> dict[Place, str]:
+def _gone(run: ActiveRun, readers: dict[Place, Place], wrong: dict[Place, str]) -> dict[Place, str]:
     """Outputs that are not there, though another was made from them. readers: of what, who read it."""
     found: dict[Place, str] = {}
     # A writer may have taken away both meanwhile.

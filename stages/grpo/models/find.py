@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun, Run
 
 STARTER = "tiny-arithmetic"
 
 
-def resolve_model(run: Run, name: str) -> Path:
+def resolve_model(run: ActiveRun, name: str) -> Path:
     """The local directory of a checkpoint; the starter model is trained when it is first asked for."""
     if name == STARTER:
         folder = starter_folder(run)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 
 FILE = "tokenizer.json"
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character yet
 _CHARACTER_BYTES = 4  # the longest character of UTF-8: what more tokens do not complete is none
 
 
-def tokenizer_of(run: Run) -> Tokenizer | None:
+def tokenizer_of(run: ActiveRun) -> Tokenizer | None:
     """The tokenizer of the newest policy that is on disk, or of the starting one: all of them have the same.
 
     None where none of the folders has a tokenizer.json.
@@ -30,7 +30,7 @@ def tokenizer_of(run: Run) -> Tokenizer | None:
     return None
 
 
-def starting_policy(run: Run) -> Path | None:
+def starting_policy(run: ActiveRun) -> Path | None:
     """The folder of the policy that the run starts from; None before the run is prepared."""
     manifest = run.manifest("policy", None)
     return run.imports / manifest.summary["policy"] if manifest else None

@@ -1,6 +1,6 @@
 """begin: what a run commits once, and loads models for: its prompts, and the ids of what it starts from."""
 
-from grpo.artifacts import Plan, Product, Run, Staging
+from grpo.artifacts import ActiveRun, Plan, Product, Staging
 from grpo.errors import UsageError
 from grpo.models import weight_check
 from grpo.models.loading import context_length, load_config, load_model, load_tokenizer
@@ -11,7 +11,7 @@ from grpo.prompts.source import Row
 STAGE_VERSION = 2  # of `policy`; 2: with a weight check
 
 
-def commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None:
+def commit_policy(run: ActiveRun, names: dict[str, str], ids: dict[str, str]) -> None:
     """Commit the ids of the starting policy and the reference, and the policy's weight check.
 
     Raises what load_model does for either: a reference that cannot be used is not found at the first update.
@@ -27,7 +27,7 @@ def commit_policy(run: Run, names: dict[str, str], ids: dict[str, str]) -> None:
     staging.commit(Product(ids, [record], paths))
 
 
-def normalise(run: Run, plan: Plan, max_new_tokens: int, expected: str | None = None) -> None:
+def normalise(run: ActiveRun, plan: Plan, max_new_tokens: int, expected: str | None = None) -> None:
     """Write prompts that leave room for max_new_tokens in the model's context."""
     context = context_length(load_config(run.start["policy"]))
     tokenizer = load_tokenizer(run.start["policy"])

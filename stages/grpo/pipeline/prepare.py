@@ -4,14 +4,14 @@ import json
 from types import ModuleType
 from typing import Any
 
-from grpo.artifacts import STAGE_OUTPUTS, Run, created_config, files, seal, versions
+from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config, files, seal, versions
 from grpo.config import Config, overridden_keys
 from grpo.errors import DataError, InputError
 from grpo.models.find import resolve_model
 from grpo.prompts import table as prompts
 
 
-def prepare(run: Run) -> None:
+def prepare(run: ActiveRun) -> None:
     """Make sure that run.json, prompts/ and policy/ are there and are those of the configuration.
 
     Needs the lock. Raises InputError (exit 4) when the run was made with other prompts, another model,
@@ -41,7 +41,7 @@ def prepare(run: Run) -> None:
         files.write_file(run.path / "run.json", run_json(run.config))
 
 
-def _check_seed(run: Run, created: bool) -> None:
+def _check_seed(run: ActiveRun, created: bool) -> None:
     if created:
         seed = created_config(run.name, run.root).seed
     else:
@@ -67,7 +67,7 @@ def _recorded(run: Run, reference: str) -> str | None:
     return next((id_ for id_ in found if id_), None)
 
 
-def _prompts(run: Run, begun: bool) -> None:
+def _prompts(run: ActiveRun, begun: bool) -> None:
     manifest = run.manifest(prompts.OUTPUT, None)
     plan = prompts.plan(run, kept=manifest if begun else None)
     if manifest is not None and plan.same_as(manifest):
@@ -80,7 +80,7 @@ def _prompts(run: Run, begun: bool) -> None:
     _begin().normalise(run, plan, run.config.generate.max_new_tokens, expected)
 
 
-def _held_out(run: Run) -> None:
+def _held_out(run: ActiveRun) -> None:
     """Commit `eval_prompts` where `evaluate` is configured: others than before are for what comes next."""
     if run.config.evaluate is None:
         return
@@ -99,7 +99,7 @@ def _held_out(run: Run) -> None:
         raise DataError(f"evaluate.prompts: {error}") from None
 
 
-def _say_shared(run: Run) -> None:
+def _say_shared(run: ActiveRun) -> None:
     """Say how many of the held-out prompts training draws too: those measure what was learned by heart."""
     if run.config.evaluate is None or run.config.evaluate.prompts == run.config.prompts:
         return  # the same prompts, and not by mistake

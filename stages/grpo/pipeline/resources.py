@@ -3,14 +3,14 @@
 from contextlib import ExitStack
 from typing import Any
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.pipeline.stages import BY_NAME, Stage
 
 
 class Resources:
     """Opened when a stage first needs them, and kept until the end."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: ActiveRun) -> None:
         self._run = run
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}

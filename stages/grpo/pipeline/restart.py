@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from grpo.artifacts import Run, discard, files, read_sealed, seal
+from grpo.artifacts import ActiveRun, Run, discard, files, read_sealed, seal
 from grpo.errors import InputError
 from grpo.pipeline.stages import EVALUATE, STAGES, UPDATE, Stage
 from grpo.pipeline.states import State, evaluation_states, states
 
 
-def start_over(run: Run, iteration: int) -> None:
+def start_over(run: ActiveRun, iteration: int) -> None:
     """`--from N`: note the intent, then clear the way; a killed one is finished by the next run.
 
     Raises InputError (exit 4), with nothing moved, when the checkpoint to go on from was pruned or something
@@ -30,7 +30,7 @@ def start_over(run: Run, iteration: int) -> None:
     finish_start_over(run)
 
 
-def finish_start_over(run: Run) -> None:
+def finish_start_over(run: ActiveRun) -> None:
     """Move later iterations, then what is stale or changed in N and what follows it there, to .trash."""
     first = read_intent(run)
     if first is None:
@@ -61,7 +61,7 @@ def read_intent(run: Run) -> int | None:
     return int(read_sealed(path, **{"from": int})["from"]) if path.exists() else None
 
 
-def done_again(run: Run, first: int) -> tuple[list[int], list[Stage]]:
+def done_again(run: ActiveRun, first: int) -> tuple[list[int], list[Stage]]:
     """What `--from` does again: later iterations, and stages of `first` from a stale or differing one on.
 
     Also its update where that was pruned: the policy to go on from is made once more.
@@ -79,7 +79,7 @@ def done_again(run: Run, first: int) -> tuple[list[int], list[Stage]]:
     return sorted([*(n for n in iterations if n > first), *measured]), again
 
 
-def _measured_otherwise(run: Run, policy: int) -> bool:
+def _measured_otherwise(run: ActiveRun, policy: int) -> bool:
     """Whether a policy that is still there was measured in another way than configured now, or stale."""
     if policy not in run.evaluations() or (policy and run.is_pruned(policy - 1)):
         return False

@@ -5,7 +5,7 @@ What is done and what is stale is read from manifests; the runner remembers noth
 
 from collections.abc import Callable
 
-from grpo.artifacts import Run, lacking, prune
+from grpo.artifacts import ActiveRun, lacking, prune
 from grpo.errors import InputError
 from grpo.pipeline.resources import Resources
 from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage, perform
@@ -13,7 +13,7 @@ from grpo.pipeline.states import differences_of, state_of, states
 
 
 def run_iterations(
-    run: Run, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
+    run: ActiveRun, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
 ) -> tuple[int, int]:
     """Complete iterations 0 .. until-1, doing only what is missing; how many were worked on, and evaluated.
 
@@ -45,7 +45,7 @@ def run_iterations(
     return worked, evaluated
 
 
-def what_to_do(run: Run, iteration: int, until: int) -> list[Stage]:
+def what_to_do(run: ActiveRun, iteration: int, until: int) -> list[Stage]:
     """What is not done of an iteration, in order; first the evaluation of the policy that it samples from.
 
     Asked after each stage: with generate.dynamic_sampling, what the rewards show may open generate again.
@@ -54,13 +54,13 @@ def what_to_do(run: Run, iteration: int, until: int) -> list[Stage]:
     return due + [stage for stage in STAGES if iteration < until and _is_open(run, stage, iteration)]
 
 
-def _check_before(run: Run, resources: Resources, until: int) -> None:
+def _check_before(run: ActiveRun, resources: Resources, until: int) -> None:
     """What no stage can use must stop before rollouts are paid for."""
     for stage in (*STAGES, *([EVALUATE] if run.config.evaluate is not None else [])):
         stage.load().check(run, until, resources.borrow)
 
 
-def evaluation_is_due(run: Run, policy: int, until: int) -> bool:
+def evaluation_is_due(run: ActiveRun, policy: int, until: int) -> bool:
     """Whether `grpo run` measures a policy: one of those configured, not measured, and not yet sampled from.
 
     What was sampled from before `evaluate` was configured, or otherwise, is history.
@@ -73,7 +73,7 @@ def evaluation_is_due(run: Run, policy: int, until: int) -> bool:
     return state_of(run, EVALUATE, policy, set()).name in ("missing", "partial", "stale")
 
 
-def _is_open(run: Run, stage: Stage, iteration: int) -> bool:
+def _is_open(run: ActiveRun, stage: Stage, iteration: int) -> bool:
     """Whether an output is missing or partial.
 
     Raises InputError (exit 4) for rollouts that want another round of what is configured otherwise now.
@@ -89,7 +89,7 @@ def _is_open(run: Run, stage: Stage, iteration: int) -> bool:
     return manifest is None or bool(lacks)
 
 
-def _complete(run: Run) -> set[int]:
+def _complete(run: ActiveRun) -> set[int]:
     """Iterations in which nothing is to be done. Raises InputError (exit 4) where anything is stale."""
     complete = set()
     for iteration, by_stage in states(run).items():
@@ -104,7 +104,7 @@ def _complete(run: Run) -> set[int]:
     return complete
 
 
-def _way_out(run: Run, iteration: int, name: str) -> str:
+def _way_out(run: ActiveRun, iteration: int, name: str) -> str:
     """What to do about a stale output: first make again what it read and what is no longer there."""
     before = STAGES[: [stage.name for stage in STAGES].index(name)]
     found = {stage.name: run.manifest(stage.output, iteration) for stage in before}
@@ -126,7 +126,7 @@ def _way_out(run: Run, iteration: int, name: str) -> str:
     )
 
 
-def _say_changes(run: Run, todo: list[Stage], iteration: int) -> None:
+def _say_changes(run: ActiveRun, todo: list[Stage], iteration: int) -> None:
     """Name each key that is not what the last manifest of its stage was made with."""
     measured = [policy for policy in run.evaluations() if policy <= iteration]
     if run.config.evaluate is not None and measured:

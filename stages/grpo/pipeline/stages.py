@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from grpo.advantage import plan as advantage
-from grpo.artifacts import Manifest, Plan, Product, Run, Staging, choose_attempt, require_space
+from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Staging, choose_attempt, require_space
 from grpo.evaluate import plan as evaluate
 from grpo.generate import plan as generate
 from grpo.score import plan as score
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from grpo.pipeline.resources import Resources
 
 
-class Work(Protocol):
+class StageModule(Protocol):
     """The heavy half of a stage, its stage.py: imported when the stage is opened, for that may take seconds.
 
     Parameters are passed by position. A resource is what is slow to set up and kept between iterations.
     """
 
-    def check(self, run: Run, until: int, resources: Any, /) -> None:
+    def check(self, run: ActiveRun, until: int, resources: Any, /) -> None:
         """Raise now what iterations before `until` would fail with, as far as it can be known."""
 
-    def open_resource(self, run: Run, /) -> AbstractContextManager[Any]:
+    def open_resource(self, run: ActiveRun, /) -> AbstractContextManager[Any]:
         """The stage's resource, until the end of the run."""
 
-    def produce(self, run: Run, iteration: int, staging: Staging, resource: Any, /) -> Product:
+    def produce(self, run: ActiveRun, iteration: int, staging: Staging, resource: Any, /) -> Product:
         """Make the output of one iteration, shard by shard; what is committed of it already is kept."""
 
     def release(self, resource: Any, /) -> None:
         """Leave the accelerator to the next stage."""
 
-    def after(self, run: Run, manifest: Manifest, resource: Any, /) -> None:
+    def after(self, run: ActiveRun, manifest: Manifest, resource: Any, /) -> None:
         """What follows from a commit: raise for rows that failed, drop what is no longer kept."""
 
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # each of them is one
     from grpo.score import stage as _score
     from grpo.update import stage as _update
 
-    _WORKS: tuple[Work, ...] = (_generate, _score, _advantage, _update, _evaluate)
+    _MODULES: tuple[StageModule, ...] = (_generate, _score, _advantage, _update, _evaluate)
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class Stage:
 
     name: str
     output: str
-    plan: Callable[[Run, int], Plan]
-    load: Callable[[], Work]
+    plan: Callable[[ActiveRun, int], Plan]
+    load: Callable[[], StageModule]
     borrows: bool = False
     """Whether it works with the resources of other stages instead of one of its own."""
 
 
 def _stage(plan: Any, borrows: bool = False) -> Stage:
-    def load() -> Work:
-        return cast(Work, import_module(f"grpo.{plan.NAME}.stage"))
+    def load() -> StageModule:
+        return cast(StageModule, import_module(f"grpo.{plan.NAME}.stage"))
 
     return Stage(plan.NAME, plan.OUTPUT, plan.plan, load, borrows)
 
@@ -78,7 +78,7 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def perform(
-    run: Run,
+    run: ActiveRun,
     stage: Stage,
     iteration: int,
     resources: "Resources",
@@ -98,7 +98,7 @@ def perform(
     return make(run, stage, Staging(run, plan, attempt, only_failed), resources.get(stage))
 
 
-def make(run: Run, stage: Stage, staging: Staging, resource: Any) -> Manifest:
+def make(run: ActiveRun, stage: Stage, staging: Staging, resource: Any) -> Manifest:
     """Make the output that `staging` was opened for, and commit it: a stage only makes it."""
     assert staging.plan.iteration is not None
     work = stage.load()

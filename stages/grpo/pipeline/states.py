@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from grpo.artifacts import Manifest, Plan, Run, holder_of, lacking, staged_attempts, unscored_rounds
+from grpo.artifacts import (
+    ActiveRun,
+    Manifest,
+    Plan,
+    Run,
+    holder_of,
+    lacking,
+    staged_attempts,
+    unscored_rounds,
+)
 from grpo.errors import InputError, UsageError
 from grpo.pipeline.stages import EVALUATE, SCORE, STAGES, Stage
 
@@ -15,7 +24,7 @@ class State:
     why: str = ""
 
 
-def states(run: Run, until: int | None = None) -> dict[int, dict[str, State]]:
+def states(run: ActiveRun, until: int | None = None) -> dict[int, dict[str, State]]:
     """State of every stage of every iteration on disk (up to `until`), by iteration and stage name."""
     stale: set[tuple[str, int | None]] = set()
     found: dict[int, dict[str, State]] = {}
@@ -27,7 +36,7 @@ def states(run: Run, until: int | None = None) -> dict[int, dict[str, State]]:
     return found
 
 
-def state_of(run: Run, stage: Stage, iteration: int, stale: set[tuple[str, int | None]]) -> State:
+def state_of(run: ActiveRun, stage: Stage, iteration: int, stale: set[tuple[str, int | None]]) -> State:
     """State of one output; what is stale is added to `stale`, since what reads it is stale too."""
     manifest = run.manifest(stage.output, iteration)
     if manifest is None:
@@ -74,7 +83,7 @@ def _compared(plan: Plan, manifest: Manifest) -> tuple[str, list[str]]:
     return "", changes or ["its shard plan"]
 
 
-def evaluation_states(run: Run, present: dict[int, dict[str, State]]) -> dict[int, State]:
+def evaluation_states(run: ActiveRun, present: dict[int, dict[str, State]]) -> dict[int, State]:
     """State of the evaluation of every policy that has one. present: as states() gives it."""
     stale: set[tuple[str, int | None]] = {
         (stage.output, iteration)
@@ -86,7 +95,7 @@ def evaluation_states(run: Run, present: dict[int, dict[str, State]]) -> dict[in
         return {policy: state_of(run, EVALUATE, policy, stale) for policy in run.evaluations()}
 
 
-def differences_of(run: Run, stage: Stage, manifest: Manifest) -> list[str]:
+def differences_of(run: ActiveRun, stage: Stage, manifest: Manifest) -> list[str]:
     """What changed in configuration and code since `manifest` of `stage`."""
     assert manifest.iteration is not None
     try:
@@ -117,7 +126,7 @@ def followers(run: Run, output: str, iteration: int) -> list[str]:
     return texts
 
 
-def unfinished(run: Run, stage: Stage, iteration: int) -> bool:
+def unfinished(run: ActiveRun, stage: Stage, iteration: int) -> bool:
     """Whether an attempt at the output was begun and not committed."""
     try:
         return bool(staged_attempts(run, stage.plan(run, iteration)))

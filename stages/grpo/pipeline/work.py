@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import Manifest, Run, digest, prune
+from grpo.artifacts import ActiveRun, Manifest, Run, digest, prune
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import flatten
 from grpo.console import iterations_text
@@ -20,7 +20,9 @@ from grpo.pipeline.resources import Resources
 from grpo.pipeline.stages import BY_NAME, EVALUATE, UPDATE, Stage, perform
 
 
-def run(opened: Run, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]) -> int:
+def run(
+    opened: ActiveRun, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
+) -> int:
     """`grpo run`: complete iterations and say where nothing was to be done; how many were worked on."""
     _say_busy(opened)
     worked, measured = runner.run_iterations(opened, until, report, report_policy)
@@ -29,7 +31,7 @@ def run(opened: Run, until: int, report: Callable[[int], None], report_policy: C
     return worked
 
 
-def restart_from(opened: Run, first: int, yes: bool) -> None:
+def restart_from(opened: ActiveRun, first: int, yes: bool) -> None:
     """`--from N`: clear the way, unless told not to. yes: do not ask before anything is moved."""
     if not 0 <= first <= max(opened.iterations(), default=-1):  # N itself may be what is lost
         raise UsageError(
@@ -40,7 +42,7 @@ def restart_from(opened: Run, first: int, yes: bool) -> None:
     restart.start_over(opened, first)
 
 
-def _say_busy(opened: Run) -> None:
+def _say_busy(opened: ActiveRun) -> None:
     """With more to do than there are cores, torch's threads wait on each other: 30 times slower was seen."""
     cores = os.cpu_count() or 1
     if os.getloadavg()[0] > cores and "OMP_NUM_THREADS" not in os.environ and not gpu_is_there():
@@ -50,7 +52,7 @@ def _say_busy(opened: Run) -> None:
         )
 
 
-def _confirm(opened: Run, first: int) -> None:
+def _confirm(opened: ActiveRun, first: int) -> None:
     """Ask before `--from` moves anything. UsageError (exit 2) for no, and where nobody can be asked."""
     later, stages = restart.done_again(opened, first)
     parts = [f"of iteration {first} {', '.join(stage.name for stage in stages)}"] if stages else []
@@ -69,7 +71,7 @@ def _confirm(opened: Run, first: int) -> None:
 
 
 def run_stage(
-    opened: Run, name: str, wanted: str, force: bool, only_failed: bool = False
+    opened: ActiveRun, name: str, wanted: str, force: bool, only_failed: bool = False
 ) -> list[dict[str, Any]]:
     """One stage command over the iterations asked for. Raises InputError (exit 4) for what differs.
 
@@ -108,7 +110,7 @@ def _rows_of(manifest: Manifest) -> tuple[int, int]:
     return manifest.rows - judgements, judgements
 
 
-def _check_replace(opened: Run, stage: Stage, before: Manifest, force: bool, only_failed: bool) -> None:
+def _check_replace(opened: ActiveRun, stage: Stage, before: Manifest, force: bool, only_failed: bool) -> None:
     """Refuse what differs without --force; with it, say what may become stale."""
     iteration = before.iteration
     assert iteration is not None
@@ -130,7 +132,7 @@ def _check_replace(opened: Run, stage: Stage, before: Manifest, force: bool, onl
         raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it")
 
 
-def evaluate(opened: Run, policy: int | None, force: bool) -> int:
+def evaluate(opened: ActiveRun, policy: int | None, force: bool) -> int:
     """`grpo evaluate` of a policy of a run, by default the newest: made where it is missing; which it is.
 
     Raises InputError (exit 4) where the policy is not there, or was measured otherwise than configured and
@@ -151,7 +153,7 @@ def evaluate(opened: Run, policy: int | None, force: bool) -> int:
     return number
 
 
-def checkpoint_run(opened: Run, checkpoint: str) -> Run:
+def checkpoint_run(opened: ActiveRun, checkpoint: str) -> ActiveRun:
     """A run whose policy 0 is a checkpoint of any origin, to measure it as those of `opened` are.
 
     It is named by all it depends on, so that a killed evaluation is gone on with, and removed when it is
@@ -167,10 +169,10 @@ def checkpoint_run(opened: Run, checkpoint: str) -> Run:
     values = config.model_copy(update=changes)
     name = digest([values.model_dump(), opened.checkpoint_id(model)])[:16]
     root = opened.root / ".eval"
-    return Run(root, values.model_copy(update={"run": name}), opened.imports, opened.console)
+    return ActiveRun(root, values.model_copy(update={"run": name}), opened.imports, opened.console)
 
 
-def _failed_iterations(opened: Run, stage: Stage, wanted: str) -> list[int]:
+def _failed_iterations(opened: ActiveRun, stage: Stage, wanted: str) -> list[int]:
     """Of the iterations asked for, or of all, those in which rewards failed."""
     numbers = _iterations(opened, stage, wanted or "all")
     if wanted and wanted != "all":
@@ -180,7 +182,7 @@ def _failed_iterations(opened: Run, stage: Stage, wanted: str) -> list[int]:
     return [number for number, found in manifests.items() if found and found.summary["failed"]]
 
 
-def _check_kept(opened: Run, stage: Stage, before: Manifest) -> None:
+def _check_kept(opened: ActiveRun, stage: Stage, before: Manifest) -> None:
     """Raise InputError (exit 4) where rows would be kept that would not be made in the same way now."""
     place = opened.folder(stage.output, before.iteration)
     again = f"`grpo {stage.name} --iteration {before.iteration}"
@@ -195,7 +197,7 @@ def _check_kept(opened: Run, stage: Stage, before: Manifest) -> None:
         )
 
 
-def _iterations(opened: Run, stage: Stage, wanted: str) -> list[int]:
+def _iterations(opened: ActiveRun, stage: Stage, wanted: str) -> list[int]:
     """Iterations of `--iteration`: a number, a range, `all`, or the earliest that can be done and is not."""
     have = opened.iterations()
     if wanted:
@@ -215,7 +217,7 @@ def _iterations(opened: Run, stage: Stage, wanted: str) -> list[int]:
     return []
 
 
-def _can_plan(opened: Run, stage: Stage, iteration: int) -> bool:
+def _can_plan(opened: ActiveRun, stage: Stage, iteration: int) -> bool:
     try:
         stage.plan(opened, iteration)
     except InputError:
@@ -228,7 +230,7 @@ def _range(opened: Run) -> str:
     return iterations_text(have) if have else "no iteration yet"
 
 
-def dry_run(opened: Run) -> None:
+def dry_run(opened: ActiveRun) -> None:
     """Print every resolved value, and on stderr what `grpo run` would do."""
     values = flatten(opened.config.model_dump())
     if opened.console.quiet:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import FileRecord, Manifest, Plan, Product, Run, Staging, id_of, is_hub_id
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Plan, Product, Staging, id_of, is_hub_id
 from grpo.artifacts.files import sha256_of
 from grpo.config import PromptsConfig
 from grpo.config.prompts import BUILT_IN
@@ -26,7 +26,7 @@ _ROWS_PER_SHARD = 100_000
 _MAX_DEPTH = 32  # of a column; a Parquet schema of more than 100 levels, two for each list, cannot be read
 
 
-def config_of(run: Run, output: str = OUTPUT) -> PromptsConfig:
+def config_of(run: ActiveRun, output: str = OUTPUT) -> PromptsConfig:
     """The section that describes `prompts` or, with `evaluate` configured, `eval_prompts`."""
     if output == OUTPUT:
         return run.config.prompts
@@ -34,7 +34,7 @@ def config_of(run: Run, output: str = OUTPUT) -> PromptsConfig:
     return run.config.evaluate.prompts
 
 
-def plan(run: Run, output: str = OUTPUT, kept: Manifest | None = None) -> Plan:
+def plan(run: ActiveRun, output: str = OUTPUT, kept: Manifest | None = None) -> Plan:
     """What the prompts of this run depend on. Raises DataError (exit 3) when the source is missing.
 
     kept: the prompts of a run that has begun. What they were made from is then not asked for again where it
@@ -53,7 +53,7 @@ def plan(run: Run, output: str = OUTPUT, kept: Manifest | None = None) -> Plan:
     return Plan(output, STAGE_VERSION, output, None, {"prompts": described(run, output)}, {}, sources)
 
 
-def described(run: Run, output: str = OUTPUT) -> dict[str, Any]:
+def described(run: ActiveRun, output: str = OUTPUT) -> dict[str, Any]:
     """All that counts of a section; of a file or folder it is the content, not the name."""
     config = config_of(run, output)
     by_content = config.source not in BUILT_IN and (
@@ -67,7 +67,7 @@ def is_on_hub(config: PromptsConfig, folder: Path) -> bool:
     return config.source not in BUILT_IN and not config.is_file and is_hub_id(config.source, folder)
 
 
-def source_is_gone(run: Run, output: str = OUTPUT) -> bool:
+def source_is_gone(run: ActiveRun, output: str = OUTPUT) -> bool:
     """Whether the file or folder with the prompts is not there.
 
     A folder that is gone looks like the name of a data set on the hub, but for what the run says it read.
@@ -86,7 +86,7 @@ def source_is_gone(run: Run, output: str = OUTPUT) -> bool:
 
 
 def prepare(
-    run: Run,
+    run: ActiveRun,
     staging: Staging,
     num_tokens: Callable[[list[Row]], list[int]],
     room: int | None,

@@ -1,5 +1,6 @@
 """outcome: what scoring one rollout gave. Imports nothing heavy: workers and the reward model both use it."""
 
+import math
 import unicodedata
 from dataclasses import dataclass
 
@@ -21,6 +22,11 @@ class Outcome:
     value: float | None
     status: str
     error: str | None = None
+
+
+def outcome_of(value: float, who: str) -> Outcome:
+    """The outcome of a number; who: gave it, as an error begins."""
+    return Outcome(value, "ok") if math.isfinite(value) else Outcome(None, "nonfinite", f"{who} {value}")
 
 
 def one_line(text: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from hashlib import sha256
 from typing import Any
 
-from grpo.artifacts import Plan, Run
+from grpo.artifacts import ActiveRun, Plan
 from grpo.config import RewardConfig
 from grpo.config.judge import TRANSPORT
 from grpo.score.functions.source import source_sha256
@@ -15,7 +15,7 @@ OUTPUT = "rewards"
 STAGE_VERSION = 1  # a part of the digest of every shard too, so another makes every reward be computed anew
 
 
-def plan(run: Run, iteration: int) -> Plan:
+def plan(run: ActiveRun, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when the rollouts are missing."""
     run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
     references = (f"rollouts@{iteration}", "prompts")
@@ -30,12 +30,12 @@ def plan(run: Run, iteration: int) -> Plan:
     )
 
 
-def described(run: Run) -> dict[str, Any]:
+def described(run: ActiveRun) -> dict[str, Any]:
     """Every reward as configured, by name."""
     return {reward.name: configured(reward, {"name"}) for reward in run.config.score.rewards}
 
 
-def user_files_of(run: Run) -> dict[str, str]:
+def user_files_of(run: ActiveRun) -> dict[str, str]:
     """What computes each reward, as part of a plan; errors as source_sha256's and checkpoint_id's."""
     rewards = run.config.score.rewards
     return run.once(
@@ -43,7 +43,7 @@ def user_files_of(run: Run) -> dict[str, str]:
     )
 
 
-def _source(run: Run, reward: RewardConfig) -> str:
+def _source(run: ActiveRun, reward: RewardConfig) -> str:
     """sha256 of the function's file (empty: built in) or of the rubric's text; the id of a reward model."""
     if reward.function is not None:
         return source_sha256(reward.function, run.imports)

@@ -3,7 +3,6 @@
 Texts go through its own tokenizer and chat template, never the policy's. B rows, T tokens.
 """
 
-import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import CorruptError, EngineError, InputError
 from grpo.models.loading import context_length, empty_cache, load_tokenizer
 from grpo.score.functions.built_in import Text
-from grpo.score.outcome import Outcome, one_line
+from grpo.score.outcome import Outcome, one_line, outcome_of
 
 NO_LIMIT = 10**30  # as tokenizers say it
 
@@ -77,7 +76,8 @@ class RewardModel:
             way_out = "allow it more, or fewer score.max_tokens_per_batch"
             with _deadline(timeout_s, f"{self._where}: {late}; {way_out}"):
                 values = self._values([rows[index] for index in batch])
-            outcomes.update(zip(batch, map(_outcome, values), strict=True))
+            for index, value in zip(batch, values, strict=True):
+                outcomes[index] = outcome_of(value, "the reward model gave")
         return [outcomes[index] for index in range(len(prompts))]
 
     def _token_ids(self, prompt: Text, completion: Text) -> list[int] | str:
@@ -198,9 +198,3 @@ def _batches(rows: Mapping[int, Sequence[int]], max_tokens_per_batch: int) -> It
         batch.append(index)
     if batch:
         yield batch
-
-
-def _outcome(value: float) -> Outcome:
-    if math.isfinite(value):
-        return Outcome(value, "ok")
-    return Outcome(None, "nonfinite", f"the reward model gave {value}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.config import RewardConfig
 from grpo.score.functions.built_in import Text
 from grpo.score.functions.call import FunctionSpec, GroupCall
@@ -49,27 +49,32 @@ class Rollout(NamedTuple):
 
 
 @contextmanager
-def open_scorers(run: Run) -> Iterator[Scorers]:
+def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
     """Open the judges, start the workers, load the reward models.
 
     Raises UsageError (exit 2) for a function that is no use, and a judge without key, package or rubric.
     """
     prompts = run.read("prompts", None)
-    columns = columns_of(prompts)
-    judges, rubrics = {}, {}
+    judged = [reward for reward in run.config.score.rewards if reward.judge is not None]
     with ExitStack() as stack:
-        for reward in run.config.score.rewards:
-            if reward.judge is not None:
-                rubrics[reward.name] = rubric_of(reward, run.imports, columns)
-                judges[reward.name] = stack.enter_context(closing(Judge(reward)))
         pool = stack.enter_context(closing(FunctionPool(run.imports, run.config.score.workers)))
-        for reward in run.config.score.rewards:
-            if reward.function is not None:
-                pool.check(spec_of(reward), columns)
+        check_columns(run, pool, prompts)
+        judges = {reward.name: stack.enter_context(closing(Judge(reward))) for reward in judged}
+        rubrics = {reward.name: rubric_of(reward, run.imports) for reward in judged}
         yield Scorers(pool, prompts, _open_models(run), judges, rubrics)
 
 
-def _open_models(run: Run) -> "dict[str, RewardModel]":
+def check_columns(run: ActiveRun, pool: FunctionPool, prompts: pa.Table) -> None:
+    """Raise UsageError (exit 2) for a function or a rubric that cannot do with the columns of `prompts`."""
+    columns = columns_of(prompts)
+    for reward in run.config.score.rewards:
+        if reward.function is not None:
+            pool.check(spec_of(reward), columns)
+        if reward.judge is not None:
+            rubric_of(reward, run.imports, columns)
+
+
+def _open_models(run: ActiveRun) -> "dict[str, RewardModel]":
     wanted = {reward.name: reward.model for reward in run.config.score.rewards if reward.model is not None}
     if not wanted:
         return {}
@@ -89,7 +94,7 @@ def spec_of(reward: RewardConfig) -> FunctionSpec:
     return FunctionSpec(str(reward.function), reward.arguments, reward.timeout_s)
 
 
-def rollouts_of(run: Run, file: File, prompts: pa.Table) -> list[Rollout]:
+def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
     """The rollouts of a shard, each with its row of `prompts`."""
     rows = read(run, str(file.record.table), [file], _READ)
     wanted = prompts.filter(pc.is_in(prompts["prompt_id"], rows["prompt_id"]))
@@ -113,7 +118,7 @@ def rollouts_of(run: Run, file: File, prompts: pa.Table) -> list[Rollout]:
 
 
 def score(
-    run: Run, opened: Scorers, iteration: int, reward: RewardConfig, rollouts: Sequence[Rollout]
+    run: ActiveRun, opened: Scorers, iteration: int, reward: RewardConfig, rollouts: Sequence[Rollout]
 ) -> Iterator[tuple[Rollout, Outcome]]:
     """(rollout, outcome) of each: a function gets one group per call, a model batches of tokens."""
     outcomes: Iterable[Outcome]

@@ -7,11 +7,10 @@ scored is a row with a status, never a silent zero. What a judge answered stands
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import FileRecord, Manifest, Product, Run, Staging, id_of, lacking, num_rounds
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id_of, lacking, num_rounds
 from grpo.config import RewardConfig
 from grpo.errors import EngineError
 from grpo.score import scorers
@@ -25,14 +24,12 @@ from grpo.sql.scored import count_signal, create_scored
 _FAILED = ("error", "timeout", "nonfinite")
 
 
-def check(run: Run, until: int, resources: Callable[[str], Any]) -> None:
+def check(run: ActiveRun, until: int, resources: Callable[[str], Any]) -> None:
     """Open what scores: a function, model or judge that is no use is an error of that."""
     resources(NAME)
 
 
-def open_resource(run: Run) -> AbstractContextManager[Scorers]:
-    """What scores, kept open between iterations; errors as scorers.open_scorers()."""
-    return scorers.open_scorers(run)
+open_resource = scorers.open_scorers
 
 
 def release(opened: Scorers) -> None:
@@ -41,7 +38,7 @@ def release(opened: Scorers) -> None:
         model.release()
 
 
-def after(run: Run, manifest: Manifest, opened: Scorers) -> None:
+def after(run: ActiveRun, manifest: Manifest, opened: Scorers) -> None:
     """Raise as raise_for_failed(); say where the last round has not brought enough groups with signal."""
     raise_for_failed(run, f"score: iteration {manifest.iteration}", OUTPUT, manifest)
     rollouts = run.require("rollouts", manifest.iteration, "grpo generate")
@@ -56,7 +53,7 @@ def after(run: Run, manifest: Manifest, opened: Scorers) -> None:
         )
 
 
-def raise_for_failed(run: Run, where: str, table: str, manifest: Manifest) -> None:
+def raise_for_failed(run: ActiveRun, where: str, table: str, manifest: Manifest) -> None:
     """Raise EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop.
 
     where: of what they are, as the message begins; it says how many failed, and the first of them.
@@ -74,7 +71,7 @@ def raise_for_failed(run: Run, where: str, table: str, manifest: Manifest) -> No
     )
 
 
-def produce(run: Run, iteration: int, staging: Staging, opened: Scorers) -> Product:
+def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Scorers) -> Product:
     """The `rewards` of one iteration: what of them is not there yet is scored."""
     rollouts = run.require("rollouts", iteration, "grpo generate")
     files = [File(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
@@ -91,7 +88,9 @@ def produce(run: Run, iteration: int, staging: Staging, opened: Scorers) -> Prod
     return Product(ids, held, summary)
 
 
-def score(run: Run, staging: Staging, opened: Scorers, work: Work) -> tuple[dict[str, str], list[FileRecord]]:
+def score(
+    run: ActiveRun, staging: Staging, opened: Scorers, work: Work
+) -> tuple[dict[str, str], list[FileRecord]]:
     """Score what of `work` is not scored yet: the id of each reward, and all shards, judgements last."""
     before = run.manifest(staging.plan.output, work.iteration)
     earlier = None if _asked_again(run, staging, before) else before
@@ -115,7 +114,7 @@ def score(run: Run, staging: Staging, opened: Scorers, work: Work) -> tuple[dict
     return ids, [*scored, *answered]
 
 
-def summary_of(run: Run, held: list[FileRecord]) -> dict[str, Any]:
+def summary_of(run: ActiveRun, held: list[FileRecord]) -> dict[str, Any]:
     """How many rewards failed, what became of each, and their weights."""
     statuses: Counter[str] = Counter()
     for record in held:
@@ -124,13 +123,13 @@ def summary_of(run: Run, held: list[FileRecord]) -> dict[str, Any]:
     return {"failed": _failed(statuses), "statuses": dict(statuses), "weights": weights}
 
 
-def _asked_again(run: Run, staging: Staging, before: Manifest | None) -> bool:
+def _asked_again(run: ActiveRun, staging: Staging, before: Manifest | None) -> bool:
     """Whether this is a `--force` with nothing changed: then every reward is computed anew."""
     again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
     return again and not staging.only_failed and not lacking(run, before)
 
 
-def _score_shard(run: Run, staging: Staging, opened: Scorers, shard: Shard) -> FileRecord:
+def _score_shard(run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
     reward, old, work = shard.reward, shard.old, shard.work
     if old is not None and _is_unchanged(old.record, reward):
@@ -141,7 +140,7 @@ def _score_shard(run: Run, staging: Staging, opened: Scorers, shard: Shard) -> F
     before = found_in(run, old, Outcome) if old is not None else {}
     kept = {key: outcome for key, outcome in before.items() if outcome.status not in _FAILED}
     if reward.judge is not None:
-        outcomes = judgements.score_by_judge(run, staging, opened, shard, rollouts, kept)
+        outcomes = judgements.score_by_judge(run, staging, opened, shard, rollouts, set(kept))
     else:
         outcomes = dict(kept)
         todo = [rollout for rollout in rollouts if rollout.key not in kept]

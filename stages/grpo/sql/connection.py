@@ -18,7 +18,7 @@ import duckdb
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import OUTPUTS, Run
+from grpo.artifacts import OUTPUTS, ActiveRun
 from grpo.errors import GrpoError, ResourceError, UsageError
 from grpo.sql.run_tables import NAMES, RunTables
 
@@ -41,7 +41,7 @@ class Connection:
 
 @contextmanager
 def connect(
-    runs: list[Run],
+    runs: list[ActiveRun],
     iteration: int | range | None = None,
     outputs: Collection[str] = tuple(OUTPUTS),
     repeatable: bool = False,
@@ -174,7 +174,7 @@ def _statements(connection: Connection, text: str) -> list[duckdb.Statement]:
 
 
 def read(
-    runs: list[Run],
+    runs: list[ActiveRun],
     statement: str,
     parameters: dict[str, Any] | None = None,
     iteration: int | None = None,
@@ -184,7 +184,9 @@ def read(
     return consult(runs, lambda connection: query(connection, statement, parameters, timeout_s), iteration)
 
 
-def consult(runs: list[Run], work: Callable[[Connection], _Result], iteration: int | None = None) -> _Result:
+def consult(
+    runs: list[ActiveRun], work: Callable[[Connection], _Result], iteration: int | None = None
+) -> _Result:
     """What `work` makes of several queries over one state of runs that may be worked on meanwhile.
 
     Where something was replaced while it was read, all is read again.

@@ -15,7 +15,17 @@ import pyarrow.dataset
 import pyarrow.fs
 
 from grpo import tables
-from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, FileRecord, Manifest, Run, files
+from grpo.artifacts import (
+    EVALUATION,
+    OUTPUTS,
+    RUN_OUTPUTS,
+    TABLES_OF,
+    ActiveRun,
+    FileRecord,
+    Manifest,
+    Run,
+    files,
+)
 from grpo.artifacts.manifest import check_size
 from grpo.config.evaluate import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError
@@ -77,7 +87,7 @@ class RunTables:
 
     def __init__(
         self,
-        runs: list[Run],
+        runs: list[ActiveRun],
         iteration: int | range | None,
         outputs: Collection[str] = tuple(OUTPUTS),
         repeatable: bool = False,
@@ -92,11 +102,11 @@ class RunTables:
     def turn_to(self, iteration: int | range | None) -> None:
         """Show what the runs hold of `iteration` now, instead of what was shown."""
         self._numbers = {run.name: _numbers(run, iteration) for run in self.runs}
-        self._read: dict[tuple[Run, str, int | None], str | None] = {}
-        self._opened: dict[tuple[Run, str], pa.dataset.Dataset] = {}
+        self._read: dict[tuple[ActiveRun, str, int | None], str | None] = {}
+        self._opened: dict[tuple[ActiveRun, str], pa.dataset.Dataset] = {}
         self._files: list[tuple[FileRecord, Path]] = []
 
-    def table(self, run: Run, name: str) -> LazyTable:
+    def table(self, run: ActiveRun, name: str) -> LazyTable:
         """One of NAMES. Raises CorruptError where it is `prompts` and its first file cannot be read."""
         return LazyTable(self._schema(run, name), lambda: self._open(run, name))
 
@@ -110,7 +120,7 @@ class RunTables:
             if files.sha256_of(path) != file.sha256:
                 raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
 
-    def _open(self, run: Run, name: str) -> pa.dataset.Dataset:
+    def _open(self, run: ActiveRun, name: str) -> pa.dataset.Dataset:
         try:
             if (run, name) not in self._opened:
                 self._opened[run, name] = self._data(run, name)
@@ -119,12 +129,12 @@ class RunTables:
             raise
         return self._opened[run, name]
 
-    def _data(self, run: Run, name: str) -> pa.dataset.Dataset:
+    def _data(self, run: ActiveRun, name: str) -> pa.dataset.Dataset:
         if name not in _FIXED:
             return self._dataset(run, name)
         return pa.dataset.dataset(pa.Table.from_pylist(list(self._rows(run, name)), schema=_FIXED[name]))
 
-    def _rows(self, run: Run, name: str) -> Iterator[dict[str, Any]]:
+    def _rows(self, run: ActiveRun, name: str) -> Iterator[dict[str, Any]]:
         if name == "_pass_settings":
             return _pass_settings(run)
         if name == "_eval_settings":
@@ -132,7 +142,7 @@ class RunTables:
         shown = () if self.repeatable else self._manifests(run, (*RUN_OUTPUTS, *OUTPUTS))
         return _timings(run, shown) if name == "timings" else _manifests(run, shown)
 
-    def _dataset(self, run: Run, table: str) -> pa.dataset.Dataset:
+    def _dataset(self, run: ActiveRun, table: str) -> pa.dataset.Dataset:
         """The files of one table, each of its recorded size and the exact schema."""
         schema = self._schema(run, table)
         found = list(self._table_files(run, table))
@@ -140,20 +150,20 @@ class RunTables:
         self._files += found
         return pa.dataset.FileSystemDataset(fragments, schema, _PARQUET, _DISK)
 
-    def _schema(self, run: Run, name: str) -> pa.Schema:
+    def _schema(self, run: ActiveRun, name: str) -> pa.Schema:
         if name in _FIXED:
             return _FIXED[name]
         first = next(self._table_files(run, name), None) if name in tables.WITH_OWN_COLUMNS else None
         return tables.schema(name) if first is None else _fragment(name, *first).physical_schema
 
-    def _table_files(self, run: Run, table: str) -> Iterator[tuple[FileRecord, Path]]:
+    def _table_files(self, run: ActiveRun, table: str) -> Iterator[tuple[FileRecord, Path]]:
         output = next((output for output, held in TABLES_OF.items() if table in held), table)
         for _, manifest in self._manifests(run, (output,)):
             for file in manifest.files:
                 if file.table == table:
                     yield file, run.path_of(file, output, manifest.iteration)
 
-    def _manifests(self, run: Run, outputs: Collection[str]) -> Iterator[tuple[str, Manifest]]:
+    def _manifests(self, run: ActiveRun, outputs: Collection[str]) -> Iterator[tuple[str, Manifest]]:
         """Those of `outputs` that are committed and shown, earliest first."""
         places: list[tuple[str, int | None]] = [(output, None) for output in RUN_OUTPUTS if output in outputs]
         shown = [output for output in self.outputs if output in outputs]
@@ -200,7 +210,7 @@ def _settings(run: Run, outputs: Iterable[tuple[str, Manifest]]) -> Iterator[dic
         }
 
 
-def _pass_settings(run: Run) -> Iterator[dict[str, Any]]:
+def _pass_settings(run: ActiveRun) -> Iterator[dict[str, Any]]:
     evaluate, first = run.config.evaluate, run.config.score.rewards[0].name
     reward = (evaluate.pass_reward if evaluate else None) or first
     yield {"pass_reward": reward, "pass_threshold": evaluate.pass_threshold if evaluate else PASS_THRESHOLD}

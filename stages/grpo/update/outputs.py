@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import FileRecord, Run, Staging
+from grpo.artifacts import ActiveRun, FileRecord, Run, Staging
 from grpo.errors import EngineError
 from grpo.models.weight_check import FILE, measure, read_weight_check
 from grpo.update.adapter import adapter_files
@@ -54,7 +54,7 @@ def _logprobs(iteration: int, rollouts: Rollouts, stored: Stored, read: list[int
 
 
 def write_checkpoint(
-    run: Run, learner: Learner, staging: Staging
+    run: ActiveRun, learner: Learner, staging: Staging
 ) -> tuple[list[FileRecord], list[FileRecord], FileRecord]:
     """The policy, the adapter where one trains, and the optimiser state."""
     policy = [

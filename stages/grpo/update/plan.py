@@ -1,6 +1,6 @@
 """update, planned: what the next policy depends on."""
 
-from grpo.artifacts import Plan, Run
+from grpo.artifacts import ActiveRun, Plan
 
 NAME = "update"
 OUTPUT = "update"
@@ -9,7 +9,7 @@ STAGE_VERSION = 2
 _NOT_RESULT = {"max_tokens_per_batch", "gradient_checkpointing", "prompt_sharing", "reference"}
 
 
-def plan(run: Run, iteration: int) -> Plan:
+def plan(run: ActiveRun, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when an input is missing."""
     references = [f"policy@{iteration}"]
     for number in iterations_of(run, iteration):
@@ -36,6 +36,6 @@ def plan(run: Run, iteration: int) -> Plan:
     )
 
 
-def iterations_of(run: Run, iteration: int) -> range:
+def iterations_of(run: ActiveRun, iteration: int) -> range:
     """The iterations whose rollouts the update of `iteration` trains on, earliest first."""
     return range(max(0, iteration - run.config.update.replay_iterations), iteration + 1)

@@ -8,12 +8,12 @@ from itertools import chain
 
 import pyarrow as pa
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun, Run
 from grpo.update.batch import READ, Rollouts, kept_rollouts
 from grpo.update.plan import iterations_of
 
 
-def read_kept(run: Run, iteration: int) -> Rollouts:
+def read_kept(run: ActiveRun, iteration: int) -> Rollouts:
     """The kept rollouts of all of them, in key order."""
     numbers = iterations_of(run, iteration)
     shards = chain.from_iterable(run.read_shards("rollouts", number, READ) for number in numbers)
@@ -21,7 +21,7 @@ def read_kept(run: Run, iteration: int) -> Rollouts:
     return kept_rollouts(shards, advantages)
 
 
-def longest(run: Run, iteration: int) -> tuple[int, int]:
+def longest(run: ActiveRun, iteration: int) -> tuple[int, int]:
     """Tokens of the run's longest prompt, and the most that a response may have."""
     prompts = run.require("prompts", None, "grpo run")
     responses = (max_new_tokens_of(run, number) for number in iterations_of(run, iteration))

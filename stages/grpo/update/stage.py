@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo.artifacts import Manifest, Plan, Product, Run, Staging, id_of, prune_behind
+from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Run, Staging, id_of, prune_behind
 from grpo.errors import InputError
 from grpo.models.loading import best_device
 from grpo.update.adapter import check_targets, require_peft
@@ -32,7 +32,7 @@ from grpo.update.replay import longest, max_new_tokens_of, read_kept
 from grpo.update.schedule import check_schedule, learning_rate
 
 
-def check(run: Run, until: int, resources: object) -> None:
+def check(run: ActiveRun, until: int, resources: object) -> None:
     """Check what iterations before `until` need; no weight is read.
 
     Raises UsageError (exit 2) for a schedule that ends before them or targets the model has not, EngineError
@@ -45,7 +45,7 @@ def check(run: Run, until: int, resources: object) -> None:
 
 
 @contextmanager
-def open_resource(run: Run) -> Iterator[Learner]:
+def open_resource(run: ActiveRun) -> Iterator[Learner]:
     """The learner, with nothing loaded yet."""
     yield Learner(run.config.update, best_device(), run.config.seed)
 
@@ -55,14 +55,14 @@ def release(learner: Learner) -> None:
     learner.release()
 
 
-def after(run: Run, manifest: Manifest, learner: Learner) -> None:
+def after(run: ActiveRun, manifest: Manifest, learner: Learner) -> None:
     """What is in memory is what was just committed; checkpoints that are no longer kept go."""
     learner.holds = (manifest.ids["policy"], manifest.ids["optimizer"])
     assert manifest.iteration is not None
     prune_behind(run, manifest.iteration)
 
 
-def produce(run: Run, iteration: int, staging: Staging, learner: Learner) -> Product:
+def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) -> Product:
     """Train on the kept rollouts of one iteration: policy, optimiser state and tables."""
     clock = staging.clock
     with clock("load"):
@@ -91,7 +91,7 @@ def produce(run: Run, iteration: int, staging: Staging, learner: Learner) -> Pro
     return Product(ids, held, {**summary_of(rows), **layout})
 
 
-def _load(run: Run, iteration: int, plan: Plan, learner: Learner) -> None:
+def _load(run: ActiveRun, iteration: int, plan: Plan, learner: Learner) -> None:
     optimizer = adapter = None
     policy = run.policy_folder(iteration)
     if iteration > 0:
@@ -119,7 +119,7 @@ def _verified(run: Run, manifest: Manifest, part: str) -> list[Path]:
     return paths
 
 
-def _say_refused(run: Run, iteration: int, layout: dict[str, Any]) -> None:
+def _say_refused(run: ActiveRun, iteration: int, layout: dict[str, Any]) -> None:
     for model in ("policy", "reference"):
         if refused := layout.get(f"{model}_layout_refused"):
             difference = layout[f"{model}_layout_difference"]
@@ -130,7 +130,7 @@ def _say_refused(run: Run, iteration: int, layout: dict[str, Any]) -> None:
 
 
 def _train(
-    run: Run, iteration: int, rollouts: Rollouts, learner: Learner, staging: Staging
+    run: ActiveRun, iteration: int, rollouts: Rollouts, learner: Learner, staging: Staging
 ) -> tuple[list[dict[str, Any]], Stored]:
     """All optimiser steps of the iteration: their rows of `updates`, and the log-probs met on the way."""
     config, max_new_tokens = run.config.update, max_new_tokens_of(run, iteration)
@@ -168,7 +168,7 @@ def _train(
 
 
 def _mismatch(
-    run: Run, iteration: int, rollouts: Rollouts, read: np.ndarray, stored: Stored
+    run: ActiveRun, iteration: int, rollouts: Rollouts, read: np.ndarray, stored: Stored
 ) -> dict[str, float]:
     """The mismatch columns of the first step, of this iteration's rollouts that it read; none, no columns.
 
@@ -182,7 +182,7 @@ def _mismatch(
     return mismatch(pairs, cap) if own else {}
 
 
-def _num_steps(run: Run, iteration: int, rollouts: Rollouts) -> int:
+def _num_steps(run: ActiveRun, iteration: int, rollouts: Rollouts) -> int:
     """How many optimiser steps the iteration has."""
     config = run.config.update
     per_epoch = num_minibatches(rollouts.keys, config.steps_per_iteration)
@@ -194,7 +194,7 @@ def _num_steps(run: Run, iteration: int, rollouts: Rollouts) -> int:
     return config.epochs * per_epoch
 
 
-def _steps(run: Run, iteration: int, rollouts: Rollouts) -> Iterator[tuple[int, np.ndarray]]:
+def _steps(run: ActiveRun, iteration: int, rollouts: Rollouts) -> Iterator[tuple[int, np.ndarray]]:
     """(epoch, rows) of each optimiser step of the iteration, an epoch at a time."""
     config, seed = run.config.update, run.config.seed
     for epoch in range(config.epochs):
@@ -203,7 +203,7 @@ def _steps(run: Run, iteration: int, rollouts: Rollouts) -> Iterator[tuple[int, 
 
 
 def _stored_before(
-    run: Run, iteration: int, rollouts: Rollouts, read: np.ndarray, learner: Learner, staging: Staging
+    run: ActiveRun, iteration: int, rollouts: Rollouts, read: np.ndarray, learner: Learner, staging: Staging
 ) -> Stored:
     """Log-probs that are needed before the first step: the reference's, and pi_old where it is recomputed."""
     config, stored = run.config.update, Stored()
@@ -217,7 +217,7 @@ def _stored_before(
     return stored
 
 
-def _learning_rate(run: Run, iteration: int, number: int) -> float:
+def _learning_rate(run: ActiveRun, iteration: int, number: int) -> float:
     """Learning rate of a step; the schedule counts the steps that are configured, taken or not."""
     config = run.config.update
     per_iteration = config.epochs * config.steps_per_iteration

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import STAGE_OUTPUTS, Plan, Product, Run, Staging, files, id_of
+from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Plan, Product, Run, Staging, files, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.models import starter_model
@@ -53,7 +53,7 @@ def row(iteration: int, group_id: int, sample_id: int, response: str = "ab", **c
 
 def make_run(
     root: Path, rows: Iterable[Row], updates: Iterable[Row] = (), name: str = "hand", **config: Any
-) -> Run:
+) -> ActiveRun:
     """The run: its tokenizer is in root/model, and `config` are keys of its configuration."""
     values = {
         "run": name,
@@ -61,7 +61,7 @@ def make_run(
         "prompts": {"source": "arithmetic"},
         "score": {"rewards": [{"function": "exact_answer", "name": "right"}]},
     }
-    run = Run(root / "artifacts", Config.model_validate(values | config), root, Console(quiet=True))
+    run = ActiveRun(root / "artifacts", Config.model_validate(values | config), root, Console(quiet=True))
     files.make_folder(run.path)
     files.write_file(run.path / "run.json", run_json(run.config))
     if not (root / "model").exists():

@@ -9,7 +9,7 @@ import pytest
 from tests.inspect.report.runs import make_run, row
 from tests.inspect.report.test_report import HOSTILE
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.inspect import report
 
 pytestmark = [
@@ -262,7 +262,7 @@ def test_runs_are_overlaid_and_can_be_hidden(browser: Any, tmp_path: Path) -> No
     """A page of its own, so this test comes last. The second run has lost its tokenizer."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    runs: list[Run] = []
+    runs: list[ActiveRun] = []
     for name, value in (("one", 1.0), ("two", 0.5)):
         rewards = {"right": value, "exact": 1.0}
         rows = [row(n, 0, s, "ab", rewards=rewards, reward=value) for n in range(2) for s in range(2)]

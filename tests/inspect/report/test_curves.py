@@ -6,7 +6,7 @@ import pytest
 from tests.conftest import Grpo
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.cli.options import reading
 from grpo.inspect import report
 from grpo.inspect.report import curves
@@ -15,7 +15,7 @@ Charts = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def charts(hand: Run) -> Charts:
+def charts(hand: ActiveRun) -> Charts:
     return {chart["title"]: chart for chart in report.charts([hand])}
 
 
@@ -94,7 +94,7 @@ def test_the_last_evaluation_is_no_iteration_that_took_seconds(
     assert list(seconds.values()) == [[0, 1]] * 5
 
 
-def test_the_curves_of_an_evaluation(hand: Run) -> None:
+def test_the_curves_of_an_evaluation(hand: ActiveRun) -> None:
     """pass@1 and the largest k, each with its interval: here over a stand-in for the view `evals`."""
     view = """
         select 'hand' as run, 4 as iteration, map([1, 2, 8]::bigint[], [0.25, 0.5, 0.75]) as pass_at,

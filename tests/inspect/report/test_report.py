@@ -10,7 +10,7 @@ from tests.conftest import Grpo
 from tests.inspect.report.runs import make_run, row
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.inspect import report
 from grpo.inspect.report import heat
 
@@ -130,7 +130,7 @@ def test_what_a_model_wrote_never_stands_in_the_page_as_itself(tmp_path: Path) -
     assert "".join(found["texts"][place] for place in found["tokens"][0]) == HOSTILE + "<|endoftext|>"
 
 
-def test_the_map_has_a_cell_for_each_prompt_and_iteration(hand: Run) -> None:
+def test_the_map_has_a_cell_for_each_prompt_and_iteration(hand: ActiveRun) -> None:
     found = sql.consult([hand], lambda connection: heat.read(connection, hand))
     assert (found["reward"], found["binary"], found["prompt_ids"]) == ("right", True, [0, 1, 2])
     columns = found["columns"]

@@ -4,14 +4,14 @@ from typing import Any
 from tests.inspect.report.runs import make_run, row
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.inspect.report import rollouts
 from grpo.inspect.report.selection import Limits
 
 ALL = Limits()
 
 
-def read(run: Run, limit: Limits = ALL) -> dict[str, Any]:
+def read(run: ActiveRun, limit: Limits = ALL) -> dict[str, Any]:
     block, _ = sql.consult([run], lambda connection: rollouts.read(connection, run, limit))
     return block
 
@@ -24,7 +24,7 @@ def text(block: dict[str, Any], rollout: int) -> list[str]:
     return [block["texts"][place] for place in block["tokens"][rollout]]
 
 
-def test_a_rollout_has_what_it_was_and_what_it_got(hand: Run) -> None:
+def test_a_rollout_has_what_it_was_and_what_it_got(hand: ActiveRun) -> None:
     block = read(hand)
     assert block["rollouts"][3] == {
         "iteration": 0,
@@ -50,7 +50,7 @@ def test_a_rollout_has_what_it_was_and_what_it_got(hand: Run) -> None:
     assert block["prompts"] == {number: {"prompt": f"prompt {number}", "answer": None} for number in range(3)}
 
 
-def test_a_token_is_a_place_among_the_texts(hand: Run) -> None:
+def test_a_token_is_a_place_among_the_texts(hand: ActiveRun) -> None:
     block = read(hand)
     assert [len(places) for places in block["tokens"]] == [2, 4, 2, 2, 3, 3, 3, 3]
     assert text(block, 1) == ["a", "b", "c", "<|endoftext|>"]
@@ -84,7 +84,7 @@ def test_without_a_tokenizer_there_is_the_response(tmp_path: Path) -> None:
     assert (block["tokens"], block["logprobs"], block["log_ratios"]) == (None, None, None)
 
 
-def test_only_what_was_chosen_is_read(hand: Run) -> None:
+def test_only_what_was_chosen_is_read(hand: ActiveRun) -> None:
     assert column(read(hand, Limits(4, None)), "iteration") == [1] * 4
     block = read(hand, Limits(2, None))
     assert column(block, "group_id") == [0, 0]

@@ -15,7 +15,7 @@ from tests.score.judge.endpoint import Endpoint, Reply, fails, says, serve
 from tests.score.test_score_stage import PROMPTS, SCORE, calls, failed, opened, reward, rows, scored, values
 
 from grpo import tables
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun, Run
 from grpo.errors import InputError, Interrupted, ResourceError, UsageError
 from grpo.pipeline import work
 
@@ -252,7 +252,7 @@ def test_a_full_disk_ends_it_with_what_was_answered(tmp_path: Path) -> None:
 # ---- only what failed ----
 
 
-def only_failed(run: Run, wanted: str = "") -> list[dict[str, Any]]:
+def only_failed(run: ActiveRun, wanted: str = "") -> list[dict[str, Any]]:
     return work.run_stage(run, "score", wanted, force=False, only_failed=True)
 
 

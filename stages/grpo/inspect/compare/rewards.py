@@ -6,14 +6,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun, Run
 from grpo.artifacts.layout import parse_iterations
 from grpo.errors import InputError, UsageError
 from grpo.inspect.compare.rank import kendall, spearman
 from grpo.inspect.compare.subjects import SUM
 
 
-def describe(run: Run, a: str, b: str, wanted: str, num_examples: int) -> dict[str, Any]:
+def describe(run: ActiveRun, a: str, b: str, wanted: str, num_examples: int) -> dict[str, Any]:
     """Everything `grpo compare A B` shows of two rewards, as plain data.
 
     `wanted`: 3, 0-19 or all iterations. Raises InputError (exit 4) when no rollout has both rewards.
@@ -49,7 +49,7 @@ def chosen_iterations(run: Run, wanted: str) -> tuple[int, int]:
     return first, last
 
 
-def measured(run: Run, both: pa.Table, epsilon: float) -> tuple[pa.Table, pa.Table]:
+def measured(run: ActiveRun, both: pa.Table, epsilon: float) -> tuple[pa.Table, pa.Table]:
     """The rows of groups.sql and totals.sql over `both`, rows of paired.sql without null."""
     with sql.connect([run], outputs=()) as connection:
         sql.register(connection, "paired", both)
@@ -66,7 +66,7 @@ def _overall(both: pa.Table, iteration: int | None) -> dict[str, float | None]:
     return {"spearman": spearman(a, b), "kendall": kendall(a, b)}
 
 
-def _examples(run: Run, both: pa.Table, groups: pa.Table, count: int) -> list[dict[str, Any]]:
+def _examples(run: ActiveRun, both: pa.Table, groups: pa.Table, count: int) -> list[dict[str, Any]]:
     """The groups where they disagree most, one of a prompt.
 
     By the share of flipped pairs, then by how advantages change.
@@ -86,7 +86,7 @@ def _examples(run: Run, both: pa.Table, groups: pa.Table, count: int) -> list[di
     return [_example(run, both, row) for row in chosen.values()]
 
 
-def _example(run: Run, both: pa.Table, group: dict[str, Any]) -> dict[str, Any]:
+def _example(run: ActiveRun, both: pa.Table, group: dict[str, Any]) -> dict[str, Any]:
     """One group: its prompt, and its responses with both values, the best by A first."""
     key = {name: group[name] for name in ("iteration", "group_id")}
     texts = sql.read(

@@ -5,7 +5,7 @@ from collections.abc import Set
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import STAGE_OUTPUTS, Run, created_config
+from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import Config, differing_keys
 from grpo.errors import UsageError
@@ -22,7 +22,7 @@ _OF_EVERY_GROUP = "response_tokens"  # a number that no group lacks
 _PART_OF = {"prompts": "prompts.source", "policy": "model", "reference": "update.reference"}
 
 
-def describe(a: Run, b: Run, wanted: str) -> dict[str, Any]:
+def describe(a: ActiveRun, b: ActiveRun, wanted: str) -> dict[str, Any]:
     """Everything `grpo compare A B` shows of two runs, as plain data; b - a in every difference.
 
     `wanted`: 3, 0-19 or all iterations. Raises UsageError (exit 2) when they have no iteration of these in
@@ -118,7 +118,7 @@ def _rewards(a: Config, b: Config) -> list[str]:
     return texts
 
 
-def _curves(a: Run, b: Run, first: int, last: int) -> list[dict[str, Any]]:
+def _curves(a: ActiveRun, b: ActiveRun, first: int, last: int) -> list[dict[str, Any]]:
     """Each curve by iteration in both runs; a reward that one of them does not have is left out."""
     rows = sql.read([a, b], sql.own_text("inspect/compare/curves")).to_pylist()
     found: dict[str, dict[str, dict[int, float]]] = {}
@@ -137,7 +137,7 @@ def _curves(a: Run, b: Run, first: int, last: int) -> list[dict[str, Any]]:
     return sorted(curves, key=lambda curve: _place(curve["name"]))
 
 
-def _last(a: Run, b: Run, chosen: list[int]) -> dict[str, Any] | None:
+def _last(a: ActiveRun, b: ActiveRun, chosen: list[int]) -> dict[str, Any] | None:
     """The means of the last iterations that are not the same in both, and how far they are apart."""
     if not chosen:
         return None

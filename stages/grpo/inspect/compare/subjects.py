@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from grpo.artifacts import Run, run_names
+from grpo.artifacts import ActiveRun, Run, run_names
 from grpo.errors import UsageError
 
 SUM = "reward"  # the weighted sum of the rewards, a column of `advantages`
@@ -15,10 +15,10 @@ class Subjects:
     """What is compared: two runs, or two rewards of one run."""
 
     kind: Literal["runs", "rewards"]
-    runs: list[Run]
+    runs: list[ActiveRun]
 
 
-def choose(a: str, b: str, name: str, opened: Callable[[str], Run]) -> Subjects:
+def choose(a: str, b: str, name: str, opened: Callable[[str], ActiveRun]) -> Subjects:
     """Decide by what is there. `name`: of the run whose rewards are meant, "" where it was not given.
 
     `opened` opens a run by its name, "" for that of the configuration. Raises UsageError (exit 2), which
@@ -50,7 +50,7 @@ def reward_names(run: Run) -> list[str]:
     return sorted(name.removeprefix("reward/") for name in names)
 
 
-def _has_own_run(opened: Callable[[str], Run]) -> bool:
+def _has_own_run(opened: Callable[[str], ActiveRun]) -> bool:
     """Whether there is a run whose rewards may be meant without naming it."""
     try:
         opened("")

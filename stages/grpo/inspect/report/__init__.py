@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import Run, files
+from grpo.artifacts import ActiveRun, files
 from grpo.errors import UsageError
 from grpo.inspect.report import curves, heat, rollouts, summary
 from grpo.inspect.report.page import page
@@ -14,7 +14,9 @@ from grpo.inspect.report.selection import limits
 __all__ = ["build", "charts", "write"]
 
 
-def write(runs: list[Run], out: Path | None, as_picture: bool, num_rollouts: int | None) -> dict[str, Any]:
+def write(
+    runs: list[ActiveRun], out: Path | None, as_picture: bool, num_rollouts: int | None
+) -> dict[str, Any]:
     """Write the report, and say what it left out. `out` None: <run>.html, report.html for several runs.
 
     Raises UsageError (exit 2) for a name or a number that cannot be, and for runs that hold nothing.
@@ -42,12 +44,12 @@ def write(runs: list[Run], out: Path | None, as_picture: bool, num_rollouts: int
     return {"file": str(path), "bytes": len(content), "left_out": left_out}
 
 
-def charts(runs: list[Run]) -> list[dict[str, Any]]:
+def charts(runs: list[ActiveRun]) -> list[dict[str, Any]]:
     """The charts of curves.read, all runs in each."""
     return sql.consult(runs, lambda connection: curves.read(connection, [run.name for run in runs]))
 
 
-def build(runs: list[Run], num_rollouts: int | None) -> tuple[bytes, list[str]]:
+def build(runs: list[ActiveRun], num_rollouts: int | None) -> tuple[bytes, list[str]]:
     """The page, and for each run that does not fit, what was left out of it."""
     limit = limits(num_rollouts).shared_by(len(runs))
     names = [run.name for run in runs]

@@ -3,10 +3,10 @@
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 
 
-def read(connection: sql.Connection, run: Run) -> dict[str, Any]:
+def read(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
     """One cell for each prompt (its place in `prompts`) and iteration: its mean reward and its rollouts."""
     values = {"run": run.name, "first": run.config.score.rewards[0].name or ""}
     cells = sql.query(connection, sql.own_text("inspect/report/heat_cells"), values).to_pydict()

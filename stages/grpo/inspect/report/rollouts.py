@@ -3,14 +3,14 @@
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.inspect.report.selection import Limits, Selection, choose
 from grpo.models.tokenizer import many_pieces, tokenizer_of
 
 _BY_TOKEN = ("tokens", "logprobs", "log_ratios")
 
 
-def read(connection: sql.Connection, run: Run, limit: Limits) -> tuple[dict[str, Any], Selection]:
+def read(connection: sql.Connection, run: ActiveRun, limit: Limits) -> tuple[dict[str, Any], Selection]:
     """The chosen rollouts of a run, and what was chosen.
 
     The lists of tokens and of their numbers (units: rollouts.sql) are beside the rollouts, one after the

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun, Run
 from grpo.console import paged
 from grpo.errors import UsageError
 from grpo.inspect.show import choice as choosing
@@ -28,7 +28,9 @@ class Look:
     as_json: bool = False
 
 
-def show(run: Run, choice: Choice, look: Look, against: str, opened: Callable[[str], Run]) -> None:
+def show(
+    run: ActiveRun, choice: Choice, look: Look, against: str, opened: Callable[[str], ActiveRun]
+) -> None:
     """`grpo show`. `opened` opens the other run of `--against`.
 
     Raises UsageError (exit 2) for what is not there, or does not go together.
@@ -55,7 +57,7 @@ def _refuse(choice: Choice, look: Look, what: str, options: tuple[str, ...]) -> 
         raise UsageError(f"--{option}: changes nothing of what {what} shows; leave one of them out")
 
 
-def _show_groups(run: Run, choice: Choice, look: Look) -> None:
+def _show_groups(run: ActiveRun, choice: Choice, look: Look) -> None:
     iteration = choosing.chosen_iteration(run, choice.iteration)
     rewards = _rewards(run, iteration, look.reward)
     order = choosing.ordered(run, iteration, choice)
@@ -74,7 +76,9 @@ def _show_groups(run: Run, choice: Choice, look: Look) -> None:
         _print_footer(console, page)
 
 
-def _show_against(run: Run, choice: Choice, look: Look, against: str, opened: Callable[[str], Run]) -> None:
+def _show_against(
+    run: ActiveRun, choice: Choice, look: Look, against: str, opened: Callable[[str], ActiveRun]
+) -> None:
     iteration = choosing.chosen_iteration(run, choice.iteration)
     other, other_iteration = prompt.moment(run, iteration, against, opened)
     other_iteration = choosing.chosen_iteration(other, other_iteration, f"--against {against}")
@@ -96,7 +100,7 @@ def _show_against(run: Run, choice: Choice, look: Look, against: str, opened: Ca
         _print_footer(console, page)
 
 
-def _show_over_time(run: Run, prompt_id: int, look: Look) -> None:
+def _show_over_time(run: ActiveRun, prompt_id: int, look: Look) -> None:
     draws = prompt.draws_of(run, prompt_id)
     if look.as_json:
         _print_json([row for draw in draws for row in draw])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun, Run
 from grpo.errors import UsageError
 
 Row = dict[str, Any]
@@ -74,7 +74,7 @@ def chosen_iteration(run: Run, iteration: int | None, asked: str = "") -> int:
     return chosen
 
 
-def ordered(run: Run, iteration: int, choice: Choice) -> dict[int, list[int]]:
+def ordered(run: ActiveRun, iteration: int, choice: Choice) -> dict[int, list[int]]:
     """Groups that have a rollout that meets the choice -> their samples, both in the order to read them.
 
     Raises UsageError (exit 2) for a condition that DuckDB refuses, and for what nothing can be sorted by.
@@ -107,7 +107,7 @@ def ordered(run: Run, iteration: int, choice: Choice) -> dict[int, list[int]]:
     return order
 
 
-def fetch(run: Run, iteration: int, order: dict[int, list[int]]) -> list[Row]:
+def fetch(run: ActiveRun, iteration: int, order: dict[int, list[int]]) -> list[Row]:
     """Rows of `samples` of these groups and samples of an iteration, in this order."""
     found = sql.read([run], sql.own_text("inspect/show/rows"), {"groups": list(order)}, iteration)
     rows = {(row["group_id"], row["sample_id"]): row for row in found.to_pylist(maps_as_pydicts="strict")}

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.console import printable, sparkline, table, thinned
 from grpo.errors import UsageError
 from grpo.inspect.show.choice import Row
@@ -23,7 +23,7 @@ _DRAWS_SHOWN = 20
 _NUMBER = re.compile("[0-9]{1,9}")  # int() refuses ², which is a digit, and thousands of digits
 
 
-def draws_of(run: Run, prompt: int) -> list[Draw]:
+def draws_of(run: ActiveRun, prompt: int) -> list[Draw]:
     """Every group that drew a prompt, earliest first. Raises UsageError (exit 2) where there is none."""
     found = sql.read([run], sql.own_text("inspect/show/draws"), {"prompt_id": prompt}).to_pylist(
         maps_as_pydicts="strict"
@@ -37,7 +37,7 @@ def draws_of(run: Run, prompt: int) -> list[Draw]:
     return draws
 
 
-def moment(run: Run, iteration: int, against: str, opened: Any) -> tuple[Run, int]:
+def moment(run: ActiveRun, iteration: int, against: str, opened: Any) -> tuple[ActiveRun, int]:
     """What `--against` names: an iteration `40`, a run at the same one `NAME`, or both `NAME:40`."""
     name, _, at = against.partition(":")
     if _NUMBER.fullmatch(against):

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from grpo import sql
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.console import printable
 from grpo.errors import InputError
 from grpo.inspect.show.choice import Row
@@ -27,7 +27,7 @@ SHADES = (
 )
 
 
-def add_tokens(run: Run, iteration: int, rows: list[Row]) -> list[Row]:
+def add_tokens(run: ActiveRun, iteration: int, rows: list[Row]) -> list[Row]:
     """The rows with `tokens`: of each its text, id, old_logprob, and policy_logprob or null.
 
     Raises InputError (exit 4) when no policy of the run has a tokenizer that says what a token is.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.errors import DataError, EngineError, GrpoError, ResourceError, first_line
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Group, Request, Sampling, group_seed
@@ -32,7 +32,7 @@ NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS = 4, 4, 64  # at most
 Numbers = dict[str, Any]
 
 
-def check_agreement(run: Run, checkpoint: Path, rows: list[Row]) -> tuple[list[Check], Numbers]:
+def check_agreement(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> tuple[list[Check], Numbers]:
     """Open the engine on the starting policy, sample, compare; the checks, and the numbers behind them."""
     try:
         numbers = measure(run, checkpoint, rows)
@@ -45,7 +45,7 @@ def check_agreement(run: Run, checkpoint: Path, rows: list[Row]) -> tuple[list[C
     return [_judge_weight_sync(numbers), _judge(numbers)], numbers
 
 
-def measure(run: Run, checkpoint: Path, rows: list[Row]) -> Numbers:
+def measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> Numbers:
     """The numbers of the comparison. Raises EngineError (exit 8) where a reload is not followed."""
     config, device = run.config.generate, best_device()
     name, _ = choose_engine(config.engine)
@@ -80,7 +80,7 @@ def measure(run: Run, checkpoint: Path, rows: list[Row]) -> Numbers:
     }
 
 
-def _requests(run: Run, checkpoint: Path, rows: list[Row], limit: int) -> list[Request]:
+def _requests(run: ActiveRun, checkpoint: Path, rows: list[Row], limit: int) -> list[Request]:
     """The first prompts that fit; with seeds of iteration 0."""
     context = context_length(load_config(checkpoint))
     token_ids = encode(rows, load_tokenizer(checkpoint), chat_of(run.config.prompts, run.imports))[1]
@@ -93,7 +93,7 @@ def _requests(run: Run, checkpoint: Path, rows: list[Row], limit: int) -> list[R
 
 
 def _compare(
-    run: Run, checkpoint: Path, requests: list[Request], groups: list[Group], device: str
+    run: ActiveRun, checkpoint: Path, requests: list[Request], groups: list[Group], device: str
 ) -> dict[str, float]:
     """The learner's log-probs of what was sampled, against the sampler's."""
     prompts = {request.group_id: np.array(request.prompt_token_ids, dtype=np.int64) for request in requests}

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.artifacts import Run, checkpoint_files, is_hub_id, read_json
+from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id, read_json
 from grpo.errors import CorruptError, GrpoError, InputError, UsageError
 from grpo.manage.doctor.check import Check, failed
 from grpo.models.find import STARTER, resolve_model, starter_folder
@@ -20,7 +20,7 @@ class Checkpoint:
     parameters: int | None
 
 
-def find(run: Run, name: str, fetch: bool) -> Checkpoint:
+def find(run: ActiveRun, name: str, fetch: bool) -> Checkpoint:
     """The checkpoint `name`; with `fetch` it is trained or downloaded as a run would.
 
     Raises InputError or CorruptError where it cannot be used.
@@ -31,7 +31,7 @@ def find(run: Run, name: str, fetch: bool) -> Checkpoint:
     return Checkpoint(folder, num_parameters(folder))
 
 
-def check_model(run: Run, key: str, name: str, fetch: bool) -> tuple[Check, Checkpoint]:
+def check_model(run: ActiveRun, key: str, name: str, fetch: bool) -> tuple[Check, Checkpoint]:
     """Whether a configured model is there with weights, tokenizer, and room for a response."""
     try:
         found = find(run, name, fetch)
@@ -48,7 +48,7 @@ def check_model(run: Run, key: str, name: str, fetch: bool) -> tuple[Check, Chec
     return Check(key, f"{name}, {size}", "a checkpoint", "warning", note), found
 
 
-def check_lora(run: Run, policy: Checkpoint) -> list[Check]:
+def check_lora(run: ActiveRun, policy: Checkpoint) -> list[Check]:
     """Whether peft is there and, once the policy is, has what update.lora.targets names."""
     lora = run.config.update.lora
     if lora is None:
@@ -95,7 +95,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(read_json(index, weight_map=dict)["weight_map"].values()))]
 
 
-def _local(run: Run, name: str) -> Path | None:
+def _local(run: ActiveRun, name: str) -> Path | None:
     if name == STARTER:
         return starter_folder(run) if starter_folder(run).exists() else None
     if not is_hub_id(name, run.imports):
@@ -106,7 +106,7 @@ def _local(run: Run, name: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _check_use(run: Run, key: str, folder: Path) -> None:
+def _check_use(run: ActiveRun, key: str, folder: Path) -> None:
     from grpo.models.loading import context_length, load_config, load_tokenizer
 
     context, limit = context_length(load_config(folder)), run.config.generate.max_new_tokens

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.errors import ResourceError
 from grpo.manage.doctor.check import Check, failed, gib
 from grpo.manage.doctor.checkpoint import Checkpoint
@@ -11,7 +11,7 @@ from grpo.manage.doctor.checkpoint import Checkpoint
 WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8  # of a parameter in a committed checkpoint, float32
 
 
-def check_space(run: Run, policy: Checkpoint) -> list[Check]:
+def check_space(run: ActiveRun, policy: Checkpoint) -> list[Check]:
     """Free space against the checkpoints still to come; nothing where the model's size is not known."""
     if policy.parameters is None:
         return []

@@ -1,13 +1,13 @@
 """engine: which engine samples, and whether it could be opened. Nothing is opened here."""
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.errors import GrpoError, UsageError
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.stage import make_engine
 from grpo.manage.doctor.check import Check, failed
 
 
-def check_engine(run: Run) -> list[Check]:
+def check_engine(run: ActiveRun) -> list[Check]:
     """The engine that is chosen; where it is vLLM, its version and `generate.engine_options`."""
     config = run.config.generate
     name, why = choose_engine(config.engine)

@@ -3,7 +3,7 @@
 from itertools import islice
 
 from grpo import tables
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.config import RewardConfig
 from grpo.errors import DataError, GrpoError
 from grpo.manage.doctor.check import Check, failed
@@ -20,7 +20,9 @@ from grpo.score.scorers import spec_of
 NUM_ROWS = 1000  # read of the source; a run reads and checks all
 
 
-def check_prompts(run: Run, policy: Checkpoint, fetch: bool, output: str = OUTPUT) -> tuple[Check, list[Row]]:
+def check_prompts(
+    run: ActiveRun, policy: Checkpoint, fetch: bool, output: str = OUTPUT
+) -> tuple[Check, list[Row]]:
     """The first rows of prompts, or held-out ones, with their length where the tokenizer is there.
 
     fetch: get a data set from the hub where the run has not read it yet.
@@ -44,7 +46,7 @@ def check_prompts(run: Run, policy: Checkpoint, fetch: bool, output: str = OUTPU
     return Check(what, f"{name}: {more}{len(rows):,} rows{length}", needed), rows
 
 
-def check_rewards(run: Run, rows: list[Row], fetch: bool) -> list[Check]:
+def check_rewards(run: ActiveRun, rows: list[Row], fetch: bool) -> list[Check]:
     """Import every reward function in a worker, as `score` does; look for every reward model and judge."""
     names = {*tables.schema("prompts").names, *(name for row in rows for name in row)}
     columns = sorted(names - {"prompt", "messages"}) if rows else None
@@ -70,7 +72,7 @@ def _check_function(pool: FunctionPool, reward: RewardConfig, columns: list[str]
     return Check(name, str(reward.function), needed)
 
 
-def _check_judge(run: Run, reward: RewardConfig, columns: list[str] | None) -> Check:
+def _check_judge(run: ActiveRun, reward: RewardConfig, columns: list[str] | None) -> Check:
     """Without a request: an answer may cost money."""
     assert reward.judge is not None
     name, needed = f"reward {reward.name}", "a judge with its rubric and its key (nothing is asked)"
@@ -83,7 +85,7 @@ def _check_judge(run: Run, reward: RewardConfig, columns: list[str] | None) -> C
     return Check(name, found, needed)
 
 
-def _check_model(run: Run, reward: RewardConfig, fetch: bool) -> Check:
+def _check_model(run: ActiveRun, reward: RewardConfig, fetch: bool) -> Check:
     name, needed = f"reward {reward.name}", "a sequence classifier with one label"
     try:
         found = find(run, str(reward.model), fetch)
@@ -95,7 +97,7 @@ def _check_model(run: Run, reward: RewardConfig, fetch: bool) -> Check:
     return Check(name, f"{reward.model}, {(found.parameters or 0) / 1e6:,.1f}M parameters", needed)
 
 
-def _first_rows(run: Run, output: str) -> list[Row]:
+def _first_rows(run: ActiveRun, output: str) -> list[Row]:
     config = config_of(run, output)
     kept = source_is_gone(run, output) or is_on_hub(config, run.imports)
     if kept and run.manifest(output, None) is not None:
@@ -104,7 +106,7 @@ def _first_rows(run: Run, output: str) -> list[Row]:
     return [row for _, row in islice(normalised(config, run.imports), NUM_ROWS)]
 
 
-def _longest(run: Run, rows: list[Row], policy: Checkpoint, output: str) -> int:
+def _longest(run: ActiveRun, rows: list[Row], policy: Checkpoint, output: str) -> int:
     """Tokens of the longest prompt. Raises DataError where a run would refuse it."""
     from grpo.models.loading import context_length, load_config, load_tokenizer
 

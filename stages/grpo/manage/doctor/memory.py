@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.errors import ResourceError
 from grpo.generate.engines.choice import choose_engine
 from grpo.manage.doctor.check import Check, failed, gib
@@ -37,7 +37,7 @@ class Estimate:
     """Weights of the engine, and on a CPU vLLM's cache."""
 
 
-def check_memory(run: Run, policy: Checkpoint, reference: Checkpoint) -> list[Check]:
+def check_memory(run: ActiveRun, policy: Checkpoint, reference: Checkpoint) -> list[Check]:
     """GPU and main memory, or main memory alone; nothing where a size is not known."""
     import torch
 
@@ -120,7 +120,7 @@ def _parts(estimate: Estimate) -> str:
     return ", ".join([*texts, f"engine {gib(estimate.engine)}"])
 
 
-def _engine_settings(run: Run) -> dict[str, Any]:
+def _engine_settings(run: ActiveRun) -> dict[str, Any]:
     """vLLM's arguments as they will be; empty for the built-in engine, and where there is no vLLM to ask."""
     config = run.config.generate
     if choose_engine(config.engine)[0] != "vllm":

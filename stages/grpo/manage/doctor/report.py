@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun
 from grpo.console import finite, printable, stdout_console, table
 from grpo.manage.doctor.check import Check
 from grpo.manage.doctor.checkpoint import Checkpoint, check_lora, check_model
@@ -54,7 +54,7 @@ class Report:
         return {"run": self.run, "exit": self.exit_code, "checks": checks, "agreement": numbers or None}
 
 
-def examine(run: Run, with_model: bool) -> Report:
+def examine(run: ActiveRun, with_model: bool) -> Report:
     """Check the machine for the configuration of `run`.
 
     with_model: also get the model as a run would, open the engine, and compare it with the learner.
@@ -79,7 +79,7 @@ def examine(run: Run, with_model: bool) -> Report:
     return report
 
 
-def _compare(run: Run, report: Report, policy: Checkpoint, rows: list[Row]) -> None:
+def _compare(run: ActiveRun, report: Report, policy: Checkpoint, rows: list[Row]) -> None:
     needed = "engine and learner compute the same"
     if report.exit_code:
         note = "what failed above comes first"

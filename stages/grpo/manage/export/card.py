@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import EVALUATION, STAGE_OUTPUTS, Run, created_config, is_hub_id
+from grpo.artifacts import EVALUATION, STAGE_OUTPUTS, ActiveRun, Run, created_config, is_hub_id
 from grpo.config import Config, RewardConfig, differing_keys
 from grpo.config.prompts import BUILT_IN
 from grpo.config.yaml import dump
@@ -29,7 +29,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FO
 ```"""
 
 
-def card_of(run: Run, policy: int, dtype: str | None, adapter: bool) -> str:
+def card_of(run: ActiveRun, policy: int, dtype: str | None, adapter: bool) -> str:
     """The model card. Everything in it is read from the run: nothing has to be filled in."""
     config = created_config(run.name, run.root)
     kind = "LoRA adapter" if adapter else f"weights {f'in {dtype}' if dtype else 'as they came'}"
@@ -54,7 +54,7 @@ def card_of(run: Run, policy: int, dtype: str | None, adapter: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(run: Run, config: Config, adapter: bool) -> str:
+def _front_matter(run: ActiveRun, config: Config, adapter: bool) -> str:
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
@@ -67,7 +67,7 @@ def _front_matter(run: Run, config: Config, adapter: bool) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _base(run: Run, config: Config) -> str:
+def _base(run: ActiveRun, config: Config) -> str:
     """The base model as a link, or by its name: a path says nothing to others."""
     if is_hub_id(config.model, run.imports):
         return f"[{config.model}](https://huggingface.co/{config.model})"
@@ -103,7 +103,7 @@ def _scored_by(reward: RewardConfig) -> str:
     return str(reward.function or reward.model)
 
 
-def _metrics(run: Run, policy: int) -> list[str]:
+def _metrics(run: ActiveRun, policy: int) -> list[str]:
     """Iteration 0 and the last ones that made this policy."""
     shown = sorted({0, *range(max(policy - _ROWS_SHOWN, 0), policy)}) if policy else []
     if not shown:

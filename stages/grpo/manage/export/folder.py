@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import Run, checkpoint_files, files, is_hub_id, is_weight_file, read_json
+from grpo.artifacts import ActiveRun, Run, checkpoint_files, files, is_hub_id, is_weight_file, read_json
 from grpo.config import PromptsConfig
 from grpo.errors import CorruptError, GrpoError, InputError, UsageError
 from grpo.manage.export.card import card_of
@@ -24,7 +24,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 Content = Iterable[bytes | memoryview]  # of a file, in pieces
 
 
-def export(run: Run, policy: int | None, out: Path, dtype: str | None, adapter: bool) -> dict[str, Any]:
+def export(run: ActiveRun, policy: int | None, out: Path, dtype: str | None, adapter: bool) -> dict[str, Any]:
     """Write policy `policy` of a run (None: the newest) to the folder `out`, complete or not at all.
 
     dtype: cast the weights; None: as the run has them, float32, and those of the start as they came. adapter:
@@ -67,7 +67,7 @@ def _policy(run: Run, policy: int | None) -> int:
     return max(run.policies()) if policy is None else policy
 
 
-def _policy_files(run: Run, number: int, dtype: str | None) -> Iterator[tuple[str, Content]]:
+def _policy_files(run: ActiveRun, number: int, dtype: str | None) -> Iterator[tuple[str, Content]]:
     if number == 0:
         run.start["policy"] = _starting_policy(run)
     folder = run.policy_folder(number)
@@ -91,7 +91,7 @@ def _policy_files(run: Run, number: int, dtype: str | None) -> Iterator[tuple[st
         yield _TEMPLATE, [template.encode()]
 
 
-def _starting_policy(run: Run) -> Path:
+def _starting_policy(run: ActiveRun) -> Path:
     """The checkpoint that the run started from. Raises InputError (exit 4) when it is another one now."""
     path = resolve_model(run, run.config.model)
     if run.checkpoint_id(str(path.absolute())) != run.id_of("policy@0"):
@@ -104,7 +104,7 @@ def _own_template(config: PromptsConfig, folder: Path) -> str | None:
     return chat_of(config, folder).template
 
 
-def _adapter_files(run: Run, number: int) -> Iterator[tuple[str, Content]]:
+def _adapter_files(run: ActiveRun, number: int) -> Iterator[tuple[str, Content]]:
     manifest = run.manifest("update", number - 1) if number else None
     held = [file for file in (manifest.files if manifest else []) if file.part == "adapter"]
     if not held:

@@ -118,13 +118,7 @@ def regex_format(prompts: Texts, completions: Texts, *, pattern: str, **_: Any) 
 
 
 def length_penalty(
-    prompts: Texts,
-    completions: Texts,
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    max_tokens: int,
-    buffer_tokens: int,
-    **_: Any,
+    completion_ids: Sequence[Sequence[int]], *, max_tokens: int, buffer_tokens: int, **_: Any
 ) -> Rewards:
     """0 up to `max_tokens - buffer_tokens` response tokens, then linearly down to -1 at `max_tokens`.
 
@@ -138,11 +132,8 @@ def length_penalty(
 
 
 BUILT_IN: dict[str, Callable[..., Rewards]] = {
-    "exact_answer": exact_answer,
-    "gsm8k": gsm8k,
-    "math_verify": math_verify,
-    "regex_format": regex_format,
-    "length_penalty": length_penalty,
+    function.__name__: function
+    for function in (exact_answer, gsm8k, math_verify, regex_format, length_penalty)
 }
 
 

@@ -6,7 +6,6 @@ Nothing here imports torch or numpy: their tensors and arrays are read through t
 import asyncio
 import importlib
 import inspect
-import math
 import numbers
 import pkgutil
 import traceback
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.score.functions.built_in import BUILT_IN, Text
-from grpo.score.outcome import Outcome, one_line
+from grpo.score.outcome import Outcome, one_line, outcome_of
 
 # Keywords that every function may take; the last three are TRL's.
 OURS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -199,12 +198,8 @@ def _argument_problem(spec: FunctionSpec) -> str | None:
     """Built-in functions check their arguments when called, so call one on no rollouts."""
     if spec.function not in BUILT_IN:
         return None
-    accepted, _ = _keywords(BUILT_IN[spec.function])
-    columns: dict[str, list[Any]] = {
-        name: [] for name, p in accepted.items() if p.kind is not p.KEYWORD_ONLY and p.default is p.empty
-    }
     try:
-        run(spec, BUILT_IN[spec.function], GroupCall([], [], [], columns))
+        run(spec, BUILT_IN[spec.function], GroupCall([], [], [], {"answer": []}))  # the one column they read
     except ImportError as error:  # of a built-in that stands on an optional package
         return str(error)
     except (TypeError, ValueError) as error:
@@ -232,12 +227,9 @@ def _outcome(value: Any) -> Outcome:
     if not isinstance(value, numbers.Real):
         return Outcome(None, "error", one_line(f"returned {_kind(value)}, not a number"))
     try:
-        number = float(value)
+        return outcome_of(float(value), "returned")
     except OverflowError:
         return Outcome(None, "nonfinite", "returned a number too large for a float")
-    if not math.isfinite(number):
-        return Outcome(None, "nonfinite", f"returned {number}")
-    return Outcome(number, "ok")
 
 
 def _kind(value: Any) -> str:

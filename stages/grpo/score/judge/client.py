@@ -43,13 +43,14 @@ class Judge:
         if config.api_key_env and not self._key:
             found = f"{config.api_key_env} is not set in the environment"
             raise UsageError(f"{where(reward)}: judge.api_key_env: {found}")
-        self._pace = _Pace(config.requests_per_minute)
+        self._interval_s = 60 / config.requests_per_minute if config.requests_per_minute else 0.0
+        self._next_turn = 0.0
         self._client = openai.AsyncOpenAI(
             base_url=config.url,
             api_key=self._key or "none",  # the package wants one
             timeout=reward.timeout_s,
             max_retries=config.retries,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._pace.wait]}),
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._take_turn]}),
         )
         self._loop = asyncio.Runner()
         self._failures = 0  # requests in a row that failed as any other would
@@ -119,7 +120,7 @@ class Judge:
         request["messages"] = [{"role": "user", "content": question}]
         create = self._client.chat.completions.with_raw_response.create
         # Of a question with all its repetitions: the package's time-out starts anew with every byte.
-        turn_s = config.concurrency * self._pace.interval_s
+        turn_s = config.concurrency * self._interval_s
         limit_s = (config.retries + 1) * (self._timeout_s + LONGEST_PAUSE_S + turn_s)
         try:
             async with asyncio.timeout(limit_s):
@@ -133,6 +134,13 @@ class Judge:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             return failure("error", self._without_key(f"{error}{cause}")), False
 
+    async def _take_turn(self, _request: object) -> None:
+        """Requests begin evenly, repeated ones too."""
+        now = asyncio.get_running_loop().time()
+        turn = max(now, self._next_turn)
+        self._next_turn = turn + self._interval_s
+        await asyncio.sleep(turn - now)
+
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
@@ -141,18 +149,3 @@ async def _cancel(under_way: "dict[asyncio.Task[Judgement], Key]") -> None:
     for task in under_way:
         task.cancel()
     await asyncio.gather(*under_way, return_exceptions=True)
-
-
-class _Pace:
-    """At most so many requests a minute, evenly; None: no bound."""
-
-    def __init__(self, requests_per_minute: float | None) -> None:
-        self.interval_s = 60 / requests_per_minute if requests_per_minute else 0.0
-        self._next = 0.0
-
-    async def wait(self, _request: object) -> None:
-        now = asyncio.get_running_loop().time()
-        turn = max(now, self._next)
-        self._next = turn + self.interval_s
-        if turn > now:
-            await asyncio.sleep(turn - now)

@@ -15,7 +15,7 @@ from grpo.config import JudgeConfig, RewardConfig
 from grpo.config.named_files import read_text
 from grpo.errors import UsageError
 from grpo.score.functions.built_in import Text
-from grpo.score.outcome import Outcome, one_line
+from grpo.score.outcome import Outcome, one_line, outcome_of
 
 FILE = re.compile(r"\S+\.(md|txt)")
 PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
@@ -74,10 +74,8 @@ def read_score(judge: JudgeConfig, answer: str) -> Outcome:
         value = float(found[0])
     except ValueError:
         return _unreadable(f"says {found[0]!r}, no number", answer)
-    if not math.isfinite(value):
-        return Outcome(None, "nonfinite", f"the judge gave {value}")
-    if judge.scale is None:
-        return Outcome(value, "ok")
+    if judge.scale is None or not math.isfinite(value):
+        return outcome_of(value, "the judge gave")
     low, high = judge.scale
     if not low <= value <= high:
         return _unreadable(f"says {value:g}, outside {low:g} to {high:g}", answer)

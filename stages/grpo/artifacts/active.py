@@ -1,0 +1,38 @@
+"""artifacts.active: a run and the work on it: the configuration in force, its folder, who is told."""
+
+from pathlib import Path
+
+from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
+from grpo.artifacts.run import Run
+from grpo.config import Config
+from grpo.console import Console
+
+
+class ActiveRun(Run):
+    """A run under a configuration: what writes takes this, and what reads where the configuration matters.
+
+    imports: the configuration's folder, where relative paths and the user's modules are found.
+    start: checkpoints the run stands on, `policy` and `reference`; empty until they were found to be right.
+    """
+
+    def __init__(self, root: Path, config: Config, imports: Path, console: Console) -> None:
+        super().__init__(root, config.run)
+        self.config = config
+        self.imports = imports
+        self.console = console
+        self.start: dict[str, Path] = {}
+        self._checkpoint_ids: dict[str, str] = {}
+
+    def policy_folder(self, iteration: int) -> Path:
+        """The checkpoint of policy `iteration`, verified."""
+        return self.trained_policy(iteration) if iteration else self.start["policy"]
+
+    def checkpoint_path(self, name: str) -> Path:
+        """Directory of a configured checkpoint: relative to the configuration's folder, or from the hub."""
+        return find_checkpoint(name, self.imports)
+
+    def checkpoint_id(self, name: str) -> str:
+        """Id of a configured checkpoint, computed once per process."""
+        if name not in self._checkpoint_ids:
+            self._checkpoint_ids[name] = checkpoint_id(self.checkpoint_path(name))
+        return self._checkpoint_ids[name]
