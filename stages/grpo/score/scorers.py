@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from grpo.artifacts import ActiveRun
 from grpo.config import RewardConfig
 from grpo.score.functions.built_in import Text
-from grpo.score.functions.call import FunctionSpec, GroupCall
+from grpo.score.functions.call import GroupCall
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of
@@ -69,7 +69,7 @@ def check_columns(run: ActiveRun, pool: FunctionPool, prompts: pa.Table) -> None
     columns = columns_of(prompts)
     for reward in run.config.score.rewards:
         if reward.function is not None:
-            pool.check(spec_of(reward), columns)
+            pool.check(reward, columns)
         if reward.judge is not None:
             rubric_of(reward, run.imports, columns)
 
@@ -87,11 +87,6 @@ def _open_models(run: ActiveRun) -> "dict[str, RewardModel]":
 def columns_of(prompts: pa.Table) -> list[str]:
     """Columns of a prompts table that reward functions get by name."""
     return [name for name in prompts.column_names if name not in ("prompt", "messages")]
-
-
-def spec_of(reward: RewardConfig) -> FunctionSpec:
-    """A configured reward function as the workers are told of it."""
-    return FunctionSpec(str(reward.function), reward.arguments, reward.timeout_s)
 
 
 def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
@@ -125,7 +120,7 @@ def score(
     if reward.function is not None:
         groups = groupby(rollouts, key=lambda rollout: rollout.key[0])
         calls = (_call(iteration, list(group)) for _, group in groups)
-        outcomes = chain.from_iterable(opened.pool.score(spec_of(reward), calls))
+        outcomes = chain.from_iterable(opened.pool.score(reward, calls))
     else:
         prompts = [rollout.prompt for rollout in rollouts]
         completions = [rollout.completion for rollout in rollouts]

@@ -1,7 +1,7 @@
 """shard: one reward over one shard of rollouts, what an earlier output holds of it, and its rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -26,80 +26,53 @@ class File(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is to be scored: the rollouts of an iteration, or those that a policy is evaluated by."""
+    """What is to be scored: the rollouts of an iteration, or those that a policy is evaluated by.
 
-    table: str
-    """rewards, or eval_rewards."""
-    answers_table: str
-    """judgements, or eval_judgements."""
+    rollouts: shards, committed or staged with what is scored; prefix: of the names of the files of `table`.
+    """
+
+    table: str  # rewards, or eval_rewards
+    answers_table: str  # judgements, or eval_judgements
     prefix: str
-    """What the names of the files of `table` begin with."""
     iteration: int
     rollouts: list[File]
-    """Shards of rollouts, and where they are: committed, or staged with what is scored."""
     prompts_id: str
 
 
-@dataclass(frozen=True)
 class Shard:
-    """One reward over one shard of rollouts, the `index`-th shard of the output."""
+    """One reward over one shard of rollouts, the `index`-th shard of the output.
 
-    work: Work
-    index: int
-    reward: RewardConfig
-    rollouts: File
-    name: str
-    """The file of its rewards."""
-    answers_name: str
-    """The file of what a judge answered."""
-    unit: str
-    """Digest of all that its values depend on."""
-    asked: str
-    """The same of a judge's answers."""
-    old: File | None
-    """The rewards of an earlier output that have the same `unit`."""
-    old_answers: File | None
+    unit: digest of all that its values depend on; asked: of all that a judge's answers depend on. old,
+    old_answers: the shards of the `earlier` output that have the same, its own before those of another name.
+    """
 
+    def __init__(
+        self,
+        staging: Staging,
+        work: Work,
+        reward: RewardConfig,
+        rollouts: File,
+        earlier: Manifest | None,
+        index: int,
+    ) -> None:
+        self.work, self.reward, self.rollouts, self.index = work, reward, rollouts, index
+        self.name = staging.file_name(work.prefix, index)
+        self.answers_name = staging.file_name(work.answers_table, index)
+        apart = {"name", "weight", "timeout_s"}  # what no value depends on
+        source = staging.plan.user_files[f"score.rewards.{reward.name}"]  # of a judge, the text of its rubric
+        known = [source, rollouts.record.sha256, work.prompts_id]
+        self.unit = digest([STAGE_VERSION, configured(reward, apart, {"rubric"}), *known])
+        self.asked = digest([STAGE_VERSION, configured(reward, apart, {"rubric", *READING}), *known])
 
-def shard_of(
-    staging: Staging, work: Work, reward: RewardConfig, rollouts: File, earlier: Manifest | None, index: int
-) -> Shard:
-    """earlier: the output whose rows may be kept."""
-    apart = {"name", "weight", "timeout_s"}  # what no value depends on
-    source = staging.plan.user_files[f"score.rewards.{reward.name}"]  # of a judge, the text of its rubric
-    units = [
-        digest(
-            [
-                STAGE_VERSION,
-                configured(reward, apart, left_out),
-                source,
-                rollouts.record.sha256,
-                work.prompts_id,
-            ]
-        )
-        for left_out in ({"rubric"}, {"rubric", *READING})
-    ]
+        def held(table: str, unit: str) -> File | None:
+            files = [file for file in (earlier.files if earlier else []) if file.unit == unit]
+            found = [file for file in files if file.table == table]
+            found.sort(key=lambda file: file.labels["reward"] != reward.name)
+            path_of = staging.run.path_of
+            return File(found[0], path_of(found[0], staging.plan.output, work.iteration)) if found else None
 
-    def held(table: str, unit: str) -> File | None:
-        files = earlier.files if earlier else []
-        found = [file for file in files if (file.table, file.unit) == (table, unit)]
-        if not found:
-            return None
-        own = min(found, key=lambda file: file.labels["reward"] != reward.name)  # or that of another name
-        return File(own, staging.run.path_of(own, staging.plan.output, work.iteration))
-
-    return Shard(
-        work=work,
-        index=index,
-        reward=reward,
-        rollouts=rollouts,
-        name=staging.file_name(work.prefix, index),
-        answers_name=staging.file_name(work.answers_table, index),
-        unit=units[0],
-        asked=units[1],
-        old=held(work.table, units[0]),
-        old_answers=held(work.answers_table, units[1]),
-    )
+        self.old = held(work.table, self.unit)
+        self.old_answers = held(work.answers_table, self.asked)
 
 
 def staged(staging: Staging, records: list[FileRecord], table: str) -> list[File]:

@@ -11,14 +11,13 @@ from typing import Any
 
 from grpo import sql
 from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id_of, lacking, num_rounds
-from grpo.config import RewardConfig
 from grpo.errors import EngineError
 from grpo.score import scorers
 from grpo.score.judge import answers as judgements
 from grpo.score.outcome import Outcome
 from grpo.score.plan import NAME, OUTPUT
 from grpo.score.scorers import Scorers
-from grpo.score.shard import File, Shard, Work, found_in, read, shard_of, staged, table_of
+from grpo.score.shard import File, Shard, Work, found_in, read, staged, table_of
 from grpo.sql.scored import count_signal, create_scored
 
 _FAILED = ("error", "timeout", "nonfinite")
@@ -62,8 +61,8 @@ def raise_for_failed(run: ActiveRun, where: str, table: str, manifest: Manifest)
         return
     statuses: dict[str, int] = manifest.summary["statuses"]
     counts = ", ".join(f"{statuses[status]} {status}" for status in _FAILED if statuses.get(status))
-    rows = run.read(table, manifest.iteration, ["name", "status", "error"]).to_pylist()
-    first = next((row for row in rows if row["error"]), {"name": "", "error": ""})
+    rows = run.read(table, manifest.iteration, ["name", "error"]).to_pylist()
+    first = next(row for row in rows if row["error"])
     raise EngineError(
         f"{where}: {manifest.summary['failed']} of {sum(statuses.values())} rewards failed ({counts});"
         f" first: {first['name']}: {first['error']}; the same command scores only those again,"
@@ -100,7 +99,7 @@ def score(
     for reward in run.config.score.rewards:
         own = []
         for rollouts in work.rollouts:
-            shard = shard_of(staging, work, reward, rollouts, earlier, len(scored) + len(own))
+            shard = Shard(staging, work, reward, rollouts, earlier, len(scored) + len(own))
             record = staging.committed(shard.name)
             if record is None:
                 with staging.clock(reward.name):
@@ -132,7 +131,9 @@ def _asked_again(run: ActiveRun, staging: Staging, before: Manifest | None) -> b
 def _score_shard(run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
     reward, old, work = shard.reward, shard.old, shard.work
-    if old is not None and _is_unchanged(old.record, reward):
+    held = old.record.labels if old is not None else {}
+    same = (held.get("reward"), held.get("weight")) == (reward.name, reward.weight)
+    if old is not None and same and not _failed(held["statuses"]):
         if shard.old_answers is not None:
             staging.link_table(*shard.old_answers, shard.answers_name)
         return staging.link_table(*old, shard.name)
@@ -154,12 +155,6 @@ def _score_shard(run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard
     labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
     data = table_of(shard, work.table, ordered)
     return staging.write_table(work.table, shard.name, data, shard.unit, **labels)
-
-
-def _is_unchanged(old: FileRecord, reward: RewardConfig) -> bool:
-    """Whether a shard can be kept as it is: complete, and under the same name and weight."""
-    same = (old.labels["reward"], old.labels["weight"]) == (reward.name, reward.weight)
-    return same and not _failed(old.labels["statuses"])
 
 
 def _failed(statuses: dict[str, int]) -> int:

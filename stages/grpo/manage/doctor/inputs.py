@@ -15,7 +15,6 @@ from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of
-from grpo.score.scorers import spec_of
 
 NUM_ROWS = 1000  # read of the source; a run reads and checks all
 
@@ -66,7 +65,7 @@ def check_rewards(run: ActiveRun, rows: list[Row], fetch: bool) -> list[Check]:
 def _check_function(pool: FunctionPool, reward: RewardConfig, columns: list[str] | None) -> Check:
     name, needed = f"reward {reward.name}", "a function that can be imported and takes its arguments"
     try:
-        pool.check(spec_of(reward), columns)
+        pool.check(reward, columns)
     except GrpoError as error:
         return failed(name, str(reward.function), needed, error)
     return Check(name, str(reward.function), needed)

@@ -23,19 +23,6 @@ OURS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra"
 
 
 @dataclass(frozen=True)
-class FunctionSpec:
-    """A configured reward function.
-
-    function: a built-in name or `package.module:function`; arguments: passed on as keywords;
-    timeout_s: of one call (a group, or one rollout when it is repeated); the import is not counted.
-    """
-
-    function: str
-    arguments: dict[str, Any]
-    timeout_s: float
-
-
-@dataclass(frozen=True)
 class GroupCall:
     """The rollouts of one group as a reward function sees them; every list has one element per rollout.
 
@@ -71,29 +58,31 @@ class TrainerState:
 
 
 def load(function: str) -> Any:
-    """Import what `function` names; raises whatever the import raises, AttributeError if it is not there."""
+    """A built-in, or what `package.module:function` names; raises whatever its import raises."""
     return BUILT_IN.get(function) or pkgutil.resolve_name(function)
 
 
-def find_problem(spec: FunctionSpec, file: Path | None, columns: Collection[str] | None) -> str | None:
+def find_problem(
+    function: str, arguments: dict[str, Any], file: Path | None, columns: Collection[str] | None
+) -> str | None:
     """What is wrong with a function and its arguments, as one line; None if nothing is.
 
     file: where the module must come from (None: a built-in). columns: names of the data set's columns;
     None where they are not known yet, and then required keywords are not checked.
     """
-    if file is not None and (problem := _module_problem(spec.function, file)):
+    if file is not None and (problem := _module_problem(function, file)):
         return problem
-    function = load(spec.function)
-    if inspect.isclass(function):
-        return f"is a class; write `reward = {function.__name__}(...)` below it, and name that"
+    loaded = load(function)
+    if inspect.isclass(loaded):
+        return f"is a class; write `reward = {loaded.__name__}(...)` below it, and name that"
     try:
-        inspect.signature(function)
+        inspect.signature(loaded)
     except ValueError:
         return "does not tell its parameters (compiled code); wrap it in a Python function"
-    return _keyword_problem(function, spec.arguments, columns) or _argument_problem(spec)
+    return _keyword_problem(loaded, arguments, columns) or _argument_problem(function, arguments)
 
 
-def run(spec: FunctionSpec, function: Callable[..., Any], group: GroupCall) -> list[Outcome]:
+def run(function: Callable[..., Any], arguments: dict[str, Any], group: GroupCall) -> list[Outcome]:
     """Call the function on one group. Raises what it raises; an unusable result is an error of each."""
     offered = {
         **group.columns,
@@ -103,7 +92,7 @@ def run(spec: FunctionSpec, function: Callable[..., Any], group: GroupCall) -> l
         "trainer_state": TrainerState(group.iteration),
         "log_extra": _log_nothing,
         "log_metric": _log_nothing,
-        **spec.arguments,
+        **arguments,
     }
     num_rollouts = len(group.completions)  # before the call: the function may change its arguments
     accepted, takes_all = _keywords(function)
@@ -194,12 +183,12 @@ def _keyword_problem(
     )
 
 
-def _argument_problem(spec: FunctionSpec) -> str | None:
+def _argument_problem(function: str, arguments: dict[str, Any]) -> str | None:
     """Built-in functions check their arguments when called, so call one on no rollouts."""
-    if spec.function not in BUILT_IN:
+    if function not in BUILT_IN:
         return None
     try:
-        run(spec, BUILT_IN[spec.function], GroupCall([], [], [], {"answer": []}))  # the one column they read
+        run(BUILT_IN[function], arguments, GroupCall([], [], [], {"answer": []}))  # the one column they read
     except ImportError as error:  # of a built-in that stands on an optional package
         return str(error)
     except (TypeError, ValueError) as error:

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
+from grpo.config import RewardConfig
 from grpo.errors import EngineError, UsageError
 from grpo.score.functions import worker
-from grpo.score.functions.call import FunctionSpec, GroupCall
+from grpo.score.functions.call import GroupCall
 from grpo.score.functions.source import find_file, source_sha256
 from grpo.score.outcome import Outcome, one_line
 
@@ -40,45 +41,52 @@ class FunctionPool:
         self._import_root = import_root.resolve()
         self._num_workers = num_workers
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-rewards-")
-        self._checked: dict[str, tuple[str, float]] = {}  # function -> (source sha256, seconds of its import)
+        self._sources: dict[str, str] = {}  # function -> sha256 of its file, as the workers know it
+        self._import_s: dict[str, float] = {}
         self._pool = self._open()
 
-    def check(self, spec: FunctionSpec, columns: Collection[str] | None = None) -> None:
+    def check(self, reward: RewardConfig, columns: Collection[str] | None = None) -> None:
         """Import the function in a worker. Raises UsageError saying what is wrong with it or its arguments.
 
         columns: the data set's column names; without them, keywords that the function needs go unchecked.
         """
-        file = find_file(spec.function, self._import_root)
+        function = str(reward.function)
+        file, source = find_file(function, self._import_root), source_sha256(function, self._import_root)
+        if self._sources.get(function, source) != source:
+            self._restart()
         problem: str | None
         try:
-            flight = self._start(worker.examine, (spec, file, columns), IMPORT_TIMEOUT_S)
-            problem, import_s = self._result(flight)
+            what = (function, reward.arguments, file, columns)
+            problem, import_s = self._result(self._start(worker.examine, what, IMPORT_TIMEOUT_S))
         except TimeoutError:
             limit = f"within {IMPORT_TIMEOUT_S:g} s"
             problem = f"the import of its module did not end {limit}, or ended the process with status 0"
         except ProcessExpired as error:
             problem = f"the import of its module ended the process ({_ending(error.exitcode)})"
         if problem is not None:
-            raise UsageError(f"reward function {spec.function!r}: {problem}")
-        self._checked[spec.function] = (source_sha256(spec.function, self._import_root), import_s)
+            raise UsageError(f"reward function {function!r}: {problem}")
+        self._sources[function] = source
+        self._import_s[function] = max(import_s, self._import_s.get(function, 0.0))  # 0 where it was imported
 
-    def score(self, spec: FunctionSpec, groups: Iterable[GroupCall]) -> Iterator[list[Outcome]]:
+    def score(self, reward: RewardConfig, groups: Iterable[GroupCall]) -> Iterator[list[Outcome]]:
         """Yield the outcomes of each group, in order; a bad rollout is an outcome, never an exception.
 
         A call that fails as a whole (raises, hangs, crashes, wrong count) is repeated rollout by rollout, so
         a function whose values depend on the rest of the group then sees each rollout alone. Raises
         UsageError as check() does, and EngineError when no worker can be started.
         """
-        limit_s = self._limit_s(spec)
+        function = str(reward.function)
+        if self._sources.get(function) != source_sha256(function, self._import_root):
+            self.check(reward)
         remaining = iter(groups)
         waiting: deque[tuple[GroupCall, _Flight]] = deque()
         try:
             while True:
                 for group in islice(remaining, CALLS_PER_WORKER * self._num_workers - len(waiting)):
-                    waiting.append((group, self._start_group(spec, group, limit_s)))
+                    waiting.append((group, self._start_group(reward, group)))
                 if not waiting:
                     return
-                yield self._outcomes(spec, *waiting.popleft())
+                yield self._outcomes(reward, *waiting.popleft())
         finally:
             for _, flight in waiting:
                 flight.future.cancel()
@@ -88,28 +96,18 @@ class FunctionPool:
         self._stop()
         self._folder.cleanup()
 
-    def _limit_s(self, spec: FunctionSpec) -> float:
-        """pebble's time-out of one call. Checks a function that is new, reloads one whose file changed."""
-        source = source_sha256(spec.function, self._import_root)
-        if spec.function not in self._checked:
-            self.check(spec)
-        elif self._checked[spec.function][0] != source:
-            self._restart()
-            self.check(spec)
-        return spec.timeout_s + SPARE_S + 3 * self._checked[spec.function][1]
-
-    def _outcomes(self, spec: FunctionSpec, group: GroupCall, flight: "_Flight") -> list[Outcome]:
-        result = self._group_result(spec, flight)
+    def _outcomes(self, reward: RewardConfig, group: GroupCall, flight: "_Flight") -> list[Outcome]:
+        result = self._group_result(reward, flight)
         if isinstance(result, list):
             return result
         if len(group.completions) == 1:
             return [result]
         alone = [group.alone(sample) for sample in range(len(group.completions))]
-        flights = [self._start_group(spec, each, flight.limit_s) for each in alone]
-        return [self._outcomes(spec, *pair)[0] for pair in zip(alone, flights, strict=True)]
+        flights = [self._start_group(reward, each) for each in alone]
+        return [self._outcomes(reward, *pair)[0] for pair in zip(alone, flights, strict=True)]
 
-    def _group_result(self, spec: FunctionSpec, flight: "_Flight") -> list[Outcome] | Outcome:
-        late = f"no result within {spec.timeout_s:g} s"
+    def _group_result(self, reward: RewardConfig, flight: "_Flight") -> list[Outcome] | Outcome:
+        late = f"no result within {reward.timeout_s:g} s"
         try:
             result: list[Outcome] | Outcome = self._result(flight)
         except TimeoutError:  # pebble's, and not the watchdog's, which would have said where it hung
@@ -122,14 +120,16 @@ class FunctionPool:
             return Outcome(None, "error", f"the process ended during the call ({_ending(error.exitcode)})")
         return result
 
-    def _start_group(self, spec: FunctionSpec, group: GroupCall, limit_s: float) -> "_Flight":
-        return self._start(worker.score, (self._folder.name, spec, group), limit_s)
+    def _start_group(self, reward: RewardConfig, group: GroupCall) -> "_Flight":
+        function = str(reward.function)
+        args = (self._folder.name, function, reward.arguments, reward.timeout_s, group)
+        return self._start(worker.score, args, reward.timeout_s + SPARE_S + 3 * self._import_s[function])
 
     def _start(self, function: Callable[..., Any], args: tuple[Any, ...], limit_s: float) -> "_Flight":
         if not self._pool.active:
             self._restart()
         future = self._pool.schedule(function, args, timeout=limit_s)
-        return _Flight(function, args, limit_s, self._pool, future)
+        return _Flight((function, args, limit_s), self._pool, future)
 
     def _result(self, flight: "_Flight") -> Any:
         """Wait for a call. Raises TimeoutError, ProcessExpired, and EngineError when the pool keeps breaking.
@@ -142,7 +142,7 @@ class FunctionPool:
                 wait([flight.future], timeout=POLL_S)
             if flight.future.done() and not isinstance(flight.future.exception(), BrokenProcessPool):
                 return flight.future.result()
-            flight = self._start(flight.function, flight.args, flight.limit_s)
+            flight = self._start(*flight.call)
         raise EngineError(
             f"the reward workers ended {MAX_RESTARTS + 1} times before any result; their output is above "
             '(a script that starts them needs `if __name__ == "__main__":`)'
@@ -169,9 +169,7 @@ class FunctionPool:
 class _Flight(NamedTuple):
     """A call under way, with what is needed to start it again."""
 
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    limit_s: float
+    call: tuple[Callable[..., Any], tuple[Any, ...], float]
     pool: ProcessPool
     future: "Future[Any]"
 
