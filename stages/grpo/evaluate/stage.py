@@ -5,9 +5,9 @@ seeds for each policy, so that what changes from one to the next is the policy. 
 nothing stale.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -23,12 +23,8 @@ from grpo.score import stage as scoring
 from grpo.score.scorers import check_columns
 from grpo.score.shard import Work, read, staged
 
-
-class Resources(Protocol):
-    """What the stages keep open: an evaluation opens nothing of its own."""
-
-    def __call__(self, stage: str, beside: bool = False) -> Any:
-        """The resource of a stage. beside: it needs no accelerator, so that whoever is there may stay."""
+Resources = Callable[..., Any]
+"""What the stages keep open, as pipeline/resources.py lends it: an evaluation opens nothing of its own."""
 
 
 def check(run: ActiveRun, until: int, resources: Resources) -> None:
@@ -64,8 +60,8 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
     scorers = resources(score.NAME, beside=all(reward.model is None for reward in run.config.score.rewards))
     files = staged(staging, rollouts, ROLLOUTS)
     prompts_id = staging.plan.user_files["evaluate.prompts"]
-    wanted = Work(REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id)
-    _, rewards = scoring.score(run, staging, replace(scorers, prompts=prompts), wanted)
+    wanted = Work(staging, REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id)
+    rewards = scoring.score(run, scorers._replace(prompts=prompts), wanted)
     held = [*rollouts, *rewards]
     with staging.clock("measure"):
         summary = {**measure(run, policy, staging, held), **scoring.summary_of(run, rewards), **engine}
@@ -74,8 +70,7 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
 
 def _keep_rollouts(run: ActiveRun, policy: int, staging: Staging, before: Manifest) -> None:
     """Of an evaluation whose rewards failed: only those are computed again, over the same rollouts."""
-    sampled = [record for record in before.files if record.table == ROLLOUTS]
-    for index, record in enumerate(sampled):
+    for index, record in enumerate(each for each in before.files if each.table == ROLLOUTS):
         name = staging.file_name(ROLLOUTS, index)
         if staging.committed(name) is None:
             staging.link_table(record, run.path_of(record, OUTPUT, policy), name)

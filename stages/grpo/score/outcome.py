@@ -2,7 +2,7 @@
 
 import math
 import unicodedata
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_ERROR_CHARACTERS = 500  # an error is a table cell and a terminal line, not a log
 
@@ -10,8 +10,7 @@ Key = tuple[int, int]
 """(group_id, sample_id): unique within an iteration."""
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The reward of one rollout, or why there is none.
 
     value: finite when status is `ok`, else None. status: `ok`; `error` (raised, crashed, or gave something

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import CorruptError, EngineError, InputError
 from grpo.models.loading import context_length, empty_cache, load_tokenizer
-from grpo.score.functions.built_in import Text
+from grpo.score.functions.built_in import Text, Texts
 from grpo.score.outcome import Outcome, one_line, outcome_of
 
 NO_LIMIT = 10**30  # as tokenizers say it
@@ -52,8 +52,8 @@ class RewardModel:
 
     def score(
         self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
+        prompts: Texts,
+        completions: Texts,
         max_tokens_per_batch: int,
         timeout_s: float = MODEL_TIMEOUT_S,
     ) -> list[Outcome]:
@@ -63,22 +63,17 @@ class RewardModel:
         beyond rounding. timeout_s: of one batch; one that takes longer ends the command.
         """
         self._model.to(self._device)
-        outcomes: dict[int, Outcome] = {}
-        rows: dict[int, list[int]] = {}
-        for index, texts in enumerate(zip(prompts, completions, strict=True)):
-            row = self._token_ids(*texts)
-            if isinstance(row, str):
-                outcomes[index] = Outcome(None, "error", row)
-            else:
-                rows[index] = row
+        read = dict(enumerate(map(self._token_ids, prompts, completions)))
+        outcomes = {place: Outcome(None, "error", row) for place, row in read.items() if isinstance(row, str)}
+        rows = {place: row for place, row in read.items() if not isinstance(row, str)}
         for batch in _batches(rows, max_tokens_per_batch):
             late = f"a batch of {len(batch)} rollouts took longer than timeout_s, {timeout_s:g} s"
             way_out = "allow it more, or fewer score.max_tokens_per_batch"
             with _deadline(timeout_s, f"{self._where}: {late}; {way_out}"):
-                values = self._values([rows[index] for index in batch])
-            for index, value in zip(batch, values, strict=True):
-                outcomes[index] = outcome_of(value, "the reward model gave")
-        return [outcomes[index] for index in range(len(prompts))]
+                values = self._values([rows[place] for place in batch])
+            for place, value in zip(batch, values, strict=True):
+                outcomes[place] = outcome_of(value, "the reward model gave")
+        return [outcomes[place] for place in read]
 
     def _token_ids(self, prompt: Text, completion: Text) -> list[int] | str:
         """The whole conversation through the chat template, or what is wrong with it; it is never cut.
@@ -88,9 +83,8 @@ class RewardModel:
         messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
         if self._tokenizer.chat_template is None:
             separator = "" if isinstance(prompt, str) else "\n"
-            token_ids = self._tokenizer(separator.join(each["content"] or "" for each in messages))[
-                "input_ids"
-            ]
+            text = separator.join(message["content"] or "" for message in messages)
+            token_ids = self._tokenizer(text)["input_ids"]
         else:
             try:
                 # It adds no special tokens to those that the template has written.
@@ -123,9 +117,8 @@ class RewardModel:
         end-of-sequence token it would read the one before, and where there is none it refuses batches.
         """
         last_tokens = {row[-1] for row in rows}
-        if self._pad_token_id is not None and self._pad_token_id not in last_tokens:
-            return self._pad_token_id
-        return next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
+        candidates: list[int | None] = [self._pad_token_id, *range(len(rows) + 1)]
+        return next(each for each in candidates if each is not None and each not in last_tokens)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,16 +24,13 @@ if TYPE_CHECKING:
 _READ = ["group_id", "sample_id", "prompt_id", "response", "response_token_ids"]
 
 
-@dataclass
-class Scorers:
+class Scorers(NamedTuple):
     """What stays open between iterations: worker processes, the prompts, reward models, judges."""
 
     pool: FunctionPool
     prompts: pa.Table
     models: "dict[str, RewardModel]"
     judges: dict[str, Judge]
-    rubrics: dict[str, str]
-    """Name of a judge -> the text of its rubric."""
 
 
 class Rollout(NamedTuple):
@@ -55,18 +51,20 @@ def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
     Raises UsageError (exit 2) for a function that is no use, and a judge without key, package or rubric.
     """
     prompts = run.read("prompts", None)
-    judged = [reward for reward in run.config.score.rewards if reward.judge is not None]
+    judges = {}
     with ExitStack() as stack:
         pool = stack.enter_context(closing(FunctionPool(run.imports, run.config.score.workers)))
         check_columns(run, pool, prompts)
-        judges = {reward.name: stack.enter_context(closing(Judge(reward))) for reward in judged}
-        rubrics = {reward.name: rubric_of(reward, run.imports) for reward in judged}
-        yield Scorers(pool, prompts, _open_models(run), judges, rubrics)
+        for reward in run.config.score.rewards:
+            if reward.judge is not None:
+                judge = Judge(reward, rubric_of(reward, run.imports))
+                judges[reward.name] = stack.enter_context(closing(judge))
+        yield Scorers(pool, prompts, _open_models(run), judges)
 
 
 def check_columns(run: ActiveRun, pool: FunctionPool, prompts: pa.Table) -> None:
     """Raise UsageError (exit 2) for a function or a rubric that cannot do with the columns of `prompts`."""
-    columns = columns_of(prompts)
+    columns = [name for name in prompts.column_names if name not in ("prompt", "messages")]
     for reward in run.config.score.rewards:
         if reward.function is not None:
             pool.check(reward, columns)
@@ -84,31 +82,20 @@ def _open_models(run: ActiveRun) -> "dict[str, RewardModel]":
     return {name: RewardModel(run.checkpoint_path(model), best_device()) for name, model in wanted.items()}
 
 
-def columns_of(prompts: pa.Table) -> list[str]:
-    """Columns of a prompts table that reward functions get by name."""
-    return [name for name in prompts.column_names if name not in ("prompt", "messages")]
-
-
 def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
     """The rollouts of a shard, each with its row of `prompts`."""
     rows = read(run, str(file.record.table), [file], _READ)
     wanted = prompts.filter(pc.is_in(prompts["prompt_id"], rows["prompt_id"]))
-    columns = columns_of(prompts)
     prompt_of = {row["prompt_id"]: row for row in wanted.to_pylist()}
     rollouts = []
     for row in rows.to_pylist():
-        prompt, text = prompt_of[row["prompt_id"]], row["response"]
-        chat = prompt["messages"] is not None
-        rollouts.append(
-            Rollout(
-                key=(row["group_id"], row["sample_id"]),
-                prompt=prompt["messages"] if chat else prompt["prompt"],
-                completion=[{"role": "assistant", "content": text}] if chat else text,
-                response=text,
-                token_ids=row["response_token_ids"],
-                columns={name: prompt[name] for name in columns},
-            )
-        )
+        key, response = (row["group_id"], row["sample_id"]), row["response"]
+        columns = dict(prompt_of[row["prompt_id"]])
+        prompt, messages = columns.pop("prompt"), columns.pop("messages")
+        completion: Text = response
+        if messages is not None:
+            prompt, completion = messages, [{"role": "assistant", "content": response}]
+        rollouts.append(Rollout(key, prompt, completion, response, row["response_token_ids"], columns))
     return rollouts
 
 

@@ -1,7 +1,6 @@
 """shard: one reward over one shard of rollouts, what an earlier output holds of it, and its rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -31,6 +30,7 @@ class Work(NamedTuple):
     rollouts: shards, committed or staged with what is scored; prefix: of the names of the files of `table`.
     """
 
+    staging: Staging
     table: str  # rewards, or eval_rewards
     answers_table: str  # judgements, or eval_judgements
     prefix: str
@@ -47,17 +47,13 @@ class Shard:
     """
 
     def __init__(
-        self,
-        staging: Staging,
-        work: Work,
-        reward: RewardConfig,
-        rollouts: File,
-        earlier: Manifest | None,
-        index: int,
+        self, work: Work, reward: RewardConfig, rollouts: File, earlier: Manifest | None, index: int
     ) -> None:
+        staging = work.staging
         self.work, self.reward, self.rollouts, self.index = work, reward, rollouts, index
         self.name = staging.file_name(work.prefix, index)
         self.answers_name = staging.file_name(work.answers_table, index)
+        self.title = f"{staging.plan.stage} {work.iteration} {reward.name}"
         apart = {"name", "weight", "timeout_s"}  # what no value depends on
         source = staging.plan.user_files[f"score.rewards.{reward.name}"]  # of a judge, the text of its rubric
         known = [source, rollouts.record.sha256, work.prompts_id]
@@ -89,9 +85,8 @@ def read(run: Run, table: str, files: Sequence[File], columns: list[str] | None 
 
 def found_in(run: Run, file: File, kind: type[_Found]) -> dict[Key, _Found]:
     """What the rows of a file say of each rollout."""
-    names = [field.name for field in fields(kind)]
     return {
-        (row["group_id"], row["sample_id"]): kind(**{name: row[name] for name in names})
+        (row["group_id"], row["sample_id"]): kind(**{name: row[name] for name in kind._fields})
         for row in read(run, str(file.record.table), [file]).to_pylist()
     }
 
@@ -101,7 +96,7 @@ def table_of(shard: Shard, table: str, found: Mapping[Key, Outcome] | Mapping[Ke
     reward = shard.reward
     of_all = {"iteration": shard.work.iteration, "name": reward.name, "weight": reward.weight}
     rows = [
-        {**of_all, "group_id": group, "sample_id": sample, **asdict(each)}
+        {**of_all, "group_id": group, "sample_id": sample, **each._asdict()}
         for (group, sample), each in found.items()
     ]
     return pa.Table.from_pylist(rows, schema=tables.schema(table))

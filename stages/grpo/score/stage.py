@@ -7,6 +7,7 @@ scored is a row with a status, never a silent zero. What a judge answered stands
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from grpo import sql
@@ -41,11 +42,11 @@ def after(run: ActiveRun, manifest: Manifest, opened: Scorers) -> None:
     """Raise as raise_for_failed(); say where the last round has not brought enough groups with signal."""
     raise_for_failed(run, f"score: iteration {manifest.iteration}", OUTPUT, manifest)
     rollouts = run.require("rollouts", manifest.iteration, "grpo generate")
-    wanted, rounds = _dynamic_sampling(rollouts), num_rounds(rollouts)
-    if wanted is None or rounds < wanted["max_rounds"]:
+    if "groups_with_signal" not in manifest.summary:
         return
+    wanted, rounds = rollouts.config["generate"]["dynamic_sampling"], num_rounds(rollouts)
     found = manifest.summary["groups_with_signal"]
-    if found < wanted["min_groups"]:
+    if found < wanted["min_groups"] and rounds >= wanted["max_rounds"]:
         run.console.say(
             f"score {manifest.iteration}: {found} of {wanted['min_groups']} groups with signal after {rounds}"
             " rounds (generate.dynamic_sampling.max_rounds); continuing with these"
@@ -57,7 +58,7 @@ def raise_for_failed(run: ActiveRun, where: str, table: str, manifest: Manifest)
 
     where: of what they are, as the message begins; it says how many failed, and the first of them.
     """
-    if not lacking(run, manifest):
+    if not manifest.summary["failed"] or run.config.score.on_error == "drop":
         return
     statuses: dict[str, int] = manifest.summary["statuses"]
     counts = ", ".join(f"{statuses[status]} {status}" for status in _FAILED if statuses.get(status))
@@ -74,43 +75,44 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Scorers) -
     """The `rewards` of one iteration: what of them is not there yet is scored."""
     rollouts = run.require("rollouts", iteration, "grpo generate")
     files = [File(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
-    work = Work(OUTPUT, judgements.TABLE, "part", iteration, files, staging.plan.inputs["prompts"])
-    ids, held = score(run, staging, opened, work)
+    prompts_id = staging.plan.inputs["prompts"]
+    held = score(run, opened, Work(staging, OUTPUT, judgements.TABLE, "part", iteration, files, prompts_id))
     summary = summary_of(run, held)
-    if _dynamic_sampling(rollouts) is not None:  # else nobody asks
+    if rollouts.config.get("generate", {}).get("dynamic_sampling") is not None:  # else nobody asks
         rewards = read(run, OUTPUT, staged(staging, held, OUTPUT))
         with staging.clock("signal"), sql.connect([run], iteration, ("rollouts",)) as connection:
             sql.register(connection, "_rewards_0", rewards)
             create_scored(connection, summary["weights"].values())
             summary["groups_with_signal"] = count_signal(connection)
         summary["rounds"] = num_rounds(rollouts)
+    scored = [record for record in held if record.table == OUTPUT]
+    ids = {
+        f"reward/{name}": id_of([record for record in scored if record.labels["reward"] == name])
+        for name in summary["weights"]
+    }
     return Product(ids, held, summary)
 
 
-def score(
-    run: ActiveRun, staging: Staging, opened: Scorers, work: Work
-) -> tuple[dict[str, str], list[FileRecord]]:
-    """Score what of `work` is not scored yet: the id of each reward, and all shards, judgements last."""
+def score(run: ActiveRun, opened: Scorers, work: Work) -> list[FileRecord]:
+    """Score what of `work` is not scored yet: all its shards, reward by reward, judgements last."""
+    staging = work.staging
     before = run.manifest(staging.plan.output, work.iteration)
-    earlier = None if _asked_again(run, staging, before) else before
+    again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
+    # A `--force` with nothing changed computes every reward anew.
+    earlier = None if again and not staging.only_failed and not lacking(run, before) else before
     scored: list[FileRecord] = []
     answered: list[FileRecord] = []
-    ids = {}
-    for reward in run.config.score.rewards:
-        own = []
-        for rollouts in work.rollouts:
-            shard = Shard(staging, work, reward, rollouts, earlier, len(scored) + len(own))
-            record = staging.committed(shard.name)
-            if record is None:
-                with staging.clock(reward.name):
-                    record = _score_shard(run, staging, opened, shard)
-                run.console.stop_requested()
-            own.append(record)
-            if (answers := staging.committed(shard.answers_name)) is not None:
-                answered.append(answers)
-        ids[f"reward/{reward.name}"] = id_of(own)
-        scored += own
-    return ids, [*scored, *answered]
+    for reward, rollouts in product(run.config.score.rewards, work.rollouts):
+        shard = Shard(work, reward, rollouts, earlier, len(scored))
+        record = staging.committed(shard.name)
+        if record is None:
+            with staging.clock(reward.name):
+                record = _score_shard(run, opened, shard)
+            run.console.stop_requested()
+        scored.append(record)
+        if (answers := staging.committed(shard.answers_name)) is not None:
+            answered.append(answers)
+    return [*scored, *answered]
 
 
 def summary_of(run: ActiveRun, held: list[FileRecord]) -> dict[str, Any]:
@@ -122,15 +124,9 @@ def summary_of(run: ActiveRun, held: list[FileRecord]) -> dict[str, Any]:
     return {"failed": _failed(statuses), "statuses": dict(statuses), "weights": weights}
 
 
-def _asked_again(run: ActiveRun, staging: Staging, before: Manifest | None) -> bool:
-    """Whether this is a `--force` with nothing changed: then every reward is computed anew."""
-    again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
-    return again and not staging.only_failed and not lacking(run, before)
-
-
-def _score_shard(run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard) -> FileRecord:
+def _score_shard(run: ActiveRun, opened: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
-    reward, old, work = shard.reward, shard.old, shard.work
+    reward, old, work, staging = shard.reward, shard.old, shard.work, shard.work.staging
     held = old.record.labels if old is not None else {}
     same = (held.get("reward"), held.get("weight")) == (reward.name, reward.weight)
     if old is not None and same and not _failed(held["statuses"]):
@@ -141,12 +137,11 @@ def _score_shard(run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard
     before = found_in(run, old, Outcome) if old is not None else {}
     kept = {key: outcome for key, outcome in before.items() if outcome.status not in _FAILED}
     if reward.judge is not None:
-        outcomes = judgements.score_by_judge(run, staging, opened, shard, rollouts, set(kept))
+        outcomes = judgements.score_by_judge(run, opened, shard, rollouts, set(kept))
     else:
         outcomes = dict(kept)
         todo = [rollout for rollout in rollouts if rollout.key not in kept]
-        title = f"{staging.plan.stage} {work.iteration} {reward.name}"
-        with run.console.progress(title, len(todo), "rollouts") as advance:
+        with run.console.progress(shard.title, len(todo), "rollouts") as advance:
             for rollout, outcome in scorers.score(run, opened, work.iteration, reward, todo):
                 outcomes[rollout.key] = outcome
                 advance(1)
@@ -159,9 +154,3 @@ def _score_shard(run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard
 
 def _failed(statuses: dict[str, int]) -> int:
     return sum(statuses.get(status, 0) for status in _FAILED)
-
-
-def _dynamic_sampling(rollouts: Manifest) -> dict[str, int] | None:
-    """generate.dynamic_sampling as the rollouts were planned with it."""
-    found: dict[str, int] | None = rollouts.config.get("generate", {}).get("dynamic_sampling")
-    return found

@@ -21,7 +21,8 @@ KEY = "sk-0123456789abcdef"
 
 def judge_of(endpoint: Endpoint, timeout_s: float = 20.0, **keys: Any) -> Judge:
     config = {"url": endpoint.url, "model": "judge-1", "rubric": "{response}", "retries": 2, **keys}
-    return Judge(RewardConfig.model_validate({"judge": config, "timeout_s": timeout_s}))
+    reward = RewardConfig.model_validate({"judge": config, "timeout_s": timeout_s})
+    return Judge(reward, "{response}")
 
 
 def by_key(questions: Iterable[str]) -> dict[Key, str]:

@@ -77,8 +77,7 @@ def _check_judge(run: ActiveRun, reward: RewardConfig, columns: list[str] | None
     name, needed = f"reward {reward.name}", "a judge with its rubric and its key (nothing is asked)"
     found = f"{reward.judge.model} at {reward.judge.url}"
     try:
-        rubric_of(reward, run.imports, columns)
-        Judge(reward).close()
+        Judge(reward, rubric_of(reward, run.imports, columns)).close()
     except GrpoError as error:
         return failed(name, found, needed, error)
     return Check(name, found, needed)

@@ -158,13 +158,11 @@ def _plain(text: str) -> str:
 
 
 def _number_behind(marker: re.Match[str], text: str) -> Decimal | None:
-    start = marker.end()
-    if marker["line"] is not None:
-        return _first_number(text[start : start + MAX_SENTENCE])
     if marker["boxed"] is not None:
         return _stated_number(marker["boxed"])
-    sentence = SENTENCE_END.split(text[start : start + MAX_SENTENCE], maxsplit=1)[0]
-    number = _stated_number(sentence)
+    start, number = marker.end(), None
+    if marker["sentence"] is not None:
+        number = _stated_number(SENTENCE_END.split(text[start : start + MAX_SENTENCE], maxsplit=1)[0])
     return _first_number(text, start) if number is None else number
 
 

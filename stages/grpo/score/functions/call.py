@@ -10,10 +10,9 @@ import numbers
 import pkgutil
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo.score.functions.built_in import BUILT_IN, Text
 from grpo.score.outcome import Outcome, one_line, outcome_of
@@ -22,8 +21,7 @@ from grpo.score.outcome import Outcome, one_line, outcome_of
 OURS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
-@dataclass(frozen=True)
-class GroupCall:
+class GroupCall(NamedTuple):
     """The rollouts of one group as a reward function sees them; every list has one element per rollout.
 
     prompts, completions: text, or lists of messages; completion_ids: response token ids;
@@ -108,11 +106,11 @@ def run(function: Callable[..., Any], arguments: dict[str, Any], group: GroupCal
 
 def describe(error: BaseException) -> str:
     """One line with the type and message of an exception, and the line of code that raised it."""
-    # A syntax error's own text has file and line; what traceback makes of it has the source, over four lines.
-    plain = isinstance(error, SyntaxError)
-    text = f"SyntaxError: {error}" if plain else " ".join(traceback.format_exception_only(error))
+    if isinstance(error, SyntaxError):  # has file and line; what traceback makes of it is four lines
+        return one_line(f"SyntaxError: {error}")
+    text = " ".join(traceback.format_exception_only(error))
     frames = traceback.extract_tb(error.__traceback__)
-    if frames and not isinstance(error, SyntaxError | ImportError):
+    if frames and not isinstance(error, ImportError):
         text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
     return one_line(text)
 
@@ -170,11 +168,9 @@ def _keyword_problem(
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             return f"{parameter.name!r} is positional-only; everything is passed by keyword"
-    if columns is None:
-        return None
-    given = {*OURS, *columns, *arguments}
+    given = {*OURS, *(columns or ()), *arguments}
     missing = [n for n, p in accepted.items() if p.default is p.empty and n not in given]
-    if not missing:
+    if columns is None or not missing:
         return None
     if "environments" in missing:
         return "needs environments, which TRL has for tools; there are no tools here, so it cannot be used"

@@ -6,6 +6,7 @@ interpreter lock can stop) starts behind the import; pebble's clock, with the im
 
 import signal
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, wait
@@ -20,7 +21,7 @@ from pebble import ProcessExpired, ProcessPool
 from grpo.config import RewardConfig
 from grpo.errors import EngineError, UsageError
 from grpo.score.functions import worker
-from grpo.score.functions.call import GroupCall
+from grpo.score.functions.call import GroupCall, find_problem
 from grpo.score.functions.source import find_file, source_sha256
 from grpo.score.outcome import Outcome, one_line
 
@@ -54,10 +55,9 @@ class FunctionPool:
         file, source = find_file(function, self._import_root), source_sha256(function, self._import_root)
         if self._sources.get(function, source) != source:
             self._restart()
-        problem: str | None
+        what, started = (function, reward.arguments, file, columns), time.perf_counter()
         try:
-            what = (function, reward.arguments, file, columns)
-            problem, import_s = self._result(self._start(worker.examine, what, IMPORT_TIMEOUT_S))
+            problem = self._result(self._start(find_problem, what, IMPORT_TIMEOUT_S))
         except TimeoutError:
             limit = f"within {IMPORT_TIMEOUT_S:g} s"
             problem = f"the import of its module did not end {limit}, or ended the process with status 0"
@@ -66,7 +66,8 @@ class FunctionPool:
         if problem is not None:
             raise UsageError(f"reward function {function!r}: {problem}")
         self._sources[function] = source
-        self._import_s[function] = max(import_s, self._import_s.get(function, 0.0))  # 0 where it was imported
+        known_s = self._import_s.get(function, 0.0)  # the worker of now may have imported it before
+        self._import_s[function] = max(known_s, time.perf_counter() - started)
 
     def score(self, reward: RewardConfig, groups: Iterable[GroupCall]) -> Iterator[list[Outcome]]:
         """Yield the outcomes of each group, in order; a bad rollout is an outcome, never an exception.

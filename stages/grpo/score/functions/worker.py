@@ -8,7 +8,6 @@ import faulthandler
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,6 @@ def start(import_root: str) -> None:
     sys.dont_write_bytecode = True
     os.dup2(2, 1)
     sys.stdout = sys.stderr
-
-
-def examine(*what: Any) -> tuple[str | None, float]:
-    """call.find_problem, and the seconds that it took: nearly all of them the import."""
-    started = time.perf_counter()
-    problem = call.find_problem(*what)
-    return problem, time.perf_counter() - started
 
 
 def score(

@@ -19,7 +19,7 @@ TABLE = "judgements"
 
 
 def score_by_judge(
-    run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard, rollouts: list[Rollout], kept: set[Key]
+    run: ActiveRun, opened: Scorers, shard: Shard, rollouts: list[Rollout], kept: set[Key]
 ) -> dict[Key, Outcome]:
     """The outcomes of a shard, once its judgements are committed.
 
@@ -27,12 +27,16 @@ def score_by_judge(
     Interrupted, with what was answered committed, when a signal asked to stop.
     """
     assert shard.reward.judge is not None
-    rubric, table = opened.rubrics[shard.reward.name], shard.work.answers_table
+    staging, table, rubric = (
+        shard.work.staging,
+        shard.work.answers_table,
+        opened.judges[shard.reward.name].rubric,
+    )
     asked = {each.key: question(rubric, each.prompt, each.response, each.columns) for each in rollouts}
     record = staging.committed(shard.answers_name)
     if record is None:
         questions = {key: text for key, text in asked.items() if text is not None}
-        answers = _answers(run, staging, opened, shard, questions, kept)
+        answers = _answers(run, opened, shard, questions, kept)
         data = table_of(shard, table, {key: answers[key] for key in questions})
         labels = {"reward": shard.reward.name, "rubric": rubric}
         record = staging.write_table(table, shard.answers_name, data, shard.asked, **labels)
@@ -44,9 +48,10 @@ def score_by_judge(
 
 
 def _answers(
-    run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard, questions: dict[Key, str], kept: set[Key]
+    run: ActiveRun, opened: Scorers, shard: Shard, questions: dict[Key, str], kept: set[Key]
 ) -> dict[Key, Judgement]:
     """Of an earlier output, of a try that was cut off, and else asked for now, a batch at a time."""
+    staging, table = shard.work.staging, shard.work.answers_table
     earlier = found_in(run, shard.old_answers, Judgement) if shard.old_answers is not None else {}
     fine = {key for key, said in earlier.items() if said.status == "ok"}
     answers = {key: earlier[key] for key in (fine if shard.old is None else fine & kept)}
@@ -58,14 +63,12 @@ def _answers(
             break
         answers |= _staged(staging, record)
     todo = {key: text for key, text in questions.items() if key not in answers}
-    title = f"{staging.plan.stage} {shard.work.iteration} {shard.reward.name}"
     # Closed at once, whatever goes wrong here: requests must not outlive the judge's event loop.
     with (
         closing(opened.judges[shard.reward.name].ask(todo, run.console.is_stopping)) as arriving,
-        run.console.progress(title, len(todo), "questions") as advance,
+        run.console.progress(shard.title, len(todo), "questions") as advance,
     ):
         for batch in arriving:
-            table = shard.work.answers_table
             staging.write_table(table, name, table_of(shard, table, batch))
             name = next(names)
             answers |= batch

@@ -13,7 +13,6 @@ from typing import Any
 from grpo.config import RewardConfig
 from grpo.errors import UsageError
 from grpo.score.judge.completion import Judgement, failure, judgement_of
-from grpo.score.judge.rubric import where
 from grpo.score.outcome import Key
 
 # What a kill loses: answers wait this long, or for this many, until they are handed on to be committed.
@@ -22,27 +21,29 @@ BATCH_S, BATCH_ANSWERS = 1.0, 64
 MAX_FAILURES_IN_A_ROW = 32
 LONGEST_PAUSE_S = 120.0  # that the openai package waits when Retry-After asks for it
 _OF_ONE_QUESTION = (400, 413, 422)  # statuses that say nothing of the others
+_UnderWay = dict[asyncio.Task[Judgement], Key]
 
 
 class Judge:
     """The endpoint of a reward; connections stay open between calls. Calls come from one thread.
 
-    Raises UsageError where the `openai` package or the key is missing.
+    rubric: its text. Raises UsageError where the `openai` package or the key is missing.
     """
 
-    def __init__(self, reward: RewardConfig) -> None:
+    def __init__(self, reward: RewardConfig, rubric: str) -> None:
         assert reward.judge is not None
+        self.rubric = rubric
+        place = f"score.rewards: {reward.name}: judge"
         try:
             import openai
         except ImportError as error:
             how = "pip install 'grpo-stages[judge]'"
-            raise UsageError(f"{where(reward)}: judge: needs the package openai ({error}); {how}") from None
+            raise UsageError(f"{place}: needs the package openai ({error}); {how}") from None
         self._config = config = reward.judge
         self._timeout_s = reward.timeout_s  # of one request
         self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
         if config.api_key_env and not self._key:
-            found = f"{config.api_key_env} is not set in the environment"
-            raise UsageError(f"{where(reward)}: judge.api_key_env: {found}")
+            raise UsageError(f"{place}.api_key_env: {config.api_key_env} is not set in the environment")
         self._interval_s = 60 / config.requests_per_minute if config.requests_per_minute else 0.0
         self._next_turn = 0.0
         self._client = openai.AsyncOpenAI(
@@ -69,18 +70,18 @@ class Judge:
         """
         self._failures = 0
         remaining = iter(questions.items())
-        under_way: dict[asyncio.Task[Judgement], Key] = {}
+        under_way: _UnderWay = {}
         try:
             while batch := self._loop.run(self._batch(remaining, under_way, stopping)):
                 yield batch
         finally:
-            self._loop.run(_cancel(under_way))
+            for task in under_way:
+                task.cancel()
+            if under_way:
+                self._loop.run(asyncio.wait(under_way))
 
     async def _batch(
-        self,
-        remaining: Iterator[tuple[Key, str]],
-        under_way: "dict[asyncio.Task[Judgement], Key]",
-        stopping: Callable[[], bool],
+        self, remaining: Iterator[tuple[Key, str]], under_way: _UnderWay, stopping: Callable[[], bool]
     ) -> dict[Key, Judgement]:
         """What has come in the second after the first to come; empty when all is done."""
         clock = asyncio.get_running_loop().time
@@ -103,9 +104,7 @@ class Judge:
 
     async def _ask(self, question: str) -> Judgement:
         if self._failures >= MAX_FAILURES_IN_A_ROW:
-            return Judgement(
-                "error", error=f"judge: not asked, since {self._failures} requests in a row failed"
-            )
+            return failure("error", f"not asked, since {self._failures} requests in a row failed")
         judgement, works = await self._request(question)
         self._failures = 0 if works else self._failures + 1
         return judgement
@@ -143,9 +142,3 @@ class Judge:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
-
-
-async def _cancel(under_way: "dict[asyncio.Task[Judgement], Key]") -> None:
-    for task in under_way:
-        task.cancel()
-    await asyncio.gather(*under_way, return_exceptions=True)

@@ -4,16 +4,14 @@ Endpoints differ, and the `openai` package does not check what it is sent: what 
 """
 
 import json
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from grpo.score.outcome import one_line
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(NamedTuple):
     """What came back for one question. status: `ok` (an answer), `error` or `timeout` (`error` says why)."""
 
     status: str

@@ -22,11 +22,6 @@ PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
 _SHOWN = 80  # characters of an answer in an error; the whole of it is in `judgements`
 
 
-def where(reward: RewardConfig) -> str:
-    """A reward in a message."""
-    return f"score.rewards: {reward.name}"
-
-
 def rubric_of(reward: RewardConfig, folder: Path, columns: Collection[str] | None = None) -> str:
     """The text of a judge's rubric, or of the file in `folder` that it names.
 
@@ -34,7 +29,7 @@ def rubric_of(reward: RewardConfig, folder: Path, columns: Collection[str] | Non
     is no use, and for a rubric that asks for no response, or for what is not there.
     """
     assert reward.judge is not None
-    text, place = reward.judge.rubric, f"{where(reward)}: rubric"
+    text, place = reward.judge.rubric, f"score.rewards: {reward.name}: rubric"
     if FILE.fullmatch(text):
         path = folder / text
         text = read_text(path, f"{place} {path}")
