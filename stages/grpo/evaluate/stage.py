@@ -1,8 +1,7 @@
 """evaluation: policy + eval_prompts -> eval_rollouts, eval_rewards, both in one output.
 
 By the engine, the weight_sync and the rewards of training. Every held-out prompt is sampled, with the same
-seeds for each policy, so that what changes from one to the next is the policy. Nothing reads it, so it makes
-nothing stale.
+seeds for each policy: what changes is the policy. No stage reads the result, so it makes nothing stale.
 """
 
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from grpo import sql
+from grpo.advantage import plan as advantage
 from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id_of, lacking
 from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, config_of, settings
 from grpo.generate import plan as generate
@@ -64,7 +64,8 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
     rewards = scoring.score(run, scorers._replace(prompts=prompts), wanted)
     held = [*rollouts, *rewards]
     with staging.clock("measure"):
-        summary = {**measure(run, policy, staging, held), **scoring.summary_of(run, rewards), **engine}
+        measured = measure(run, policy, staging, held, resources(advantage.NAME, beside=True))
+    summary = {**measured, **scoring.summary_of(run, rewards), **engine}
     return Product({OUTPUT: id_of(held)}, held, summary)
 
 
@@ -95,15 +96,17 @@ def _sampled(
     )
 
 
-def measure(run: ActiveRun, policy: int, staging: Staging, held: list[FileRecord]) -> dict[str, Any]:
+def measure(
+    run: ActiveRun, policy: int, staging: Staging, held: list[FileRecord], connection: sql.Connection
+) -> dict[str, Any]:
     """The row of `evals` of what is staged: the same SQL that everyone asks later, over the same files."""
     row = {"iteration": policy, "same_prompts": True, **settings(run)}
     views = {table: read(run, table, staged(staging, held, table)) for table in (ROLLOUTS, REWARDS)}
     views["_eval_settings"] = pa.Table.from_pylist([row], schema=sql.SETTINGS)
-    with sql.connect([run], policy, ()) as connection:
-        for view, data in views.items():
-            sql.register(connection, f"_{view}_0", data)
-        found = sql.query(connection, "select * exclude (run, iteration) from evals")
+    sql.turn_to(connection, policy)
+    for view, data in views.items():
+        sql.register(connection, f"_{view}_0", data)
+    found = sql.query(connection, "select * exclude (run, iteration) from evals")
     [values] = found.to_pylist(maps_as_pydicts="strict")
     return {
         name: {str(key): each for key, each in value.items()} if isinstance(value, dict) else value

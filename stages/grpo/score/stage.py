@@ -149,7 +149,7 @@ def _score_shard(run: ActiveRun, opened: Scorers, shard: Shard) -> FileRecord:
     statuses = dict(Counter(outcome.status for outcome in ordered.values()))
     labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
     data = table_of(shard, work.table, ordered)
-    return staging.write_table(work.table, shard.name, data, shard.unit, **labels)
+    return staging.write_shard(work.table, shard.name, data, shard.unit, **labels)
 
 
 def _failed(statuses: dict[str, int]) -> int:

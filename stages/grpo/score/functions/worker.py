@@ -1,7 +1,6 @@
 """worker: one reward call inside a worker process, under a watchdog; it starts often, so it imports little.
 
-Whatever the user's code raises comes back as plain data: an exception that cannot be unpickled would break
-the pool.
+What the user's code raises comes back as plain data: an exception that cannot be unpickled breaks the pool.
 """
 
 import faulthandler

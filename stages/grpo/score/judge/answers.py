@@ -1,8 +1,7 @@
 """answers: what a judge answers about one shard of rollouts, kept as it comes.
 
-Every batch is committed before the next one is waited for: a killed score asks only what was under way. In
-the end they are one file of `judgements`. Another pattern, scale or weight reads them again; only what failed
-is asked again.
+Every batch is committed before the next one is waited for: a killed score asks only what was under way. At
+the end they are one file. Another pattern, scale or weight reads it again; only what failed is asked again.
 """
 
 from contextlib import closing
@@ -27,11 +26,8 @@ def score_by_judge(
     Interrupted, with what was answered committed, when a signal asked to stop.
     """
     assert shard.reward.judge is not None
-    staging, table, rubric = (
-        shard.work.staging,
-        shard.work.answers_table,
-        opened.judges[shard.reward.name].rubric,
-    )
+    staging, table = shard.work.staging, shard.work.answers_table
+    rubric = opened.judges[shard.reward.name].rubric
     asked = {each.key: question(rubric, each.prompt, each.response, each.columns) for each in rollouts}
     record = staging.committed(shard.answers_name)
     if record is None:
@@ -39,7 +35,7 @@ def score_by_judge(
         answers = _answers(run, opened, shard, questions, kept)
         data = table_of(shard, table, {key: answers[key] for key in questions})
         labels = {"reward": shard.reward.name, "rubric": rubric}
-        record = staging.write_table(table, shard.answers_name, data, shard.asked, **labels)
+        record = staging.write_shard(table, shard.answers_name, data, shard.asked, **labels)
     outcomes = dict.fromkeys(asked, Outcome(None, "not_applicable"))
     for key, said in _staged(staging, record).items():
         read = None if said.answer is None else read_score(shard.reward.judge, said.answer)
@@ -69,7 +65,7 @@ def _answers(
         run.console.progress(shard.title, len(todo), "questions") as advance,
     ):
         for batch in arriving:
-            staging.write_table(table, name, table_of(shard, table, batch))
+            staging.write_shard(table, name, table_of(shard, table, batch))
             name = next(names)
             answers |= batch
             advance(len(batch))
