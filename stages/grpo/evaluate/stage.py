@@ -1,20 +1,18 @@
 """evaluation: policy + eval_prompts -> eval_rollouts, eval_rewards, both in one output.
 
-By the engine, the weight_sync and the rewards of training, whose tools it borrows. What differs is what is
-sampled: every held-out prompt, with seeds that are the same for each policy, so that what changes from one
-policy to the next is the policy. Nothing reads the result, so it never makes anything stale.
+By the engine, the weight_sync and the rewards of training. Every held-out prompt is sampled, with the same
+seeds for each policy: what changes is the policy. No stage reads the result, so it makes nothing stale.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
-from grpo import sql, tables
+from grpo import sql
 from grpo.advantage import plan as advantage
-from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Run, Staging, id_of, lacking
-from grpo.errors import EngineError
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id_of, lacking
 from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, config_of, settings
 from grpo.generate import plan as generate
 from grpo.generate import sampling
@@ -24,30 +22,19 @@ from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
 from grpo.score import plan as score
 from grpo.score import stage as scoring
-from grpo.score.judge.rubric import rubric_of
-from grpo.score.scorers import Scorers, columns_of, spec_of
-from grpo.score.shard import File, Work
+from grpo.score.scorers import check_columns
+from grpo.score.shard import Work, read, staged
 
-
-class Resources(Protocol):
-    """What the stages keep open: an evaluation opens nothing of its own."""
-
-    def __call__(self, stage: str, beside: bool = False) -> Any:
-        """The resource of a stage. beside: it needs no accelerator, so that whoever is there may stay."""
+Resources = Callable[..., Any]
+"""What the stages keep open, as pipeline/resources.py lends it: an evaluation opens nothing of its own."""
 
 
 def check(run: ActiveRun, until: int, resources: Resources) -> None:
     """Raise UsageError (exit 2) for a reward that cannot do with the columns of the held-out prompts."""
-    scorers: Scorers = resources(score.NAME)
-    columns = columns_of(run.read(HELD_OUT, None))
-    for reward in run.config.score.rewards:
-        if reward.function is not None:
-            scorers.pool.check(spec_of(reward), columns)
-        if reward.judge is not None:
-            rubric_of(reward, run.imports, columns)
+    check_columns(run, resources(score.NAME).pool, run.read(HELD_OUT, None))
 
 
-def open_resource(run: Run) -> AbstractContextManager[None]:
+def open_resource(run: ActiveRun) -> AbstractContextManager[None]:
     """Nothing of its own: it is given what the stages keep open."""
     return nullcontext()
 
@@ -58,8 +45,7 @@ def release(opened: Resources) -> None:
 
 def after(run: ActiveRun, manifest: Manifest, opened: Resources) -> None:
     """Raise EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop."""
-    if lacking(run, manifest):
-        raise EngineError(scoring.complaint(run, f"evaluate: policy {manifest.iteration}", REWARDS, manifest))
+    scoring.raise_for_failed(run, f"evaluate: policy {manifest.iteration}", REWARDS, manifest)
 
 
 def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources) -> Product:
@@ -76,12 +62,10 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
     rollouts, engine = sampling.sample(run, staging, sampler, work)
     # A reward model takes the engine's place on the accelerator; functions leave it where it is.
     scorers = resources(score.NAME, beside=all(reward.model is None for reward in run.config.score.rewards))
-    scorers = replace(scorers, prompts=prompts, columns=columns_of(prompts))
-    files = [File(record, staging.folder / record.name) for record in rollouts]
+    files = staged(staging, rollouts, ROLLOUTS)
     prompts_id = staging.plan.user_files["evaluate.prompts"]
-    _, rewards = scoring.score(
-        run, staging, scorers, Work(REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id, before)
-    )
+    wanted = Work(staging, REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id)
+    rewards = scoring.score(run, scorers._replace(prompts=prompts), wanted)
     held = [*rollouts, *rewards]
     with staging.clock("measure"):
         measured = measure(run, policy, staging, held, resources(advantage.NAME, beside=True))
@@ -118,20 +102,14 @@ def measure(
     run: ActiveRun, policy: int, staging: Staging, held: list[FileRecord], connection: sql.Connection
 ) -> dict[str, Any]:
     """The row of `evals` of what is staged: the same SQL that everyone asks later, over the same files."""
-    wanted = settings(run)
-    row = {"iteration": policy, "same_prompts": True, **wanted}
-    found = {"_eval_settings": pa.Table.from_pylist([row], schema=sql.SETTINGS)}
-    for table in (ROLLOUTS, REWARDS):
-        records = [(record, staging.folder / record.name) for record in held if record.table == table]
-        for record, path in records:
-            run.verify(record, path)
-        found[table] = tables.decode(table, ((path, path.read_bytes()) for _, path in records))
+    row = {"iteration": policy, "same_prompts": True, **settings(run)}
+    views = {table: read(run, table, staged(staging, held, table)) for table in (ROLLOUTS, REWARDS)}
+    views["_eval_settings"] = pa.Table.from_pylist([row], schema=sql.SETTINGS)
     sql.turn_to(connection, policy)
-    for view, data in found.items():
+    for view, data in views.items():
         sql.register(connection, f"_{view}_0", data)
-    [values] = sql.query(connection, "select * exclude (run, iteration) from evals").to_pylist(
-        maps_as_pydicts="strict"
-    )
+    found = sql.query(connection, "select * exclude (run, iteration) from evals")
+    [values] = found.to_pylist(maps_as_pydicts="strict")
     return {
         name: {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
         for name, value in values.items()

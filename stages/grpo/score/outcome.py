@@ -1,24 +1,31 @@
 """outcome: what scoring one rollout gave. Imports nothing heavy: workers and the reward model both use it."""
 
+import math
 import unicodedata
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_ERROR_CHARACTERS = 500  # an error is a table cell and a terminal line, not a log
 
+Key = tuple[int, int]
+"""(group_id, sample_id): unique within an iteration."""
 
-@dataclass(frozen=True)
-class Outcome:
+
+class Outcome(NamedTuple):
     """The reward of one rollout, or why there is none.
 
     value: finite when status is `ok`, else None. status: `ok`; `error` (raised, crashed, or gave something
     that is no number); `timeout`; `nonfinite` (NaN or infinite); `not_applicable` (the function gave None).
     error: one line of at most 500 characters; None for `ok` and `not_applicable`.
-    Example: Outcome(None, "error", "ZeroDivisionError: division by zero (reward.py, line 7)").
     """
 
     value: float | None
     status: str
     error: str | None = None
+
+
+def outcome_of(value: float, who: str) -> Outcome:
+    """The outcome of a number; who: gave it, as an error begins."""
+    return Outcome(value, "ok") if math.isfinite(value) else Outcome(None, "nonfinite", f"{who} {value}")
 
 
 def one_line(text: str) -> str:

@@ -52,13 +52,7 @@ def _source(run: ActiveRun, reward: RewardConfig) -> str:
     return run.checkpoint_id(str(reward.model))
 
 
-def configured(
-    reward: RewardConfig, without: set[str], without_of_judge: Collection[str] = ()
-) -> dict[str, Any]:
-    """The configuration of a reward as part of a fingerprint: a judge's is there for judges alone."""
-    found = reward.model_dump(exclude=without)
-    if reward.judge is None:
-        del found["judge"]
-    else:
-        found["judge"] = reward.judge.model_dump(exclude={*TRANSPORT, *without_of_judge})
-    return found
+def configured(reward: RewardConfig, without: set[str], of_judge: Collection[str] = ()) -> dict[str, Any]:
+    """The configuration of a reward as part of a fingerprint. of_judge: what of a judge's own is left out."""
+    judge: Any = {*TRANSPORT, *of_judge} if reward.judge is not None else True
+    return reward.model_dump(exclude={**dict.fromkeys(without, True), "judge": judge})

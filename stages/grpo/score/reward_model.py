@@ -1,11 +1,11 @@
-"""reward_model: prompts + responses -> one number per rollout, from a classifier checkpoint
+"""reward_model: prompts + responses -> one number per rollout, from a classifier checkpoint with one label.
 
-A reward model is a Hugging Face sequence classifier with one label. Texts go through its own tokenizer and
-chat template, never the policy's. B rows, T tokens.
+Texts go through its own tokenizer and chat template, never the policy's. B rows, T tokens.
 """
 
-import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from grpo.config.score import MODEL_TIMEOUT_S
-from grpo.errors import CorruptError, InputError
+from grpo.errors import CorruptError, EngineError, InputError
 from grpo.models.loading import context_length, load_tokenizer
-from grpo.score.functions.built_in import Text
-from grpo.score.functions.deadline import deadline
-from grpo.score.outcome import Outcome, one_line
+from grpo.score.functions.built_in import Text, Texts
+from grpo.score.outcome import Outcome, one_line, outcome_of
 
 NO_LIMIT = 10**30  # as tokenizers say it
 
@@ -52,73 +52,60 @@ class RewardModel:
 
     def score(
         self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
+        prompts: Texts,
+        completions: Texts,
         max_tokens_per_batch: int,
         timeout_s: float = MODEL_TIMEOUT_S,
     ) -> list[Outcome]:
         """Outcomes in the order of the rollouts.
 
         max_tokens_per_batch: rows x longest row, padding included; memory only, it never changes a value
-        beyond rounding. A rollout that is longer than the model's context is an `error`, never cut.
-        timeout_s: of one batch; one that takes longer ends the command (see deadline.py).
+        beyond rounding. timeout_s: of one batch; one that takes longer ends the command.
         """
         self._model.to(self._device)
-        outcomes: dict[int, Outcome] = {}
-        rows: dict[int, list[int]] = {}
-        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            try:
-                rows[index] = self._token_ids(prompt, completion)
-            except TemplateError as error:
-                text = f"the reward model's chat template refuses the messages: {error}"
-                outcomes[index] = Outcome(None, "error", one_line(text))
-                continue
-            problem = self._length_problem(len(rows[index]))
-            if problem is not None:
-                outcomes[index] = Outcome(None, "error", problem)
-                del rows[index]
+        read = dict(enumerate(map(self._token_ids, prompts, completions)))
+        outcomes = {place: Outcome(None, "error", row) for place, row in read.items() if isinstance(row, str)}
+        rows = {place: row for place, row in read.items() if not isinstance(row, str)}
         for batch in _batches(rows, max_tokens_per_batch):
-            text = (
-                f"{self._where}: a batch of {len(batch)} rollouts took longer than timeout_s, {timeout_s:g} s"
-            )
-            with deadline(timeout_s, f"{text}; allow it more, or fewer score.max_tokens_per_batch"):
-                values = self._values([rows[index] for index in batch])
-            outcomes.update(zip(batch, map(_outcome, values), strict=True))
-        return [outcomes[index] for index in range(len(prompts))]
+            late = f"a batch of {len(batch)} rollouts took longer than timeout_s, {timeout_s:g} s"
+            way_out = "allow it more, or fewer score.max_tokens_per_batch"
+            with _deadline(timeout_s, f"{self._where}: {late}; {way_out}"):
+                values = self._values([rows[place] for place in batch])
+            for place, value in zip(batch, values, strict=True):
+                outcomes[place] = outcome_of(value, "the reward model gave")
+        return [outcomes[place] for place in read]
 
-    def _token_ids(self, prompt: Text, completion: Text) -> list[int]:
-        """The whole conversation through the chat template; without one, the texts behind each other."""
+    def _token_ids(self, prompt: Text, completion: Text) -> list[int] | str:
+        """The whole conversation through the chat template, or what is wrong with it; it is never cut.
+
+        Without a template, the texts behind each other.
+        """
         messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
-        if self._tokenizer.chat_template is not None:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        else:
+        if self._tokenizer.chat_template is None:
             separator = "" if isinstance(prompt, str) else "\n"
             text = separator.join(message["content"] or "" for message in messages)
-        # A template writes its special tokens itself; adding them again would double the first one.
-        add_special_tokens = self._tokenizer.chat_template is None
-        token_ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        return token_ids
-
-    def _length_problem(self, num_tokens: int) -> str | None:
-        if num_tokens == 0:
+            token_ids = self._tokenizer(text)["input_ids"]
+        else:
+            try:
+                # It adds no special tokens to those that the template has written.
+                token_ids = self._tokenizer.apply_chat_template(messages)["input_ids"]
+            except TemplateError as error:
+                return one_line(f"the reward model's chat template refuses the messages: {error}")
+        if not token_ids:
             return "prompt and response together are no tokens"
-        if num_tokens > self._max_tokens:
-            return (
-                f"prompt and response are {num_tokens} tokens, "
-                f"the reward model's context is {self._max_tokens}"
-            )
-        return None
+        if len(token_ids) > self._max_tokens:
+            context = f"the reward model's context is {self._max_tokens}"
+            return f"prompt and response are {len(token_ids)} tokens, {context}"
+        return list(token_ids)
 
     @torch.inference_mode()
     def _values(self, rows: Sequence[Sequence[int]]) -> list[float]:
         pad_token_id = self._pad_for(rows)
-        longest = max(map(len, rows))
-        token_ids_BT = torch.tensor([[*row, *[pad_token_id] * (longest - len(row))] for row in rows])
-        mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        ids = [torch.tensor(row) for row in rows]
+        token_ids_BT = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(self._device)
+        mask_BT = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(self._device)
         self._text_config.pad_token_id = pad_token_id
-        logits_B1 = self._model(
-            input_ids=token_ids_BT.to(self._device), attention_mask=mask_BT.to(self._device)
-        ).logits
+        logits_B1 = self._model(input_ids=token_ids_BT, attention_mask=mask_BT).logits
         self._text_config.pad_token_id = self._pad_token_id
         values: list[float] = logits_B1.float()[:, 0].tolist()
         return values
@@ -130,9 +117,27 @@ class RewardModel:
         end-of-sequence token it would read the one before, and where there is none it refuses batches.
         """
         last_tokens = {row[-1] for row in rows}
-        if self._pad_token_id is not None and self._pad_token_id not in last_tokens:
-            return self._pad_token_id
-        return next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
+        candidates: list[int | None] = [self._pad_token_id, *range(len(rows) + 1)]
+        return next(each for each in candidates if each is not None and each not in last_tokens)
+
+
+@contextmanager
+def _deadline(seconds: float, message: str) -> Iterator[None]:
+    """Raise EngineError (exit 8) in a thread beside this one when the block takes longer than `seconds`.
+
+    Nothing interrupts what hangs in C or on a GPU: cli/entry.py ends the process when a thread raises.
+    """
+
+    def end() -> None:
+        raise EngineError(message)
+
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _load_classifier(directory: Path, device: str) -> Any:
@@ -179,19 +184,10 @@ def _messages(text: Text, role: str) -> list[Mapping[str, Any]]:
 def _batches(rows: Mapping[int, Sequence[int]], max_tokens_per_batch: int) -> Iterator[list[int]]:
     """Indices of rows, the longest first; rows x longest row is within the budget, but for a single row."""
     batch: list[int] = []
-    longest = 0
     for index in sorted(rows, key=lambda index: -len(rows[index])):
-        if batch and longest * (len(batch) + 1) > max_tokens_per_batch:
+        if batch and len(rows[batch[0]]) * (len(batch) + 1) > max_tokens_per_batch:
             yield batch
             batch = []
-        if not batch:
-            longest = len(rows[index])
         batch.append(index)
     if batch:
         yield batch
-
-
-def _outcome(value: float) -> Outcome:
-    if math.isfinite(value):
-        return Outcome(value, "ok")
-    return Outcome(None, "nonfinite", f"the reward model gave {value}")

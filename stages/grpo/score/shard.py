@@ -1,14 +1,20 @@
-"""shard: one reward over one shard of rollouts, and what an earlier output holds of it."""
+"""shard: one reward over one shard of rollouts, what an earlier output holds of it, and its rows."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
+
+import pyarrow as pa
 
 from grpo import tables
 from grpo.artifacts import FileRecord, Manifest, Run, Staging, digest
 from grpo.config import RewardConfig
 from grpo.config.score import READING
+from grpo.score.judge.completion import Judgement
+from grpo.score.outcome import Key, Outcome
 from grpo.score.plan import STAGE_VERSION, configured
+
+_Found = TypeVar("_Found", Outcome, Judgement)
 
 
 class File(NamedTuple):
@@ -18,89 +24,79 @@ class File(NamedTuple):
     path: Path
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is to be scored: the rollouts of an iteration, or those that a policy is evaluated by."""
+class Work(NamedTuple):
+    """What is to be scored: the rollouts of an iteration, or those that a policy is evaluated by.
 
-    table: str
-    """rewards, or eval_rewards."""
-    answers_table: str
-    """judgements, or eval_judgements."""
+    rollouts: shards, committed or staged with what is scored; prefix: of the names of the files of `table`.
+    """
+
+    staging: Staging
+    table: str  # rewards, or eval_rewards
+    answers_table: str  # judgements, or eval_judgements
     prefix: str
-    """What the names of the files of `table` begin with."""
     iteration: int
     rollouts: list[File]
-    """Shards of rollouts, and where they are: committed, or staged with what is scored."""
     prompts_id: str
-    before: Manifest | None
-    """The output that this one replaces: what it holds already is not computed again."""
 
 
-@dataclass(frozen=True)
 class Shard:
     """One reward over one shard of rollouts, the `index`-th shard of the output.
 
     unit: digest of all that its values depend on; asked: of all that a judge's answers depend on. old,
-    old_answers: the shards of an earlier output that have the same.
+    old_answers: the shards of the `earlier` output that have the same, its own before those of another name.
     """
 
-    work: Work
-    index: int
-    reward: RewardConfig
-    rollouts: File
-    unit: str
-    asked: str
-    old: File | None
-    old_answers: File | None
+    def __init__(
+        self, work: Work, reward: RewardConfig, rollouts: File, earlier: Manifest | None, index: int
+    ) -> None:
+        staging = work.staging
+        self.work, self.reward, self.rollouts, self.index = work, reward, rollouts, index
+        self.name = staging.file_name(work.prefix, index)
+        self.answers_name = staging.file_name(work.answers_table, index)
+        self.title = f"{staging.plan.stage} {work.iteration} {reward.name}"
+        apart = {"name", "weight", "timeout_s"}  # what no value depends on
+        source = staging.plan.user_files[f"score.rewards.{reward.name}"]  # of a judge, the text of its rubric
+        known = [source, rollouts.record.sha256, work.prompts_id]
+        self.unit = digest([STAGE_VERSION, configured(reward, apart, {"rubric"}), *known])
+        self.asked = digest([STAGE_VERSION, configured(reward, apart, {"rubric", *READING}), *known])
 
-    def name(self, staging: Staging) -> str:
-        """The file of its rewards."""
-        return staging.file_name(self.work.prefix, self.index)
+        def held(table: str, unit: str) -> File | None:
+            files = [file for file in (earlier.files if earlier else []) if file.unit == unit]
+            found = [file for file in files if file.table == table]
+            found.sort(key=lambda file: file.labels["reward"] != reward.name)
+            path_of = staging.run.path_of
+            return File(found[0], path_of(found[0], staging.plan.output, work.iteration)) if found else None
 
-    def answers_name(self, staging: Staging) -> str:
-        """The file of what a judge answered."""
-        return staging.file_name(self.work.answers_table, self.index)
-
-
-def shard_of(
-    staging: Staging,
-    work: Work,
-    reward: RewardConfig,
-    rollouts: File,
-    earlier: Manifest | None,
-    index: int,
-) -> Shard:
-    """earlier: the output whose rows may be kept."""
-    apart = {"name", "weight", "timeout_s"}  # what no value depends on
-    source = staging.plan.user_files[f"score.rewards.{reward.name}"]
-    read = [source, rollouts.record.sha256, work.prompts_id]
-    where = {"rubric"} if reward.judge is not None else set()  # its text is the source
-    unit = digest([STAGE_VERSION, configured(reward, apart, where), *read])
-    asked = digest([STAGE_VERSION, configured(reward, apart, {*where, *READING}), *read])
-    held = earlier.files if earlier else []
-    old = [file for file in held if file.table == work.table and file.unit == unit]
-    answers = [file for file in held if file.table == work.answers_table and file.unit == asked]
-    answers.sort(key=lambda file: file.labels["reward"] != reward.name)  # its own first
-
-    def first(found: list[FileRecord]) -> File | None:
-        path = staging.run.path_of(found[0], staging.plan.output, work.iteration) if found else None
-        return None if path is None else File(found[0], path)
-
-    return Shard(
-        work=work,
-        index=index,
-        reward=reward,
-        rollouts=rollouts,
-        unit=unit,
-        asked=asked,
-        old=first(old),
-        old_answers=first(answers),
-    )
+        self.old = held(work.table, self.unit)
+        self.old_answers = held(work.answers_table, self.asked)
 
 
-def rows_of(run: Run, file: File, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of one committed file, verified."""
-    run.verify(file.record, file.path)
-    data = tables.decode(str(file.record.table), [(file.path, file.path.read_bytes())], columns)
-    rows: list[dict[str, Any]] = data.to_pylist()
-    return rows
+def staged(staging: Staging, records: list[FileRecord], table: str) -> list[File]:
+    """Those of a table among the files of an output that is not committed yet."""
+    return [File(record, staging.folder / record.name) for record in records if record.table == table]
+
+
+def read(run: Run, table: str, files: Sequence[File], columns: list[str] | None = None) -> pa.Table:
+    """The rows of files, verified."""
+    for file in files:
+        run.verify(file.record, file.path)
+    return tables.decode(table, ((file.path, file.path.read_bytes()) for file in files), columns)
+
+
+def found_in(run: Run, file: File, kind: type[_Found]) -> dict[Key, _Found]:
+    """What the rows of a file say of each rollout."""
+    return {
+        (row["group_id"], row["sample_id"]): kind(**{name: row[name] for name in kind._fields})
+        for row in read(run, str(file.record.table), [file]).to_pylist()
+    }
+
+
+def table_of(shard: Shard, table: str, found: Mapping[Key, Outcome] | Mapping[Key, Judgement]) -> pa.Table:
+    """The rows that say so: from_pylist() takes of each what the table has a column for."""
+    reward = shard.reward
+    of_all = {"iteration": shard.work.iteration, "name": reward.name, "weight": reward.weight}
+    rows = [
+        {**of_all, "group_id": group, "sample_id": sample, **each._asdict()}
+        for (group, sample), each in found.items()
+    ]
+    return pa.Table.from_pylist(rows, schema=tables.schema(table))

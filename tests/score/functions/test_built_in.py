@@ -180,7 +180,7 @@ def test_regex_format_refuses_a_broken_pattern() -> None:
 def test_length_penalty_is_zero_then_linear_then_minus_one() -> None:
     # Free up to 100 - 40 = 60; 70 is 10 of 40 into the buffer, 80 is 20 of 40, 100 and above are all of it.
     ids = [[1] * length for length in (0, 60, 70, 80, 100, 150)]
-    rewards = length_penalty(["p"] * 6, ["r"] * 6, ids, max_tokens=100, buffer_tokens=40)
+    rewards = length_penalty(ids, max_tokens=100, buffer_tokens=40, completions=["r"] * 6)
     assert rewards == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
     assert "-0.0" not in map(str, rewards)
 
@@ -189,7 +189,7 @@ def test_length_penalty_is_zero_then_linear_then_minus_one() -> None:
 def test_length_penalty_refuses_an_impossible_buffer(max_tokens: int, buffer_tokens: int) -> None:
     message = f"^needs 0 < buffer_tokens <= max_tokens, found {buffer_tokens} and {max_tokens}$"
     with pytest.raises(ValueError, match=message):
-        length_penalty([], [], [], max_tokens=max_tokens, buffer_tokens=buffer_tokens)
+        length_penalty([], max_tokens=max_tokens, buffer_tokens=buffer_tokens)
 
 
 # ---- math_verify ----

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from grpo.score.functions.call import FunctionSpec, GroupCall
+from grpo.config import RewardConfig
+from grpo.score.functions.call import GroupCall
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.outcome import Outcome
 
@@ -24,15 +25,15 @@ def pool() -> Iterator[FunctionPool]:
     pool.close()
 
 
-def spec(function: str, timeout_s: float = 20.0, **arguments: Any) -> FunctionSpec:
-    return FunctionSpec(f"reward:{function}", arguments, timeout_s)
+def spec(function: str, timeout_s: float = 20.0, **arguments: Any) -> RewardConfig:
+    return RewardConfig(function=f"reward:{function}", arguments=arguments, timeout_s=timeout_s)
 
 
 def group(*completions: str, **columns: list[Any]) -> GroupCall:
     return GroupCall(["p"] * len(completions), completions, [[1]] * len(completions), columns)
 
 
-def score_one(pool: FunctionPool, function: FunctionSpec, *completions: str) -> list[Outcome]:
+def score_one(pool: FunctionPool, function: RewardConfig, *completions: str) -> list[Outcome]:
     (outcomes,) = pool.score(function, [group(*completions)])
     return outcomes
 

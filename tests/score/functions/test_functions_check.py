@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from grpo.config import RewardConfig
 from grpo.errors import UsageError
 from grpo.score.functions.built_in import BUILT_IN
-from grpo.score.functions.call import FunctionSpec
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.functions.source import source_sha256
 
@@ -24,8 +24,9 @@ def pool() -> Iterator[FunctionPool]:
     pool.close()
 
 
-def spec(function: str, **arguments: Any) -> FunctionSpec:
-    return FunctionSpec(function if function in BUILT_IN else f"reward:{function}", arguments, timeout_s=20.0)
+def spec(function: str, **arguments: Any) -> RewardConfig:
+    name = function if function in BUILT_IN else f"reward:{function}"
+    return RewardConfig(function=name, arguments=arguments, timeout_s=20.0)
 
 
 # ---- check ----
@@ -60,7 +61,11 @@ def spec(function: str, **arguments: Any) -> FunctionSpec:
             "arguments.log_extra: this keyword is passed to every",
         ),
         (spec("positional_only"), None, "'completions' is positional-only; everything is passed by keyword"),
-        (spec("regex_format"), None, "needs arguments: pattern"),
+        (
+            spec("regex_format"),
+            None,
+            "arguments: regex_format() missing 1 required keyword-only argument: 'pattern'",
+        ),
         (
             spec("regex_format", pattern="("),
             None,
@@ -74,7 +79,7 @@ def spec(function: str, **arguments: Any) -> FunctionSpec:
     ],
 )
 def test_check_names_what_is_wrong(
-    pool: FunctionPool, function: FunctionSpec, columns: list[str] | None, problem: str
+    pool: FunctionPool, function: RewardConfig, columns: list[str] | None, problem: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
         pool.check(function, columns)
@@ -97,7 +102,7 @@ def test_check_of_a_module_that_cannot_be_used(tmp_path: Path, source: str | byt
     (tmp_path / "broken.py").write_bytes(source if isinstance(source, bytes) else source.encode())
     pool = FunctionPool(tmp_path, num_workers=1)
     with pytest.raises(UsageError) as caught:
-        pool.check(FunctionSpec("broken:f", {}, 1.0))
+        pool.check(RewardConfig(function="broken:f", timeout_s=1.0))
     assert str(caught.value).startswith(f"reward function 'broken:f': {problem}")
     pool.close()
 
@@ -106,7 +111,7 @@ def test_check_of_a_module_named_like_one_of_pythons(tmp_path: Path) -> None:
     (tmp_path / "re.py").write_text("def f(completions): return [1.0]")
     pool = FunctionPool(tmp_path, num_workers=1)
     with pytest.raises(UsageError, match=r"re is also the name of .*re/__init__\.py; rename re\.py"):
-        pool.check(FunctionSpec("re:f", {}, 1.0))
+        pool.check(RewardConfig(function="re:f", timeout_s=1.0))
     pool.close()
 
 
@@ -162,7 +167,7 @@ def test_check_of_math_verify_without_its_package(tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\")")
     pool = FunctionPool(tmp_path, num_workers=1)
     with pytest.raises(UsageError) as caught:
-        pool.check(FunctionSpec("math_verify", {}, 1.0), ["answer"])
+        pool.check(RewardConfig(function="math_verify", timeout_s=1.0), ["answer"])
     pool.close()
     assert str(caught.value) == (
         "reward function 'math_verify': needs the package math-verify (No module named 'math_verify');"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from grpo.config import RewardConfig
 from grpo.errors import UsageError
-from grpo.score.functions.call import FunctionSpec, GroupCall
+from grpo.score.functions.call import GroupCall
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.functions.source import source_sha256
 
@@ -33,7 +34,7 @@ def values(
     pool: FunctionPool, function: str, responses: list[str], solution: str = "7"
 ) -> list[float | None]:
     """Of one group of chat rollouts, as `grpo score` calls it; a response has a token per character."""
-    spec = FunctionSpec(function, {}, 120.0)
+    spec = RewardConfig(function=function, timeout_s=120.0)
     pool.check(spec, ["prompt_id", "answer", "solution"])
     num = len(responses)
     call = GroupCall(
@@ -79,7 +80,7 @@ def test_a_column_that_is_missing_is_named(pool: FunctionPool) -> None:
     with pytest.raises(
         UsageError, match="needs solution: not in arguments, and no column; the columns are: a"
     ):
-        pool.check(FunctionSpec("trl.rewards:accuracy_reward", {}, 60.0), ["answer"])
+        pool.check(RewardConfig(function="trl.rewards:accuracy_reward"), ["answer"])
 
 
 def test_the_source_is_found_without_importing_trl(tmp_path: Path) -> None:

@@ -4,31 +4,39 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from tests.score.judge.endpoint import Endpoint, Reply, fails, says, serve
 
-from grpo.config import JudgeConfig
+from grpo.config import RewardConfig
 from grpo.errors import UsageError
 from grpo.score.judge.client import MAX_FAILURES_IN_A_ROW, Judge
 from grpo.score.judge.completion import Judgement
+from grpo.score.outcome import Key
 
 KEY = "sk-0123456789abcdef"
 
 
 def judge_of(endpoint: Endpoint, timeout_s: float = 20.0, **keys: Any) -> Judge:
     config = {"url": endpoint.url, "model": "judge-1", "rubric": "{response}", "retries": 2, **keys}
-    return Judge("score.rewards: judge", JudgeConfig.model_validate(config), timeout_s)
+    reward = RewardConfig.model_validate({"judge": config, "timeout_s": timeout_s})
+    return Judge(reward, "{response}")
+
+
+def by_key(questions: Iterable[str]) -> dict[Key, str]:
+    return {(0, place): question for place, question in enumerate(questions)}
 
 
 def ask(judge: Judge, *questions: str) -> list[Judgement]:
     """The judgements in the order of the questions; the judge is closed then."""
     try:
-        found = dict(pair for batch in judge.ask(questions, lambda: False) for pair in batch)
+        batches = list(judge.ask(by_key(questions), lambda: False))
     finally:
         judge.close()
-    return [found[place] for place in range(len(questions))]
+    found = {key: judgement for batch in batches for key, judgement in batch.items()}
+    return [found[key] for key in by_key(questions)]
 
 
 # ---- the request ----
@@ -218,9 +226,10 @@ def test_questions_that_are_refused_for_themselves_do_not_stop_the_others() -> N
 def test_stopping_ends_with_those_under_way() -> None:
     with serve() as endpoint:
         judge = judge_of(endpoint, concurrency=2)
-        found = [pair for batch in judge.ask("abcdefgh", lambda: True) for pair in batch]
+        batches = judge.ask(by_key("abcdefgh"), lambda: bool(endpoint.asked))
+        found = [judgement for batch in batches for judgement in batch.values()]
         judge.close()
-    assert [judgement.status for _, judgement in found] == ["ok", "ok"]
+    assert [judgement.status for judgement in found] == ["ok", "ok"]
     assert len(endpoint.asked) == 2
 
 
@@ -228,8 +237,8 @@ def test_connections_stay_open_between_calls() -> None:
     with serve() as endpoint:
         judge = judge_of(endpoint, concurrency=1)
         for text in "abc":
-            [[(place, found)]] = judge.ask([text], lambda: False)
-            assert (place, found.answer) == (0, "Score: 1")
+            [batch] = judge.ask(by_key(text), lambda: False)
+            assert {key: found.answer for key, found in batch.items()} == {(0, 0): "Score: 1"}
         judge.close()
 
 
@@ -239,8 +248,8 @@ def test_who_has_enough_leaves_nothing_under_way() -> None:
 
     with serve(answer) as endpoint:
         judge = judge_of(endpoint, concurrency=2)
-        batches = judge.ask(["a", "b", "c"], lambda: False)
-        assert [place for place, _ in next(batches)] == [0]
+        batches = judge.ask(by_key("abc"), lambda: False)
+        assert list(next(batches)) == [(0, 0)]
         started = time.monotonic()
         batches.close()
         judge.close()

@@ -3,15 +3,19 @@ from typing import Any
 
 import pytest
 
-from grpo.config import JudgeConfig
+from grpo.config import JudgeConfig, RewardConfig
 from grpo.errors import UsageError
-from grpo.score.judge.rubric import check_placeholders, question, read_rubric, read_score
+from grpo.score.judge.rubric import question, read_score, rubric_of
 from grpo.score.outcome import Outcome
 
 
 def config(**keys: Any) -> JudgeConfig:
     shared = {"url": "http://127.0.0.1:1/v1", "model": "m", "rubric": "{response}"}
     return JudgeConfig.model_validate({**shared, **keys})
+
+
+def reward(rubric: str) -> RewardConfig:
+    return RewardConfig(judge=config(rubric=rubric))
 
 
 # ---- the question ----
@@ -56,14 +60,15 @@ def test_without_an_answer_a_rubric_that_wants_it_asks_nothing() -> None:
 )
 def test_a_placeholder_that_is_not_there(text: str, problem: str) -> None:
     with pytest.raises(UsageError) as caught:
-        check_placeholders("score.rewards: judge", text, ["prompt_id", "answer"])
+        rubric_of(reward(text), Path(), ["prompt_id", "answer"])
     assert str(caught.value) == f"score.rewards: judge: {problem}"
 
 
 def test_a_rubric_is_text_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "rubric.md").write_text("Rate {response}\n")
-    assert read_rubric("r", "rubric.md", tmp_path) == "Rate {response}\n"
-    assert read_rubric("r", "Rate {response} as in rubric.md", tmp_path) == "Rate {response} as in rubric.md"
+    assert rubric_of(reward("rubric.md"), tmp_path) == "Rate {response}\n"
+    text = "Rate {response} as in rubric.md"
+    assert rubric_of(reward(text), tmp_path) == text
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,7 @@ def test_a_rubric_file_that_is_no_use(tmp_path: Path, content: bytes | None, pro
     if content is not None:
         (tmp_path / "rubric.md").write_bytes(content)
     with pytest.raises(UsageError) as caught:
-        read_rubric("score.rewards: judge", "rubric.md", tmp_path)
+        rubric_of(reward("rubric.md"), tmp_path)
     assert str(caught.value) == f"score.rewards: judge: rubric {tmp_path}/rubric.md{problem}"
 
 

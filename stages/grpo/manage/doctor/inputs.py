@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from grpo import tables
 from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id, read_json
 from grpo.errors import CorruptError, DataError, InputError
 from grpo.manage.doctor.report import Report
@@ -19,8 +20,7 @@ from grpo.prompts.source import Row
 from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone, usable
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
-from grpo.score.judge.rubric import rubric_of, where
-from grpo.score.scorers import spec_of
+from grpo.score.judge.rubric import rubric_of
 from grpo.update.adapter import check_targets, require_peft
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
@@ -141,19 +141,19 @@ def check_prompts(
 
 def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) -> None:
     """Import every reward function in a worker, as `score` does; look for every reward model and judge."""
-    columns = sorted({name for row in rows for name in row} - {"prompt", "messages"}) or None
+    names = {*tables.schema("prompts").names, *(name for row in rows for name in row)}
+    columns = sorted(names - {"prompt", "messages"}) if rows else None
     with closing(FunctionPool(run.imports, 1)) as pool:
         for reward in run.config.score.rewards:
             name, judge = f"reward {reward.name}", reward.judge
             if reward.function is not None:
                 needed = "a function that can be imported and takes its arguments"
                 with report.check(name, reward.function, needed):
-                    pool.check(spec_of(reward), columns)
+                    pool.check(reward, columns)
             elif judge is not None:  # without a request: an answer may cost money
                 needed = "a judge with its rubric and its key (nothing is asked)"
                 with report.check(name, f"{judge.model} at {judge.url}", needed):
-                    rubric_of(reward, run.imports, columns)
-                    Judge(where(reward), judge, reward.timeout_s).close()
+                    Judge(reward, rubric_of(reward, run.imports, columns)).close()
             else:
                 needed = "a sequence classifier with one label"
                 check_model(run, report, name, str(reward.model), fetch, needed)

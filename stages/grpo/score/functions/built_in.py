@@ -1,9 +1,6 @@
-"""built_in: prompts + completions + columns -> one value per rollout
+"""built_in: the reward functions that are here, with TRL's signature; see docs/rewards.md.
 
-The built-in reward functions, with TRL's signature: `f(prompts, completions, **columns)`, lists of equal
-length (one group), a list of `float | None` back. A completion is a str, or for chat prompts a list of
-messages `[{"role": "assistant", "content": ...}]`. Every column of the data set and `completion_ids` arrive
-by name; so do the `arguments` of the configuration. None means that the reward does not apply.
+`f(prompts, completions, **columns)`: lists of equal length (one group), a list of `float | None` back.
 """
 
 import logging
@@ -13,7 +10,9 @@ from decimal import Decimal
 from typing import Any
 
 Text = str | Sequence[Mapping[str, Any]]  # a prompt or completion: text, or chat messages
-Rewards = list[float | None]
+Texts = Sequence[Text]
+Answers = Sequence[str | None]
+Rewards = list[float | None]  # None: the reward does not apply
 
 # A sign counts only where no word or closing bracket is before it: "5-3" is 5 and 3, "= -3" and "-$3" are -3.
 # Commas group thousands ("1,234" is one number, "3,4" two). A full stop before a digit is a decimal point.
@@ -35,48 +34,34 @@ LATEX_MARKS = ("$", "\\boxed", "\\(", "\\[")  # an answer with one of them says 
 LATEX_IN_NUMBERS = (("{,}", ","), ("\\,", ""), ("\\$", "$"), ("\\%", "%"))  # 1{,}234  1\,234  \$18  18\%
 
 
-def exact_answer(
-    prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[str | None], **_: Any
-) -> Rewards:
+def exact_answer(prompts: Texts, completions: Texts, answer: Answers, **_: Any) -> Rewards:
     """1.0 where the response equals the answer, both stripped of surrounding whitespace, else 0.0."""
-    return [
-        None if right is None else float(_text(completion).strip() == right.strip())
-        for completion, right in zip(completions, answer, strict=True)
-    ]
+    return _judged(completions, answer, lambda response, right: response.strip() == right.strip())
 
 
-def gsm8k(
-    prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[str | None], **_: Any
-) -> Rewards:
+def gsm8k(prompts: Texts, completions: Texts, answer: Answers, **_: Any) -> Rewards:
     """1.0 where the final number of the response equals that of the answer (18.00 equals 18), else 0.0.
 
     The answer's number is the first one after its last `####`, or without `####` the first one in it. Which
     number of the response counts: see final_number. Raises ValueError for an answer without a number.
     """
-    rewards: Rewards = []
-    for completion, right in zip(completions, answer, strict=True):
-        if right is None:
-            rewards.append(None)
-            continue
-        right_number = _first_number(_plain(right).rpartition("####")[2])
-        if right_number is None:
+
+    def is_right(response: str, right: str) -> bool:
+        number = _first_number(_plain(right).rpartition("####")[2])
+        if number is None:
             raise ValueError(f"the answer has no number: {right[:80]!r}")
-        rewards.append(float(final_number(_text(completion)) == right_number))
-    return rewards
+        return final_number(response) == number
+
+    return _judged(completions, answer, is_right)
 
 
-def math_verify(
-    prompts: Sequence[Text], completions: Sequence[Text], answer: Sequence[str | None], **_: Any
-) -> Rewards:
+def math_verify(prompts: Texts, completions: Texts, answer: Answers, **_: Any) -> Rewards:
     r"""1.0 where the response's final expression equals the answer as mathematics (0.5 is 1/2), else 0.0.
 
     By the package math-verify, with its own defaults: the final expression is what stands in \boxed{}
     (several boxes are a set), else behind "final answer is", else the last LaTeX or number. An answer is what
     is behind its last `####`, LaTeX with or without its dollars. Raises ValueError for an answer that is no
     mathematics, ImportError where the package is not installed.
-
-    Its time-outs are signals, which do not interrupt what hangs in C: they are off, and the worker's own
-    watchdog (`timeout_s`) ends what takes too long.
     """
     try:
         from math_verify import parse, verify
@@ -85,20 +70,18 @@ def math_verify(
             f"needs the package math-verify ({error}); pip install 'grpo-stages[math]'"
         ) from None
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
-    rewards: Rewards = []
-    for completion, right in zip(completions, answer, strict=True):
-        if right is None:
-            rewards.append(None)
-            continue
+
+    def is_right(response: str, right: str) -> bool:
         expression = right.rpartition("####")[2].strip()
         if not any(mark in expression for mark in LATEX_MARKS):
             expression = f"${expression}$"
+        # Its time-outs are signals, which do not interrupt what hangs in C: the worker's own watchdog does.
         gold = parse(expression, parsing_timeout=None)
         if not gold:
             raise ValueError(f"the answer is not mathematics: {right[:80]!r}")
-        found = parse(_text(completion), parsing_timeout=None)
-        rewards.append(float(verify(gold, found, timeout_seconds=None)))
-    return rewards
+        return bool(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
+
+    return _judged(completions, answer, is_right)
 
 
 def final_number(response: str) -> Decimal | None:
@@ -116,13 +99,12 @@ def final_number(response: str) -> Decimal | None:
         return None
     last = numbers[-1]
     for marker in reversed(list(MARKER.finditer(text, 0, last.end()))):
-        number = _number_behind(marker, text)
-        if number is not None:
+        if (number := _number_behind(marker, text)) is not None:
             return number
     return _value(last)
 
 
-def regex_format(prompts: Sequence[Text], completions: Sequence[Text], *, pattern: str, **_: Any) -> Rewards:
+def regex_format(prompts: Texts, completions: Texts, *, pattern: str, **_: Any) -> Rewards:
     r"""1.0 where `pattern` matches the whole response as it is (re.fullmatch, DOTALL), else 0.0.
 
     Example: `<think>.*</think>\s*<answer>.*</answer>\s*`. To look for it anywhere, put `.*` at both ends.
@@ -136,13 +118,7 @@ def regex_format(prompts: Sequence[Text], completions: Sequence[Text], *, patter
 
 
 def length_penalty(
-    prompts: Sequence[Text],
-    completions: Sequence[Text],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    max_tokens: int,
-    buffer_tokens: int,
-    **_: Any,
+    completion_ids: Sequence[Sequence[int]], *, max_tokens: int, buffer_tokens: int, **_: Any
 ) -> Rewards:
     """0 up to `max_tokens - buffer_tokens` response tokens, then linearly down to -1 at `max_tokens`.
 
@@ -156,12 +132,17 @@ def length_penalty(
 
 
 BUILT_IN: dict[str, Callable[..., Rewards]] = {
-    "exact_answer": exact_answer,
-    "gsm8k": gsm8k,
-    "math_verify": math_verify,
-    "regex_format": regex_format,
-    "length_penalty": length_penalty,
+    function.__name__: function
+    for function in (exact_answer, gsm8k, math_verify, regex_format, length_penalty)
 }
+
+
+def _judged(completions: Texts, answer: Answers, is_right: Callable[[str, str], bool]) -> Rewards:
+    """1.0 or 0.0 by is_right(response, answer); None where there is no answer."""
+    return [
+        None if right is None else float(is_right(_text(completion), right))
+        for completion, right in zip(completions, answer, strict=True)
+    ]
 
 
 def _text(completion: Text) -> str:
@@ -177,17 +158,12 @@ def _plain(text: str) -> str:
 
 
 def _number_behind(marker: re.Match[str], text: str) -> Decimal | None:
-    start = marker.end()
-    if marker["line"] is not None:
-        return _first_number(text[start : start + MAX_SENTENCE])
     if marker["boxed"] is not None:
         return _stated_number(marker["boxed"])
-    sentence = SENTENCE_END.split(text[start : start + MAX_SENTENCE], maxsplit=1)[0]
-    number = _stated_number(sentence)
-    if number is not None:
-        return number
-    following = NUMBER.search(text, start)
-    return _value(following) if following else None
+    start, number = marker.end(), None
+    if marker["sentence"] is not None:
+        number = _stated_number(SENTENCE_END.split(text[start : start + MAX_SENTENCE], maxsplit=1)[0])
+    return _first_number(text, start) if number is None else number
 
 
 def _stated_number(text: str) -> Decimal | None:
@@ -195,8 +171,8 @@ def _stated_number(text: str) -> Decimal | None:
     return _first_number(text) if number is None else number
 
 
-def _first_number(text: str) -> Decimal | None:
-    match = NUMBER.search(text)
+def _first_number(text: str, start: int = 0) -> Decimal | None:
+    match = NUMBER.search(text, start)
     return _value(match) if match else None
 
 

@@ -1,43 +1,27 @@
-"""call: reward function + one group -> one outcome per rollout
+"""call: reward function + one group -> one outcome per rollout: what a worker does with the user's function.
 
-What a worker process does with the user's function; no processes here. Nothing here imports torch or numpy:
-their tensors and arrays are read through their own methods.
+Nothing here imports torch or numpy: their tensors and arrays are read through their own methods.
 """
 
 import asyncio
 import importlib
 import inspect
-import math
 import numbers
+import pkgutil
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo.score.functions.built_in import BUILT_IN, Text
-from grpo.score.outcome import Outcome, one_line
+from grpo.score.outcome import Outcome, one_line, outcome_of
 
 # Keywords that every function may take; the last three are TRL's.
 OURS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
-@dataclass(frozen=True)
-class FunctionSpec:
-    """A configured reward function.
-
-    function: a built-in name or `package.module:function`; arguments: passed on as keywords;
-    timeout_s: of one call (a group, or one rollout when it is repeated); the import is not counted.
-    """
-
-    function: str
-    arguments: dict[str, Any]
-    timeout_s: float
-
-
-@dataclass(frozen=True)
-class GroupCall:
+class GroupCall(NamedTuple):
     """The rollouts of one group as a reward function sees them; every list has one element per rollout.
 
     prompts, completions: text, or lists of messages; completion_ids: response token ids;
@@ -54,15 +38,14 @@ class GroupCall:
         """The call for one rollout of the group."""
         one = slice(sample, sample + 1)
         columns = {name: values[one] for name, values in self.columns.items()}
-        texts = (self.prompts[one], self.completions[one], self.completion_ids[one])
-        return GroupCall(*texts, columns, self.iteration)
+        lists = (self.prompts[one], self.completions[one], self.completion_ids[one])
+        return GroupCall(*lists, columns, self.iteration)
 
 
 class TrainerState:
     """TRL's `trainer_state` as far as it has a meaning on disk: `global_step` is the iteration, from 0.
 
-    That is TRL's own number where an iteration is one optimiser step. Whatever else is asked of it raises
-    AttributeError: a made-up value would be a wrong reward.
+    Whatever else is asked of it raises AttributeError: a made-up value would be a wrong reward.
     """
 
     def __init__(self, iteration: int) -> None:
@@ -73,33 +56,31 @@ class TrainerState:
 
 
 def load(function: str) -> Any:
-    """Import what `function` names; raises whatever the import raises, AttributeError if it is not there."""
-    if function in BUILT_IN:
-        return BUILT_IN[function]
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)
+    """A built-in, or what `package.module:function` names; raises whatever its import raises."""
+    return BUILT_IN.get(function) or pkgutil.resolve_name(function)
 
 
-def find_problem(spec: FunctionSpec, file: Path | None, columns: Collection[str] | None) -> str | None:
+def find_problem(
+    function: str, arguments: dict[str, Any], file: Path | None, columns: Collection[str] | None
+) -> str | None:
     """What is wrong with a function and its arguments, as one line; None if nothing is.
 
     file: where the module must come from (None: a built-in). columns: names of the data set's columns;
     None where they are not known yet, and then required keywords are not checked.
     """
-    if file is not None and (problem := _module_problem(spec.function, file)):
+    if file is not None and (problem := _module_problem(function, file)):
         return problem
-    function = load(spec.function)
-    if inspect.isclass(function):
-        name = function.__name__
-        return f"is a class; write `reward = {name}(...)` below it, and name that"
+    loaded = load(function)
+    if inspect.isclass(loaded):
+        return f"is a class; write `reward = {loaded.__name__}(...)` below it, and name that"
     try:
-        inspect.signature(function)
+        inspect.signature(loaded)
     except ValueError:
         return "does not tell its parameters (compiled code); wrap it in a Python function"
-    return _keyword_problem(function, spec.arguments, columns) or _argument_problem(spec)
+    return _keyword_problem(loaded, arguments, columns) or _argument_problem(function, arguments)
 
 
-def run(spec: FunctionSpec, function: Callable[..., Any], group: GroupCall) -> list[Outcome]:
+def run(function: Callable[..., Any], arguments: dict[str, Any], group: GroupCall) -> list[Outcome]:
     """Call the function on one group. Raises what it raises; an unusable result is an error of each."""
     offered = {
         **group.columns,
@@ -109,7 +90,7 @@ def run(spec: FunctionSpec, function: Callable[..., Any], group: GroupCall) -> l
         "trainer_state": TrainerState(group.iteration),
         "log_extra": _log_nothing,
         "log_metric": _log_nothing,
-        **spec.arguments,
+        **arguments,
     }
     num_rollouts = len(group.completions)  # before the call: the function may change its arguments
     accepted, takes_all = _keywords(function)
@@ -125,11 +106,11 @@ def run(spec: FunctionSpec, function: Callable[..., Any], group: GroupCall) -> l
 
 def describe(error: BaseException) -> str:
     """One line with the type and message of an exception, and the line of code that raised it."""
-    # A syntax error's own text has file and line; what traceback makes of it has the source, over four lines.
-    plain = isinstance(error, SyntaxError)
-    text = f"SyntaxError: {error}" if plain else " ".join(traceback.format_exception_only(error))
+    if isinstance(error, SyntaxError):  # has file and line; what traceback makes of it is four lines
+        return one_line(f"SyntaxError: {error}")
+    text = " ".join(traceback.format_exception_only(error))
     frames = traceback.extract_tb(error.__traceback__)
-    if frames and not isinstance(error, SyntaxError | ImportError):
+    if frames and not isinstance(error, ImportError):
         text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
     return one_line(text)
 
@@ -187,11 +168,9 @@ def _keyword_problem(
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             return f"{parameter.name!r} is positional-only; everything is passed by keyword"
-    if columns is None:
-        return None
-    given = {*OURS, *columns, *arguments}
+    given = {*OURS, *(columns or ()), *arguments}
     missing = [n for n, p in accepted.items() if p.default is p.empty and n not in given]
-    if not missing:
+    if columns is None or not missing:
         return None
     if "environments" in missing:
         return "needs environments, which TRL has for tools; there are no tools here, so it cannot be used"
@@ -200,18 +179,12 @@ def _keyword_problem(
     )
 
 
-def _argument_problem(spec: FunctionSpec) -> str | None:
+def _argument_problem(function: str, arguments: dict[str, Any]) -> str | None:
     """Built-in functions check their arguments when called, so call one on no rollouts."""
-    if spec.function not in BUILT_IN:
+    if function not in BUILT_IN:
         return None
-    accepted, _ = _keywords(BUILT_IN[spec.function])
-    required = {name for name, p in accepted.items() if p.default is p.empty}
-    unset = {name for name in required if accepted[name].kind is inspect.Parameter.KEYWORD_ONLY}
-    if unset - set(spec.arguments):
-        return f"needs arguments: {', '.join(sorted(unset - set(spec.arguments)))}"
-    columns: dict[str, list[Any]] = {name: [] for name in required - unset}
     try:
-        run(spec, BUILT_IN[spec.function], GroupCall([], [], [], columns))
+        run(BUILT_IN[function], arguments, GroupCall([], [], [], {"answer": []}))  # the one column they read
     except ImportError as error:  # of a built-in that stands on an optional package
         return str(error)
     except (TypeError, ValueError) as error:
@@ -239,12 +212,9 @@ def _outcome(value: Any) -> Outcome:
     if not isinstance(value, numbers.Real):
         return Outcome(None, "error", one_line(f"returned {_kind(value)}, not a number"))
     try:
-        number = float(value)
+        return outcome_of(float(value), "returned")
     except OverflowError:
         return Outcome(None, "nonfinite", "returned a number too large for a float")
-    if not math.isfinite(number):
-        return Outcome(None, "nonfinite", f"returned {number}")
-    return Outcome(number, "ok")
 
 
 def _kind(value: Any) -> str:

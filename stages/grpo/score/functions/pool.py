@@ -1,37 +1,34 @@
-"""pool: reward functions + groups -> outcomes, each call in a worker process
+"""pool: reward functions + groups -> outcomes, each call in a process, which may hang, crash or be killed.
 
-A reward function is the user's code and may hang, crash or be killed: it runs in processes (pebble) that
-are kept open between iterations, and only the rollouts that it fails on are lost. Time is kept twice. A
-watchdog in the worker (faulthandler: a C thread, so code that holds the interpreter lock cannot stop it) ends
-the worker, also when our own process is dead; its clock starts after the import of the function's module.
-pebble's clock includes that import, and is the second line.
+Time is kept twice. A watchdog in the worker (faulthandler: a C thread, which no code that holds the
+interpreter lock can stop) starts behind the import; pebble's clock, with the import, is the second line.
 """
 
 import signal
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
+from grpo.config import RewardConfig
 from grpo.errors import EngineError, UsageError
 from grpo.score.functions import worker
-from grpo.score.functions.call import FunctionSpec, GroupCall
+from grpo.score.functions.call import GroupCall, find_problem
 from grpo.score.functions.source import find_file, source_sha256
 from grpo.score.outcome import Outcome, one_line
 
 IMPORT_TIMEOUT_S = 120.0  # of the first import of a function's module; a cold torch takes tens of seconds
 SPARE_S = 5.0  # what pebble's clock allows beyond the time-out and three times the measured import
 CALLS_PER_WORKER = 2  # in flight: one running and one waiting, so that memory stays bounded
-MAX_RESTARTS = (
-    3  # of the pool for one call: a worker that dies between calls breaks the pool, not the function
-)
+MAX_RESTARTS = 3  # of the pool for one call: a worker that dies between calls breaks the pool, nothing else
 POLL_S = 1.0  # how often a broken pool is looked for; a result is seen at once
 
 
@@ -45,52 +42,52 @@ class FunctionPool:
         self._import_root = import_root.resolve()
         self._num_workers = num_workers
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-rewards-")
-        self._checked: dict[str, tuple[str, float]] = {}  # function -> (source sha256, seconds of its import)
+        self._sources: dict[str, str] = {}  # function -> sha256 of its file, as the workers know it
+        self._import_s: dict[str, float] = {}
         self._pool = self._open()
 
-    def check(self, spec: FunctionSpec, columns: Collection[str] | None = None) -> None:
+    def check(self, reward: RewardConfig, columns: Collection[str] | None = None) -> None:
         """Import the function in a worker. Raises UsageError saying what is wrong with it or its arguments.
 
         columns: the data set's column names; without them, keywords that the function needs go unchecked.
         """
-        file = find_file(spec.function, self._import_root)
-        problem: str | None
+        function = str(reward.function)
+        file, source = find_file(function, self._import_root), source_sha256(function, self._import_root)
+        if self._sources.get(function, source) != source:
+            self._restart()
+        what, started = (function, reward.arguments, file, columns), time.perf_counter()
         try:
-            problem, import_s = self._result(
-                self._start(worker.examine, (spec, file, columns), IMPORT_TIMEOUT_S)
-            )
+            problem = self._result(self._start(find_problem, what, IMPORT_TIMEOUT_S))
         except TimeoutError:
-            problem = (
-                f"the import of its module did not end within {IMPORT_TIMEOUT_S:g} s, or ended the process"
-                " with status 0"
-            )
+            limit = f"within {IMPORT_TIMEOUT_S:g} s"
+            problem = f"the import of its module did not end {limit}, or ended the process with status 0"
         except ProcessExpired as error:
             problem = f"the import of its module ended the process ({_ending(error.exitcode)})"
         if problem is not None:
-            raise UsageError(f"reward function {spec.function!r}: {problem}")
-        self._checked[spec.function] = (source_sha256(spec.function, self._import_root), import_s)
+            raise UsageError(f"reward function {function!r}: {problem}")
+        self._sources[function] = source
+        known_s = self._import_s.get(function, 0.0)  # the worker of now may have imported it before
+        self._import_s[function] = max(known_s, time.perf_counter() - started)
 
-    def score(self, spec: FunctionSpec, groups: Iterable[GroupCall]) -> Iterator[list[Outcome]]:
+    def score(self, reward: RewardConfig, groups: Iterable[GroupCall]) -> Iterator[list[Outcome]]:
         """Yield the outcomes of each group, in order; a bad rollout is an outcome, never an exception.
 
         A call that fails as a whole (raises, hangs, crashes, wrong count) is repeated rollout by rollout, so
         a function whose values depend on the rest of the group then sees each rollout alone. Raises
         UsageError as check() does, and EngineError when no worker can be started.
         """
-        limit_s = self._limit_s(spec)
+        function = str(reward.function)
+        if self._sources.get(function) != source_sha256(function, self._import_root):
+            self.check(reward)
         remaining = iter(groups)
         waiting: deque[tuple[GroupCall, _Flight]] = deque()
         try:
             while True:
-                while len(waiting) < CALLS_PER_WORKER * self._num_workers:
-                    group = next(remaining, None)
-                    if group is None:
-                        break
-                    waiting.append((group, self._start_group(spec, group, limit_s)))
+                for group in islice(remaining, CALLS_PER_WORKER * self._num_workers - len(waiting)):
+                    waiting.append((group, self._start_group(reward, group)))
                 if not waiting:
                     return
-                group, flight = waiting.popleft()
-                yield self._outcomes(spec, group, flight)
+                yield self._outcomes(reward, *waiting.popleft())
         finally:
             for _, flight in waiting:
                 flight.future.cancel()
@@ -100,50 +97,40 @@ class FunctionPool:
         self._stop()
         self._folder.cleanup()
 
-    def _limit_s(self, spec: FunctionSpec) -> float:
-        """pebble's time-out of one call. Checks a function that is new, reloads one whose file changed."""
-        source = source_sha256(spec.function, self._import_root)
-        if spec.function not in self._checked:
-            self.check(spec)
-        elif self._checked[spec.function][0] != source:
-            self._restart()
-            self.check(spec)
-        return spec.timeout_s + SPARE_S + 3 * self._checked[spec.function][1]
-
-    def _outcomes(self, spec: FunctionSpec, group: GroupCall, flight: "_Flight") -> list[Outcome]:
-        result = self._group_result(spec, flight)
+    def _outcomes(self, reward: RewardConfig, group: GroupCall, flight: "_Flight") -> list[Outcome]:
+        result = self._group_result(reward, flight)
         if isinstance(result, list):
             return result
-        num_rollouts = len(group.completions)
-        if num_rollouts == 1:
+        if len(group.completions) == 1:
             return [result]
-        flights = [self._start_group(spec, group.alone(s), flight.limit_s) for s in range(num_rollouts)]
-        results = [self._group_result(spec, alone) for alone in flights]
-        return [alone[0] if isinstance(alone, list) else alone for alone in results]
+        alone = [group.alone(sample) for sample in range(len(group.completions))]
+        flights = [self._start_group(reward, each) for each in alone]
+        return [self._outcomes(reward, *pair)[0] for pair in zip(alone, flights, strict=True)]
 
-    def _group_result(self, spec: FunctionSpec, flight: "_Flight") -> list[Outcome] | Outcome:
+    def _group_result(self, reward: RewardConfig, flight: "_Flight") -> list[Outcome] | Outcome:
+        late = f"no result within {reward.timeout_s:g} s"
         try:
             result: list[Outcome] | Outcome = self._result(flight)
         except TimeoutError:  # pebble's, and not the watchdog's, which would have said where it hung
             why = "the import of its module hung, or the process ended itself with status 0"
-            return Outcome(None, "timeout", f"no result within {spec.timeout_s:g} s ({why})")
+            return Outcome(None, "timeout", f"{late} ({why})")
         except ProcessExpired as error:
             where = worker.where_it_hung(self._folder.name, error.pid)
             if where is not None:
-                return Outcome(
-                    None, "timeout", one_line(f"no result within {spec.timeout_s:g} s (in {where})")
-                )
+                return Outcome(None, "timeout", one_line(f"{late} (in {where})"))
             return Outcome(None, "error", f"the process ended during the call ({_ending(error.exitcode)})")
         return result
 
-    def _start_group(self, spec: FunctionSpec, group: GroupCall, limit_s: float) -> "_Flight":
-        return self._start(worker.score, (self._folder.name, spec, group), limit_s)
+    def _start_group(self, reward: RewardConfig, group: GroupCall) -> "_Flight":
+        function = str(reward.function)
+        args = (self._folder.name, function, reward.arguments, reward.timeout_s, group)
+        return self._start(worker.score, args, reward.timeout_s + SPARE_S + 3 * self._import_s[function])
 
     def _start(self, function: Callable[..., Any], args: tuple[Any, ...], limit_s: float) -> "_Flight":
         if not self._pool.active:
             self._restart()
-        pool = self._pool
-        return _Flight(function, args, limit_s, pool, pool.schedule(function, args, timeout=limit_s))
+        future = self._pool.schedule(function, args, timeout=limit_s)
+        return _Flight((function, args, limit_s), self._pool, future)
 
     def _result(self, flight: "_Flight") -> Any:
         """Wait for a call. Raises TimeoutError, ProcessExpired, and EngineError when the pool keeps breaking.
@@ -156,7 +143,7 @@ class FunctionPool:
                 wait([flight.future], timeout=POLL_S)
             if flight.future.done() and not isinstance(flight.future.exception(), BrokenProcessPool):
                 return flight.future.result()
-            flight = self._start(flight.function, flight.args, flight.limit_s)
+            flight = self._start(*flight.call)
         raise EngineError(
             f"the reward workers ended {MAX_RESTARTS + 1} times before any result; their output is above "
             '(a script that starts them needs `if __name__ == "__main__":`)'
@@ -180,13 +167,10 @@ class FunctionPool:
         self._pool.join()
 
 
-@dataclass(frozen=True)
-class _Flight:
+class _Flight(NamedTuple):
     """A call under way, with what is needed to start it again."""
 
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    limit_s: float
+    call: tuple[Callable[..., Any], tuple[Any, ...], float]
     pool: ProcessPool
     future: "Future[Any]"
 

@@ -1,19 +1,17 @@
-"""worker: one reward call inside a worker process, under a watchdog
+"""worker: one reward call inside a worker process, under a watchdog; it starts often, so it imports little.
 
-Runs in spawned processes, so it imports little. Whatever the user's code raises is caught here and comes
-back as plain data: an exception that cannot be unpickled would break the pool.
+What the user's code raises comes back as plain data: an exception that cannot be unpickled breaks the pool.
 """
 
 import faulthandler
 import os
 import re
 import sys
-import time
-from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from grpo.score.functions import call
-from grpo.score.functions.call import FunctionSpec, GroupCall
+from grpo.score.functions.call import GroupCall
 from grpo.score.outcome import Outcome
 
 # faulthandler's lines, innermost first: `  File "/project/reward.py", line 12 in solve`
@@ -29,26 +27,19 @@ def start(import_root: str) -> None:
     sys.stdout = sys.stderr
 
 
-def examine(
-    spec: FunctionSpec, file: Path | None, columns: Collection[str] | None
-) -> tuple[str | None, float]:
-    """call.find_problem, and the seconds that it took: nearly all of them the import."""
-    started = time.perf_counter()
-    problem = call.find_problem(spec, file, columns)
-    return problem, time.perf_counter() - started
-
-
-def score(folder: str, spec: FunctionSpec, group: GroupCall) -> list[Outcome] | Outcome:
+def score(
+    folder: str, function: str, arguments: dict[str, Any], timeout_s: float, group: GroupCall
+) -> list[Outcome] | Outcome:
     """Outcomes of a group, or the one outcome of a call that failed as a whole.
 
-    After spec.timeout_s the process writes where it was to `folder/<pid>` and ends with status 1.
+    After timeout_s the process writes where it was to `folder/<pid>` and ends with status 1.
     """
     try:
-        function = call.load(spec.function)
+        loaded = call.load(function)
         with Path(folder, str(os.getpid())).open("w") as traces:
-            faulthandler.dump_traceback_later(spec.timeout_s, exit=True, file=traces)
+            faulthandler.dump_traceback_later(timeout_s, exit=True, file=traces)
             try:
-                return call.run(spec, function, group)
+                return call.run(loaded, arguments, group)
             finally:
                 faulthandler.cancel_dump_traceback_later()
     except BaseException as error:  # noqa: BLE001 - sys.exit() of a reward function too is only its own failure

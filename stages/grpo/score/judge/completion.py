@@ -4,20 +4,15 @@ Endpoints differ, and the `openai` package does not check what it is sent: what 
 """
 
 import json
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from grpo.score.outcome import one_line
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What came back for one question. status: `ok` (an answer), `error` or `timeout` (`error` says why).
-
-    Example: Judgement("ok", "Score: 7", None, "qwen3-8b", "stop", 210, 4, 1).
-    """
+class Judgement(NamedTuple):
+    """What came back for one question. status: `ok` (an answer), `error` or `timeout` (`error` says why)."""
 
     status: str
     answer: str | None = None
@@ -38,13 +33,13 @@ def judgement_of(body: str, attempts: int) -> Judgement:
     except (ValueError, RecursionError):
         return failure("error", f"not a chat completion: {body[:200]}")
     choice, usage = found.choices[0], found.usage or _Usage()
-    if not choice.message.content:
-        refusal = choice.message.refusal
+    answer, refusal = choice.message.content, choice.message.refusal
+    if not answer:
         why = f"it refused: {refusal}" if refusal else f"ended by {choice.finish_reason}"
         return failure("error", f"an empty answer ({why})")
     return Judgement(
         "ok",
-        choice.message.content,
+        answer,
         model=found.model,
         finish_reason=choice.finish_reason,
         prompt_tokens=usage.prompt_tokens,
