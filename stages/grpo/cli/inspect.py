@@ -59,9 +59,11 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Read rollouts: a prompt, its K responses, rewards and advantages; or one prompt over time."""
-    choice = lazy.show.Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
-    look = lazy.show.Look(reward, side_by_side, tokens, not no_pager, as_json)
-    lazy.show.show(reading(name, config, []), choice, look, against, lambda other: reading(other, config, []))
+    options = lazy.show.Options(
+        *(iteration, where, prompt, group, sample, sort, reverse, groups, page),
+        *(tuple(reward), side_by_side, tokens, against, not no_pager, as_json),
+    )
+    lazy.show.show(reading(name, config, []), options, lambda other: reading(other, config, []))
 
 
 def compare(
@@ -76,8 +78,8 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare two rewards over the same rollouts, or two runs."""
-    subjects = lazy.compare.choose(a, b, run, lambda name: reading(name, config, []))
-    result = lazy.compare.describe(subjects, a, b, iteration, examples)
+    chosen = lazy.compare.choose(a, b, run, lambda name: reading(name, config, []))
+    result = lazy.compare.describe(chosen, a, b, iteration, examples)
     if as_json:
         print_json(result)
     else:

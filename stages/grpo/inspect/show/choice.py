@@ -1,22 +1,28 @@
 """show.choice: which rollouts are meant: of which iteration, which groups in which order, which page."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo import sql
 from grpo.artifacts import ActiveRun, Run
+from grpo.artifacts.layout import parse_iterations
 from grpo.errors import UsageError
 
 Row = dict[str, Any]
+Draw = list[Row]  # the rollouts of one group
+Opened = Callable[[str], ActiveRun]  # opens a run by its name
+EVERY = 2**31 - 1  # above any iteration
 SORTS = ("reward", "advantage", "tokens", "mismatch", "spread")
-
+_NONE = "no rollout meets the condition"
 # The user's condition stands in the text of the query: the connection reads, and can do nothing else.
 _MATCHING = "select distinct group_id from samples where ({where}) and coalesce(prompt_id = $prompt, true)"
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The options of `grpo show` that say which rollouts; None and "" where one was not given."""
+class Options:
+    """The options of `grpo show`; None, "" and () where one was not given."""
 
     iteration: int | None = None
     where: str | None = None
@@ -27,109 +33,105 @@ class Choice:
     reverse: bool = False
     groups: int = 3
     page: int = 1
+    reward: tuple[str, ...] = ()
+    side_by_side: bool = False
+    tokens: bool = False
+    against: str = ""
+    pager: bool = True
+    as_json: bool = False
 
 
-@dataclass(frozen=True)
-class Page:
-    """What is shown of `total` things: those from `first`, counted from 1, to `last`."""
-
-    first: int
-    last: int
-    total: int
-    page: int
-    noun: str
-
-    def footer(self) -> str:
-        """Where one is, and what shows more; empty when that is all."""
-        if self.last - self.first + 1 == self.total:
-            return ""
-        more = f"; --page {self.page + 1}" if self.last < self.total else ""
-        where = f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
-        return f"{self.noun} {where} of {self.total}{more}"
+def turned(items: list[_Item], options: Options, noun: str) -> tuple[list[_Item], str]:
+    """The items of a page, and in words where that is. Raises UsageError (exit 2) for one after the last."""
+    total, size, page = len(items), options.groups, options.page
+    pages = max(1, -(-total // size))
+    if page > pages:
+        raise UsageError(
+            f"--page {page}: {total} {noun} are {pages} page{'s' if pages > 1 else ''} of {size}"
+        )
+    begin = (page - 1) * size
+    shown = items[begin : begin + size]
+    if len(shown) == total:
+        return shown, "" if items else _NONE
+    last = begin + len(shown)
+    where = last if len(shown) == 1 else f"{begin + 1}-{last}"
+    return shown, f"{noun} {where} of {total}{f'; --page {page + 1}' if page < pages else ''}"
 
 
-def turned(items: list[Any], choice: Choice, noun: str = "groups") -> tuple[list[Any], Page]:
-    """The items of a page. Raises UsageError (exit 2) for a page after the last."""
-    pages = max(1, -(-len(items) // choice.groups))
-    if choice.page > pages:
-        size = f"{len(items)} {noun} are {pages} page{'s' if pages > 1 else ''} of {choice.groups}"
-        raise UsageError(f"--page {choice.page}: {size}")
-    begin = (choice.page - 1) * choice.groups
-    shown = items[begin : begin + choice.groups]
-    return shown, Page(begin + 1, begin + len(shown), len(items), choice.page, noun)
+def sampled(run: Run) -> list[int]:
+    """Iterations that have rollouts, in order."""
+    return [number for number in run.iterations() if run.manifest("rollouts", number)]
 
 
-def chosen_iteration(run: Run, iteration: int | None, asked: str = "") -> int:
-    """The iteration asked for, else the newest. Raises UsageError (exit 2) where it has no rollouts.
+def chosen_range(wanted: str) -> tuple[int, int]:
+    """First and last of 3, 0-19 or all iterations. Raises UsageError (exit 2) for anything else."""
+    return parse_iterations(wanted) or (0, EVERY)
 
-    asked: the option that names it, with its value; else --iteration.
-    """
-    have = [number for number in run.iterations() if run.manifest("rollouts", number)]
+
+def check_sampled(run: Run, first: int, last: int, option: str) -> None:
+    """Raise UsageError (exit 2), naming the option, where a run has no rollouts of these iterations."""
+    have = sampled(run)
     if not have:
         raise UsageError(f"run {run.name}: holds no rollouts yet")
-    chosen = have[-1] if iteration is None else iteration
-    if chosen not in have:
-        there = f"{have[0]} to {have[-1]}" if not asked else f"{have[0]} to {have[-1]}, not of {chosen}"
-        raise UsageError(f"{asked or f'--iteration {chosen}'}: run {run.name} has rollouts of {there}")
-    return chosen
+    if not any(first <= number <= last for number in have):
+        raise UsageError(f"{option}: run {run.name} has rollouts of {range_text(have)}")
 
 
-def ordered(run: ActiveRun, iteration: int, choice: Choice) -> dict[int, list[int]]:
-    """Groups that have a rollout that meets the choice -> their samples, both in the order to read them.
+def range_text(numbers: list[int]) -> str:
+    """`0 to 13`: the first and the last."""
+    return f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
+
+
+def rewards_of(run: Run, iteration: int) -> tuple[str, ...]:
+    """Names of the rewards of an iteration; none before it is scored."""
+    manifest = run.manifest("rewards", iteration)
+    return tuple(sorted(name.removeprefix("reward/") for name in manifest.ids)) if manifest else ()
+
+
+def ordered(run: ActiveRun, iteration: int, options: Options) -> list[tuple[int, list[int]]]:
+    """Groups that have a rollout that meets the options, and their samples, both in the order to read them.
 
     Raises UsageError (exit 2) for a condition that DuckDB refuses, and for what nothing can be sorted by.
     """
-    _check_sort(run, iteration, choice)
-    statement = _MATCHING.format(where=choice.where or "true")
-    try:
-        found = sql.read([run], statement, {"prompt": choice.prompt}, iteration)
-    except UsageError as error:
-        if choice.where is None:
-            raise
-        what = str(error).removeprefix("query: ").partition(" LINE 1:")[0]  # behind it is our own query
-        raise UsageError(f"--where {choice.where}: {what}") from None
-    matching = set(found["group_id"].to_pylist())
-    rows = sql.read([run], sql.own_text("inspect/show/keys"), {"sort": choice.sort}, iteration).to_pylist()
-    rows = [row for row in rows if row["group_id"] in matching]
-    for name, wanted, noun in (("group_id", choice.group, "group"), ("sample_id", choice.sample, "sample")):
-        if wanted is not None:
-            kept = [row for row in rows if row[name] == wanted]
-            if not kept:
-                raise UsageError(f"--{noun} {wanted}: {_not_there(rows, name, noun, iteration)}")
-            rows = kept
-    sign = 1 if choice.reverse else -1
-    rows.sort(
-        key=lambda row: (row["key"] is None, sign * (row["key"] or 0), row["group_id"], row["sample_id"])
-    )
+    known = dict.fromkeys([*SORTS, *rewards_of(run, iteration)])
+    if options.reverse and not options.sort:
+        raise UsageError("--reverse: turns the order of --sort; give both")
+    if options.sort and options.sort not in known:
+        raise UsageError(f"--sort {options.sort}: expected one of {', '.join(known)}")
+    values = {
+        "groups": _matching(run, iteration, options),
+        "sort": options.sort,
+        "sign": 1 if options.reverse else -1,
+    }
+    rows = sql.read([run], sql.own_text("inspect/show/keys"), values, iteration).to_pylist()
+    for name, wanted in (("group", options.group), ("sample", options.sample)):
+        have = sorted({row[f"{name}_id"] for row in rows})
+        if wanted is not None and wanted not in have:
+            there = f"iteration {iteration} has {name}s {range_text(have)}" if have else _NONE
+            raise UsageError(f"--{name} {wanted}: {there}")
+        rows = [row for row in rows if wanted in (None, row[f"{name}_id"])]
     order: dict[int, list[int]] = {}
     for row in rows:  # a group stands where the first of its samples does
         order.setdefault(row["group_id"], []).append(row["sample_id"])
-    return order
+    return list(order.items())
 
 
-def fetch(run: ActiveRun, iteration: int, order: dict[int, list[int]]) -> list[Row]:
+def _matching(run: ActiveRun, iteration: int, options: Options) -> list[int]:
+    statement = _MATCHING.format(where=options.where or "true")
+    try:
+        found = sql.read([run], statement, {"prompt": options.prompt}, iteration)
+    except UsageError as error:
+        if options.where is None:
+            raise
+        what = str(error).removeprefix("query: ").partition(" LINE 1:")[0]  # behind it is our own query
+        raise UsageError(f"--where {options.where}: {what}") from None
+    groups: list[int] = found["group_id"].to_pylist()
+    return groups
+
+
+def draws_of(run: ActiveRun, iteration: int, order: list[tuple[int, list[int]]]) -> list[Draw]:
     """Rows of `samples` of these groups and samples of an iteration, in this order."""
-    found = sql.read([run], sql.own_text("inspect/show/rows"), {"groups": list(order)}, iteration)
+    groups = {"groups": [group for group, _ in order]}
+    found = sql.read([run], sql.own_text("inspect/show/rows"), groups, iteration)
     rows = {(row["group_id"], row["sample_id"]): row for row in found.to_pylist(maps_as_pydicts="strict")}
-    return [rows[group, sample] for group, samples in order.items() for sample in samples]
-
-
-def rewards_of(run: Run, iteration: int) -> list[str]:
-    """Names of the rewards of an iteration; none before it is scored."""
-    manifest = run.manifest("rewards", iteration)
-    return sorted(name.removeprefix("reward/") for name in manifest.ids) if manifest else []
-
-
-def _check_sort(run: Run, iteration: int, choice: Choice) -> None:
-    known = [*SORTS, *rewards_of(run, iteration)]
-    if choice.reverse and not choice.sort:
-        raise UsageError("--reverse: turns the order of --sort; give both")
-    if choice.sort and choice.sort not in known:
-        raise UsageError(f"--sort {choice.sort}: expected one of {', '.join(dict.fromkeys(known))}")
-
-
-def _not_there(rows: list[Row], name: str, noun: str, iteration: int) -> str:
-    have = sorted({row[name] for row in rows})
-    if not have:
-        return "no rollout meets the condition"
-    return f"iteration {iteration} has {noun}s {have[0]} to {have[-1]}"
+    return [[rows[group, sample] for sample in samples] for group, samples in order]

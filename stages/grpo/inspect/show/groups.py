@@ -3,106 +3,96 @@
 What a model wrote is shown as text, never as markup.
 """
 
-from itertools import groupby
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from grpo.console import number, printable, table
-from grpo.inspect.show.choice import Row
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
+from grpo.inspect.show.choice import Draw, Row
 
 _MIN_COLUMN = 28  # characters of a response beside another one
 _GAP = 3
 
 
-def print_groups(console: "Console", rows: list[Row], rewards: list[str], side_by_side: bool) -> None:
-    """Print rows of `samples` group by group; `rewards`: the names to show by part."""
-    for _, members in groupby(rows, key=lambda row: row["group_id"]):
-        samples = list(members)
-        print_prompt(console, samples[0])
-        (_print_columns if side_by_side else _print_table)(console, samples, rewards)
+def print_tables(console: Console, draws: list[Draw], rewards: tuple[str, ...]) -> None:
+    """Print groups, a line for each rollout; `rewards`: the names to show by part."""
+    names = ("sample", *rewards, "reward", "advantage", "tokens", "end", "response")
+    for draw in draws:
+        print_prompt(console, draw[0])
+        cells = [
+            (*_numbers(row, rewards), str(row["response_tokens"]), row["finish_reason"], response_of(row))
+            for row in draw
+        ]
+        console.print(table(names, cells, left=("response",), plain=True))
         console.print()
 
 
-def print_prompt(console: "Console", first: Row) -> None:
-    """The heading of a group: where it is, how it did, and what was asked."""
-    from rich.text import Text
+def print_columns(console: Console, draws: list[Draw], rewards: tuple[str, ...]) -> None:
+    """The same, responses beside one another, as many as fit."""
+    fit = max(1, (console.width + _GAP) // (_MIN_COLUMN + _GAP))
+    for draw in draws:
+        print_prompt(console, draw[0])
+        columns = [(_caption(row, rewards), response_of(row)) for row in draw]
+        if len(columns) > fit:
+            columns += [(Text(), Text())] * (
+                -len(columns) % fit
+            )  # the last line has the columns of the others
+        for begin in range(0, len(columns), fit):
+            console.print(beside(columns[begin : begin + fit]))
+        console.print()
 
+
+def print_prompt(console: Console, first: Row) -> None:
+    """The heading of a group: where it is, how it did, and what was asked."""
     mean, deviation = first["group_mean"], first["group_std"]
     reward = "" if mean is None else f"   reward {mean:.3f}"
     spread = "" if deviation is None else f" ± {deviation:.3f}"  # a group of one has none
     where = f"iteration {first['iteration']}  group {first['group_id']}  prompt {first['prompt_id']}"
-    console.rule(Text(f"{where}{reward}{spread}"), align="left", style="dim")
-    console.print(Text(printable(first["prompt"]).rstrip()), answer_of(first))
+    console.rule(f"{where}{reward}{spread}", align="left", style="dim")
+    console.print(question_of(first))
 
 
-def answer_of(first: Row) -> "Text":
-    """The last line of the reference answer, in words; empty where there is none."""
-    from rich.text import Text
+def question_of(row: Row) -> Text:
+    """What was asked, and behind it the last line of the reference answer, where there is one."""
+    question = Text(printable(row["prompt"]).rstrip())
+    for line in (row["answer"] or "").splitlines()[-1:]:
+        question.append(printable(f"    answer: {line}"), "dim")
+    return question
 
-    lines = (first["answer"] or "").splitlines()
-    return Text(printable(f"   answer: {lines[-1]}") if lines else "", style="dim")
 
-
-def response_of(row: Row) -> "Text":
+def response_of(row: Row) -> Text:
     """What the model wrote."""
-    from rich.text import Text
-
     return Text(printable(row["response"])) if row["response"] else Text("(empty)", "dim")
 
 
 def signed(value: float | None, absent: str | None = None) -> str:
-    """A reward or an advantage with its sign; `absent` where there is none."""
-    return number(value, "+.3f", absent or "")
+    """A reward or an advantage with its sign; `absent`, or "none", where there is none."""
+    return number(value, "+.3f", absent or "none")
 
 
-def _print_table(console: "Console", samples: list[Row], rewards: list[str]) -> None:
-    names = ("sample", *rewards, "reward", "advantage", "tokens", "end", "response")
-    cells = [
-        [
-            str(row["sample_id"]),
-            *(signed((row["rewards"] or {}).get(name), "-") for name in rewards),
-            signed(row["reward"]),
-            signed(row["advantage"], row["reason"]),
-            str(row["response_tokens"]),
-            row["finish_reason"],
-            response_of(row),
-        ]
-        for row in samples
-    ]
-    console.print(table(names, cells, left=("response",), plain=True))
+def beside(columns: Sequence[tuple[RenderableType, RenderableType]]) -> Table:
+    """Columns of one width, each of a heading and what is below it."""
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    for heading, _ in columns:
+        found.add_column(heading, ratio=1, overflow="fold")
+    found.add_row(*(content for _, content in columns))
+    return found
 
 
-def _print_columns(console: "Console", samples: list[Row], rewards: list[str]) -> None:
-    """Responses beside one another, as many as fit."""
-    from rich import box
-    from rich.table import Table
-
-    fit = max(1, (console.width + _GAP) // (_MIN_COLUMN + _GAP))
-    for begin in range(0, len(samples), fit):
-        beside = samples[begin : begin + fit]
-        found = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
-        for row in beside:
-            found.add_column(_caption(row, rewards), ratio=1, overflow="fold")
-        for _ in range(fit - len(beside) if begin else 0):
-            found.add_column(ratio=1)  # the last line keeps the columns of the others
-        found.add_row(*(response_of(row) for row in beside))
-        console.print(found)
-
-
-def _caption(row: Row, rewards: list[str]) -> "Text":
-    from rich.text import Text
-
+def _caption(row: Row, rewards: tuple[str, ...]) -> Text:
+    names = ("sample", *rewards, "reward", "advantage")
     lines = [
-        ("sample ", str(row["sample_id"]), f"   {row['response_tokens']} tokens, {row['finish_reason']}"),
-        ("reward ", signed(row["reward"], "none"), ""),
-        ("advantage ", signed(row["advantage"], row["reason"] or "none"), ""),
-        *((f"{name} ", signed((row["rewards"] or {}).get(name), "-"), "") for name in rewards),
+        Text.assemble((f"{printable(name)} ", "dim"), (printable(value), "not bold"))
+        for name, value in zip(names, _numbers(row, rewards), strict=True)
     ]
-    text = Text()
-    for index, (name, value, rest) in enumerate(lines):
-        text.append("\n" if index else "").append(printable(name), "dim")
-        text.append(printable(value), "not bold").append(rest, "dim")
-    return text
+    lines[0].append(f"   {row['response_tokens']} tokens, {row['finish_reason']}", "dim")
+    return Text("\n").join(lines)
+
+
+def _numbers(row: Row, rewards: tuple[str, ...]) -> list[str]:
+    """Of a rollout its sample_id, the rewards by part, its reward and its advantage, or why it has none."""
+    parts = [signed((row["rewards"] or {}).get(name), "-") for name in rewards]
+    return [str(row["sample_id"]), *parts, signed(row["reward"]), signed(row["advantage"], row["reason"])]
