@@ -12,8 +12,12 @@ from grpo.inspect.show.groups import response_of
 
 _REWARD_ROWS, _RUN_ROWS = 12, 10  # iterations in a table; a curve has more points than that
 _REWARD_POINTS, _RUN_POINTS = 60, 30
-_SHARES = ("flipped", "tied in one", "lose signal", "gain signal", "other sign")
 _COUNTS = ("rollouts_spent", "tokens_spent")
+_FORMS = {
+    "iteration": "d",
+    **dict.fromkeys(("flipped", "tied in one", "lose signal", "gain signal", "other sign"), ".1%"),
+    **dict.fromkeys(_COUNTS, ",.0f"),
+}
 _ONLY_DRAWN = ("rewards.", "pass_rate", "eval_")  # how the curves begin that the table does not have
 _SHORT = {
     "response_tokens": "length",
@@ -24,6 +28,15 @@ _SHORT = {
 _LEFT_OUT = {
     "without_value": "of which one of the runs has no value",
     "in_one_run": "of a prompt that only one of the runs drew there",
+}
+# What the differences are between: by whether numbers are of pairs, all, none or some of them.
+_HOW = {
+    (True,): "the same prompts in both: differences within a pair of groups",
+    (False,): "other prompts in A than in B: differences between groups that are not pairs",
+    (
+        False,
+        True,
+    ): "within a pair of groups, but where A and B have a number of groups each: those are not pairs",
 }
 Row = dict[str, Any]
 
@@ -97,12 +110,8 @@ def _summary(total: Row) -> Table:
 def _print_agreement(console: Console, rows: list[Row]) -> None:
     """How far two rewards agree, by iteration."""
     points = [_point(row) for row in rows]
-    shown = thinned(list(zip(rows, points, strict=True)), _REWARD_ROWS)
-    cells = [
-        [str(row["iteration"]), *(number(point[name], ".1%" if name in _SHARES else ".3f") for name in point)]
-        for row, point in shown
-    ]
-    console.print(table(("iteration", *points[0]), cells))
+    cells = [[_text(name, point[name]) for name in point] for point in thinned(points, _REWARD_ROWS)]
+    console.print(table(points[0], cells))
     for name in ("in groups", "flipped", "|difference|"):
         console.print(f"  {name:<12}  {sparkline([each[name] for each in thinned(points, _REWARD_POINTS)])}")
     if len(rows) > _REWARD_ROWS:
@@ -111,6 +120,7 @@ def _print_agreement(console: Console, rows: list[Row]) -> None:
 
 def _point(row: Row) -> dict[str, float | None]:
     return {
+        "iteration": row["iteration"],
         "Spearman": row["spearman"],
         "in groups": row["spearman_in_groups"],
         "flipped": row["flipped"] / row["pairs"],
@@ -161,21 +171,9 @@ def _print_last(console: Console, last: Row) -> None:
         cells = (row["name"], number(row["a"]), number(row["b"]), number(row["difference"], "+.3f"), ends, of)
         rows.append([Text(printable(cell), "bold" if clear else "") for cell in cells])
     console.print(table(("", "A", "B", "B - A", "95 % interval", "groups"), rows, left=("",)))
-    for text in (
-        f"bold: 0 is outside the interval; {_how(last['numbers'])}",
-        *_groups_left_out(last["numbers"]),
-    ):
+    how = _HOW[tuple(sorted({row["paired"] for row in last["numbers"]}))]
+    for text in (f"bold: 0 is outside the interval; {how}", *_groups_left_out(last["numbers"])):
         console.print(printable(text), style="dim", soft_wrap=True)
-
-
-def _how(numbers: list[Row]) -> str:
-    """What the differences are between; a number with two counts of groups is none of pairs."""
-    paired = {row["paired"] for row in numbers}
-    if paired == {True}:
-        return "the same prompts in both: differences within a pair of groups"
-    if paired == {False}:
-        return "other prompts in A than in B: differences between groups that are not pairs"
-    return "within a pair of groups, but where A and B have a number of groups each: those are not pairs"
 
 
 def _groups_left_out(numbers: list[Row]) -> list[str]:
@@ -211,25 +209,26 @@ def _print_iterations(console: Console, data: Row) -> None:
     """Curves by iteration, a row of A above one of B; one row where all of both are the same."""
     curves = [curve for curve in data["curves"] if not curve["name"].startswith(_ONLY_DRAWN)]
     values = {
-        (curve["name"], point["iteration"], run): number(
-            point[run], ",.0f" if curve["name"] in _COUNTS else ".3f"
-        )
+        (curve["name"], point["iteration"], run): _text(curve["name"], point[run])
         for curve in curves
         for point in curve["points"]
         for run in ("a", "b")
     }
+    names = [curve["name"] for curve in curves]
     numbers = sorted({iteration for _, iteration, _ in values})
     rows: list[list[Any]] = []
     for iteration in thinned(numbers, _RUN_ROWS):
-        of_a, of_b = (
-            [values.get((curve["name"], iteration, run), "") for curve in curves] for run in ("a", "b")
-        )
+        of_a, of_b = ([values.get((name, iteration, run), "") for name in names] for run in ("a", "b"))
         if of_a == of_b:
             rows.append([str(iteration), Text("both", "dim"), *of_a])
         else:
             rows += [[str(iteration), data["a"], *of_a], ["", data["b"], *of_b]]
-    columns = ("iteration", "run", *(_SHORT.get(curve["name"], curve["name"]) for curve in curves))
+    columns = ("iteration", "run", *(_SHORT.get(name, name) for name in names))
     console.print(table(columns, rows, left=("run",)))
     if len(numbers) > _RUN_ROWS:
         shown = f"{_RUN_ROWS} of {len(numbers)} iterations shown"
         console.print(f"{shown}, rewards by name left out; --json has all", style="dim")
+
+
+def _text(name: str, value: float | None) -> str:
+    return number(value, _FORMS.get(name, ".3f"))

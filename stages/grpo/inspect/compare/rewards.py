@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from grpo import sql
 from grpo.artifacts import ActiveRun, Run
+from grpo.artifacts.layout import parse_iterations
 from grpo.errors import InputError
-from grpo.inspect.show.choice import check_sampled, chosen_range
+from grpo.inspect.show.choice import EVERY, check_sampled
 
 SUM = "reward"  # the weighted sum of the rewards, a column of `advantages`
 _ALL_PAIRS = 64  # values of which it is fastest to look at every pair
@@ -23,7 +24,7 @@ def describe(run: ActiveRun, a: str, b: str, wanted: str, num_examples: int) -> 
 
     `wanted`: 3, 0-19 or all iterations. Raises InputError (exit 4) when no rollout has both rewards.
     """
-    first, last = chosen_range(wanted)
+    first, last = parse_iterations(wanted) or (0, EVERY)
     check_sampled(run, first, last, f"--iteration {wanted}")
     names = {"a": a, "b": b}
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from grpo import sql
 from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config
+from grpo.artifacts.layout import parse_iterations
 from grpo.config import Config, differing_keys
 from grpo.errors import UsageError
-from grpo.inspect.show.choice import EVERY, chosen_range, range_text, sampled
+from grpo.inspect.show.choice import EVERY, range_text, sampled
 
 LAST = 5  # iterations whose groups make the last numbers: one alone has few
 _ORDER = (
@@ -28,7 +29,7 @@ def describe(a: ActiveRun, b: ActiveRun, wanted: str) -> dict[str, Any]:
     """
     have = {run.name: sampled(run) for run in (a, b)}
     common = sorted({*have[a.name]} & {*have[b.name]})
-    first, last = chosen_range(wanted)
+    first, last = parse_iterations(wanted) or (0, EVERY)
     chosen = [number for number in common if first <= number <= last]
     if not chosen:
         ranges = ", ".join(f"{name} of {range_text(numbers)}" for name, numbers in have.items())

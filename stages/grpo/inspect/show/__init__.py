@@ -10,18 +10,8 @@ from rich.console import Console
 from grpo.artifacts import ActiveRun
 from grpo.console import paged
 from grpo.errors import UsageError
-from grpo.inspect.show import groups, prompt, tokens
-from grpo.inspect.show.choice import (
-    Draw,
-    Opened,
-    Options,
-    check_sampled,
-    draws_of,
-    ordered,
-    rewards_of,
-    sampled,
-    turned,
-)
+from grpo.inspect.show import choice, groups, prompt, tokens
+from grpo.inspect.show.choice import Draw, Opened, Options
 
 __all__ = ["Options", "show"]
 _LOOKS = ("side_by_side", "tokens", "reward")  # options of how a group is shown
@@ -57,28 +47,20 @@ def show(run: ActiveRun, options: Options, opened: Opened) -> None:
 
 def _refuse(options: Options, what: str, without_use: tuple[str, ...]) -> None:
     """Raise UsageError for an option that would change nothing of what is shown."""
-    usual = {field.name: field.default for field in fields(options)}
-    for name in without_use:
-        if getattr(options, name) != usual[name]:
-            option = name.replace("_", "-")
+    for field in fields(options):
+        if field.name in without_use and getattr(options, field.name) != field.default:
+            option = field.name.replace("_", "-")
             raise UsageError(f"--{option}: changes nothing of what {what} shows; leave one of them out")
 
 
-def _iteration(run: ActiveRun, options: Options) -> int:
-    """The iteration asked for, else the newest."""
-    number = options.iteration if options.iteration is not None else max(sampled(run), default=0)
-    check_sampled(run, number, number, f"--iteration {number}")
-    return number
-
-
 def _groups(run: ActiveRun, options: Options) -> _View:
-    iteration = _iteration(run, options)
-    known = rewards_of(run, iteration)
+    iteration = choice.chosen_iteration(run, options.iteration)
+    known = choice.rewards_of(run, iteration)
     for name in options.reward:
         if name not in known:
             raise UsageError(f"--reward {name}: iteration {iteration} has {', '.join(known) or 'no rewards'}")
-    shown, footer = turned(ordered(run, iteration, options), options, "groups")
-    draws = draws_of(run, iteration, shown)
+    shown, footer = choice.turned(choice.ordered(run, iteration, options), options, "groups")
+    draws = choice.draws_of(run, iteration, shown)
     if options.tokens:
         draws = tokens.with_tokens(run, iteration, draws)
         return draws, partial(tokens.print_tokens, draws=draws), footer
@@ -88,14 +70,15 @@ def _groups(run: ActiveRun, options: Options) -> _View:
 
 
 def _against(run: ActiveRun, options: Options, opened: Opened) -> _View:
-    iteration = _iteration(run, options)
+    iteration = choice.chosen_iteration(run, options.iteration)
     other, at = prompt.moment(run, iteration, options.against, opened)
-    draws = draws_of(run, iteration, ordered(run, iteration, options))
-    pairs = prompt.pairs_of(draws, draws_of(other, at, ordered(other, at, Options())))
+    draws = choice.draws_of(run, iteration, choice.ordered(run, iteration, options))
+    others = choice.draws_of(other, at, choice.ordered(other, at, Options()))
+    pairs = prompt.pairs_of(draws, others)
     if draws and not pairs:
         raise UsageError(
             f"--against {options.against}: iteration {iteration} and iteration {at} drew none of these"
             " prompts both; --prompt ID shows one over all iterations"
         )
-    shown, footer = turned(pairs, options, "prompts")
+    shown, footer = choice.turned(pairs, options, "prompts")
     return [draw for pair in shown for draw in pair], partial(prompt.print_pairs, pairs=shown), footer

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 from grpo import sql
 from grpo.artifacts import ActiveRun, Run
-from grpo.artifacts.layout import parse_iterations
 from grpo.errors import UsageError
 
 Row = dict[str, Any]
@@ -63,9 +62,11 @@ def sampled(run: Run) -> list[int]:
     return [number for number in run.iterations() if run.manifest("rollouts", number)]
 
 
-def chosen_range(wanted: str) -> tuple[int, int]:
-    """First and last of 3, 0-19 or all iterations. Raises UsageError (exit 2) for anything else."""
-    return parse_iterations(wanted) or (0, EVERY)
+def chosen_iteration(run: Run, iteration: int | None) -> int:
+    """The iteration asked for, else the newest; errors as check_sampled's."""
+    chosen = max(sampled(run), default=0) if iteration is None else iteration
+    check_sampled(run, chosen, chosen, f"--iteration {chosen}")
+    return chosen
 
 
 def check_sampled(run: Run, first: int, last: int, option: str) -> None:
@@ -98,11 +99,16 @@ def ordered(run: ActiveRun, iteration: int, options: Options) -> list[tuple[int,
         raise UsageError("--reverse: turns the order of --sort; give both")
     if options.sort and options.sort not in known:
         raise UsageError(f"--sort {options.sort}: expected one of {', '.join(known)}")
-    values = {
-        "groups": _matching(run, iteration, options),
-        "sort": options.sort,
-        "sign": 1 if options.reverse else -1,
-    }
+    statement = _MATCHING.format(where=options.where or "true")
+    try:
+        matching = sql.read([run], statement, {"prompt": options.prompt}, iteration)
+    except UsageError as error:
+        if options.where is None:
+            raise
+        what = str(error).removeprefix("query: ").partition(" LINE 1:")[0]  # behind it is our own query
+        raise UsageError(f"--where {options.where}: {what}") from None
+    by = {"sort": options.sort, "sign": 1 if options.reverse else -1}
+    values = {"groups": matching["group_id"].to_pylist(), **by}
     rows = sql.read([run], sql.own_text("inspect/show/keys"), values, iteration).to_pylist()
     for name, wanted in (("group", options.group), ("sample", options.sample)):
         have = sorted({row[f"{name}_id"] for row in rows})
@@ -114,19 +120,6 @@ def ordered(run: ActiveRun, iteration: int, options: Options) -> list[tuple[int,
     for row in rows:  # a group stands where the first of its samples does
         order.setdefault(row["group_id"], []).append(row["sample_id"])
     return list(order.items())
-
-
-def _matching(run: ActiveRun, iteration: int, options: Options) -> list[int]:
-    statement = _MATCHING.format(where=options.where or "true")
-    try:
-        found = sql.read([run], statement, {"prompt": options.prompt}, iteration)
-    except UsageError as error:
-        if options.where is None:
-            raise
-        what = str(error).removeprefix("query: ").partition(" LINE 1:")[0]  # behind it is our own query
-        raise UsageError(f"--where {options.where}: {what}") from None
-    groups: list[int] = found["group_id"].to_pylist()
-    return groups
 
 
 def draws_of(run: ActiveRun, iteration: int, order: list[tuple[int, list[int]]]) -> list[Draw]:

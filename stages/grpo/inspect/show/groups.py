@@ -23,7 +23,12 @@ def print_tables(console: Console, draws: list[Draw], rewards: tuple[str, ...]) 
     for draw in draws:
         print_prompt(console, draw[0])
         cells = [
-            (*_numbers(row, rewards), str(row["response_tokens"]), row["finish_reason"], response_of(row))
+            (
+                *numbers_of(row, rewards, ""),
+                str(row["response_tokens"]),
+                row["finish_reason"],
+                response_of(row),
+            )
             for row in draw
         ]
         console.print(table(names, cells, left=("response",), plain=True))
@@ -68,9 +73,16 @@ def response_of(row: Row) -> Text:
     return Text(printable(row["response"])) if row["response"] else Text("(empty)", "dim")
 
 
-def signed(value: float | None, absent: str | None = None) -> str:
-    """A reward or an advantage with its sign; `absent`, or "none", where there is none."""
-    return number(value, "+.3f", absent or "none")
+def signed(value: float | None, absent: str = "none") -> str:
+    """A reward or an advantage with its sign; `absent` where there is none."""
+    return number(value, "+.3f", absent)
+
+
+def numbers_of(row: Row, rewards: tuple[str, ...] = (), absent: str = "none") -> list[str]:
+    """Of a rollout its sample_id, rewards by part, its reward and its advantage, or why it has none."""
+    parts = [signed((row["rewards"] or {}).get(name), "-") for name in rewards]
+    numbers = (signed(row["reward"], absent), signed(row["advantage"], row["reason"] or absent))
+    return [str(row["sample_id"]), *parts, *numbers]
 
 
 def beside(columns: Sequence[tuple[RenderableType, RenderableType]]) -> Table:
@@ -86,13 +98,7 @@ def _caption(row: Row, rewards: tuple[str, ...]) -> Text:
     names = ("sample", *rewards, "reward", "advantage")
     lines = [
         Text.assemble((f"{printable(name)} ", "dim"), (printable(value), "not bold"))
-        for name, value in zip(names, _numbers(row, rewards), strict=True)
+        for name, value in zip(names, numbers_of(row, rewards), strict=True)
     ]
     lines[0].append(f"   {row['response_tokens']} tokens, {row['finish_reason']}", "dim")
     return Text("\n").join(lines)
-
-
-def _numbers(row: Row, rewards: tuple[str, ...]) -> list[str]:
-    """Of a rollout its sample_id, the rewards by part, its reward and its advantage, or why it has none."""
-    parts = [signed((row["rewards"] or {}).get(name), "-") for name in rewards]
-    return [str(row["sample_id"]), *parts, signed(row["reward"]), signed(row["advantage"], row["reason"])]

@@ -10,7 +10,7 @@ from grpo.artifacts import ActiveRun
 from grpo.console import printable
 from grpo.errors import InputError
 from grpo.inspect.show.choice import Draw, Row
-from grpo.inspect.show.groups import print_prompt, signed
+from grpo.inspect.show.groups import numbers_of, print_prompt
 from grpo.models.tokenizer import FILE, pieces, starting_policy, tokenizer_of
 
 _LEAST_LIKELY = 5
@@ -47,20 +47,16 @@ def with_tokens(run: ActiveRun, iteration: int, draws: list[Draw]) -> list[Draw]
 
 def print_tokens(console: Console, draws: list[Draw]) -> None:
     """Print responses shaded by the probability of their tokens, and where sampler and learner differ."""
-    *bounds, _ = (f"{least:g}" for least in SHADES)
-    shades = zip(
-        (*(f"from {least}" for least in bounds), f"below {bounds[-1]}"), SHADES.values(), strict=True
-    )
-    legend = Text(" ", "dim").join(Text(f" {label} ", style) for label, style in shades)
-    console.print(Text("probability when sampled: ", "dim") + legend)
+    legend = Text("probability when sampled: ", "dim")
+    for least, style in SHADES.items():
+        label = f"from {least:g}" if least else f"below {sorted(SHADES)[1]:g}"
+        legend.append(f" {label} ", style).append(" ")
+    console.print(legend)
     for draw in draws:
         print_prompt(console, draw[0])
         for row in draw:
-            reward, advantage = (
-                signed(row["reward"], "none"),
-                signed(row["advantage"], row["reason"] or "none"),
-            )
-            console.print(f"sample {row['sample_id']}  reward {reward}  advantage {advantage}", style="dim")
+            sample, reward, advantage = numbers_of(row)
+            console.print(f"sample {sample}  reward {reward}  advantage {advantage}", style="dim")
             console.print(_shaded(row["tokens"]))
             for line in (*_least_likely(row["tokens"]), *_learner(row["tokens"])):
                 console.print(f"  {line}", style="dim")
