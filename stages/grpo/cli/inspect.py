@@ -78,8 +78,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare two rewards over the same rollouts, or two runs."""
-    chosen = lazy.compare.choose(a, b, run, lambda name: reading(name, config, []))
-    result = lazy.compare.describe(chosen, a, b, iteration, examples)
+    result = lazy.compare.describe(a, b, run, lambda name: reading(name, config, []), iteration, examples)
     if as_json:
         print_json(result)
     else:

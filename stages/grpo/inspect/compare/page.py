@@ -7,7 +7,16 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.artifacts import STAGE_OUTPUTS
-from grpo.console import interval, iterations_text, number, printable, sparkline, table, thinned
+from grpo.console import (
+    interval,
+    iterations_text,
+    number,
+    printable,
+    sparkline,
+    stdout_console,
+    table,
+    thinned,
+)
 from grpo.inspect.show.groups import response_of
 
 _REWARD_ROWS, _RUN_ROWS = 12, 10  # iterations in a table; a curve has more points than that
@@ -19,12 +28,7 @@ _FORMS = {
     **dict.fromkeys(_COUNTS, ",.0f"),
 }
 _ONLY_DRAWN = ("rewards.", "pass_rate", "eval_")  # how the curves begin that the table does not have
-_SHORT = {
-    "response_tokens": "length",
-    "groups_without_signal": "no signal",
-    "rollouts_spent": "rollouts",
-    "tokens_spent": "tokens",
-}
+_SHORT = {"response_tokens": "length", "groups_without_signal": "no signal"}
 _LEFT_OUT = {
     "without_value": "of which one of the runs has no value",
     "in_one_run": "of a prompt that only one of the runs drew there",
@@ -41,8 +45,12 @@ _HOW = {
 Row = dict[str, Any]
 
 
-def print_rewards(console: Console, data: Row) -> None:
-    """Print the document of compare.rewards.describe."""
+def print_comparison(data: Row) -> None:
+    """Print the document of compare.describe."""
+    (_print_rewards if data["compared"] == "rewards" else _print_runs)(stdout_console(), data)
+
+
+def _print_rewards(console: Console, data: Row) -> None:
     total, rows = data["overall"], data["iterations"]
     console.print(f"run {data['run']}: {data['a']} (A) against {data['b']} (B)", style="bold")
     over = iterations_text([row["iteration"] for row in rows])
@@ -132,8 +140,7 @@ def _point(row: Row) -> dict[str, float | None]:
     }
 
 
-def print_runs(console: Console, data: Row) -> None:
-    """Print the document of compare.runs.describe."""
+def _print_runs(console: Console, data: Row) -> None:
     console.print(f"runs: {data['a']} (A) against {data['b']} (B)", style="bold")
     console.print(_where_they_part(data))
     console.print("\nconfigured differently (A -> B)", style="bold")
@@ -223,7 +230,7 @@ def _print_iterations(console: Console, data: Row) -> None:
             rows.append([str(iteration), Text("both", "dim"), *of_a])
         else:
             rows += [[str(iteration), data["a"], *of_a], ["", data["b"], *of_b]]
-    columns = ("iteration", "run", *(_SHORT.get(name, name) for name in names))
+    columns = ("iteration", "run", *(_SHORT.get(name, name.removesuffix("_spent")) for name in names))
     console.print(table(columns, rows, left=("run",)))
     if len(numbers) > _RUN_ROWS:
         shown = f"{_RUN_ROWS} of {len(numbers)} iterations shown"

@@ -37,6 +37,7 @@ def describe(run: ActiveRun, a: str, b: str, wanted: str, num_examples: int) -> 
         if not rows:
             raise InputError(f"{a} {b}: no group of run {run.name} has two rollouts with both rewards")
         return {
+            "compared": "rewards",
             "run": run.name,
             **names,
             "rollouts": {"compared": len(both), "without_both": len(found) - len(both)},

@@ -1,7 +1,6 @@
 """compare.runs: two runs -> where they part, what differs in configuration, their curves and last numbers."""
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from grpo import sql
@@ -18,7 +17,6 @@ _ORDER = (
 )
 _MEASURED = ("rollouts", "rewards", "advantages")  # outputs that the last numbers are of
 _KEY_OF = {"prompts": "prompts.source", "policy@0": "model", "reference": "update.reference"}
-Parted = dict[str, dict[str, Any] | None]
 
 
 def describe(a: ActiveRun, b: ActiveRun, wanted: str) -> dict[str, Any]:
@@ -35,15 +33,19 @@ def describe(a: ActiveRun, b: ActiveRun, wanted: str) -> dict[str, Any]:
         ranges = ", ".join(f"{name} of {range_text(numbers)}" for name, numbers in have.items())
         none = "have no iteration" if wanted == "all" else f"have none of --iteration {wanted}"
         raise UsageError(f"{a.name} {b.name}: {none} in common; rollouts: {ranges}")
-    parted: Parted = {output: _first_difference(a, b, output) for output in STAGE_OUTPUTS}
+    parted = {output: _first_difference(a, b, output) for output in STAGE_OUTPUTS}
+    firsts = {output: found["iteration"] for output, found in parted.items() if found}
+    shared = min(firsts.values(), default=EVERY)
     # What comes before is the same row by row: a difference of 0 that says nothing of how the runs differ.
-    own = [number for number in chosen if number >= _begin(parted, _MEASURED)][-LAST:]
+    begin = min((firsts[output] for output in _MEASURED if output in firsts), default=EVERY)
+    own = [number for number in chosen if number >= begin][-LAST:]
     return {
+        "compared": "runs",
         "a": a.name,
         "b": b.name,
         "common_iterations": common,
         "parted": parted,
-        "shared_iterations": sum(number < _begin(parted, STAGE_OUTPUTS) for number in common),
+        "shared_iterations": sum(number < shared for number in common),
         "configuration": _configuration(a, b),
         "curves": _read(a, b, "curves", first=first, last=last),
         "last": _last(a, b, own[0], own[-1]) if own else None,
@@ -60,11 +62,6 @@ def _first_difference(a: Run, b: Run, output: str) -> dict[str, Any] | None:
         if what:
             return {"iteration": iteration, "what": what}
     return None
-
-
-def _begin(parted: Parted, outputs: Iterable[str]) -> int:
-    """The first iteration in which one of the outputs differs."""
-    return min((found["iteration"] for output in outputs if (found := parted[output])), default=EVERY)
 
 
 def _configuration(a: Run, b: Run) -> list[str]:

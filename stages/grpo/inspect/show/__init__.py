@@ -62,7 +62,7 @@ def _groups(run: ActiveRun, options: Options) -> _View:
     shown, footer = choice.turned(choice.ordered(run, iteration, options), options, "groups")
     draws = choice.draws_of(run, iteration, shown)
     if options.tokens:
-        draws = tokens.with_tokens(run, iteration, draws)
+        tokens.add_tokens(run, iteration, draws)
         return draws, partial(tokens.print_tokens, draws=draws), footer
     rewards = options.reward or (known if len(known) > 1 else ())
     printed = groups.print_columns if options.side_by_side else groups.print_tables

@@ -43,18 +43,15 @@ class Options:
 def turned(items: list[_Item], options: Options, noun: str) -> tuple[list[_Item], str]:
     """The items of a page, and in words where that is. Raises UsageError (exit 2) for one after the last."""
     total, size, page = len(items), options.groups, options.page
-    pages = max(1, -(-total // size))
-    if page > pages:
-        raise UsageError(
-            f"--page {page}: {total} {noun} are {pages} page{'s' if pages > 1 else ''} of {size}"
-        )
-    begin = (page - 1) * size
-    shown = items[begin : begin + size]
-    if len(shown) == total:
+    pages = [items[first : first + size] for first in range(0, total, size)] or [items]
+    if page > len(pages):
+        many = f"{len(pages)} page{'s' if len(pages) > 1 else ''} of {size}"
+        raise UsageError(f"--page {page}: {total} {noun} are {many}")
+    shown, last = pages[page - 1], min(page * size, total)
+    if len(pages) == 1:
         return shown, "" if items else _NONE
-    last = begin + len(shown)
-    where = last if len(shown) == 1 else f"{begin + 1}-{last}"
-    return shown, f"{noun} {where} of {total}{f'; --page {page + 1}' if page < pages else ''}"
+    where = last if len(shown) == 1 else f"{last - len(shown) + 1}-{last}"
+    return shown, f"{noun} {where} of {total}{f'; --page {page + 1}' if page < len(pages) else ''}"
 
 
 def sampled(run: Run) -> list[int]:

@@ -3,10 +3,10 @@
 What a model wrote is shown as text, never as markup.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -85,7 +85,7 @@ def numbers_of(row: Row, rewards: tuple[str, ...] = (), absent: str = "none") ->
     return [str(row["sample_id"]), *parts, *numbers]
 
 
-def beside(columns: Sequence[tuple[RenderableType, RenderableType]]) -> Table:
+def beside(columns: list[tuple[Text, Any]]) -> Table:
     """Columns of one width, each of a heading and what is below it."""
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for heading, _ in columns:

@@ -83,7 +83,7 @@ def print_over_time(console: Console, draws: list[Draw]) -> None:
         [
             str(draw[0]["iteration"]),
             str(draw[0]["group_id"]),
-            signed(draw[0]["group_mean"]),
+            signed(draw[0]["group_mean"], ""),
             _mean_tokens(draw),
             str(len({row["response"] for row in draw})),
             _counted(draw, colours),

@@ -1,6 +1,7 @@
 """show.tokens: a response token by token: how likely each was when sampled, and what the learner says."""
 
 import math
+from itertools import chain
 
 from rich.console import Console
 from rich.text import Text
@@ -24,8 +25,8 @@ SHADES = {
 }
 
 
-def with_tokens(run: ActiveRun, iteration: int, draws: list[Draw]) -> list[Draw]:
-    """The rows with `tokens`: of each its text, id, old_logprob, and policy_logprob or null.
+def add_tokens(run: ActiveRun, iteration: int, draws: list[Draw]) -> None:
+    """Give each row its `tokens`: of each its text, id, old_logprob, and policy_logprob or null.
 
     Raises InputError (exit 4) when no policy of the run has a tokenizer that says what a token is.
     """
@@ -36,13 +37,10 @@ def with_tokens(run: ActiveRun, iteration: int, draws: list[Draw]) -> list[Draw]
     groups = {"groups": [draw[0]["group_id"] for draw in draws]}
     found = sql.read([run], sql.own_text("inspect/show/tokens"), groups, iteration).to_pylist()
     tokens_of = {(row["group_id"], row["sample_id"]): row["tokens"] for row in found}
-
-    def told(row: Row) -> Row:
+    for row in chain.from_iterable(draws):
         tokens = tokens_of[row["group_id"], row["sample_id"]]
         texts = pieces(tokenizer, [token["token_id"] for token in tokens])
-        return {**row, "tokens": [{"text": text, **token} for text, token in zip(texts, tokens, strict=True)]}
-
-    return [[told(row) for row in draw] for draw in draws]
+        row["tokens"] = [{"text": text, **token} for text, token in zip(texts, tokens, strict=True)]
 
 
 def print_tokens(console: Console, draws: list[Draw]) -> None:
