@@ -14,7 +14,7 @@ from tests.conftest import Grpo
 from tests.inspect.report import runs
 
 from grpo.errors import InputError
-from grpo.inspect.show.tokens import add_tokens
+from grpo.inspect.show.choice import add_tokens
 
 REWARDS = 'score.rewards=[{function: "reward:code"}, {function: "reward:length", weight: 0}]'
 

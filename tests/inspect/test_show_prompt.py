@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from grpo.inspect.show.groups import print_prompt
-from grpo.inspect.show.prompt import pairs_of, print_over_time, print_pairs
+from grpo.inspect.show.choice import pairs_of
+from grpo.inspect.show.page import print_over_time, print_pairs, print_prompt
 
 
 def draw(iteration: int, responses: list[tuple[str, float]]) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 -- Grain: one row per iteration of `paired` (paired.sql), and a last one, its
 -- iteration null, of all of them, whatever the groups. Spearman's correlation,
 -- where equal values share the mean of their ranks; null where a reward is
--- constant. Pairs of rollouts that A (`untied_a`), B (`untied_b`) and each of
--- the two (`untied`) order one way or the other.
+-- constant. For Kendall's tau-b: `untied`, the pairs of rollouts that neither
+-- reward ties; `scale`, the root of those that A does not tie by those that B
+-- does not; and the values of B in the order of A.
 with scopes as (
     select iteration, a, b from paired
     union all
@@ -31,9 +32,10 @@ final as (
             when min(a) < max(a) and min(b) < max(b) then
                 corr(rank_a, rank_b order by a, b)
         end as spearman,
-        sum(rollouts - peers_a)::bigint // 2 as untied_a,
-        sum(rollouts - peers_b)::bigint // 2 as untied_b,
         sum(rollouts - peers_a - peers_b + peers)::bigint // 2 as untied,
+        sqrt(sum(rollouts - peers_a) / 2) * sqrt(sum(rollouts - peers_b) / 2)
+            as scale,
+        list(b order by a, b) as b_by_a,
     from ranked
     group by iteration
 )

@@ -17,7 +17,7 @@ from grpo.console import (
     table,
     thinned,
 )
-from grpo.inspect.show.groups import response_of
+from grpo.inspect.show.page import response_of
 
 _REWARD_ROWS, _RUN_ROWS = 12, 10  # iterations in a table; a curve has more points than that
 _REWARD_POINTS, _RUN_POINTS = 60, 30
@@ -55,7 +55,12 @@ def _print_rewards(console: Console, data: Row) -> None:
     console.print(f"run {data['run']}: {data['a']} (A) against {data['b']} (B)", style="bold")
     over = iterations_text([row["iteration"] for row in rows])
     counted = f"{total['rollouts']:,} rollouts in {total['groups']:,} groups of {over}"
-    console.print(f"{counted}{_rollouts_left_out(data['rollouts'], total)}\n")
+    left_out = {
+        "have no value of one of them": data["rollouts"]["without_both"],
+        "are alone in their group": data["rollouts"]["compared"] - total["rollouts"],
+    }
+    more = "; ".join(f"{count:,} more {what}" for what, count in left_out.items() if count)
+    console.print(f"{counted}{f' ({more})' if more else ''}\n")
     console.print(_summary(total))
     if len(rows) > 1:
         _print_agreement(console, rows)
@@ -73,15 +78,6 @@ def _print_rewards(console: Console, data: Row) -> None:
         ]
         columns = ("sample", data["a"], data["b"], "response")
         console.print(table(columns, cells, left=("response",), plain=True))
-
-
-def _rollouts_left_out(rollouts: dict[str, int], total: Row) -> str:
-    counts = {
-        "have no value of one of them": rollouts["without_both"],
-        "are alone in their group": rollouts["compared"] - total["rollouts"],
-    }
-    texts = [f"{count:,} more {what}" for what, count in counts.items() if count]
-    return f" ({'; '.join(texts)})" if texts else ""
 
 
 def _summary(total: Row) -> Table:
@@ -179,18 +175,18 @@ def _print_last(console: Console, last: Row) -> None:
         rows.append([Text(printable(cell), "bold" if clear else "") for cell in cells])
     console.print(table(("", "A", "B", "B - A", "95 % interval", "groups"), rows, left=("",)))
     how = _HOW[tuple(sorted({row["paired"] for row in last["numbers"]}))]
-    for text in (f"bold: 0 is outside the interval; {how}", *_groups_left_out(last["numbers"])):
+    for text in (f"bold: 0 is outside the interval; {how}", *_left_out(last["numbers"])):
         console.print(printable(text), style="dim", soft_wrap=True)
 
 
-def _groups_left_out(numbers: list[Row]) -> list[str]:
+def _left_out(numbers: list[Row]) -> list[str]:
     """A line for what is left out, of the numbers of which it is the same."""
     found: dict[str, list[str]] = {}
     for row in numbers:
         reasons = [
-            f"{count} {'group' if count == 1 else 'groups'} {why}"
-            for reason, why in _LEFT_OUT.items()
-            if (count := row["left_out"].get(reason))
+            f"{count} {'group' if count == 1 else 'groups'} {_LEFT_OUT[reason]}"
+            for reason, count in row["left_out"].items()
+            if count
         ]
         if reasons:
             found.setdefault(" and ".join(reasons), []).append(row["name"])

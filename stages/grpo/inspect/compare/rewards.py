@@ -1,11 +1,9 @@
 """compare.rewards: two rewards over the same rollouts -> how far they agree on which of them are better."""
 
-import math
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from grpo import sql
@@ -59,21 +57,17 @@ def measured(connection: sql.Connection, both: pa.Table, epsilon: float) -> Rows
     overall = {row["iteration"]: row for row in _query(connection, "overall").to_pylist()}
     totals: Rows = _query(connection, "totals").to_pylist()
     for row in totals:
-        iteration = row["iteration"]
-        of_row = both if iteration is None else both.filter(pc.equal(both["iteration"], iteration))
-        row["spearman"] = overall[iteration]["spearman"]
-        row["kendall"] = _kendall(of_row["a"].to_numpy(), of_row["b"].to_numpy(), overall[iteration])
+        of_row = overall[row["iteration"]]
+        row |= {"spearman": of_row["spearman"], "kendall": _kendall(of_row)}
     return totals
 
 
-def _kendall(a: NDArray[Any], b: NDArray[Any], pairs: dict[str, Any]) -> float | None:
-    """Kendall's tau-b in [-1, 1] by Knight's method (JASA 61, 1966); null where one is constant."""
-    untied_a, untied_b, untied = (pairs[name] for name in ("untied_a", "untied_b", "untied"))
-    if not untied_a or not untied_b:
+def _kendall(row: dict[str, Any]) -> float | None:
+    """Kendall's tau-b in [-1, 1] by Knight's method (JASA 61, 1966); null where a reward is constant."""
+    if not row["scale"]:
         return None
-    flipped = _inversions(b[np.lexsort((b, a))])  # within a tie of `a` they are in order: none is counted
-    tau: float = (untied - 2 * flipped) / math.sqrt(untied_a) / math.sqrt(untied_b)
-    return tau
+    flipped = _inversions(np.array(row["b_by_a"]))  # within a tie of A they are in order: none is counted
+    return float((row["untied"] - 2 * flipped) / row["scale"])
 
 
 def _inversions(values: NDArray[Any]) -> int:

@@ -1,21 +1,18 @@
 """show: rollouts as a person reads them: groups of an iteration, tokens, one prompt as training goes on."""
 
 import json
-from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-
-from rich.console import Console
 
 from grpo.artifacts import ActiveRun
 from grpo.console import paged
 from grpo.errors import UsageError
-from grpo.inspect.show import choice, groups, prompt, tokens
+from grpo.inspect.show import choice, page
 from grpo.inspect.show.choice import Draw, Opened, Options
 
 __all__ = ["Options", "show"]
 _LOOKS = ("side_by_side", "tokens", "reward")  # options of how a group is shown
-_View = tuple[list[Draw], Callable[[Console], None], str]  # what is shown, how, and the line below it
+_View = tuple[list[Draw], partial[None], str]  # what is shown, how, and the line below it
 
 
 def show(run: ActiveRun, options: Options, opened: Opened) -> None:
@@ -29,8 +26,8 @@ def show(run: ActiveRun, options: Options, opened: Opened) -> None:
     elif options.prompt is not None and options.iteration is None:
         without_use = ("where", "group", "sample", "sort", "reverse", "groups", "page", *_LOOKS)
         _refuse(options, "--prompt without --iteration", without_use)
-        draws, footer = prompt.draws_of(run, options.prompt), ""
-        printed = partial(prompt.print_over_time, draws=draws)
+        draws, footer = choice.every_draw_of(run, options.prompt), ""
+        printed = partial(page.print_over_time, draws=draws)
     else:
         if options.tokens:
             _refuse(options, "--tokens", ("side_by_side", "reward"))
@@ -62,23 +59,23 @@ def _groups(run: ActiveRun, options: Options) -> _View:
     shown, footer = choice.turned(choice.ordered(run, iteration, options), options, "groups")
     draws = choice.draws_of(run, iteration, shown)
     if options.tokens:
-        tokens.add_tokens(run, iteration, draws)
-        return draws, partial(tokens.print_tokens, draws=draws), footer
+        choice.add_tokens(run, iteration, draws)
+        return draws, partial(page.print_tokens, draws=draws), footer
     rewards = options.reward or (known if len(known) > 1 else ())
-    printed = groups.print_columns if options.side_by_side else groups.print_tables
+    printed = page.print_columns if options.side_by_side else page.print_tables
     return draws, partial(printed, draws=draws, rewards=rewards), footer
 
 
 def _against(run: ActiveRun, options: Options, opened: Opened) -> _View:
     iteration = choice.chosen_iteration(run, options.iteration)
-    other, at = prompt.moment(run, iteration, options.against, opened)
+    other, at = choice.moment(run, iteration, options.against, opened)
     draws = choice.draws_of(run, iteration, choice.ordered(run, iteration, options))
     others = choice.draws_of(other, at, choice.ordered(other, at, Options()))
-    pairs = prompt.pairs_of(draws, others)
+    pairs = choice.pairs_of(draws, others)
     if draws and not pairs:
         raise UsageError(
             f"--against {options.against}: iteration {iteration} and iteration {at} drew none of these"
             " prompts both; --prompt ID shows one over all iterations"
         )
     shown, footer = choice.turned(pairs, options, "prompts")
-    return [draw for pair in shown for draw in pair], partial(prompt.print_pairs, pairs=shown), footer
+    return [draw for pair in shown for draw in pair], partial(page.print_pairs, pairs=shown), footer

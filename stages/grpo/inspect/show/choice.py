@@ -1,12 +1,15 @@
-"""show.choice: which rollouts are meant: of which iteration, which groups in which order, which page."""
+"""show.choice: which rollouts are meant: of which iteration, which groups in which order, and their rows."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any, TypeVar
 
 from grpo import sql
 from grpo.artifacts import ActiveRun, Run
-from grpo.errors import UsageError
+from grpo.errors import InputError, UsageError
+from grpo.models.tokenizer import FILE, pieces, starting_policy, tokenizer_of
 
 Row = dict[str, Any]
 Draw = list[Row]  # the rollouts of one group
@@ -16,6 +19,8 @@ SORTS = ("reward", "advantage", "tokens", "mismatch", "spread")
 _NONE = "no rollout meets the condition"
 # The user's condition stands in the text of the query: the connection reads, and can do nothing else.
 _MATCHING = "select distinct group_id from samples where ({where}) and coalesce(prompt_id = $prompt, true)"
+# [0-9]: int() refuses ², which is a digit, and thousands of digits.
+_MOMENT = re.compile("(?P<own>[0-9]{1,9})|(?P<name>[^:]+)(:(?P<at>[0-9]{1,9}))?")
 _Item = TypeVar("_Item")
 
 
@@ -125,3 +130,59 @@ def draws_of(run: ActiveRun, iteration: int, order: list[tuple[int, list[int]]])
     found = sql.read([run], sql.own_text("inspect/show/rows"), groups, iteration)
     rows = {(row["group_id"], row["sample_id"]): row for row in found.to_pylist(maps_as_pydicts="strict")}
     return [[rows[group, sample] for sample in samples] for group, samples in order]
+
+
+def add_tokens(run: ActiveRun, iteration: int, draws: list[Draw]) -> None:
+    """Give each row its `tokens`: of each its text, id, old_logprob, and policy_logprob or null.
+
+    Raises InputError (exit 4) when no policy of the run has a tokenizer that says what a token is.
+    """
+    tokenizer = tokenizer_of(run)
+    if tokenizer is None:
+        path = (starting_policy(run) or run.path) / FILE
+        raise InputError(f"{path}: missing, and no policy of run {run.name} has one; --tokens needs it")
+    groups = {"groups": [draw[0]["group_id"] for draw in draws]}
+    found = sql.read([run], sql.own_text("inspect/show/tokens"), groups, iteration).to_pylist()
+    tokens_of = {(row["group_id"], row["sample_id"]): row["tokens"] for row in found}
+    for row in chain.from_iterable(draws):
+        tokens = tokens_of[row["group_id"], row["sample_id"]]
+        texts = pieces(tokenizer, [token["token_id"] for token in tokens])
+        row["tokens"] = [{"text": text, **token} for text, token in zip(texts, tokens, strict=True)]
+
+
+def every_draw_of(run: ActiveRun, prompt: int) -> list[Draw]:
+    """Every group that drew a prompt, earliest first. Raises UsageError (exit 2) where there is none."""
+    found = sql.read([run], sql.own_text("inspect/show/draws"), {"prompt_id": prompt})
+    rows = found.to_pylist(maps_as_pydicts="strict")
+    if not rows:
+        manifest = run.manifest("prompts", None)
+        known = manifest.rows if manifest else 0
+        why = "was not drawn yet" if 0 <= prompt < known else f"the run has prompts 0 to {known - 1}"
+        raise UsageError(f"--prompt {prompt}: {why}")
+    return [list(draw) for _, draw in groupby(rows, key=lambda row: (row["iteration"], row["group_id"]))]
+
+
+def moment(run: ActiveRun, iteration: int, against: str, opened: Opened) -> tuple[ActiveRun, int]:
+    """What `--against` names: an iteration `40`, a run at the same one `NAME`, or both `NAME:40`.
+
+    Raises UsageError (exit 2) for anything else, other prompts, and an iteration without rollouts.
+    """
+    found = _MOMENT.fullmatch(against)
+    if not found:
+        raise UsageError(f"--against {against}: expected an iteration 40, a run NAME, or NAME:40")
+    other, at = opened(found["name"]) if found["name"] else run, int(found["own"] or found["at"] or iteration)
+    if run.id_of("prompts") != other.id_of("prompts"):
+        raise UsageError(f"--against {against}: {other.name} has other prompts than {run.name}")
+    check_sampled(other, at, at, f"--against {other.name}:{at}")
+    return other, at
+
+
+def pairs_of(draws: list[Draw], others: list[Draw]) -> list[tuple[Draw, Draw]]:
+    """The first groups of two moments that drew the same prompt, in the order of the first."""
+    second = {draw[0]["prompt_id"]: draw for draw in reversed(others)}
+    pairs: dict[int, tuple[Draw, Draw]] = {}
+    for draw in draws:
+        prompt = draw[0]["prompt_id"]
+        if prompt in second:
+            pairs.setdefault(prompt, (draw, second[prompt]))
+    return list(pairs.values())
