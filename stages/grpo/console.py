@@ -127,10 +127,14 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 def stdout_console() -> "RichConsole":
-    """Where tables are printed: as wide as the terminal, or PLAIN_WIDTH columns where there is none."""
+    """Where tables are printed: as wide as the terminal, or PLAIN_WIDTH columns where there is none.
+
+    Text is text: brackets are no markup, and numbers have no colour of their own.
+    """
     from rich.console import Console as RichConsole
 
-    return RichConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH, markup=False, highlight=False)
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return RichConsole(width=width, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager

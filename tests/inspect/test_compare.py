@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from tests.cli.test_cli import HOSTILE, SHOWN, hostile_rollouts
 from tests.conftest import Grpo, copy_to_work_in, run_within
+from tests.inspect.report import runs
 
 REWARDS = 'score.rewards=[{function: "reward:code"}, {function: "reward:length", weight: 0}]'
 
@@ -29,67 +30,75 @@ def scored_twice(scored_twice_once: Path, tmp_path: Path, monkeypatch: pytest.Mo
     return copy_to_work_in(scored_twice_once, tmp_path, monkeypatch)
 
 
+def compared(rows: list[tuple[Any, ...]], finished: Path) -> tuple[list[Any], list[Any]]:
+    """What groups.sql and totals.sql make of (iteration, group_id, sample_id, a, b), with epsilon 0."""
+    from grpo import sql
+    from grpo.artifacts import ActiveRun
+    from grpo.config import load
+    from grpo.console import Console
+    from grpo.inspect.compare.rewards import measured
+
+    names = ("iteration", "group_id", "sample_id", "a", "b")
+    data = [{**dict(zip(names, row, strict=True)), "prompt_id": 10 + row[1]} for row in rows]
+    run = ActiveRun(Path("artifacts"), load(finished / "pipeline.yaml"), Path(), Console(quiet=True))
+    with sql.connect([run], outputs=()) as connection:
+        totals = measured(connection, pa.Table.from_pylist(data), 0.0)
+        return sql.query(connection, "from groups order by all").to_pylist(), totals
+
+
+def correlations(finished: Path, a: Any, b: Any) -> tuple[float | None, float | None]:
+    """Spearman's and Kendall's, of rollouts in groups of two."""
+    rows = [(0, n // 2, n % 2, float(x), float(y)) for n, (x, y) in enumerate(zip(a, b, strict=True))]
+    total = compared(rows, finished)[1][-1]
+    return total["spearman"], total["kendall"]
+
+
 # Rank correlation
 
 
-def test_average_ranks_share_ties() -> None:
-    from grpo.inspect.compare.rank import average_ranks
-
-    assert average_ranks(np.array([7.0, 5.0, 7.0, 9.0])).tolist() == [2.5, 1, 2.5, 4]
-
-
-def test_spearman_by_hand() -> None:
-    from grpo.inspect.compare.rank import spearman
-
+def test_spearman_by_hand(complete: Path) -> None:
     # ranks 1 2 3.5 3.5 and 2 1 3.5 3.5, less 2.5: products .75 + .75 + 1 + 1, squares 4.5 on either side
-    assert spearman(np.array([1.0, 2, 3, 3]), np.array([20.0, 10, 30, 30])) == pytest.approx(3.5 / 4.5)
-    assert spearman(np.array([1.0, 2, 9]), np.array([3.0, 2, 1])) == pytest.approx(-1)
-    assert spearman(np.array([1.0, 1, 1]), np.array([3.0, 2, 1])) is None
-    assert spearman(np.array([1.0]), np.array([3.0])) is None
+    assert correlations(complete, [1, 2, 3, 3], [20, 10, 30, 30])[0] == pytest.approx(3.5 / 4.5)
+    assert correlations(complete, [1, 2, 9], [3, 2, 1])[0] == pytest.approx(-1)
+    assert correlations(complete, [1, 1, 1], [3, 2, 1])[0] is None
 
 
-def test_kendall_by_hand() -> None:
-    from grpo.inspect.compare.rank import kendall
-
+def test_kendall_by_hand(complete: Path) -> None:
     # 10 pairs: 2 agree, 6 are flipped, 2 are tied in a and 1 in b: (2 - 6) / sqrt((10 - 2) (10 - 1))
-    a, b = np.array([12.0, 2, 1, 12, 2]), np.array([1.0, 4, 7, 1, 0])
-    assert kendall(a, b) == pytest.approx(-4 / math.sqrt(72), abs=1e-15)
-    assert kendall(a, a) == pytest.approx(1.0, abs=1e-15)
-    assert kendall(a, np.zeros(5)) is None
+    a, b = [12, 2, 1, 12, 2], [1, 4, 7, 1, 0]
+    assert correlations(complete, a, b)[1] == pytest.approx(-4 / math.sqrt(72), abs=1e-15)
+    assert correlations(complete, a, a)[1] == pytest.approx(1.0, abs=1e-15)
+    assert correlations(complete, a, [0] * 5)[1] is None
 
 
-def test_kendall_counts_as_all_pairs_do() -> None:
-    from grpo.inspect.compare.rank import kendall
-
+def test_kendall_counts_as_all_pairs_do(complete: Path) -> None:
     random = np.random.default_rng(0)
     for levels in (2, 5, 1000):
         a, b = random.integers(0, levels, (2, 301)).astype(float)
         order_a, order_b = (np.sign(x[:, None] - x[None, :])[np.triu_indices(301, 1)] for x in (a, b))
         agreeing, flipped = (order_a * order_b > 0).sum(), (order_a * order_b < 0).sum()
         expected = (agreeing - flipped) / math.sqrt((order_a != 0).sum() * (order_b != 0).sum())
-        assert kendall(a, b) == pytest.approx(expected, abs=1e-12)
+        assert correlations(complete, a, b)[1] == pytest.approx(expected, abs=1e-12)
+
+
+def test_all_rollouts_of_one_group_correlate_as_the_group_does(complete: Path) -> None:
+    a, b = np.random.default_rng(1).integers(0, 7, (2, 90)).astype(float)
+    total = compared([(0, 0, n, a[n], b[n]) for n in range(90)], complete)[1][-1]
+    for name in ("spearman", "kendall"):
+        assert total[name] == pytest.approx(total[f"{name}_in_groups"], abs=1e-12)
 
 
 # Groups
 
 
-def test_groups_and_totals_by_hand(finished: Path) -> None:
-    from grpo.artifacts import ActiveRun
-    from grpo.config import load
-    from grpo.console import Console
-    from grpo.inspect.compare.rewards import measured
-
+def test_groups_and_totals_by_hand(complete: Path) -> None:
     rows = [
         *((0, 0, 0, 1.0, 2.0), (0, 0, 1, 2.0, 1.0), (0, 0, 2, 3.0, 3.0), (0, 0, 3, 3.0, 3.0)),
         *((0, 1, 0, 0.3, 0.0), (0, 1, 1, 0.3, 1.0)),  # no signal in a: gained
         *((1, 0, 0, 0.0, 1.0), (1, 0, 1, 1.0, 0.0)),  # flipped
         (1, 1, 0, 5.0, 5.0),  # alone: no group
     ]
-    names = ("iteration", "group_id", "sample_id", "a", "b")
-    data = [{**dict(zip(names, row, strict=True)), "prompt_id": 10 + row[1]} for row in rows]
-    run = ActiveRun(Path("artifacts"), load(Path("pipeline.yaml")), Path(), Console(quiet=True))
-    groups, totals = measured(run, pa.Table.from_pylist(data), 0.0)
-    first, second, third = groups.to_pylist()
+    (first, second, third), totals = compared(rows, complete)
     # of 6 pairs 4 agree, 1 is flipped, 1 is tied in both: 3 / sqrt(5 * 5)
     counts = ("pairs", "agreeing", "flipped", "tied_in_a", "tied_in_b", "tied_in_both")
     assert [first[name] for name in counts] == [6, 4, 1, 0, 0, 1]
@@ -106,8 +115,8 @@ def test_groups_and_totals_by_hand(finished: Path) -> None:
     assert second["advantage_difference"] == pytest.approx(0.5 / math.sqrt(0.5))
     assert (third["flipped"], third["sign_flips"], third["kendall"]) == (1, 2, -1.0)
     assert third["advantage_difference"] == pytest.approx(1 / math.sqrt(0.5))
-    assert [row["iteration"] for row in totals.to_pylist()] == [0, 1, None]
-    total = totals.to_pylist()[-1]
+    assert [row["iteration"] for row in totals] == [0, 1, None]
+    total = totals[-1]
     expected = {"groups": 3, "rollouts": 8, "pairs": 8, "flipped": 2, "signal_gained": 1, "signal_lost": 0}
     assert {name: total[name] for name in expected} == expected
     assert (total["signal_in_both"], total["signal_in_none"], total["sign_flips"]) == (2, 0, 2)
@@ -170,43 +179,53 @@ def test_what_a_model_wrote_is_text_in_a_comparison(scored_twice: Path, grpo: Gr
 # Two runs
 
 
-def test_difference_of_paired_groups_by_hand() -> None:
-    from grpo.inspect.compare.difference import difference
+def difference(folder: Path, a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
+    """Of the reward of two runs made by hand; prompt_id -> the mean of its group, in one iteration."""
+    from grpo.inspect.compare.runs import describe
 
-    a, b = ({(0, g, g): value for g, value in enumerate(values)} for values in ([1.0, 2, 3], [2.0, 2, 5]))
-    found = difference(a, b)
+    made = []
+    for name, values in (("a", a), ("b", b)):
+        rows = [
+            runs.row(0, prompt, sample, reward=value + apart)
+            for prompt, value in values.items()
+            for sample, apart in enumerate((-0.5, 0.5))
+        ]
+        made.append(runs.make_run(folder, rows, name=name))
+    numbers = describe(made[0], made[1], "all")["last"]["numbers"]
+    [found] = [row for row in numbers if row["name"] == "reward"]
+    return dict(found)
+
+
+def test_difference_of_paired_groups_by_hand(tmp_path: Path) -> None:
+    found = difference(tmp_path, {0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 2.0, 2: 5.0})
     # differences 1, 0, 2: mean 1, deviation 1, standard error 1 / sqrt(3); 1.959964 / sqrt(3) = 1.131586
     assert (found["a"], found["b"], found["difference"], found["paired"]) == (2.0, 3.0, 1.0, True)
     assert (found["low"], found["high"]) == (pytest.approx(-0.131586, abs=1e-6), pytest.approx(2.131586))
 
 
-def test_difference_of_other_prompts_by_hand() -> None:
-    from grpo.inspect.compare.difference import difference
-
-    a = {(0, 0, 7): 1.0, (0, 1, 8): 3.0}
-    b = {(0, 0, 1): 5.0, (0, 1, 2): 7.0, (0, 2, 3): 9.0}
-    found = difference(a, b)
+def test_difference_of_other_prompts_by_hand(tmp_path: Path) -> None:
+    a, b = {7: 1.0, 8: 3.0}, {1: 5.0, 2: 7.0, 3: 9.0}
+    found = difference(tmp_path / "two", a, b)
     # squared standard errors 2 / 2 and 4 / 3: 5 +- 1.959964 * sqrt(7 / 3)
     assert (found["difference"], found["paired"], found["groups_a"], found["groups_b"]) == (5.0, False, 2, 3)
     assert found["high"] - found["difference"] == pytest.approx(1.959964 * math.sqrt(7 / 3))
-    alone = difference({(0, 0, 7): 1.0}, b)
+    alone = difference(tmp_path / "alone", {7: 1.0}, b)
     assert (alone["low"], alone["high"], alone["difference"]) == (None, None, 6.0)
 
 
-def test_difference_over_the_groups_that_both_have_by_hand() -> None:
-    from grpo.inspect.compare.difference import difference
-
-    a = {(0, 0, 7): 1.0, (0, 1, 8): 2.0, (0, 2, 9): 3.0}
-    b = {(0, 0, 7): 2.0, (0, 1, 8): 2.0, (0, 3, 5): 90.0, (0, 4, 6): 90.0, (0, 5, 4): 90.0}
-    found = difference(a, b)
+def test_difference_over_the_groups_that_both_have_by_hand(tmp_path: Path) -> None:
+    a = {7: 1.0, 8: 2.0, 9: 3.0}
+    b = {7: 2.0, 8: 2.0, 5: 90.0, 6: 90.0, 4: 90.0}
+    found = difference(tmp_path / "most", a, b)
     # two of three in common: differences 1 and 0, deviation sqrt(1/2), standard error 1/2
     assert (found["a"], found["b"], found["difference"], found["paired"]) == (1.5, 2.0, 0.5, True)
     assert (found["groups_a"], found["groups_b"]) == (2, 2)
+    assert found["left_out"] == {"without_value": 0, "in_one_run": 4}
     assert found["high"] == pytest.approx(0.5 + 1.959964 / 2)
     # one of two in common is chance: all groups, as two samples
-    found = difference({key: a[key] for key in [(0, 0, 7), (0, 2, 9)]}, b)
+    found = difference(tmp_path / "chance", {7: 1.0, 9: 3.0}, b)
     assert (found["paired"], found["groups_a"], found["groups_b"]) == (False, 2, 5)
-    assert difference(a, a, same_prompts=False)["paired"] is False
+    assert found["left_out"] == {}
 
 
 def test_a_group_without_a_value_in_one_run_is_left_out_of_the_pairs(finished: Path, grpo: Grpo) -> None:

@@ -14,7 +14,7 @@ from tests.conftest import Grpo
 from tests.inspect.report import runs
 
 from grpo.errors import InputError
-from grpo.inspect.show.tokens import add_tokens
+from grpo.inspect.show.choice import add_tokens
 
 REWARDS = 'score.rewards=[{function: "reward:code"}, {function: "reward:length", weight: 0}]'
 
@@ -174,7 +174,7 @@ def test_the_same_prompts_in_another_run(finished: Path, grpo: Grpo) -> None:
     assert "other iteration 1  " in out
     assert out.endswith("prompts 1 of 3; --page 2\n")
     code, _, err = grpo("show", "--iteration", "1", "--against", "other:7")
-    assert (code, err) == (2, "error: --against other:7: run other has rollouts of 0 to 1, not of 7\n")
+    assert (code, err) == (2, "error: --against other:7: run other has rollouts of 0 to 1\n")
 
 
 # What is refused
@@ -203,8 +203,8 @@ def test_the_same_prompts_in_another_run(finished: Path, grpo: Grpo) -> None:
             "--against tiny:1000000000: expected an iteration 40, a run NAME, or NAME:40",
         ),
         (["--against", "tiny:²"], "--against tiny:²: expected an iteration 40, a run NAME, or NAME:40"),
-        (["--against", "5"], "--against 5: run tiny has rollouts of 0 to 1, not of 5"),
-        (["--against", "tiny:7"], "--against tiny:7: run tiny has rollouts of 0 to 1, not of 7"),
+        (["--against", "5"], "--against tiny:5: run tiny has rollouts of 0 to 1"),
+        (["--against", "tiny:7"], "--against tiny:7: run tiny has rollouts of 0 to 1"),
         (["--against", "0", "--iteration", "5"], "--iteration 5: run tiny has rollouts of 0 to 1"),
         (["--reverse"], "--reverse: turns the order of --sort; give both"),
         (

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from grpo.inspect.show.groups import print_prompt
-from grpo.inspect.show.prompt import pairs_of, print_over_time, print_pair
+from grpo.inspect.show.choice import pairs_of
+from grpo.inspect.show.page import print_over_time, print_pairs, print_prompt
 
 
 def draw(iteration: int, responses: list[tuple[str, float]]) -> list[dict[str, Any]]:
@@ -48,10 +48,10 @@ def test_a_group_of_one_has_no_deviation() -> None:
 def test_equal_responses_are_counted() -> None:
     before = draw(3, [("2", 1.0), ("11", 0.0), ("2", 1.0), ("", 0.0)])
     after = draw(40, [("2", 1.0)] * 4)
-    [(left, right)] = pairs_of(before, after)
+    pairs = pairs_of([before], [after])
     console = Console(width=80)
     with console.capture() as captured:
-        print_pair(console, left, right)
+        print_pairs(console, pairs)
     lines = [" ".join(line.split()) for line in captured.get().splitlines()]
     assert "iteration 3 iteration 40" in lines
     assert "reward 0.500 2.0 tokens reward 1.000 2.0 tokens" in lines

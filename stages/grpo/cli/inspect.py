@@ -52,11 +52,11 @@ def show(
     as_json: options.Json = False,
 ) -> None:
     """Read rollouts: a prompt, its K responses, rewards and advantages; or one prompt over time."""
-    rollouts = lazy.show
-    choice = rollouts.Choice(iteration, where, prompt, group, sample, sort, reverse, groups, page)
-    look = rollouts.Look(reward, side_by_side, tokens, not no_pager, as_json)
-    run = options.reading(name, config)
-    rollouts.show(run, choice, look, against, lambda other: options.reading(other, config))
+    chosen = lazy.show.Options(
+        *(iteration, where, prompt, group, sample, sort, reverse, groups, page),
+        *(tuple(reward), side_by_side, tokens, against, not no_pager, as_json),
+    )
+    lazy.show.show(options.reading(name, config), chosen, lambda other: options.reading(other, config))
 
 
 def compare(
@@ -69,8 +69,7 @@ def compare(
     as_json: options.Json = False,
 ) -> None:
     """Compare two rewards over the same rollouts, or two runs."""
-    subjects = lazy.compare.choose(a, b, run, lambda name: options.reading(name, config))
-    result = lazy.compare.describe(subjects, a, b, iteration, examples)
+    result = lazy.compare.describe(a, b, run, lambda name: options.reading(name, config), iteration, examples)
     options.answer(as_json, result, lambda: lazy.compare.print_comparison(result))
 
 

@@ -1,6 +1,7 @@
--- Grain: one row per run, iteration and curve that has a value there: a number
--- of `iterations`, a reward by its name, what was spent since iteration 0
--- (rollouts, response tokens), and of each policy measured its evaluation.
+-- Grain: one row per curve that has a value in both of the runs $a and $b: a
+-- number of `iterations`, a reward by its name, what was spent since iteration
+-- 0 (rollouts, response tokens), and of each policy measured its evaluation.
+-- `points`: its values in the iterations from $first to $last.
 with wide as (
     select
         run,
@@ -47,7 +48,7 @@ evaluated as (
     into name name value value
 ),
 
-final as (
+every_value as (
     select run, iteration, name, value from numbers
     union all
     select
@@ -56,10 +57,30 @@ final as (
         'rewards.' || entry.key as name,
         entry.value as value,
     from reward_values
-    where entry.value is not null
     union all
     select run, iteration, name, value from evaluated
+),
+
+points as (
+    select
+        name,
+        iteration,
+        max(value) filter (where run = $a) as a,
+        max(value) filter (where run = $b) as b,
+    from every_value
+    where iteration between $first and $last
+    group by name, iteration
+),
+
+final as (
+    select
+        name,
+        list({iteration: iteration, a: a, b: b} order by iteration) as points,
+    from points
+    where a is not null or b is not null
+    group by name
+    having count(a) > 0 and count(b) > 0
 )
 
 select * from final
-order by name, iteration, run
+order by name

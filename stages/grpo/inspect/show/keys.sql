@@ -1,10 +1,11 @@
--- Grain: one row per rollout of one iteration, with what `--sort` sorts by: a
--- number of `samples`, or the reward named $sort.
+-- Grain: one row per rollout of the groups $groups of one iteration, in the
+-- order of `--sort`: by a number of `samples` or the reward named $sort, the
+-- largest first where $sign is -1; what has none is last.
 with final as (
     select
         group_id,
         sample_id,
-        case $sort
+        $sign * case $sort
             when 'reward' then reward
             when 'advantage' then advantage
             when 'tokens' then response_tokens
@@ -14,7 +15,8 @@ with final as (
             else rewards[$sort]
         end as key,
     from samples
+    where group_id in (select unnest($groups))
 )
 
 select * from final
-order by group_id, sample_id
+order by key nulls last, group_id, sample_id
