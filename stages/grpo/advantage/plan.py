@@ -20,11 +20,10 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     config = run.config.advantage
     rollouts = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
     rewards = run.require("rewards", iteration, f"grpo score --iteration {iteration}")
-    if why := lacking(run, rewards):
-        raise InputError(f"{run.folder('rewards', iteration)}: {why}; {_way_on(rewards)}")
-    if why := lacking(run, rollouts):
-        raise InputError(f"{run.folder('rollouts', iteration)}: {why}; {_way_on(rollouts)}")
-    user_files = {**shipped_sql()}
+    for output, manifest in (("rewards", rewards), ("rollouts", rollouts)):
+        if why := lacking(run, manifest):
+            raise InputError(f"{run.folder(output, iteration)}: {why}; {_way_on(manifest)}")
+    user_files = dict(shipped_sql())
     if config.sql is not None:
         user_files["advantage.sql"] = sha256_of(named_file(run.imports, "advantage.sql", config.sql))
     return Plan(

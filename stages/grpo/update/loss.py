@@ -3,9 +3,8 @@
 Shapes: N response tokens of a micro-batch, one rollout after another; B its rollouts; lengths_B tokens of
 each, so sum(lengths_B) = N. R is N or B: one value per token, or one per rollout for sequence ratios.
 
-Every denominator is that of the whole optimiser step and comes from the table, before the first forward
-pass: so the sum over micro-batches does not depend on how the step is cut. GRPO alone, in 30 lines, is in
-docs/math.md; a test runs it against this.
+Every denominator is that of the whole optimiser step, so the sum over micro-batches does not depend on how
+the step is cut. GRPO alone, in 30 lines, is in docs/math.md; a test runs it against this.
 """
 
 from dataclasses import dataclass
@@ -60,13 +59,9 @@ def rollout_sums(values_N: Tensor, lengths_B: Tensor) -> Tensor:
 def log_ratio(logprobs_N: Tensor, old_logprobs_N: Tensor, lengths_B: Tensor, ratio: str) -> Tensor:
     """log rho, [N] for `token`, [B] for `sequence` and `sequence_mean` (GSPO), bounded by MAX_LOG_RATIO."""
     d_N = logprobs_N - old_logprobs_N
-    if ratio == "token":
-        log_ratio_R = d_N
-    elif ratio == "sequence":
-        log_ratio_R = rollout_sums(d_N, lengths_B)
-    else:
-        assert ratio == "sequence_mean", ratio
-        log_ratio_R = rollout_sums(d_N, lengths_B) / lengths_B
+    log_ratio_R = d_N if ratio == "token" else rollout_sums(d_N, lengths_B)
+    if ratio == "sequence_mean":
+        log_ratio_R = log_ratio_R / lengths_B
     return log_ratio_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -94,12 +89,12 @@ def aggregate_tokens(values_N: Tensor, lengths_B: Tensor, how: str, step: Step) 
     """This micro-batch's part of the step's aggregate of one value per token (scalar)."""
     if how == "sequence_mean":
         return (rollout_sums(values_N, lengths_B) / lengths_B).sum() / step.num_rollouts
-    if how == "token_mean":
-        return values_N.sum() / step.num_tokens
-    if how == "constant":
-        return values_N.sum() / (step.num_rollouts * step.max_new_tokens)
-    assert how == "sequence_sum", how
-    return values_N.sum() / step.num_rollouts
+    denominators = {
+        "token_mean": step.num_tokens,
+        "constant": step.num_rollouts * step.max_new_tokens,
+        "sequence_sum": step.num_rollouts,
+    }
+    return values_N.sum() / denominators[how]
 
 
 def aggregate_rollouts(values_B: Tensor, lengths_B: Tensor, how: str, step: Step) -> Tensor:
