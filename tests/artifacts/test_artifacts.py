@@ -70,7 +70,7 @@ def rows(group: int, value: float = 1.0) -> pa.Table:
 def stage_two_shards(run: Run, attempt: int = 0, plan: Plan = PLAN, value: float = 1.0) -> Staging:
     staging = Staging(run, plan, attempt)
     for group in range(2):
-        staging.write_table("rewards", staging.file_name("part", group), rows(group, value))
+        staging.write_shard("rewards", staging.file_name("part", group), rows(group, value))
     return staging
 
 
@@ -123,7 +123,7 @@ def test_a_shard_is_committed_by_its_sidecar(run: Run) -> None:
     fingerprint = PLAN.fingerprint(0)
     assert name == f"part-00000-{fingerprint[:8]}.parquet"
     assert staging.folder == run.path / ".staging/iteration=000000" / f"rewards-{fingerprint[:16]}"
-    record = staging.write_table("rewards", name, rows(0), "unit", reward="a")
+    record = staging.write_shard("rewards", name, rows(0), "unit", reward="a")
     content = (staging.folder / name).read_bytes()
     sidecar = json.loads((staging.folder / f"{name}.sidecar.json").read_bytes())["shard"]
     assert sidecar == {
@@ -152,7 +152,7 @@ def test_resume_finds_committed_shards_and_the_commit_removes_leftovers(run: Act
     # They may be another worker's, which is writing them: they stay until the output is complete.
     assert len([path for path in tree(resumed.folder) if path.endswith(".tmp")]) == 2
     assert Staging(again(run), PLAN, 1).committed(first) is None  # another attempt has its own folder
-    resumed.write_table("rewards", second, rows(1))
+    resumed.write_shard("rewards", second, rows(1))
     resumed.commit(Product({"reward/a": id_of(records(resumed))}, records(resumed), {"failed": 0}))
     assert [path for path in tree(run.path) if path.endswith(".tmp")] == []
 

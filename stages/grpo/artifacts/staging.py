@@ -97,10 +97,16 @@ class Staging:
     def write_table(
         self, table: str, name: str, data: pa.Table, unit: str | None = None, **labels: Any
     ) -> FileRecord:
-        """Commit a shard: `data` in the exact schema of `table`, then its sidecar."""
+        """Write `data` in the exact schema of `table`; it is committed with the whole output."""
         record = self._write("", name, tables.encode(data))
         update = {"rows": len(data), "table": table, "unit": unit, "labels": labels}
-        return self._commit_shard(record.model_copy(update=update))
+        return record.model_copy(update=update)
+
+    def write_shard(
+        self, table: str, name: str, data: pa.Table, unit: str | None = None, **labels: Any
+    ) -> FileRecord:
+        """The same, committed at once: a command that is killed goes on behind it."""
+        return self._commit_shard(self.write_table(table, name, data, unit, **labels))
 
     def link_table(self, record: FileRecord, source: Path, name: str) -> FileRecord:
         """Commit a shard that is already on disk, by a hard link."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from grpo import sql, tables
+from grpo.advantage import plan as advantage
 from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Run, Staging, id_of, lacking
 from grpo.errors import EngineError
 from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, config_of, settings
@@ -79,7 +80,8 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
     )
     held = [*rollouts, *rewards]
     with staging.clock("measure"):
-        summary = {**measure(run, policy, staging, held), **scoring.summary_of(run, rewards), **engine}
+        measured = measure(run, policy, staging, held, resources(advantage.NAME, beside=True))
+    summary = {**measured, **scoring.summary_of(run, rewards), **engine}
     return Product({OUTPUT: id_of(held)}, held, summary)
 
 
@@ -112,7 +114,9 @@ def _sampled(
     )
 
 
-def measure(run: ActiveRun, policy: int, staging: Staging, held: list[FileRecord]) -> dict[str, Any]:
+def measure(
+    run: ActiveRun, policy: int, staging: Staging, held: list[FileRecord], connection: sql.Connection
+) -> dict[str, Any]:
     """The row of `evals` of what is staged: the same SQL that everyone asks later, over the same files."""
     wanted = settings(run)
     row = {"iteration": policy, "same_prompts": True, **wanted}
@@ -122,12 +126,12 @@ def measure(run: ActiveRun, policy: int, staging: Staging, held: list[FileRecord
         for record, path in records:
             run.verify(record, path)
         found[table] = tables.decode(table, ((path, path.read_bytes()) for _, path in records))
-    with sql.connect([run], policy, ()) as connection:
-        for view, data in found.items():
-            sql.register(connection, f"_{view}_0", data)
-        [values] = sql.query(connection, "select * exclude (run, iteration) from evals").to_pylist(
-            maps_as_pydicts="strict"
-        )
+    sql.turn_to(connection, policy)
+    for view, data in found.items():
+        sql.register(connection, f"_{view}_0", data)
+    [values] = sql.query(connection, "select * exclude (run, iteration) from evals").to_pylist(
+        maps_as_pydicts="strict"
+    )
     return {
         name: {str(key): each for key, each in value.items()} if isinstance(value, dict) else value
         for name, value in values.items()

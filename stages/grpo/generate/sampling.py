@@ -76,7 +76,7 @@ def sample(
                     labels = shard_numbers(groups)
                     if work.draws.by_query is not None:
                         labels["prompts"] = drawn_digest(work.draws, work.shards[todo[place]])
-                    staging.write_table(work.table, names[todo[place]], data, **labels)
+                    staging.write_shard(work.table, names[todo[place]], data, **labels)
                 run.console.stop_requested()
     records = [staging.committed(name) for name in names]
     held = [record for record in records if record is not None]

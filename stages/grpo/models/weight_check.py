@@ -1,9 +1,9 @@
-"""weight_check: a few sequences of a run's own tokens, and the log-probs a policy gives them.
+"""weight_check: a sequence of a run's own tokens, and the log-probs a policy gives them.
 
 Every policy on disk carries one, computed by the learner's code from the saved weights. An engine that took
 the weights scores the same tokens: a digest of parameters proves nothing, since engines keep copies of them
-in other layouts. All policies of a run are checked with the same sequences, so that what an engine gives for
-one can be compared with what it gave for the last.
+in other layouts. All policies of a run are checked with the same tokens, so that what an engine gives for one
+can be compared with what it gave for the last. One pass meets every dense weight and the whole head.
 """
 
 import json
@@ -27,9 +27,8 @@ from grpo.prompts.chat import Chat, encode
 from grpo.prompts.source import Row
 
 FILE = "weight_check.json"
-NUM_SEQUENCES = 8
-LENGTH = 64  # tokens of a sequence: 504 log-probs in all, a forward pass of no weight
-NUM_PROMPTS = NUM_SEQUENCES * LENGTH  # enough, were each a single token
+LENGTH = 32  # tokens of the sequence: a forward pass that costs nothing beside an update
+NUM_PROMPTS = LENGTH  # enough, were each a single token
 # Relative change of every weight in a perturbed copy: moves log-probs by 0.1 and more, above any tolerance.
 PERTURBATION = 0.1
 
@@ -65,14 +64,13 @@ def read_weight_check(path: Path) -> WeightCheck:
 
 
 def check_sequences(prompts: Iterable[Sequence[int]], context: int | None) -> list[list[int]]:
-    """The prompts' tokens as one stream, begun again where it ends, cut into NUM_SEQUENCES equal pieces.
+    """One sequence of LENGTH tokens: the prompts' behind each other, begun again where they end.
 
     context: the most positions the model has. One is left: engines score a prompt by sampling behind it.
     """
     length = LENGTH if context is None else min(LENGTH, context - 1)
     tokens = [int(token) for prompt in prompts for token in prompt]
-    stream = list(islice(cycle(tokens), NUM_SEQUENCES * length))
-    return [stream[start : start + length] for start in range(0, len(stream), length)]
+    return [list(islice(cycle(tokens), length))]
 
 
 def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightCheck:

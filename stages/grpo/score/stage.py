@@ -128,7 +128,7 @@ def _score_shard(run: ActiveRun, staging: Staging, opened: Scorers, shard: Shard
     data = _table(shard.work.iteration, reward, rollouts, ordered)
     statuses = dict(Counter(outcome.status for outcome in ordered))
     labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
-    return staging.write_table(shard.work.table, name, data, shard.unit, **labels)
+    return staging.write_shard(shard.work.table, name, data, shard.unit, **labels)
 
 
 def _score(

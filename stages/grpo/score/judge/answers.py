@@ -74,14 +74,14 @@ def _commit_answers(
     ):
         for found in arriving:
             data = _table(shard, found.items())
-            staging.write_table(shard.work.answers_table, _batch_name(staging, shard, batches), data)
+            staging.write_shard(shard.work.answers_table, _batch_name(staging, shard, batches), data)
             answers |= found
             batches += 1
             advance(len(found))
     run.console.stop_requested()
     ordered = {rollout.key: answers[rollout.key] for rollout in rollouts if rollout.key in asked}
     labels = {"reward": reward.name, "rubric": tool.rubrics[reward.name]}
-    staging.write_table(shard.work.answers_table, name, _table(shard, ordered.items()), shard.asked, **labels)
+    staging.write_shard(shard.work.answers_table, name, _table(shard, ordered.items()), shard.asked, **labels)
     return ordered
 
 
