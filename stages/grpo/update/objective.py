@@ -16,8 +16,16 @@ from grpo.config import UpdateConfig
 from grpo.errors import EngineError
 from grpo.update.batch import Rollouts, gather
 from grpo.update.layout import MicroBatch
-from grpo.update.loss import Given, Step, aggregate_tokens, kl_loss, policy_loss, sampler_weights
-from grpo.update.surrogates import SURROGATES, Objective
+from grpo.update.loss import (
+    Given,
+    Objective,
+    Step,
+    aggregate_tokens,
+    clipped,
+    kl_loss,
+    policy_loss,
+    sampler_weights,
+)
 
 _MAX_KEYS_NAMED = 8
 Logprobs = Mapping[int, np.ndarray]  # by row of Rollouts; float32, one per counted token
@@ -122,7 +130,7 @@ def batch_loss(
     """This micro-batch's part of the step's loss (scalar), and of its numbers."""
     loss, ratio_R = policy_loss(logprobs_N, given, objective, step)
     advantages_R = given.by_ratio(given.advantages_B, objective.ratio)
-    below_R, above_R = SURROGATES[objective.surrogate].clipped(ratio_R, advantages_R, objective)
+    below_R, above_R = clipped(ratio_R, advantages_R, objective)
     part = Sums(
         policy_loss=loss.item(),
         entropy=entropy_N.detach().sum(dtype=torch.float64).item(),
