@@ -178,7 +178,8 @@ def step(learner: Learner, rollouts: Rollouts) -> Stored:
     if learner.config.kl_coefficient:
         stored.reference = learner.reference_logprobs(rollouts, rows)
     counts = Step(len(rollouts), int(rollouts.num_tokens.sum()), max_new_tokens=128)
-    stored.keep(learner.step(rollouts, rows, counts, stored).logprobs, 0)
+    _, logprobs = learner.step(rollouts, rows, counts, stored)
+    stored.keep(logprobs, 0)
     return stored
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -145,8 +144,7 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
         if saved[name] != config[name]:
             message = f"{folder / CONFIG_FILE}: {name} is {saved[name]}; update.lora asks for {config[name]}"
             raise InputError(f"{message}; they are fixed for a run")
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    tensors = load_file(path)
     if names := tensors.keys() ^ weights.keys():
         raise CorruptError(f"{path}: not the weights of this adapter: see {min(names)}")
     for name, tensor in tensors.items():

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from grpo.artifacts import Run
+from grpo.artifacts import ActiveRun, Run
 from grpo.errors import CorruptError
 from grpo.tables import KEY
 from grpo.update.plan import iterations_of
@@ -27,20 +27,15 @@ Rows = Sequence[np.ndarray]
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The kept rollouts of an iteration in key order; `responses[i]` belongs to `keys[i]`.
+    """The kept rollouts of an iteration in key order; `responses[i]` belongs to `keys[i]`."""
 
-    keys: int64 [B, 3] (iteration, group_id, sample_id); prompts, responses: token ids per rollout; masks:
-    bool per response token, true where the policy sampled it; old_logprobs: float32, one per true of the
-    mask; advantages: float64 [B]; temperatures: float64 [B].
-    """
-
-    keys: np.ndarray
-    prompts: Rows
+    keys: np.ndarray  # int64 [B, 3]: iteration, group_id, sample_id
+    prompts: Rows  # token ids, as of the responses
     responses: Rows
-    masks: Rows
-    old_logprobs: Rows
-    advantages: np.ndarray
-    temperatures: np.ndarray
+    masks: Rows  # bool per response token, true where the policy sampled it
+    old_logprobs: Rows  # float32, one per true of the mask
+    advantages: np.ndarray  # float64 [B]
+    temperatures: np.ndarray  # float64 [B]
 
     @cached_property
     def num_tokens(self) -> np.ndarray:
@@ -51,7 +46,7 @@ class Rollouts:
         return len(self.keys)
 
 
-def read_kept(run: Run, iteration: int) -> Rollouts:
+def read_kept(run: ActiveRun, iteration: int) -> Rollouts:
     """The kept rollouts of an iteration and of those it replays, in key order.
 
     An older rollout keeps the log-probs that its own policy sampled it with, so its importance ratio is a
@@ -62,7 +57,7 @@ def read_kept(run: Run, iteration: int) -> Rollouts:
     return kept_rollouts(rollouts, pa.concat_tables([run.read("advantages", number) for number in numbers]))
 
 
-def longest(run: Run, iteration: int) -> tuple[int, int]:
+def longest(run: ActiveRun, iteration: int) -> tuple[int, int]:
     """Tokens of the run's longest prompt, and the most that a response may have."""
     prompts = run.require("prompts", None, "grpo run")
     responses = (max_new_tokens_of(run, number) for number in iterations_of(run, iteration))

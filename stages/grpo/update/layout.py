@@ -40,36 +40,30 @@ class Cost:
 
 @dataclass(frozen=True)
 class Tree:
-    """Rollouts of one group behind one copy of their prompt, each of which sees the prompt and itself.
-
-    num_tokens: of them all together.
-    """
+    """Rollouts of one group behind one copy of their prompt, each of which sees the prompt and itself."""
 
     rows: tuple[int, ...]
-    num_tokens: int
+    num_tokens: int  # of them all together
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """What goes through the model at once.
 
-    rows: int64 [B], positions in Rollouts. input_ids_SL, position_ids_SL; padding has id 0. tree_SL: which
-    tree of its sequence a token belongs to, PADDING for none. branch_SL: PROMPT, or 1, 2, ... for the
-    responses of a tree. places_N: where, in [S * L], the hidden states are that predict the counted tokens,
-    one rollout after another in the order of rows; a prompt's last token predicts the first of each of its
-    responses. targets_N: those tokens. lengths_B: how many each rollout has. trees: where each one is.
+    places_N: where, in [S * L], the hidden states are that predict the counted tokens, one rollout after
+    another in the order of rows; a prompt's last token predicts the first of each of its responses.
     """
 
-    rows: np.ndarray
-    input_ids_SL: Tensor
+    rows: np.ndarray  # int64 [B], positions in Rollouts
+    trees: list[Place]  # where each one is
+    input_ids_SL: Tensor  # 0 is padding
     position_ids_SL: Tensor
-    tree_SL: Tensor
-    branch_SL: Tensor
+    tree_SL: Tensor  # which tree of its sequence a token belongs to, PADDING for none
+    branch_SL: Tensor  # PROMPT, or 1, 2, ... for the responses of a tree
     places_N: Tensor
-    targets_N: Tensor
-    lengths_B: Tensor
+    targets_N: Tensor  # the counted tokens
+    lengths_B: Tensor  # how many of them each rollout has
     temperature_N: Tensor
-    trees: list[Place]
 
 
 def plan(
@@ -196,5 +190,5 @@ def build(rollouts: Rollouts, sequences: Sequence[Sequence[Tree]], device: str) 
     lengths = rollouts.num_tokens[rows]
     temperatures = np.repeat(rollouts.temperatures[rows], lengths).astype(np.float32)
     arrays = (grid, np.concatenate(places), np.concatenate(targets), lengths, temperatures)
-    on_device = [torch.from_numpy(array).to(device) for array in arrays]
-    return MicroBatch(rows, *on_device[0].unbind(), *on_device[1:], trees=trees)
+    grid_4SL, *others = [torch.from_numpy(array).to(device) for array in arrays]
+    return MicroBatch(rows, trees, *grid_4SL.unbind(), *others)

@@ -20,10 +20,7 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class Objective:
-    """The constants of a loss, by their names in pipeline.yaml: config/update.py says what each means.
-
-    Without arguments: GRPO of docs/math.md with no KL term.
-    """
+    """The constants of a loss, named as in pipeline.yaml. Without arguments: GRPO with no KL term."""
 
     ratio: str = "token"
     surrogate: str = "clip"
@@ -53,30 +50,22 @@ class Objective:
 
 @dataclass(frozen=True)
 class Step:
-    """Denominators of one optimiser step over all its micro-batches.
+    """Denominators of one optimiser step over all its micro-batches."""
 
-    num_rollouts: the kept rollouts, which docs/math.md calls N. num_tokens: the sum of T_i.
-    max_new_tokens: what the rollouts were sampled with.
-    """
-
-    num_rollouts: int
-    num_tokens: int
-    max_new_tokens: int
+    num_rollouts: int  # kept ones, which docs/math.md calls N
+    num_tokens: int  # the sum of T_i
+    max_new_tokens: int  # what the rollouts were sampled with
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a micro-batch has beside the policy's log-probs, all of it constant.
-
-    old_logprobs_N: pi_old's. reference_logprobs_N: None without a KL term. weights_R: sampler_weights();
-    None: no correction.
-    """
+    """What a micro-batch has beside the policy's log-probs, all of it constant."""
 
     lengths_B: Tensor
     advantages_B: Tensor
     old_logprobs_N: Tensor
-    reference_logprobs_N: Tensor | None = None
-    weights_R: Tensor | None = None
+    reference_logprobs_N: Tensor | None = None  # without a KL term
+    weights_R: Tensor | None = None  # sampler_weights(), or no correction
 
     def by_ratio(self, values_B: Tensor, ratio: str) -> Tensor:
         """One value per rollout as one per ratio, [R]."""

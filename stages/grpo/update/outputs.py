@@ -17,8 +17,6 @@ from grpo.update.learner import Learner
 from grpo.update.objective import Stored
 
 ROWS_PER_SHARD = 2048  # of `logprobs`, one Parquet file and row group each
-
-
 IDS = ("policy", "optimizer", "updates", "logprobs", "adapter")  # what others may read by its id
 
 
@@ -38,8 +36,7 @@ def write_outputs(
     """
 
     def shards(table: str, data: Iterable[pa.Table]) -> list[FileRecord]:
-        named = ((staging.file_name(table, number), shard) for number, shard in enumerate(data))
-        return [staging.write_table(table, name, shard) for name, shard in named]
+        return [staging.write_table(table, staging.file_name(table, n), each) for n, each in enumerate(data)]
 
     def files(part: str, contents: Iterable[tuple[str, bytes | Chunks]]) -> list[FileRecord]:
         return [staging.write_bytes(part, name, content) for name, content in contents]

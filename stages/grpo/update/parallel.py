@@ -1,7 +1,6 @@
 """parallel: a torch.distributed group in which each process computes a share of every optimiser step.
 
-Without such a group, everything here is what one process does. Denominators are the whole step's, so
-gradients and numbers of the shares are added, not averaged.
+Denominators are the whole step's, so gradients and numbers of the shares are added, not averaged.
 """
 
 from typing import TypeVar

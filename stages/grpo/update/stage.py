@@ -1,7 +1,7 @@
 """update: policy + rollouts + advantages -> next policy, updates, logprobs.
 
 The clipped objective on stored old log-probs. Weights, optimiser state and tables are one output: they
-cannot disagree. Everything that is read or written is a committed table or checkpoint.
+cannot disagree.
 """
 
 from collections.abc import Iterator
@@ -70,8 +70,7 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) 
     rows, stored = _train(run, iteration, rollouts, learner, staging)
     with clock("write"):
         held = write_outputs(run, iteration, rows, rollouts, stored, learner, staging)
-    by_name = {name: sorted(files, key=lambda file: file.name) for name, files in held.items() if files}
-    ids = {name: id_of(by_name[name]) for name in IDS if name in by_name}
+    ids = {name: id_of(sorted(held[name], key=lambda file: file.name)) for name in IDS if held[name]}
     return Product(ids, [file for files in held.values() for file in files], {**summary_of(rows), **layout})
 
 
@@ -154,10 +153,8 @@ def _train(
 def _mismatch(
     run: ActiveRun, iteration: int, rollouts: Rollouts, read: np.ndarray, stored: Stored
 ) -> dict[str, float]:
-    """The mismatch columns of the first step, of this iteration's rollouts that it read; none, no columns.
-
-    The ratio of an older one has moved for good reason.
-    """
+    """The mismatch columns of the first step, of this iteration's rollouts that it read; none, no columns."""
+    # The ratio of an older one has moved for good reason.
     own = read[rollouts.keys[read, 0] == iteration].tolist()
     config = run.config.update
     by_token = config.sampler_correction_level == "token"
