@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo import tables
 from grpo.config import UpdateConfig
 from grpo.update.batch import READ, Rollouts, kept_rollouts
-from grpo.update.layout import PADDING, micro_batches
+from grpo.update.layout import PADDING, build, plan
 from grpo.update.learner import Learner
 from grpo.update.loss import Step
 from grpo.update.objective import Stored
@@ -65,7 +64,7 @@ def update() -> None:
         model = write_qwen2(Path(folder), hidden_size=512, intermediate_size=832, num_hidden_layers=8)
         for name, *shape in SHAPES:
             learner = open_learner(model, with_reference=True)
-            rollouts = kept_rollouts([shard(0, *shape)], advantages(shape[0]))
+            rollouts = kept_rollouts(shard(0, *shape), advantages(shape[0]))
             seconds, peaks = [], []
             for _ in range(ROUNDS):
                 peaks.append(matmul_peak())
@@ -84,7 +83,8 @@ def report(
     tokens = computed = seen = 0
     rows, network = np.arange(len(rollouts)), learner.network
     budget = learner.config.max_tokens_per_batch
-    for batch in micro_batches(rollouts, rows, budget, network.layout, network.cost, "cpu"):
+    for sequences in plan(rollouts, rows, budget, network.layout, network.cost):
+        batch = build(rollouts, sequences, "cpu")
         tokens += int((batch.tree_SL != PADDING).sum())
         computed += sum(pairs(tree, KEY_TILE) for tree in batch.trees)
         seen += sum(pairs(tree, 1) for tree in batch.trees)
@@ -133,8 +133,8 @@ def peak_memory(num_prompts: int, prompt: int, response: int) -> float:
         folder = Path(name)
         model = write_qwen2(folder, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
         learner = open_learner(model, with_reference=True, max_tokens_per_batch=8192)
-        shards: Iterator[pa.Table] = (shard(n, 1, prompt, response, response) for n in range(num_prompts))
-        rollouts = kept_rollouts(shards, advantages(num_prompts))
+        shards = [shard(n, 1, prompt, response, response) for n in range(num_prompts)]
+        rollouts = kept_rollouts(pa.concat_tables(shards), advantages(num_prompts))
         step(learner, rollouts)
     # Not ru_maxrss: a process inherits that of the one that started it.
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -157,7 +157,7 @@ def whole() -> None:
             tie_word_embeddings=True,
         )
         learner = open_learner(model, with_reference=False)
-        rollouts = kept_rollouts([shard(0, *shape)], advantages(1))
+        rollouts = kept_rollouts(shard(0, *shape), advantages(1))
         form = learner.network.reader.form
         seconds: dict[str, list[float]] = {"in chunks": [], "at once": []}
         for _ in range(3):
@@ -178,7 +178,8 @@ def step(learner: Learner, rollouts: Rollouts) -> Stored:
     if learner.config.kl_coefficient:
         stored.reference = learner.reference_logprobs(rollouts, rows)
     counts = Step(len(rollouts), int(rollouts.num_tokens.sum()), max_new_tokens=128)
-    stored.keep(learner.step(rollouts, rows, counts, stored).logprobs, 0)
+    _, logprobs = learner.step(rollouts, rows, counts, stored)
+    stored.keep(logprobs, 0)
     return stored
 
 

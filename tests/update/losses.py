@@ -1,12 +1,11 @@
-"""losses: the functions of loss.py and surrogates.py, each constant of theirs as an argument."""
+"""losses: the functions of loss.py, each constant of theirs as an argument."""
 
 from typing import Any
 
 from torch import Tensor
 
 from grpo.update import loss
-from grpo.update.loss import Given, Step
-from grpo.update.surrogates import SURROGATES, Objective
+from grpo.update.loss import Given, Objective, Step
 
 
 def policy_loss(
@@ -62,14 +61,14 @@ def clip_surrogate(
     ratio_R: Tensor, advantages_R: Tensor, low: float | None, high: float | None, delta: float | None = None
 ) -> Tensor:
     objective = Objective(clip_low=low, clip_high=high, delta=delta)
-    return SURROGATES["clip"].value(ratio_R, ratio_R, advantages_R, objective)
+    return loss.surrogate(ratio_R, ratio_R, advantages_R, objective)
 
 
 def cispo_surrogate(
     ratio_N: Tensor, logprobs_N: Tensor, advantages_N: Tensor, low: float | None, high: float | None
 ) -> Tensor:
-    objective = Objective(clip_low=low, clip_high=high)
-    return SURROGATES["cispo"].value(ratio_N, logprobs_N, advantages_N, objective)
+    objective = Objective(surrogate="cispo", clip_low=low, clip_high=high)
+    return loss.surrogate(ratio_N, logprobs_N, advantages_N, objective)
 
 
 def clipped(
@@ -80,6 +79,6 @@ def clipped(
     surrogate: str,
     delta: float | None,
 ) -> tuple[int, int]:
-    objective = Objective(clip_low=low, clip_high=high, delta=delta)
-    below_R, above_R = SURROGATES[surrogate].clipped(ratio_R, advantages_R, objective)
+    objective = Objective(surrogate=surrogate, clip_low=low, clip_high=high, delta=delta)
+    below_R, above_R = loss.clipped(ratio_R, advantages_R, objective)
     return int(below_R.sum()), int(above_R.sum())

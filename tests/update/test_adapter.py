@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,8 @@ from grpo.models.loading import load_model
 from grpo.update import adapter as room
 from grpo.update.adapter import (
     adapter_files,
-    adapter_off,
     add_adapter,
-    holds_adapted,
     load_adapter,
-    merged,
-    plain_state,
     reset_adapter,
 )
 
@@ -61,6 +58,22 @@ def make(config: Any = QWEN2) -> Any:
 
 def adapted(config: Any = QWEN2, seed: int = SEED, targets: list[str] | None = None) -> PeftModel:
     return add_adapter(make(config), RANK, ALPHA, targets, seed)
+
+
+def plain_state(model: PeftModel) -> dict[str, Tensor]:
+    return room.plain_state(base_of(model))
+
+
+def merged(model: PeftModel, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return room.merged(base_of(model), state)
+
+
+def holds_adapted(model: PeftModel, state: dict[str, Tensor]) -> bool:
+    return room.holds_adapted(base_of(model), state)
+
+
+def base_of(model: PeftModel) -> Any:
+    return model.get_base_model()
 
 
 def trained(model: PeftModel) -> dict[str, Tensor]:
@@ -144,7 +157,7 @@ def test_the_first_weights_are_a_function_of_the_seed_alone() -> None:
     assert len({p.flatten()[0].item() for name, p in first.items() if ".lora_A." in name}) == 14
 
     train(again, optimizer_of(again))
-    reset_adapter(again, SEED)
+    reset_adapter(base_of(again), SEED)
     assert all(torch.equal(first[name], p) for name, p in trained(again).items())
 
 
@@ -218,10 +231,10 @@ def test_with_the_adapter_off_the_base_is_the_base(inference: bool) -> None:
     plain = logits(make())
     model = trained_model()
     on, before = logits(model), {name: p.requires_grad for name, p in model.named_parameters()}
-    with torch.inference_mode(inference), adapter_off(model):
+    with torch.inference_mode(inference), model.disable_adapter():
         assert torch.equal(logits(model), plain)
         assert torch.equal(logits(model.get_base_model()), plain)
-    with pytest.raises(KeyError), adapter_off(model):
+    with pytest.raises(KeyError), model.disable_adapter():
         raise KeyError
     assert torch.equal(logits(model), on)
     assert not torch.equal(on, plain)
@@ -293,7 +306,7 @@ def test_training_and_merging_leave_the_bits_of_the_base() -> None:
         train(model, optimizer, steps=1)
         state = dict(merged(model, plain_state(model)))
         assert not state["model.layers.0.mlp.up_proj.weight"].requires_grad
-        with adapter_off(model):
+        with model.disable_adapter():
             logits(model)
     assert bits(model) == plain
 

@@ -12,12 +12,11 @@ from grpo.update.batch import (
     Rows,
     gather,
     kept_rollouts,
-    longest_pair,
     made_up_pair,
     minibatches,
-    num_minibatches,
     room_for,
 )
+from grpo.update.layout import longest_pair
 
 
 def keys_of(group_sizes: list[int], iteration: int = 0) -> np.ndarray:
@@ -77,13 +76,6 @@ def test_the_permutation_depends_on_groups_only() -> None:
     assert groups([1] * 9) == groups([4, 2, 1, 3, 1, 1, 2, 5, 1])
 
 
-@pytest.mark.parametrize(("num_steps", "right"), [(1, 1), (3, 3), (9, 4)])
-def test_how_many_steps_are_known_without_making_them(num_steps: int, right: int) -> None:
-    keys = keys_of([2, 2, 2, 2])
-    assert num_minibatches(keys, num_steps) == len(minibatches(keys, num_steps, 0, 0, 0)) == right
-    assert num_minibatches(keys[:0], num_steps) == 1
-
-
 def test_nothing_kept_is_one_step_without_rows() -> None:
     steps = minibatches(keys_of([]), 4, seed=0, iteration=0, epoch=0)
     assert [rows.tolist() for rows in steps] == [[]]
@@ -140,7 +132,7 @@ KEYS = [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
 
 
 def test_kept_rollouts() -> None:
-    found = kept_rollouts([rollouts_table(KEYS)], advantages_table(KEYS, [None, 0.5, -0.25]))
+    found = kept_rollouts(rollouts_table(KEYS), advantages_table(KEYS, [None, 0.5, -0.25]))
     assert len(found) == 2
     assert found.keys.tolist() == [[0, 0, 1], [0, 1, 0]]
     assert lists(found.prompts) == [[11], [12]]
@@ -156,7 +148,7 @@ def test_kept_rollouts() -> None:
 def test_kept_rollouts_of_several_shards() -> None:
     rollouts, advantages = rollouts_table(KEYS), advantages_table(KEYS, [1.0, None, 2.0])
     found = kept_rollouts(
-        [rollouts.slice(0, 2), rollouts.slice(2)],
+        pa.concat_tables([rollouts.slice(0, 2), rollouts.slice(2)]),
         pa.concat_tables([advantages.slice(0, 1), advantages.slice(1)]),
     )
     assert lists(found.responses) == [[20, 21, 22], [22, 23, 24]]
@@ -166,7 +158,7 @@ def test_kept_rollouts_of_several_shards() -> None:
 
 @pytest.mark.parametrize("keys", [[], KEYS])
 def test_nothing_kept(keys: list[tuple[int, int, int]]) -> None:
-    found = kept_rollouts([rollouts_table(keys)], advantages_table(keys, [None] * len(keys)))
+    found = kept_rollouts(rollouts_table(keys), advantages_table(keys, [None] * len(keys)))
     assert len(found) == 0
     assert found.keys.shape == (0, 3)
     assert found.num_tokens.tolist() == []
@@ -187,7 +179,7 @@ def test_nothing_kept(keys: list[tuple[int, int, int]]) -> None:
 def test_other_keys_are_refused(keys: list[tuple[int, int, int]]) -> None:
     message = r"^advantages are not of these rollouts: their keys differ; run `grpo advantage`$"
     with pytest.raises(CorruptError, match=message) as caught:
-        kept_rollouts([rollouts_table(KEYS)], advantages_table(keys, [1.0] * len(keys)))
+        kept_rollouts(rollouts_table(KEYS), advantages_table(keys, [1.0] * len(keys)))
     assert caught.value.exit_code == 6
 
 

@@ -19,7 +19,6 @@ from grpo.update.layout import (
     build,
     first_fit,
     groups_of,
-    micro_batches,
     plan,
     tree_of,
     trees_of,
@@ -50,6 +49,10 @@ def make_rollouts(groups: list[tuple[int, list[list[bool]]]]) -> Rollouts:
         advantages=np.zeros(len(keys)),
         temperatures=0.5 + np.arange(len(keys)) / 4,
     )
+
+
+def micro_batches(rollouts: Rollouts, *how: Any) -> list[MicroBatch]:
+    return [build(rollouts, sequences, "cpu") for sequences in plan(rollouts, *how)]
 
 
 def plain_groups(shapes: list[tuple[int, list[int]]]) -> Rollouts:
@@ -135,7 +138,7 @@ def test_little_is_padding_where_lengths_differ() -> None:
     rollouts = plain_groups([(8, [length]) for length in lengths])
     tokens = sum(8 + length for length in lengths)
     for layout, waste in (("rows", 0.4), ("packed", 0.03)):
-        batches = list(micro_batches(rollouts, np.arange(128), 4096, layout, Cost(10**6, 1), "cpu"))  # type: ignore[arg-type]
+        batches = micro_batches(rollouts, np.arange(128), 4096, layout, Cost(10**6, 1))
         padded = sum(batch.input_ids_SL.numel() for batch in batches)
         assert padded / tokens - 1 <= waste, layout
 
@@ -159,7 +162,7 @@ def test_each_token_is_in_its_place(
     rollouts = make_rollouts(shape)
     rows = np.array(data.draw(st.permutations(range(len(rollouts)))), dtype=np.int64)
     cost = Cost(per_token=10, per_position=per_position)
-    batches = list(micro_batches(rollouts, rows, max_tokens, layout, cost, "cpu"))
+    batches = micro_batches(rollouts, rows, max_tokens, layout, cost)
     assert sorted(np.concatenate([batch.rows for batch in batches]).tolist()) == list(range(len(rollouts)))
     widths = [batch.input_ids_SL.shape[1] for batch in batches]
     assert all(a >= b for a, b in pairwise(widths))
@@ -199,11 +202,11 @@ def test_shares_are_all_there_is_and_do_not_overlap(
 ) -> None:
     rollouts = make_rollouts(shape)
     rows = np.arange(len(rollouts))
-    shares = [micro_batches(rollouts, rows, 60, "shared", LINEAR, "cpu", (n, world)) for n in range(world)]
+    shares = [micro_batches(rollouts, rows, 60, "shared", LINEAR, (n, world)) for n in range(world)]
     taken = [row for share in shares for batch in share for row in batch.rows.tolist()]
     assert sorted(taken) == rows.tolist()
 
 
 def test_nothing_gives_no_micro_batch() -> None:
     rollouts = plain_groups([(1, [1])])
-    assert list(micro_batches(rollouts, np.arange(0), 10, "shared", LINEAR, "cpu")) == []
+    assert micro_batches(rollouts, np.arange(0), 10, "shared", LINEAR) == []

@@ -1,14 +1,14 @@
 """Loss and gradient of a step on tiny real models, against plain separate sequences."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from tests.restatement import Objective
+from tests import restatement
 from tests.update.examples import (
     CASES,
     CORRECTIONS,
@@ -33,6 +33,8 @@ from tests.update.examples import (
     step_gradient,
 )
 
+from grpo.config import UpdateConfig
+from grpo.update import loss, objective
 from grpo.update.batch import Rollouts
 from grpo.update.objective import Stored
 
@@ -211,7 +213,7 @@ def test_a_response_that_is_only_an_end_of_sequence_equal_to_pad_is_learned(unti
     _, found, _ = step_gradient(untied, settings(kl_coefficient=0.0), rollouts)
     model = in_double(untied)
     empty = [np.zeros(len(row)) for row in rollouts.old_logprobs]
-    none = Objective(kl_coefficient=0.0)
+    none = restatement.Objective(kl_coefficient=0.0)
     plain(model, rollouts, np.arange(4), rollouts.old_logprobs, empty, none)
     assert deviation(found, gradients(model)) <= 1e-4
     # Each of the lone tokens has a gradient: without them it is another one.
@@ -280,3 +282,23 @@ def test_the_log_probs_that_are_kept_are_those_of_the_first_step() -> None:
     stored.keep({0: again, 1: later, 2: later}, 1)
     assert {row: values.item() for row, values in stored.policy.items()} == {1: -1, 0: -1, 2: -3}
     assert stored.first_step == {0: 0, 1: 1, 2: 1}
+
+
+@pytest.mark.parametrize("name", get_args(UpdateConfig.model_fields["surrogate"].annotation))
+def test_every_surrogate_of_the_configuration_is_known(name: str) -> None:
+    constants = loss.Objective(surrogate=name)
+    # rho 2, log-prob -3, A 1: the ratio is clipped to 1.2
+    ratio, logprob, advantage = (torch.tensor([value]) for value in (2.0, -3.0, 1.0))
+    value = loss.surrogate(ratio, logprob, advantage, constants).item()
+    assert value == pytest.approx({"clip": 1.2, "cispo": -3.6}[name])
+    assert [bool(each) for each in loss.clipped(ratio, advantage, constants)] == [False, True]
+
+
+def test_the_constants_are_those_of_the_configuration() -> None:
+    config = settings("cispo", entropy_coefficient=0.5)
+    found = objective.objective_of(config)
+    assert {each.name: getattr(found, each.name) for each in fields(loss.Objective)} == {
+        each.name: getattr(config, each.name) for each in fields(loss.Objective)
+    }
+    assert found.bounds == (float("-inf"), 5.0)  # clip_low null, clip_high 4
+    assert found.cap == float("inf")

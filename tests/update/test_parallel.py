@@ -169,8 +169,7 @@ def test_each_process_holds_what_its_share_read_and_all_of_the_reference(
 
 def test_without_a_group_a_process_has_all_of_it() -> None:
     assert parallel.share() == (0, 1)
-    sums = Sums(policy_loss=1.0)
-    assert parallel.total(sums) is sums
+    assert parallel.gathered(1.5) == [1.5]
     model = torch.nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[1.0, 2.0]])
     parallel.add_up_gradients(model)
@@ -179,11 +178,11 @@ def test_without_a_group_a_process_has_all_of_it() -> None:
 
 def test_sums_by_hand() -> None:
     # Everything is added but the largest ratio.
-    whole = Sums(
+    first = Sums(
         policy_loss=1.0, tokens=3.0, entropy=6.0, ratio=2.0, ratios=2.0, clipped_low=1.0, largest=1.5
     )
-    whole.add(Sums(policy_loss=0.5, tokens=1.0, entropy=4.0, ratio=4.0, ratios=2.0, largest=1.25))
-    row = whole.row(objective_of(settings("dapo")))
+    second = Sums(policy_loss=0.5, tokens=1.0, entropy=4.0, ratio=4.0, ratios=2.0, largest=1.25)
+    row = (first + second).row(objective_of(settings("dapo")))
     assert (row["policy_loss"], row["ratio_max"], row["kl"]) == (1.5, 1.5, None)
     assert (row["entropy"], row["ratio_mean"]) == (10 / 4, 6 / 4)
     assert (row["clip_fraction_low"], row["clip_fraction_high"]) == (1 / 4, 0)

@@ -25,11 +25,10 @@ from tests.update.runs import commit_rollouts, make_run, update
 
 from grpo.artifacts import ActiveRun
 from grpo.config import Config
-from grpo.update.batch import Rollouts, minibatches
+from grpo.update.batch import Rollouts, longest, minibatches, read_kept
 from grpo.update.learner import Learner
 from grpo.update.plan import iterations_of
 from grpo.update.plan import plan as planned
-from grpo.update.replay import longest, read_kept
 
 SETTINGS: dict[str, Any] = {
     "replay_iterations": 1,

@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from tests.update.examples import configuration
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
 
+from grpo.config import Config
+from grpo.errors import UsageError
 from grpo.update.schedule import learning_rate
 
 THEIRS = {
@@ -19,8 +22,15 @@ THEIRS = {
 }
 
 
+def config_of(schedule: str, num_steps: int, warmup_steps: int, base: float = 8.0) -> Config:
+    """One optimiser step an iteration. Warm-up may be longer than the run, which a configuration refuses."""
+    config = configuration(schedule=schedule, warmup_steps=warmup_steps, learning_rate=base)
+    return config.model_copy(update={"iterations": num_steps})
+
+
 def whole_run(schedule: str, num_steps: int, warmup_steps: int, base: float = 8.0) -> list[float]:
-    return [learning_rate(base, schedule, step, num_steps, warmup_steps) for step in range(num_steps)]
+    config = config_of(schedule, num_steps, warmup_steps, base)
+    return [learning_rate(config, step, 0) for step in range(num_steps)]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +74,19 @@ def test_the_same_as_transformers(schedule: str, num_steps: int, warmup_steps: i
     assert whole_run(schedule, num_steps, warmup_steps, 5e-7) == pytest.approx(theirs, rel=1e-12, abs=1e-21)
 
 
-@pytest.mark.parametrize("step", [-1, 6])
-def test_a_step_outside_the_run_is_a_bug(step: int) -> None:
-    with pytest.raises(AssertionError):
-        learning_rate(8.0, "linear", step, 6, 0)
+def test_steps_of_an_iteration_are_counted_by_epochs() -> None:
+    config = configuration(schedule="linear", learning_rate=8.0, epochs=2, steps_per_iteration=2)
+    config = config.model_copy(update={"iterations": 2})
+    # 8 (8 - s) / 8 with s = 4 iteration + number
+    rates = [learning_rate(config, iteration, number) for iteration in range(2) for number in range(4)]
+    assert rates == [8, 7, 6, 5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("schedule", THEIRS)
+def test_after_the_last_iteration_a_constant_rate_stays_and_others_are_refused(schedule: str) -> None:
+    config = config_of(schedule, 6, 0)
+    if schedule == "constant":
+        assert learning_rate(config, 6, 0) == 8
+        return
+    with pytest.raises(UsageError, match=r"found iteration 6; raise `iterations`, or set schedule: con"):
+        learning_rate(config, 6, 0)

@@ -7,9 +7,8 @@ import torch
 from tests.pages.pages import DOCS, blocks
 
 from grpo.config.update import OBJECTIVES
-from grpo.update.loss import Given, Step
+from grpo.update.loss import Given, Objective, Step
 from grpo.update.objective import batch_loss
-from grpo.update.surrogates import Objective
 
 
 def test_the_thirty_lines_are_the_objective_grpo() -> None:

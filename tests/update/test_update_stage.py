@@ -374,6 +374,6 @@ def test_at_learning_rate_zero_the_mismatch_stays(tmp_path: Path, untied: Path) 
     assert len(stored) == ROWS - 1  # without a KL term, the rollout of advantage 0 is not read
     assert {row["step"] for row in stored} == {0}
     assert all(row["reference_logprobs"] is None for row in stored)
-    kept = kept_rollouts(run.read_shards("rollouts", 0), run.read("advantages", 0))
+    kept = kept_rollouts(run.read("rollouts", 0), run.read("advantages", 0))
     read = kept.num_tokens[kept.advantages != 0]
     assert read.tolist() == [len(row["policy_logprobs"]) for row in stored]

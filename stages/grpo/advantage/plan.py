@@ -20,11 +20,15 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     config = run.config.advantage
     rollouts = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
     rewards = run.require("rewards", iteration, f"grpo score --iteration {iteration}")
-    if why := lacking(run, rewards):
-        raise InputError(f"{run.folder('rewards', iteration)}: {why}; {_way_on(rewards)}")
-    if why := lacking(run, rollouts):
-        raise InputError(f"{run.folder('rollouts', iteration)}: {why}; {_way_on(rollouts)}")
-    user_files = {**shipped_sql()}
+    for output, manifest in (("rewards", rewards), ("rollouts", rollouts)):
+        if why := lacking(run, manifest):
+            raise InputError(f"{run.folder(output, iteration)}: {why}; {_way_on(manifest)}")
+    own_sql = config.where is not None or config.sql is not None
+    weights: dict[str, float] = rewards.summary["weights"]
+    # A reward of weight 0 counts only for a user's own SQL, which may look at it.
+    names = [f"reward/{name}@{iteration}" for name in weights if own_sql or weights[name] != 0]
+    references = [f"rollouts@{iteration}", *names, *(["prompts"] if own_sql else [])]
+    user_files = dict(shipped_sql())
     if config.sql is not None:
         user_files["advantage.sql"] = sha256_of(named_file(run.imports, "advantage.sql", config.sql))
     return Plan(
@@ -33,7 +37,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         output=OUTPUT,
         iteration=iteration,
         config={"advantage": config.model_dump()},
-        inputs=_reads(run, iteration, rewards),
+        inputs={reference: run.id_of(reference) or "" for reference in references},
         user_files=user_files,
     )
 
@@ -53,13 +57,3 @@ def _way_on(manifest: Manifest) -> str:
     if manifest.summary["failed"]:
         return f"{command} tries them again, `score.on_error: drop` leaves them out"
     return f"{command} scores the others"
-
-
-def _reads(run: ActiveRun, iteration: int, rewards: Manifest) -> dict[str, str]:
-    """Ids of the inputs. A reward of weight 0 counts only for a user's own SQL, which may look at it."""
-    config = run.config.advantage
-    own_sql = config.where is not None or config.sql is not None
-    weights: dict[str, float] = rewards.summary["weights"]
-    names = [f"reward/{name}@{iteration}" for name in weights if own_sql or weights[name] != 0]
-    references = [f"rollouts@{iteration}", *names, *(["prompts"] if own_sql else [])]
-    return {reference: run.id_of(reference) or "" for reference in references}

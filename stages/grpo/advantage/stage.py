@@ -6,7 +6,6 @@ trains on exactly the rows with keep = true.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -38,10 +37,10 @@ def after(run: Run, manifest: Manifest, opened: sql.Connection) -> None:
 
 def produce(run: ActiveRun, iteration: int, staging: Staging, opened: sql.Connection) -> Product:
     """The `advantages` of one iteration."""
-    for table, output in (("rollouts", "rollouts"), ("rewards", "rewards")):
-        for file in run.require(output, iteration, f"grpo {NAME}").files:
-            if file.table == table:
-                run.verify(file, run.path_of(file, output, iteration))
+    for name in ("rollouts", "rewards"):
+        for file in run.require(name, iteration, f"grpo {NAME}").files:
+            if file.table == name:
+                run.verify(file, run.path_of(file, name, iteration))
     records, kept, zero, scored, total = [], 0, 0, 0, 0.0
     with staging.clock("advantage"):
         for index, data in enumerate(_advantages(run, iteration, opened)):
@@ -61,44 +60,51 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: sql.Connec
 
 def check(run: ActiveRun, until: int, resources: object) -> None:
     """Raise UsageError (exit 2) for SQL of the user's that cannot be run, whatever the tables will hold."""
-    config = run.config.advantage
-    if config.sql is None and config.where is None:
+    if not (queries := _user_queries(run)):
         return
     with sql.connect([run], outputs=()) as connection:
         sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
-        if config.sql is not None:
-            text = named_text(run.imports, "advantage.sql", config.sql)
-            _check_columns(sql.user_columns(connection, "advantage.sql", text), config.sql)
-        if config.where is not None:
-            sql.user_columns(connection, "advantage.where", _condition(config.where))
+        for key, (name, text) in queries.items():
+            _check_columns(sql.user_columns(connection, key, text), name)
+
+
+def _user_queries(run: ActiveRun) -> dict[str, tuple[str, str]]:
+    """What the user's estimator and condition ask, in this order: key -> (name for errors, query).
+
+    Both give the key and the advantage of the rollouts to be kept.
+    """
+    config, queries = run.config.advantage, {}
+    if config.sql is not None:
+        queries["advantage.sql"] = config.sql, named_text(run.imports, "advantage.sql", config.sql)
+    if config.where is not None:
+        query = f"select {_KEY}, advantage from samples where ({config.where})"
+        queries["advantage.where"] = "advantage.where", query
+    return queries
 
 
 def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> Iterator[pa.Table]:
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
+    rewards = run.require("rewards", iteration, "grpo score")
     sql.turn_to(connection, iteration)
-    sql.create_scored(connection, _reward_weights(run, iteration).values())
-    parameters: dict[str, Any] = {
-        "scale": config.scale,
-        "epsilon": config.epsilon,
-        "drop_zero_variance": config.drop_zero_variance,
-        "truncated": config.truncated,
-        "batch_deviation": None,
-    }
+    sql.tell_weights(connection, rewards.summary["weights"].values())
+    parameters = config.model_dump(include={"scale", "epsilon", "drop_zero_variance", "truncated"})
+    parameters["batch_deviation"] = None
     if config.scale == "batch":
         parameters |= sql.query(connection, sql.own_text("advantage/batch_deviation")).to_pylist()[0]
+    text = sql.own_text("advantage/advantage")
     blocks = (
-        sql.query(
-            connection,
-            sql.own_text("advantage/advantage"),
-            {**parameters, "first_group": first, "last_group": last},
-        )
+        sql.query(connection, text, {**parameters, "first_group": first, "last_group": last})
         for first, last in _blocks(run, iteration, connection)
     )
-    if config.sql is None and config.where is None:
+    if not (queries := _user_queries(run)):
         yield from blocks
-    else:
-        yield _selected(run, connection, pa.concat_tables(blocks))
+        return
+    data = pa.concat_tables(blocks)
+    for key, (name, query) in queries.items():
+        sql.register(connection, "_advantages_0", data)  # as `advantages` the query sees `data` itself
+        data = _chosen(data, sql.user_rows(connection, key, query), name)
+    yield data
 
 
 def _check_finite(data: pa.Table) -> None:
@@ -125,74 +131,32 @@ def _blocks(run: Run, iteration: int, connection: sql.Connection) -> Iterator[tu
         yield first, first + step - 1
 
 
-def _selected(run: ActiveRun, connection: sql.Connection, data: pa.Table) -> pa.Table:
-    """`data` after the user's own estimator and condition, which see `data` itself as `advantages`."""
-    config = run.config.advantage
-    sql.register(connection, "_advantages_0", data)
-    if config.sql is not None:
-        text = named_text(run.imports, "advantage.sql", config.sql)
-        data = _replace(data, sql.user_rows(connection, "advantage.sql", text), config.sql)
-    if config.where is not None:
-        sql.register(connection, "_advantages_0", data)
-        data = _drop(data, sql.user_rows(connection, "advantage.where", _condition(config.where)))
-    return data
-
-
-def _condition(where: str) -> str:
-    return f"select {_KEY} from samples where ({where})"
-
-
 def _check_columns(columns: list[str], name: str) -> None:
     missing = [column for column in (*tables.KEY, "advantage") if column not in columns]
     if missing:
         raise UsageError(f"{name}: returns no column {missing[0]}; it must return {_KEY}, advantage")
 
 
-def _reward_weights(run: Run, iteration: int) -> dict[str, float]:
-    weights: dict[str, float] = run.require("rewards", iteration, "grpo score").summary["weights"]
-    return weights
-
-
-def _replace(data: pa.Table, own: pa.Table, name: str) -> pa.Table:
-    """`data` with the advantages of the user's query; rows that it leaves out are not kept."""
+def _chosen(data: pa.Table, own: pa.Table, name: str) -> pa.Table:
+    """`data` with the advantages of a user's query; rows that it leaves out are not kept (`filtered`)."""
     _check_columns(own.column_names, name)
-    own = own.select([*tables.KEY, "advantage"]).rename_columns([*tables.KEY, "own"])
-    if own.group_by(list(tables.KEY)).aggregate([]).num_rows != own.num_rows:
+    keys = list(tables.KEY)
+    own = own.select([*keys, "advantage"]).rename_columns([*keys, "own"])
+    if own.group_by(keys).aggregate([]).num_rows != own.num_rows:
         raise DataError(f"{name}: returns a rollout twice; it must return each ({_KEY}) once")
-    keys = {key: pa.int32() for key in tables.KEY}
     try:
-        own = own.cast(pa.schema([*keys.items(), ("own", pa.float64())]))
+        own = own.cast(pa.schema([*((key, pa.int32()) for key in keys), ("own", pa.float64())]))
     except pa.ArrowException as error:
         raise DataError(f"{name}: {_KEY} must be integers and advantage a number: {error}") from None
-    joined = data.join(own, list(tables.KEY), join_type="left outer").sort_by(
-        [(key, "ascending") for key in tables.KEY]
-    )
-    given = pc.and_(joined["keep"], pc.is_valid(joined["own"]))
-    finite = pc.fill_null(pc.is_finite(joined["own"]), True)
-    if not pc.all(finite).as_py():
+    joined = data.join(own, keys).sort_by([(key, "ascending") for key in keys])
+    if not pc.all(pc.fill_null(pc.is_finite(joined["own"]), True)).as_py():
         raise DataError(f"{name}: returns an advantage that is nan or infinite")
-    joined = _unkept(joined, pc.and_(joined["keep"], pc.is_null(joined["own"])))
-    advantage = pc.if_else(given, joined["own"], None)
-    index = joined.schema.get_field_index("advantage")
-    return joined.set_column(index, "advantage", advantage).select(data.column_names)
-
-
-def _drop(data: pa.Table, wanted: pa.Table) -> pa.Table:
-    """`data` with `keep` only where the key is among `wanted`."""
-    marked = wanted.append_column("wanted", pa.array([True] * len(wanted), pa.bool_()))
-    joined = data.join(marked, list(tables.KEY), join_type="left outer").sort_by(
-        [(key, "ascending") for key in tables.KEY]
-    )
-    return _unkept(joined, pc.and_(joined["keep"], pc.is_null(joined["wanted"]))).select(data.column_names)
-
-
-def _unkept(data: pa.Table, dropped: pa.ChunkedArray) -> pa.Table:
-    """`data` with the rows marked true in `dropped` not kept, reason `filtered`."""
+    keep = pc.and_(joined["keep"], pc.is_valid(joined["own"]))
     columns = {
-        "advantage": pc.if_else(dropped, None, data["advantage"]),
-        "keep": pc.and_(data["keep"], pc.invert(dropped)),
-        "reason": pc.if_else(dropped, "filtered", data["reason"]),
+        "advantage": pc.if_else(keep, joined["own"], None),
+        "keep": keep,
+        "reason": pc.if_else(pc.xor(joined["keep"], keep), "filtered", joined["reason"]),
     }
-    for name, column in columns.items():
-        data = data.set_column(data.schema.get_field_index(name), name, column)
-    return data
+    for column, values in columns.items():
+        joined = joined.set_column(joined.schema.get_field_index(column), column, values)
+    return joined.select(data.column_names)

@@ -214,9 +214,13 @@ def create_scored(connection: Connection, weights: Collection[float]) -> None:
 
     scored.sql alone says what a reward is and which rollouts are compared.
     """
-    number = sum(weight != 0 for weight in weights)
-    register(connection, "reward_names", pa.table({"number": [number]}))
+    tell_weights(connection, weights)
     connection.duckdb.execute(f"create or replace temp view scored as {own_text('sql/views/scored')}")
+
+
+def tell_weights(connection: Connection, weights: Collection[float]) -> None:
+    """Have a view `scored` that exists go by other weights."""
+    register(connection, "reward_names", pa.table({"number": [sum(weight != 0 for weight in weights)]}))
 
 
 def own_text(name: str) -> str:

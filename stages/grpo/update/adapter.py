@@ -1,9 +1,7 @@
 """adapter: a LoRA adapter in training on a frozen base, and the plain model that the two make together.
 
 The base is never merged in place: what is added to a weight and taken away again leaves another weight
-behind, in bfloat16 soon a visible one (trl#6688). Every merged weight is a fresh tensor, computed from the
-base as it was loaded.
-
+behind, in bfloat16 soon a visible one (trl#6688). Every merged weight is a fresh tensor.
 Shapes: R rank, I and O the features a linear module takes and gives.
 """
 
@@ -12,14 +10,12 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -42,10 +38,9 @@ def add_adapter(
 ) -> "PeftModel":
     """A trainable adapter on `model`: W + alpha / rank B A for each targeted weight W (arXiv 2106.09685).
 
-    Layers of `model`, which is get_base_model() of the result, are replaced in place: it computes with the
-    adapter however it is called. All is in eval mode and frozen, but A_RI and B_OR, which train.
-    `targets` are names of linear modules or their last parts; None is all but the output head, which takes
-    no adapter. Raises EngineError (exit 8) without peft, UsageError (exit 2) for a target that cannot be had.
+    Layers of `model` are replaced in place: it computes with the adapter however it is called. All is in eval
+    mode and frozen, but A_RI and B_OR. `targets`: names of linear modules or their last parts; None: all but
+    the output head. Raises EngineError (exit 8) without peft, UsageError (exit 2) for a target not to be had.
     """
     require_peft()
     from peft import LoraConfig, get_peft_model
@@ -64,12 +59,12 @@ def add_adapter(
             adapter: PeftModel = get_peft_model(model, config, adapter_name=_NAME)
         except ValueError as error:
             raise UsageError(f"update.lora: peft refuses this model: {error}") from error
-    if others := sorted(modules.keys() - _layers(adapter).keys()):
+    if others := sorted(modules.keys() - _layers(model).keys()):
         # In some mixtures of experts peft takes the names of a dense layer for those of the fused experts.
         message = f"update.lora.targets: peft would adapt the fused experts in place of {others[0]}"
         raise UsageError(f"{message}; name only modules that no expert has, such as q_proj")
-    assert _layers(adapter).keys() == modules.keys()
-    reset_adapter(adapter, seed)
+    assert _layers(model).keys() == modules.keys()
+    reset_adapter(model, seed)
     return adapter.eval()
 
 
@@ -88,7 +83,7 @@ def check_targets(checkpoint: Path, targets: Sequence[str] | None) -> None:
 
 
 @torch.no_grad()
-def reset_adapter(model: "PeftModel", seed: int) -> None:
+def reset_adapter(model: PreTrainedModel, seed: int) -> None:
     """Start again: A as a linear layer's weight, from `seed` alone; B zero, so that nothing changes."""
     generator = torch.Generator().manual_seed(seed)
     for layer in _layers(model).values():
@@ -98,18 +93,11 @@ def reset_adapter(model: "PeftModel", seed: int) -> None:
         B_OR.zero_()
 
 
-def adapter_off(model: "PeftModel") -> AbstractContextManager[None]:
-    """Within it `model` computes what its base does, to the bit, and nothing of it trains."""
-    off: AbstractContextManager[None] = model.disable_adapter()
-    return off
-
-
-def plain_state(model: "PeftModel") -> dict[str, Tensor]:
-    """The base's weights under the names of the model without an adapter, tied ones once; no copies."""
-    base, layers = model.get_base_model(), _layers(model)
-    own = {name for name, _ in chain(base.named_parameters(), base.named_buffers())}
+def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights under the names of the model without an adapter, tied ones once; no copies."""
+    own, layers = dict(chain(model.named_parameters(), model.named_buffers())), _layers(model)
     state = {}
-    for name, tensor in base.state_dict().items():
+    for name, tensor in model.state_dict().items():
         layer, _, rest = name.rpartition(".base_layer.")
         if layer in layers:
             state[f"{layer}.{rest}"] = tensor
@@ -119,7 +107,7 @@ def plain_state(model: "PeftModel") -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merged(model: "PeftModel", state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def merged(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """`state` one by one, each weight of the base that has an adapter as a fresh tensor W + alpha / rank B A.
 
     `state` holds tensors of plain_state() under any names; others pass as they are.
@@ -130,7 +118,7 @@ def merged(model: "PeftModel", state: Mapping[str, Tensor]) -> Iterator[tuple[st
         yield name, tensor if layer is None else tensor + layer.get_delta_weight(_NAME)
 
 
-def holds_adapted(model: "PeftModel", state: Mapping[str, Tensor]) -> bool:
+def holds_adapted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> bool:
     """Whether every weight that has an adapter is in `state`, itself and whole, so that merged() finds it."""
     found = {_address(tensor) for tensor in state.values()}
     return all(_address(layer.get_base_layer().weight) in found for layer in _layers(model).values())
@@ -156,8 +144,7 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
         if saved[name] != config[name]:
             message = f"{folder / CONFIG_FILE}: {name} is {saved[name]}; update.lora asks for {config[name]}"
             raise InputError(f"{message}; they are fixed for a run")
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    tensors = load_file(path)
     if names := tensors.keys() ^ weights.keys():
         raise CorruptError(f"{path}: not the weights of this adapter: see {min(names)}")
     for name, tensor in tensors.items():
@@ -199,15 +186,9 @@ def _check_not_shared(model: PreTrainedModel, modules: Mapping[str, nn.Module]) 
             raise UsageError(f"{message}, which cannot take an adapter; name other targets")
 
 
-def _layers(model: "PeftModel") -> "dict[str, LoraLayer]":
-    """Layers with an adapter, by their names in the base and in its order."""
-    from peft.tuners.lora import LoraLayer
-
-    return {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer)
-    }
+def _layers(model: PreTrainedModel) -> "dict[str, LoraLayer]":
+    """Layers with an adapter, by their names in the base and in its order; peft may not be there."""
+    return {name: cast("LoraLayer", each) for name, each in model.named_modules() if hasattr(each, "lora_A")}
 
 
 def _weights(model: "PeftModel") -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ Steps are made of whole groups and decided by (seed, iteration, epoch) alone. To
 memory, without padding: about 9 bytes a token.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -14,91 +15,75 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from grpo.artifacts import ActiveRun, Run
 from grpo.errors import CorruptError
 from grpo.tables import KEY
+from grpo.update.plan import iterations_of
 
-# Columns of `rollouts` that training needs.
-READ = [
-    *KEY,
-    "prompt_token_ids",
-    "response_token_ids",
-    "response_mask",
-    "old_logprobs",
-    "temperature",
-]
-_OTHER_KEYS = "advantages are not of these rollouts: their keys differ; run `grpo advantage`"
-
+_TOKENS = ("prompt_token_ids", "response_token_ids", "response_mask", "old_logprobs")
+READ = [*KEY, *_TOKENS, "temperature"]  # columns of `rollouts` that training needs
 Rows = Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The kept rollouts of an iteration in key order; `responses[i]` belongs to `keys[i]`.
+    """The kept rollouts of an iteration in key order; `responses[i]` belongs to `keys[i]`."""
 
-    keys: int64 [B, 3] (iteration, group_id, sample_id); prompts, responses: token ids per rollout; masks:
-    bool per response token, true where the policy sampled it; old_logprobs: float32, one per true of the
-    mask; advantages: float64 [B]; temperatures: float64 [B]; num_tokens: T_i, response tokens that count,
-    int64 [B].
-    """
-
-    keys: np.ndarray
-    prompts: Rows
+    keys: np.ndarray  # int64 [B, 3]: iteration, group_id, sample_id
+    prompts: Rows  # token ids, as of the responses
     responses: Rows
-    masks: Rows
-    old_logprobs: Rows
-    advantages: np.ndarray
-    temperatures: np.ndarray
-    num_tokens: np.ndarray = field(init=False)
+    masks: Rows  # bool per response token, true where the policy sampled it
+    old_logprobs: Rows  # float32, one per true of the mask
+    advantages: np.ndarray  # float64 [B]
+    temperatures: np.ndarray  # float64 [B]
 
-    def __post_init__(self) -> None:
-        counts = [int(mask.sum()) for mask in self.masks]
-        object.__setattr__(self, "num_tokens", np.array(counts, dtype=np.int64))
+    @cached_property
+    def num_tokens(self) -> np.ndarray:
+        """T_i, response tokens that count, int64 [B]."""
+        return np.array([mask.sum() for mask in self.masks], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def kept_rollouts(shards: Iterable[pa.Table], advantages: pa.Table) -> Rollouts:
-    """Join what was sampled, shard by shard, with what is trained on.
+def read_kept(run: ActiveRun, iteration: int) -> Rollouts:
+    """The kept rollouts of an iteration and of those it replays, in key order.
 
-    Raises CorruptError (exit 6) when the keys do not match.
+    An older rollout keeps the log-probs that its own policy sampled it with, so its importance ratio is a
+    true one, and the advantage that its group gave it.
     """
-    prompts: list[np.ndarray] = []
-    responses: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    old_logprobs: list[np.ndarray] = []
-    temperatures = [np.zeros(0)]
-    start = 0
-    for shard in shards:
-        mine = advantages.slice(start, len(shard))
-        start += len(shard)
-        if not _same_keys(shard, mine):
-            raise CorruptError(_OTHER_KEYS)
-        kept = shard.filter(mine["keep"])
-        prompts += _lists(kept["prompt_token_ids"])
-        responses += _lists(kept["response_token_ids"])
-        own_masks = _lists(kept["response_mask"])
-        pairs = zip(_lists(kept["old_logprobs"]), own_masks, strict=True)
-        old_logprobs += [old_T[mask_T] for old_T, mask_T in pairs]
-        masks += own_masks
-        temperatures.append(kept["temperature"].to_numpy())
-    if start != len(advantages):
-        raise CorruptError(_OTHER_KEYS)
-    kept = advantages.filter(advantages["keep"])
+    numbers = iterations_of(run, iteration)
+    rollouts = pa.concat_tables([run.read("rollouts", number, READ) for number in numbers])
+    return kept_rollouts(rollouts, pa.concat_tables([run.read("advantages", number) for number in numbers]))
+
+
+def longest(run: ActiveRun, iteration: int) -> tuple[int, int]:
+    """Tokens of the run's longest prompt, and the most that a response may have."""
+    prompts = run.require("prompts", None, "grpo run")
+    responses = (max_new_tokens_of(run, number) for number in iterations_of(run, iteration))
+    return int(prompts.summary["longest_prompt_tokens"]), max(responses)
+
+
+def max_new_tokens_of(run: Run, iteration: int) -> int:
+    """What the rollouts of an iteration were sampled with: it may have changed since."""
+    rollouts = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
+    return int(rollouts.config["generate"]["max_new_tokens"])
+
+
+def kept_rollouts(rollouts: pa.Table, advantages: pa.Table) -> Rollouts:
+    """Join what was sampled with what is trained on. Raises CorruptError (exit 6) when the keys differ."""
+    if not rollouts.select(list(KEY)).equals(advantages.select(list(KEY))):
+        raise CorruptError("advantages are not of these rollouts: their keys differ; run `grpo advantage`")
+    kept = rollouts.append_column("advantage", advantages["advantage"]).filter(advantages["keep"])
+    prompts, responses, masks, old_logprobs = (_lists(kept[name]) for name in _TOKENS)
     return Rollouts(
         keys=np.stack([kept[name].to_numpy() for name in KEY], axis=1).astype(np.int64),
         prompts=prompts,
         responses=responses,
         masks=masks,
-        old_logprobs=old_logprobs,
+        old_logprobs=[old_T[mask_T] for old_T, mask_T in zip(old_logprobs, masks, strict=True)],
         advantages=kept["advantage"].to_numpy(),
-        temperatures=np.concatenate(temperatures),
-    )
-
-
-def _same_keys(rollouts: pa.Table, advantages: pa.Table) -> bool:
-    return len(rollouts) == len(advantages) and all(
-        rollouts[name].combine_chunks().equals(advantages[name].combine_chunks()) for name in KEY
+        temperatures=kept["temperature"].to_numpy(),
     )
 
 
@@ -119,13 +104,8 @@ def minibatches(keys: np.ndarray, num_steps: int, seed: int, iteration: int, epo
         return [np.zeros(0, dtype=np.int64)]
     groups, group_of_row = np.unique(keys[:, :2], axis=0, return_inverse=True)
     order = np.random.default_rng([seed, iteration, epoch]).permutation(len(groups))
-    parts = np.array_split(order, num_minibatches(keys, num_steps))
+    parts = np.array_split(order, min(num_steps, len(groups)))
     return [np.flatnonzero(np.isin(group_of_row, part)) for part in parts]
-
-
-def num_minibatches(keys: np.ndarray, num_steps: int) -> int:
-    """How many of `num_steps` an epoch has: no more than groups, and at least one."""
-    return max(1, min(num_steps, len(np.unique(keys[:, :2], axis=0))))
 
 
 def gather(values: Mapping[int, np.ndarray], rows: np.ndarray, device: str) -> Tensor:
@@ -144,33 +124,17 @@ def room_for(rollouts: Rollouts, rows: np.ndarray) -> dict[int, np.ndarray]:
     return dict(zip(rows.tolist(), parts, strict=False))  # without rows, split gives one part
 
 
-def longest_pair(rollouts: Rollouts) -> np.ndarray:
-    """Rows of the shortest and the longest response to the prompt of the longest rollout, in that order.
-
-    Of its group alone; one row where no other is of that group and prompt.
-    """
-    lengths = np.array([len(response) for response in rollouts.responses])
-    prompts = np.array([len(prompt) for prompt in rollouts.prompts])
-    longest = int(np.argmax(prompts + lengths))
-    others = (rollouts.keys[:, :2] == rollouts.keys[longest, :2]).all(axis=1)
-    others[longest] = False
-    prompt = rollouts.prompts[longest]
-    same = [i for i in np.flatnonzero(others).tolist() if np.array_equal(rollouts.prompts[i], prompt)]
-    rows = np.array(same, dtype=np.int64)
-    return np.array([*rows[np.argsort(lengths[rows], kind="stable")][:1], longest])
-
-
 def made_up_pair(prompt_tokens: int, response_tokens: int, vocabulary: int) -> Rollouts:
     """A group of a response of one token and one of `response_tokens`, of random tokens."""
     draw = np.random.default_rng(0)
-    lengths = (1, response_tokens)
     prompt = draw.integers(vocabulary, size=prompt_tokens)
+    responses = [draw.integers(vocabulary, size=length) for length in (1, response_tokens)]
     return Rollouts(
         keys=np.array([[0, 0, 0], [0, 0, 1]]),
         prompts=[prompt, prompt],
-        responses=[draw.integers(vocabulary, size=length) for length in lengths],
-        masks=[np.ones(length, dtype=bool) for length in lengths],
-        old_logprobs=[np.full(length, np.nan, dtype=np.float32) for length in lengths],  # nobody sampled it
+        responses=responses,
+        masks=[np.ones(len(response), dtype=bool) for response in responses],
+        old_logprobs=[np.full(len(response), np.nan) for response in responses],  # nobody sampled it
         advantages=np.zeros(2),
         temperatures=np.ones(2),
     )

@@ -1,9 +1,5 @@
 """network: a causal language model as the learner reads it: a micro-batch -> log-probs of its counted tokens.
 
-Which layout a model can be trusted with comes from its configuration, and is then checked by what it computes
-(Network.difference): a window that the configuration does not name would be silently ignored under the mask
-of a tree, and log-probs beyond it be wrong.
-
 Shapes: S sequences, L tokens of the longest, N counted response tokens, D hidden.
 """
 
@@ -42,10 +38,10 @@ class Network:
         self.device = str(model.device)
         self.reader = Reader(model)
         self._own_attention = model.config._attn_implementation
-        self.best = layout_of(model, share_prompts=share_prompts)
-        if self.best == "shared" and not self._takes_trees():
-            self.best = "packed"
-        self.use(self.best)
+        self.use(layout_of(model, share_prompts=share_prompts))
+        if self.layout == "shared" and not self._takes_trees():
+            self.use("packed")
+        self.best = self.layout
 
     def use(self, layout: Layout) -> None:
         """Read in `layout` from now on."""
@@ -56,7 +52,6 @@ class Network:
     def _takes_trees(self) -> bool:
         """Whether the model hands trees on to its attention, and nothing that this does not compute."""
         pair = made_up_pair(1, 1, vocabulary=1)
-        self.use("shared")
         try:
             self.logprobs(build(pair, [[tree_of(pair, [0, 1])]], self.device), exactly=True)
         except TypeError:
@@ -68,7 +63,9 @@ class Network:
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropy of the counted tokens, float32 [N]. exactly: without autocast."""
         attention, inputs = self._inputs(batch)
-        with self._attending(attention), nullcontext() if exactly else self._autocast():
+        low = self.precision == "bfloat16" and not exactly
+        autocast = torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=low)
+        with self._attending(attention), autocast:
             found: tuple[Tensor, Tensor | None] = self.reader(
                 inputs, batch.places_N, batch.targets_N, batch.temperature_N, with_entropy=with_entropy
             )
@@ -78,20 +75,17 @@ class Network:
     def difference(self, rollouts: Rollouts, rows: np.ndarray) -> float:
         """Largest |difference| of the last of `rows`, all of one group, read with the others and read alone.
 
-        Both in float32. The last is the longest of them. The sampler read it alone too, with the same weights
-        on-policy: where its stored log-probs agree, the difference is to those, and reading it alone again
-        would only say the same. One row alone has no others to be read with.
+        In float32; the last is the longest. A window that the configuration does not name would be ignored
+        under the mask of a tree. The sampler read the last alone too, on-policy with the same weights: where
+        its stored log-probs agree, the difference is to those, for reading it alone would only say the same.
         """
         apart = [tree_of(rollouts, [row]) for row in rows.tolist()]
-        shared = self.layout == "shared"
-        trees = [tree_of(rollouts, rows.tolist())] if shared else [apart[-1], *apart]
-        found_N, _ = self.logprobs(build(rollouts, [trees], self.device), exactly=True)
-        sampled_T = torch.tensor(rollouts.old_logprobs[int(rows[-1])]).to(found_N)
-        found_T = found_N[-len(sampled_T) :]
-        difference = float((found_T - sampled_T).abs().max())
-        if difference <= TOLERANCE:
-            return difference
-        expected_T, _ = self.logprobs(build(rollouts, [apart[-1:]], self.device), exactly=True)
+        together = [tree_of(rollouts, rows.tolist())] if self.layout == "shared" else [apart[-1], *apart]
+        found_N, _ = self.logprobs(build(rollouts, [together], self.device), exactly=True)
+        expected_T = torch.tensor(rollouts.old_logprobs[int(rows[-1])]).to(found_N)
+        found_T = found_N[-len(expected_T) :]
+        if not (found_T - expected_T).abs().max() <= TOLERANCE:  # NaN is not
+            expected_T, _ = self.logprobs(build(rollouts, [apart[-1:]], self.device), exactly=True)
         return float((found_T - expected_T).abs().max())
 
     def checkpoint_gradients(self) -> None:
@@ -133,17 +127,14 @@ class Network:
         function = tree_attention.tree_attention if attention == tree_attention.NAME else None
         return attending(self.model, attention, function)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        enabled = self.precision == "bfloat16"
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=enabled)
-
 
 def layout_of(model: PreTrainedModel, *, share_prompts: bool) -> Layout:
     """The best layout that the model's configuration allows."""
     config = model.config.get_text_config(decoder=True)
     # transformers makes the kind of cache that each layer's attention needs.
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer} or not _takes_positions(model):
+    takes_positions = {"position_ids", "attention_mask"} <= inspect.signature(model.forward).parameters.keys()
+    if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer} or not takes_positions:
         return "rows"
     # transformers 5.19 counts chunks from the start of a packed sequence; alibi counts places, not positions.
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
@@ -180,8 +171,3 @@ def block_mask(batch: MicroBatch) -> Any:
 
     num_sequences, length = tree.shape
     return create_block_mask(sees, num_sequences, None, length, length, device=str(tree.device))
-
-
-def _takes_positions(model: PreTrainedModel) -> bool:
-    accepted = inspect.signature(model.forward).parameters
-    return "position_ids" in accepted and "attention_mask" in accepted

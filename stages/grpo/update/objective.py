@@ -16,8 +16,16 @@ from grpo.config import UpdateConfig
 from grpo.errors import EngineError
 from grpo.update.batch import Rollouts, gather
 from grpo.update.layout import MicroBatch
-from grpo.update.loss import Given, Step, aggregate_tokens, kl_loss, policy_loss, sampler_weights
-from grpo.update.surrogates import SURROGATES, Objective
+from grpo.update.loss import (
+    Given,
+    Objective,
+    Step,
+    aggregate_tokens,
+    clipped,
+    kl_loss,
+    policy_loss,
+    sampler_weights,
+)
 
 _MAX_KEYS_NAMED = 8
 Logprobs = Mapping[int, np.ndarray]  # by row of Rollouts; float32, one per counted token
@@ -54,12 +62,9 @@ class Sums:
     clipped_high: float = 0.0
     largest: float = 0.0
 
-    def add(self, other: "Sums") -> None:
-        """Add the part of another micro-batch."""
-        largest = max(self.largest, other.largest)
-        for name in (each.name for each in fields(self)):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.largest = largest
+    def __add__(self, other: "Sums") -> "Sums":
+        added = {each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)}
+        return Sums(**added | {"largest": max(self.largest, other.largest)})
 
     def row(self, objective: Objective) -> dict[str, Any]:
         """The columns of `updates`. Entropy and ratios are means over what was read."""
@@ -88,8 +93,7 @@ def needed(config: UpdateConfig, rollouts: Rollouts) -> np.ndarray:
     """
     if config.kl_coefficient or config.entropy_coefficient:
         return np.ones(len(rollouts), dtype=bool)
-    signal: np.ndarray = rollouts.advantages != 0
-    return signal
+    return np.asarray(rollouts.advantages != 0)
 
 
 def given_of(
@@ -108,15 +112,15 @@ def given_of(
             raise EngineError(f"update: {name}_logprobs are not finite on {name_keys(rollouts, broken)}")
     device = str(batch.lengths_B.device)
     before_N, sampled_N = (gather(each, batch.rows, device) for each in (before, sampled))
-    corrected = config.sampler_correction != "none"
+    weights_R = None
+    if config.sampler_correction != "none":
+        weights_R = sampler_weights(before_N, sampled_N, batch.lengths_B, objective_of(config))
     return Given(
         lengths_B=batch.lengths_B,
         advantages_B=torch.from_numpy(rollouts.advantages[batch.rows]).float().to(device),
         old_logprobs_N=sampled_N if config.old_logprobs == "sampled" else before_N,
         reference_logprobs_N=gather(reference, batch.rows, device) if reference else None,
-        weights_R=sampler_weights(before_N, sampled_N, batch.lengths_B, objective_of(config))
-        if corrected
-        else None,
+        weights_R=weights_R,
     )
 
 
@@ -126,7 +130,7 @@ def batch_loss(
     """This micro-batch's part of the step's loss (scalar), and of its numbers."""
     loss, ratio_R = policy_loss(logprobs_N, given, objective, step)
     advantages_R = given.by_ratio(given.advantages_B, objective.ratio)
-    below_R, above_R = SURROGATES[objective.surrogate].clipped(ratio_R, advantages_R, objective)
+    below_R, above_R = clipped(ratio_R, advantages_R, objective)
     part = Sums(
         policy_loss=loss.item(),
         entropy=entropy_N.detach().sum(dtype=torch.float64).item(),
@@ -150,8 +154,6 @@ def batch_loss(
 
 def name_keys(rollouts: Rollouts, rows: list[int]) -> str:
     """The keys of `rows` for an error, the first of them."""
-    keys = [tuple(int(part) for part in rollouts.keys[row]) for row in rows[:_MAX_KEYS_NAMED]]
-    more = f" and {len(rows) - len(keys)} more" if len(rows) > len(keys) else ""
-    return (
-        f"rollouts (iteration, group_id, sample_id) {', '.join(map(str, keys))}{more}; nothing was committed"
-    )
+    named = ", ".join(str(tuple(key)) for key in rollouts.keys[rows[:_MAX_KEYS_NAMED]].tolist())
+    more = f" and {len(rows) - _MAX_KEYS_NAMED} more" if len(rows) > _MAX_KEYS_NAMED else ""
+    return f"rollouts (iteration, group_id, sample_id) {named}{more}; nothing was committed"

@@ -1,5 +1,6 @@
 """outputs: what an update leaves: tables, next policy, optimiser state, and the policy's weight check."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,31 +12,46 @@ from grpo.errors import EngineError
 from grpo.models.weight_check import FILE, measure, read_weight_check
 from grpo.update.adapter import adapter_files
 from grpo.update.batch import Rollouts
-from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
+from grpo.update.checkpoint import OPTIMIZER_FILE, Chunks, optimizer_file, policy_files
 from grpo.update.learner import Learner
 from grpo.update.objective import Stored
 
 ROWS_PER_SHARD = 2048  # of `logprobs`, one Parquet file and row group each
+IDS = ("policy", "optimizer", "updates", "logprobs", "adapter")  # what others may read by its id
 
 
-def write_updates(rows: list[dict[str, Any]], staging: Staging) -> FileRecord:
-    """Commit the rows of `updates`."""
-    updates = pa.Table.from_pylist(rows, schema=tables.schema("updates"))
-    return staging.write_table("updates", staging.file_name("updates", 0), updates)
+def write_outputs(
+    run: ActiveRun,
+    iteration: int,
+    rows: list[dict[str, Any]],
+    rollouts: Rollouts,
+    stored: Stored,
+    learner: Learner,
+    staging: Staging,
+) -> dict[str, list[FileRecord]]:
+    """Write the files of an update, by what they hold; no adapter where none trains.
 
+    `logprobs` is in key order, a shard without rows where nothing was read. Raises EngineError (exit 8) when
+    the new policy has no finite log-probs: then the steps have ruined it.
+    """
 
-def write_logprobs(iteration: int, rollouts: Rollouts, stored: Stored, staging: Staging) -> list[FileRecord]:
-    """The shards of `logprobs`, in key order; one without rows where nothing was read."""
-    read = sorted(stored.first_step)
+    def shards(table: str, data: Iterable[pa.Table]) -> list[FileRecord]:
+        return [staging.write_table(table, staging.file_name(table, n), each) for n, each in enumerate(data)]
+
+    def files(part: str, contents: Iterable[tuple[str, bytes | Chunks]]) -> list[FileRecord]:
+        return [staging.write_bytes(part, name, content) for name, content in contents]
+
+    read, model, adapter = sorted(stored.first_step), learner.model, learner.adapter
     starts = range(0, max(len(read), 1), ROWS_PER_SHARD)
-    return [
-        staging.write_table(
-            "logprobs",
-            staging.file_name("logprobs", shard),
-            _logprobs(iteration, rollouts, stored, read[start : start + ROWS_PER_SHARD]),
-        )
-        for shard, start in enumerate(starts)
-    ]
+    parts = (_logprobs(iteration, rollouts, stored, read[n : n + ROWS_PER_SHARD]) for n in starts)
+    return {
+        "updates": shards("updates", [pa.Table.from_pylist(rows, schema=tables.schema("updates"))]),
+        "logprobs": shards("logprobs", parts),
+        "policy": files("policy", policy_files(model, run.policy_folder(0))),
+        "adapter": files("adapter", adapter_files(adapter) if adapter is not None else ()),
+        "weight_check": files("policy", [(FILE, _weight_check(run, learner))]),
+        "optimizer": files("optimizer", [(OPTIMIZER_FILE, optimizer_file(learner.optimizer, model))]),
+    }
 
 
 def _logprobs(iteration: int, rollouts: Rollouts, stored: Stored, read: list[int]) -> pa.Table:
@@ -53,32 +69,15 @@ def _logprobs(iteration: int, rollouts: Rollouts, stored: Stored, read: list[int
     return pa.table(columns, schema=tables.schema("logprobs"))
 
 
-def write_checkpoint(
-    run: ActiveRun, learner: Learner, staging: Staging
-) -> tuple[list[FileRecord], list[FileRecord], FileRecord]:
-    """The policy, the adapter where one trains, and the optimiser state."""
-    policy = [
-        staging.write_bytes("policy", name, content)
-        for name, content in policy_files(learner.model, run.policy_folder(0), learner.adapter)
-    ]
-    files = adapter_files(learner.adapter) if learner.adapter is not None else ()
-    adapter = [staging.write_bytes("adapter", name, content) for name, content in files]
-    moments = optimizer_file(learner.optimizer, learner.model)
-    return policy, adapter, staging.write_bytes("optimizer", OPTIMIZER_FILE, moments)
-
-
-def write_weight_check(run: Run, learner: Learner, staging: Staging) -> FileRecord:
-    """Check the new policy with the sequences of the starting one's weight check.
-
-    Raises EngineError (exit 8) when it has no finite log-probs: then the steps have ruined it.
-    """
+def _weight_check(run: Run, learner: Learner) -> bytes:
+    """The new policy's log-probs of the sequences of the starting one's weight check."""
     check = measure(learner.network.reader, read_weight_check(run.weight_check_path(0)).sequences)
     if not check.is_finite():
         raise EngineError(
             "update: the log-probs of the new policy are not finite; lower update.learning_rate or"
             " update.weight_decay; nothing was committed"
         )
-    return staging.write_bytes("policy", FILE, check.encode())
+    return check.encode()
 
 
 def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """parallel: a torch.distributed group in which each process computes a share of every optimiser step.
 
-Without such a group, everything here is what one process does. Denominators are the whole step's, so
-gradients and numbers of the shares are added, not averaged.
+Denominators are the whole step's, so gradients and numbers of the shares are added, not averaged.
 """
 
-import numpy as np
+from typing import TypeVar
+
 import torch
 from torch import distributed
 
-from grpo.update.objective import Sums
+T = TypeVar("T")
 
 
 def share() -> tuple[int, int]:
@@ -27,22 +27,10 @@ def add_up_gradients(model: torch.nn.Module) -> None:
             distributed.all_reduce(parameter.grad)
 
 
-def exchange(found: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """What all processes found, by row: shares of another cut need other rows."""
+def gathered(value: T) -> list[T]:
+    """`value` of every process; without a group, of this one alone."""
     if not distributed.is_initialized():
-        return found
-    parts: list[dict[int, np.ndarray]] = [{}] * distributed.get_world_size()
-    distributed.all_gather_object(parts, found)
-    return {row: values for part in parts for row, values in part.items()}
-
-
-def total(sums: Sums) -> Sums:
-    """The sums of all processes."""
-    if not distributed.is_initialized():
-        return sums
-    parts = [Sums()] * distributed.get_world_size()
-    distributed.all_gather_object(parts, sums)
-    whole = Sums()
-    for part in parts:
-        whole.add(part)
-    return whole
+        return [value]
+    parts = [value] * distributed.get_world_size()
+    distributed.all_gather_object(parts, value)
+    return parts

@@ -6,25 +6,26 @@ from grpo.config import Config
 from grpo.errors import UsageError
 
 
-def learning_rate(base: float, schedule: str, step: int, num_steps: int, warmup_steps: int) -> float:
-    """Learning rate of optimiser step `step`, counted over the whole run from 0 to num_steps - 1.
+def learning_rate(config: Config, iteration: int, number: int) -> float:
+    """Learning rate of optimiser step `number` of an iteration.
 
-    Warm-up: step s < warmup_steps gets base s / warmup_steps, so step 0 gets exactly 0; step warmup_steps is
-    the first with base, which without warm-up is step 0. `constant` stays there. `linear` and `cosine` fall
-    so as to be 0 at num_steps, a step that is never taken: with n = num_steps - warmup_steps the last step
-    gets base / n under `linear`, base (1 - cos(pi / n)) / 2 under `cosine`. A run of warmup_steps or fewer
-    never reaches base. The same as get_*_schedule_with_warmup of transformers.
+    The schedule counts all steps that are configured, taken or not. In warm-up step s gets
+    base s / warmup_steps, so step 0 exactly 0. `constant` then stays at base; `linear` and `cosine` begin
+    there and are 0 behind the run's last step. The same as get_*_schedule_with_warmup of transformers.
     """
-    assert 0 <= step < num_steps, (step, num_steps)
+    check_schedule(config, iteration)
+    update = config.update
+    base, warmup_steps = update.learning_rate, update.warmup_steps
+    per_iteration = update.epochs * update.steps_per_iteration
+    step, num_steps = iteration * per_iteration + number, config.iterations * per_iteration
     if step < warmup_steps:
         return base * step / warmup_steps
-    # At least one step is past warm-up here, since step < num_steps: the divisor is positive.
-    progress = (step - warmup_steps) / (num_steps - warmup_steps)
-    if schedule == "constant":
+    if update.schedule == "constant":
         return base
-    if schedule == "linear":
+    # At least one step is past warm-up here: the divisor is positive.
+    progress = (step - warmup_steps) / (num_steps - warmup_steps)
+    if update.schedule == "linear":
         return base * (1 - progress)
-    assert schedule == "cosine", schedule
     return base * (1 + math.cos(math.pi * progress)) / 2
 
 

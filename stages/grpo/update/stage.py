@@ -1,7 +1,7 @@
 """update: policy + rollouts + advantages -> next policy, updates, logprobs.
 
 The clipped objective on stored old log-probs. Weights, optimiser state and tables are one output: they
-cannot disagree. Everything that is read or written is a committed table or checkpoint.
+cannot disagree.
 """
 
 from collections.abc import Iterator
@@ -15,20 +15,13 @@ from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Run, Staging, id_
 from grpo.errors import InputError
 from grpo.models.loading import best_device
 from grpo.update.adapter import check_targets, require_peft
-from grpo.update.batch import Rollouts, minibatches, num_minibatches
+from grpo.update.batch import Rollouts, longest, max_new_tokens_of, minibatches, read_kept
 from grpo.update.learner import Learner
 from grpo.update.loss import Step
 from grpo.update.mismatch import TOKEN_CAP, mismatch
 from grpo.update.objective import Stored, needed
-from grpo.update.outputs import (
-    summary_of,
-    write_checkpoint,
-    write_logprobs,
-    write_updates,
-    write_weight_check,
-)
+from grpo.update.outputs import IDS, summary_of, write_outputs
 from grpo.update.plan import OUTPUT
-from grpo.update.replay import longest, max_new_tokens_of, read_kept
 from grpo.update.schedule import check_schedule, learning_rate
 
 
@@ -76,19 +69,9 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) 
     learner.holds = (None, None)  # until the commit has happened, memory is ahead of the disk
     rows, stored = _train(run, iteration, rollouts, learner, staging)
     with clock("write"):
-        updates = write_updates(rows, staging)
-        logprobs = write_logprobs(iteration, rollouts, stored, staging)
-        policy, adapter, optimizer = write_checkpoint(run, learner, staging)
-        weight_check = write_weight_check(run, learner, staging)
-        ids = {
-            "policy": id_of(sorted(policy, key=lambda record: record.name)),
-            "optimizer": id_of([optimizer]),
-            "updates": id_of([updates]),
-            "logprobs": id_of(logprobs),
-            **({"adapter": id_of(adapter)} if adapter else {}),
-        }
-    held = [updates, *logprobs, *policy, *adapter, weight_check, optimizer]
-    return Product(ids, held, {**summary_of(rows), **layout})
+        held = write_outputs(run, iteration, rows, rollouts, stored, learner, staging)
+    ids = {name: id_of(sorted(held[name], key=lambda file: file.name)) for name in IDS if held[name]}
+    return Product(ids, [file for files in held.values() for file in files], {**summary_of(rows), **layout})
 
 
 def _load(run: ActiveRun, iteration: int, plan: Plan, learner: Learner) -> None:
@@ -112,10 +95,10 @@ def _load(run: ActiveRun, iteration: int, plan: Plan, learner: Learner) -> None:
 
 def _verified(run: Run, manifest: Manifest, part: str) -> list[Path]:
     """The files of a part of an update, once they are known to be as they were written."""
-    paths = []
-    for record in (record for record in manifest.files if record.part == part):
-        paths.append(run.path_of(record, OUTPUT, manifest.iteration))
-        run.verify(record, paths[-1])
+    records = [record for record in manifest.files if record.part == part]
+    paths = [run.path_of(record, OUTPUT, manifest.iteration) for record in records]
+    for record, path in zip(records, paths, strict=True):
+        run.verify(record, path)
     return paths
 
 
@@ -143,23 +126,23 @@ def _train(
     ):
         for number, (epoch, rows) in enumerate(_steps(run, iteration, rollouts)):
             run.console.stop_requested()
+            read = rows[read_B[rows]]
             row: dict[str, Any] = {
                 "iteration": iteration,
                 "epoch": epoch,
                 "step": number,
-                "learning_rate": _learning_rate(run, iteration, number),
+                "learning_rate": learning_rate(run.config, iteration, number),
                 "rollouts": len(rows),
                 "tokens": int(rollouts.num_tokens[rows].sum()),
-                "skipped": not read_B[rows].any(),
+                "skipped": len(read) == 0,
             }
-            if not row["skipped"]:
+            if len(read):
                 # One max_new_tokens, whichever iteration a rollout is of.
                 denominators = Step(row["rollouts"], row["tokens"], max_new_tokens)
-                read = rows[read_B[rows]]
-                taken = learner.step(rollouts, read, denominators, stored, row["learning_rate"])
+                numbers, logprobs = learner.step(rollouts, read, denominators, stored, row["learning_rate"])
+                row |= numbers
                 first = not stored.first_step
-                stored.keep(taken.logprobs, number)
-                row |= taken.row
+                stored.keep(logprobs, number)
                 if first:  # until the first step that is taken, the weights are pi_old's
                     row |= _mismatch(run, iteration, rollouts, read, stored)
             table.append(row)
@@ -170,28 +153,14 @@ def _train(
 def _mismatch(
     run: ActiveRun, iteration: int, rollouts: Rollouts, read: np.ndarray, stored: Stored
 ) -> dict[str, float]:
-    """The mismatch columns of the first step, of this iteration's rollouts that it read; none, no columns.
-
-    The ratio of an older one has moved for good reason.
-    """
+    """The mismatch columns of the first step, of this iteration's rollouts that it read; none, no columns."""
+    # The ratio of an older one has moved for good reason.
     own = read[rollouts.keys[read, 0] == iteration].tolist()
     config = run.config.update
     by_token = config.sampler_correction_level == "token"
     cap = config.sampler_correction_cap if by_token else TOKEN_CAP
     pairs = ((stored.policy[i], rollouts.old_logprobs[i]) for i in own)
     return mismatch(pairs, cap) if own else {}
-
-
-def _num_steps(run: ActiveRun, iteration: int, rollouts: Rollouts) -> int:
-    """How many optimiser steps the iteration has."""
-    config = run.config.update
-    per_epoch = num_minibatches(rollouts.keys, config.steps_per_iteration)
-    if per_epoch < config.steps_per_iteration:
-        run.console.say(
-            f"update {iteration}: {per_epoch} steps per epoch, not {config.steps_per_iteration}:"
-            " no more groups have a kept rollout"
-        )
-    return config.epochs * per_epoch
 
 
 def _steps(run: ActiveRun, iteration: int, rollouts: Rollouts) -> Iterator[tuple[int, np.ndarray]]:
@@ -207,21 +176,15 @@ def _stored_before(
 ) -> Stored:
     """Log-probs that are needed before the first step: the reference's, and pi_old where it is recomputed."""
     config, stored = run.config.update, Stored()
-    num_steps = _num_steps(run, iteration, rollouts)
+    asked = config.steps_per_iteration
+    per_epoch = len(minibatches(rollouts.keys, asked, run.config.seed, iteration, epoch=0))
+    if per_epoch < asked:
+        steps = f"{per_epoch} steps per epoch, not {asked}"
+        run.console.say(f"update {iteration}: {steps}: no more groups have a kept rollout")
     if config.kl_coefficient and len(read):
         with staging.clock("reference"):
             stored.reference = learner.reference_logprobs(rollouts, read)
-    if config.old_logprobs == "recomputed" and num_steps > 1 and len(read):
+    if config.old_logprobs == "recomputed" and config.epochs * per_epoch > 1 and len(read):
         with staging.clock("recompute"):
             stored.policy = learner.policy_logprobs(rollouts, read)
     return stored
-
-
-def _learning_rate(run: ActiveRun, iteration: int, number: int) -> float:
-    """Learning rate of a step; the schedule counts the steps that are configured, taken or not."""
-    config = run.config.update
-    per_iteration = config.epochs * config.steps_per_iteration
-    check_schedule(run.config, iteration)
-    num_steps = max(run.config.iterations, iteration + 1) * per_iteration
-    step = iteration * per_iteration + number
-    return learning_rate(config.learning_rate, config.schedule, step, num_steps, config.warmup_steps)

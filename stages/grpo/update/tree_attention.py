@@ -1,12 +1,7 @@
 """tree_attention: attention of trees on a CPU. A token meets its prompt and its own past, and nothing else.
 
-Under a mask, sdpa computes what the mask hides: more than half of it here. So each tree is done in parts: the
-prompt, each response with itself, and all responses with the prompt, each by torch's own kernel. Softmaxes
-over parts of the keys make one over all of them by their sums of exponentials; backward, the sum over all
-keys makes each part's gradient that of the whole (FlashAttention, arXiv 2205.14135, section 3.1).
-
-Used by the learner in the layout `shared` on a CPU; on a GPU that layout has flex_attention.
-
+Under a mask, sdpa computes what the mask hides: more than half of it here. So each tree is done in parts by
+torch's own kernel. On a GPU flex_attention does it.
 Shapes: S sequences, H heads, L tokens of a sequence, D head dimension.
 """
 
@@ -25,6 +20,7 @@ NAME = "grpo_trees"  # of the attention function
 # The kernel behind scaled_dot_product_attention, which does not give the sums of exponentials.
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_Index = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,10 @@ class Place:
     sequence: int
     prompt: slice
     responses: tuple[slice, ...]
+
+    def at(self, tokens: slice) -> _Index:
+        """The index of tokens of its sequence in [S, H, L, D]."""
+        return slice(self.sequence, self.sequence + 1), slice(None), tokens
 
 
 def tree_attention(
@@ -64,6 +64,12 @@ def tree_attention(
 
 
 class _TreeAttention(torch.autograd.Function):
+    """The prompt, each response with itself, and all responses with the prompt.
+
+    Softmaxes over parts of the keys make one over all of them by their sums of exponentials; backward, the
+    sum over all keys makes each part's gradient that of the whole (FlashAttention, arXiv 2205.14135, 3.1).
+    """
+
     @staticmethod
     def forward(
         ctx: Any, query_SHLD: Tensor, key_SHLD: Tensor, value_SHLD: Tensor, trees: list[Place], scale: float
@@ -71,25 +77,16 @@ class _TreeAttention(torch.autograd.Function):
         found_SHLD = _zeros_of_token_major(query_SHLD)
         dtype = torch.promote_types(query_SHLD.dtype, torch.float32)
         logsumexp_SHL = query_SHLD.new_zeros(query_SHLD.shape[:3], dtype=dtype)
-        for part in _parts(trees):
-            here, there = (part.sequence, slice(None), part.queries), (part.sequence, slice(None), part.keys)
-            new_HLD, new_HL = (
-                x[0]
-                for x in _attend(
-                    query_SHLD[here][None],
-                    key_SHLD[there][None],
-                    value_SHLD[there][None],
-                    is_causal=part.own,
-                    scale=scale,
-                )
-            )
-            if not part.own:  # the queries have met their own keys already
-                sum_HL = torch.logaddexp(logsumexp_SHL[here], new_HL)
-                share_HL1 = (new_HL - sum_HL).exp()[..., None]  # both are finite: a query meets some key
-                new_HLD = torch.lerp(found_SHLD[here].to(dtype), new_HLD.to(dtype), share_HL1)
-                new_HL = sum_HL
-            found_SHLD[here] = new_HLD
-            logsumexp_SHL[here] = new_HL
+        for here, there, own in _parts(trees):
+            inputs = query_SHLD[here], key_SHLD[there], value_SHLD[there]
+            new_SHLD, new_SHL = _attend(*inputs, is_causal=own, scale=scale)
+            if not own:  # the queries have met their own keys already
+                sum_SHL = torch.logaddexp(logsumexp_SHL[here], new_SHL)
+                share_SHL1 = (new_SHL - sum_SHL).exp()[..., None]  # both are finite: a query meets some key
+                new_SHLD = torch.lerp(found_SHLD[here].to(dtype), new_SHLD.to(dtype), share_SHL1)
+                new_SHL = sum_SHL
+            found_SHLD[here] = new_SHLD
+            logsumexp_SHL[here] = new_SHL
         ctx.save_for_backward(query_SHLD, key_SHLD, value_SHLD, found_SHLD, logsumexp_SHL)
         ctx.trees, ctx.scale = trees, scale
         return found_SHLD
@@ -99,41 +96,22 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_SHLD: Tensor) -> tuple[Tensor | None, ...]:
         query_SHLD, key_SHLD, value_SHLD, found_SHLD, logsumexp_SHL = ctx.saved_tensors
         grads = [_zeros_of_token_major(x) for x in (query_SHLD, key_SHLD, value_SHLD)]
-        for part in _parts(ctx.trees):
-            here, there = (part.sequence, slice(None), part.queries), (part.sequence, slice(None), part.keys)
-            found = _attend_backward(
-                grad_SHLD[here][None],
-                query_SHLD[here][None],
-                key_SHLD[there][None],
-                value_SHLD[there][None],
-                found_SHLD[here][None],
-                logsumexp_SHL[here][None],
-                0.0,
-                part.own,
-                scale=ctx.scale,
-            )
+        for here, there, own in _parts(ctx.trees):
+            inputs = query_SHLD[here], key_SHLD[there], value_SHLD[there]
+            outputs = found_SHLD[here], logsumexp_SHL[here]
+            found = _attend_backward(grad_SHLD[here], *inputs, *outputs, 0.0, own, scale=ctx.scale)
             for grad, place, more in zip(grads, (here, there, there), found, strict=True):
-                grad[place] += more[0]
+                grad[place] += more
         return (*grads, None, None)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Queries that meet keys: their own, each those up to itself, or others, each all of them."""
-
-    sequence: int
-    queries: slice
-    keys: slice
-    own: bool
-
-
-def _parts(trees: list[Place]) -> Iterator[_Part]:
+def _parts(trees: list[Place]) -> Iterator[tuple[_Index, _Index, bool]]:
+    """Queries, the keys they meet, and whether those are their own: then each meets those up to itself."""
     for tree in trees:
         for branch in (tree.prompt, *tree.responses):
             if branch.stop > branch.start:  # the kernel divides by it
-                yield _Part(tree.sequence, branch, branch, own=True)
-        responses = slice(tree.prompt.stop, tree.responses[-1].stop)
-        yield _Part(tree.sequence, responses, tree.prompt, own=False)
+                yield tree.at(branch), tree.at(branch), True
+        yield tree.at(slice(tree.prompt.stop, tree.responses[-1].stop)), tree.at(tree.prompt), False
 
 
 def _same_shape(x_SHLD: Tensor, heads: int, dimension: int) -> Tensor:
