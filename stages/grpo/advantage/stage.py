@@ -24,6 +24,7 @@ _KEY = ", ".join(tables.KEY)
 def open_resource(run: ActiveRun) -> Iterator[sql.Connection]:
     """A connection for all iterations: it is opened in 30 ms, and used in 10."""
     with sql.connect([run], range(0), ("rollouts", "rewards")) as connection:
+        sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
         yield connection
 
 
