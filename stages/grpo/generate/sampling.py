@@ -1,7 +1,7 @@
 """sampling: requests -> committed shards of rollouts: those of an iteration, or those of an evaluation."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +71,9 @@ def _sample_shards(run: ActiveRun, staging: Staging, tool: Sampler, work: Work, 
             run.console.stop_requested()
 
 
-def _groups(run: ActiveRun, staging: Staging, tool: Sampler, work: Work, names: list[str]) -> Iterator[Group]:
+def _groups(
+    run: ActiveRun, staging: Staging, tool: Sampler, work: Work, names: list[str]
+) -> Generator[Group, None, None]:
     """The engine's groups as they come, with a bar of the rollouts done and the time spent in the engine."""
     shards = [[work.requests[group] for group in work.shards[name]] for name in names]
     total = sum(len(request.seeds) for shard in shards for request in shard)

@@ -65,10 +65,8 @@ class WeightSync:
             self._check("a perturbed copy", moved.difference(scores))
             self._last = ("", scores)
         if precision != "float32":
-            self._say(
-                f"engine: {precision}, {fresh:.1e} nats per token from the learner's float32"
-                " on the starting policy"
-            )
+            apart = f"{fresh:.1e} nats per token from the learner's float32 on the starting policy"
+            self._say(f"engine: {precision}, {apart}")
         self.is_open = True
 
     def bring(self, policy_id: str, checkpoint: Path, check: WeightCheck) -> float | None:

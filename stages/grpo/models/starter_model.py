@@ -127,7 +127,8 @@ def train(tokenizer: PreTrainedTokenizerFast, num_steps: int, say: Callable[[str
             _fit(model, tokenizer, num_steps, say)
         finally:
             torch.set_num_threads(num_threads)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _untrained(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

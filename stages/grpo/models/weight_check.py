@@ -33,13 +33,10 @@ PERTURBATION = 0.1
 
 @dataclass(frozen=True)
 class WeightCheck:
-    """Sequences of token ids, and of each token but the first its log-prob at temperature 1.
+    """Example: sequences [[51, 43, 52]], logprobs [[-2.3, -0.7]]."""
 
-    Example: sequences [[51, 43, 52]], logprobs [[-2.3, -0.7]].
-    """
-
-    sequences: list[list[int]]
-    logprobs: list[list[float]]
+    sequences: list[list[int]]  # of token ids
+    logprobs: list[list[float]]  # of each token but the first, at temperature 1
 
     def encode(self) -> bytes:
         """As JSON; the numbers keep their bits."""

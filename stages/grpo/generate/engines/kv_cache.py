@@ -43,14 +43,11 @@ class Move:
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A DynamicLayer whose keys and values [N, H, S, D] are the used part of larger tensors.
-
-    spare_positions: the room made at once, in tokens.
-    """
+    """A DynamicLayer whose keys and values [N, H, S, D] are the used part of larger tensors."""
 
     def __init__(self, spare_positions: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.spare_positions = spare_positions
+        self.spare_positions = spare_positions  # the room made at once, in tokens
         self.room: tuple[Tensor, Tensor] | None = None
 
     def update(

@@ -206,7 +206,7 @@ def check_options(options: dict[str, Any]) -> None:
     except ImportError as error:  # a library of another build, often: vLLM's own dependencies are many
         message = f"vllm is installed but cannot be imported: {error}"
         raise EngineError(f"generate.engine: {message}; {vllm_settings.INSTALL}") from error
-    known = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
+    known: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
     for name, value in options.items():
         where = f"generate.engine_options.{name}"
         if name not in known:
