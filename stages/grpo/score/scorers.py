@@ -46,7 +46,7 @@ class Rollout(NamedTuple):
 
 @contextmanager
 def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
-    """Open the judges, start the workers, load the reward models.
+    """Start the workers, open the judges, load the reward models.
 
     Raises UsageError (exit 2) for a function that is no use, and a judge without key, package or rubric.
     """
