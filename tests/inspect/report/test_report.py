@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from tests.conftest import Grpo
 from tests.inspect.report.runs import make_run, row
 
@@ -57,6 +58,12 @@ def test_several_runs_are_in_one_report(finished: Path, grpo: Grpo) -> None:
     rewards = data["charts"][0]["series"]
     assert [(each["run"], each["x"]) for each in rewards] == [("tiny", [0, 1]), ("other", [0, 1])]
     assert [run["config"]["update.learning_rate"] for run in data["runs"]] == ["0.01", "0.02"]
+    [seconds] = [chart["series"] for chart in data["charts"] if chart["title"] == "Seconds by stage"]
+    assert [(each["run"], each["name"], each["x"]) for each in seconds] == [
+        *(("tiny", "", [0, 1]), ("other", "", [0, 1])),
+    ]
+    status = json.loads(grpo("status", "tiny", "--json")[1])["iterations"]
+    assert seconds[0]["y"] == pytest.approx([each["seconds"] for each in status])
 
 
 def test_what_is_left_out_is_said(finished: Path, grpo: Grpo) -> None:
@@ -74,6 +81,7 @@ def test_the_picture_is_a_png(finished: Path, grpo: Grpo) -> None:
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
     # 4 panels of 3.1 x 2.1 inches a row at 130 dots; 11 charts that are not empty: 3 rows.
     assert (width, height) == (1612, 819)
+    assert imread("tiny.png")[560:800, 1240:].min() == 1.0  # the twelfth place is white
 
 
 @pytest.mark.parametrize(
