@@ -149,10 +149,11 @@ def _beside(columns: list[tuple[Text, Any]]) -> Table:
 
 
 def _caption(row: Row, rewards: tuple[str, ...]) -> Text:
-    names = ("sample", *rewards, "reward", "advantage")
+    names = ("sample", "reward", "advantage", *rewards)
+    sample, *parts, reward, advantage = _cells(row, rewards)
     lines = [
         Text.assemble((f"{printable(name)} ", "dim"), (printable(value), "not bold"))
-        for name, value in zip(names, _cells(row, rewards), strict=True)
+        for name, value in zip(names, (sample, reward, advantage, *parts), strict=True)
     ]
     lines[0].append(f"   {row['response_tokens']} tokens, {row['finish_reason']}", "dim")
     return Text("\n").join(lines)
