@@ -15,11 +15,11 @@ from torch import Tensor
 from grpo.update.batch import Rollouts
 from grpo.update.tree_attention import Place
 
+# shared: trees, for models in which every layer is full attention, which is told what a token sees; used
+# with update.prompt_sharing auto, until Learner.check_layout finds a difference. packed: rollouts one behind
+# another; position_ids that begin anew tell the model where; it makes its own masks, so windows and chunks
+# are respected. rows: one rollout a sequence, padded on the right: right for every causal model.
 Layout = Literal["shared", "packed", "rows"]
-"""shared: trees, for models in which every layer is full attention, which is then told what a token sees:
-used with update.prompt_sharing auto, until Learner.check_layout finds a difference. packed: rollouts one
-behind another; position_ids that begin anew tell the model where, and it makes its own masks, so windows are
-respected. rows: one rollout a sequence, padded on the right: right for every causal model."""
 PROMPT, PADDING = 0, -1  # branch of a prompt's tokens; tree of padding
 
 
