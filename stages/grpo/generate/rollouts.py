@@ -42,13 +42,22 @@ def rollouts_table(
 ) -> pa.Table:
     """One shard, a row per sample in key order. Raises DataError (exit 3) for what no learner could trust."""
     requests = [work.requests[group.group_id] for group in groups]
+    for request, group in zip(requests, groups, strict=True):
+        if (found := len(group.samples)) != (wanted := len(request.seeds)):
+            where = f"generate: group (iteration, group_id) {(work.iteration, group.group_id)}"
+            raise DataError(f"{where}: the engine gave {found} samples for {wanted} seeds")
     samples = [sample for group in groups for sample in group.samples]
     group_ids = [request.group_id for request in requests for _ in request.seeds]
     sample_ids = [number for request in requests for number in range(len(request.seeds))]
-    _check(work, groups, vocabulary_size)
     lengths_B = np.array([len(sample.token_ids) for sample in samples], dtype=np.int32)
     tokens_N = np.concatenate([sample.token_ids for sample in samples])
     logprobs_N = np.concatenate([sample.logprobs for sample in samples])
+    uneven = (lengths_B != [len(sample.logprobs) for sample in samples]).any()  # in sum they may be even
+    if uneven or _problem(tokens_N, logprobs_N, vocabulary_size):  # all at once; then whose it is
+        for *key, sample in zip(group_ids, sample_ids, samples, strict=True):
+            if problem := _problem(sample.token_ids, sample.logprobs, vocabulary_size):
+                where = f"rollout (iteration, group_id, sample_id) {(work.iteration, *key)}"
+                raise DataError(f"generate: {where}: {problem}")
     rows = len(samples)
     columns = {
         "iteration": [work.iteration] * rows,
@@ -73,18 +82,6 @@ def rollouts_table(
         "seed": [seed for request in requests for seed in request.seeds],
     }
     return pa.table(columns, schema=tables.schema("rollouts"))
-
-
-def _check(work: Work, groups: Sequence[Group], vocabulary_size: int) -> None:
-    for group in groups:
-        key, wanted = (work.iteration, group.group_id), len(work.requests[group.group_id].seeds)
-        if (found := len(group.samples)) != wanted:
-            where = f"generate: group (iteration, group_id) {key}"
-            raise DataError(f"{where}: the engine gave {found} samples for {wanted} seeds")
-        for number, sample in enumerate(group.samples):
-            if problem := _problem(sample.token_ids, sample.logprobs, vocabulary_size):
-                where = f"rollout (iteration, group_id, sample_id) {(*key, number)}"
-                raise DataError(f"generate: {where}: {problem}")
 
 
 def _ragged(values_N: np.ndarray, lengths_B: np.ndarray) -> pa.ListArray:
