@@ -42,10 +42,7 @@ def rollouts_table(
 ) -> pa.Table:
     """One shard, a row per sample in key order. Raises DataError (exit 3) for what no learner could trust."""
     requests = [work.requests[group.group_id] for group in groups]
-    for request, group in zip(requests, groups, strict=True):
-        if (found := len(group.samples)) != (wanted := len(request.seeds)):
-            where = f"generate: group (iteration, group_id) {(work.iteration, group.group_id)}"
-            raise DataError(f"{where}: the engine gave {found} samples for {wanted} seeds")
+    _check_counts(work, groups)
     samples = [sample for group in groups for sample in group.samples]
     group_ids = [request.group_id for request in requests for _ in request.seeds]
     sample_ids = [number for request in requests for number in range(len(request.seeds))]
@@ -58,7 +55,7 @@ def rollouts_table(
             if problem := _problem(sample.token_ids, sample.logprobs, vocabulary_size):
                 where = f"rollout (iteration, group_id, sample_id) {(work.iteration, *key)}"
                 raise DataError(f"generate: {where}: {problem}")
-    rows = len(samples)
+    ids, rows = [sample.token_ids.tolist() for sample in samples], len(samples)
     columns = {
         "iteration": [work.iteration] * rows,
         "policy_iteration": [work.policy] * rows,
@@ -68,11 +65,7 @@ def rollouts_table(
         "sample_id": sample_ids,
         "prompt_id": [work.rows[group]["prompt_id"] for group in group_ids],
         "prompt": [work.texts[group] for group in group_ids],
-        "response": tokenizer.batch_decode(
-            [sample.token_ids.tolist() for sample in samples],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        ),
+        "response": tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         "prompt_token_ids": [work.requests[group].prompt_token_ids for group in group_ids],
         "response_token_ids": _ragged(tokens_N, lengths_B),
         "old_logprobs": _ragged(logprobs_N, lengths_B),
@@ -82,6 +75,13 @@ def rollouts_table(
         "seed": [seed for request in requests for seed in request.seeds],
     }
     return pa.table(columns, schema=tables.schema("rollouts"))
+
+
+def _check_counts(work: Work, groups: Sequence[Group]) -> None:
+    for group in groups:
+        if (found := len(group.samples)) != (wanted := len(work.requests[group.group_id].seeds)):
+            where = f"generate: group (iteration, group_id) {(work.iteration, group.group_id)}"
+            raise DataError(f"{where}: the engine gave {found} samples for {wanted} seeds")
 
 
 def _ragged(values_N: np.ndarray, lengths_B: np.ndarray) -> pa.ListArray:
