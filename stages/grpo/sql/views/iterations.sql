@@ -191,8 +191,8 @@ final as (
         -- that have it
         of_rewards.rewards,
         -- share of rollouts whose `evaluate.pass_reward` (the first reward
-        -- where that is not set) is at least `evaluate.pass_threshold` (1),
-        -- over the rollouts that have it
+        -- where that is not set) is at least `evaluate.pass_threshold` (1), as
+        -- configured now, over the rollouts that have it
         of_passes.pass_rate,
         -- groups sampled
         of_rollouts.groups,
@@ -224,8 +224,9 @@ final as (
         of_taken.loss,
         -- minus the aggregated surrogate, mean over the steps
         of_taken.policy_loss,
-        -- KL estimate to the reference in nats, mean over the steps; null
-        -- without a KL term
+        -- KL estimate to the reference as it enters the loss, in nats where
+        -- that is a mean over tokens; mean over the steps; null without a KL
+        -- term
         of_taken.kl,
         -- entropy per response token in nats, mean over the steps
         of_taken.entropy,
