@@ -155,7 +155,8 @@ class Staging:
         )
         seconds = {part: round(value, 6) for part, value in self.seconds.items()}
         files.write_file(self.folder / TIMINGS, json.dumps({"seconds": seconds}).encode())
-        _sync(self.folder, manifest)  # the names must be on disk before the manifest vouches for them
+        for folder in sorted({self.folder, *(self.folder / record.part for record in manifest.files)}):
+            files.sync_folder(folder)  # the names must be on disk before the manifest vouches for them
         files.write_file(self.folder / MANIFEST, seal(manifest.model_dump()))
         target = _finish(self.run, self.folder, manifest, plan.output)
         for record in product.files:
@@ -167,10 +168,13 @@ def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
     """Put a complete staging folder in place; doing it again after a crash is harmless."""
     held = {Path(record.part) / record.name for record in manifest.files}
     keep = {Path(MANIFEST), Path(TIMINGS), *held}
+    changed = {staged}
     for path in sorted(staged.rglob("*")):
         if path.is_file() and path.relative_to(staged) not in keep:
             files.remove_file(path)
-    _sync(staged, manifest)
+            changed.add(path.parent)
+    for folder in sorted(changed):
+        files.sync_folder(folder)
     target = run.folder(output, manifest.iteration)
     files.make_folder(target.parent)
     discard(run, target)
@@ -180,11 +184,6 @@ def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
     for sibling in staged.parent.glob(f"{output}-*"):
         discard(run, sibling)  # another attempt, now superseded
     return target
-
-
-def _sync(staged: Path, manifest: Manifest) -> None:
-    for folder in sorted({staged, *(staged / record.part for record in manifest.files)}):
-        files.sync_folder(folder)
 
 
 def discard(run: Run, path: Path) -> None:
