@@ -81,7 +81,7 @@ ADVANTAGES: Columns = {
     "keep": (pa.bool_(), "true: update trains on the row"),
     "reason": (
         pa.string(),
-        "null when kept, else the first of: empty, unscored, group_too_small, zero_variance, truncated, filtered",
+        "null when kept, else: empty, unscored, group_too_small, zero_variance, truncated, filtered; the first that holds",
     ),
 }
 
@@ -91,7 +91,10 @@ UPDATES: Columns = {
     "step": (pa.int32(), "optimiser step within the iteration, from 0"),
     "loss": (pa.float64(), "policy_loss + kl_coefficient * kl - entropy_coefficient * aggregated entropy"),
     "policy_loss": (pa.float64(), "minus the aggregated surrogate"),
-    "kl": (pa.float64(), "aggregated KL estimate to the reference, as it enters the loss; null without a KL term"),
+    "kl": (
+        pa.float64(),
+        "aggregated KL estimate to the reference, as it enters the loss; null without a KL term",
+    ),
     "entropy": (pa.float64(), "mean entropy per response token, in nats"),
     "ratio_mean": (pa.float64(), "mean importance ratio (per token, or per rollout for sequence ratios)"),
     "ratio_max": (pa.float64(), "largest importance ratio"),

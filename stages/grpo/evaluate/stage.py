@@ -17,13 +17,13 @@ from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, con
 from grpo.generate import plan as generate
 from grpo.generate import sampling
 from grpo.generate.engines.protocol import Sampling
-from grpo.generate.rollouts import Work as Sampled
+from grpo.generate.rollouts import SamplingTask
 from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
 from grpo.score import plan as score
 from grpo.score import stage as scoring
 from grpo.score.scorers import check_columns
-from grpo.score.shard import Work, read, staged
+from grpo.score.shard import ScoringTask, read, staged
 
 Resources = Callable[..., Any]
 """What the stages keep open, as pipeline/resources.py lends it: an evaluation opens nothing of its own."""
@@ -58,13 +58,13 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
         sampling.keep_shards(run, staging, sampled, ROLLOUTS)
     sampler = resources(generate.NAME)
     with staging.clock("prompts"):
-        work = _sampled(run, policy, staging, prompts, sampler)
-    rollouts, engine = sampling.sample(run, staging, sampler, work)
+        task = _sampled(run, policy, staging, prompts, sampler)
+    rollouts, engine = sampling.sample(run, staging, sampler, task)
     # A reward model takes the engine's place on the accelerator; functions leave it where it is.
     scorers = resources(score.NAME, beside=all(reward.model is None for reward in run.config.score.rewards))
     files = staged(staging, rollouts, ROLLOUTS)
     prompts_id = staging.plan.user_files["evaluate.prompts"]
-    wanted = Work(staging, REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id)
+    wanted = ScoringTask(staging, REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id)
     rewards = scoring.score(run, scorers._replace(prompts=prompts), wanted)
     held = [*rollouts, *rewards]
     with staging.clock("measure"):
@@ -75,14 +75,14 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
 
 def _sampled(
     run: ActiveRun, policy: int, staging: Staging, prompts: pa.Table, sampler: sampling.Sampler
-) -> Sampled:
+) -> SamplingTask:
     wanted, config, rows = settings(run), run.config.generate, prompts.to_pylist()
     chat = chat_of(config_of(run).prompts, run.imports)
     texts, requests = sampling.requests_of(
         rows, sampler, chat, run.config.seed, SEEDS, wanted["samples_per_prompt"]
     )
     cuts = (config.top_p, config.top_k, config.min_p)
-    return Sampled(
+    return SamplingTask(
         table=ROLLOUTS,
         iteration=policy,
         policy=policy,

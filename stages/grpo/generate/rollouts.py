@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Work:
+class SamplingTask:
     """What is to be sampled of a policy: the rollouts of its iteration, or those it is evaluated by."""
 
     table: str  # rollouts, or eval_rollouts
@@ -38,11 +38,11 @@ class Work:
 
 
 def rollouts_table(
-    work: Work, groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", vocabulary_size: int
+    task: SamplingTask, groups: Sequence[Group], tokenizer: "PreTrainedTokenizerBase", vocabulary_size: int
 ) -> pa.Table:
     """One shard, a row per sample in key order. Raises DataError (exit 3) for what no learner could trust."""
-    requests = [work.requests[group.group_id] for group in groups]
-    _check_counts(work, groups)
+    requests = [task.requests[group.group_id] for group in groups]
+    _check_counts(task, groups)
     samples = [sample for group in groups for sample in group.samples]
     group_ids = [request.group_id for request in requests for _ in request.seeds]
     sample_ids = [number for request in requests for number in range(len(request.seeds))]
@@ -53,20 +53,20 @@ def rollouts_table(
     if uneven or _problem(tokens_N, logprobs_N, vocabulary_size):  # all at once; then whose it is
         for *key, sample in zip(group_ids, sample_ids, samples, strict=True):
             if problem := _problem(sample.token_ids, sample.logprobs, vocabulary_size):
-                where = f"rollout (iteration, group_id, sample_id) {(work.iteration, *key)}"
+                where = f"rollout (iteration, group_id, sample_id) {(task.iteration, *key)}"
                 raise DataError(f"generate: {where}: {problem}")
     ids, rows = [sample.token_ids.tolist() for sample in samples], len(samples)
     columns = {
-        "iteration": [work.iteration] * rows,
-        "policy_iteration": [work.policy] * rows,
-        "round": [group_ids[0] // work.groups_per_round] * rows,
-        "temperature": [work.sampling.temperature] * rows,
+        "iteration": [task.iteration] * rows,
+        "policy_iteration": [task.policy] * rows,
+        "round": [group_ids[0] // task.groups_per_round] * rows,
+        "temperature": [task.sampling.temperature] * rows,
         "group_id": group_ids,
         "sample_id": sample_ids,
-        "prompt_id": [work.rows[group]["prompt_id"] for group in group_ids],
-        "prompt": [work.texts[group] for group in group_ids],
+        "prompt_id": [task.rows[group]["prompt_id"] for group in group_ids],
+        "prompt": [task.texts[group] for group in group_ids],
         "response": tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-        "prompt_token_ids": [work.requests[group].prompt_token_ids for group in group_ids],
+        "prompt_token_ids": [task.requests[group].prompt_token_ids for group in group_ids],
         "response_token_ids": _ragged(tokens_N, lengths_B),
         "old_logprobs": _ragged(logprobs_N, lengths_B),
         "response_mask": _ragged(np.ones(len(tokens_N), dtype=bool), lengths_B),
@@ -77,10 +77,10 @@ def rollouts_table(
     return pa.table(columns, schema=tables.schema("rollouts"))
 
 
-def _check_counts(work: Work, groups: Sequence[Group]) -> None:
+def _check_counts(task: SamplingTask, groups: Sequence[Group]) -> None:
     for group in groups:
-        if (found := len(group.samples)) != (wanted := len(work.requests[group.group_id].seeds)):
-            where = f"generate: group (iteration, group_id) {(work.iteration, group.group_id)}"
+        if (found := len(group.samples)) != (wanted := len(task.requests[group.group_id].seeds)):
+            where = f"generate: group (iteration, group_id) {(task.iteration, group.group_id)}"
             raise DataError(f"{where}: the engine gave {found} samples for {wanted} seeds")
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from grpo.artifacts import ActiveRun, FileRecord, Staging
 from grpo.generate.engines.protocol import Engine, Group, Request, group_seed
-from grpo.generate.rollouts import Work, rollouts_table
+from grpo.generate.rollouts import SamplingTask, rollouts_table
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.weight_check import read_weight_check
 from grpo.prompts.chat import Chat, encode
@@ -33,59 +33,61 @@ class Sampler:
 
 
 def sample(
-    run: ActiveRun, staging: Staging, tool: Sampler, work: Work
+    run: ActiveRun, staging: Staging, tool: Sampler, task: SamplingTask
 ) -> tuple[list[FileRecord], dict[str, Any]]:
-    """Sample what of `work` is not committed yet; all its shards, and what the engine was."""
-    todo = [name for name in work.shards if staging.committed(name) is None]
+    """Sample what of `task` is not committed yet; all its shards, and what the engine was."""
+    todo = [name for name in task.shards if staging.committed(name) is None]
     engine: dict[str, Any] = {"precision": None, "weight_check_difference": None}
     if todo:  # else all is committed but the manifest, and no engine is loaded
-        difference = _bring_policy(run, staging, tool.weight_sync, work.policy)
+        difference = _bring_policy(run, staging, tool.weight_sync, task.policy)
         engine = {"precision": tool.engine.precision, "weight_check_difference": difference}
-        _sample_shards(run, staging, tool, work, todo)
-    held = [record for name in work.shards if (record := staging.committed(name)) is not None]
-    assert len(held) == len(work.shards), "the engine left groups out"
+        _sample_shards(run, staging, tool, task, todo)
+    held = [record for name in task.shards if (record := staging.committed(name)) is not None]
+    assert len(held) == len(task.shards), "the engine left groups out"
     return held, engine
 
 
-def _sample_shards(run: ActiveRun, staging: Staging, tool: Sampler, work: Work, names: list[str]) -> None:
+def _sample_shards(
+    run: ActiveRun, staging: Staging, tool: Sampler, task: SamplingTask, names: list[str]
+) -> None:
     """Commit each of these shards once its last group is there."""
-    name_of = {group: name for name in names for group in work.shards[name]}
+    name_of = {group: name for name in names for group in task.shards[name]}
     done: dict[str, dict[int, Group]] = {name: {} for name in names}
-    with closing(_groups(run, staging, tool, work, names)) as sampled:
+    with closing(_groups(run, staging, tool, task, names)) as sampled:
         for group in sampled:
             name = name_of[group.group_id]
             done[name][group.group_id] = group
-            shard = work.shards[name]
+            shard = task.shards[name]
             if len(done[name]) < len(shard):
                 continue
             with staging.clock("write"):
                 groups = [done[name].pop(number) for number in shard]
-                data = rollouts_table(work, groups, tool.tokenizer, tool.vocabulary_size)
+                data = rollouts_table(task, groups, tool.tokenizer, tool.vocabulary_size)
                 labels = {
                     "response_tokens": sum(data["response_tokens"].to_pylist()),
                     "truncated": data["finish_reason"].to_pylist().count("length"),
                 }
-                if work.by_query is not None:
-                    labels["prompts"] = work.digest_of(shard)
-                staging.write_shard(work.table, name, data, **labels)
+                if task.by_query is not None:
+                    labels["prompts"] = task.digest_of(shard)
+                staging.write_shard(task.table, name, data, **labels)
             run.console.stop_requested()
 
 
 def _groups(
-    run: ActiveRun, staging: Staging, tool: Sampler, work: Work, names: list[str]
+    run: ActiveRun, staging: Staging, tool: Sampler, task: SamplingTask, names: list[str]
 ) -> Generator[Group, None, None]:
     """The engine's groups as they come, with a bar of the rollouts done and the time spent in the engine."""
-    shards = [[work.requests[group] for group in work.shards[name]] for name in names]
+    shards = [[task.requests[group] for group in task.shards[name]] for name in names]
     total = sum(len(request.seeds) for shard in shards for request in shard)
     tokens, started = 0, time.perf_counter()
-    with run.console.progress(f"{staging.plan.stage} {work.iteration}", total, "rollouts") as advance:
+    with run.console.progress(f"{staging.plan.stage} {task.iteration}", total, "rollouts") as advance:
 
         def show(rollouts: int, new_tokens: int) -> None:
             nonlocal tokens
             tokens += new_tokens
             advance(rollouts, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
 
-        source = tool.engine.sample(shards, work.sampling, partial(show, 0))
+        source = tool.engine.sample(shards, task.sampling, partial(show, 0))
         while True:
             with staging.clock("sample"):
                 group = next(source, None)

@@ -14,7 +14,7 @@ from grpo.generate import selection
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Engine, Sampling
 from grpo.generate.plan import KEY, OUTPUT
-from grpo.generate.rollouts import Work
+from grpo.generate.rollouts import SamplingTask
 from grpo.generate.sampling import Sampler, keep_shards, requests_of, sample
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
@@ -102,9 +102,9 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) 
         with staging.clock("write"):
             keep_shards(run, staging, before.files, PREFIX)
     with staging.clock("prompts"):
-        work = _work(run, iteration, staging, sampler, rounds)
-    _check_same_prompts(staging, work)
-    held, engine = sample(run, staging, sampler, work)
+        task = _task(run, iteration, staging, sampler, rounds)
+    _check_same_prompts(staging, task)
+    held, engine = sample(run, staging, sampler, task)
     rollouts = sum(record.rows or 0 for record in held)
     tokens = sum(record.labels["response_tokens"] for record in held)
     truncated = sum(record.labels["truncated"] for record in held)
@@ -115,8 +115,8 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) 
         "truncated_fraction": truncated / rollouts,
         "rounds": rounds,
     }
-    if work.by_query is not None:
-        summary["groups_by_query"] = work.by_query
+    if task.by_query is not None:
+        summary["groups_by_query"] = task.by_query
     return Product({OUTPUT: id_of(held)}, held, summary | engine)
 
 
@@ -136,7 +136,7 @@ def _rounds_to_hold(run: ActiveRun, plan: Plan, before: Manifest | None) -> tupl
     return num_rounds(before) + bool(why), why
 
 
-def _work(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, rounds: int) -> Work:
+def _task(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, rounds: int) -> SamplingTask:
     config, size = run.config.generate, run.config.generate.prompts_per_iteration
     chosen, by_query = selection.select(run, iteration, rounds, sampler.prompts)
     if by_query is not None and by_query < len(chosen):
@@ -150,7 +150,7 @@ def _work(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, ro
     offsets = range(0, rounds * size, size)
     shards = [range(start + first, start + end) for start in offsets for first, end in staging.plan.shards]
     cuts = (config.top_p, config.top_k, config.min_p)
-    return Work(
+    return SamplingTask(
         table=OUTPUT,
         iteration=iteration,
         policy=policy_of(iteration),
@@ -164,10 +164,10 @@ def _work(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, ro
     )
 
 
-def _check_same_prompts(staging: Staging, work: Work) -> None:
+def _check_same_prompts(staging: Staging, task: SamplingTask) -> None:
     """Raise DataError (exit 3) where a shard that is there was drawn otherwise than it would be now."""
-    for name, groups in work.shards.items():
-        record, now = staging.committed(name), work.digest_of(groups)
+    for name, groups in task.shards.items():
+        record, now = staging.committed(name), task.digest_of(groups)
         if record is not None and record.labels.get("prompts", now) != now:
             raise DataError(
                 f"generate.prompts_sql: {staging.folder / name} holds other prompts than the query gives now;"

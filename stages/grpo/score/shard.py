@@ -24,7 +24,7 @@ class File(NamedTuple):
     path: Path
 
 
-class Work(NamedTuple):
+class ScoringTask(NamedTuple):
     """What is to be scored: the rollouts of an iteration, or those that a policy is evaluated by.
 
     rollouts: shards, committed or staged with what is scored; prefix: of the names of the files of `table`.
@@ -47,16 +47,16 @@ class Shard:
     """
 
     def __init__(
-        self, work: Work, reward: RewardConfig, rollouts: File, earlier: Manifest | None, index: int
+        self, task: ScoringTask, reward: RewardConfig, rollouts: File, earlier: Manifest | None, index: int
     ) -> None:
-        staging = work.staging
-        self.work, self.reward, self.rollouts, self.index = work, reward, rollouts, index
-        self.name = staging.file_name(work.prefix, index)
-        self.answers_name = staging.file_name(work.answers_table, index)
-        self.title = f"{staging.plan.stage} {work.iteration} {reward.name}"
+        staging = task.staging
+        self.task, self.reward, self.rollouts, self.index = task, reward, rollouts, index
+        self.name = staging.file_name(task.prefix, index)
+        self.answers_name = staging.file_name(task.answers_table, index)
+        self.title = f"{staging.plan.stage} {task.iteration} {reward.name}"
         apart = {"name", "weight", "timeout_s"}  # what no value depends on
         source = staging.plan.user_files[f"score.rewards.{reward.name}"]  # of a judge, the text of its rubric
-        known = [source, rollouts.record.sha256, work.prompts_id]
+        known = [source, rollouts.record.sha256, task.prompts_id]
         self.unit = digest([STAGE_VERSION, configured(reward, apart, {"rubric"}), *known])
         self.asked = digest([STAGE_VERSION, configured(reward, apart, {"rubric", *READING}), *known])
 
@@ -65,10 +65,10 @@ class Shard:
             found = [file for file in files if file.table == table]
             found.sort(key=lambda file: file.labels["reward"] != reward.name)
             path_of = staging.run.path_of
-            return File(found[0], path_of(found[0], staging.plan.output, work.iteration)) if found else None
+            return File(found[0], path_of(found[0], staging.plan.output, task.iteration)) if found else None
 
-        self.old = held(work.table, self.unit)
-        self.old_answers = held(work.answers_table, self.asked)
+        self.old = held(task.table, self.unit)
+        self.old_answers = held(task.answers_table, self.asked)
 
 
 def staged(staging: Staging, records: list[FileRecord], table: str) -> list[File]:
@@ -94,7 +94,7 @@ def found_in(run: Run, file: File, kind: type[_Found]) -> dict[Key, _Found]:
 def table_of(shard: Shard, table: str, found: Mapping[Key, Outcome] | Mapping[Key, Judgement]) -> pa.Table:
     """The rows that say so: from_pylist() takes of each what the table has a column for."""
     reward = shard.reward
-    of_all = {"iteration": shard.work.iteration, "name": reward.name, "weight": reward.weight}
+    of_all = {"iteration": shard.task.iteration, "name": reward.name, "weight": reward.weight}
     rows = [
         {**of_all, "group_id": group, "sample_id": sample, **each._asdict()}
         for (group, sample), each in found.items()

@@ -18,7 +18,7 @@ from grpo.score.judge import answers as judgements
 from grpo.score.outcome import Outcome
 from grpo.score.plan import NAME, OUTPUT
 from grpo.score.scorers import Scorers
-from grpo.score.shard import File, Shard, Work, found_in, read, staged, table_of
+from grpo.score.shard import File, ScoringTask, Shard, found_in, read, staged, table_of
 
 _FAILED = ("error", "timeout", "nonfinite")
 
@@ -75,7 +75,9 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Scorers) -
     rollouts = run.require("rollouts", iteration, "grpo generate")
     files = [File(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
     prompts_id = staging.plan.inputs["prompts"]
-    held = score(run, opened, Work(staging, OUTPUT, judgements.TABLE, "part", iteration, files, prompts_id))
+    held = score(
+        run, opened, ScoringTask(staging, OUTPUT, judgements.TABLE, "part", iteration, files, prompts_id)
+    )
     summary = summary_of(run, held)
     if rollouts.config.get("generate", {}).get("dynamic_sampling") is not None:  # else nobody asks
         rewards = read(run, OUTPUT, staged(staging, held, OUTPUT))
@@ -92,17 +94,17 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Scorers) -
     return Product(ids, held, summary)
 
 
-def score(run: ActiveRun, opened: Scorers, work: Work) -> list[FileRecord]:
-    """Score what of `work` is not scored yet: all its shards, reward by reward, judgements last."""
-    staging = work.staging
-    before = run.manifest(staging.plan.output, work.iteration)
+def score(run: ActiveRun, opened: Scorers, task: ScoringTask) -> list[FileRecord]:
+    """Score what of `task` is not scored yet: all its shards, reward by reward, judgements last."""
+    staging = task.staging
+    before = run.manifest(staging.plan.output, task.iteration)
     again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
     # A `--force` with nothing changed computes every reward anew.
     earlier = None if again and not staging.only_failed and not lacking(run, before) else before
     scored: list[FileRecord] = []
     answered: list[FileRecord] = []
-    for reward, rollouts in product(run.config.score.rewards, work.rollouts):
-        shard = Shard(work, reward, rollouts, earlier, len(scored))
+    for reward, rollouts in product(run.config.score.rewards, task.rollouts):
+        shard = Shard(task, reward, rollouts, earlier, len(scored))
         record = staging.committed(shard.name)
         if record is None:
             with staging.clock(reward.name):
@@ -125,7 +127,7 @@ def summary_of(run: ActiveRun, held: list[FileRecord]) -> dict[str, Any]:
 
 def _score_shard(run: ActiveRun, opened: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
-    reward, old, work, staging = shard.reward, shard.old, shard.work, shard.work.staging
+    reward, old, task, staging = shard.reward, shard.old, shard.task, shard.task.staging
     held = old.record.labels if old is not None else {}
     same = (held.get("reward"), held.get("weight")) == (reward.name, reward.weight)
     if old is not None and same and not _failed(held["statuses"]):
@@ -141,14 +143,14 @@ def _score_shard(run: ActiveRun, opened: Scorers, shard: Shard) -> FileRecord:
         outcomes = dict(kept)
         todo = [rollout for rollout in rollouts if rollout.key not in kept]
         with run.console.progress(shard.title, len(todo), "rollouts") as advance:
-            for rollout, outcome in scorers.score(run, opened, work.iteration, reward, todo):
+            for rollout, outcome in scorers.score(run, opened, task.iteration, reward, todo):
                 outcomes[rollout.key] = outcome
                 advance(1)
     ordered = {rollout.key: outcomes[rollout.key] for rollout in rollouts}
     statuses = dict(Counter(outcome.status for outcome in ordered.values()))
     labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
-    data = table_of(shard, work.table, ordered)
-    return staging.write_shard(work.table, shard.name, data, shard.unit, **labels)
+    data = table_of(shard, task.table, ordered)
+    return staging.write_shard(task.table, shard.name, data, shard.unit, **labels)
 
 
 def _failed(statuses: dict[str, int]) -> int:

@@ -26,7 +26,7 @@ def score_by_judge(
     Interrupted, with what was answered committed, when a signal asked to stop.
     """
     assert shard.reward.judge is not None
-    staging, table = shard.work.staging, shard.work.answers_table
+    staging, table = shard.task.staging, shard.task.answers_table
     rubric = opened.judges[shard.reward.name].rubric
     asked = {each.key: question(rubric, each.prompt, each.response, each.columns) for each in rollouts}
     record = staging.committed(shard.answers_name)
@@ -47,7 +47,7 @@ def _answers(
     run: ActiveRun, opened: Scorers, shard: Shard, questions: dict[Key, str], kept: set[Key]
 ) -> dict[Key, Judgement]:
     """Of an earlier output, of a try that was cut off, and else asked for now, a batch at a time."""
-    staging, table = shard.work.staging, shard.work.answers_table
+    staging, table = shard.task.staging, shard.task.answers_table
     earlier = found_in(run, shard.old_answers, Judgement) if shard.old_answers is not None else {}
     fine = {key for key, said in earlier.items() if said.status == "ok"}
     answers = {key: earlier[key] for key in (fine if shard.old is None else fine & kept)}
