@@ -81,7 +81,8 @@ ADVANTAGES: Columns = {
     "keep": (pa.bool_(), "true: update trains on the row"),
     "reason": (
         pa.string(),
-        "null when kept, else: empty, unscored, group_too_small, zero_variance, truncated, filtered; the first that holds",
+        "null when kept, else the first that holds of: empty, unscored, group_too_small, zero_variance,"
+        " truncated, filtered",
     ),
 }
 
