@@ -1,7 +1,6 @@
 """prepare: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
 
 import json
-from types import ModuleType
 from typing import Any
 
 from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config, files, seal, versions
@@ -33,7 +32,9 @@ def prepare(run: ActiveRun) -> None:
     _prompts(run, begun)
     _held_out(run)
     if manifest is None or manifest.ids != ids:
-        _begin().commit_policy(run, names, ids)
+        from grpo.pipeline.begin import commit_policy  # it loads models: a complete run does without
+
+        commit_policy(run, names, ids)
     if not created:
         for line in overridden_keys(run.config):
             run.console.say(f"differs from its objective: {line}")
@@ -77,7 +78,9 @@ def _prompts(run: ActiveRun, begun: bool) -> None:
     if manifest is not None and begun:
         raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
     expected = _recorded(run, prompts.OUTPUT)
-    _begin().normalise(run, plan, expected)
+    from grpo.pipeline.begin import normalise
+
+    normalise(run, plan, expected)
 
 
 def _held_out(run: ActiveRun) -> None:
@@ -92,7 +95,9 @@ def _held_out(run: ActiveRun) -> None:
                 source = run.config.evaluate.prompts.source
                 run.console.say(f"evaluate.prompts.source: {source} is gone; the run has its own copy")
             return
-        _begin().normalise(run, plan)
+        from grpo.pipeline.begin import normalise
+
+        normalise(run, plan)
         _say_shared(run)
     except DataError as error:
         raise DataError(f"evaluate.prompts: {error}") from None
@@ -108,13 +113,6 @@ def _say_shared(run: ActiveRun) -> None:
     )
     if shared := sum(map(set(drawn).__contains__, held_out)):
         run.console.say(f"evaluate.prompts: {shared} of {len(held_out)} are among `prompts`: not held out")
-
-
-def _begin() -> ModuleType:
-    """What a run needs once only, and loads models for: `grpo run` of a complete run does without."""
-    from grpo.pipeline import begin
-
-    return begin
 
 
 def _fixed(run: Run, key: str, old: object, new: object) -> str:
