@@ -75,7 +75,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random weights with the starter's tokenizer; Qwen3, for the reason in starter.py."""
+    """A checkpoint of random weights with the starter's tokenizer; Qwen3, as in starter_model.py."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 

@@ -79,7 +79,7 @@ def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["bogus"], 2, "No such command 'bogus'; see `grpo --help`"),
-        (["run", "--bogus"], 2, "No such option: --bogus; see `grpo --help`"),
+        (["run", "--bogus"], 2, "No such option: --bogus; see `grpo run --help`"),
         (["status", "nope"], 2, "artifacts/nope: no such run; runs there: tiny"),
         (["show", "nope"], 2, "artifacts/nope: no such run; runs there: tiny"),
         (["sql", "select 1", "--run", "nope"], 2, "artifacts/nope: no such run; runs there: tiny"),

@@ -222,7 +222,7 @@ def test_a_pruned_policy_names_the_nearest(finished: Path, grpo: Grpo) -> None:
 @pytest.mark.parametrize(
     ("spoil", "options", "code", "message"),
     [
-        (lambda: None, (), 2, "Missing option '--out'; see `grpo --help`"),
+        (lambda: None, (), 2, "Missing option '--out'; see `grpo export --help`"),
         (lambda: None, ("--out", "x", "--policy", "9"), 2, "--policy 9: run tiny has policies 0 to 2"),
         (
             lambda: None,

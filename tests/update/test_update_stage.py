@@ -320,7 +320,8 @@ def test_logprobs_in_several_shards_are_in_key_order(
         run = make_run(tmp_path / name, config, untied, other)
         commit_rollouts(run, 0, rollouts)
         update(run, 0, Learner(config.update, "cpu"))
-        shards.append([len(shard) for shard in run.read_shards("logprobs", 0)])
+        files = run.require("update", 0, "").files
+        shards.append([file.rows for file in files if file.table == "logprobs"])
         table = run.read("logprobs", 0)
         stored.append(table.to_pylist())
         keys = np.stack([table[key].to_numpy() for key in tables.KEY], axis=1)

@@ -149,7 +149,7 @@ class Run:
         path = self.folder(output, iteration) / TIMINGS
         try:
             seconds: dict[str, float] = read_json(path, seconds=dict)["seconds"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         if wrong := [part for part, value in seconds.items() if not isinstance(value, int | float)]:
             raise CorruptError(f"{path}: the seconds of {wrong[0]} are no number")
@@ -238,13 +238,6 @@ class Run:
     def read(self, table: str, iteration: int | None, columns: list[str] | None = None) -> pa.Table:
         """All rows of a committed table in key order, verified. Raises InputError when it is missing."""
         return tables.decode(table, self._contents(table, iteration), columns)
-
-    def read_shards(
-        self, table: str, iteration: int | None, columns: list[str] | None = None
-    ) -> Iterator[pa.Table]:
-        """The same, a shard at a time."""
-        for content in self._contents(table, iteration):
-            yield tables.decode(table, [content], columns)
 
     def _contents(self, table: str, iteration: int | None) -> Iterator[tuple[Path, bytes]]:
         output = next((output for output, held in TABLES_OF.items() if table in held), table)

@@ -68,7 +68,9 @@ def main() -> None:
         message = error.format_message()
         if not message:  # `grpo` alone: the help is printed already
             sys.exit(2)
-        _fail(f"{message.rstrip('.?')}; see `grpo --help`", 2)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "grpo"
+        _fail(f"{message.rstrip('.?')}; see `{command} --help`", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", _INTERRUPTED)
     except BrokenPipeError:

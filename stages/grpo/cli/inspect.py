@@ -53,8 +53,21 @@ def show(
 ) -> None:
     """Read rollouts: a prompt, its K responses, rewards and advantages; or one prompt over time."""
     chosen = lazy.show.Options(
-        *(iteration, where, prompt, group, sample, sort, reverse, groups, page),
-        *(tuple(reward), side_by_side, tokens, against, not no_pager, as_json),
+        iteration=iteration,
+        where=where,
+        prompt=prompt,
+        group=group,
+        sample=sample,
+        sort=sort,
+        reverse=reverse,
+        groups=groups,
+        page=page,
+        reward=tuple(reward),
+        side_by_side=side_by_side,
+        tokens=tokens,
+        against=against,
+        pager=not no_pager,
+        as_json=as_json,
     )
     lazy.show.show(options.reading(name, config), chosen, lambda other: options.reading(other, config))
 

@@ -14,20 +14,20 @@ __all__ = [
     "fork",
     "gc",
     "init",
+    "log",
     "prepare",
     "query",
     "report",
     "restart",
     "show",
     "status",
-    "track",
     "verify",
     "work",
 ]
 
 if TYPE_CHECKING:
     from grpo import artifacts, config, console
-    from grpo.inspect import compare, evaluations, query, report, show, status, track
+    from grpo.inspect import compare, evaluations, log, query, report, show, status
     from grpo.manage import doctor, export, fork, gc, init, verify
     from grpo.pipeline import prepare, restart, work
 else:
@@ -42,9 +42,9 @@ else:
             return getattr(import_module(self._name), attribute)
 
     artifacts, config, console = (_Module(f"grpo.{name}") for name in ("artifacts", "config", "console"))
-    compare, evaluations, query, report, show, status, track = (
+    compare, evaluations, log, query, report, show, status = (
         _Module(f"grpo.inspect.{name}")
-        for name in ("compare", "evaluations", "query", "report", "show", "status", "track")
+        for name in ("compare", "evaluations", "log", "query", "report", "show", "status")
     )
     doctor, export, fork, gc, init, verify = (
         _Module(f"grpo.manage.{name}") for name in ("doctor", "export", "fork", "gc", "init", "verify")

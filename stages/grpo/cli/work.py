@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from grpo.cli import options
-from grpo.cli.lazy import artifacts, evaluations, prepare, query, track, work
+from grpo.cli.lazy import artifacts, evaluations, log, prepare, query, work
 from grpo.errors import UsageError
 
 StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the first open.")]
@@ -37,7 +37,7 @@ def run(
         until = opened.config.iterations if until is None else until
         if from_ is not None:
             work.restart_from(opened, from_, yes)
-        with track.reporting(opened, until) as (iteration, policy):
+        with log.reporting(opened, until) as (iteration, policy):
             worked = work.run(opened, until, iteration, policy)
         found = [evaluations.numbers_of(opened, policy) for policy in opened.evaluations()]
     document = {"run": opened.name, "iterations": until, "worked": worked, "evaluations": found}

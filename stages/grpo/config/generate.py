@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from grpo.config.section import Count, Plain, Section
+from grpo.config.section import Count, NonEmpty, Plain, Section
 
 
 class DynamicSamplingConfig(Section):
@@ -47,7 +47,7 @@ class GenerateConfig(Section):
     file and row group each, which ~2k rows suit."""
     max_rows_per_batch: Count = 512
     """Rollouts the built-in engine samples at once; bounds its memory."""
-    prompts_sql: Annotated[str, Field(min_length=1)] | None = None
+    prompts_sql: NonEmpty | None = None
     """File with a query over the tables of all earlier iterations that returns the prompt_id of the next
     groups, in order (docs/steering.md). null: each pass over the prompts in an order of its own."""
     dynamic_sampling: DynamicSamplingConfig | None = None

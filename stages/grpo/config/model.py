@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from grpo.config.generate import GenerateConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
-from grpo.config.section import Count, NonNegative, Section, must
+from grpo.config.section import Count, NonEmpty, NonNegative, Section, must
 from grpo.config.update import OBJECTIVES, UpdateConfig
 
 PASS_THRESHOLD = 1.0
@@ -29,9 +29,9 @@ class AdvantageConfig(Section):
     """true: groups whose rewards are all equal are not trained on."""
     truncated: Literal["keep", "drop"] = "keep"
     """Rollouts that hit max_new_tokens: train on them or not; they count in their group's mean."""
-    where: str | None = None
+    where: NonEmpty | None = None
     """SQL condition over `samples`; a rollout that does not meet it is not trained on. null: all."""
-    sql: str | None = None
+    sql: NonEmpty | None = None
     """File with a query that returns iteration, group_id, sample_id, advantage. null: advantage.sql."""
 
 
@@ -83,7 +83,7 @@ class Config(Section):
     """generate -> score -> advantage -> update, this many times."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random. Fixed for a run."""
-    model: str
+    model: NonEmpty
     """The starting policy: a checkpoint directory, a hub id, or `tiny-arithmetic`. Fixed for a run."""
     prompts: PromptsConfig
     generate: GenerateConfig = GenerateConfig()

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from grpo.config.section import Plain, Section
+from grpo.config.section import NonEmpty, Plain, Section
 
 BUILT_IN = ("arithmetic", "arithmetic_held_out")  # tasks of our own, by name
 FILE_SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -29,7 +29,7 @@ class ColumnsConfig(Section):
 class PromptsConfig(Section):
     """What is sampled from. Fixed for a run."""
 
-    source: str
+    source: NonEmpty
     """`arithmetic`, `arithmetic_held_out` (built-in task); a path, relative to the configuration, to .jsonl,
     .parquet or .csv, or to a folder that the library `datasets` saved or can load; or `owner/name` of a data
     set on the hub, which is read when the run begins."""

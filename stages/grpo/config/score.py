@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from grpo.config.section import Count, NonNegative, Plain, Positive, Section, must
+from grpo.config.section import Count, NonEmpty, NonNegative, Plain, Positive, Section, must
 
 MODEL_TIMEOUT_S = 3600.0  # a batch of a large reward model on a CPU takes minutes, and is no hang
 SCORE_LINE = r"^Score: *(-?[0-9]+(?:\.[0-9]+)?) *$"
@@ -24,7 +24,7 @@ class JudgeConfig(Section):
 
     url: Annotated[str, _IS_URL]
     """Base URL of the endpoint, such as http://127.0.0.1:8000/v1. Another changes no reward."""
-    model: str
+    model: NonEmpty
     """Name of the model at the endpoint."""
     rubric: Annotated[str, _IS_TEXT]
     """What it is asked, once per rollout: text, or a .md or .txt file, with {response} and perhaps {prompt},
@@ -85,7 +85,7 @@ class RewardConfig(Section):
 
     function: str | None = None
     """A built-in name or `package.module:function`; the configuration's folder comes first on sys.path."""
-    model: str | None = None
+    model: NonEmpty | None = None
     """Directory or hub id of a sequence-classification checkpoint with one label."""
     judge: JudgeConfig | None = None
     """A language model behind an OpenAI-compatible endpoint, asked about every rollout."""

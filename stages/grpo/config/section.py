@@ -29,6 +29,7 @@ def _survives_json(values: dict[str, Any]) -> bool:
 _ALLOWED = "may hold text, finite numbers, true, false, null, lists and mappings by text"
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]  # tables count in int32
 Plain = Annotated[dict[str, Any], must(_survives_json, _ALLOWED)]
 

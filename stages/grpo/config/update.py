@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from grpo.config.section import Count, NonNegative, Positive, Section
+from grpo.config.section import Count, NonEmpty, NonNegative, Positive, Section
 
 _GRPO: dict[str, Any] = {
     "ratio": "token",
@@ -57,7 +57,7 @@ class LoraConfig(Section):
     """Rank of an adapter's two matrices, 1 to 16,384; above a weight's smaller side more adds nothing."""
     alpha: Annotated[float, Field(gt=0, le=LARGEST)]
     """An adapter's output is scaled by alpha / rank; > 0, at most 1e6."""
-    targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    targets: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
     """Names of the modules that get an adapter, such as q_proj; null: every linear layer but the output's."""
 
 
@@ -97,7 +97,7 @@ class UpdateConfig(Section):
     """One weight per token, or the geometric mean of a rollout's; a sequence ratio needs the latter."""
     sampler_correction_cap: Annotated[float, Field(gt=1, le=LARGEST)] = SAMPLER_CORRECTION_CAPS["token"]
     """Cap of the weight, > 1, at most 1e6. Left out: 2.0 for level token, 1.01 for sequence_mean."""
-    reference: Annotated[str, Field(min_length=1)] | None = None
+    reference: NonEmpty | None = None
     """Checkpoint of the KL term; null: the starting policy. Fixed for a run."""
     learning_rate: NonNegative = 5e-7
     """Learning rate of AdamW: the highest of the run, where warm-up ends and the schedule begins."""

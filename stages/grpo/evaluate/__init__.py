@@ -1,1 +1,1 @@
-"""evaluate: policy + held-out prompts -> eval_rollouts, eval_rewards. No stage, and no stage reads it."""
+"""evaluate: policy + held-out prompts -> eval_rollouts, eval_rewards. Made as by a stage; none reads it."""

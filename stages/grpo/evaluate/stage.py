@@ -1,4 +1,4 @@
-"""evaluation: policy + eval_prompts -> eval_rollouts, eval_rewards, both in one output.
+"""evaluate: policy + eval_prompts -> eval_rollouts, eval_rewards, both in one output.
 
 By the engine, the weight_sync and the rewards of training. Every held-out prompt is sampled, with the same
 seeds for each policy: what changes is the policy. No stage reads the result, so it makes nothing stale.

@@ -18,7 +18,7 @@ from typing import Any
 from grpo import tables
 from grpo.artifacts import EVALUATION, ActiveRun, Run, files, lacking, read_sealed, seal
 from grpo.errors import CorruptError, EngineError, GrpoError, UsageError, first_line
-from grpo.inspect import evaluations, metrics, status
+from grpo.inspect import metrics
 from grpo.pipeline.runner import evaluation_is_due
 from grpo.pipeline.stages import EVALUATE
 
@@ -33,22 +33,6 @@ _NAMES = {
 }
 # And those of its update: of `updates` what is not a key there, or counted of all rollouts in `iterations`.
 _UPDATE = {"rollouts_kept", "steps", "steps_skipped", *tables.UPDATES} - {"iteration", "rollouts", "tokens"}
-
-
-@contextmanager
-def reporting(run: ActiveRun, until: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """What to call when an iteration is complete, and when a policy was evaluated; errors as tracking()'s."""
-    with tracking(run, until) as tracked:
-
-        def iteration(number: int) -> None:
-            run.console.say(status.line_of(run, number))
-            tracked()
-
-        def policy(number: int) -> None:
-            run.console.say(evaluations.line_of(run, number))
-            tracked()
-
-        yield iteration, policy
 
 
 @contextmanager

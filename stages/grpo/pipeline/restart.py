@@ -4,8 +4,8 @@ from pathlib import Path
 
 from grpo.artifacts import ActiveRun, Run, discard, files, read_sealed, seal
 from grpo.errors import InputError
-from grpo.pipeline.stages import EVALUATE, STAGES, UPDATE, Stage
-from grpo.pipeline.states import State, evaluation_states, states
+from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage
+from grpo.pipeline.states import State, evaluation_states, nearest_policy, states
 
 
 def start_over(run: ActiveRun, iteration: int) -> None:
@@ -18,9 +18,12 @@ def start_over(run: ActiveRun, iteration: int) -> None:
     for number in range(iteration):
         for name, state in present.get(number, {STAGES[0].name: State("missing")}).items():
             if state.name in ("missing", "partial", "stale"):
+                nearest = nearest_policy(run, number)
+                can_alone = nearest == number or name not in (GENERATE.name, UPDATE.name)
+                alone = f", or `grpo {name} --iteration {number}`" if can_alone else ""
                 raise InputError(
                     f"--from {iteration}: {name} of iteration {number} is {state.name}; nothing was moved;"
-                    f" begin with that: --from {number}, or `grpo {name} --iteration {number}`"
+                    f" begin with that: --from {nearest}{alone}"
                 )
     _, redone = done_again(run, iteration)
     if redone or run.manifest(UPDATE.output, iteration) is None:

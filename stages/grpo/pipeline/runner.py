@@ -9,7 +9,7 @@ from grpo.artifacts import ActiveRun, lacking, prune
 from grpo.errors import InputError
 from grpo.pipeline.resources import Resources
 from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage, perform
-from grpo.pipeline.states import differences_of, state_of, states
+from grpo.pipeline.states import differences_of, nearest_policy, state_of, states
 
 
 def run_iterations(
@@ -111,10 +111,10 @@ def _way_out(run: ActiveRun, iteration: int, name: str) -> str:
     missing = [stage for stage, manifest in found.items() if manifest is None or lacking(run, manifest)]
     again = missing[0] if missing else name
     needs_policy = not missing or again in (GENERATE.name, UPDATE.name)  # --from goes on to the update
-    if needs_policy and iteration and run.is_pruned(iteration - 1):
-        nearest = max(number for number in run.policies() if number <= iteration)
+    if needs_policy and (nearest := nearest_policy(run, iteration)) < iteration:
+        gone = "was pruned" if run.is_pruned(iteration - 1) else "is gone"
         return (
-            f"policy {iteration} was pruned: `grpo run --from {nearest}` reruns it and everything after;"
+            f"policy {iteration} {gone}: `grpo run --from {nearest}` reruns it and everything after;"
             f" `grpo fork {run.name} NEW --iteration {nearest}` does so in a new run"
         )
     if missing:

@@ -1,4 +1,4 @@
-"""stages: the four stages in their order, and how one of them is done.
+"""stages: the four stages in their order, evaluate beside them, and how one of them is done.
 
 `grpo run` and the stage commands take the same path through `perform`.
 """

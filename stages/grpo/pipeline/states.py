@@ -110,6 +110,11 @@ def inputs_changed(run: Run, manifest: Manifest) -> bool:
     return any(run.id_of(reference) != recorded for reference, recorded in manifest.inputs.items())
 
 
+def nearest_policy(run: Run, iteration: int) -> int:
+    """The newest policy on disk that is not after `iteration`: what `--from` can go on from."""
+    return max(number for number in run.policies() if number <= iteration)
+
+
 def followers(run: Run, output: str, iteration: int) -> list[str]:
     """Outputs on disk that read `output` of `iteration`, directly or not: `update@3`, in order."""
     reached: set[tuple[str, int | None]] = {(output, iteration)}

@@ -55,7 +55,8 @@ def source_digest(config: PromptsConfig, folder: Path) -> str | None:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(f"prompts.source: {path}: no such file")
+        found = "is a folder; a file is needed" if path.is_dir() else "no such file"
+        raise DataError(f"prompts.source: {path}: {found}")
     return path
 
 
@@ -225,6 +226,8 @@ def _split_of(config: PromptsConfig, saved: Any) -> "Dataset":
     if config.subset is not None:
         raise ValueError("a saved data set has no subsets; leave prompts.subset out")
     tables = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
+    if config.split not in tables and not isinstance(saved, dict):
+        raise ValueError(f"holds one table, not a split {config.split}; leave prompts.split out")
     if config.split not in tables:
         raise ValueError(f"has no split {config.split}; there are {', '.join(tables)} (prompts.split)")
     return tables[config.split]

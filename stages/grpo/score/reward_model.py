@@ -163,7 +163,7 @@ def _load_classifier(directory: Path, device: str) -> Any:
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{where}: is not a trained classifier; its weights lack {', '.join(missing[:3])}")
     for tensor in chain(model.parameters(), model.buffers()):
-        tensor.data = tensor.data.to(device, copy=True)  # not mapped to the file, as in model.py
+        tensor.data = tensor.data.to(device, copy=True)  # not mapped to the file, as in models/loading.py
     return model.to(device).eval().requires_grad_(False)
 
 

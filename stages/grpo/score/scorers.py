@@ -1,4 +1,4 @@
-"""scorers: rollouts -> outcomes, by whatever kind a reward is; nothing of a run is written here."""
+"""scorers: rollouts -> outcomes, by reward functions and models; judges are asked in judge/answers.py."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager

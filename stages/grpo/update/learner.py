@@ -74,7 +74,7 @@ class Learner:
         if self.holds == ids:
             return
         self.holds = (None, None)
-        if not self._networks:
+        if "policy" not in self._networks:
             self._open_policy(policy)
         elif self.adapter is None:
             copy_weights(self.model, policy)
@@ -123,7 +123,7 @@ class Learner:
         for network in self._networks.values():
             network.model.zero_grad(set_to_none=True)
             torch.nn.Module.to(network.model, device)
-        for moments in self.optimizer.state.values() if self._networks else ():
+        for moments in self.optimizer.state.values() if "policy" in self._networks else ():
             for name, tensor in moments.items():
                 moments[name] = tensor.to(device)
 

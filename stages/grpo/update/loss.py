@@ -83,6 +83,8 @@ def log_ratio(logprobs_N: Tensor, old_logprobs_N: Tensor, lengths_B: Tensor, rat
     log_ratio_R = d_N if ratio == "token" else rollout_sums(d_N, lengths_B)
     if ratio == "sequence_mean":
         log_ratio_R = log_ratio_R / lengths_B
+    else:
+        assert ratio in ("token", "sequence"), ratio
     return log_ratio_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 

@@ -4,7 +4,7 @@ from grpo.artifacts import ActiveRun, Plan
 
 NAME = "update"
 OUTPUT = "update"
-STAGE_VERSION = 2
+STAGE_VERSION = 2  # 2: groups are read as trees, which rounds otherwise
 # Memory and time only, but for rounding; the reference counts by its id.
 _NOT_RESULT = {"max_tokens_per_batch", "gradient_checkpointing", "prompt_sharing", "reference"}
 

@@ -22,6 +22,7 @@ from grpo.generate.weight_sync import FLOAT32_TOLERANCE, WeightSync
 from grpo.inspect.status import MISMATCH_WARNING
 from grpo.manage.doctor.report import Check, Report
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
+from grpo.models.weight_check import NUM_PROMPTS as CHECK_PROMPTS
 from grpo.models.weight_check import weight_check_of
 from grpo.prompts.chat import chat_of, encode
 from grpo.prompts.source import Row
@@ -86,7 +87,7 @@ def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any
     longest = max(len(request.prompt_token_ids) for request in requests)
     with closing(make_engine(config, name, device, context, longest)) as engine:
         weight_sync = WeightSync(engine, device, run.console.say)
-        check = weight_check_of(checkpoint, rows, chat_of(run.config.prompts, run.imports))
+        check = weight_check_of(checkpoint, rows[:CHECK_PROMPTS], chat_of(run.config.prompts, run.imports))
         with TemporaryDirectory() as scratch:
             weight_sync.open(checkpoint, check, Path(scratch))
         difference = weight_sync.bring("starting policy", checkpoint, check)

@@ -53,7 +53,7 @@ def check_gpu(report: Report, name: str, free: int, total: int, share: float, he
     most = max(training, engine)
     found = f"{name}: {_gib(free)} of {_gib(total)} free"
     with report.check("GPU memory", found, f"{_gib(most)}: {_parts(held)}, in turns") as check:
-        _fit(check, training, max(most, share * total if share < 1 else 0), free, total)
+        _fit(check, "GPU", training, max(most, share * total if share < 1 else 0), free, total)
         if engine > share * total:
             raise ResourceError(
                 f"GPU memory: {_gib(engine)} of engine weights, {_gib(share * total)} for them; raise"
@@ -61,22 +61,30 @@ def check_gpu(report: Report, name: str, free: int, total: int, share: float, he
             )
 
 
-def _check_main(report: Report, need: int, parts: str) -> None:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    sizes = {line.split()[0]: 1024 * int(line.split()[1]) for line in lines}
-    total, cgroup = sizes["MemTotal:"], Path("/sys/fs/cgroup/memory.max")
+def _main_memory() -> tuple[int, int]:
+    """Bytes of main memory: what there is for this process, and what of it nobody holds."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):  # with caches, which the kernel gives up
+            free = 1024 * int(line.split()[1])
     if cgroup.exists() and (limit := cgroup.read_text().strip()) != "max":
         total = min(total, int(limit))
-    free = min(sizes["MemAvailable:"], total)  # with caches, which the kernel gives up
+    return total, min(free, total)
+
+
+def _check_main(report: Report, need: int, parts: str) -> None:
+    total, free = _main_memory()
     found = f"{_gib(free)} of {_gib(total)} available"
     with report.check("memory", found, f"{_gib(need)}: {parts}") as check:
-        _fit(check, need, need, free, total)
+        _fit(check, "machine", need, need, free, total)
 
 
-def _fit(check: Check, need: int, taken: float, free: int, total: int) -> None:
+def _fit(check: Check, where: str, need: int, taken: float, free: int, total: int) -> None:
     """Raise ResourceError where `need` bytes are not there at all; warn where others hold what is taken."""
     if need > total:
-        text = f"{_gib(need)} needed, {_gib(total)} there; use a smaller model or a larger machine"
+        text = f"{_gib(need)} needed, {_gib(total)} there; use a smaller model or a larger {where}"
         raise ResourceError(f"{check.name}: {text}")
     check.note = LEFT_OUT
     if taken > free:

@@ -27,7 +27,9 @@ final as (
         eval_rollouts.prompt,
         eval_rollouts.response,
         -- The prompts may be others now than those that were measured with.
-        case when _eval_settings.same_prompts then eval_prompts.answer end as answer,
+        case
+            when _eval_settings.same_prompts then eval_prompts.answer
+        end as answer,
         eval_rollouts.finish_reason,
         eval_rollouts.response_tokens,
         eval_rollouts.temperature,

@@ -1,6 +1,7 @@
 -- What must hold of the tables of a run, whatever made them.
--- Grain: one row per invariant that is broken, with the number of rows that break it.
--- Of two tables it is asked where an iteration has both: one may have been set aside.
+-- Grain: one row per invariant that is broken, with the number of rows that
+-- break it. Of two tables it is asked where an iteration has both: one may
+-- have been set aside.
 with
 
 -- Rewards and advantages of the rollouts that are there now, and not of some
@@ -29,7 +30,7 @@ current as (
         and rollouts_id = json_extract_string(rollouts.ids, '$.rollouts')
 ),
 
--- Held-out rollouts and their rewards are of the same shape as those of training.
+-- Held-out rollouts and their rewards have the shape of those of training.
 sampled as (
     select 'rollouts' as place, *
     from rollouts
@@ -48,7 +49,8 @@ scored as (
 
 rollouts_twice as (
     select
-        count(*) - count(distinct (place, iteration, group_id, sample_id)) as rows
+        count(*)
+        - count(distinct (place, iteration, group_id, sample_id)) as rows
     from sampled
 ),
 
@@ -202,8 +204,10 @@ kept_without_advantage as (
 steps_not_counted as (
     select count(*) as rows
     from (
-        select max(step) + 1 - count(distinct step) as missing, count(*) as rows,
-            count(distinct step) as steps
+        select
+            max(step) + 1 - count(distinct step) as missing,
+            count(*) as rows,
+            count(distinct step) as steps,
         from updates
         group by iteration
     )

@@ -1,7 +1,7 @@
 -- Grain: one row per run and iteration that holds any table. Every number of
 -- an iteration that any command shows is defined here; docs/tables.md has the
 -- sentence above each column of `final`. Null where its table is not there yet.
--- Mean over the steps: over the optimiser steps taken, weighted by their tokens.
+-- Mean over the steps: over the steps taken, weighted by their tokens.
 with of_rollouts as (
     select
         run,

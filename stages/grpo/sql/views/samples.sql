@@ -12,7 +12,7 @@ with rewards_of as (
     group by all
 ),
 
--- A rollout may be read by several updates: the one of its own iteration counts.
+-- A rollout may be read by several updates: that of its own iteration counts.
 mismatches as (
     select
         run,
