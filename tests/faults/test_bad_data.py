@@ -96,7 +96,7 @@ PROMPTS = [
     ),
     Case("any bytes", write("prompts.jsonl", bytes(range(256))), RUN, 3, "prompts.jsonl:1: not JSON"),
     Case("UTF-16", write("prompts.jsonl", GOOD.encode("utf-16")), RUN, 3, "prompts.jsonl:1: not UTF-8"),
-    Case("a folder", folder("prompts.jsonl"), RUN, 3, "prompts.jsonl: no such file"),
+    Case("a folder", folder("prompts.jsonl"), RUN, 3, "prompts.jsonl: is a folder; a file is needed"),
     Case("a link to itself", loop("prompts.jsonl"), RUN, 3, "prompts.jsonl: no such file"),
     Case("a path too long", configure((SOURCE, f"source: {'a' * 5000}.jsonl")), RUN, 7, "File name too long"),
     source("another format", "p.txt", "a\n", ": expected a file ending in .jsonl, .csv, .parquet"),

@@ -113,7 +113,7 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
     )
     save(tmp_path / "one")
     text = refused(tmp_path, source="one", split="test")
-    way = "has no split test; there are train (prompts.split)"
+    way = "holds one table, not a split test; leave prompts.split out"
     assert text == f"prompts.source: one: cannot be loaded: {way}"
     text = refused(tmp_path, source="one", subset="main")
     way = "a saved data set has no subsets; leave prompts.subset out"

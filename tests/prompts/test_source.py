@@ -187,7 +187,8 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "p.csv").mkdir()  # a folder is no file
     with pytest.raises(DataError) as caught:
         list(read_rows(PromptsConfig(source=name), tmp_path))
-    assert str(caught.value) == f"prompts.source: {tmp_path}/{name}: no such file"
+    found = "is a folder; a file is needed" if name == "p.csv" else "no such file"
+    assert str(caught.value) == f"prompts.source: {tmp_path}/{name}: {found}"
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.txt", "p", "p.arrow", "p.JSONL.gz"])

@@ -1,7 +1,7 @@
 """metrics: the numbers of iterations, by the columns of the view `iterations`, which defines them.
 
 A manifest keeps some numbers of its rows, so that a line per iteration opens no table; a test holds them
-equal to the view.
+equal to the view. Where it has none, as one of an earlier version, the view is asked.
 """
 
 from collections.abc import Iterable
@@ -35,11 +35,18 @@ def row_of(run: ActiveRun, iteration: int) -> Numbers:
 def kept_of(run: ActiveRun, iterations: Iterable[int]) -> dict[int, Numbers]:
     """By iteration the columns of _KEPT; null where there is nothing yet."""
     found: dict[int, Numbers] = {}
+    older: set[int] = set()
     for iteration in iterations:
         found[iteration] = dict.fromkeys(_COLUMNS)
         for output, columns in _KEPT.items():
             if manifest := run.manifest(output, iteration):
                 found[iteration] |= {column: manifest.summary.get(key) for column, key in columns.items()}
+                if not manifest.summary.keys() >= set(columns.values()):
+                    older.add(iteration)
+    if older:
+        statement = f"select iteration, {', '.join(_COLUMNS)} from iterations"
+        rows = sql.read([run], statement, iteration=min(older) if len(older) == 1 else None).to_pylist()
+        found |= {row["iteration"]: row for row in rows if row["iteration"] in older}
     return found
 
 

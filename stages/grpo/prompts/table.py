@@ -103,12 +103,9 @@ def prepare(
             longest = max(longest, *(length for _, length in kept))
             try:
                 data = _table([row for row, _ in kept], schema)
+                records.append(staging.write_table(output, staging.file_name("part", len(records)), data))
             except (ValueError, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-                what = (
-                    "a column holds values of several types: " if isinstance(error, pa.ArrowException) else ""
-                )
-                raise DataError(f"prompts.source: {config.source}: {what}{error}") from None
-            records.append(staging.write_table(output, staging.file_name("part", len(records)), data))
+                raise DataError(f"prompts.source: {config.source}: {error}") from None
             schema = data.schema
     if not records:
         raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
