@@ -596,6 +596,18 @@ def test_from_refuses_before_it_moves_anything_when_the_checkpoint_is_pruned(
     assert digests() == before
 
 
+def test_advice_leads_to_a_policy_that_is_there(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", *PRUNING)[0] == 0
+    before = digests()
+    shutil.rmtree(ARTIFACTS / "iteration=000001")
+    code, _, err = grpo("run", *PRUNING)
+    assert (code, "policy 2 is gone: `grpo run --from 0`" in err) == (4, True), err
+    code, _, err = grpo("run", "--from", "2", "--yes", *PRUNING)  # policy 1, to rebuild 2 from, was pruned
+    assert (code, err.endswith("nothing was moved; begin with that: --from 0\n")) == (4, True), err
+    assert grpo("run", "--from", "0", "--yes", *PRUNING)[0] == 0
+    assert digests() == before
+
+
 # What the engine holds, and whose turn it is
 
 

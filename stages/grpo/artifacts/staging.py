@@ -118,9 +118,7 @@ class Staging:
     def write_bytes(self, part: str, name: str, content: bytes | Iterable[bytes | memoryview]) -> FileRecord:
         """Write a file that is no shard, whole or in pieces; it is committed with the whole output."""
         files.make_folder(self.folder / part, sync=False)  # commit() does
-        record = self._write(part, name, content)
-        self._records[f"{part}/{name}"] = record
-        return record
+        return self._write(part, name, content)
 
     def _write(self, part: str, name: str, content: bytes | Iterable[bytes | memoryview]) -> FileRecord:
         chunks = [content] if isinstance(content, bytes) else content
