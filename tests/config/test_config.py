@@ -1,9 +1,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from grpo.config import (
     AdvantageConfig,
@@ -16,6 +17,7 @@ from grpo.config import (
     load,
     overridden_keys,
 )
+from grpo.config.section import ADDED, Section
 from grpo.config.update import OBJECTIVES
 from grpo.errors import UsageError
 
@@ -657,3 +659,18 @@ def test_differing_keys_shows_old_and_new() -> None:
     assert differing_keys(before, before) == []
     assert differing_keys({"a": None}, {}) == ["a: removed"]  # null is a value
     assert differing_keys({"a": {"b": 1}}, {"a": None}) == ['a: {"b": 1} -> null']
+
+
+def test_a_key_that_came_later_is_in_a_fingerprint_only_where_it_is_used() -> None:
+    class Part(Section):
+        size: int = 1
+        stop: Annotated[list[str], ADDED] = Field([])
+
+    class Whole(Section):
+        name: str = "a"
+        part: Part = Part()
+
+    assert Whole().recorded() == {"name": "a", "part": {"size": 1}}
+    assert Whole().recorded({"part"}) == {"name": "a"}
+    assert Whole(part=Part(stop=["."])).recorded() == {"name": "a", "part": {"size": 1, "stop": ["."]}}
+    assert Whole().model_dump()["part"] == {"size": 1, "stop": []}

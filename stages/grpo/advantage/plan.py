@@ -36,7 +36,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         stage_version=STAGE_VERSION,
         output=OUTPUT,
         iteration=iteration,
-        config={"advantage": config.model_dump()},
+        config={"advantage": config.recorded()},
         inputs={reference: run.id_of(reference) or "" for reference in references},
         user_files=user_files,
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.main import IncEx
 
 
 def must(holds: Callable[[Any], object], problem: str) -> AfterValidator:
@@ -32,6 +33,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]  # tables count in int32
 Plain = Annotated[dict[str, Any], must(_survives_json, _ALLOWED)]
+ADDED = "added"
+"""Mark of a field that came later than the runs that are there: `stop: Annotated[list[str], ADDED] = Field([])`. At
+its default it changes no result, so it is left out of fingerprints, and those of older runs still hold."""
 
 
 class Section(BaseModel):
@@ -40,3 +44,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def recorded(self, exclude: IncEx | None = None) -> dict[str, Any]:
+        """The values as part of a fingerprint: without `exclude` and without added fields at their default."""
+        return self._without_defaults_added(self.model_dump(exclude=exclude))
+
+    def _without_defaults_added(self, values: dict[str, Any]) -> dict[str, Any]:
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if ADDED in info.metadata and value == info.get_default(call_default_factory=True):
+                values.pop(name, None)
+            elif isinstance(value, Section) and name in values:
+                values[name] = value._without_defaults_added(values[name])
+        return values

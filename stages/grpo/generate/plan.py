@@ -39,7 +39,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
 
 def described(config: GenerateConfig) -> dict[str, Any]:
     """Every key of the section, with the engine that is taken and what it computes in."""
-    values = {**config.model_dump(), "engine": choose_engine(config.engine)[0]}
+    values = {**config.recorded(), "engine": choose_engine(config.engine)[0]}
     if values["engine"] == "vllm":
         values["engine_options"] = {"dtype": default_dtype(), **config.engine_options}
     return values

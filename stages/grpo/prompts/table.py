@@ -58,7 +58,7 @@ def described(run: ActiveRun, output: str = OUTPUT) -> dict[str, Any]:
     """All that counts of a section; of a file or folder it is the content, not the name."""
     config = config_of(run, output)
     by_name = is_on_hub(config, run.imports) and not source_is_gone(run, output)
-    return config.model_dump(exclude=set() if by_name or config.source in BUILT_IN else {"source"})
+    return config.recorded(set() if by_name or config.source in BUILT_IN else {"source"})
 
 
 def is_on_hub(config: PromptsConfig, folder: Path) -> bool:

@@ -55,4 +55,4 @@ def _source(run: ActiveRun, reward: RewardConfig) -> str:
 def configured(reward: RewardConfig, without: set[str], of_judge: Collection[str] = ()) -> dict[str, Any]:
     """The configuration of a reward as part of a fingerprint. of_judge: what of a judge's own is left out."""
     judge: Any = {*TRANSPORT, *of_judge} if reward.judge is not None else True
-    return reward.model_dump(exclude={**dict.fromkeys(without, True), "judge": judge})
+    return reward.recorded({**dict.fromkeys(without, True), "judge": judge})
