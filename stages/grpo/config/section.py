@@ -34,8 +34,8 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]  # tables count in int32
 Plain = Annotated[dict[str, Any], must(_survives_json, _ALLOWED)]
 ADDED = "added"
-"""Mark of a field that came later than the runs that are there: `stop: Annotated[list[str], ADDED] = Field([])`. At
-its default it changes no result, so it is left out of fingerprints, and those of older runs still hold."""
+"""Mark of a field that came later than the runs that are there: `Annotated[list[str], ADDED] = Field([])`.
+At its default it changes no result, so fingerprints leave it out, and those of older runs still hold."""
 
 
 class Section(BaseModel):
@@ -46,7 +46,7 @@ class Section(BaseModel):
     )
 
     def recorded(self, exclude: IncEx | None = None) -> dict[str, Any]:
-        """The values as part of a fingerprint: without `exclude` and without added fields at their default."""
+        """The values as part of a fingerprint: without `exclude`, and added fields at their default."""
         return self._without_defaults_added(self.model_dump(exclude=exclude))
 
     def _without_defaults_added(self, values: dict[str, Any]) -> dict[str, Any]:
