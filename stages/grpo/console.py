@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 _PLAIN_INTERVAL_S = 15.0  # without a terminal: a line now and then, so that a log stays readable
 _BARS = "▁▂▃▄▅▆▇█"
+
+
+def quieten_libraries() -> None:
+    """Before they are imported: no warnings of torch's own, and no word of what is done to the hub."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 class Advance(Protocol):
@@ -118,6 +125,9 @@ def _bar(title: str, total: int, unit: str) -> "Progress":
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python gives signals to the main thread alone: whoever called from another one has them
+        return
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo.cli import inspect, manage, work
-from grpo.console import printable
+from grpo.console import printable, quieten_libraries
 from grpo.errors import GrpoError, ResourceError
 
 app = typer.Typer(
@@ -53,8 +53,7 @@ def _options(version: Annotated[bool, _VERSION] = False) -> None:
 
 def main() -> None:
     """Run the command line; a GrpoError ends it with one line on stderr and its exit code."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it once, when it is imported
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # so do the libraries of the hub
+    quieten_libraries()
     threading.excepthook = _end_process
     usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
     try:

@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "api",
     "artifacts",
     "compare",
-    "config",
     "console",
     "doctor",
     "evaluations",
@@ -14,11 +14,9 @@ __all__ = [
     "fork",
     "gc",
     "init",
-    "log",
-    "prepare",
+    "opening",
     "query",
     "report",
-    "restart",
     "show",
     "status",
     "verify",
@@ -26,10 +24,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from grpo import artifacts, config, console
-    from grpo.inspect import compare, evaluations, log, query, report, show, status
+    from grpo import api, artifacts, console
+    from grpo.inspect import compare, evaluations, query, report, show, status
     from grpo.manage import doctor, export, fork, gc, init, verify
-    from grpo.pipeline import prepare, restart, work
+    from grpo.pipeline import opening, work
 else:
 
     class _Module:
@@ -41,12 +39,12 @@ else:
         def __getattr__(self, attribute: str) -> Any:
             return getattr(import_module(self._name), attribute)
 
-    artifacts, config, console = (_Module(f"grpo.{name}") for name in ("artifacts", "config", "console"))
-    compare, evaluations, log, query, report, show, status = (
+    api, artifacts, console = (_Module(f"grpo.{name}") for name in ("api", "artifacts", "console"))
+    compare, evaluations, query, report, show, status = (
         _Module(f"grpo.inspect.{name}")
-        for name in ("compare", "evaluations", "log", "query", "report", "show", "status")
+        for name in ("compare", "evaluations", "query", "report", "show", "status")
     )
     doctor, export, fork, gc, init, verify = (
         _Module(f"grpo.manage.{name}") for name in ("doctor", "export", "fork", "gc", "init", "verify")
     )
-    prepare, restart, work = (_Module(f"grpo.pipeline.{name}") for name in ("prepare", "restart", "work"))
+    opening, work = (_Module(f"grpo.pipeline.{name}") for name in ("opening", "work"))

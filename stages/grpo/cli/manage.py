@@ -17,7 +17,7 @@ def doctor(
     as_json: options.Json = False,
 ) -> None:
     """Check that this machine can run the configuration; creates no run."""
-    report = lazy.doctor.examine(options.configured(config, set_, as_json), model)
+    report = lazy.doctor.examine(lazy.opening.configured(config, set_, as_json), model)
     options.answer(as_json, report.describe(), lambda: lazy.doctor.print_report(report))
     raise typer.Exit(report.exit_code)
 
@@ -48,7 +48,7 @@ def gc(
 ) -> None:
     """Remove the trash, abandoned staging, and checkpoints no longer kept."""
     opened = options.reading(name, config, set_)
-    with nullcontext() if dry_run else options.locked(opened):
+    with nullcontext() if dry_run else lazy.opening.locked(opened):
         found = lazy.gc.garbage(opened) if dry_run else lazy.gc.collect(opened)
     document = {**found, "dry_run": dry_run}
     options.answer(as_json, document, lambda: lazy.gc.print_garbage(found, opened, dry_run))
@@ -99,7 +99,7 @@ def fork(
 ) -> None:
     """Start a run from the first iterations of another, shared by hard links."""
     settings = [*set_, f"run={new}"]
-    forked = options.configured(config, settings, as_json)
+    forked = lazy.opening.configured(config, settings, as_json)
     result = lazy.fork.fork(options.reading(source, config), forked, iteration)
     again = shlex.join(part for text in settings for part in ("--set", text))
     forked.console.say(f"{lazy.fork.describe(source, new, result)}; next: grpo run {again}")

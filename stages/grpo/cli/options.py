@@ -1,14 +1,13 @@
 """cli.options: what most commands begin with: their common options, and the run that these name."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grpo.cli.lazy import artifacts, config, console, prepare, restart
+from grpo.cli.lazy import artifacts, console, opening
 from grpo.errors import CorruptError, UsageError
 
 if TYPE_CHECKING:
@@ -21,29 +20,6 @@ Name = Annotated[str, typer.Argument(help="Name of a run; default: that of the c
 CONFIG = Path("pipeline.yaml")
 
 
-def configured(path: Path, overrides: Sequence[str], quiet: bool = False) -> "ActiveRun":
-    """The run of a configuration, which need not be there yet."""
-    values = config.load(path, overrides)
-    return artifacts.ActiveRun(artifacts.ARTIFACTS, values, path.absolute().parent, console.Console(quiet))
-
-
-@contextmanager
-def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["ActiveRun"]:
-    """The run of a configuration, locked and prepared for work."""
-    with locked(configured(path, overrides, quiet)) as opened:
-        prepare.prepare(opened)
-        restart.finish_start_over(opened)
-        yield opened
-
-
-@contextmanager
-def locked(opened: "ActiveRun") -> Iterator["ActiveRun"]:
-    """A run that nobody else works on, with every commit finished that a crash cut off."""
-    with opened.console.signals(), opened.lock():
-        artifacts.roll_forward(opened)
-        yield opened
-
-
 def reading(name: str, path: Path, overrides: Sequence[str] = (), damaged: bool = False) -> "ActiveRun":
     """A run to read: that of the configuration, or by name with the configuration it was created with.
 
@@ -51,7 +27,7 @@ def reading(name: str, path: Path, overrides: Sequence[str] = (), damaged: bool 
     """
     if not name and not path.exists():
         raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
-    if path.exists() and (run := configured(path, overrides)).name == (name or run.name):
+    if path.exists() and (run := opening.configured(path, overrides)).name == (name or run.name):
         artifacts.require_run(run.name) if damaged else artifacts.open_run(run.name)
         return run
     if overrides:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from grpo.cli import options
-from grpo.cli.lazy import artifacts, evaluations, log, prepare, query, work
+from grpo.cli.lazy import api, artifacts, evaluations, opening, query, work
 from grpo.errors import UsageError
 
 StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the first open.")]
@@ -29,19 +29,10 @@ def run(
     if dry_run:
         if from_ is not None:
             raise UsageError("--dry-run and --from cannot be combined: --from N lists its changes and asks")
-        work.dry_run(options.configured(config, set_, as_json))
+        work.dry_run(opening.configured(config, set_, as_json))
         return
-    if until is not None and until < 0:
-        raise UsageError(f"--until {until}: expected a number of iterations, 0 or more")
-    with options.working(config, set_, as_json) as opened:
-        until = opened.config.iterations if until is None else until
-        if from_ is not None:
-            work.restart_from(opened, from_, yes)
-        with log.reporting(opened, until) as (iteration, policy):
-            worked = work.run(opened, until, iteration, policy)
-        found = [evaluations.numbers_of(opened, policy) for policy in opened.evaluations()]
-    document = {"run": opened.name, "iterations": until, "worked": worked, "evaluations": found}
-    options.answer(as_json, document)
+    opened = opening.configured(config, set_, as_json)
+    options.answer(as_json, api.train(opened, until, from_, yes))
 
 
 def evaluate(
@@ -59,15 +50,14 @@ def evaluate(
     if out is not None:
         query.check_out(out, ["rewards"])
     if checkpoint:
-        run = work.checkpoint_run(options.configured(config, set_, as_json), checkpoint)
-        with options.locked(run) as opened:
-            prepare.prepare(opened)
+        run = work.checkpoint_run(opening.configured(config, set_, as_json), checkpoint)
+        with opening.working(run) as opened:
             work.evaluate(opened, None, False)
             what, found = checkpoint, {"checkpoint": opened.config.model}
             found |= evaluations.delivered(opened, 0, out)
             artifacts.files.remove_folder(opened.path)
     else:
-        with options.working(config, set_, as_json) as opened:
+        with opening.working(opening.configured(config, set_, as_json)) as opened:
             policy = work.evaluate(opened, policy, force)
             found = {"run": opened.name, **evaluations.delivered(opened, policy, out)}
             what = f"policy {policy} of run {opened.name}"
@@ -82,7 +72,7 @@ def _stage_command(name: str, summary: str) -> Callable[..., None]:
         force: ForceOption = False,
         as_json: options.Json = False,
     ) -> None:
-        with options.working(config, set_, as_json) as opened:
+        with opening.working(opening.configured(config, set_, as_json)) as opened:
             result = work.run_stage(opened, name, iteration, force)
         options.answer(as_json, result)
 
@@ -102,9 +92,7 @@ def score(
     as_json: options.Json = False,
 ) -> None:
     """Stage 2: rollouts + prompts -> rewards."""
-    if force and only_failed:
-        raise UsageError("--only-failed and --force cannot be combined: one keeps rows, the other reruns all")
-    with options.working(config, set_, as_json) as opened:
+    with opening.working(opening.configured(config, set_, as_json)) as opened:
         result = work.run_stage(opened, "score", iteration, force, only_failed)
     options.answer(as_json, result)
 

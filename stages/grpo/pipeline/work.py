@@ -77,6 +77,8 @@ def run_stage(
 
     only_failed: of `score`, the rows that failed, and nothing else.
     """
+    if force and only_failed:
+        raise UsageError("--only-failed and --force cannot be combined: one keeps rows, the other reruns all")
     stage = BY_NAME[name]
     results = []
     iterations = (

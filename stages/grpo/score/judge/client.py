@@ -6,9 +6,10 @@ it is taken out of every message.
 
 import asyncio
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo.config import RewardConfig
 from grpo.errors import UsageError
@@ -21,6 +22,7 @@ BATCH_S, BATCH_ANSWERS = 1.0, 64
 MAX_FAILURES_IN_A_ROW = 32
 LONGEST_PAUSE_S = 120.0  # that the openai package waits when Retry-After asks for it
 _OF_ONE_QUESTION = (400, 413, 422)  # statuses that say nothing of the others
+_Result = TypeVar("_Result")
 _UnderWay = dict[asyncio.Task[Judgement], Key]
 
 
@@ -54,12 +56,26 @@ class Judge:
             http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._take_turn]}),
         )
         self._loop = asyncio.Runner()
+        self._thread = ThreadPoolExecutor(1)  # begins with the first call that is made in it
         self._failures = 0  # requests in a row that failed as any other would
 
     def close(self) -> None:
         """End the connections."""
-        self._loop.run(self._client.close())
-        self._loop.close()
+        self._run(self._client.close())
+        self._call(self._loop.close)
+        self._thread.shutdown()
+
+    def _run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        return self._call(self._loop.run, work)
+
+    def _call(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Call it in this thread; in another where this one is within a loop, as a notebook's always is."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            found: _Result = function(*arguments)
+            return found
+        return self._thread.submit(function, *arguments).result()
 
     def ask(
         self, questions: Mapping[Key, str], stopping: Callable[[], bool]
@@ -72,13 +88,13 @@ class Judge:
         remaining = iter(questions.items())
         under_way: _UnderWay = {}
         try:
-            while batch := self._loop.run(self._batch(remaining, under_way, stopping)):
+            while batch := self._run(self._batch(remaining, under_way, stopping)):
                 yield batch
         finally:
             for task in under_way:
                 task.cancel()
             if under_way:
-                self._loop.run(asyncio.wait(under_way))
+                self._run(asyncio.wait(under_way))
 
     async def _batch(
         self, remaining: Iterator[tuple[Key, str]], under_way: _UnderWay, stopping: Callable[[], bool]

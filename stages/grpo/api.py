@@ -1,0 +1,163 @@
+"""api: what `import grpo` gives: runs to query, and to work on by the way of the commands.
+
+docs/python.md has it with examples. Errors are those of the commands, as exceptions with their `exit_code`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo import sql, tables
+from grpo.artifacts import ARTIFACTS, ActiveRun, created_config
+from grpo.config import Config, validated
+from grpo.console import Console, quieten_libraries
+from grpo.errors import UsageError
+from grpo.inspect import evaluations, log
+from grpo.inspect.rows import Rows
+from grpo.pipeline import work
+from grpo.pipeline.opening import configured, working
+
+Settings = Mapping[str, Any]
+"""Keys with dots, as `--set` has them, and their values: {"update.learning_rate": 1e-6}."""
+Configuration = str | Path | Mapping[str, Any]
+"""A pipeline.yaml, or what one holds."""
+_VIEWS = ("samples", "iterations", "eval_samples", "evals", "timings", "manifests")
+_ORDER = (
+    *("run", *tables.KEY, "prompt_id", "name", "update_iteration"),
+    *("stage", "output", "attempt", "part"),
+)
+
+
+class Run:
+    """A run on disk, as `grpo.open` and `grpo.run` give it. To read it takes no lock and changes nothing."""
+
+    def __init__(self, active: ActiveRun) -> None:
+        self.active = active
+
+    def __repr__(self) -> str:
+        return f"grpo.Run({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        """Its name: that of its folder."""
+        return self.active.name
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.active.path
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force, every value resolved."""
+        return self.active.config
+
+    @property
+    def iterations(self) -> Rows:
+        """One row per iteration: every number of docs/tables.md#iterations, as it is on disk now."""
+        return self.table("iterations")
+
+    @property
+    def samples(self) -> Rows:
+        """One row per rollout: scalars, answer, rewards, advantage; as it is on disk now."""
+        return self.table("samples")
+
+    def sql(
+        self,
+        query: str,
+        parameters: Mapping[str, Any] | None = None,
+        beside: Sequence["Run"] = (),
+        timeout_s: float | None = None,
+    ) -> Rows:
+        """The rows of one read-only query (DuckDB); `$name` in it is a parameter.
+
+        beside: other runs whose rows the tables hold too, told apart by the column `run`. Raises UsageError
+        with DuckDB's message, ResourceError over a limit, CorruptError for a damaged file.
+        """
+        runs = [self.active, *(other.active for other in beside)]
+        return Rows(sql.read(runs, query, dict(parameters or {}), timeout_s=timeout_s))
+
+    def table(self, name: str, iteration: int | None = None) -> Rows:
+        """A table or view, of one iteration or of all, in the order of its key. Raises UsageError."""
+        known = (*tables.TABLES, *_VIEWS)
+        if name not in known:
+            raise UsageError(f"table {name}: no such table; there are {', '.join(known)}")
+        columns = sql.read([self.active], f"from {name} limit 0").column_names
+        order = [column for column in (*_ORDER, "epoch", "step") if column in columns]
+        query = f"from {name} order by {', '.join(order)}"
+        return Rows(sql.read([self.active], query, iteration=iteration))
+
+
+def open(run: str | Path, config: Configuration | None = None, overrides: Settings | None = None) -> Run:
+    """A run by its folder, `"artifacts/x"`, or by its name.
+
+    config: the configuration in force, where it is not the one that the run was created with; either with
+    `overrides`. Raises UsageError where no run is there, CorruptError where its run.json changed.
+    """
+    path = Path(run)
+    root, name = (ARTIFACTS, str(run)) if path.name == str(run) else (path.parent, path.name)
+    if config is not None:
+        overrides = {**(overrides or {}), "run": name}
+    created = created_config(name, root, _texts(overrides))
+    active = ActiveRun(root, created, Path.cwd(), Console())
+    if config is not None:
+        found = _configured(config, overrides, False)
+        active = ActiveRun(root, found.config, found.imports, found.console)
+    return Run(active)
+
+
+def run(
+    config: Configuration, until: int | None = None, overrides: Settings | None = None, quiet: bool = False
+) -> Run:
+    """`grpo run`: every iteration, or the first `until`; complete work is never redone. The run, to look at.
+
+    quiet: no line on stderr. Raises what the command ends with: UsageError, LockedError, EngineError ...
+    """
+    active = _configured(config, overrides, quiet)
+    train(active, until)
+    return Run(active)
+
+
+def train(active: ActiveRun, until: int | None = None, start: int | None = None, yes: bool = False) -> Any:
+    """Complete a run, and say how it came out. start, yes: of `--from`. What `grpo run` and run() both do."""
+    if until is not None and until < 0:
+        raise UsageError(f"--until {until}: expected a number of iterations, 0 or more")
+    with working(active):
+        until = active.config.iterations if until is None else until
+        if start is not None:
+            work.restart_from(active, start, yes)
+        with log.reporting(active, until) as (iteration, policy):
+            worked = work.run(active, until, iteration, policy)
+        found = [evaluations.numbers_of(active, policy) for policy in active.evaluations()]
+    return {"run": active.name, "iterations": until, "worked": worked, "evaluations": found}
+
+
+def active_of(target: Run | Configuration, overrides: Settings | None, quiet: bool) -> ActiveRun:
+    """What is to be worked on: an open run under its configuration, or the run of a configuration."""
+    if not isinstance(target, Run):
+        return _configured(target, overrides, quiet)
+    held, place = target.active, target.path / "run.json"
+    config = validated(held.config.model_dump(), place, _texts(overrides)) if overrides else held.config
+    return ActiveRun(held.root, config, held.imports, Console(quiet))
+
+
+def _configured(config: Configuration, overrides: Settings | None, quiet: bool) -> ActiveRun:
+    quieten_libraries()
+    if not isinstance(config, Mapping):
+        return configured(Path(config), _texts(overrides), quiet)
+    values = validated(dict(config), Path("config"), _texts(overrides))
+    return ActiveRun(ARTIFACTS, values, Path.cwd(), Console(quiet))
+
+
+def _texts(overrides: Settings | None) -> list[str]:
+    """Overrides as `--set` takes them: JSON is YAML. Raises UsageError for what is no JSON."""
+    texts = []
+    for key, value in (overrides or {}).items():
+        try:
+            texts.append(f"{key}={json.dumps(value, allow_nan=False)}")
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"overrides: {key}: {error}; expected text, numbers, lists or mappings"
+            ) from None
+    return texts

@@ -1,0 +1,36 @@
+"""opening: a configuration -> its run, and a run that is ready to be worked on.
+
+The commands and Python both begin here.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from grpo.artifacts import ARTIFACTS, ActiveRun, roll_forward
+from grpo.config import load
+from grpo.console import Console
+from grpo.pipeline.prepare import prepare
+from grpo.pipeline.restart import finish_start_over
+
+
+def configured(path: Path, overrides: Sequence[str], quiet: bool = False) -> ActiveRun:
+    """The run of a configuration, which need not be there yet. Raises UsageError (exit 2) as load() does."""
+    return ActiveRun(ARTIFACTS, load(path, overrides), path.absolute().parent, Console(quiet))
+
+
+@contextmanager
+def working(run: ActiveRun) -> Iterator[ActiveRun]:
+    """The run, locked and prepared for work; errors as lock()'s and prepare()'s."""
+    with locked(run):
+        prepare(run)
+        finish_start_over(run)
+        yield run
+
+
+@contextmanager
+def locked(run: ActiveRun) -> Iterator[ActiveRun]:
+    """A run that nobody else works on, with every commit finished that a crash cut off."""
+    with run.console.signals(), run.lock():
+        roll_forward(run)
+        yield run

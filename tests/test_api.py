@@ -1,0 +1,250 @@
+"""The Python door: the same work, checks and errors as the commands, and results in the caller's form."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from tests.conftest import Grpo
+
+import grpo as door
+from grpo.artifacts import files
+from grpo.inspect.rows import Rows
+
+pandas = pytest.importorskip("pandas")
+polars = pytest.importorskip("polars")
+
+
+@pytest.fixture
+def project(finished: Path) -> Path:
+    """A finished run of two iterations, and its configuration."""
+    return finished
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of every committed table."""
+    return {str(p.relative_to(folder)): files.sha256_of(p) for p in sorted(folder.rglob("*.parquet"))}
+
+
+def test_a_run_from_python_is_that_of_the_command(
+    project: Path, write_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_project(tmp_path / "python"))
+    run = door.run("pipeline.yaml", until=1, quiet=True)
+    assert [row["iteration"] for row in run.iterations] == [0]
+    assert door.run("pipeline.yaml", quiet=True).path == Path("artifacts/tiny")
+    assert contents(Path("artifacts/tiny")) == contents(project / "artifacts" / "tiny") != {}
+
+
+@pytest.mark.parametrize("given", ["tiny", "artifacts/tiny", Path("artifacts/tiny"), "./artifacts/tiny/"])
+def test_a_run_is_opened_by_folder_or_name(project: Path, given: str | Path) -> None:
+    run = door.open(given)
+    assert (run.name, run.path, run.config.iterations) == ("tiny", Path("artifacts/tiny"), 2)
+    assert repr(run) == "grpo.Run('artifacts/tiny')"
+    assert len(run.samples) == 12
+
+
+def test_a_run_is_opened_from_elsewhere(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert len(door.open(project / "artifacts" / "tiny").table("rollouts")) == 12
+    assert len(door.open("../project/artifacts/tiny").table("rollouts")) == 12
+
+
+def test_tables_and_queries_give_the_same_rows_in_every_form(project: Path, grpo: Grpo) -> None:
+    run = door.open("artifacts/tiny")
+    query = "select iteration, group_id, sample_id, reward, rewards from samples order by all"
+    rows = run.sql(query)
+    _, out, _ = grpo("sql", "--json", query)
+    assert rows.rows() == json.loads(out) == list(rows)
+    assert rows.df().to_dict("records") == rows.rows()
+    assert rows.pl().drop("rewards").to_dicts() == [
+        {name: value for name, value in row.items() if name != "rewards"} for row in rows.rows()
+    ]
+    assert (
+        rows.arrow().column_names
+        == rows.columns
+        == ["iteration", "group_id", "sample_id", "reward", "rewards"]
+    )
+    assert len(rows) == 12
+    assert "12 rows, 5 columns" in repr(rows)
+
+
+@pytest.mark.parametrize(
+    ("table", "count"), [("rollouts", 6), ("samples", 6), ("rewards", 6), ("advantages", 6), ("updates", 1)]
+)
+def test_a_table_of_one_iteration_in_the_order_of_its_key(project: Path, table: str, count: int) -> None:
+    rows = door.open("tiny").table(table, iteration=1).rows()
+    assert len(rows) == count
+    assert {row["iteration"] for row in rows} == {1}
+    keys = [(row.get("group_id", 0), row.get("sample_id", 0)) for row in rows]
+    assert keys == sorted(keys)
+
+
+def test_every_table_and_view_can_be_opened(project: Path) -> None:
+    run = door.open("tiny")
+    for name in (*door.api.tables.TABLES, *door.api._VIEWS):
+        assert run.table(name).columns[0] == "run", name
+    assert run.table("prompts").rows()[1]["prompt"] == "1+1="
+    assert [row["iteration"] for row in run.iterations] == [0, 1]
+
+
+def test_two_runs_in_one_query(project: Path) -> None:
+    door.run("pipeline.yaml", until=1, overrides={"run": "other", "update.learning_rate": 0.0}, quiet=True)
+    query = "select run, count(*) as n from samples where iteration < $n group by run order by run"
+    found = door.open("tiny").sql(query, {"n": 1}, beside=[door.open("other")])
+    assert found.rows() == [{"run": "other", "n": 6}, {"run": "tiny", "n": 6}]
+
+
+def test_a_stage_from_python_is_that_of_the_command(project: Path) -> None:
+    run = door.open("tiny", config="pipeline.yaml")
+    before = contents(run.path)
+    assert [found["done"] for found in door.stages.score(run, range(0, 2), quiet=True)] == [False, False]
+    more = {"score.rewards": [{"function": "reward:code"}, {"function": "reward:length", "weight": 0.0}]}
+    found = door.stages.score("pipeline.yaml", "all", force=True, overrides=more, quiet=True)
+    assert [(row["iteration"], row["done"], row["rows"]) for row in found] == [(0, True, 12), (1, True, 12)]
+    assert {row["name"] for row in run.table("rewards")} == {"code", "length"}
+    after = contents(run.path)
+    assert {path for path in before if after.get(path) != before[path]} <= {
+        path for path in before if "/rewards/" in path or ".trash" in path
+    }
+
+
+def test_four_stages_make_an_iteration(
+    project: Path, write_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_project(tmp_path / "python"))
+    for stage in (door.stages.generate, door.stages.score, door.stages.advantage, door.stages.update):
+        assert [row["done"] for row in stage("pipeline.yaml", 0, quiet=True)] == [True]
+    at = "iteration=000000"
+    mine, theirs = (contents(path / "artifacts/tiny" / at) for path in (Path(), project))
+    assert mine == theirs != {}
+
+
+def test_a_configuration_may_be_a_mapping(project: Path) -> None:
+    values = door.open("tiny").config.model_dump()
+    assert door.run(values, quiet=True).name == "tiny"
+    with pytest.raises(door.UsageError, match=r"^config: updte: unknown key; did you mean update\?$"):
+        door.run(values | {"updte": {}})
+
+
+ERRORS: list[tuple[Callable[[], Any], list[str]]] = [
+    (lambda: door.run("pipeline.yaml", until=-1), ["run", "--until", "-1"]),
+    (lambda: door.run("no.yaml"), ["run", "-c", "no.yaml"]),
+    (lambda: door.run("pipeline.yaml", overrides={"update.lr": 1}), ["run", "--set", "update.lr=1"]),
+    (lambda: door.run("pipeline.yaml", overrides={"seed": 1}), ["run", "--set", "seed=1"]),
+    (lambda: door.stages.update("pipeline.yaml", 7), ["update", "--iteration", "7"]),
+    (lambda: door.stages.score("pipeline.yaml", "x"), ["score", "--iteration", "x"]),
+    (
+        lambda: door.stages.score("pipeline.yaml", 0, force=True, only_failed=True),
+        ["score", "--iteration", "0", "--force", "--only-failed"],
+    ),
+    (
+        lambda: door.stages.score("pipeline.yaml", 0, overrides={"score.rewards[0].weight": 2.0}),
+        ["score", "--iteration", "0", "--set", "score.rewards[0].weight=2.0"],
+    ),
+    (lambda: door.stages.evaluate("pipeline.yaml"), ["evaluate"]),
+    (lambda: door.open("tiny").sql("select nothing"), ["sql", "select nothing"]),
+    (lambda: door.open("nobody"), ["status", "nobody"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "command"), ERRORS, ids=lambda value: " ".join(value) if type(value) is list else ""
+)
+def test_errors_are_those_of_the_command(
+    project: Path, grpo: Grpo, call: Callable[[], Any], command: list[str]
+) -> None:
+    with pytest.raises(door.GrpoError) as raised:
+        call()
+    code, _, err = grpo(*command)
+    assert err.splitlines()[-1] == f"error: {raised.value}"
+    assert code == raised.value.exit_code
+
+
+def test_a_run_in_use_is_left_alone(project: Path, grpo: Grpo) -> None:
+    run = door.open("tiny")
+    with run.active.lock(), pytest.raises(door.LockedError, match=r"^artifacts/tiny: in use by pid "):
+        door.stages.score(run)
+    assert len(run.samples) == 12
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: door.open("tiny").table("rollout"),
+            "table rollout: no such table; there are prompts, rollouts, ",
+        ),
+        (
+            lambda: door.stages.score("pipeline.yaml", range(0, 4, 2)),
+            "iteration: range(0, 4, 2) has no iterations, or",
+        ),
+        (
+            lambda: door.run("pipeline.yaml", overrides={"seed": Path()}),
+            "overrides: seed: Object of type PosixPath",
+        ),
+        (
+            lambda: door.run("pipeline.yaml", overrides={"seed": float("nan")}),
+            "overrides: seed: Out of range",
+        ),
+    ],
+)
+def test_errors_of_its_own(project: Path, call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(door.UsageError) as raised:
+        call()
+    assert str(raised.value).startswith(message)
+
+
+def test_whole_numbers_with_a_gap_stay_whole() -> None:
+    data = pa.table(
+        {"n": pa.array([2**53 + 1, None]), "b": pa.array([True, None]), "x": pa.array([0.5, None])}
+    )
+    frame = Rows(data).df()
+    assert list(map(str, frame.dtypes)) == ["Int64", "boolean", "float64"]
+    assert frame["n"][0] == 2**53 + 1
+    assert Rows(data).pl()["n"].to_list() == [2**53 + 1, None]
+    for kind in (pa.int8(), pa.int16(), pa.int32(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()):
+        assert str(Rows(pa.table({"n": pa.array([1, None], kind)})).df()["n"][0]) == "1", kind
+
+
+@pytest.mark.parametrize(("method", "library"), [("df", "pandas"), ("pl", "polars")])
+def test_a_missing_library_is_named(method: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(door.UsageError) as raised:
+        getattr(Rows(pa.table({"a": [1]})), method)()
+    assert (
+        str(raised.value)
+        == f".{method}(): {library} is not installed; pip install {library}, or use .arrow()"
+    )
+
+
+def test_within_another_thread_and_a_running_loop(project: Path) -> None:
+    """A notebook's cells run in a loop; other programs work in threads, where Python takes no signals."""
+
+    async def cell() -> int:
+        return len(door.run("pipeline.yaml", overrides={"iterations": 3}, quiet=True).iterations)
+
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(asyncio.run(cell())))
+    thread.start()
+    thread.join()
+    assert found == [3]
+
+
+def test_importing_stays_light() -> None:
+    code = "import sys, grpo; print({'pyarrow', 'pydantic', 'typer', 'rich', 'json'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+    assert {"open", "run", "stages", "Run", "UsageError"} <= set(dir(door))
+    with pytest.raises(AttributeError, match="module 'grpo' has no attribute 'rum'"):
+        door.rum  # noqa: B018
