@@ -1,4 +1,4 @@
-"""Write docs/configuration.md and docs/tables.md from the code. A test checks that they are up to date.
+"""Write docs/configuration.md, docs/tables.md and the tables of docs/from-*.md from the code. A test checks that they are up to date.
 
 Run: python docs/build.py
 """
@@ -14,12 +14,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from grpo.config import Config
+from grpo.config import Config, moving
 from grpo.config.update import OBJECTIVES
 from grpo.sql import own_text
 from grpo.tables import TABLES, WITH_OWN_COLUMNS
 
 HERE = Path(__file__).parent
+MARK = "<!-- From here on written by docs/build.py from stages/grpo/config/moving"
 
 
 def configuration() -> str:
@@ -86,6 +87,27 @@ def tables() -> str:
         if name in WITH_OWN_COLUMNS:
             lines.append("| any other | as in the source | the data set's own columns, untouched |")
     return "\n".join([*lines, ""])
+
+
+def from_trainer(trainer: str) -> str:
+    """The page about moving from a trainer: what is written above the mark, and every name there."""
+    prose = (HERE / f"from-{trainer.lower()}.md").read_text().partition(MARK)[0]
+    groups = moving.table(trainer)
+    lines = [f"{MARK}; do not edit. -->", "", *_counts(trainer, groups)]
+    for title, rows in groups.items():
+        lines += ["", f"### {title}", "", f"| {trainer} | here |", "|---|---|"]
+        lines += [f"| `{name}` | {_cell(text)} |" for name, text in rows.items()]
+    return "\n".join([f"{prose}{lines[0]}", *lines[1:], ""])
+
+
+def _counts(trainer: str, groups: dict[str, dict[str, str]]) -> list[str]:
+    texts = [text for rows in groups.values() for text in rows.values()]
+    beginnings = ("always", "not needed", "not yet", "no:")
+    counts = {start: sum(text.startswith(start) for text in texts) for start in beginnings}
+    return [
+        f"Of {len(texts)} names {len(texts) - sum(counts.values())} have a key or a command here, {counts['always']} are always so,",
+        f"{counts['not needed']} are not needed, {counts['not yet']} are not there yet, and {counts['no:']} are left out, which the row explains.",
+    ]
 
 
 def iterations() -> dict[str, str]:
@@ -171,3 +193,5 @@ def _objectives() -> list[str]:
 if __name__ == "__main__":
     (HERE / "configuration.md").write_text(configuration())
     (HERE / "tables.md").write_text(tables())
+    for trainer in moving.TRAINERS:
+        (HERE / f"from-{trainer.lower()}.md").write_text(from_trainer(trainer))

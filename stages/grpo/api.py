@@ -4,7 +4,9 @@ docs/python.md has it with examples. Errors are those of the commands, as except
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,8 @@ def run(
     quiet: no line on stderr. Raises what the command ends with: UsageError, LockedError, EngineError ...
     """
     active = _configured(config, overrides, quiet)
-    train(active, until)
+    with _script_unseen():
+        train(active, until)
     return Run(active)
 
 
@@ -133,8 +136,27 @@ def train(active: ActiveRun, until: int | None = None, start: int | None = None,
     return {"run": active.name, "iterations": until, "worked": worked, "evaluations": found}
 
 
-def active_of(target: Run | Configuration, overrides: Settings | None, quiet: bool) -> ActiveRun:
-    """What is to be worked on: an open run under its configuration, or the run of a configuration."""
+@contextmanager
+def at_work(target: Run | Configuration, overrides: Settings | None, quiet: bool) -> Iterator[ActiveRun]:
+    """An open run under its configuration, or the run of a configuration, as working() makes it ready."""
+    with _script_unseen(), working(_active_of(target, overrides, quiet)) as active:
+        yield active
+
+
+@contextmanager
+def _script_unseen() -> Iterator[None]:
+    """Have spawned processes not import the caller's script: without a guard it would run again in each."""
+    main = vars(sys.modules["__main__"])
+    before = {name: main[name] for name in ("__file__", "__spec__") if main.get(name) is not None}
+    main["__spec__"] = None
+    main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.update(before)
+
+
+def _active_of(target: Run | Configuration, overrides: Settings | None, quiet: bool) -> ActiveRun:
     if not isinstance(target, Run):
         return _configured(target, overrides, quiet)
     held, place = target.active, target.path / "run.json"

@@ -11,7 +11,6 @@ from grpo.api import Configuration, Run, Settings
 from grpo.errors import UsageError
 from grpo.inspect import evaluations
 from grpo.pipeline import work
-from grpo.pipeline.opening import working
 
 Iteration = int | range | str | None
 """One, a range without gaps, "all", or None: the first where the stage is missing."""
@@ -70,7 +69,7 @@ def evaluate(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure a policy, by default the newest, on held-out prompts: what `grpo evaluate --json` prints."""
-    with working(api.active_of(target, overrides, quiet)) as active:
+    with api.at_work(target, overrides, quiet) as active:
         number = work.evaluate(active, policy, force)
         return {"run": active.name, **evaluations.numbers_of(active, number)}
 
@@ -84,7 +83,7 @@ def _perform(
     quiet: bool,
     only_failed: bool = False,
 ) -> list[dict[str, Any]]:
-    with working(api.active_of(target, overrides, quiet)) as active:
+    with api.at_work(target, overrides, quiet) as active:
         return work.run_stage(active, name, _wanted(iteration), force, only_failed)
 
 

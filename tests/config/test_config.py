@@ -134,7 +134,7 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("generate.temperature=null", "input should be a valid number, found null"),
         ("generate.top_p=0", "input should be greater than 0, found 0"),
         ("generate.top_p=1.1", "input should be less than or equal to 1, found 1.1"),
-        ("generate.top_k=0", "input should be greater than or equal to 1, found 0"),
+        ("generate.top_k=0", "input should be greater than or equal to 1, found 0; write null: from all"),
         ("generate.min_p=1", "input should be less than 1, found 1"),
         ("generate.min_p=-0.1", "input should be greater than or equal to 0, found -0.1"),
         ("generate.engine_options=[]", "input should be a valid dictionary"),
@@ -203,7 +203,7 @@ def test_a_wrong_value_names_its_key(refusal: Refuse, override: str, message: st
         ),
         (
             "{rank: 8, alpha: 16, targets: q_proj}",
-            'targets: input should be a valid list, found "q_proj"',
+            'targets: input should be a valid list, found "q_proj"; write a list, such as [q_proj, v_proj]',
         ),
         (
             "{rank: 8, alpha: 16, targets: ['']}",
@@ -521,7 +521,8 @@ def test_the_cap_of_the_sampler_correction_follows_its_level(
         ),
         (
             ["sampler_correction_level=sequence"],
-            "update.sampler_correction_level: input should be 'token' or 'sequence_mean', found \"sequence\"",
+            "update.sampler_correction_level: input should be 'token' or 'sequence_mean', found \"sequence\";"
+            " write sequence_mean, the geometric mean",
         ),
         (["sampler_correction_level=[]"], None),
     ],

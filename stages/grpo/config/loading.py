@@ -1,14 +1,14 @@
 """config.loading: text -> Config, with errors that name the place and the way out."""
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
+from grpo.config import moving
 from grpo.config.model import Config
 from grpo.config.named_files import read_text
 from grpo.config.update import OBJECTIVES
@@ -116,9 +116,9 @@ def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> st
     place, found = first["loc"], json.dumps(first["input"], default=str)
     if first["type"] == "extra_forbidden":
         known, name = _keys_at(place[:-1]), str(place[-1])
-        near = difflib.get_close_matches(_FORMER_NAMES.get(name, name), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-        text = f"unknown key; {hint}"
+        name = _FORMER_NAMES.get(name, name)
+        hint = moving.answer(name, first["input"], known, all_keys())
+        text = f"unknown key; {hint or 'known keys: ' + ', '.join(known)}"
     elif first["type"] == "model_type":
         text = f"expected a section with keys, found {found}"
     elif first["type"] == "missing":
@@ -128,6 +128,8 @@ def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> st
         text = text[0].lower() + text[1:]
         if not isinstance(first["input"], dict | list):
             text += f", found {_CREDENTIALS.sub('://***@', found)}"
+        if hint := moving.answer_value(".".join(str(part) for part in place), first["input"]):
+            text += f"; write {hint}"
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{_where(place, path, overrides)}{key}{': ' if key else ''}{text}{more}"
@@ -140,6 +142,25 @@ def _where(location: tuple[int | str, ...], path: Path, overrides: Sequence[str]
     if any(place[: len(part)] == part for part in parts):
         return "--set "
     return f"{path} with --set: " if any(part[: len(place)] == place for part in parts) else f"{path}: "
+
+
+def all_keys(model: Any = Config, prefix: str = "") -> list[str]:
+    """Every key of the configuration with its sections: `generate.top_p`, `score.rewards[].weight`."""
+    keys = []
+    for name, field in model.model_fields.items():
+        section, many = _section_of(field.annotation)
+        keys.append(f"{prefix}{name}")
+        if section is not None:
+            keys += all_keys(section, f"{prefix}{name}{'[]' if many else ''}.")
+    return keys
+
+
+def _section_of(annotation: Any) -> tuple[Any, bool]:
+    """The section that a field holds, or None; and whether it holds a list of them."""
+    for part in (annotation, *get_args(annotation)):
+        if hasattr(part, "model_fields"):
+            return part, get_origin(annotation) is list
+    return None, False
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

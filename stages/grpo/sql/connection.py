@@ -7,7 +7,7 @@ no sandbox, since a SELECT can write files.
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -66,7 +66,8 @@ def _connected(shown: RunTables) -> Iterator[Connection]:
         **({"threads": 1} if shown.repeatable else {}),
     }
     with spill, duckdb.connect(":memory:", config=options) as database:
-        database.execute("set enable_progress_bar = false")
+        with suppress(duckdb.InvalidInputException):  # in a notebook without ipywidgets it is off, for good
+            database.execute("set enable_progress_bar = false")
         for view in NAMES:
             _register(database, shown, view)
             selects = [
