@@ -12,6 +12,10 @@ class GrpoError(Exception):
     def __init_subclass__(cls, exit_code: int) -> None:
         cls.exit_code = exit_code
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it: what to do stands in the message, not in the calls that led there."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UsageError(GrpoError, exit_code=2):
     """The configuration or the command line is wrong."""

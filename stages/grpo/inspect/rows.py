@@ -36,7 +36,7 @@ class Rows:
         first = self._data.slice(0, _SHOWN).to_pylist(maps_as_pydicts="strict")
         text = StringIO()
         shown = table(self.columns, [[_cell(value) for value in row.values()] for row in first], plain=True)
-        Console(file=text, width=PLAIN_WIDTH, markup=False, highlight=False).print(shown)
+        Console(file=text, width=PLAIN_WIDTH, color_system=None, force_jupyter=False).print(shown)
         return f"{text.getvalue()}{len(self):,} rows, {len(self.columns)} columns"
 
     @property
