@@ -14,8 +14,10 @@ import pytest
 from tests.conftest import Grpo
 
 import grpo as door
+from grpo import api
 from grpo.artifacts import files
 from grpo.inspect.rows import Rows
+from grpo.tables import TABLES
 
 pandas = pytest.importorskip("pandas")
 polars = pytest.importorskip("polars")
@@ -92,7 +94,7 @@ def test_a_table_of_one_iteration_in_the_order_of_its_key(project: Path, table: 
 
 def test_every_table_and_view_can_be_opened(project: Path) -> None:
     run = door.open("tiny")
-    for name in (*door.api.tables.TABLES, *door.api._VIEWS):
+    for name in (*TABLES, *api._VIEWS):
         assert run.table(name).columns[0] == "run", name
     assert run.table("prompts").rows()[1]["prompt"] == "1+1="
     assert [row["iteration"] for row in run.iterations] == [0, 1]
@@ -248,3 +250,45 @@ def test_importing_stays_light() -> None:
     assert {"open", "run", "stages", "Run", "UsageError"} <= set(dir(door))
     with pytest.raises(AttributeError, match="module 'grpo' has no attribute 'rum'"):
         door.rum  # noqa: B018
+
+
+def test_a_script_needs_no_guard(project: Path) -> None:
+    """Workers that import the caller's script would run all of it again."""
+    call = "grpo.run('pipeline.yaml', overrides={'iterations': 3}, quiet=True)"
+    Path("train.py").write_text(f"import grpo\nprint({call})\nprint(__file__)\n")
+    done = subprocess.run([sys.executable, "train.py"], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"grpo.Run('artifacts/tiny')\n{project / 'train.py'}\n", "")
+
+
+SNIPPET = """\
+import grpo
+
+run: grpo.Run = grpo.open("artifacts/x", overrides={"seed": 1})
+rows: grpo.Rows = run.sql("select 1 as one", {"n": 1}, beside=[run], timeout_s=5)
+names: list[str] = rows.columns
+count: int = len(run.table("rollouts", iteration=3))
+learning_rate: float = run.config.update.learning_rate
+done: list[dict[str, object]] = grpo.stages.score(run, range(0, 3), force=True)
+again = grpo.run({"run": "x"}, until=3, quiet=True)
+try:
+    grpo.stages.update("pipeline.yaml", 3)
+except grpo.LockedError as error:
+    code: int = error.exit_code
+reveal_type(run.samples.rows())
+reveal_type(again)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_user_writes_is_typed(tmp_path: Path) -> None:
+    file = tmp_path / "snippet.py"
+    file.write_text(SNIPPET)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", "", "--ignore-missing-imports"]
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    revealed = [
+        line.partition('is "')[2].rstrip('"') for line in done.stdout.splitlines() if "Revealed" in line
+    ]
+    assert revealed == ["list[dict[str, Any]]", "grpo.api.Run"], done.stdout
+    file.write_text(SNIPPET.replace("until=3", "until='3'"))
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert 'has incompatible type "str"; expected "int | None"' in done.stdout

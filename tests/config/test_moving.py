@@ -210,6 +210,6 @@ def test_the_example_has_the_defaults_of_the_installed_trl(tmp_path: Path) -> No
     assert config.evaluate is None
     assert there.eval_strategy == "no"
     written = TRL_DEFAULTS.read_text()
-    for key in dict(SAME).values():
-        name = (key if isinstance(key, str) else key[0]).rpartition(".")[2]
+    for where in SAME.values():
+        name = (where if isinstance(where, str) else where[0]).rpartition(".")[2]
         assert re.search(rf"\b{name}:", written), f"{name} is not written down"

@@ -16,13 +16,14 @@ from tests.faults.tally import introduction
 from tests.pages.pages import DOCS, ROOT, Block, Shell, anchors, blocks, links, num_fences, texts
 
 from grpo import errors
+from grpo.config import moving
 from grpo.config.loading import validated
 from grpo.config.yaml import parse
 
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 WITH_README = {**PAGES, "../README.md": (ROOT / "README.md").read_text()}
 # Every file is on the page, or made by it; the others begin with a finished quickstart.
-FROM_EMPTY = ("quickstart.md", "your-data-and-reward.md")
+FROM_EMPTY = ("quickstart.md", "your-data-and-reward.md", "from-trl.md")
 # What it shows is of runs that went wrong and took minutes: its queries are tried on a healthy run, which may
 # have nothing to show, and its runs are not made.
 OF_OTHER_RUNS = ("reading-a-run.md",)
@@ -163,6 +164,12 @@ def test_every_exit_code_is_explained() -> None:
 def test_generated_pages_are_current(page: str) -> None:
     build = _module(DOCS / "build.py")
     assert getattr(build, page)() == PAGES[f"{page}.md"], "run `python docs/build.py`"
+
+
+@pytest.mark.parametrize("trainer", moving.TRAINERS)
+def test_the_pages_about_moving_are_current(trainer: str) -> None:
+    page = PAGES[f"from-{trainer.lower()}.md"]
+    assert _module(DOCS / "build.py").from_trainer(trainer) == page, "run `python docs/build.py`"
 
 
 def test_the_page_of_faults_says_what_is_tried() -> None:

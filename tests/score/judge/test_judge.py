@@ -1,5 +1,6 @@
 """The judge's client against an endpoint of ours; a real vLLM server is in test_judge_vllm.py."""
 
+import asyncio
 import json
 import sys
 import threading
@@ -276,3 +277,11 @@ def test_a_key_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == (
         "score.rewards: judge: judge.api_key_env: JUDGE_KEY is not set in the environment"
     )
+
+
+def test_within_an_event_loop_as_in_a_notebook() -> None:
+    async def cell(endpoint: Endpoint) -> list[Judgement]:
+        return ask(judge_of(endpoint), "a", "b")
+
+    with serve() as endpoint:
+        assert [judgement.status for judgement in asyncio.run(cell(endpoint))] == ["ok", "ok"]

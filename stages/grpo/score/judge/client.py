@@ -66,7 +66,8 @@ class Judge:
         self._thread.shutdown()
 
     def _run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        return self._call(self._loop.run, work)
+        found: _Result = self._call(self._loop.run, work)
+        return found
 
     def _call(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call it in this thread; in another where this one is within a loop, as a notebook's always is."""
