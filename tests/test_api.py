@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -60,6 +61,17 @@ def test_a_run_is_opened_from_elsewhere(
     monkeypatch.chdir(elsewhere)
     assert len(door.open(project / "artifacts" / "tiny").table("rollouts")) == 12
     assert len(door.open("../project/artifacts/tiny").table("rollouts")) == 12
+
+
+def test_a_folder_is_the_run_whatever_it_was_called(project: Path) -> None:
+    shutil.copytree("artifacts/tiny", "artifacts/copy")
+    shutil.rmtree("artifacts/copy/iteration=000001")
+    copy = door.open("artifacts/copy")
+    assert (copy.name, len(copy.samples), len(door.open("tiny").samples)) == ("copy", 6, 12)
+    assert {row["run"] for row in copy.samples} == {"copy"}
+    changed = door.open("copy", config="pipeline.yaml", overrides={"update.learning_rate": 0.5})
+    assert (changed.path, changed.config.update.learning_rate) == (Path("artifacts/copy"), 0.5)
+    assert door.open("copy", overrides={"iterations": 7}).config.iterations == 7
 
 
 def test_tables_and_queries_give_the_same_rows_in_every_form(project: Path, grpo: Grpo) -> None:

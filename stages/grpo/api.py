@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import sql, tables
-from grpo.artifacts import ARTIFACTS, ActiveRun, created_config
+from grpo.artifacts import ARTIFACTS, ActiveRun, created_config, require_run
 from grpo.config import Config, validated
 from grpo.console import Console, quieten_libraries
 from grpo.errors import UsageError
@@ -100,13 +100,12 @@ def open(run: str | Path, config: Configuration | None = None, overrides: Settin
     path = Path(run)
     root, name = (ARTIFACTS, str(run)) if path.name == str(run) else (path.parent, path.name)
     if config is not None:
-        overrides = {**(overrides or {}), "run": name}
-    created = created_config(name, root, _texts(overrides))
-    active = ActiveRun(root, created, Path.cwd(), Console())
-    if config is not None:
-        found = _configured(config, overrides, False)
-        active = ActiveRun(root, found.config, found.imports, found.console)
-    return Run(active)
+        require_run(name, root)
+        found = _configured(config, {**(overrides or {}), "run": name}, False)
+        return Run(ActiveRun(root, found.config, found.imports, found.console))
+    # Its folder is the run, whatever name it was created with.
+    created = created_config(name, root, _texts(overrides)).model_copy(update={"run": name})
+    return Run(ActiveRun(root, created, Path.cwd(), Console()))
 
 
 def run(
