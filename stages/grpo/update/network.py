@@ -140,8 +140,6 @@ def layout_of(model: PreTrainedModel, *, share_prompts: bool) -> Layout:
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     if chunked or getattr(config, "attention_chunk_size", None) or getattr(config, "alibi", False):
         return "rows"
-    if model.config._attn_implementation == "eager":  # it keeps the whole square of scores, of each head
-        return "rows"
     full = kinds == {DynamicLayer} and model.config._attn_implementation in ("sdpa", "flex_attention")
     return "shared" if full and share_prompts and model._supports_attention_backend else "packed"
 
