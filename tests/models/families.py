@@ -1,4 +1,4 @@
-"""A tiny configuration of every family, with what makes it different: softcaps, windows, experts, scaled logits.
+"""A tiny configuration of every family, with what it is known for: softcaps, windows, experts, scales.
 
 `model_type` of transformers -> keys of its configuration, beside SIZES. Windows are shorter than the
 sequences, caps so small that they show, and initial weights so large that log-probs are far from uniform.

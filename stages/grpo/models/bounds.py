@@ -35,6 +35,8 @@ def weight_files(checkpoint: Path) -> list[Path]:
     if first.endswith(".json"):
         names = set(map(str, read_json(checkpoint / first, weight_map=dict)["weight_map"].values()))
     for path in sorted(checkpoint / name for name in names):
+        if path.parent != checkpoint:
+            raise CorruptError(f"{checkpoint / first}: lists {path.name!r} of another folder")
         if not path.is_file():
             raise InputError(f"{path}: missing, though the index of the checkpoint lists it")
     return sorted(checkpoint / name for name in names)

@@ -237,7 +237,7 @@ def refusals(where: str, message: str) -> Iterator[None]:
         raise CorruptError(f"{where}: {what}: {_one_line(error)}") from error
     except Exception as error:
         text = _one_line(error)
-        if "trust_remote_code" in text:
+        if "trust_remote_code" in str(error):
             text = (
                 "it needs code of its own, which never runs here (model_options.trust_remote_code stays"
                 " false); take a checkpoint of a model that transformers has"

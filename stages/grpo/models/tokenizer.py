@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from grpo.artifacts import ActiveRun
+from grpo.errors import CorruptError, first_line
 
 FILE = "tokenizer.json"
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character yet
@@ -17,14 +18,18 @@ _CHARACTER_BYTES = 4  # the longest character of UTF-8: what more tokens do not 
 def tokenizer_of(run: ActiveRun) -> Tokenizer | None:
     """The tokenizer of the newest policy that is on disk, or of the starting one: all of them have the same.
 
-    None where none of the folders has a tokenizer.json.
+    None where none of the folders has a tokenizer.json. Raises CorruptError (exit 6) for one that is none.
     """
     folders = [run.folder("update", number - 1) / "policy" for number in reversed(run.policies()) if number]
     for folder in filter(None, [*folders, starting_policy(run)]):
         try:
-            return Tokenizer.from_str((folder / FILE).read_text(encoding="utf-8"))
+            text = (folder / FILE).read_bytes().decode(errors="replace")
         except (FileNotFoundError, NotADirectoryError):  # pruned meanwhile, moved, or of an old format
             continue
+        try:
+            return Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise CorruptError(f"{folder / FILE}: is no tokenizer: {first_line(error)}") from None
     return None
 
 
