@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from grpo.artifacts import ActiveRun, Run
+from grpo.errors import InputError
 
 STARTER = "tiny-arithmetic"
 
@@ -17,6 +18,20 @@ def resolve_model(run: ActiveRun, name: str) -> Path:
             starter_model.ensure(folder, run.console.say)
         return folder
     return run.checkpoint_path(name)
+
+
+def configured_model(run: ActiveRun, key: str, name: str) -> Path:
+    """The same of the checkpoint that `key` names; InputError (exit 4) says what may stand there."""
+    try:
+        folder = resolve_model(run, name)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+    if not folder.is_dir():
+        raise InputError(
+            f"{key}: {folder}: no such directory; a Hugging Face checkpoint directory is needed, or a hub id"
+            f" (owner/name), or `{STARTER}`, the built-in starter model"
+        )
+    return folder
 
 
 def starter_folder(run: Run) -> Path:

@@ -127,7 +127,7 @@ def check_model(checkpoint: Path, attention: str = "auto") -> PreTrainedConfig:
     Raises InputError, CorruptError.
     """
     config = load_config(checkpoint)
-    known = AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
+    known = AutoModelForCausalLM._model_mapping
     model_class = known.get(type(config), None)
     check_family(checkpoint, config, model_class, attention)
     return config

@@ -50,7 +50,7 @@ def check_model(
         if folder is not None:
             parameters = num_parameters(folder)
             if key in ("model", "reference"):
-                check_checkpoint(folder)
+                check_checkpoint(folder, run.config.model_options.attn_implementation)
             else:
                 load_config(folder)
             if key == "model":
@@ -94,10 +94,11 @@ def _local(run: ActiveRun, name: str) -> Path | None:
     if name == STARTER:
         return starter_folder(run) if starter_folder(run).exists() else None
     if not is_hub_id(name, run.imports):
-        return run.imports / name
+        return run.checkpoint_path(name)
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json")
+    revision = run.config.model_options.revision if name == run.config.model else None
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
 
 
