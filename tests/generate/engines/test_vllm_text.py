@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.generate.engines.test_stop import ends_at
-from tests.generate.engines.test_vllm_engine import requests, write_checkpoint
+from tests.generate.engines.test_vllm_engine import STOP_IDS, requests, write_checkpoint
 
 from grpo.generate.engines.protocol import Group, Request, Sampling
 from grpo.models import starter_model
@@ -86,7 +86,8 @@ def test_structured_outputs(
     tokenizer = starter_model.build_tokenizer()
     for group in sampled(engine, structured_outputs=structure):
         for sample in group.samples:
-            assert tokenizer.decode(sample.token_ids.tolist(), skip_special_tokens=True) in allowed
-            assert sample.finish_reason == "stop"
+            *ids, last = sample.token_ids.tolist()
+            assert tokenizer.decode(ids) in allowed
+            assert (last in STOP_IDS, sample.finish_reason) == (True, "stop")
             assert np.isfinite(sample.logprobs).all()
             assert (sample.logprobs <= 0).all()

@@ -139,7 +139,7 @@ def sample_batch(
 ) -> list[Group]:
     """Sample all groups of one batch together, to their ends.
 
-    shares_prompts: keep keys and values of a prompt once; needs takes_prefix(model). tokenizer: of stop texts.
+    shares_prompts: keep keys and values of a prompt once; needs takes_prefix(model). tokenizer: for stop.
     """
     rows = _Rows(model, requests, sampling, shares_prompts)
     watches = StopWatches(tokenizer, requests, sampling.stop)
