@@ -42,18 +42,20 @@ def plain_logprobs(model: Any, prompt: list[int], response: list[int], temperatu
     return logprobs[torch.arange(len(response)), ids[0, len(prompt) :]].numpy()
 
 
-def sampled(checkpoint: Path) -> list[tuple[list[int], Sample]]:
+def sampled(checkpoint: Path, attention: str = "auto") -> list[tuple[list[int], Sample]]:
     """By the built-in engine: prompts of several lengths in one batch, several samples of each."""
     draw = np.random.default_rng(0)
     prompts = [draw.integers(3, VOCABULARY, length).tolist() for length in (11, 1, 4)]
     requests = [Request(n, prompt, [100 * n + s for s in range(3)]) for n, prompt in enumerate(prompts)]
-    engine = TransformersEngine("cpu", 64)
+    engine = TransformersEngine("cpu", 64, attention)
     engine.load(checkpoint)
     groups = engine.sample([requests], Sampling(TEMPERATURE, 14), lambda _: None)
     return [(prompts[group.group_id], sample) for group in groups for sample in group.samples]
 
 
-def learned(checkpoint: Path, taken: list[tuple[list[int], Sample]], sharing: str) -> dict[int, np.ndarray]:
+def learned(
+    checkpoint: Path, taken: list[tuple[list[int], Sample]], sharing: str, attention: str = "auto"
+) -> dict[int, np.ndarray]:
     """By the learner: all in one micro-batch."""
     groups = {tuple(prompt): number for number, (prompt, _) in enumerate(taken)}
     old = [sample.logprobs for _, sample in taken]
@@ -66,7 +68,7 @@ def learned(checkpoint: Path, taken: list[tuple[list[int], Sample]], sharing: st
         advantages=np.zeros(len(taken)),
         temperatures=np.full(len(taken), TEMPERATURE),
     )
-    learner = Learner(UpdateConfig.model_validate({"prompt_sharing": sharing}), "cpu")
+    learner = Learner(UpdateConfig.model_validate({"prompt_sharing": sharing}), "cpu", 0, attention)
     learner.load(checkpoint, None, ("start", None))
     return learner.policy_logprobs(rollouts, np.arange(len(taken)))
 
@@ -90,6 +92,17 @@ def test_engine_learner_and_weight_check_compute_what_plain_transformers_does(
     [measured] = measure(Reader(ours), [sequence]).logprobs
     expected = plain_logprobs(model, sequence[:1], sequence[1:], 1.0)
     assert np.abs(np.array(measured) - expected).max() <= TOLERANCE
+
+
+def test_attention_with_sinks_is_right_where_eager_is_asked_for(tmp_path: Path) -> None:
+    changes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6}
+    checkpoint = write_checkpoint(tmp_path, "gpt_oss", changes)
+    model, taken = plain(checkpoint), sampled(checkpoint, "eager")
+    found = learned(checkpoint, taken, "auto", "eager")
+    for row, (prompt, sample) in enumerate(taken):
+        right = plain_logprobs(model, prompt, sample.token_ids.tolist(), TEMPERATURE)
+        assert np.abs(sample.logprobs - right).max() <= TOLERANCE
+        assert np.abs(found[row] - right).max() <= TOLERANCE
 
 
 def test_the_documentation_names_the_families_that_are_tested() -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from grpo.artifacts import ActiveRun, Run
-from grpo.errors import InputError
+from grpo.errors import InputError, UsageError
 
 STARTER = "tiny-arithmetic"
 
@@ -11,6 +11,8 @@ STARTER = "tiny-arithmetic"
 def resolve_model(run: ActiveRun, name: str) -> Path:
     """The local directory of a checkpoint; the starter model is trained when it is first asked for."""
     if name == STARTER:
+        if name == run.config.model and (revision := run.config.model_options.revision) is not None:
+            raise UsageError(f"model_options.revision: {revision}, but {name} is no hub id; leave it out")
         folder = starter_folder(run)
         if not folder.exists():  # the folder appears complete; training it imports torch
             from grpo.models import starter_model

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from grpo.errors import EngineError
+from grpo.errors import EngineError, UnsupportedModelError
 from grpo.generate.engines.draw import draw, penalise, uniforms
 from grpo.generate.engines.kv_cache import Move, cache_name, move_rows, new_cache
 from grpo.generate.engines.prefix_attention import NAME, Prefix, prefix_attention, takes_prefix
@@ -53,7 +53,7 @@ class TransformersEngine:
     def load(self, checkpoint: Path) -> None:
         """Build the model anew from `checkpoint`: nothing of an earlier one can stay behind.
 
-        Raises what load_model does, and EngineError for a model whose forward pass cannot be batched here.
+        Raises what load_model does, and UnsupportedModelError for a model that cannot be batched here.
         """
         self.release()  # first: two policies need not fit into memory
         model = self._blueprint.load_model(checkpoint, self.device) if self._blueprint else None
@@ -64,7 +64,7 @@ class TransformersEngine:
             for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
                 if name not in accepted:
                     message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
-                    raise EngineError(f"generate: {message}")
+                    raise UnsupportedModelError(f"generate: {message}")
             self._takes_prefix = takes_prefix(model)
         self._eos_ids = eos_token_ids(checkpoint)
         self._model, self._checkpoint = model, checkpoint

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from grpo import tables
 from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id
 from grpo.errors import CorruptError, DataError
+from grpo.generate.engines.choice import choose_engine
+from grpo.generate.engines.kv_cache import new_cache
 from grpo.manage.doctor.report import Report
 from grpo.models.bounds import shapes_in, weight_files
 from grpo.models.find import STARTER, resolve_model, starter_folder
@@ -53,6 +55,8 @@ def check_model(
                 check_checkpoint(folder, run.config.model_options.attn_implementation)
             else:
                 load_config(folder)
+            if key == "model" and choose_engine(run.config.generate.engine)[0] == "transformers":
+                new_cache(load_config(folder), max_new_tokens=1)
             if key == "model":
                 lengths(run, folder, OUTPUT)
             found = Checkpoint(folder, parameters)
