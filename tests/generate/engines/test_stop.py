@@ -75,7 +75,7 @@ def test_a_word_has_its_space_behind_a_prompt() -> None:
 def test_special_tokens_are_text_too() -> None:
     tokenizer = starter_model.build_tokenizer()
     end: Any = tokenizer.eos_token_id
-    content = tokenizer.decode([end])
+    content = str(tokenizer.decode([end]))
     assert ends_at(tokenizer.backend_tokenizer, [65], [65, end], [content]) == 2
 
 

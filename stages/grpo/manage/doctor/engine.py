@@ -152,6 +152,9 @@ def _compare(run: ActiveRun, checkpoint: Path, taken: list[tuple[Request, Sample
         run.config.update, best_device(), attention=run.config.model_options.attn_implementation
     )
     learner.load(checkpoint, None, ("starting policy", None))
+    lengths = [(len(request.prompt_token_ids), len(sample.token_ids)) for request, sample in taken]
+    longest_prompt, longest_response = map(max, zip(*lengths, strict=True))
+    learner.check_layout(rollouts, (longest_prompt, longest_response))  # as an update begins
     found = learner.policy_logprobs(rollouts, np.arange(len(taken)))
     own = [found[row] for row in range(len(taken))]
     del learner  # the memory is for another copy of the model
