@@ -225,3 +225,17 @@ def test_doctor_finds_them_without_loading_the_model(project: Path, grpo: Grpo) 
     code, out, _ = grpo("doctor", "--set", "model=./sinks")
     assert code == 6
     assert "Traceback" not in out
+
+
+def test_a_state_that_cannot_be_batched_is_found_by_doctor_and_run(project: Path, grpo: Grpo) -> None:
+    changes = {"layer_types": ["conv", "full_attention"], "vocab_size": 258}
+    write_checkpoint(project / "hybrid", "lfm2", changes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(project / "model" / name, project / "hybrid" / name)
+    for command in ("doctor", "run"):
+        code, out, err = grpo(command, "--set", "model=./hybrid", "--set", "generate.engine=transformers")
+        assert (command, code) == (command, 4)
+        said = " ".join((out + err).split())
+        assert "generate: lfm2 keeps a" in said
+        assert "which cannot be batched here; use engine: vllm" in said
+        assert "Traceback" not in said
