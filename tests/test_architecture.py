@@ -153,11 +153,14 @@ def test_no_file_has_a_name_that_says_nothing() -> None:
 
 def test_nothing_catches_everything() -> None:
     # The user's reward functions may raise anything: what a worker does with that is marked there (BLE001).
+    # A checkpoint of others may make transformers raise any, and tokenizers raises nothing else.
     # vLLM raises bare Exception too, so that nothing narrower would turn its failures into an EngineError.
     allowed = {
         "score/functions/call.py": {"BaseException"},
         "score/functions/worker.py": {"BaseException"},
         "generate/engines/vllm_engine.py": {"Exception"},
+        "models/loading.py": {"Exception"},
+        "models/tokenizer.py": {"Exception"},
         "inspect/track.py": {
             "Exception"
         },  # a tracker is a service of others: training goes on, whatever it raises

@@ -45,6 +45,10 @@ class EngineError(GrpoError, exit_code=8):
     """The engine, the learner or a reward failed while it worked."""
 
 
+class UnsupportedModelError(EngineError, exit_code=4):
+    """The engine cannot sample from a model of this kind."""
+
+
 class Interrupted(GrpoError, exit_code=130):
     """The user asked to stop; what is committed stays. SIGINT exits 130, SIGTERM 143."""
 

@@ -29,7 +29,8 @@ class ActiveRun(Run):
 
     def checkpoint_path(self, name: str) -> Path:
         """Directory of a configured checkpoint: relative to the configuration's folder, or from the hub."""
-        return find_checkpoint(name, self.imports)
+        revision = self.config.model_options.revision if name == self.config.model else None
+        return find_checkpoint(name, self.imports, revision)
 
     def checkpoint_id(self, name: str) -> str:
         """Id of a configured checkpoint, computed once per process."""

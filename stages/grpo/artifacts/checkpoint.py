@@ -1,10 +1,11 @@
 """artifacts.checkpoint: a Hugging Face checkpoint directory as files: which belong to it, and its id."""
 
+import os
 from pathlib import Path
 
 from grpo.artifacts.files import sha256_of
 from grpo.artifacts.manifest import digest
-from grpo.errors import InputError, first_line
+from grpo.errors import InputError, UsageError, first_line
 
 _BELONGS = {
     ".safetensors",
@@ -41,19 +42,31 @@ def is_hub_id(name: str, folder: Path) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not (folder / name).exists()
 
 
-def find_checkpoint(name: str, folder: Path) -> Path:
+def local_checkpoint(name: str, folder: Path) -> Path:
+    """The directory that a path relative to `folder` names, without the `..` that change nothing."""
+    path = folder / Path(name).expanduser()
+    plain = Path(os.path.normpath(path))
+    return plain if not path.exists() or (plain.exists() and plain.samefile(path)) else path
+
+
+def find_checkpoint(name: str, folder: Path, revision: str | None = None) -> Path:
     """The local directory of a checkpoint: a path relative to `folder`, or a hub id, downloaded once.
 
-    Raises InputError (exit 4) when it is neither.
+    revision: branch, tag or commit on the hub; None: the newest. Raises InputError (exit 4) when the name is
+    neither, UsageError (exit 2) for a revision of a directory.
     """
-    path = folder / name
+    path = local_checkpoint(name, folder)
     if not is_hub_id(name, folder):
+        if revision is not None:
+            raise UsageError(f"model_options.revision: {revision}, but {name} is no hub id; leave it out")
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in sorted(_BELONGS)]))
+        patterns = [f"*{suffix}" for suffix in sorted(_BELONGS)]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         why = first_line(error)
+        name = name if revision is None else f"{name} at revision {revision}"
         raise InputError(f"{name}: no directory {path}, and not to be had from the hub: {why}") from None

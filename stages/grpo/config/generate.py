@@ -4,7 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from grpo.config.section import Count, NonEmpty, Plain, Section
+from grpo.config.section import ADDED, Count, NonEmpty, Plain, Section, must
+
+_STRUCTURES: dict[str, type] = {"regex": str, "json": dict, "choice": list, "grammar": str}
+_STRUCTURE = "must hold one of regex (text), json (a schema), choice (a list of texts) and grammar (text)"
+
+
+def _is_structure(values: dict[str, Any]) -> bool:
+    [*pairs] = values.items()
+    if len(pairs) != 1 or not isinstance(pairs[0][1], _STRUCTURES.get(pairs[0][0], ())) or not pairs[0][1]:
+        return False
+    name, value = pairs[0]
+    return name != "choice" or all(isinstance(text, str) and text for text in value)
 
 
 class DynamicSamplingConfig(Section):
@@ -39,9 +50,17 @@ class GenerateConfig(Section):
     """Sample from this many of the likeliest tokens; null: from all. vllm only."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Leave out tokens less likely than this share of the likeliest one; 0: none. vllm only."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=100), ADDED] = 1.0
+    """Divides the logits of tokens that prompt or response hold (negative ones: times it); 1: no penalty."""
+    structured_outputs: Annotated[Annotated[Plain, must(_is_structure, _STRUCTURE)] | None, ADDED] = None
+    """What every response must have the form of: `regex`, `json` (a schema), `choice` or `grammar`; null:
+    any. vllm only."""
+    stop: Annotated[list[NonEmpty], ADDED] = Field([])
+    """Texts that end a response as an end-of-sequence token does: the token that completes one is its last.
+    They are found across tokens, special ones included, and are a part of the response. Evaluations too."""
     allow_truncated_sampling: bool = False
-    """true: allow top_p, top_k and min_p, though the importance ratio is then biased: the learner's log-probs
-    are over the whole vocabulary (docs/math.md)."""
+    """true: allow top_p, top_k, min_p, repetition_penalty and structured_outputs, though the importance ratio
+    is then biased: the learner's log-probs are over the whole vocabulary (docs/math.md)."""
     rollouts_per_shard: Count = 2048
     """Rollouts committed at a time, rounded down to whole groups: what a crash can cost at most. One Parquet
     file and row group each, which ~2k rows suit."""
@@ -54,8 +73,9 @@ class GenerateConfig(Section):
     """Sample rounds of further prompts until enough groups have signal; null: one round."""
 
     def truncation(self) -> str:
-        """The key that cuts the distribution, the first of them; empty: none does."""
+        """The key that cuts the distribution, the first of them, for which vLLM is needed; empty: none."""
         cuts = {"top_p": self.top_p < 1, "top_k": self.top_k is not None, "min_p": self.min_p > 0}
+        cuts["structured_outputs"] = self.structured_outputs is not None
         return next((name for name, does in cuts.items() if does), "")
 
     def model_post_init(self, context: Any, /) -> None:
@@ -67,9 +87,11 @@ class GenerateConfig(Section):
                 f" prompts_per_iteration times max_rounds {rounds.max_rounds}; lower it, or raise those"
             )
         given = self.truncation()
-        if given and not self.allow_truncated_sampling:
+        biased = given or ("repetition_penalty" if self.repetition_penalty != 1 else "")
+        if biased and not self.allow_truncated_sampling:
+            does = "cuts" if given else "changes"
             raise ValueError(
-                f"{given} cuts the distribution the policy is sampled from, which biases the"
+                f"{biased} {does} the distribution the policy is sampled from, which biases the"
                 " importance ratio; leave it out, or set allow_truncated_sampling: true"
             )
         if given and self.engine == "transformers":

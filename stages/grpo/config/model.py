@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from grpo.config.generate import GenerateConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
-from grpo.config.section import Count, NonEmpty, NonNegative, Section, must
+from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, must
 from grpo.config.update import OBJECTIVES, UpdateConfig
 
 PASS_THRESHOLD = 1.0
@@ -74,6 +74,42 @@ class CheckpointsConfig(Section):
     """Policies whose number is a multiple of this are kept too; null: none of the older ones."""
 
 
+_NOT_LOADED = {
+    **dict.fromkeys(("dtype", "torch_dtype"), "weights are float32; say update.precision, or engine_options"),
+    **dict.fromkeys(
+        ("quantization_config", "load_in_8bit", "load_in_4bit"),
+        "what is trained is not quantised; the engine may be, by generate.engine_options.quantization",
+    ),
+    "device_map": "the device is the machine's: a GPU where one is there",
+}
+
+
+class ModelOptions(Section):
+    """How `model` is loaded, and a reference of its own (docs/models.md)."""
+
+    revision: Annotated[NonEmpty | None, ADDED] = None
+    """Branch, tag or commit of a `model` from the hub; null: its newest. A local directory has none."""
+    attn_implementation: Annotated[Literal["auto", "sdpa", "eager"], ADDED] = "auto"
+    """Attention of learner, reference and built-in engine. auto: sdpa, and eager for a model that sdpa does
+    not compute (a softcap)."""
+    trust_remote_code: Annotated[Literal[False], ADDED] = False
+    """Stays false: code that comes with a checkpoint never runs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _say_why_not(cls, data: Any) -> Any:
+        """Raise ValueError for an option of from_pretrained() that has another place here, or none."""
+        given = data if isinstance(data, dict) else {}
+        if given.get("trust_remote_code"):
+            raise ValueError(
+                "trust_remote_code stays false: code that comes with a checkpoint never runs here; take a"
+                " checkpoint of a model that transformers has"
+            )
+        if refused := next((key for key in given if key in _NOT_LOADED), None):
+            raise ValueError(f"{refused}: {_NOT_LOADED[refused]}; leave it out")
+        return data
+
+
 class Config(Section):
     """The whole of pipeline.yaml."""
 
@@ -85,6 +121,7 @@ class Config(Section):
     """Seed of everything random. Fixed for a run."""
     model: NonEmpty
     """The starting policy: a checkpoint directory, a hub id, or `tiny-arithmetic`. Fixed for a run."""
+    model_options: Annotated[ModelOptions, ADDED] = ModelOptions()
     prompts: PromptsConfig
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig
@@ -95,6 +132,11 @@ class Config(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     track: Literal["trackio", "wandb"] | None = None
     """Log each iteration to Trackio or Weights & Biases too; null: to neither. In no stage's fingerprint."""
+
+    def loaded_with(self) -> dict[str, Any]:
+        """Of model_options, what changes results beside the checkpoint itself, for fingerprints."""
+        values = self.model_options.recorded({"revision"})
+        return {"model_options": values} if values else {}
 
     @model_validator(mode="before")
     @classmethod

@@ -17,7 +17,10 @@ STAGE_VERSION = 1
 ROLLOUTS, REWARDS, JUDGEMENTS = "eval_rollouts", "eval_rewards", "eval_judgements"
 SEEDS = "evaluation"  # in the place of an iteration's number: no seed of training is made of it
 # What of `generate` an evaluation depends on; the rest says what is sampled in training.
-_OF_ENGINE = ("engine", "engine_options", "top_p", "top_k", "min_p", "max_rows_per_batch")
+_OF_ENGINE = (
+    *("engine", "engine_options", "top_p", "top_k", "min_p", "max_rows_per_batch"),
+    *("stop", "repetition_penalty", "structured_outputs"),  # described where they are used
+)
 
 
 def config_of(run: ActiveRun) -> EvaluateConfig:
@@ -62,8 +65,12 @@ def plan(run: ActiveRun, policy: int) -> Plan:
         iteration=policy,
         config={
             "seed": run.config.seed,
+            **run.config.loaded_with(),
             "evaluate": {**settings(run), "prompts": described(run, HELD_OUT)},
-            "generate": {"version": generate.STAGE_VERSION, **{key: sampled[key] for key in _OF_ENGINE}},
+            "generate": {
+                "version": generate.STAGE_VERSION,
+                **{key: sampled[key] for key in _OF_ENGINE if key in sampled},
+            },
             "score": {"version": score.STAGE_VERSION, "rewards": score.described(run)},
         },
         inputs={f"policy@{policy}": run.id_of(f"policy@{policy}") or ""},

@@ -16,7 +16,6 @@ from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id
 from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, config_of, settings
 from grpo.generate import plan as generate
 from grpo.generate import sampling
-from grpo.generate.engines.protocol import Sampling
 from grpo.generate.rollouts import SamplingTask
 from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
@@ -81,7 +80,6 @@ def _sampled(
     texts, requests = sampling.requests_of(
         rows, sampler, chat, run.config.seed, SEEDS, wanted["samples_per_prompt"]
     )
-    cuts = (config.top_p, config.top_k, config.min_p)
     return SamplingTask(
         table=ROLLOUTS,
         iteration=policy,
@@ -94,7 +92,7 @@ def _sampled(
             for index, shard in enumerate(staging.plan.shards)
         },
         groups_per_round=len(requests),
-        sampling=Sampling(wanted["temperature"], wanted["max_new_tokens"], *cuts),
+        sampling=sampling.sampling_of(config, wanted["temperature"], wanted["max_new_tokens"]),
     )
 
 

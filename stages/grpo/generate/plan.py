@@ -30,7 +30,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         stage_version=STAGE_VERSION,
         output=OUTPUT,
         iteration=iteration,
-        config={"seed": run.config.seed, "generate": described(config)},
+        config={"seed": run.config.seed, "generate": described(config), **run.config.loaded_with()},
         inputs={reference: run.id_of(reference) or "" for reference in references},
         user_files=user_files,
         shards=shards_of(config.prompts_per_iteration, config.samples_per_prompt, config.rollouts_per_shard),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from grpo.artifacts import ActiveRun, FileRecord, Staging
-from grpo.generate.engines.protocol import Engine, Group, Request, group_seed
+from grpo.config import GenerateConfig
+from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.rollouts import SamplingTask, rollouts_table
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.weight_check import read_weight_check
@@ -19,6 +20,20 @@ from grpo.prompts.source import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def sampling_of(config: GenerateConfig, temperature: float, max_new_tokens: int) -> Sampling:
+    """How to sample, by `generate` but for what an evaluation has of its own."""
+    return Sampling(
+        temperature,
+        max_new_tokens,
+        config.top_p,
+        config.top_k,
+        config.min_p,
+        tuple(config.stop),
+        config.repetition_penalty,
+        config.structured_outputs,
+    )
 
 
 @dataclass

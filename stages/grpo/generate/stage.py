@@ -12,10 +12,10 @@ from grpo.config import GenerateConfig
 from grpo.errors import DataError, UsageError
 from grpo.generate import selection
 from grpo.generate.engines.choice import choose_engine
-from grpo.generate.engines.protocol import Engine, Sampling
+from grpo.generate.engines.protocol import Engine
 from grpo.generate.plan import KEY, OUTPUT
 from grpo.generate.rollouts import SamplingTask
-from grpo.generate.sampling import Sampler, keep_shards, requests_of, sample
+from grpo.generate.sampling import Sampler, keep_shards, requests_of, sample, sampling_of
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import LENGTH
@@ -42,10 +42,10 @@ def open_resource(run: ActiveRun) -> Iterator[Sampler]:
     if name != "vllm" and settings.engine_options:
         run.console.say("generate.engine_options: are vLLM's; the built-in engine has none")
     start = run.policy_folder(0)
-    config = load_config(start)
-    engine = make_engine(settings, name, device, context_length(config), _longest_prompt(run))
+    config, attention = load_config(start), run.config.model_options.attn_implementation
+    engine = make_engine(settings, name, device, context_length(config), _longest_prompt(run), attention)
     vocabulary = config.get_text_config().vocab_size
-    weight_sync = WeightSync(engine, device, run.console.say)
+    weight_sync = WeightSync(engine, device, run.console.say, attention)
     try:
         yield Sampler(engine, weight_sync, load_tokenizer(start), vocabulary, run.read("prompts", None))
     finally:
@@ -63,7 +63,12 @@ def _longest_prompt(run: ActiveRun) -> int:
 
 
 def make_engine(
-    config: GenerateConfig, name: str, device: str, context: int | None, longest_prompt: int
+    config: GenerateConfig,
+    name: str,
+    device: str,
+    context: int | None,
+    longest_prompt: int,
+    attention: str = "auto",
 ) -> Engine:
     """The engine `name` with nothing loaded yet; context: positions the model has, longest_prompt: tokens.
 
@@ -72,12 +77,16 @@ def make_engine(
     if name == "transformers":
         from grpo.generate.engines.transformers_engine import TransformersEngine
 
-        return TransformersEngine(device, config.max_rows_per_batch)
+        return TransformersEngine(device, config.max_rows_per_batch, attention)
     from grpo.generate.engines.vllm_engine import VllmEngine
 
     # A weight check is scored by sampling one token behind it.
     needed = max(longest_prompt + config.max_new_tokens, LENGTH + 1)
-    return VllmEngine(config.engine_options, needed if context is None else min(needed, context))
+    return VllmEngine(
+        config.engine_options,
+        needed if context is None else min(needed, context),
+        reads_text=bool(config.stop) or config.structured_outputs is not None,
+    )
 
 
 def release(sampler: Sampler) -> None:
@@ -149,7 +158,6 @@ def _task(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, ro
     texts, requests = requests_of(rows, sampler, chat, run.config.seed, iteration, config.samples_per_prompt)
     offsets = range(0, rounds * size, size)
     shards = [range(start + first, start + end) for start in offsets for first, end in staging.plan.shards]
-    cuts = (config.top_p, config.top_k, config.min_p)
     return SamplingTask(
         table=OUTPUT,
         iteration=iteration,
@@ -159,7 +167,7 @@ def _task(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, ro
         requests=requests,
         shards={staging.file_name(PREFIX, index): groups for index, groups in enumerate(shards)},
         groups_per_round=size,
-        sampling=Sampling(config.temperature, config.max_new_tokens, *cuts),
+        sampling=sampling_of(config, config.temperature, config.max_new_tokens),
         by_query=by_query,
     )
 

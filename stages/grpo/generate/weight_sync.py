@@ -25,10 +25,12 @@ ROUNDED_TOLERANCE = 3.0  # other precisions: times the disagreement on the fresh
 class WeightSync:
     """What the engine holds, and how far it may be from the learner. One for the life of an engine."""
 
-    def __init__(self, engine: Engine, device: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, engine: Engine, device: str, say: Callable[[str], None], attention: str = "auto"
+    ) -> None:
         self.engine = engine
         self.is_open = False  # whether the engine has shown that it follows new weights
-        self._device = device
+        self._device, self._attention = device, attention  # as load_model takes them
         self._say = say
         self._holds: str | None = None
         self._last: tuple[str, list[np.ndarray]] = ("", [])
@@ -43,7 +45,7 @@ class WeightSync:
         with tempfile.TemporaryDirectory(dir=scratch) as name:
             perturbed = Path(name)
             write_perturbed(start, perturbed)
-            moved = measure(Reader(load_model(perturbed, self._device)), check.sequences)
+            moved = measure(Reader(load_model(perturbed, self._device, self._attention)), check.sequences)
             torch.cuda.empty_cache()  # the engine asks for most of it
             self.engine.load(start)
             fresh = check.difference(self.engine.logprobs(check.sequences))

@@ -12,7 +12,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,22 +26,30 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from grpo.artifacts import read_json
-from grpo.errors import CorruptError, InputError
+from grpo.errors import CorruptError, GrpoError, InputError, ResourceError
+from grpo.models.attention import is_causal, settle
+from grpo.models.bounds import WEIGHT_FILES, bounded, check_counts
+from grpo.models.families import check_family
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _NO_MODEL = "cannot be loaded as a causal language model"
+_UNREADABLE = "its weights cannot be read"
 
 
-def load_model(checkpoint: Path, device: str) -> PreTrainedModel:
-    """The causal language model of `checkpoint` in float32, sdpa attention and eval mode, on `device`.
+def load_model(checkpoint: Path, device: str, attention: str = "auto") -> PreTrainedModel:
+    """The causal language model of `checkpoint` in float32 and eval mode, on `device`.
 
-    Raises InputError where something is missing or unsupported, CorruptError where weights are missing,
-    have the wrong shape, or are not finite.
+    attention: model_options.attn_implementation; see attention.settle. Raises InputError where something is
+    missing or unsupported, CorruptError where weights are missing, have the wrong shape, or are not finite.
     """
-    model = _read_model(checkpoint)
+    model = _read_model(checkpoint, attention)
     for tensor in _tensors(model).values():
         tensor.data = _copied(tensor.data, device)
+    with refusals(str(checkpoint), "its model computes nothing"):
+        settle(model, attention)
+        causal = is_causal(model)
+    if not causal:
+        raise InputError(f"{checkpoint}: {_NO_MODEL}: its tokens see later ones")
     return model
 
 
@@ -52,7 +59,8 @@ def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 
     Nothing is copied when the checkpoint is refused, by load_model or because its tensors are others.
     """
-    source, target = _tensors(_read_model(checkpoint)), _tensors(model)
+    source = _tensors(_read_model(checkpoint, model.config._attn_implementation))
+    target = _tensors(model)
     if differing := sorted(name for name, _ in _kinds(source).items() ^ _kinds(target).items()):
         message = f"weight {differing[0]} differs in shape or tying from the model in memory"
         raise InputError(f"{checkpoint}: {message}; both must have the same architecture")
@@ -89,7 +97,7 @@ class Blueprint:
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of `checkpoint`, chat template included. Raises InputError."""
     _require_file(checkpoint, TOKENIZER_FILES, "a tokenizer")
-    with _refusals(checkpoint, "its tokenizer cannot be loaded"):
+    with refusals(str(checkpoint), "its tokenizer cannot be loaded"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(checkpoint), local_files_only=True, trust_remote_code=False
         )
@@ -99,9 +107,29 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
 def load_config(checkpoint: Path) -> PreTrainedConfig:
     """The configuration of `checkpoint`, without its weights. Raises InputError, CorruptError."""
     _require_file(checkpoint, ("config.json",), "a model")
-    read_json(checkpoint / "config.json")  # transformers' own message does not say what is wrong in it
-    with _refusals(checkpoint, "its configuration cannot be used"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
+    with refusals(str(checkpoint), "its configuration cannot be used"):
+        return read_config(checkpoint)
+
+
+def read_config(checkpoint: Path) -> PreTrainedConfig:
+    """The same; raises whatever transformers does."""
+    path = checkpoint / "config.json"
+    check_counts(path, read_json(path))  # transformers' own messages do not say what is wrong in it
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        str(checkpoint), local_files_only=True, trust_remote_code=False
+    )
+    return config
+
+
+def check_model(checkpoint: Path, attention: str = "auto") -> PreTrainedConfig:
+    """The configuration of a causal language model that can be trained here, as far as it says.
+
+    Raises InputError, CorruptError.
+    """
+    config = load_config(checkpoint)
+    known = AutoModelForCausalLM._model_mapping
+    model_class = known.get(type(config), None)
+    check_family(checkpoint, config, model_class, attention)
     return config
 
 
@@ -109,7 +137,7 @@ def load_skeleton(checkpoint: Path) -> PreTrainedModel:
     """The modules of the causal language model of `checkpoint`, without weights or memory for them."""
     auto: Any = AutoModelForCausalLM
     config = load_config(checkpoint)
-    with _refusals(checkpoint, _NO_MODEL), torch.device("meta"):
+    with refusals(str(checkpoint), _NO_MODEL), bounded(checkpoint), torch.device("meta"):
         model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
     return model
 
@@ -153,25 +181,32 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _read_model(checkpoint: Path) -> PreTrainedModel:
-    load_config(checkpoint)
+def load_pretrained(auto_class: Any, checkpoint: Path, attention: str, **options: Any) -> Any:
+    """(model, report) of transformers' `auto_class`, in float32: with no code that came with the checkpoint,
+    no pickle, no network, and no more memory than its weights ask for. Raises what from_pretrained does.
+    """
+    with bounded(checkpoint):
+        return auto_class.from_pretrained(
+            str(checkpoint),
+            dtype=torch.float32,
+            attn_implementation="eager" if attention == "eager" else "sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+
+
+def _read_model(checkpoint: Path, attention: str) -> PreTrainedModel:
+    check_model(checkpoint, attention)
     _require_file(checkpoint, WEIGHT_FILES, "weights")
-    with _refusals(checkpoint, _NO_MODEL):
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(checkpoint),
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # reported below, in one line
-                output_loading_info=True,
-            )
-        except (SafetensorError, RuntimeError) as error:
-            raise CorruptError(f"{checkpoint}: its weights cannot be read: {_one_line(error)}") from error
     model: PreTrainedModel
-    model, report = loaded
+    with refusals(str(checkpoint), _NO_MODEL):
+        # Shapes that differ are reported below, in one line.
+        model, report = load_pretrained(
+            AutoModelForCausalLM, checkpoint, attention, ignore_mismatched_sizes=True
+        )
     for name, found, right in sorted(report["mismatched_keys"]):
         message = f"weight {name} has shape {list(found)}; config.json asks for {list(right)}"
         raise CorruptError(f"{checkpoint}: {message}")
@@ -185,17 +220,37 @@ def _read_model(checkpoint: Path) -> PreTrainedModel:
 
 
 @contextmanager
-def _refusals(checkpoint: Path, message: str) -> Iterator[None]:
-    """transformers without a word of its own: what it raises is an InputError of one line."""
+def refusals(where: str, message: str) -> Iterator[None]:
+    """transformers without a word of its own: whatever it raises of a checkpoint is one line of ours.
+
+    Exception, because a checkpoint of others may make it raise any: its code trusts what it reads.
+    """
     try:
         with quiet_transformers():
             yield
-    except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"{checkpoint}: {message}: {_one_line(error)}") from error
+    except GrpoError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(f"{where}: out of memory: {_one_line(error)}") from error
+    except (SafetensorError, RuntimeError) as error:
+        what = "its files are nested too deep" if isinstance(error, RecursionError) else _UNREADABLE
+        raise CorruptError(f"{where}: {what}: {_one_line(error)}") from error
+    except Exception as error:
+        text = _one_line(error)
+        if "trust_remote_code" in str(error):
+            text = (
+                "it needs code of its own, which never runs here (model_options.trust_remote_code stays"
+                " false); take a checkpoint of a model that transformers has"
+            )
+        raise InputError(f"{where}: {message}: {text}") from error
 
 
 def _one_line(error: Exception) -> str:
-    return shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
+    kind, text = type(error).__name__, str(error)
+    # `KeyError: 'x'`: such texts say nothing by themselves.
+    named = isinstance(error, LookupError | AttributeError | ArithmeticError | AssertionError)
+    text = f"{kind}: {text}" if text and named else text or kind
+    return shorten(text, width=300, placeholder=" ...")
 
 
 def _check_weights(checkpoint: Path, model: PreTrainedModel) -> None:
@@ -228,10 +283,12 @@ def _eos_of(path: Path) -> frozenset[int]:
     config = read_json(path) if path.is_file() else {}
     ids = config.get("eos_token_id")
     if ids is None:  # a model of several parts keeps the language model's in a part
-        ids = config.get("text_config", {}).get("eos_token_id")
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+        part = config.get("text_config")
+        ids = part.get("eos_token_id") if isinstance(part, dict) else None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
+        raise CorruptError(f"{path}: eos_token_id is {shorten(str(ids), 80)}; token ids are right")
+    return frozenset(ids)
 
 
 def _require_file(checkpoint: Path, names: tuple[str, ...], what: str) -> None:

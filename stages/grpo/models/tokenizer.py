@@ -1,6 +1,8 @@
 """tokenizer: the tokenizer of a run, from its own checkpoints, and the text that each token adds."""
 
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from grpo.artifacts import ActiveRun
+from grpo.errors import CorruptError, InputError, first_line
 
 FILE = "tokenizer.json"
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character yet
@@ -17,15 +20,25 @@ _CHARACTER_BYTES = 4  # the longest character of UTF-8: what more tokens do not 
 def tokenizer_of(run: ActiveRun) -> Tokenizer | None:
     """The tokenizer of the newest policy that is on disk, or of the starting one: all of them have the same.
 
-    None where none of the folders has a tokenizer.json.
+    None where none of the folders has a tokenizer.json. Raises CorruptError (exit 6) for one that is none.
     """
     folders = [run.folder("update", number - 1) / "policy" for number in reversed(run.policies()) if number]
     for folder in filter(None, [*folders, starting_policy(run)]):
-        try:
-            return Tokenizer.from_str((folder / FILE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):  # pruned meanwhile, moved, or of an old format
-            continue
+        with suppress(InputError):  # pruned meanwhile, moved, or of an old format
+            return tokenizer_at(folder)
     return None
+
+
+def tokenizer_at(checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, from its tokenizer.json. Raises InputError, CorruptError."""
+    try:
+        text = (checkpoint / FILE).read_bytes().decode(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{checkpoint}: has no {FILE}, which is needed to read token by token") from None
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
+        raise CorruptError(f"{checkpoint / FILE}: is no tokenizer: {first_line(error)}") from None
 
 
 def starting_policy(run: ActiveRun) -> Path | None:
@@ -34,21 +47,32 @@ def starting_policy(run: ActiveRun) -> Path | None:
     return run.imports / manifest.summary["policy"] if manifest else None
 
 
-def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text that each token adds. A character of several tokens stands at the last of them.
+class TextStream:
+    """The text that each token adds to those before. A character of several tokens stands at the last.
 
     Only what was decoded since the last whole character is decoded again: time is linear in the tokens.
     """
-    texts, begin, read = [], 0, 0
-    for end in range(1, len(ids) + 1):
-        before = tokenizer.decode(ids[begin:read], skip_special_tokens=False)
-        text = tokenizer.decode(ids[begin:end], skip_special_tokens=False)
-        waiting = text.endswith(_INCOMPLETE) and end - read < _CHARACTER_BYTES
-        whole = not waiting or end == len(ids)
-        texts.append(text[len(before) :] if whole else "")
-        if whole:
-            begin, read = read, end
-    return texts
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids, self._read = list(before), len(before)
+
+    def add(self, number: int, *, last: bool = False) -> str:
+        """The text of the next token; nothing while a character is not whole, unless none follows."""
+        self._ids.append(number)
+        before = self._tokenizer.decode(self._ids[: self._read], skip_special_tokens=False)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=False)
+        num_new = len(self._ids) - self._read
+        if text.endswith(_INCOMPLETE) and num_new < _CHARACTER_BYTES and not last:
+            return ""
+        self._ids, self._read = self._ids[self._read :], num_new
+        return text[len(before) :]
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """The text that each token adds, as TextStream gives it."""
+    stream = TextStream(tokenizer)
+    return [stream.add(number, last=place == len(ids)) for place, number in enumerate(ids, 1)]
 
 
 def many_pieces(tokenizer: Tokenizer, rows: list[list[int]]) -> tuple[list[str], list[list[int]], list[int]]:

@@ -67,13 +67,13 @@ def check_sequences(prompts: Iterable[Sequence[int]], context: int | None) -> li
     return [list(islice(cycle(int(token) for prompt in prompts for token in prompt), length))]
 
 
-def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat) -> WeightCheck:
+def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat, attention: str = "auto") -> WeightCheck:
     """The weight check of a starting policy: of the prompts `rows`, the first NUM_PROMPTS of a run.
 
     Raises CorruptError (exit 6) where finite weights give log-probs that are not.
     """
     device = best_device()
-    reader = Reader(load_model(checkpoint, device))
+    reader = Reader(load_model(checkpoint, device, attention))
     token_ids = encode(rows, load_tokenizer(checkpoint), chat)[1]
     found = measure(reader, check_sequences(token_ids, context_length(reader.model.config)))
     del reader

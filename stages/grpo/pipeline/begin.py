@@ -19,12 +19,14 @@ def commit_policy(run: ActiveRun, names: dict[str, str], ids: dict[str, str]) ->
 
     Raises what load_model does for either: a reference that cannot be used is not found at the first update.
     """
+    attention = run.config.model_options.attn_implementation
     if run.config.update.kl_coefficient and ids["reference"] != ids["policy"]:
-        load_model(run.start["reference"], "cpu")
+        load_model(run.start["reference"], "cpu", attention)
     rows = run.read(prompts.OUTPUT, None).slice(0, weight_check.NUM_PROMPTS).to_pylist()
     plan = Plan("policy", STAGE_VERSION, "policy", None, names, {}, ids)
     staging = Staging(run, plan, 0)
-    found = weight_check.weight_check_of(run.start["policy"], rows, chat_of(run.config.prompts, run.imports))
+    chat = chat_of(run.config.prompts, run.imports)
+    found = weight_check.weight_check_of(run.start["policy"], rows, chat, attention)
     record = staging.write_bytes("", weight_check.FILE, found.encode())
     paths = {part: str(path) for part, path in run.start.items()}
     staging.commit(Product(ids, [record], paths))

@@ -6,7 +6,7 @@ from typing import Any
 from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config, files, seal, versions
 from grpo.config import Config, overridden_keys
 from grpo.errors import DataError, InputError
-from grpo.models.find import resolve_model
+from grpo.models.find import configured_model
 from grpo.prompts import table as prompts
 
 
@@ -20,7 +20,10 @@ def prepare(run: ActiveRun) -> None:
     begun = created or bool(run.iterations())  # run.json may have been damaged, and set aside
     _check_seed(run, created)
     names = {"policy": run.config.model, "reference": run.config.update.reference or run.config.model}
-    paths = {part: resolve_model(run, name) for part, name in names.items()}
+    key_of = {"policy": "model", "reference": "update.reference"}
+    if run.config.update.reference is None:
+        key_of["reference"] = "model"
+    paths = {part: configured_model(run, key_of[part], name) for part, name in names.items()}
     ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in paths.items()}
     manifest = run.manifest("policy", None)
     if manifest is not None and begun:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from grpo.config.score import MODEL_TIMEOUT_S
-from grpo.errors import CorruptError, EngineError, InputError
-from grpo.models.loading import context_length, load_tokenizer
+from grpo.errors import EngineError, InputError
+from grpo.models.attention import settle
+from grpo.models.bounds import WEIGHT_FILES
+from grpo.models.loading import context_length, load_pretrained, load_tokenizer, read_config, refusals
 from grpo.score.functions.built_in import Text, Texts
 from grpo.score.outcome import Outcome, one_line, outcome_of
 
@@ -142,29 +142,22 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
 
 def _load_classifier(directory: Path, device: str) -> Any:
     where = f"reward model {directory}"
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(str(directory), **local)
+    with refusals(where, "cannot be loaded as a classifier"):
+        if not any((directory / name).is_file() for name in WEIGHT_FILES):
+            raise FileNotFoundError(f"there is no {' or '.join(WEIGHT_FILES)}")
+        config = read_config(directory)
         if config.num_labels != 1:
             raise InputError(f"{where}: has {config.num_labels} labels; a reward needs exactly 1")
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            str(directory),
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,  # a pickled checkpoint can run code
-            output_loading_info=True,
-            **local,
-        )
-    except (SafetensorError, RuntimeError) as error:
-        raise CorruptError(one_line(f"{where}: its weights cannot be read: {error}")) from error
-    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        raise InputError(one_line(f"{where}: cannot be loaded as a classifier: {error}")) from error
+        model, report = load_pretrained(AutoModelForSequenceClassification, directory, "auto", config=config)
     # transformers fills missing weights with random numbers and only warns: any language model would load.
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{where}: is not a trained classifier; its weights lack {', '.join(missing[:3])}")
     for tensor in chain(model.parameters(), model.buffers()):
         tensor.data = tensor.data.to(device, copy=True)  # not mapped to the file, as in models/loading.py
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
+    with refusals(where, "its model computes nothing"):
+        settle(model, "auto")
+    return model
 
 
 def _max_tokens(model: Any, tokenizer: Any) -> int:

@@ -39,11 +39,12 @@ class Learner:
 
     optimizer: torch.optim.AdamW  # there once load() was called, as the policy's network is
 
-    def __init__(self, config: UpdateConfig, device: str, seed: int = 0) -> None:
+    def __init__(self, config: UpdateConfig, device: str, seed: int = 0, attention: str = "auto") -> None:
         self.config = config
         self.objective = objective_of(config)
         self.device = device
         self.seed = seed  # of a new adapter
+        self.attention = attention  # as load_model takes it
         self.holds: tuple[str | None, str | None] = (None, None)
         self.adapter: PeftModel | None = None  # in training on the policy's frozen weights
         self._networks: dict[str, Network] = {}  # `policy`, and `reference` where that is no adapter's base
@@ -90,11 +91,11 @@ class Learner:
     def load_reference(self, checkpoint: Path, *, is_start: bool = False) -> None:
         """Load the frozen reference once. is_start: it is the starting policy, which an adapter's base is."""
         if "reference" not in self._networks and not (is_start and self.adapter is not None):
-            model = load_model(checkpoint, self.device).requires_grad_(False)
+            model = load_model(checkpoint, self.device, self.attention).requires_grad_(False)
             self._networks["reference"] = self._open(model)
 
     def _open_policy(self, checkpoint: Path) -> None:
-        config, model = self.config, load_model(checkpoint, self.device)
+        config, model = self.config, load_model(checkpoint, self.device, self.attention)
         if lora := config.lora:
             self.adapter = add_adapter(model, lora.rank, lora.alpha, lora.targets, self.seed)
         network = self._open(model)

@@ -23,7 +23,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     update = run.config.update
     if update.kl_coefficient:
         references.append("reference")
-    config = {"seed": run.config.seed, "update": update.recorded(_NOT_RESULT)}
+    config = {"seed": run.config.seed, "update": update.recorded(_NOT_RESULT), **run.config.loaded_with()}
     if update.schedule != "constant":
         config["iterations"] = run.config.iterations  # over which the learning rate falls
     return Plan(

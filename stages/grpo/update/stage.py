@@ -40,7 +40,8 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 @contextmanager
 def open_resource(run: ActiveRun) -> Iterator[Learner]:
     """The learner, with nothing loaded yet."""
-    yield Learner(run.config.update, best_device(), run.config.seed)
+    attention = run.config.model_options.attn_implementation
+    yield Learner(run.config.update, best_device(), run.config.seed, attention)
 
 
 def release(learner: Learner) -> None:

@@ -43,6 +43,15 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, temperature: float) -> tuple[Ten
     return tokens_N, logprobs_NV.gather(-1, tokens_N.unsqueeze(-1)).squeeze(-1)
 
 
+def penalise(logits_NV: Tensor, seen_NV: Tensor, penalty: float) -> Tensor:
+    """Logits in which those of tokens seen before are divided by `penalty`, or times it where negative.
+
+    (CTRL, arXiv 1909.05858, as transformers and vLLM have it: prompt and response both count.)
+    """
+    penalised_NV = torch.where(logits_NV > 0, logits_NV / penalty, logits_NV * penalty)
+    return torch.where(seen_NV, penalised_NV, logits_NV)
+
+
 def pick(probabilities_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     """Inverse CDF: per row the first token whose cumulative probability exceeds its number in [0, 1).
 

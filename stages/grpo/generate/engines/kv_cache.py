@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from grpo.errors import EngineError
+from grpo.errors import UnsupportedModelError
 
 SPARE_POSITIONS = 64  # room made at once: a copy of the cache every 64 tokens, and little memory unused
 
@@ -86,14 +86,14 @@ def move_rows(cache: DynamicCache, move: Move) -> None:
 
 
 def new_cache(config: PreTrainedConfig, max_new_tokens: int) -> DynamicCache:
-    """An empty cache for a model. Raises EngineError where one of its layers cannot be repeated and cut."""
+    """An empty cache for a model. Raises UnsupportedModelError where a layer cannot be repeated and cut."""
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[index] = GrowingLayer(min(SPARE_POSITIONS, max_new_tokens))
         elif type(layer) is not DynamicSlidingWindowLayer:
             message = f"{config.model_type} keeps a {type(layer).__name__}, which cannot be batched here"
-            raise EngineError(f"generate: {message}; use engine: vllm")
+            raise UnsupportedModelError(f"generate: {message}; use engine: vllm")
     return cache
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,7 +21,10 @@ MAX_SAMPLES = 2**20  # samples of one group; their seeds are consecutive, so the
 class Sampling:
     """How to sample. `temperature` 0 is greedy (evaluation only: a greedy token has no useful ratio).
 
-    top_p < 1, top_k and min_p > 0 truncate the distribution; log-probs are then those of what is left.
+    top_p < 1, top_k and min_p > 0 truncate the distribution, a repetition_penalty other than 1 and
+    structured_outputs change it; log-probs are then those of what is sampled from.
+    stop: texts that end a response once they appear in it; its tokens stay as they were sampled.
+    structured_outputs: one of regex, json, choice and grammar, as vLLM takes it.
     """
 
     temperature: float
@@ -29,6 +32,9 @@ class Sampling:
     top_p: float = 1.0
     top_k: int | None = None
     min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
+    structured_outputs: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Sample:
 
     token_ids: np.ndarray  # int32 [T], with the end-of-sequence token where it was sampled
     logprobs: np.ndarray  # float32 [T], log pi_old of each token after temperature, so <= 0
-    finish_reason: str  # `stop` (an end-of-sequence token), `length` (max_new_tokens reached) or `abort`
+    # `stop` (an end-of-sequence token or a stop text), `length` (max_new_tokens reached) or `abort`
+    finish_reason: str
 
 
 @dataclass(frozen=True)

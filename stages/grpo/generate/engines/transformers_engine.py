@@ -18,18 +18,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from grpo.errors import EngineError
-from grpo.generate.engines.draw import draw, uniforms
+from grpo.errors import EngineError, UnsupportedModelError
+from grpo.generate.engines.draw import draw, penalise, uniforms
 from grpo.generate.engines.kv_cache import Move, cache_name, move_rows, new_cache
 from grpo.generate.engines.prefix_attention import NAME, Prefix, prefix_attention, takes_prefix
 from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, check_requests
+from grpo.generate.engines.stop import StopWatches
 from grpo.models.attention import attending
 from grpo.models.loading import Blueprint, context_length, eos_token_ids, load_model
 from grpo.models.logprobs import token_logprobs
+from grpo.models.tokenizer import tokenizer_at
 
 
 class TransformersEngine:
@@ -37,32 +40,34 @@ class TransformersEngine:
 
     precision = "float32"
 
-    def __init__(self, device: str, max_rows_per_batch: int) -> None:
+    def __init__(self, device: str, max_rows_per_batch: int, attention: str = "auto") -> None:
         self.device = device
+        self.attention = attention  # as load_model takes it
         self.max_rows_per_batch = max_rows_per_batch
         self._model: PreTrainedModel | None = None
         self._blueprint: Blueprint | None = None  # of the last model that was not of the one before
         self._takes_prefix = False
         self._eos_ids: frozenset[int] = frozenset()
+        self._checkpoint = Path()
 
     def load(self, checkpoint: Path) -> None:
         """Build the model anew from `checkpoint`: nothing of an earlier one can stay behind.
 
-        Raises what load_model does, and EngineError for a model whose forward pass cannot be batched here.
+        Raises what load_model does, and UnsupportedModelError for a model that cannot be batched here.
         """
         self.release()  # first: two policies need not fit into memory
         model = self._blueprint.load_model(checkpoint, self.device) if self._blueprint else None
         if model is None:
-            model = load_model(checkpoint, self.device)
+            model = load_model(checkpoint, self.device, self.attention)
             self._blueprint = Blueprint(model, checkpoint)
             accepted = inspect.signature(model.forward).parameters
             for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
                 if name not in accepted:
                     message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
-                    raise EngineError(f"generate: {message}")
+                    raise UnsupportedModelError(f"generate: {message}")
             self._takes_prefix = takes_prefix(model)
         self._eos_ids = eos_token_ids(checkpoint)
-        self._model = model
+        self._model, self._checkpoint = model, checkpoint
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs at temperature 1 of every token but the first, by the learner's formula."""
@@ -77,6 +82,9 @@ class TransformersEngine:
         if sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0:
             message = "the transformers engine samples from the whole distribution; top_p, top_k and min_p"
             raise EngineError(f"generate: {message} need engine: vllm")
+        if sampling.structured_outputs is not None:
+            raise EngineError("generate: structured_outputs need engine: vllm; the built-in engine has none")
+        tokenizer = tokenizer_at(self._checkpoint) if sampling.stop else None
         config = self._model.config
         vocabulary = config.get_text_config(decoder=True).vocab_size
         for shard in shards:
@@ -84,7 +92,9 @@ class TransformersEngine:
             for batch in plan_batches(shard, self.max_rows_per_batch):
                 # A sample that has its prompt to itself shares nothing.
                 shares = self._takes_prefix and min(len(request.seeds) for request in batch) > 1
-                yield from sample_batch(self._model, batch, sampling, self._eos_ids, on_tokens, shares)
+                yield from sample_batch(
+                    self._model, batch, sampling, self._eos_ids, on_tokens, shares, tokenizer
+                )
 
     def release(self) -> None:
         """Drop the model, and hand what it took of a GPU's memory back to other users of it."""
@@ -125,12 +135,14 @@ def sample_batch(
     eos_ids: frozenset[int],
     on_tokens: Callable[[int], None],
     shares_prompts: bool,
+    tokenizer: Tokenizer | None = None,
 ) -> list[Group]:
     """Sample all groups of one batch together, to their ends.
 
-    shares_prompts: keep the keys and values of a prompt once, not per sample; needs takes_prefix(model).
+    shares_prompts: keep keys and values of a prompt once; needs takes_prefix(model). tokenizer: for stop.
     """
-    rows = _Rows(model, requests, sampling.max_new_tokens, shares_prompts)
+    rows = _Rows(model, requests, sampling, shares_prompts)
+    watches = StopWatches(tokenizer, requests, sampling.stop)
     eos_E = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
     # What was drawn; past num_tokens_B a row holds nothing of meaning.
     tokens_BT = torch.zeros(rows.uniforms_NT.shape, dtype=torch.int64, device=model.device)
@@ -138,12 +150,12 @@ def sample_batch(
     num_tokens_B = tokens_BT.new_zeros(len(tokens_BT))
     with attending(model, NAME, prefix_attention) if shares_prompts else nullcontext():
         for step in range(sampling.max_new_tokens):
-            tokens_N, logprobs_N = draw(rows.logits_NV, rows.uniforms_NT[:, step], sampling.temperature)
+            tokens_N, logprobs_N = rows.draw(step, sampling.temperature)
             tokens_BT[rows.sample_N, step] = tokens_N
             logprobs_BT[rows.sample_N, step] = logprobs_N
             num_tokens_B[rows.sample_N] = step + 1
             on_tokens(len(tokens_N))
-            ended_N = torch.isin(tokens_N, eos_E)
+            ended_N = watches.ended(torch.isin(tokens_N, eos_E), rows.sample_N, tokens_N)
             if step + 1 == sampling.max_new_tokens or bool(ended_N.all()):
                 break
             rows.advance(rows.leave(ended_N, tokens_N))
@@ -152,8 +164,8 @@ def sample_batch(
     tokens = np.split(tokens_BT[drawn_BT].to("cpu", torch.int32).numpy(), ends)
     logprobs = np.split(logprobs_BT[drawn_BT].cpu().numpy(), ends)
     samples = (
-        Sample(tokens_T, logprobs_T, "stop" if tokens_T[-1] in eos_ids else "length")
-        for tokens_T, logprobs_T in zip(tokens, logprobs, strict=True)
+        Sample(tokens_T, logprobs_T, "stop" if stopped or tokens_T[-1] in eos_ids else "length")
+        for tokens_T, logprobs_T, stopped in zip(tokens, logprobs, watches.stopped_B, strict=True)
     )
     return [Group(request.group_id, list(islice(samples, len(request.seeds)))) for request in requests]
 
@@ -162,10 +174,10 @@ class _Rows:
     """The samples in the batch: where each stands, and what the model needs for its next token."""
 
     def __init__(
-        self, model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int, shares_prompts: bool
+        self, model: PreTrainedModel, requests: Sequence[Request], sampling: Sampling, shares_prompts: bool
     ) -> None:
         """Put each prompt through the model once, then give each of its samples a row."""
-        device = model.device
+        device, max_new_tokens = model.device, sampling.max_new_tokens
         prompts = [torch.tensor(request.prompt_token_ids) for request in requests]
         lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
         tokens_PL = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
@@ -186,12 +198,28 @@ class _Rows:
         else:
             self.cache.batch_select_indices(prompt_B)
         self.logits_NV = logits_PV[prompt_B]  # of the next token
+        self.penalty = sampling.repetition_penalty
+        self.seen_NV: Tensor | None = None  # tokens of prompt and response, where they are penalised
+        if self.penalty != 1:
+            seen_PV = torch.zeros_like(logits_PV, dtype=torch.bool)
+            for seen_V, prompt_L in zip(seen_PV, prompts, strict=True):
+                seen_V[prompt_L.to(device)] = True
+            self.seen_NV = seen_PV[prompt_B]
         self.sample_N = torch.arange(len(samples), device=device)  # which of the B samples
         self.position_N = lengths_P[prompt_B]  # of the next token, padding not counted
         uniforms_BT = uniforms([seed for _, seed in samples], max_new_tokens)
         self.uniforms_NT = torch.from_numpy(uniforms_BT).to(device)
         # True where not padding, response room included; None: no padding.
         self.visible_NL = None if visible_PL is None else visible_PL[prompt_B]
+
+    def draw(self, step: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """The next token of each row and its log-probability, as draw.draw() gives them."""
+        if self.seen_NV is None:
+            return draw(self.logits_NV, self.uniforms_NT[:, step], temperature)
+        logits_NV = penalise(self.logits_NV, self.seen_NV, self.penalty)
+        tokens_N, logprobs_N = draw(logits_NV, self.uniforms_NT[:, step], temperature)
+        self.seen_NV.scatter_(1, tokens_N[:, None], True)
+        return tokens_N, logprobs_N
 
     def leave(self, ended_N: Tensor, tokens_N: Tensor) -> Tensor:
         """Let samples that have ended leave. Returns the tokens of those that stay, in their new order."""
@@ -203,6 +231,7 @@ class _Rows:
             prefix.leave(move)
         self.sample_N, self.position_N = move.apply(self.sample_N), move.apply(self.position_N)
         self.uniforms_NT = move.apply(self.uniforms_NT)
+        self.seen_NV = None if self.seen_NV is None else move.apply(self.seen_NV)
         self.visible_NL = None if self.visible_NL is None else move.apply(self.visible_NL)
         return move.apply(tokens_N)
 

@@ -27,7 +27,7 @@ from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, che
 from grpo.models.loading import eos_token_ids
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
     from vllm.outputs import RequestOutput
 
 # What the pipeline decides: another value would break what the stages promise.
@@ -39,14 +39,17 @@ _OURS = {
 
 
 class VllmEngine:
-    """options: vLLM's engine arguments. max_model_len: tokens of the longest prompt and response together."""
+    """options: vLLM's engine arguments. max_model_len: tokens of the longest prompt and response together.
 
-    def __init__(self, options: dict[str, Any], max_model_len: int) -> None:
+    reads_text: responses are read as text while they are sampled, for stop texts or structured outputs.
+    """
+
+    def __init__(self, options: dict[str, Any], max_model_len: int, *, reads_text: bool = False) -> None:
         vllm_settings.check_version()
         vllm_settings.set_environment()
         check_options(options)
         self._options = options
-        ours = vllm_settings.defaults(max_model_len)
+        ours = {**vllm_settings.defaults(max_model_len), "skip_tokenizer_init": not reads_text}
         self._settings = {**ours, **vllm_settings.executor(options), **options}
         self._llm: LLM | None = None
         self._workers: list[BaseProcess] = []
@@ -93,28 +96,13 @@ class VllmEngine:
         self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
     ) -> Iterator[Group]:
         """Yield each group once, as it finishes. Raises DataError, EngineError."""
-        from vllm import SamplingParams
-
         assert self._llm is not None, "load() comes before sample()"
         model = self._llm.llm_engine.model_config
         for shard in shards:  # vLLM would cut a response that does not fit
             check_requests(shard, sampling, model.get_vocab_size(), model.max_model_len)
         requests: list[tuple[str, Sequence[int], Any]] = []
         for request in [request for shard in shards for request in shard]:
-            params = SamplingParams(
-                n=len(request.seeds),
-                seed=request.seeds[0],  # sample s gets this plus s, which is request.seeds[s]
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k or 0,
-                min_p=sampling.min_p,
-                max_tokens=sampling.max_new_tokens,
-                stop_token_ids=self._stop_ids,
-                ignore_eos=True,  # stop_token_ids holds every end-of-sequence id already
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-            )
+            params = _params(request, sampling, self._stop_ids)
             requests.append((str(request.group_id), request.prompt_token_ids, params))
         for output in self._finished(requests):
             samples = [
@@ -226,6 +214,33 @@ def check_options(options: dict[str, Any]) -> None:
         if name == "data_parallel_size" and value != 1:
             right = "the engine runs in this process, where 1 is right; use tensor_parallel_size"
             raise UsageError(f"{where}: {value}, but {right}")
+
+
+def _params(request: Request, sampling: Sampling, stop_ids: list[int]) -> "SamplingParams":
+    """vLLM's parameters of a group."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    structure = sampling.structured_outputs
+    return SamplingParams(
+        n=len(request.seeds),
+        seed=request.seeds[0],  # sample s gets this plus s, which is request.seeds[s]
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k or 0,
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=stop_ids,
+        ignore_eos=True,  # stop_token_ids holds every end-of-sequence id already
+        logprobs=0,
+        flat_logprobs=True,
+        repetition_penalty=sampling.repetition_penalty,
+        detokenize=bool(sampling.stop),
+        stop=list(sampling.stop),
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        structured_outputs=None if structure is None else StructuredOutputsParams(**structure),
+    )
 
 
 def _open(checkpoint: Path, settings: dict[str, Any]) -> "LLM":

@@ -1,7 +1,8 @@
 """engine: which one samples, and does it compute what the learner computes?
 
 A few rollouts, sampled from the whole distribution, whatever top_p says: what is measured is the numerics of
-the two. The learner is the real one, so its formula, padding and temperature are those of training.
+the two. The learner is the real one, so its formula, padding and temperature are those of training. Both
+are compared with plain transformers too: what they share could be wrong in both.
 """
 
 from contextlib import closing
@@ -20,6 +21,7 @@ from grpo.generate.engines.vllm_settings import check_version
 from grpo.generate.stage import make_engine
 from grpo.generate.weight_sync import FLOAT32_TOLERANCE, WeightSync
 from grpo.inspect.status import MISMATCH_WARNING
+from grpo.manage.doctor.plain import plain_logprobs
 from grpo.manage.doctor.report import Check, Report
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import NUM_PROMPTS as CHECK_PROMPTS
@@ -56,6 +58,25 @@ def check_engine(run: ActiveRun, report: Report) -> None:
 
 def check_agreement(run: ActiveRun, report: Report, checkpoint: Path, rows: list[Row]) -> None:
     """Open the engine on the starting policy, sample, and compare; the numbers are in the report too."""
+    _check_engine_and_learner(run, report, checkpoint, rows)
+    if not report.agreement:
+        return
+    with report.check("plain transformers", "", "log-probs as in eager attention") as check:
+        apart = {who: report.agreement[f"{who}_to_plain"] for who in ("learner", "engine")}
+        check.found = ", ".join(f"{who} {mean:.1e}" for who, mean in apart.items()) + " nats per token apart"
+        computed_in = {"learner": run.config.update.precision, "engine": report.agreement["precision"]}
+        for who, mean in apart.items():
+            is_float32 = computed_in[who] == "float32"
+            allowed = FLOAT32_TOLERANCE if is_float32 else MISMATCH_WARNING
+            found = f"the {who} is {mean:.1e} nats per token from plain transformers in eager attention"
+            right = f"at most {allowed:g} is right in {computed_in[who]}"
+            if not mean <= allowed and (is_float32 or not np.isfinite(mean)):
+                raise EngineError(f"{found}, {right}; it does not compute this model: take another")
+            if mean > allowed:
+                check.warn(f"{found}, {right}")
+
+
+def _check_engine_and_learner(run: ActiveRun, report: Report, checkpoint: Path, rows: list[Row]) -> None:
     with report.check("agreement", "", AGREEMENT) as check:
         try:
             numbers = report.agreement = _measure(run, checkpoint, rows)
@@ -82,12 +103,14 @@ def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any
     """The numbers of the comparison. Raises EngineError (exit 8) where a reload is not followed."""
     config, device = run.config.generate, best_device()
     name, _ = choose_engine(config.engine)
+    attention = run.config.model_options.attn_implementation
     limit, context = min(config.max_new_tokens, MAX_NEW_TOKENS), context_length(load_config(checkpoint))
     requests = _requests(run, checkpoint, rows, limit, context)
     longest = max(len(request.prompt_token_ids) for request in requests)
-    with closing(make_engine(config, name, device, context, longest)) as engine:
-        weight_sync = WeightSync(engine, device, run.console.say)
-        check = weight_check_of(checkpoint, rows[:CHECK_PROMPTS], chat_of(run.config.prompts, run.imports))
+    with closing(make_engine(config, name, device, context, longest, attention)) as engine:
+        weight_sync = WeightSync(engine, device, run.console.say, attention)
+        chat = chat_of(run.config.prompts, run.imports)
+        check = weight_check_of(checkpoint, rows[:CHECK_PROMPTS], chat, attention)
         with TemporaryDirectory() as scratch:
             weight_sync.open(checkpoint, check, Path(scratch))
         difference = weight_sync.bring("starting policy", checkpoint, check)
@@ -125,13 +148,24 @@ def _compare(run: ActiveRun, checkpoint: Path, taken: list[tuple[Request, Sample
         advantages=np.zeros(len(taken)),
         temperatures=np.full(len(taken), run.config.generate.temperature),
     )
-    learner = Learner(run.config.update, best_device())
+    learner = Learner(
+        run.config.update, best_device(), attention=run.config.model_options.attn_implementation
+    )
     learner.load(checkpoint, None, ("starting policy", None))
+    lengths = [(len(request.prompt_token_ids), len(sample.token_ids)) for request, sample in taken]
+    longest_prompt, longest_response = map(max, zip(*lengths, strict=True))
+    learner.check_layout(rollouts, (longest_prompt, longest_response))  # as an update begins
     found = learner.policy_logprobs(rollouts, np.arange(len(taken)))
     own = [found[row] for row in range(len(taken))]
+    del learner  # the memory is for another copy of the model
+    responses = [sample.token_ids.tolist() for _, sample in taken]
+    pairs = zip([list(request.prompt_token_ids) for request, _ in taken], responses, strict=True)
+    plain_N = np.concatenate(plain_logprobs(checkpoint, pairs, run.config.generate.temperature))
     ratio_N = np.exp(np.concatenate(own).astype(np.float64) - np.concatenate(old))
     return {
         "tokens": int(rollouts.num_tokens.sum()),
         **mismatch(zip(own, old, strict=True)),
         "largest_ratio_error": float(np.abs(ratio_N - 1).max()),
+        "learner_to_plain": float(np.abs(np.concatenate(own) - plain_N).mean()),
+        "engine_to_plain": float(np.abs(np.concatenate(old) - plain_N).mean()),
     }

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from grpo import tables
-from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id, read_json
-from grpo.errors import CorruptError, DataError, InputError
+from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id
+from grpo.errors import CorruptError, DataError
+from grpo.generate.engines.choice import choose_engine
+from grpo.generate.engines.kv_cache import new_cache
 from grpo.manage.doctor.report import Report
+from grpo.models.bounds import shapes_in, weight_files
 from grpo.models.find import STARTER, resolve_model, starter_folder
-from grpo.models.loading import WEIGHT_FILES, load_config
+from grpo.models.loading import check_model as check_checkpoint
+from grpo.models.loading import load_config
 from grpo.pipeline.begin import lengths
 from grpo.prompts.rows import normalised
 from grpo.prompts.source import Row
@@ -47,7 +51,12 @@ def check_model(
         folder = resolve_model(run, name) if fetch else _local(run, name)
         if folder is not None:
             parameters = num_parameters(folder)
-            load_config(folder)
+            if key in ("model", "reference"):
+                check_checkpoint(folder, run.config.model_options.attn_implementation)
+            else:
+                load_config(folder)
+            if key == "model" and choose_engine(run.config.generate.engine)[0] == "transformers":
+                new_cache(load_config(folder), max_new_tokens=1)
             if key == "model":
                 lengths(run, folder, OUTPUT)
             found = Checkpoint(folder, parameters)
@@ -76,21 +85,12 @@ def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
 def num_parameters(folder: Path) -> int:
     """Of a checkpoint, from the headers of what transformers reads. Raises InputError, CorruptError."""
     checkpoint_files(folder)
-    first = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if first is None:
-        raise InputError(f"{folder}: has no {' or '.join(WEIGHT_FILES)}; weights cannot be loaded without")
-    names, total = {first}, 0
-    if first.endswith(".json"):
-        names = set(read_json(folder / first, weight_map=dict)["weight_map"].values())
-    for path in sorted(folder / name for name in names):
-        if not path.is_file():
-            raise InputError(f"{path}: missing, though the index of the checkpoint lists it")
+    total = 0
+    for path in weight_files(folder):
         try:
-            with safe_open(path, framework="numpy") as file:
-                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - no mapping
+            total += sum(map(math.prod, shapes_in(path)))
         except SafetensorError as error:
             raise CorruptError(f"{path}: is not safetensors: {error}") from error
-        total += sum(map(math.prod, shapes))
     return total
 
 
@@ -98,10 +98,11 @@ def _local(run: ActiveRun, name: str) -> Path | None:
     if name == STARTER:
         return starter_folder(run) if starter_folder(run).exists() else None
     if not is_hub_id(name, run.imports):
-        return run.imports / name
+        return run.checkpoint_path(name)
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json")
+    revision = run.config.model_options.revision if name == run.config.model else None
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
 
 
