@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from grpo.config import Config, UpdateConfig
 from grpo.update.batch import Rollouts, Rows
 from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
+from grpo.update.given import Step
 from grpo.update.layout import PROMPT, MicroBatch
 from grpo.update.learner import Learner
-from grpo.update.loss import Step
 from grpo.update.objective import Stored, needed
 
 VOCAB, EOS, MAX_NEW_TOKENS = 50, 2, 8

@@ -14,8 +14,8 @@ from transformers import Qwen2ForCausalLM
 from grpo.config import Config, UpdateConfig
 from grpo.update import parallel
 from grpo.update.batch import Rollouts
+from grpo.update.given import Step
 from grpo.update.learner import Learner
-from grpo.update.loss import Step
 from grpo.update.objective import Stored, Sums, objective_of
 
 pytestmark = pytest.mark.xdist_group("parallel")  # the group is started once, for all tests
