@@ -223,11 +223,10 @@ def decode(table: str, files: Iterable[tuple[Path, bytes]], columns: list[str] |
         except (pa.ArrowInvalid, OSError) as error:
             raise CorruptError(f"{path}: cannot be read as Parquet: {first_line(error)}") from error
         check_schema(table, found, path)
-        for name in OPTIONAL.get(table, ()):
-            if name not in part.column_names:
-                part = part.append_column(name, pa.nulls(len(part), schema(table).field(name).type))
-        names = columns or (part if table in WITH_OWN_COLUMNS else schema(table)).names
-        parts.append(part.select(names))
+        for name in set(OPTIONAL.get(table, ())) - set(part.column_names):
+            part = part.append_column(name, pa.nulls(len(part), TABLES[table][name][0]))
+        names = schema(table).names if columns is None and table in OPTIONAL else columns
+        parts.append(part if names is None else part.select(names))
     if not parts:
         return schema(table).empty_table().select(columns or schema(table).names)
     return pa.concat_tables(parts)

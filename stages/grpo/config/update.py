@@ -81,7 +81,7 @@ READ_BY = {
     "lambda_positive": ("vespo",),
     "lambda_negative": ("vespo",),
 }
-_OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_OWN = re.compile(r"(?!.*\.py:)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def objective_settings(update: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
