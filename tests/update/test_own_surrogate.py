@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import Grpo
+from tests.pages.pages import DOCS, blocks
 from tests.update.examples import (
     MASK,
     TRUNCATE,
@@ -293,7 +294,7 @@ def test_its_source_is_a_part_of_the_fingerprint_and_what_is_loaded(tmp_path: Pa
     path = written(tmp_path)
     rollouts = make_rollouts()
     rollouts = replace(rollouts, old_logprobs=as_old(all_logprobs(in_double(untied), rollouts), 0.2))
-    found = []
+    found: list[tuple[str, float]] = []
     for name in ("clip", "clip", "gspo"):
         config = configuration(surrogate=f"my_loss:{name}", kl_coefficient=0.0, learning_rate=0.01)
         run = make_run(tmp_path / f"{len(found)}", config, untied, untied)
@@ -301,11 +302,11 @@ def test_its_source_is_a_part_of_the_fingerprint_and_what_is_loaded(tmp_path: Pa
         commit_rollouts(run, 0, permuted(rollouts, np.arange(len(rollouts))))
         learner = Learner(config.update, "cpu")
         stage.check(run, 1, None)
-        found.append((plan(run, 0).fingerprint(), update(run, 0, learner)[0]["grad_norm"]))
+        found.append((plan(run, 0).fingerprint(0), update(run, 0, learner)[0]["grad_norm"]))
     assert found[0] == found[1]
     assert found[2] != found[0]
     path.write_text(OURS.replace("0.8, 1.2", "0.9, 1.1"))
-    assert plan(run, 0).fingerprint() not in {fingerprint for fingerprint, _ in found}
+    assert plan(run, 0).fingerprint(0) not in {fingerprint for fingerprint, _ in found}
     path.unlink()
     with pytest.raises(UsageError, match=r"^update.surrogate: .*my_loss.py: no such file$"):
         plan(run, 0)
@@ -342,3 +343,53 @@ def test_from_the_command_line(project: Path, grpo: Grpo) -> None:
     code, _, err = grpo("run", "--set", "run=other", *keys)
     assert code == 2
     assert err.splitlines()[-1].startswith("error: update.surrogate: my_loss:clip: the value has no gradient")
+
+
+# ---- the page ----
+
+D = [0.0, 0.1, -0.2, 0.3, 0.4]  # of rollouts of 3 tokens and 2
+LOGPROBS, ADVANTAGES = [-1.0, -2.0, -6.0, -0.5, -3.5], [1.0, 1.0, 1.0, -2.0, -2.0]
+# KL-Cov: the rollouts' means are -3 and -2, so A (logprob - mean) is 2, 1, -3 | -3, 3: the last is over 2.
+BY_HAND = {
+    "gpg": [a * x for a, x in zip(ADVANTAGES, LOGPROBS, strict=True)],
+    "dro": [a * x - 0.025 * d**2 for a, x, d in zip(ADVANTAGES, LOGPROBS, D, strict=True)],
+    "kl_cov": [
+        np.exp(d) * a - (0.4 if last else 0.0)
+        for a, d, last in zip(ADVANTAGES, D, (0, 0, 0, 0, 1), strict=True)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_losses_on_the_page_are_what_it_says(tmp_path: Path, untied: Path, name: str) -> None:
+    titles = {block.title: block.text for block in blocks((DOCS / "objectives.md").read_text())}
+    text = titles[f"{name}.py"]
+    assert len(text[text.index("def ") :].splitlines()) <= 10
+    written(tmp_path, text, f"{name}.py")
+    own = load(tmp_path, f"{name}:{name}")
+    logprobs_N = torch.tensor(LOGPROBS, dtype=torch.float64, requires_grad=True)
+    constants = (torch.tensor(values, dtype=torch.float64) for values in (D, ADVANTAGES))
+    d_N, advantages_N = constants
+    value_N = own(logprobs_N, logprobs_N.detach() - d_N, advantages_N, torch.tensor([0, 0, 0, 1, 1]))
+    assert value_N.tolist() == pytest.approx(BY_HAND[name], rel=1e-12)
+
+    rollouts = make_rollouts()
+    rollouts = replace(rollouts, old_logprobs=as_old(all_logprobs(in_double(untied), rollouts), 0.2))
+    found = []
+    for max_tokens in (1, 16384):  # nothing on the page depends on the micro-batch
+        config = settings(surrogate=f"{name}:{name}", kl_coefficient=0.0, max_tokens_per_batch=max_tokens)
+        found.append(gradient_of(untied, config, rollouts, tmp_path))
+    (one, gradient), (whole, expected) = found
+    assert one["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert deviation(gradient, expected) <= 1e-6
+
+
+def test_gpg_is_what_all_come_down_to_on_policy(tmp_path: Path, untied: Path) -> None:
+    written(tmp_path, "def gpg(logprobs, advantages):\n    return advantages * logprobs\n")
+    rollouts = make_rollouts()
+    rollouts = replace(rollouts, old_logprobs=as_old(all_logprobs(in_double(untied), rollouts)))
+    own = settings(surrogate="my_loss:gpg", kl_coefficient=0.0, aggregate="token_mean")
+    _, expected = gradient_of(untied, own, rollouts, tmp_path)
+    for name in ("grpo", "cispo", "sapo", "dppo", "vespo", "scalerl"):
+        config = settings(name, kl_coefficient=0.0, aggregate="token_mean")
+        assert deviation(gradient_of(untied, config, rollouts)[1], expected) <= 1e-5, name

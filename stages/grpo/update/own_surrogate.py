@@ -83,8 +83,8 @@ class OwnSurrogate:
         except _ProblemError as problem:
             raise EngineError(f"update.surrogate: {self.name}: {problem}; nothing was committed") from None
         if len(broken := (~value.isfinite()).nonzero().flatten()):
-            rollouts_V = broken if self.per_rollout else rollout_N[broken].unique()
-            raise NotFiniteError(self.name, rollouts_V.tolist())
+            rollouts = broken if self.per_rollout else rollout_N[broken]
+            raise NotFiniteError(self.name, sorted(set(rollouts.tolist())))
         return value
 
     def probed(self) -> "OwnSurrogate":
