@@ -34,7 +34,7 @@ from tests.update.examples import (
     step_gradient,
 )
 
-from grpo.config import update
+from grpo.config import surrogates as configured
 from grpo.update import objective
 from grpo.update.batch import Rollouts
 from grpo.update.objective import Stored
@@ -331,8 +331,8 @@ def test_the_log_probs_that_are_kept_are_those_of_the_first_step() -> None:
 
 
 def test_every_surrogate_of_the_configuration_is_known() -> None:
-    assert list(SURROGATES) == list(update.SURROGATES)
-    assert set(CLIPPED) == set(update.READ_BY["clip_low"])  # what reads a clip can say where it acted
+    assert list(SURROGATES) == list(configured.SURROGATES)
+    assert set(CLIPPED) == set(configured.READ_BY["clip_low"])  # what reads a clip can say where it acted
 
 
 def test_the_constants_are_those_of_the_configuration() -> None:

@@ -30,8 +30,8 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     if update.kl_coefficient:
         references.append("reference")
     config = {"seed": run.config.seed, "update": update.recorded(_NOT_RESULT)}
-    if update.schedule != "constant":
-        config["iterations"] = run.config.iterations  # over which the learning rate falls
+    if update.schedule != "constant" or update.warmup_share:
+        config["iterations"] = run.config.iterations  # over which the learning rate falls, or rises
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
