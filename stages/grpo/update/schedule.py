@@ -42,5 +42,6 @@ def check_schedule(config: Config, iteration: int) -> None:
     if schedule != "constant" and iteration >= config.iterations:
         raise UsageError(
             f"update.schedule: {schedule} reaches {update.min_learning_rate:g} after iterations:"
-            f" {config.iterations}; found iteration {iteration}; raise `iterations`, or set schedule: constant"
+            f" {config.iterations}; found iteration {iteration}; raise `iterations`, or set schedule:"
+            " constant"
         )
