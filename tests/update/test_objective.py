@@ -94,7 +94,7 @@ def test_kl_of_the_policy_to_itself_is_zero(untied: Path, objective: str, estima
         assert deviation(found, gradient) > 1e-2
 
 
-@pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-5), (True, 1e-7)])
+@pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-5), (True, 2e-7)])  # norms are in float32
 @pytest.mark.parametrize(
     ("objective", "changes"),
     [
