@@ -168,7 +168,8 @@ def _fragment(table: str, file: FileRecord, path: Path, schema: pa.Schema | None
     except (pa.ArrowInvalid, OSError) as error:
         raise CorruptError(f"{path}: cannot be read as Parquet: {error}") from None
     tables.check_schema(table, found, path)
-    if schema is not None and not found.equals(schema):  # the user's columns of two files of prompts
+    # The user's columns of two files of prompts.
+    if schema is not None and table in tables.WITH_OWN_COLUMNS and not found.equals(schema):
         raise CorruptError(f"{path}: its columns are not those of the file before it")
     return fragment
 

@@ -42,6 +42,12 @@ class Rollouts:
         """T_i, response tokens that count, int64 [B]."""
         return np.array([mask.sum() for mask in self.masks], dtype=np.int64)
 
+    @cached_property
+    def group_tokens(self) -> np.ndarray:
+        """The same of all rollouts of its group, int64 [B]; a step reads whole groups."""
+        group_of_row = np.unique(self.keys[:, :2], axis=0, return_inverse=True)[1]
+        return np.bincount(group_of_row, self.num_tokens).astype(np.int64)[group_of_row]
+
     def __len__(self) -> int:
         return len(self.keys)
 

@@ -130,6 +130,9 @@ of_taken as (
         max(ratio_max) as ratio_max,
         sum(share * clip_fraction_low order by step) as clip_fraction_low,
         sum(share * clip_fraction_high order by step) as clip_fraction_high,
+        sum(share * off_policy_fraction order by step) as off_policy_fraction,
+        sum(share * low_entropy_fraction order by step)
+            as low_entropy_fraction,
         sum(share * grad_norm order by step) as grad_norm,
         sum(share * learning_rate order by step) as learning_rate,
         max(mismatch_mean) as mismatch_mean,
@@ -240,6 +243,12 @@ final as (
         -- share of ratios clipped above, mean over the steps; null without
         -- clipping
         of_taken.clip_fraction_high,
+        -- share of rollouts that `update.off_policy_mask` left out, mean over
+        -- the steps; null without it
+        of_taken.off_policy_fraction,
+        -- share of tokens that `update.top_entropy` left out, mean over the
+        -- steps; null without it
+        of_taken.low_entropy_fraction,
         -- norm of the gradient before clipping, mean over the steps
         of_taken.grad_norm,
         -- learning rate, mean over the steps
