@@ -3,7 +3,17 @@
 from grpo.artifacts import files
 from grpo.artifacts.active import ActiveRun
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
-from grpo.artifacts.existing import ARTIFACTS, created_config, open_run, require_run, run_names
+from grpo.artifacts.existing import (
+    ARTIFACTS,
+    created_config,
+    find_run,
+    is_run,
+    names_run,
+    open_run,
+    refuse_inside_run,
+    run_names,
+    tell_apart,
+)
 from grpo.artifacts.layout import (
     EVALUATION,
     OUTPUTS,
@@ -68,13 +78,16 @@ __all__ = [
     "discard",
     "droppable",
     "files",
+    "find_run",
     "holder_of",
     "id_of",
     "is_hub_id",
     "is_kept",
+    "is_run",
     "is_weight_file",
     "iterations_in",
     "lacking",
+    "names_run",
     "num_rounds",
     "open_run",
     "policy_of",
@@ -83,13 +96,14 @@ __all__ = [
     "read_json",
     "read_manifest",
     "read_sealed",
-    "require_run",
+    "refuse_inside_run",
     "require_space",
     "roll_forward",
     "run_names",
     "seal",
     "staged_attempts",
     "staging_folders",
+    "tell_apart",
     "unscored_rounds",
     "versions",
 ]

@@ -5,6 +5,7 @@ anywhere leaves either the old output or the new one; what was half done is foun
 """
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -186,7 +187,7 @@ def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
 
 def discard(run: Run, path: Path) -> None:
     """Move an output or a staging folder to .trash, if it is there."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     files.make_folder(run.trash)
     name = "-".join(path.relative_to(run.path).parts).lstrip(".")
@@ -273,7 +274,10 @@ def check_staged(run: Run, folder: Path) -> None:
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
-    return read_sealed(path, attempt=int, fingerprint=str)
+    note = read_sealed(path, attempt=int, fingerprint=str)
+    if not 0 <= note["attempt"] < 2**31 or not isinstance(note.get("only_failed", False), bool):
+        raise CorruptError(f"{path}: not the note of an attempt; {_SET_ASIDE}")
+    return note
 
 
 @cache

@@ -1,6 +1,7 @@
 """cli.options: what most commands begin with: their common options, and the run that these name."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration.")]
 Set = Annotated[list[str], typer.Option("--set", help="Override a key: --set update.learning_rate=1e-6")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Name = Annotated[str, typer.Argument(help="Name of a run; default: that of the configuration.")]
+Name = Annotated[str, typer.Argument(help="A run, or the path of one; default: that of the configuration.")]
 CONFIG = Path("pipeline.yaml")
 
 
@@ -27,10 +28,15 @@ def configured(path: Path, overrides: Sequence[str], quiet: bool = False) -> "Ac
     return artifacts.ActiveRun(artifacts.ARTIFACTS, values, path.absolute().parent, console.Console(quiet))
 
 
+def chosen(name: str, path: Path, overrides: Sequence[str], quiet: bool) -> "ActiveRun":
+    """The run to work on: one that is there, by name, else that of the configuration, which need not be."""
+    return reading(name, path, overrides, quiet=quiet) if name else configured(path, overrides, quiet)
+
+
 @contextmanager
-def working(path: Path, overrides: list[str], quiet: bool) -> Iterator["ActiveRun"]:
-    """The run of a configuration, locked and prepared for work."""
-    with locked(configured(path, overrides, quiet)) as opened:
+def working(name: str, path: Path, overrides: list[str], quiet: bool) -> Iterator["ActiveRun"]:
+    """The run of a configuration, or one that is there by name; locked and prepared for work."""
+    with locked(chosen(name, path, overrides, quiet)) as opened:
         prepare.prepare(opened)
         restart.finish_start_over(opened)
         yield opened
@@ -44,29 +50,48 @@ def locked(opened: "ActiveRun") -> Iterator["ActiveRun"]:
         yield opened
 
 
-def reading(name: str, path: Path, overrides: Sequence[str] = (), damaged: bool = False) -> "ActiveRun":
-    """A run to read: that of the configuration, or by name with the configuration it was created with.
+def reading(
+    name: str, path: Path, overrides: Sequence[str] = (), damaged: bool = False, quiet: bool = False
+) -> "ActiveRun":
+    """A run that is there, by name or path of its folder, else that of the configuration at `path`.
 
-    `overrides` apply to either. damaged: of the former, run.json need only be there.
+    Its configuration is the one at `path` where that names this run, else the pipeline.yaml in its folder,
+    which a fork has, else run.json. `overrides` apply to any. damaged: run.json need only be there.
     """
     if not name and not path.exists():
         raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
-    if path.exists() and (run := configured(path, overrides)).name == (name or run.name):
-        artifacts.require_run(run.name) if damaged else artifacts.open_run(run.name)
-        return run
-    if overrides:
-        overrides = [*overrides, f"run={name}"]  # the name of a run that is there cannot be another
+    run = configured(path, overrides, quiet) if path.exists() else None
+    folder = artifacts.find_run(name or str(run.path if run else ""))
+    if run is None or os.path.abspath(folder) != os.path.abspath(run.path):
+        run = _by_its_own(folder, path, overrides, damaged, quiet)
+    elif not damaged:
+        artifacts.open_run(folder)
+    return run
+
+
+def _by_its_own(
+    folder: Path, path: Path, overrides: Sequence[str], damaged: bool, quiet: bool
+) -> "ActiveRun":
+    own = folder / config.PIPELINE
     try:
-        created = artifacts.created_config(name, overrides=overrides)
+        if own.is_file():
+            values = config.load(own, overrides).model_copy(update={"run": folder.name})
+            if not damaged:
+                artifacts.open_run(folder)
+        else:
+            values = artifacts.created_config(folder, overrides)
     except CorruptError as error:
-        way = f"; with its pipeline.yaml, `grpo verify -c FILE --set run={name} --discard` sets it aside"
+        way = f"; with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
         raise CorruptError(f"{error}{way if damaged else ''}") from None
-    return artifacts.ActiveRun(artifacts.ARTIFACTS, created, path.absolute().parent, console.Console())
+    return artifacts.ActiveRun(folder.parent, values, path.absolute().parent, console.Console(quiet))
 
 
 def reading_all(names: list[str], path: Path) -> list["ActiveRun"]:
     """Each of the named runs once, to read; that of the configuration where none is named."""
-    return [reading(name, path) for name in dict.fromkeys(names or [""])]
+    opened = [reading(name, path) for name in names or [""]]
+    runs = [*{os.path.abspath(run.path): run for run in opened}.values()]
+    artifacts.tell_apart(runs)
+    return runs
 
 
 def answer(as_json: bool, document: Any, show: Callable[[], object] = lambda: None) -> None:

@@ -15,6 +15,7 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Rerun even if the ou
 
 
 def run(
+    name: options.Name = "",
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006 - typer reads the default, nothing changes it
     until: Annotated[int | None, typer.Option(help="Stop when N iterations are complete.")] = None,
@@ -29,11 +30,11 @@ def run(
     if dry_run:
         if from_ is not None:
             raise UsageError("--dry-run and --from cannot be combined: --from N lists its changes and asks")
-        work.dry_run(options.configured(config, set_, as_json))
+        work.dry_run(options.chosen(name, config, set_, as_json))
         return
     if until is not None and until < 0:
         raise UsageError(f"--until {until}: expected a number of iterations, 0 or more")
-    with options.working(config, set_, as_json) as opened:
+    with options.working(name, config, set_, as_json) as opened:
         until = opened.config.iterations if until is None else until
         if from_ is not None:
             work.restart_from(opened, from_, yes)
@@ -45,7 +46,7 @@ def run(
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint; none: a policy of the run.")] = "",
+    checkpoint: Annotated[str, typer.Argument(help="A run or a checkpoint; none: the configured run.")] = "",
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006
     policy: Annotated[int | None, typer.Option(help="Of the run; default: the newest.", min=0)] = None,
@@ -54,6 +55,8 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
+    name = checkpoint if checkpoint and artifacts.names_run(checkpoint) else ""
+    checkpoint = "" if name else checkpoint
     if checkpoint and (policy is not None or force):
         raise UsageError("evaluate: a checkpoint takes neither --policy nor --force")
     if out is not None:
@@ -65,28 +68,29 @@ def evaluate(
             work.evaluate(opened, None, False)
             what, found = checkpoint, {"checkpoint": opened.config.model}
             found |= evaluations.delivered(opened, 0, out)
-            artifacts.files.remove_folder(opened.path)
+            artifacts.files.remove(opened.path)
     else:
-        with options.working(config, set_, as_json) as opened:
+        with options.working(name, config, set_, as_json) as opened:
             policy = work.evaluate(opened, policy, force)
             found = {"run": opened.name, **evaluations.delivered(opened, policy, out)}
             what = f"policy {policy} of run {opened.name}"
     options.answer(as_json, found, lambda: evaluations.print_evaluation(what, found))
 
 
-def _stage_command(name: str, summary: str) -> Callable[..., None]:
+def _stage_command(stage: str, summary: str) -> Callable[..., None]:
     def command(
+        name: options.Name = "",
         config: options.Config = options.CONFIG,
         set_: options.Set = [],  # noqa: B006
         iteration: StageIteration = "",
         force: ForceOption = False,
         as_json: options.Json = False,
     ) -> None:
-        with options.working(config, set_, as_json) as opened:
-            result = work.run_stage(opened, name, iteration, force)
+        with options.working(name, config, set_, as_json) as opened:
+            result = work.run_stage(opened, stage, iteration, force)
         options.answer(as_json, result)
 
-    command.__name__, command.__doc__ = name, summary
+    command.__name__, command.__doc__ = stage, summary
     return command
 
 
@@ -94,6 +98,7 @@ generate = _stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
 
 
 def score(
+    name: options.Name = "",
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006
     iteration: StageIteration = "",
@@ -104,7 +109,7 @@ def score(
     """Stage 2: rollouts + prompts -> rewards."""
     if force and only_failed:
         raise UsageError("--only-failed and --force cannot be combined: one keeps rows, the other reruns all")
-    with options.working(config, set_, as_json) as opened:
+    with options.working(name, config, set_, as_json) as opened:
         result = work.run_stage(opened, "score", iteration, force, only_failed)
     options.answer(as_json, result)
 

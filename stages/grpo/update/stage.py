@@ -63,7 +63,7 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) 
         rollouts = read_kept(run, iteration)
     with clock("check"):
         before = run.manifest(OUTPUT, iteration - 1) if iteration > 0 else None
-        last = before.summary["layout"] if before is not None else None
+        last = before.summary.get("layout") if before is not None else None
         layout = learner.check_layout(rollouts, longest(run, iteration), last)
         _say_refused(run, iteration, layout)
     learner.holds = (None, None)  # until the commit has happened, memory is ahead of the disk

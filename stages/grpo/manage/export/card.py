@@ -20,7 +20,7 @@ _USE_ADAPTER = "`PeftModel.from_pretrained(BASE_MODEL, FOLDER)` of peft loads it
 
 def card_of(run: ActiveRun, policy: int, dtype: str | None, adapter: bool) -> str:
     """The model card. Everything in it is read from the run: nothing has to be filled in."""
-    config = created_config(run.name, run.root)
+    config = created_config(run.path)
     kind = "LoRA adapter" if adapter else f"weights {f'in {dtype}' if dtype else 'as they came'}"
     iterations = f"{policy} iteration{'' if policy == 1 else 's'}"
     base = f"`{Path(config.model).name}`"  # a path says nothing to others
