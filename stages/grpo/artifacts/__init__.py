@@ -12,6 +12,7 @@ from grpo.artifacts.existing import (
     open_run,
     refuse_inside_run,
     run_names,
+    same_folder,
     tell_apart,
 )
 from grpo.artifacts.layout import (
@@ -100,6 +101,7 @@ __all__ = [
     "require_space",
     "roll_forward",
     "run_names",
+    "same_folder",
     "seal",
     "staged_attempts",
     "staging_folders",

@@ -43,7 +43,9 @@ def _check_link(folder: Path, path: Path) -> None:
     inside, target = folder.resolve(), path.resolve()
     blobs = [inside.parents[1] / "blobs"] if inside.parent.name == "snapshots" else []
     if not any(target.is_relative_to(place) for place in (inside, *blobs)):
-        raise InputError(f"{path}: is a link that leads out of the checkpoint's folder; put the file in its place")
+        raise InputError(
+            f"{path}: is a link that leads out of the checkpoint's folder; put the file in its place"
+        )
 
 
 def checkpoint_id(folder: Path) -> str:

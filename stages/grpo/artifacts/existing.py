@@ -1,6 +1,5 @@
 """artifacts.existing: runs that exist, by name or by path, and what they were created with."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,15 @@ def find_run(given: str, root: Path = ARTIFACTS) -> Path:
     if is_name and is_run(root / given):
         return root / given
     if is_run(path):
-        return path if path.name not in ("", "..") else Path(os.path.abspath(path))
+        return path if path.name not in ("", "..") else path.resolve()
     known = run_names(root)
     there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
     raise UsageError(f"{root / given if is_name else path}: no such run; {there}")
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    """Whether two paths are one folder. A link to it is another: whoever names the link meant that."""
+    return one.parent.resolve() / one.name == other.parent.resolve() / other.name
 
 
 def names_run(given: str) -> bool:
@@ -40,7 +44,10 @@ def names_run(given: str) -> bool:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's."""
-    return os.path.exists(folder / "run.json")  # of a path too long it says no
+    try:
+        return (folder / "run.json").exists()
+    except OSError:  # a name too long
+        return False
 
 
 def open_run(folder: Path) -> dict[str, Any]:
@@ -84,9 +91,11 @@ def tell_apart(runs: Sequence[Run]) -> None:
 
 def refuse_inside_run(out: Path, option: str = "--out") -> None:
     """Raise UsageError (exit 2) where `out` would land in the folder of a run, links followed."""
-    place, root = Path(os.path.realpath(out)), Path(os.path.realpath(ARTIFACTS))
+    place, root = out.resolve(), ARTIFACTS.resolve()
     for folder in (place, *place.parents):
         # Another run.json may lie in any folder: that of a run has a lock or a policy beside it.
         whole = is_run(folder) and any((folder / name).exists() for name in (".lock", "policy"))
         if whole or is_iteration(folder.name) or (folder != place and folder.parent == root):
-            raise UsageError(f"{option} {out}: lies in a run ({folder}), which only grpo writes; name another place")
+            raise UsageError(
+                f"{option} {out}: lies in a run ({folder}), which only grpo writes; name another place"
+            )

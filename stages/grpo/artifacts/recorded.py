@@ -115,7 +115,11 @@ class _Measured(_ScoreSummary):
 
     @model_validator(mode="after")
     def _same_k(self) -> "_Measured":
-        if not (self.pass_at or {}).keys() == (self.pass_at_low or {}).keys() == (self.pass_at_high or {}).keys():
+        if (
+            not (self.pass_at or {}).keys()
+            == (self.pass_at_low or {}).keys()
+            == (self.pass_at_high or {}).keys()
+        ):
             raise ValueError("pass_at, pass_at_low and pass_at_high are not of the same k")
         return self
 
@@ -172,11 +176,14 @@ _MODELS: dict[str, type[_Held]] = {
     "eval_prompts": _Prompts,
     "policy": _Policy,
 }
+_SCORED = {"reward": str, "weight": int | float, "statuses": dict}
 _LABELS = {  # of a file, by its table: what stages note of it
     "rollouts": {"response_tokens": int, "truncated": int},
     "eval_rollouts": {"response_tokens": int, "truncated": int},
-    **dict.fromkeys(("rewards", "eval_rewards"), {"reward": str, "weight": int | float, "statuses": dict}),
-    **dict.fromkeys(("judgements", "eval_judgements"), {"reward": str}),
+    "rewards": _SCORED,
+    "eval_rewards": _SCORED,
+    "judgements": {"reward": str},
+    "eval_judgements": {"reward": str},
 }
 
 
@@ -193,7 +200,7 @@ class Recorded(dict[str, Any]):
 
 
 def check_content(manifest: dict[str, Any]) -> None:
-    """Raise ValueError (pydantic's is one) for what no stage of that name records. Takes it as it was parsed."""
+    """Raise ValueError (pydantic's is one) for what no stage of that name records."""
     model = _MODELS.get(manifest["stage"])
     if model is None:
         raise ValueError(f"stage: no stage is called {manifest['stage'][:80]}")
@@ -216,9 +223,10 @@ def _check_reference(reference: str, iteration: int | None) -> None:
     """What an output read is of its own iteration or an earlier one; of a run as a whole, nothing is."""
     found = re.fullmatch(r"[^@]{1,256}(@(?P<at>[0-9]{1,9}))?", reference)
     at = int(found["at"]) if found and found["at"] else None
-    if found and (at is None) == (reference in (*RUN_OUTPUTS, "reference")) and (at or 0) <= (iteration or 0):
-        if holder_of(reference)[0] in (*OUTPUTS, *RUN_OUTPUTS):
-            return
+    of_run = at is None and reference in ("prompts", "eval_prompts", "reference")
+    earlier = at is not None and iteration is not None and at <= iteration
+    if found and (of_run or (earlier and holder_of(reference)[0] in (*OUTPUTS, *RUN_OUTPUTS))):
+        return
     raise ValueError(f"inputs: {reference[:80]} is nothing that iteration {iteration} can have read")
 
 
@@ -228,12 +236,14 @@ def _check_labels(file: dict[str, Any]) -> None:
         if name in labels and (isinstance(labels[name], bool) or not isinstance(labels[name], kind)):
             raise ValueError(f"files: {name} of {file['name']} is of another type")
     counts = labels.get("statuses", {})
-    if not isinstance(counts, dict) or not all(isinstance(count, int) and count >= 0 for count in counts.values()):
+    if not isinstance(counts, dict) or not all(
+        isinstance(count, int) and count >= 0 for count in counts.values()
+    ):
         raise ValueError(f"files: statuses of {file['name']} are no counts")
 
 
 def check_depth(value: Any, left: int = MAX_DEPTH) -> None:
-    """Raise ValueError for lists and mappings that are nested deeper: whoever walks them must come to an end."""
+    """Raise ValueError for lists and mappings nested deeper: whoever walks them must come to an end."""
     if left == 0:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     for child in value.values() if isinstance(value, dict) else value:

@@ -258,15 +258,23 @@ class Run:
 
         What is in .trash is only ever removed, and a link there goes without what it leads to.
         """
-        found = [Path(entry.path) for entry in files.entries_below(self.path, self.trash) if entry.is_symlink()]
+        found = [
+            Path(entry.path) for entry in files.entries_below(self.path, self.trash) if entry.is_symlink()
+        ]
         return [path for path in (self.path, *found) if path.is_symlink() and path.exists()]
 
     def refuse_links(self) -> None:
-        """Raise CorruptError (exit 6) for a folder that is a link: work there would be done outside the run."""
+        """Raise CorruptError (exit 6) for a folder that is a link: work there would be outside the run."""
         for path in self.links():
             if path.is_dir():
-                way = "`grpo verify --discard` removes it" if path != self.path else "name that folder by its path"
-                raise CorruptError(f"{path}: is a link to another folder ({path.resolve()}), not the run's own; {way}")
+                way = (
+                    "`grpo verify --discard` removes it"
+                    if path != self.path
+                    else "name that folder by its path"
+                )
+                raise CorruptError(
+                    f"{path}: is a link to another folder ({path.resolve()}), not the run's own; {way}"
+                )
 
     @contextmanager
     def lock(self, linked: bool = False) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """cli.options: what most commands begin with: their common options, and the run that these name."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +61,7 @@ def reading(
         raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
     run = configured(path, overrides, quiet) if path.exists() else None
     folder = artifacts.find_run(name or str(run.path if run else ""))
-    if run is None or os.path.abspath(folder) != os.path.abspath(run.path):
+    if run is None or not artifacts.same_folder(folder, run.path):
         run = _by_its_own(folder, path, overrides, damaged, quiet)
     elif not damaged:
         artifacts.open_run(folder)
@@ -81,15 +80,19 @@ def _by_its_own(
         else:
             values = artifacts.created_config(folder, overrides)
     except CorruptError as error:
-        way = f"; with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
+        way = (
+            f"; with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
+        )
         raise CorruptError(f"{error}{way if damaged else ''}") from None
     return artifacts.ActiveRun(folder.parent, values, path.absolute().parent, console.Console(quiet))
 
 
 def reading_all(names: list[str], path: Path) -> list["ActiveRun"]:
     """Each of the named runs once, to read; that of the configuration where none is named."""
-    opened = [reading(name, path) for name in names or [""]]
-    runs = [*{os.path.abspath(run.path): run for run in opened}.values()]
+    runs: list[ActiveRun] = []
+    for run in (reading(name, path) for name in names or [""]):
+        if not any(artifacts.same_folder(run.path, other.path) for other in runs):
+            runs.append(run)
     artifacts.tell_apart(runs)
     return runs
 

@@ -70,7 +70,9 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
     places: list[Place] = [(output, None) for output in RUN_OUTPUTS]
     numbers = sorted({*run.iterations(), *run.evaluations()})
     if numbers and numbers[-1] - len(numbers) > _MOST_GONE:
-        what = f"{run.iteration_root(numbers[-1])}: is there, and of the iterations before it {len(numbers) - 1}"
+        what = (
+            f"{run.iteration_root(numbers[-1])}: is there, and of the iterations before it {len(numbers) - 1}"
+        )
         report.damages.append(Damage(f"{what} are: it is of another run; move it away", ""))
         return report
     places += [(output, iteration) for iteration in numbers for output in OUTPUTS]
