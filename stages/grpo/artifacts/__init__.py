@@ -40,6 +40,8 @@ from grpo.artifacts.manifest import (
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
 from grpo.artifacts.retention import droppable, is_kept, prune, prune_behind
 from grpo.artifacts.run import PRUNED, TIMINGS, Run
+from grpo.artifacts.sampled import are_own, check_keys, read_rollouts
+from grpo.artifacts.sources import SOURCES, check_source, keep_source, kept_sources
 from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import (
     Product,
@@ -60,6 +62,7 @@ __all__ = [
     "OUTPUTS",
     "PRUNED",
     "RUN_OUTPUTS",
+    "SOURCES",
     "STAGE_OUTPUTS",
     "TABLES_OF",
     "TIMINGS",
@@ -70,6 +73,9 @@ __all__ = [
     "Product",
     "Run",
     "Staging",
+    "are_own",
+    "check_keys",
+    "check_source",
     "check_staged",
     "checkpoint_files",
     "checkpoint_id",
@@ -87,6 +93,8 @@ __all__ = [
     "is_run",
     "is_weight_file",
     "iterations_in",
+    "keep_source",
+    "kept_sources",
     "lacking",
     "names_run",
     "num_rounds",
@@ -96,6 +104,7 @@ __all__ = [
     "prune_behind",
     "read_json",
     "read_manifest",
+    "read_rollouts",
     "read_sealed",
     "refuse_inside_run",
     "require_space",

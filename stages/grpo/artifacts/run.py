@@ -44,6 +44,9 @@ class Run:
         self.root = root
         self.path = root / name  # the folder is the run, whatever name it had where it was made
         self.name = printable(name)
+        self.made: set[str] = (
+            set()
+        )  # fingerprints of outputs that this process committed: no need to ask twice
         self._verified: set[tuple[Path, str]] = set()
         self._seen: dict[Hashable, Any] | None = None
 

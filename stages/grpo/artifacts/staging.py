@@ -158,6 +158,7 @@ class Staging:
             files.sync_folder(folder)  # the names must be on disk before the manifest vouches for them
         files.write_file(self.folder / MANIFEST, seal(manifest.model_dump()))
         target = _finish(self.run, self.folder, manifest, plan.output)
+        self.run.made.add(self.fingerprint)
         for record in product.files:
             self.run.trust(record, target / record.part / record.name)
         return manifest

@@ -13,12 +13,14 @@ from grpo.artifacts import (
     MANIFEST,
     PRUNED,
     RUN_OUTPUTS,
+    SOURCES,
     STAGE_OUTPUTS,
     TIMINGS,
     ActiveRun,
     Run,
     created_config,
     files,
+    kept_sources,
     lacking,
 )
 from grpo.config import PIPELINE
@@ -89,6 +91,11 @@ def _check_fixed(source: ActiveRun, new: ActiveRun) -> None:
 
 def _link_all(source: ActiveRun, staged: ActiveRun, first: int) -> list[str]:
     """Link what comes before iteration `first`, and of it what can be taken over; returns those stages."""
+    if sources := kept_sources(source):
+        files.make_folder(staged.path / SOURCES)
+        for path in sources.values():
+            files.link_file(path, staged.path / SOURCES / path.name)
+        files.sync_folder(staged.path / SOURCES)
     for output in RUN_OUTPUTS:
         if output != HELD_OUT or source.manifest(output, None) is not None:
             _link(source, staged, output, None)

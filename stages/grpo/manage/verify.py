@@ -19,10 +19,12 @@ from grpo.artifacts import (
     FileRecord,
     Manifest,
     Run,
+    check_source,
     check_staged,
     discard,
     files,
     holder_of,
+    kept_sources,
     open_run,
     staging_folders,
 )
@@ -145,13 +147,15 @@ def print_report(run: Run, report: Report, discarded: bool) -> None:
 
 
 def _damaged_notes(run: ActiveRun) -> list[Damage]:
-    """Of what is no output: run.json, the intent of `--from`, the tracker's note, and unfinished work."""
+    """Of what is no output: run.json, notes of `--from` and the tracker, kept sources, unfinished work."""
     found = []
     notes: list[tuple[Path, str, Callable[[], object]]] = [
         (run.path / "run.json", "grpo run", partial(open_run, run.path)),
         (intent_path(run), "grpo run", partial(read_intent, run)),
         (note_path(run), "grpo run", partial(read_note, run)),
     ]
+    for digest, kept in kept_sources(run).items():
+        notes.append((kept, "grpo run", partial(check_source, digest, kept)))
     for folder, place in staging_folders(run).items():
         notes.append((folder, command_for(*place), partial(check_staged, run, folder)))
     for path, redo, check in notes:
