@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 _PARTS = ("ids", "config", "user_files", "summary")
 
 FileName = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)
 ]  # bare: no path can leave its folder
 
 

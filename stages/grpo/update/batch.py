@@ -74,7 +74,8 @@ def kept_rollouts(rollouts: pa.Table, advantages: pa.Table) -> Rollouts:
     """Join what was sampled with what is trained on. Raises CorruptError (exit 6) when the keys differ."""
     if not rollouts.select(list(KEY)).equals(advantages.select(list(KEY))):
         raise CorruptError("advantages are not of these rollouts: their keys differ; run `grpo advantage`")
-    if not pc.all(pc.is_finite(advantages.filter(advantages["keep"])["advantage"]), min_count=0).as_py():
+    trained = advantages.filter(advantages["keep"])["advantage"]
+    if not pc.all(pc.fill_null(pc.is_finite(trained), False), min_count=0).as_py():
         raise CorruptError("advantages: one that is kept is not finite; run `grpo advantage`")
     kept = rollouts.append_column("advantage", advantages["advantage"]).filter(advantages["keep"])
     prompts, responses, masks, old_logprobs = (_lists(kept[name]) for name in _TOKENS)
