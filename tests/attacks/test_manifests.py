@@ -141,9 +141,9 @@ def test_a_field_with_a_hostile_value(measured: Path, grpo: Grpo, output: str) -
             try:
                 read_manifest(path.parent)
             except (CorruptError, InputError):  # as every command says it: some of them are asked
-                turn, every = next(refused), 40
+                turn, every = next(refused), 80
             else:
-                turn, every = next(passed), 3
+                turn, every = next(passed), 6
             if turn % every == 0 and (found := problem(grpo, COMMANDS[turn // every % len(COMMANDS)])):
                 place = ".".join(map(str, way))
                 wrong.append(

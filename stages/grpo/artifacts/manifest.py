@@ -150,7 +150,7 @@ def parse_json(path: Path) -> Any:
     """The content of a JSON file. Raises CorruptError (exit 6) when it is none, FileNotFoundError."""
     try:
         if not S_ISREG(path.stat().st_mode) and not path.is_dir():  # a pipe would be waited for
-            raise CorruptError(f"{path}: is no regular file")
+            raise CorruptError(f"{path}: is no file")
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: is not JSON: {error}") from None
@@ -186,7 +186,7 @@ def check_size(file: FileRecord, path: Path) -> None:
     if found.st_size != file.bytes:
         raise CorruptError(f"{path}: {found.st_size} bytes, but its manifest says {file.bytes}")
     if not S_ISREG(found.st_mode):
-        raise CorruptError(f"{path}: is no regular file")
+        raise CorruptError(f"{path}: is no file")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
