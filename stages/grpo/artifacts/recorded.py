@@ -212,8 +212,6 @@ def check_content(manifest: dict[str, Any]) -> None:
     names = [(file.get("part", ""), file["name"]) for file in manifest["files"]]
     if len({*names}) < len(names):
         raise ValueError("files: names a file twice")
-    if sum(file.get("rows") or 0 for file in manifest["files"]) != manifest["rows"]:
-        raise ValueError(f"rows: {manifest['rows']}, but its files have others")
     rounds = manifest["summary"].get("rounds", 1) if manifest["stage"] == "generate" else 1
     if len(manifest["files"]) % rounds:
         raise ValueError(f"summary.rounds: {rounds}, but it has {len(manifest['files'])} files")

@@ -93,6 +93,8 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
                 if manifest is not None and "evaluate.prompts" in manifest.user_files:
                     readers.setdefault((HELD_OUT, None), place)
             advance(1)
+    texts = kept_sources(run).values()
+    report.counts.update(files=len(texts), bytes=sum(path.lstat().st_size for path in texts))
     report.damages += damages(run, wrong | _gone(run, readers, wrong))
     report.stale = _unfinished(run)
     if not report.damages and not report.stale:
