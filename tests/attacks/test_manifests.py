@@ -6,6 +6,7 @@ what is wrong, and `verify` never says that such a run is whole where it cannot 
 
 import json
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,3 +151,72 @@ def test_a_field_with_a_hostile_value(measured: Path, grpo: Grpo, output: str) -
                     f"{COMMANDS[turn // every % len(COMMANDS)]}: {place} = {str(value)[:40]!r}: {found[:300]}"
                 )
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("output", ["rollouts", "update"])
+def test_a_reference_that_nothing_can_have_read(
+    measured: Path, grpo: Grpo, output: str, reference: str
+) -> None:
+    path = OUTPUTS[output] / MANIFEST
+    document = json.loads(path.read_text())
+    del document["sha256"]
+    document["inputs"][reference] = "x"
+    path.write_bytes(seal(document))
+    for command in COMMANDS[:2]:
+        assert problem(grpo, command) == ""
+    with limited():
+        assert grpo("verify")[0] == 6
+
+
+def test_an_iteration_far_behind_the_others(measured: Path, grpo: Grpo) -> None:
+    """Its manifests say that they are of it: every iteration before would be looked for."""
+    far = 999_999_999
+    for name in ("rollouts", "update"):
+        folder = RUN / f"iteration={far:06d}" / name
+        shutil.copytree(OUTPUTS[name], folder)
+        document = json.loads((folder / MANIFEST).read_text())
+        del document["sha256"]
+        document["iteration"], document["inputs"] = far, {f"policy@{far}": "x"}
+        document["config"].setdefault("update", {})["replay_iterations"] = 2**31 - 1
+        (folder / MANIFEST).write_bytes(seal(document))
+    for command in COMMANDS:
+        assert problem(grpo, command) == ""
+    with limited():
+        code, out, _ = grpo("verify")
+    assert (code, "it is of another run" in out) == (6, True)
+
+
+@pytest.mark.parametrize("seconds", [10**400, -1, "x", {}, [1]])
+def test_timings(measured: Path, grpo: Grpo, seconds: Any) -> None:
+    (OUTPUTS["rollouts"] / "timings.json").write_text(json.dumps({"seconds": {"\x1b[31m": seconds}}))
+    for command in COMMANDS[:3]:
+        assert problem(grpo, command) == ""
+    assert grpo("verify")[0] == 6
+
+
+@pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900])
+@pytest.mark.parametrize("part", ["config", "summary", "labels"])
+def test_nested_values(measured: Path, grpo: Grpo, part: str, value: str) -> None:
+    path = OUTPUTS["advantages"] / MANIFEST
+    document = json.loads(path.read_text())
+    del document["sha256"]
+    (document["files"][0]["labels"] if part == "labels" else document[part])["x"] = json.loads(value)
+    path.write_bytes(seal(document))
+    for command in COMMANDS[:2]:
+        assert problem(grpo, command) == ""
+    assert grpo("verify")[0] == 6
+
+
+@pytest.mark.parametrize("name", ["run.json", ".from.json"])
+def test_notes_of_a_run(measured: Path, grpo: Grpo, name: str) -> None:
+    path = RUN / name
+    document: dict[str, Any] = {"from": 0}
+    if path.exists():
+        document = json.loads(path.read_text())
+        del document["sha256"]
+    for key in document:
+        for value in HOSTILE:
+            path.write_bytes(seal({**document, key: value}))
+            for command in (("verify",), ("status", "tiny", "-c", "none")):
+                assert problem(grpo, command) == "", (key, command)

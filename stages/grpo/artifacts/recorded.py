@@ -176,8 +176,8 @@ _MODELS: dict[str, type[_Held]] = {
     "eval_prompts": _Prompts,
     "policy": _Policy,
 }
-_SCORED = {"reward": str, "weight": int | float, "statuses": dict}
-_LABELS = {  # of a file, by its table: what stages note of it
+_SCORED: dict[str, Any] = {"reward": str, "weight": int | float, "statuses": dict}
+_LABELS: dict[str, dict[str, Any]] = {  # of a file, by its table: what stages note of it
     "rollouts": {"response_tokens": int, "truncated": int},
     "eval_rollouts": {"response_tokens": int, "truncated": int},
     "rewards": _SCORED,

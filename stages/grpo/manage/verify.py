@@ -71,11 +71,8 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
     report.damages += _damaged_notes(run)
     places: list[Place] = [(output, None) for output in RUN_OUTPUTS]
     numbers = sorted({*run.iterations(), *run.evaluations()})
-    if numbers and numbers[-1] - len(numbers) > _MOST_GONE:
-        what = (
-            f"{run.iteration_root(numbers[-1])}: is there, and of the iterations before it {len(numbers) - 1}"
-        )
-        report.damages.append(Damage(f"{what} are: it is of another run; move it away", ""))
+    if strange := _of_another_run(run, numbers):
+        report.damages.append(strange)
         return report
     places += [(output, iteration) for iteration in numbers for output in OUTPUTS]
     wrong: dict[Place, str] = {}
@@ -103,6 +100,13 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
         report.stale = _stale(run)
     _set_aside(run, report, set_aside)
     return report
+
+
+def _of_another_run(run: Run, numbers: list[int]) -> Damage | None:
+    if not numbers or numbers[-1] - len(numbers) <= _MOST_GONE:
+        return None
+    what = f"{run.iteration_root(numbers[-1])}: is there, and {len(numbers) - 1} iterations before it are"
+    return Damage(f"{what}: it is of another run; move it away", "")
 
 
 def _set_aside(run: Run, report: Report, wanted: bool) -> None:
