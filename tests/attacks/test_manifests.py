@@ -100,8 +100,8 @@ def fields_of(value: Any) -> Iterator[tuple[Any, ...]]:
 
 def changed(document: Any, way: tuple[Any, ...], value: Any) -> dict[str, Any]:
     """A copy with another value there, or none."""
-    copy = json.loads(json.dumps(document))
-    inner = copy
+    copy: dict[str, Any] = json.loads(json.dumps(document))
+    inner: Any = copy
     for key in way[:-1]:
         inner = inner[key]
     if value is ABSENT:

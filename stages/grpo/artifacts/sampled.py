@@ -5,6 +5,7 @@ learner or a reward makes of a token that does not exist, or of a row that is go
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -89,10 +90,7 @@ def _problems(data: pa.Table, vocabulary_size: int | None) -> Iterator[tuple[np.
         if name in lengths:
             limit = 2**31 if vocabulary_size is None else vocabulary_size
             what = f"{name} holds an id outside the vocabulary of {limit}"
-            yield (
-                _rows_where(data[name], lengths[name], lambda ids, end=limit: (ids < 0) | (ids >= end)),
-                what,
-            )
+            yield _rows_where(data[name], lengths[name], partial(_outside, limit)), what
     if "response_token_ids" in lengths:
         tokens = lengths["response_token_ids"]
         for name in _LISTS[1:]:
@@ -115,7 +113,13 @@ def _problems(data: pa.Table, vocabulary_size: int | None) -> Iterator[tuple[np.
 
 def _lengths(column: pa.ChunkedArray) -> np.ndarray:
     """Values of each row of a list column; -1 for null."""
-    return pc.fill_null(pc.list_value_length(column), -1).to_numpy()
+    found: np.ndarray = pc.fill_null(pc.list_value_length(column), -1).to_numpy()
+    return found
+
+
+def _outside(limit: int, ids: np.ndarray) -> np.ndarray:
+    found: np.ndarray = (ids < 0) | (ids >= limit)
+    return found
 
 
 def _rows_where(
