@@ -1,5 +1,6 @@
 """A run is the folder that was opened: copied, renamed, received, named by a path, or a link in it."""
 
+import errno
 import hashlib
 import json
 import os
@@ -408,3 +409,20 @@ def test_the_source_of_a_reward_is_in_the_run(finished: Path, grpo: Grpo) -> Non
     assert grpo("verify", "other")[0] == 0
     assert grpo("verify", "--discard")[0] == 6
     assert grpo("verify")[0] == 0
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for command in (
+        ["sql", "select 1 as x", "--out", "x.json"],
+        ["report", "--out", "r.html"],
+        ["fork", "tiny", "new"],
+    ):
+        code, _, err = grpo(*command)
+        assert (code, len(err.splitlines()), "No space left on device" in err) == (7, 1, True), err
+    assert not list(Path().glob("*.tmp")) + list(Path("artifacts").rglob("*.tmp"))
