@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import sql, tables
-from grpo.artifacts import ARTIFACTS, ActiveRun, created_config, require_run
+from grpo.artifacts import ARTIFACTS, ActiveRun, find_run, own_config
 from grpo.config import Config, validated
 from grpo.console import Console, quieten_libraries
 from grpo.errors import UsageError
@@ -97,15 +97,11 @@ def open(run: str | Path, config: Configuration | None = None, overrides: Settin
     config: the configuration in force, where it is not the one that the run was created with; either with
     `overrides`. Raises UsageError where no run is there, CorruptError where its run.json changed.
     """
-    path = Path(run)
-    root, name = (ARTIFACTS, str(run)) if path.name == str(run) else (path.parent, path.name)
+    folder = find_run(str(run))
     if config is not None:
-        require_run(name, root)
-        found = _configured(config, {**(overrides or {}), "run": name}, False)
-        return Run(ActiveRun(root, found.config, found.imports, found.console))
-    # Its folder is the run, whatever name it was created with.
-    created = created_config(name, root, _texts(overrides)).model_copy(update={"run": name})
-    return Run(ActiveRun(root, created, Path.cwd(), Console()))
+        found = _configured(config, {**(overrides or {}), "run": folder.name}, False)
+        return Run(ActiveRun(folder.parent, found.config, found.imports, found.console))
+    return Run(ActiveRun(folder.parent, own_config(folder, _texts(overrides)), Path.cwd(), Console()))
 
 
 def run(

@@ -81,7 +81,7 @@ def edit(path: str, old: str, new: str) -> None:
 
 def test_a_run_makes_what_the_design_says(finished: Path, grpo: Grpo) -> None:
     assert states(grpo) == DONE
-    folders = ["iteration=000000", "iteration=000001", "policy", "prompts", "run.json"]
+    folders = ["iteration=000000", "iteration=000001", "policy", "prompts", "run.json", "sources"]
     assert sorted(path.name for path in ARTIFACTS.iterdir() if not path.name.startswith(".")) == folders
     # 3 prompts x 2 samples in shards of at most 4 rollouts: 2 groups, then 1.
     assert [file["rows"] for file in manifest(0, "rollouts")["files"]] == [4, 2]

@@ -12,8 +12,19 @@ import pyarrow.compute as pc
 
 from grpo import sql, tables
 from grpo.advantage.plan import NAME, OUTPUT
-from grpo.artifacts import ActiveRun, Manifest, Product, Run, Staging, id_of
-from grpo.config.named_files import named_text
+from grpo.artifacts import (
+    ActiveRun,
+    Manifest,
+    Product,
+    Run,
+    Staging,
+    are_own,
+    check_keys,
+    id_of,
+    keep_source,
+    read_rollouts,
+)
+from grpo.config.named_files import named_file, named_text
 from grpo.errors import DataError, UsageError
 
 BLOCK_ROWS = 2**20  # rollouts computed at a time
@@ -38,10 +49,15 @@ def after(run: Run, manifest: Manifest, opened: sql.Connection) -> None:
 
 def produce(run: ActiveRun, iteration: int, staging: Staging, opened: sql.Connection) -> Product:
     """The `advantages` of one iteration."""
+    if run.config.advantage.sql is not None:
+        path = named_file(run.imports, "advantage.sql", run.config.advantage.sql)
+        keep_source(run, staging.plan.user_files["advantage.sql"], path.name, path.read_bytes)
     for name in ("rollouts", "rewards"):
         for file in run.require(name, iteration, f"grpo {NAME}").files:
             if file.table == name:
                 run.verify(file, run.path_of(file, name, iteration))
+    if not all(are_own(run, output, iteration) for output in ("rollouts", "rewards")):
+        _check_inputs(run, iteration)
     records, kept, zero, scored, total = [], 0, 0, 0, 0.0
     with staging.clock("advantage"):
         for index, data in enumerate(_advantages(run, iteration, opened)):
@@ -57,6 +73,16 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: sql.Connec
     reward_mean = total / scored if scored else None
     summary = {"kept": kept, "zero_advantage": zero, "scored": scored, "reward_mean": reward_mean}
     return Product({OUTPUT: id_of(records)}, records, summary)
+
+
+def _check_inputs(run: Run, iteration: int) -> None:
+    """Raise CorruptError (exit 6) unless there is one of each reward for each rollout, as they were made."""
+    rollouts = read_rollouts(run, iteration).select(list(tables.KEY))
+    rewards = run.read("rewards", iteration, [*tables.KEY, "name"])
+    place = run.folder("rewards", iteration)
+    summary = run.require("rewards", iteration, "grpo score").summary
+    for name in summary["weights"] if "statuses" in summary else ():  # which count every row that was made
+        check_keys(f"{place}: {name}", rewards.filter(pc.equal(rewards["name"], name)), rollouts)
 
 
 def check(run: ActiveRun, until: int, resources: object) -> None:

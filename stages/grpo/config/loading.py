@@ -15,6 +15,7 @@ from grpo.config.update import OBJECTIVES
 from grpo.config.yaml import YamlError, parse
 from grpo.errors import UsageError
 
+PIPELINE = "pipeline.yaml"
 _CREDENTIALS = re.compile("://[^/@\\s]*@")  # of an address; no message may hold them
 
 

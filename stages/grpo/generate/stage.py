@@ -7,8 +7,20 @@ guessed later. Shards are committed one by one, and a committed shard is never s
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Staging, id_of, lacking, num_rounds, policy_of
+from grpo.artifacts import (
+    ActiveRun,
+    Manifest,
+    Plan,
+    Product,
+    Staging,
+    id_of,
+    keep_source,
+    lacking,
+    num_rounds,
+    policy_of,
+)
 from grpo.config import GenerateConfig
+from grpo.config.named_files import named_file
 from grpo.errors import DataError, UsageError
 from grpo.generate import selection
 from grpo.generate.engines.choice import choose_engine
@@ -104,6 +116,9 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) 
     generate.dynamic_sampling asks for another round of prompts where too few groups have signal: a new
     attempt at the same plan, which keeps the shards of the rounds before and samples its own.
     """
+    if run.config.generate.prompts_sql is not None:
+        path = named_file(run.imports, KEY, run.config.generate.prompts_sql)
+        keep_source(run, staging.plan.user_files[KEY], path.name, path.read_bytes)
     before = run.manifest(OUTPUT, iteration)
     rounds, why = _rounds_to_hold(run, staging.plan, before)
     if why and before is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from grpo import sql
-from grpo.artifacts import ActiveRun, files
+from grpo.artifacts import ActiveRun, files, refuse_inside_run
 from grpo.console import finite, printable, stdout_console, table
 from grpo.errors import UsageError
 
@@ -55,6 +55,7 @@ def check_out(out: Path, nested: list[str]) -> None:
     """Raise UsageError (exit 2) for a file that write() cannot write; nested: columns of lists or maps."""
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: no folder {out.parent}")
+    refuse_inside_run(out)
     if out.suffix not in (".parquet", ".csv", ".json"):
         raise UsageError(f"--out {out}: expected a file ending in .parquet, .csv or .json")
     if out.suffix == ".csv" and nested:

@@ -47,7 +47,7 @@ def prepare(run: ActiveRun) -> None:
 
 def _check_seed(run: ActiveRun, created: bool) -> None:
     if created:
-        seed = created_config(run.name, run.root).seed
+        seed = created_config(run.path).seed
     else:
         sampled = (run.manifest("rollouts", iteration) for iteration in run.iterations())
         seed = next((found.config["seed"] for found in sampled if found), run.config.seed)

@@ -10,7 +10,17 @@ import numpy as np
 import pyarrow as pa
 
 from grpo import tables
-from grpo.artifacts import ActiveRun, FileRecord, Manifest, Plan, Product, Staging, id_of, is_hub_id
+from grpo.artifacts import (
+    ActiveRun,
+    FileRecord,
+    Manifest,
+    Plan,
+    Product,
+    Staging,
+    id_of,
+    is_hub_id,
+    keep_source,
+)
 from grpo.artifacts.files import sha256_of
 from grpo.config import PromptsConfig
 from grpo.config.prompts import BUILT_IN
@@ -92,6 +102,9 @@ def prepare(
     """
     output = staging.plan.output
     config = config_of(run, output)
+    if config.chat_template is not None:
+        path = run.imports / config.chat_template
+        keep_source(run, staging.plan.user_files["prompts.chat_template"], path.name, path.read_bytes)
     records: list[FileRecord] = []
     ids, skipped, longest, schema, chats = set[str](), 0, 0, None, False
     rows = normalised(config, run.imports)

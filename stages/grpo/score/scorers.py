@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from grpo.artifacts import ActiveRun
 from grpo.config import RewardConfig
+from grpo.errors import CorruptError
 from grpo.score.functions.built_in import Text
 from grpo.score.functions.call import GroupCall
 from grpo.score.functions.pool import FunctionPool
@@ -90,6 +91,10 @@ def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
     rollouts = []
     for row in rows.to_pylist():
         key, response = (row["group_id"], row["sample_id"]), row["response"]
+        if row["prompt_id"] not in prompt_of:
+            raise CorruptError(
+                f"{file.path}: rollout {key}: prompt_id {row['prompt_id']} is no row of prompts"
+            )
         columns = dict(prompt_of[row["prompt_id"]])
         prompt, messages = columns.pop("prompt"), columns.pop("messages")
         completion: Text = response

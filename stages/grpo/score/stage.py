@@ -11,12 +11,23 @@ from itertools import product
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id_of, lacking, num_rounds
+from grpo.artifacts import (
+    ActiveRun,
+    FileRecord,
+    Manifest,
+    Product,
+    Staging,
+    are_own,
+    id_of,
+    lacking,
+    num_rounds,
+    read_rollouts,
+)
 from grpo.errors import EngineError
 from grpo.score import scorers
 from grpo.score.judge import answers as judgements
 from grpo.score.outcome import Outcome
-from grpo.score.plan import NAME, OUTPUT
+from grpo.score.plan import NAME, OUTPUT, keep_sources
 from grpo.score.scorers import Scorers
 from grpo.score.shard import File, ScoringTask, Shard, found_in, read, staged, table_of
 
@@ -73,6 +84,8 @@ def raise_for_failed(run: ActiveRun, where: str, table: str, manifest: Manifest)
 def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Scorers) -> Product:
     """The `rewards` of one iteration: what of them is not there yet is scored."""
     rollouts = run.require("rollouts", iteration, "grpo generate")
+    if not are_own(run, "rollouts", iteration):
+        read_rollouts(run, iteration)  # of rows that are not what was sampled, no reward is of use
     files = [File(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
     prompts_id = staging.plan.inputs["prompts"]
     held = score(
@@ -97,6 +110,7 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Scorers) -
 def score(run: ActiveRun, opened: Scorers, task: ScoringTask) -> list[FileRecord]:
     """Score what of `task` is not scored yet: all its shards, reward by reward, judgements last."""
     staging = task.staging
+    keep_sources(run, staging.plan.user_files)
     before = run.manifest(staging.plan.output, task.iteration)
     again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
     # A `--force` with nothing changed computes every reward anew.

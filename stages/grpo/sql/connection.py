@@ -70,9 +70,8 @@ def _connected(shown: RunTables) -> Iterator[Connection]:
             database.execute("set enable_progress_bar = false")
         for view in NAMES:
             _register(database, shown, view)
-            selects = [
-                f"select '{run.name}' as run, * from _{view}_{index}" for index, run in enumerate(shown.runs)
-            ]
+            names = [run.name.replace("'", "''") for run in shown.runs]  # a folder may be called anything
+            selects = [f"select '{name}' as run, * from _{view}_{at}" for at, name in enumerate(names)]
             database.execute(f"create view {view} as {' union all by name '.join(selects)}")
         for view in _DERIVED:
             database.execute(f"create view {view} as {own_text(f'sql/views/{view}')}")
