@@ -23,6 +23,7 @@ ORDER = (
     ("inspect",),
     ("manage",),
     ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 LOOSE = 8  # files beside the rooms

@@ -16,6 +16,7 @@ from grpo.generate.weight_sync import WeightSync
 from grpo.models.weight_check import read_weight_check
 from grpo.prompts.chat import Chat, encode
 from grpo.prompts.source import Row
+from grpo.sql import UserSql
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,13 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sampler:
-    """What stays open between iterations: engine, weight_sync of policies to it, tokenizer, prompts."""
+    """What stays open between iterations: engine, weight_sync of policies to it, tokenizer, prompts.
+
+    user_sql: the process of `generate.prompts_sql`, started where there is one.
+    """
 
     engine: Engine
     weight_sync: WeightSync
     tokenizer: "PreTrainedTokenizerBase"
     vocabulary_size: int
     prompts: pa.Table
+    user_sql: UserSql
 
 
 def sample(
