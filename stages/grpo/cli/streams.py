@@ -44,6 +44,7 @@ def prepare() -> None:
         except OSError:  # closed: the next file to be opened would be taken for it
             # Nothing to read, nowhere to put data; what is said to nobody is lost.
             os.open(os.devnull, os.O_WRONLY if descriptor == 2 else os.O_RDONLY)
+            os.set_inheritable(descriptor, True)  # by the workers
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for the whole life of the process
     for descriptor in (1, 2):

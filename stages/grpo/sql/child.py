@@ -11,6 +11,7 @@ import queue
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -50,6 +51,7 @@ def begin(pipe: "Connection[bytes, bytes]", folder: str, log: str) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: it is for the process that asks
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         said = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
+        tempfile.tempdir = folder  # for what does not fit into memory: who asks removes it
         os.dup2(said, 1)  # what a library prints is no result
         os.dup2(said, 2)
         requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
