@@ -22,7 +22,7 @@ SHOWN: dict[str, Callable[[Any], tuple[str, list[int]]]] = {
 }
 
 
-@pytest.mark.parametrize(("tool", "snippet"), zip(SHOWN, SNIPPETS, strict=True))
+@pytest.mark.parametrize(("tool", "snippet"), list(zip(SHOWN, SNIPPETS, strict=True)))
 def test_each_tool_reads_whole_numbers_of_iterations(finished: Path, tool: str, snippet: str) -> None:
     assert f"import {tool}" in snippet
     names: dict[str, Any] = {}

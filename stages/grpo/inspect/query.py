@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
@@ -28,7 +28,7 @@ _ROW_GROUP_BYTES, _CHUNK_BYTES = 2**26, 2**22  # of a Parquet file; of a copy
 
 
 def answer(
-    runs: list[Run], query: str, out: Path | None, timeout_s: float, as_json: bool, as_csv: bool = False
+    runs: Sequence[Run], query: str, out: Path | None, timeout_s: float, as_json: bool, as_csv: bool = False
 ) -> None:
     """`grpo sql`: one query, of the command line or of stdin; at a terminal one after the other."""
     if not 0 < timeout_s <= threading.TIMEOUT_MAX:  # NaN is not
@@ -213,7 +213,7 @@ def _print_lines(names: list[str], rows: Iterable[list[Any]]) -> None:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def _cell(value: Any) -> str:

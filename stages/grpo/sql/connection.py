@@ -151,7 +151,7 @@ def check_condition(connection: Connection, text: str) -> None:
     if (count := len(own["statements"])) > 1:
         raise UsageError(f"query: {count} statements, divided by `;`; write one")
     if any(kind == duckdb.token_type.comment for _, kind in duckdb.tokenize(text)):
-        raise UsageError("query: holds a comment, which is no part of a condition; leave it out")
+        raise UsageError("query: has a comment; expected one condition alone")
     node, expected = own["statements"][0]["node"], plain["statements"][0]["node"]
     expected.pop("select_list")
     [first, *others] = node.pop("select_list", None) or [{}]
