@@ -147,16 +147,16 @@ def check_condition(connection: Connection, text: str) -> None:
     _check_text(text)
     own, plain = (_parsed(connection, f"select {written}") for written in (text, "true"))
     if own["error"]:
-        raise UsageError(f"query: {own['error_message']}; expected one condition, as behind `where`")
+        raise UsageError(f"query: {own['error_message']}; expected one condition")
     if (count := len(own["statements"])) > 1:
         raise UsageError(f"query: {count} statements, divided by `;`; write one")
     if any(kind == duckdb.token_type.comment for _, kind in duckdb.tokenize(text)):
-        raise UsageError("query: has a comment; expected one condition alone")
+        raise UsageError("query: has a comment; expected one condition")
     node, expected = own["statements"][0]["node"], plain["statements"][0]["node"]
     expected.pop("select_list")
     [first, *others] = node.pop("select_list", None) or [{}]
     if others or first.get("alias") or first.get("class") == "STAR" or node != expected:
-        raise UsageError("query: is more than one expression; expected one condition, as behind `where`")
+        raise UsageError("query: is more than one expression; expected one condition")
 
 
 def _parsed(connection: Connection, statement: str) -> dict[str, Any]:
