@@ -65,8 +65,13 @@ def tables() -> str:
         "  says whether they pass), `pass_at`, `pass_at_low`, `pass_at_high` (maps from k, such as `pass_at[1]`), `reward`,",
         "  `reward_low`, `reward_high`, `rewards` as map(name, mean of the prompts' means), `response_tokens` and `truncated`",
         "  ([evaluation.md](evaluation.md)).",
+        "- `scored`, in `advantage.sql` alone: one row per rollout of the iteration: the key, `reward` (the weighted sum of its",
+        "  rewards; null where one failed or none applies), `scored` (whether it counts in its group), `empty` (no response",
+        "  token) and `truncated` (cut off at max_new_tokens).",
         "- `timings`: seconds by `iteration`, `stage` and `part`.",
         "- `manifests`: one row per committed output, with what it read and the configuration it was made with.",
+        "",
+        "[Querying](querying.md) has the formats of `grpo sql`, and how to open the files in DuckDB, pandas, polars or pyarrow.",
     ]
     lines += [
         "",

@@ -25,6 +25,7 @@ ORDER = (
     ("api",),
     ("stages",),
     ("cli", ""),  # "": what `import grpo` has, which is imported when it is used
+    ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 LOOSE = 8  # files beside the rooms

@@ -5,6 +5,7 @@ docs/python.md has it with examples. Errors are those of the commands, as except
 
 import json
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ class Run:
 
     def __init__(self, active: ActiveRun) -> None:
         self.active = active
+        self._user_sql = sql.UserSql()
+        weakref.finalize(self, self._user_sql.close)
 
     def __repr__(self) -> str:
         return f"grpo.Run({str(self.path)!r})"
@@ -70,7 +73,7 @@ class Run:
         query: str,
         parameters: Mapping[str, Any] | None = None,
         beside: Sequence["Run"] = (),
-        timeout_s: float | None = None,
+        timeout_s: float = sql.TIMEOUT_S,
     ) -> Rows:
         """The rows of one read-only query (DuckDB); `$name` in it is a parameter.
 
@@ -78,7 +81,8 @@ class Run:
         with DuckDB's message, ResourceError over a limit, CorruptError for a damaged file.
         """
         runs = [self.active, *(other.active for other in beside)]
-        return Rows(sql.read(runs, query, dict(parameters or {}), timeout_s=timeout_s))
+        question = sql.Question(query, runs, parameters=dict(parameters or {}))
+        return Rows(self._user_sql.rows(question, timeout_s=timeout_s).table())
 
     def table(self, name: str, iteration: int | None = None) -> Rows:
         """A table or view, of one iteration or of all, in the order of its key. Raises UsageError."""

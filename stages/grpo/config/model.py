@@ -30,7 +30,7 @@ class AdvantageConfig(Section):
     truncated: Literal["keep", "drop"] = "keep"
     """Rollouts that hit max_new_tokens: train on them or not; they count in their group's mean."""
     where: NonEmpty | None = None
-    """SQL condition over `samples`; a rollout that does not meet it is not trained on. null: all."""
+    """One SQL condition over `samples`; a rollout that does not meet it is not trained on. null: all."""
     sql: NonEmpty | None = None
     """File with a query that returns iteration, group_id, sample_id, advantage. null: advantage.sql."""
 

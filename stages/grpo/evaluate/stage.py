@@ -67,7 +67,7 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
     rewards = scoring.score(run, scorers._replace(prompts=prompts), wanted)
     held = [*rollouts, *rewards]
     with staging.clock("measure"):
-        measured = measure(run, policy, staging, held, resources(advantage.NAME, beside=True))
+        measured = measure(run, policy, staging, held, resources(advantage.NAME, beside=True).connection)
     summary = {**measured, **scoring.summary_of(run, rewards), **engine}
     return Product({OUTPUT: id_of(held)}, held, summary)
 

@@ -33,6 +33,7 @@ from grpo.models.loading import best_device, context_length, load_config, load_t
 from grpo.models.weight_check import LENGTH
 from grpo.prompts.chat import chat_of
 from grpo.prompts.table import HELD_OUT
+from grpo.sql import UserSql
 
 PREFIX = "part"  # of the names of shards
 
@@ -59,7 +60,9 @@ def open_resource(run: ActiveRun) -> Iterator[Sampler]:
     vocabulary = config.get_text_config().vocab_size
     weight_sync = WeightSync(engine, device, run.console.say, attention)
     try:
-        yield Sampler(engine, weight_sync, load_tokenizer(start), vocabulary, run.read("prompts", None))
+        with UserSql(run.console.stop_requested) as user_sql:
+            prompts = run.read("prompts", None)
+            yield Sampler(engine, weight_sync, load_tokenizer(start), vocabulary, prompts, user_sql)
     finally:
         engine.close()
 
@@ -162,7 +165,7 @@ def _rounds_to_hold(run: ActiveRun, plan: Plan, before: Manifest | None) -> tupl
 
 def _task(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, rounds: int) -> SamplingTask:
     config, size = run.config.generate, run.config.generate.prompts_per_iteration
-    chosen, by_query = selection.select(run, iteration, rounds, sampler.prompts)
+    chosen, by_query = selection.select(run, iteration, rounds, sampler.prompts, sampler.user_sql)
     if by_query is not None and by_query < len(chosen):
         run.console.say(
             f"generate {iteration}: {KEY} gives prompts for {by_query} of {len(chosen)} groups;"

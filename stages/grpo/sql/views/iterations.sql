@@ -35,14 +35,14 @@ of_rewards as (
     group by run, iteration
 ),
 
--- As an evaluation counts passes: by the reward and the threshold configured.
+-- As the evaluation before it counted passes: by that reward and threshold.
 of_passes as (
     select
         run,
         iteration,
         avg((value >= pass_threshold)::integer) as pass_rate,
     from rewards
-    join _pass_settings using (run)
+    join _pass_settings using (run, iteration)
     where name = pass_reward and value is not null
     group by run, iteration
 ),
@@ -195,7 +195,8 @@ final as (
         of_rewards.rewards,
         -- share of rollouts whose `evaluate.pass_reward` (the first reward
         -- where that is not set) is at least `evaluate.pass_threshold` (1), as
-        -- configured now, over the rollouts that have it
+        -- the newest evaluation before it had them, over the rollouts that
+        -- have it
         of_passes.pass_rate,
         -- groups sampled
         of_rollouts.groups,
