@@ -33,6 +33,7 @@ def one_line(text: str) -> str:
 
     Error texts quote what a model wrote; an escape sequence in them must not reach a terminal.
     """
+    text = text[: 20 * MAX_ERROR_CHARACTERS]  # of megabytes, the rest would be dropped below
     # Category C: control, format (bidirectional overrides too), surrogates. Z: every kind of space and break.
     spaced = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
     line = " ".join(spaced.split())

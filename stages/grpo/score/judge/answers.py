@@ -38,6 +38,7 @@ def score_by_judge(
         record = staging.write_shard(table, shard.answers_name, data, shard.asked, **labels)
     outcomes = dict.fromkeys(asked, Outcome(None, "not_applicable"))
     for key, said in _staged(staging, record).items():
+        run.console.stop_requested()  # a pattern may take its second with every answer
         read = None if said.answer is None else read_score(shard.reward.judge, said.answer)
         outcomes[key] = read or Outcome(None, said.status, said.error)
     return outcomes

@@ -19,6 +19,9 @@ from grpo.score.outcome import Outcome, one_line, outcome_of
 
 FILE = re.compile(r"\S+\.(md|txt)")
 PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
+PATTERN_S = (
+    1.0  # of the pattern on one answer: the one is the user's, the other a model's, and `re` never ends
+)
 _SHOWN = 80  # characters of an answer in an error; the whole of it is in `judgements`
 
 
@@ -57,7 +60,11 @@ def question(rubric: str, prompt: Text, response: str, columns: Mapping[str, Any
 def read_score(judge: JudgeConfig, answer: str) -> Outcome:
     """The reward that an answer gives; an answer that cannot be read is an error with its first words."""
     lines = answer.replace("\r\n", "\n")  # $ matches before \n alone
-    found = list(dict.fromkeys(re.findall(judge.pattern, lines, re.MULTILINE)))
+    try:
+        matches = compiled(judge.pattern).findall(lines, timeout=PATTERN_S)
+    except TimeoutError:
+        return _unreadable(f"keeps the pattern busy for more than {PATTERN_S:g} s", answer)
+    found = list(dict.fromkeys(matches))
     if len(found) != 1:
         said = f"gives {len(found)} scores, {', '.join(found[:5])}" if found else "has no score"
         return _unreadable(said, answer)
@@ -75,6 +82,18 @@ def read_score(judge: JudgeConfig, answer: str) -> Outcome:
     if not low <= value <= high:
         return _unreadable(f"says {value:g}, outside {low:g} to {high:g}", answer)
     return Outcome((value - low) / (high - low), "ok")
+
+
+def compiled(pattern: str) -> Any:
+    """The pattern, whose search can be given a time. Raises ValueError where only Python's `re` knows it."""
+    import regex  # plans read rubrics too, and have no use for it
+
+    try:
+        return regex.compile(pattern, regex.MULTILINE | regex.VERSION0)  # which keeps what it has compiled
+    except regex.error as error:
+        raise ValueError(
+            f"pattern: the package regex, which can be stopped, does not know it: {error}"
+        ) from None
 
 
 def _unreadable(what: str, answer: str) -> Outcome:
