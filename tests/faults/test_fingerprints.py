@@ -79,6 +79,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "score.rewards.name": (["score.rewards[0].name=other"], SCORE),
     "score.rewards.weight": (["score.rewards[0].weight=2.0"], SCORE),
     "score.rewards.arguments": (["score.rewards[0].arguments={a: 1}"], SCORE),
+    "score.rewards.on_timeout": (["score.rewards[0].on_timeout=0.0"], SCORE),
     "score.rewards.timeout_s": (["score.rewards[0].timeout_s=9.0"], SCORE),
     "score.on_error": (["score.on_error=drop"], NOTHING),
     "score.workers": (["score.workers=2"], NOTHING),

@@ -22,6 +22,7 @@ PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
 PATTERN_S = (
     1.0  # of the pattern on one answer: the one is the user's, the other a model's, and `re` never ends
 )
+_UNREADABLE = "the judge's answer"
 _SHOWN = 80  # characters of an answer in an error; the whole of it is in `judgements`
 
 
@@ -98,7 +99,12 @@ def compiled(pattern: str) -> Any:
 
 def _unreadable(what: str, answer: str) -> Outcome:
     more = "..." if len(answer) > _SHOWN else ""
-    return Outcome(None, "error", one_line(f"the judge's answer {what}: {answer[:_SHOWN]!r}{more}"))
+    return Outcome(None, "error", one_line(f"{_UNREADABLE} {what}: {answer[:_SHOWN]!r}{more}"))
+
+
+def is_unreadable(error: str | None) -> bool:
+    """Whether an error of read_score, and none of the endpoint."""
+    return error is not None and error.startswith(_UNREADABLE)
 
 
 def _placeholders(rubric: str) -> set[str]:
