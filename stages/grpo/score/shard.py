@@ -72,7 +72,7 @@ class Shard:
         self.old_answers = held(task.answers_table, self.asked)
 
     def settled(self) -> set[Key]:
-        """The rollouts that failed twice in the same way, in no less time: tried again only when asked for."""
+        """The rollouts that failed twice in the same way, in no less time: tried again only when asked."""
         found = self.old.record.labels.get(REPEATED) if self.old is not None else None
         if found is None or self.task.staging.only_failed or self.reward.timeout_s > found["timeout_s"]:
             return set()

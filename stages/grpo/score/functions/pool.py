@@ -52,16 +52,19 @@ class FunctionPool:
         self._import_s: dict[str, float] = {}
         self._pool = self._open()
 
-    def check(self, reward: RewardConfig, columns: Collection[str] | None = None) -> None:
+    def check(
+        self, reward: RewardConfig, columns: Collection[str] | None = None, empty: Collection[str] = ()
+    ) -> None:
         """Import the function in a worker. Raises UsageError saying what is wrong with it or its arguments.
 
         columns: the data set's column names; without them, keywords that the function needs go unchecked.
+        empty: those that have no value in any row (scorers.empty_columns).
         """
         function = str(reward.function)
         file, source = find_file(function, self._import_root), source_sha256(function, self._import_root)
         if self._sources.get(function, source) != source:
             self._restart()
-        what, started = (function, reward.arguments, file, columns), time.perf_counter()
+        what, started = (function, reward.arguments, file, columns, empty), time.perf_counter()
         try:
             problem = self._result(self._start(find_problem, what, IMPORT_TIMEOUT_S))
         except TimeoutError:

@@ -15,6 +15,7 @@ from grpo.config import JudgeConfig, RewardConfig
 from grpo.config.named_files import read_text
 from grpo.errors import UsageError
 from grpo.score.functions.built_in import Text
+from grpo.score.functions.call import no_values
 from grpo.score.outcome import Outcome, one_line, outcome_of
 
 FILE = re.compile(r"\S+\.(md|txt)")
@@ -26,11 +27,14 @@ _UNREADABLE = "the judge's answer"
 _SHOWN = 80  # characters of an answer in an error; the whole of it is in `judgements`
 
 
-def rubric_of(reward: RewardConfig, folder: Path, columns: Collection[str] | None = None) -> str:
+def rubric_of(
+    reward: RewardConfig, folder: Path, columns: Collection[str] | None = None, empty: Collection[str] = ()
+) -> str:
     """The text of a judge's rubric, or of the file in `folder` that it names.
 
-    columns: the data set's column names; None where they are not known yet. Raises UsageError for a file that
-    is no use, and for a rubric that asks for no response, or for what is not there.
+    columns: the data set's column names; None where they are not known yet. empty: those that have no value
+    in any row. Raises UsageError for a file that is no use, and for a rubric that asks for no response, or
+    for what is not there.
     """
     assert reward.judge is not None
     text, place = reward.judge.rubric, f"score.rewards: {reward.name}: rubric"
@@ -47,6 +51,8 @@ def rubric_of(reward: RewardConfig, folder: Path, columns: Collection[str] | Non
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {{{near[0]}}}?" if near else f"there are {', '.join(known)}"
         raise UsageError(f"{place}: {{{name}}} is not a column; {hint} ({{{{{name}}}}} is the text itself)")
+    for name in sorted(names & set(empty)):
+        raise UsageError(f"{place}: asks for {{{name}}}, {no_values(name)}")
     return text
 
 
