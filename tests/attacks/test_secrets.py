@@ -49,7 +49,7 @@ SECRETS: list[tuple[dict[str, Any], str]] = [
     ({"url": "postgres://user:word@127.0.0.1/db"}, ".url"),
     ({"jwt": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abc"}, ".jwt"),
 ]
-HARMLESS: list[dict[str, Any]] = [
+HARMLESS: list[Any] = [
     *[
         {"max_tokens": 8},
         {"eos_token": "</s>"},

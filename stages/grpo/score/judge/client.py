@@ -165,5 +165,6 @@ class Judge:
 
     def _hidden(self, judgement: Judgement) -> Judgement:
         """Without the key that escapes of JSON had hidden in the body."""
-        texts = {name: value for name, value in judgement._asdict().items() if isinstance(value, str)}
-        return judgement._replace(**{name: self._without_key(value) for name, value in texts.items()})
+        values = judgement._asdict().items()
+        texts: dict[str, Any] = {k: self._without_key(v) for k, v in values if isinstance(v, str)}
+        return judgement._replace(**texts)
