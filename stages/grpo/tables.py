@@ -55,7 +55,7 @@ REWARDS: Columns = {
     "value": (pa.float64(), "what the reward gave; null unless status is ok"),
     "weight": (pa.float64(), "weight in the sum; 0 is stored and changes nothing"),
     "status": (pa.string(), "ok, error, timeout, nonfinite or not_applicable"),
-    "error": (pa.string(), "what went wrong, one line; null when nothing did"),
+    "error": (pa.string(), "what went wrong, one line; null when nothing did; of ok, why on_timeout counts"),
 }
 
 JUDGEMENTS: Columns = {

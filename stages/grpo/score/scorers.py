@@ -66,11 +66,24 @@ def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
 def check_columns(run: ActiveRun, pool: FunctionPool, prompts: pa.Table) -> None:
     """Raise UsageError (exit 2) for a function or a rubric that cannot do with the columns of `prompts`."""
     columns = [name for name in prompts.column_names if name not in ("prompt", "messages")]
+    empty = empty_columns(prompts)
     for reward in run.config.score.rewards:
         if reward.function is not None:
-            pool.check(reward, columns)
+            pool.check(reward, columns, empty)
         if reward.judge is not None:
-            rubric_of(reward, run.imports, columns)
+            rubric_of(reward, run.imports, columns, empty)
+
+
+def empty_columns(prompts: pa.Table) -> set[str]:
+    """The columns without a value in any row; a text of nothing but spaces is none."""
+
+    def is_empty(column: pa.ChunkedArray) -> bool:
+        if column.null_count == len(column):
+            return True
+        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        return is_text and not pc.any(pc.not_equal(pc.utf8_trim_whitespace(column), "")).as_py()
+
+    return {name for name in prompts.column_names if is_empty(prompts[name])} - {"prompt", "messages"}
 
 
 def _open_models(run: ActiveRun) -> "dict[str, RewardModel]":
