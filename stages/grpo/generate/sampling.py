@@ -14,7 +14,8 @@ from grpo.generate.engines.protocol import Engine, Group, Request, group_seed
 from grpo.generate.rollouts import SamplingTask, rollouts_table
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.weight_check import read_weight_check
-from grpo.prompts.chat import Chat, encode
+from grpo.prompts.chat import Chat
+from grpo.prompts.rendering import encode
 from grpo.prompts.source import Row
 
 if TYPE_CHECKING:

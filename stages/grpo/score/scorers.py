@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from grpo.artifacts import ActiveRun
 from grpo.config import RewardConfig
+from grpo.prompts.rows import as_given
 from grpo.score.functions.built_in import Text
 from grpo.score.functions.call import GroupCall
 from grpo.score.functions.pool import FunctionPool
@@ -94,7 +95,7 @@ def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
         prompt, messages = columns.pop("prompt"), columns.pop("messages")
         completion: Text = response
         if messages is not None:
-            prompt, completion = messages, [{"role": "assistant", "content": response}]
+            prompt, completion = as_given(messages), [{"role": "assistant", "content": response}]
         rollouts.append(Rollout(key, prompt, completion, response, row["response_token_ids"], columns))
     return rollouts
 

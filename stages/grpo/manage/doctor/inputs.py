@@ -13,8 +13,9 @@ from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id, read_json
 from grpo.errors import CorruptError, DataError, InputError
 from grpo.manage.doctor.report import Report
 from grpo.models.find import STARTER, resolve_model, starter_folder
-from grpo.models.loading import WEIGHT_FILES, load_config
-from grpo.pipeline.begin import lengths
+from grpo.models.loading import WEIGHT_FILES, load_config, load_tokenizer
+from grpo.pipeline.begin import Look, room_of
+from grpo.prompts.held_out import compare, same_source
 from grpo.prompts.rows import normalised
 from grpo.prompts.source import Row
 from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone, usable
@@ -49,7 +50,8 @@ def check_model(
             parameters = num_parameters(folder)
             load_config(folder)
             if key == "model":
-                lengths(run, folder, OUTPUT)
+                load_tokenizer(folder)
+                room_of(run, folder, OUTPUT)
             found = Checkpoint(folder, parameters)
         elif name == STARTER:
             found = Checkpoint(None, STARTER_PARAMETERS)
@@ -112,7 +114,7 @@ def check_prompts(
 
     fetch: get a data set from the hub where the run has not read it yet. No rows where they cannot be used.
     """
-    config, rows = config_of(run, output), list[Row]()
+    config, rows, notes = config_of(run, output), list[Row](), list[str]()
     needed = "prompts" if policy.folder is None else "prompts that leave room for max_new_tokens"
     name = "prompts" if output == OUTPUT else "held-out prompts"
     on_hub, there = is_on_hub(config, run.imports), run.manifest(output, None) is not None
@@ -124,19 +126,33 @@ def check_prompts(
             held = run.read(output, None).slice(0, NUM_ROWS).to_pylist()
             found = [(f"{config.source}: prompt {row['prompt_id']}", row) for row in held]
         else:
-            found = list(islice(normalised(config, run.imports), NUM_ROWS))
+            found = list(islice(normalised(config, run.imports, notes), NUM_ROWS))
         if not found:
             raise DataError(f"prompts.source: {config.source}: holds no prompt")
         more = "first " if len(found) == NUM_ROWS else ""
         check.found = f"{config.source}: {more}{len(found):,} rows"
-        if policy.folder is not None:
-            num_tokens, room = lengths(run, policy.folder, output)
-            kept = usable(found, num_tokens, room, config, set())
-            if not kept:
-                raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
-            check.found += f", the longest {max(length for _, length in kept)} tokens"
-        rows += [row for _, row in found]
+        with closing(Look(run, policy.folder, output)) as look:
+            if policy.folder is None:
+                rows += [row for _, row in found]
+                look.note(rows)
+            else:
+                room = room_of(run, policy.folder, output)
+                kept = usable(found, look.read, room, config, set())
+                if not kept:
+                    raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
+                check.found += f", the longest {max(length for *_, length in kept)} tokens"
+                rows += [row for _, row, _ in kept]
+            if lines := look.lines(notes):
+                check.warn("; ".join(lines))
     return rows
+
+
+def check_held_out(run: ActiveRun, report: Report, rows: list[Row], held_out: list[Row]) -> None:
+    """Whether what is held out is, and asked as in training; nothing to say where it is."""
+    lines = compare(run.config, rows, held_out) if rows and held_out else [same_source(run.config)]
+    if note := "; ".join(filter(None, lines)):
+        with report.check("held out", "", "prompts that training does not draw") as check:
+            check.warn(note)
 
 
 def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) -> None:
