@@ -27,7 +27,7 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 
 PROMPTS: Columns = {
     "prompt_id": (pa.int64(), "row number in the source, from 0"),
-    "prompt": (pa.string(), "the text that the model sees; null for messages of older runs"),
+    "prompt": (pa.string(), "prompt text; null when the prompt is messages"),
     "messages": (
         _MESSAGES,
         "chat messages, with their further fields; null when the prompt is text",
@@ -176,6 +176,8 @@ TABLES: dict[str, Columns] = {
     "eval_judgements": {**JUDGEMENTS, **_MEASURED},
 }
 WITH_OWN_COLUMNS = ("prompts", "eval_prompts")  # the user's data set may have more
+RENDERED = "rendered_prompt"
+"""Further column of those two where a prompt is messages: what the chat template made of them."""
 
 
 def schema(table: str) -> pa.Schema:

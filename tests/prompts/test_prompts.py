@@ -34,9 +34,8 @@ def opened(folder: Path, **config: Any) -> ActiveRun:
     return ActiveRun(folder / "artifacts", Config.model_validate(whole), folder, Console(quiet=True))
 
 
-def characters(rows: list[Row]) -> list[tuple[Row, int]]:
-    """Rows as they are, chats without a text; a token is a character."""
-    return [(row, len(row["prompt"] or "chat")) for row in rows]
+def characters(rows: list[Row]) -> list[int]:
+    return [len(row["prompt"] or "chat") for row in rows]
 
 
 def prepared(run: ActiveRun, room: int | None = None) -> Manifest:
@@ -164,11 +163,10 @@ def test_an_answer_of_another_kind_is_refused(tmp_path: Path, answer: Any, found
     assert message == f"p.jsonl:1: answer must be text or a number, found {found}"
 
 
-def test_an_answer_that_is_nan_is_refused(tmp_path: Path) -> None:
-    # What pandas writes for a missing number; the text "nan" would be an answer nobody gave.
-    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": [1.0, float("nan")]}), tmp_path / "p.parquet")
+def test_an_answer_that_is_infinite_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": [1.0, float("inf")]}), tmp_path / "p.parquet")
     message = refused(tmp_path, lambda: prepared(opened(tmp_path, source="p.parquet")))
-    assert message == "p.parquet: row 2: answer must be text or a number, found nan"
+    assert message == "p.parquet: row 2: answer must be text or a number, found inf"
 
 
 def test_nan_in_another_column_of_parquet_stays(tmp_path: Path) -> None:
@@ -272,7 +270,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 def test_an_empty_prompt_in_csv_is_named(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,answer\na,1\n,2\n")
     message = refused(tmp_path, lambda: prepared(opened(tmp_path, source="p.csv")))
-    assert message == "p.csv:3: prompt is ''; a prompt must be text that is not empty"
+    assert message == "p.csv:3: prompt is None; a prompt must be text that is not empty"
 
 
 @pytest.mark.parametrize(("name", "content"), [("p.jsonl", "\n\n"), ("p.csv", "prompt,answer\n")])
@@ -310,6 +308,7 @@ def test_a_column_of_several_types_is_refused(tmp_path: Path, first: Any, second
     rows = [{"prompt": "a", "x": first}, {"prompt": "b", "x": second}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
     assert message.startswith("prompts.source: p.jsonl: column x holds values of several types: ")
+    assert message.endswith("(first at p.jsonl:2)")
 
 
 def test_a_column_that_parquet_cannot_hold_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from contextlib import closing
 from pathlib import Path
 
 from grpo.artifacts import ActiveRun, Plan, Product, Staging
-from grpo.errors import UsageError
+from grpo.errors import InputError, UsageError
 from grpo.models import weight_check
 from grpo.models.loading import context_length, load_config, load_model, load_tokenizer
 from grpo.prompts import table as prompts
@@ -36,40 +36,47 @@ def normalise(run: ActiveRun, plan: Plan, expected: str | None = None) -> None:
     """Write prompts, or held-out ones, that leave room for max_new_tokens, and say what is odd about them."""
     room = room_of(run, run.start["policy"], plan.output)
     notes: list[str] = []
+    key = "prompts" if plan.output == prompts.OUTPUT else "evaluate.prompts"
     with closing(Look(run, run.start["policy"], plan.output)) as look:
-        prompts.prepare(run, Staging(run, plan, 0), look.read, room, expected, notes)
+        staging = Staging(run, plan, 0)
+        try:
+            prompts.prepare(run, staging, look.num_tokens, room, expected, look.render, notes)
+        except InputError:
+            if expected is None:
+                raise
+            # The run may be of before texts were kept; what it holds is then known without them.
+            prompts.prepare(run, staging, look.num_tokens, room, expected)
         for line in look.lines(notes):
-            run.console.say(line)
+            run.console.say(f"{key}: {line}")
 
 
 class Look:
     """Prompts as a policy sees them, and what is odd about those that were read; to be closed.
 
-    policy: its folder; None where it is not there yet, and then no chat is rendered and nothing counted.
+    policy: its folder; None where it is not there yet, and then chats stay as they are.
     """
 
     def __init__(self, run: ActiveRun, policy: Path | None, output: str) -> None:
-        self._key = "prompts" if output == prompts.OUTPUT else "evaluate.prompts"
         self._oddities = Oddities()
         self._encoder: Encoder | None = None
         if policy is not None:
             chat = chat_of(prompts.config_of(run, output), run.imports)
             self._encoder = Encoder(load_tokenizer(policy), chat, run.console.stop_requested)
 
-    def read(self, rows: list[Row]) -> list[tuple[Row, int]]:
-        """Each row with its text, and how many tokens that is."""
-        assert self._encoder is not None, "there is no policy whose tokens could be counted"
-        found = self._encoder.rows(rows)
+    def render(self, rows: list[Row]) -> list[Row]:
+        """The rows, each with its text; they are looked at."""
+        found = rows if self._encoder is None else self._encoder.rows(rows)
         self._oddities.add(found)
-        return list(zip(found, map(len, self._encoder.token_ids(found)), strict=True))
+        return found
 
-    def note(self, rows: list[Row]) -> None:
-        """Look at rows as they are."""
-        self._oddities.add(rows)
+    def num_tokens(self, rows: list[Row]) -> list[int]:
+        """Of each row."""
+        assert self._encoder is not None, "there is no policy whose tokens could be counted"
+        return list(map(len, self._encoder.token_ids(self._encoder.rows(rows))))
 
     def lines(self, notes: list[str]) -> list[str]:
-        """What is odd, behind what normalised() noted: a line each, beginning with the key of the section."""
-        return [f"{self._key}: {line}" for line in (*notes, *self._oddities.lines(self._encoder))]
+        """What is odd, behind what normalised() noted: a line each."""
+        return [*notes, *self._oddities.lines(self._encoder)]
 
     def close(self) -> None:
         """End the process that renders."""

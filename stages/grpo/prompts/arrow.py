@@ -13,8 +13,13 @@ _MAX_DEPTH = 32  # of a column; a Parquet schema of more than 100 levels, two fo
 _UNTYPED = (OverflowError, pa.ArrowInvalid, pa.ArrowTypeError)  # what Arrow raises where no type fits
 
 
-def arrow_table(rows: list[Row], schema: pa.Schema | None, places: list[str]) -> pa.Table:
-    """Rows as Arrow; later shards take the schema of the first. Raises ValueError, or what Arrow does."""
+def arrow_table(
+    rows: list[Row], places: list[str], schema: pa.Schema | None = None, shard: int = 0
+) -> pa.Table:
+    """Rows as Arrow; later shards take the `schema` of the first, of `shard` rows.
+
+    Raises ValueError, naming one of `places`, or what Arrow does.
+    """
     fixed = tables.schema("prompts")
     names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
     if alike := [name for name in names if [each.lower() for each in names].count(name.lower()) > 1]:
@@ -35,7 +40,7 @@ def arrow_table(rows: list[Row], schema: pa.Schema | None, places: list[str]) ->
         if field not in list(schema) or (pa.types.is_uint64(kind) and not pa.types.is_uint64(field.type)):
             raise ValueError(
                 f"column {field.name} is of type {kind if field in list(schema) else field.type} only behind"
-                " the rows of the first shard; give every row the same columns, of the same types"
+                f" the first {shard:,} rows; give every row the same columns, of the same types"
             )
     return pa.Table.from_pylist(rows, schema=schema)
 
@@ -66,12 +71,10 @@ def _type_of(values: list[Any], what: str, places: list[str]) -> pa.DataType:
             return pa.array(values, pa.uint64()).type
     first = bisect_left(range(len(values)), True, key=lambda end: not _have_type(values[: end + 1]))
     if isinstance(reason, OverflowError):
-        problem = (
-            "is, or holds, an integer above 2^63 - 1 beside negative ones, or outside 64 bits; make it text"
-        )
+        problem = "integers outside -2^63 to 2^64 - 1, or above 2^63 - 1 beside negative ones; make them text"
     else:
-        problem = f"is {values[first]!r:.60}, of another type than in the rows before: {reason}"
-    raise ValueError(f"{places[first]}: {what} {problem}")
+        problem = f"values of several types: {reason}"
+    raise ValueError(f"{what} holds {problem} (first at {places[first]})")
 
 
 def _have_type(values: list[Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo.errors import DataError
 from grpo.prompts.columns import paths
-from grpo.prompts.rendering import Encoder
+from grpo.prompts.rendering import Encoder, shown
 from grpo.prompts.source import Row
 
 _SAMPLES = 8  # chats that are rendered otherwise to see what changes
@@ -40,8 +40,8 @@ class Oddities:
             if row["messages"] is not None:
                 self._count["chats"] += 1
                 self._count["begun"] += row["messages"][-1]["role"] == "assistant"
-                if row["prompt"] is not None:
-                    self._add_chat(row)
+                if (text := shown(row)) is not None:
+                    self._add_chat(row, text)
 
     def lines(self, encoder: Encoder | None) -> list[str]:
         """One for each thing that is odd; encoder: renders some of the chats otherwise."""
@@ -51,7 +51,7 @@ class Oddities:
         return [line for line in found if line]
 
     def _add_answer(self, row: Row) -> None:
-        answer, key = row["answer"], hash(row["prompt"] or str(row["messages"]))
+        answer, key = row["answer"], hash(shown(row) or str(row["messages"]))
         first = self._answers[key] = self._answers.get(key) or answer
         if answer and first and answer != first:
             _, answers = self._contrary.setdefault(key, (_asked(row), {first: None}))
@@ -70,16 +70,12 @@ class Oddities:
         elif _LIKE_FLOAT.fullmatch(answer):
             self._count["like 3.0"] += 1
 
-    def _add_chat(self, row: Row) -> None:
+    def _add_chat(self, row: Row, text: str) -> None:
         messages = row["messages"]
         if len(self._chats) < _SAMPLES:
             self._chats.append(row)
         self._dropped.update(
-            {
-                message["role"]
-                for message in messages
-                if (message.get("content") or "").strip() not in row["prompt"]
-            }
+            {message["role"] for message in messages if (message.get("content") or "").strip() not in text}
         )
         for field in {name for message in messages for name in message} - {"role", "content"}:
             if len(chats := self._with_field.setdefault(field, [])) < _SAMPLES:
@@ -164,6 +160,6 @@ def _without(field: str, message: Row) -> Row:
 def _same(encoder: Encoder, rows: list[Row], given: Mapping[str, Any] = {}, without: str = "") -> bool:
     """Whether chats give the text that they have given, changed as they are or with other variables."""
     try:
-        return encoder.render(rows, given, without) == [row["prompt"] for row in rows]
+        return encoder.render(rows, given, without) == [shown(row) for row in rows]
     except DataError:  # so the template needs what is not there
         return False

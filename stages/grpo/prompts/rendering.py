@@ -20,27 +20,35 @@ from grpo.prompts import template_worker
 from grpo.prompts.chat import Chat
 from grpo.prompts.source import Row
 from grpo.prompts.template_worker import Failure, Request
+from grpo.tables import RENDERED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHATS_PER_CALL = 1000
-_TIMEOUT_S = template_worker.TIMEOUT_S + 20.0  # of such a call: a millisecond a chat, and one that is slow
+TIMEOUT_S = 10.0  # of a chat; a millisecond is usual
+_SPARE_S = 20.0  # of a call beside one chat that is slow
 _POLL_S = 0.1  # how soon a signal is heard meanwhile
 
 
 class Encoder:
     """A tokenizer with its chat template, at work in a process that starts at the first chat; to be closed.
 
-    stop: called while it is waited for; what it raises, such as Interrupted, ends the waiting.
+    stop: called while it is waited for; what it raises, such as Interrupted, ends the waiting. timeout_s: of
+    one chat.
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", chat: Chat, stop: Callable[[], None] = lambda: None
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        chat: Chat,
+        stop: Callable[[], None] = lambda: None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.chat = chat
         self._tokenizer = tokenizer
         self._stop = stop
+        self._timeout_s = timeout_s
         self._pool: ProcessPool | None = None
 
     @property
@@ -54,16 +62,16 @@ class Encoder:
         return str(self._tokenizer.get_chat_template(self.chat.template, self.chat.arguments.get("tools")))
 
     def rows(self, rows: list[Row]) -> list[Row]:
-        """The rows with the text that the model sees as `prompt`; one that has a text keeps it.
+        """The rows, each chat with its text; one that has its text keeps it.
 
         Raises UsageError (exit 2) for a variable that the chat template does not know, DataError (exit 3)
         where it cannot render a row, takes too long or too much memory.
         """
-        chats = [row for row in rows if row["prompt"] is None]
+        chats = [row for row in rows if shown(row) is None]
         if chats:
             self._check_arguments()
         texts = iter(self.render(chats))
-        return [row if row["prompt"] is not None else {**row, "prompt": next(texts)} for row in rows]
+        return [row if shown(row) is not None else {**row, RENDERED: next(texts)} for row in rows]
 
     def token_ids(self, rows: list[Row]) -> list[list[int]]:
         """Token ids of each prompt, whose text is there. A chat template writes its own special tokens."""
@@ -71,7 +79,7 @@ class Encoder:
         for is_text in (True, False):
             places = [place for place, row in enumerate(rows) if (row["messages"] is None) == is_text]
             if places:
-                texts = [rows[place]["prompt"] for place in places]
+                texts = [str(shown(rows[place])) for place in places]
                 batch = self._tokenizer(texts, add_special_tokens=is_text, verbose=False)
                 found |= zip(places, batch.input_ids, strict=True)
         return [found[place] for place in range(len(rows))]
@@ -105,7 +113,8 @@ class Encoder:
             # spawn: a fork of a process that has threads (torch, pyarrow) can deadlock.
             context, start = get_context("spawn"), template_worker.start
             self._pool = ProcessPool(max_workers=1, initializer=start, context=context)
-        future = self._pool.schedule(template_worker.render, (self.template, requests), timeout=_TIMEOUT_S)
+        what, limit = (self.template, requests, self._timeout_s), self._timeout_s + _SPARE_S
+        future = self._pool.schedule(template_worker.render, what, timeout=limit)
         while self._pool.active and not future.done():
             wait([future], timeout=_POLL_S)
             self._stop()
@@ -115,10 +124,10 @@ class Encoder:
         try:
             found: list[str] | Failure = future.result()
         except TimeoutError:
-            raise _cannot(rows, f"it takes more than {_TIMEOUT_S:g} s") from None
+            raise _cannot(rows, f"together they take more than {limit:g} s") from None
         except ProcessExpired as error:
-            late = f"it takes more than {template_worker.TIMEOUT_S:g} s, or ended the process"
-            raise _cannot(rows, f"{late} ({error.exitcode})") from None
+            late = f"it takes more than {self._timeout_s:g} s, or ends its process (status {error.exitcode})"
+            raise _cannot(rows, late) from None
         return found
 
     def _check_arguments(self) -> None:
@@ -131,24 +140,30 @@ class Encoder:
             raise UsageError(f"prompts.chat_template_arguments: {problem}")
 
 
+def shown(row: Row) -> str | None:
+    """The text of a prompt as the model sees it; None for a chat that was not rendered."""
+    text: str | None = row["prompt"] if row["messages"] is None else row.get(RENDERED)
+    return text
+
+
 def encode(
     rows: list[Row], tokenizer: "PreTrainedTokenizerBase", chat: Chat, stop: Callable[[], None] = lambda: None
 ) -> tuple[list[str], list[list[int]]]:
     """Text and token ids of each prompt. Raises what Encoder.rows() does."""
     with closing(Encoder(tokenizer, chat, stop)) as encoder:
         found = encoder.rows(rows)
-        return [row["prompt"] for row in found], encoder.token_ids(found)
+        return [str(shown(row)) for row in found], encoder.token_ids(found)
 
 
 def with_texts(
     prompts: pa.Table, tokenizer: "PreTrainedTokenizerBase", chat: Chat, stop: Callable[[], None]
 ) -> pa.Table:
     """The prompts table with the text of each; in runs of before it was kept, chats have none."""
-    if not prompts["prompt"].null_count:
+    if RENDERED in prompts.column_names or prompts["messages"].null_count == len(prompts):
         return prompts
-    texts, _ = encode(prompts.to_pylist(), tokenizer, chat, stop)
-    place = prompts.column_names.index("prompt")
-    return prompts.set_column(place, "prompt", pa.array(texts, pa.string()))
+    with closing(Encoder(tokenizer, chat, stop)) as encoder:
+        texts = [row.get(RENDERED) for row in encoder.rows(prompts.to_pylist())]
+    return prompts.append_column(RENDERED, pa.array(texts, pa.string()))
 
 
 def _cannot(rows: list[Row], reason: str) -> DataError:

@@ -8,10 +8,11 @@ from grpo.config import PromptsConfig
 from grpo.errors import DataError
 from grpo.prompts.columns import ABSENT, find, paths, text_of
 from grpo.prompts.source import Row, read_rows
+from grpo.tables import RENDERED
 
 # Keys of the tables, and what every reward function is passed: a column of the same name would be hidden.
 _PASSED = ("prompts", "completions", "completion_ids")
-_RESERVED = ("prompt_id", "iteration", "group_id", "sample_id", "run", *_PASSED)
+_RESERVED = ("prompt_id", "iteration", "group_id", "sample_id", "run", RENDERED, *_PASSED)
 _ROLES = ("system", "user", "assistant", "tool")
 
 

@@ -22,7 +22,8 @@ from grpo.prompts.source import Row, source_digest
 OUTPUT = "prompts"
 HELD_OUT = "eval_prompts"
 STAGE_VERSION = 2  # 2: the summary holds the longest prompt
-Read = Callable[[list[Row]], list[tuple[Row, int]]]  # each row with its text as the model sees it, and tokens
+NumTokens = Callable[[list[Row]], list[int]]  # of each row's prompt, as the model sees it
+Render = Callable[[list[Row]], list[Row]]  # the rows, each with its text as the model sees it
 _ROWS_PER_SHARD = 100_000
 
 
@@ -84,16 +85,17 @@ def source_is_gone(run: ActiveRun, output: str = OUTPUT) -> bool:
 def prepare(
     run: ActiveRun,
     staging: Staging,
-    read: Read,
+    num_tokens: NumTokens,
     room: int | None,
     expected: str | None = None,
+    render: Render = list,
     notes: list[str] | None = None,
 ) -> Manifest:
     """Write and commit `prompts`, or `eval_prompts`: the output of the plan that is staged.
 
-    room: the most tokens of a prompt that leave space for max_new_tokens; None: no limit. notes: as in
-    normalised(). Raises DataError (exit 3) naming file and line, InputError (exit 4) where another id is
-    `expected`.
+    room: the most tokens of a prompt that leave space for max_new_tokens; None: no limit. render: gives chats
+    their text; without, they have none. notes: as in normalised(). Raises DataError (exit 3) naming file and
+    line, InputError (exit 4) where another id is `expected`.
     """
     output = staging.plan.output
     config = config_of(run, output)
@@ -102,16 +104,14 @@ def prepare(
     rows = normalised(config, run.imports, notes)
     while chunk := list(islice(rows, _ROWS_PER_SHARD)):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
-        kept = usable(chunk, read, room, config, ids)
+        seen = render([row for _, row in chunk])
+        kept = usable(
+            list(zip([place for place, _ in chunk], seen, strict=True)), num_tokens, room, config, ids
+        )
         skipped += len(chunk) - len(kept)
         if kept:
             longest = max(longest, *(length for *_, length in kept))
-            try:
-                data = arrow_table([row for _, row, _ in kept], schema, [place for place, *_ in kept])
-                records.append(staging.write_table(output, staging.file_name("part", len(records)), data))
-            except (ValueError, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-                raise DataError(f"prompts.source: {config.source}: {error}") from None
-            schema = data.schema
+            schema = _write(kept, staging, config, records, schema)
     if not records:
         raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
     if not chats and (config.chat_template is not None or config.chat_template_arguments):
@@ -126,22 +126,41 @@ def prepare(
     return staging.commit(Product({output: id_of(records)}, records, summary))
 
 
+def _write(
+    kept: list[tuple[str, Row, int]],
+    staging: Staging,
+    config: PromptsConfig,
+    records: list[FileRecord],
+    schema: pa.Schema | None,
+) -> pa.Schema:
+    """Write one shard, add its record, and return the schema that all have."""
+    places, rows = [place for place, *_ in kept], [row for _, row, _ in kept]
+    try:
+        data = arrow_table(rows, places, schema, _ROWS_PER_SHARD)
+        name = staging.file_name("part", len(records))
+        records.append(staging.write_table(staging.plan.output, name, data))
+    except (ValueError, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"prompts.source: {config.source}: {error}") from None
+    written: pa.Schema = data.schema
+    return written
+
+
 def usable(
     chunk: list[tuple[str, Row]],
-    read: Read,
+    num_tokens: NumTokens,
     room: int | None,
     config: PromptsConfig,
     ids: set[str],
 ) -> list[tuple[str, Row, int]]:
     """(place, row, tokens) of each prompt that leaves room for a response; adds the user's ids to `ids`."""
     kept = []
-    for (place, _), (row, length) in zip(chunk, read([row for _, row in chunk]), strict=True):
+    for (place, row), length in zip(chunk, num_tokens([row for _, row in chunk]), strict=True):
         if "id" in row:
             if (name := json.dumps(row["id"], default=str)) in ids:
                 raise DataError(f"{place}: id {row['id']!r} occurs twice; ids must be unique")
             ids.add(name)
         if not length:
-            raise DataError(f"{place}: its prompt is no tokens, {row['prompt']!r}; give the model some text")
+            raise DataError(f"{place}: its prompt is no tokens; give the model some text")
         if room is None or length <= room:
             kept.append((place, row, length))
         elif config.on_long_prompt != "skip":

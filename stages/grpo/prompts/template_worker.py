@@ -19,7 +19,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from grpo.errors import first_line
 
-TIMEOUT_S = 10.0  # of one prompt; a millisecond is usual
 _SPARE_S = 2.0  # then the process is ended: within one long operation, Python hears no alarm
 MEMORY_GIB = 2  # address space; what is imported takes a tenth of it
 MAX_CHARACTERS = 2**24  # of a prompt: ten times the longest context there is
@@ -52,15 +51,17 @@ def start() -> None:
     )
 
 
-def render(template: str, requests: Sequence[Request]) -> list[str] | Failure:
-    """The text of each request, or the first that has none and why."""
+def render(template: str, requests: Sequence[Request], timeout_s: float) -> list[str] | Failure:
+    """The text of each request, or the first that has none and why; each within timeout_s."""
     texts: list[str] = []
     with Path(os.devnull).open("w") as nowhere:
         for request in requests:
-            faulthandler.dump_traceback_later(TIMEOUT_S + _SPARE_S, exit=True, file=nowhere)
-            signal.setitimer(signal.ITIMER_REAL, TIMEOUT_S)
+            faulthandler.dump_traceback_later(timeout_s + _SPARE_S, exit=True, file=nowhere)
+            signal.setitimer(signal.ITIMER_REAL, timeout_s)
             try:
                 texts.append(_text(template, request))
+            except TimeoutError:
+                return Failure(len(texts), f"it takes more than {timeout_s:g} s")
             except MemoryError:
                 return Failure(len(texts), f"it takes more than {MEMORY_GIB} GiB of memory")
             except Exception as error:  # noqa: BLE001 - a template can raise whatever code can
@@ -81,4 +82,4 @@ def _text(template: str, request: Request) -> str:
 
 
 def _alarm(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError(f"it takes more than {TIMEOUT_S:g} s")
+    raise TimeoutError

@@ -18,6 +18,7 @@ from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of
 from grpo.score.outcome import Key, Outcome
 from grpo.score.shard import File, read
+from grpo.tables import RENDERED
 
 if TYPE_CHECKING:
     from grpo.score.reward_model import RewardModel
@@ -65,7 +66,7 @@ def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
 
 def check_columns(run: ActiveRun, pool: FunctionPool, prompts: pa.Table) -> None:
     """Raise UsageError (exit 2) for a function or a rubric that cannot do with the columns of `prompts`."""
-    columns = [name for name in prompts.column_names if name not in ("prompt", "messages")]
+    columns = [name for name in prompts.column_names if name not in ("prompt", "messages", RENDERED)]
     for reward in run.config.score.rewards:
         if reward.function is not None:
             pool.check(reward, columns)
@@ -92,7 +93,7 @@ def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
     for row in rows.to_pylist():
         key, response = (row["group_id"], row["sample_id"]), row["response"]
         columns = dict(prompt_of[row["prompt_id"]])
-        prompt, messages = columns.pop("prompt"), columns.pop("messages")
+        prompt, messages, _ = columns.pop("prompt"), columns.pop("messages"), columns.pop(RENDERED, None)
         completion: Text = response
         if messages is not None:
             prompt, completion = as_given(messages), [{"role": "assistant", "content": response}]

@@ -132,12 +132,12 @@ def check_prompts(
         more = "first " if len(found) == NUM_ROWS else ""
         check.found = f"{config.source}: {more}{len(found):,} rows"
         with closing(Look(run, policy.folder, output)) as look:
+            seen = look.render([row for _, row in found])
             if policy.folder is None:
-                rows += [row for _, row in found]
-                look.note(rows)
+                rows += seen
             else:
-                room = room_of(run, policy.folder, output)
-                kept = usable(found, look.read, room, config, set())
+                room, places = room_of(run, policy.folder, output), [place for place, _ in found]
+                kept = usable(list(zip(places, seen, strict=True)), look.num_tokens, room, config, set())
                 if not kept:
                     raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
                 check.found += f", the longest {max(length for *_, length in kept)} tokens"
@@ -158,7 +158,7 @@ def check_held_out(run: ActiveRun, report: Report, rows: list[Row], held_out: li
 def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) -> None:
     """Import every reward function in a worker, as `score` does; look for every reward model and judge."""
     names = {*tables.schema("prompts").names, *(name for row in rows for name in row)}
-    columns = sorted(names - {"prompt", "messages"}) if rows else None
+    columns = sorted(names - {"prompt", "messages", tables.RENDERED}) if rows else None
     with closing(FunctionPool(run.imports, 1)) as pool:
         for reward in run.config.score.rewards:
             name, judge = f"reward {reward.name}", reward.judge
