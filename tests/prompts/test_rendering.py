@@ -162,10 +162,10 @@ def test_chance_has_a_seed_and_no_prompt_depends_on_those_before_it() -> None:
 )
 def test_the_environment_is_no_part_of_a_prompt(variables: dict[str, str], monkeypatch: Any) -> None:
     template = "{{ strftime_now('%H %Z %A %x') }}|{{ {'b': 1, 'a': 2} }}|{{ messages[0].content | upper }}"
-    plain = text(template, chat("straße ı"))
+    plain = text(template, chat("straße é"))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert text(template, chat("straße ı")) == plain
+    assert text(template, chat("straße é")) == plain
 
 
 def test_prompts_of_a_run_of_before_texts_were_kept_get_theirs() -> None:
