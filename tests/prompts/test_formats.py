@@ -3,12 +3,13 @@
 import datetime
 import decimal
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.csv
+import pyarrow.csv as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -86,12 +87,13 @@ def test_the_same_data_gives_the_same_text(
 def test_missing_is_missing_in_every_column(tmp_path: Path, kind: str) -> None:
     data = pa.table({"prompt": ["a", "b"], "level": ["x", None]})
     path = tmp_path / f"p.{kind}"
-    {
+    write: dict[str, Callable[[], object]] = {
         "jsonl": lambda: path.write_text("".join(json.dumps(row) + "\n" for row in data.to_pylist())),
-        "csv": lambda: pa.csv.write_csv(data, path),
+        "csv": lambda: pc.write_csv(data, path),
         "parquet": lambda: pq.write_table(data, path),
         "folder": lambda: datasets.Dataset(data).save_to_disk(str(path)),
-    }[kind]()
+    }
+    write[kind]()
     rows = [row for _, row in normalised(PromptsConfig(source=path.name), tmp_path)]
     assert [row["level"] for row in rows] == ["x", None]
 
@@ -292,12 +294,15 @@ def test_a_prompt_that_is_named_beside_messages_needs_a_choice(tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
 def test_fields_of_messages_are_kept_in_every_format(tmp_path: Path, kind: str) -> None:
     calls = [{"type": "function", "function": {"name": "calc", "arguments": {"x": 1}}}]
-    first = [
+    first: list[dict[str, Any]] = [
         {"role": "user", "content": "1+2="},
         {"role": "assistant", "content": None, "tool_calls": calls},
         {"role": "tool", "content": "3", "name": "calc", "tool_call_id": "a1"},
     ]
-    rows = [{"messages": first}, {"messages": [{"role": "user", "content": "hi", "weight": 0}]}]
+    rows: list[dict[str, Any]] = [
+        {"messages": first},
+        {"messages": [{"role": "user", "content": "hi", "weight": 0}]},
+    ]
     path = tmp_path / f"p.{kind}"
     if kind == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -90,8 +90,8 @@ def test_of_text(rows: list[dict[str, Any]], found: list[str]) -> None:
             chats([user()]),
             BARE,
             [
-                "the chat template gives the same text with and without add_generation_prompt: nothing says that the"
-                " assistant is next"
+                "the chat template gives the same text with and without add_generation_prompt: nothing says"
+                " that the assistant is next"
             ],
         ),
         (
