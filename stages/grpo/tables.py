@@ -28,10 +28,7 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 PROMPTS: Columns = {
     "prompt_id": (pa.int64(), "row number in the source, from 0"),
     "prompt": (pa.string(), "prompt text; null when the prompt is messages"),
-    "messages": (
-        _MESSAGES,
-        "chat messages, with their further fields; null when the prompt is text",
-    ),
+    "messages": (_MESSAGES, "chat messages, with their other fields; null when the prompt is text"),
     "answer": (pa.string(), "reference answer, or null"),
 }
 

@@ -443,7 +443,20 @@ def test_a_shard_of_skipped_prompts_takes_no_column_away(
     assert data["x"].to_pylist() == [1, 2]
 
 
+def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    run = opened(tmp_path)
+    message = refused(tmp_path, lambda: prepare(run, Staging(run, prompts.plan(run), 0), lambda _: [0], None))
+    assert message == "p.jsonl:1: its prompt is no tokens; give the model some text"
+
+
 # ---- what the table depends on ----
+
+
+def test_a_revision_counts_where_it_is_given_and_nowhere_else() -> None:
+    config = {"source": "owner/name", "split": "test"}
+    assert "revision" not in PromptsConfig.model_validate(config).recorded()  # fingerprints of before it hold
+    assert PromptsConfig.model_validate({**config, "revision": "v1"}).recorded()["revision"] == "v1"
 
 
 def test_content_counts_and_the_file_s_name_does_not(tmp_path: Path) -> None:
@@ -593,6 +606,7 @@ def test_the_chat_template_is_part_of_what_the_table_depends_on(tmp_path: Path) 
     [
         ({"split": "test"}, "split: p.jsonl has no splits; leave it out, or name a data set"),
         ({"subset": "main"}, "subset: p.jsonl has no subsets; leave it out, or name a data set"),
+        ({"revision": "v1"}, "revision: p.jsonl has no revisions; leave it out, or name a data set"),
         (
             {"chat_template_arguments": {"tokenize": True}},
             "tokenize is the pipeline's own; give the template's, such as enable_thinking",
