@@ -114,9 +114,8 @@ def prepare(
             schema = _write(kept, staging, config, records, schema)
     if not records:
         raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
-    if not chats and (config.chat_template is not None or config.chat_template_arguments):
-        key = "chat_template" if config.chat_template is not None else "chat_template_arguments"
-        raise UsageError(f"prompts.{key}: no prompt is a chat; set prompts.chat: true, or leave it out")
+    if not chats:
+        _check_no_template(config)
     if expected is not None and id_of(records) != expected:
         raise InputError(
             f"prompts: fixed for the run {run.name}, but {config.source} holds others than its rollouts were"
@@ -124,6 +123,13 @@ def prepare(
         )
     summary = {"skipped": skipped, "longest_prompt_tokens": longest, "source": config.source}
     return staging.commit(Product({output: id_of(records)}, records, summary))
+
+
+def _check_no_template(config: PromptsConfig) -> None:
+    """Refuse what is for chats alone, where no prompt is one."""
+    if config.chat_template is not None or config.chat_template_arguments:
+        key = "chat_template" if config.chat_template is not None else "chat_template_arguments"
+        raise UsageError(f"prompts.{key}: no prompt is a chat; set prompts.chat: true, or leave it out")
 
 
 def _write(
