@@ -93,9 +93,8 @@ def prepare(
 ) -> Manifest:
     """Write and commit `prompts`, or `eval_prompts`: the output of the plan that is staged.
 
-    room: the most tokens of a prompt that leave space for max_new_tokens; None: no limit. render: gives chats
-    their text; without, they have none. notes: as in normalised(). Raises DataError (exit 3) naming file and
-    line, InputError (exit 4) where another id is `expected`.
+    room: the most tokens of a prompt that leave space for a response. render: gives chats their text. notes:
+    as in normalised(). Raises DataError (exit 3) naming file and line, InputError (4) for an id not `expected`.
     """
     output = staging.plan.output
     config = config_of(run, output)
