@@ -11,6 +11,7 @@ import resource
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -46,9 +47,9 @@ def start() -> None:
     time.tzset()
     limit = MEMORY_GIB * 2**30
     _, most = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(
-        resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(limit, most), most)
-    )
+    soft = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    with suppress(ValueError):  # macOS keeps no such limit; that of time is left
+        resource.setrlimit(resource.RLIMIT_AS, (soft, most))
 
 
 def render(template: str, requests: Sequence[Request], timeout_s: float) -> list[str] | Failure:
