@@ -71,7 +71,7 @@ def _type_of(values: list[Any], what: str, places: list[str]) -> pa.DataType:
             return pa.array(values, pa.uint64()).type
     first = bisect_left(range(len(values)), True, key=lambda end: not _have_type(values[: end + 1]))
     if isinstance(reason, OverflowError):
-        problem = "integers outside -2^63 to 2^64 - 1, or above 2^63 - 1 beside negative ones; make them text"
+        problem = "integers outside -2^63 to 2^63 - 1; make them text"
     else:
         problem = f"values of several types: {reason}"
     raise ValueError(f"{what} holds {problem} (first at {places[first]})")
