@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 from grpo.config import Config, moving
 from grpo.config.update import OBJECTIVES
 from grpo.sql import own_text
-from grpo.tables import TABLES, WITH_OWN_COLUMNS
+from grpo.tables import RENDERED, TABLES, WITH_OWN_COLUMNS
 
 HERE = Path(__file__).parent
 MARK = "<!-- From here on written by docs/build.py from stages/grpo/config/moving"
@@ -91,6 +91,8 @@ def tables() -> str:
         lines += [f"| `{column}` | `{kind}` | {_cell(text)} |" for column, (kind, text) in columns.items()]
         if name in WITH_OWN_COLUMNS:
             lines.append("| any other | as in the source | the data set's own columns, untouched |")
+            meaning = "only where there are messages: their text as the model sees it"
+            lines.append(f"| `{RENDERED}` | `string` | {meaning} |")
     return "\n".join([*lines, ""])
 
 

@@ -159,6 +159,7 @@ def test_nothing_catches_everything() -> None:
     allowed = {
         "score/functions/call.py": {"BaseException"},
         "score/functions/worker.py": {"BaseException"},
+        "prompts/template_worker.py": {"Exception"},  # a chat template is code of others too
         "generate/engines/vllm_engine.py": {"Exception"},
         "models/loading.py": {"Exception"},
         "models/tokenizer.py": {"Exception"},

@@ -28,7 +28,7 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 PROMPTS: Columns = {
     "prompt_id": (pa.int64(), "row number in the source, from 0"),
     "prompt": (pa.string(), "prompt text; null when the prompt is messages"),
-    "messages": (_MESSAGES, "chat messages; null when the prompt is text"),
+    "messages": (_MESSAGES, "chat messages, with their other fields; null when the prompt is text"),
     "answer": (pa.string(), "reference answer, or null"),
 }
 
@@ -183,6 +183,8 @@ TABLES: dict[str, Columns] = {
 # Columns that a file lacks where the key that fills them is not set; whoever reads sees null.
 OPTIONAL: dict[str, tuple[str, ...]] = {"updates": ("off_policy_fraction", "low_entropy_fraction")}
 WITH_OWN_COLUMNS = ("prompts", "eval_prompts")  # the user's data set may have more
+RENDERED = "rendered_prompt"
+"""Further column of those two where a prompt is messages: what the chat template made of them."""
 
 
 def schema(table: str, without: Collection[str] = ()) -> pa.Schema:
@@ -240,6 +242,18 @@ def check_schema(table: str, found: pa.Schema, path: Path) -> None:
     expected = schema(table, without=set(OPTIONAL.get(table, ())) - set(found.names))
     own = found.names[len(expected) :]
     fixed = pa.schema(list(found)[: len(expected)])
+    if table in WITH_OWN_COLUMNS:
+        fixed = _with_usual_messages(fixed)
     if not fixed.equals(expected) or (own and table not in WITH_OWN_COLUMNS):
         wrong = [field.name for field in expected if field not in list(found)] or own
         raise CorruptError(f"{path}: schema is not that of table {table}: see column {wrong[0]}")
+
+
+def _with_usual_messages(found: pa.Schema) -> pa.Schema:
+    """The schema without the fields of messages that follow role and content: the user's own."""
+    place = found.get_field_index("messages")
+    if place < 0 or not pa.types.is_list(found.field(place).type):
+        return found
+    message = found.field(place).type.value_type
+    usual = list(message)[:2] if pa.types.is_struct(message) else []
+    return found.set(place, pa.field("messages", pa.list_(pa.struct(usual))))

@@ -15,7 +15,8 @@ from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, gro
 from grpo.generate.rollouts import SamplingTask, rollouts_table
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.weight_check import read_weight_check
-from grpo.prompts.chat import Chat, encode
+from grpo.prompts.chat import Chat
+from grpo.prompts.rendering import encode
 from grpo.prompts.source import Row
 from grpo.sql import UserSql
 

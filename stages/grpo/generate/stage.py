@@ -32,6 +32,7 @@ from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import LENGTH
 from grpo.prompts.chat import chat_of
+from grpo.prompts.rendering import with_texts
 from grpo.prompts.table import HELD_OUT
 from grpo.sql import UserSql
 
@@ -59,10 +60,11 @@ def open_resource(run: ActiveRun) -> Iterator[Sampler]:
     engine = make_engine(settings, name, device, context_length(config), _longest_prompt(run), attention)
     vocabulary = config.get_text_config().vocab_size
     weight_sync = WeightSync(engine, device, run.console.say, attention)
+    tokenizer, chat = load_tokenizer(start), chat_of(run.config.prompts, run.imports)
+    prompts = with_texts(run.read("prompts", None), tokenizer, chat, run.console.stop_requested)
     try:
         with UserSql(run.console.stop_requested) as user_sql:
-            prompts = run.read("prompts", None)
-            yield Sampler(engine, weight_sync, load_tokenizer(start), vocabulary, prompts, user_sql)
+            yield Sampler(engine, weight_sync, tokenizer, vocabulary, prompts, user_sql)
     finally:
         engine.close()
 

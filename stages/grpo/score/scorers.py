@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from grpo.artifacts import ActiveRun
 from grpo.config import RewardConfig
 from grpo.errors import CorruptError
+from grpo.prompts.rows import as_given
 from grpo.score.functions.built_in import Text
 from grpo.score.functions.call import GroupCall
 from grpo.score.functions.pool import FunctionPool
@@ -18,6 +19,7 @@ from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of
 from grpo.score.outcome import Key, Outcome
 from grpo.score.shard import File, read
+from grpo.tables import RENDERED
 
 if TYPE_CHECKING:
     from grpo.score.reward_model import RewardModel
@@ -65,8 +67,8 @@ def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
 
 def check_columns(run: ActiveRun, pool: FunctionPool, prompts: pa.Table) -> None:
     """Raise UsageError (exit 2) for a function or a rubric that cannot do with the columns of `prompts`."""
-    columns = [name for name in prompts.column_names if name not in ("prompt", "messages")]
-    empty = empty_columns(prompts)
+    columns = [name for name in prompts.column_names if name not in ("prompt", "messages", RENDERED)]
+    empty = empty_columns(prompts) - {RENDERED}
     for reward in run.config.score.rewards:
         if reward.function is not None:
             pool.check(reward, columns, empty)
@@ -109,10 +111,10 @@ def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
                 f"{file.path}: rollout {key}: prompt_id {row['prompt_id']} is no row of prompts"
             )
         columns = dict(prompt_of[row["prompt_id"]])
-        prompt, messages = columns.pop("prompt"), columns.pop("messages")
+        prompt, messages, _ = columns.pop("prompt"), columns.pop("messages"), columns.pop(RENDERED, None)
         completion: Text = response
         if messages is not None:
-            prompt, completion = messages, [{"role": "assistant", "content": response}]
+            prompt, completion = as_given(messages), [{"role": "assistant", "content": response}]
         rollouts.append(Rollout(key, prompt, completion, response, row["response_token_ids"], columns))
     return rollouts
 
