@@ -1,7 +1,7 @@
 """advantage: rollouts + rewards -> advantages.
 
-SQL over the tables of the iteration: scored.sql, then advantage.sql. All selection happens here: update
-trains on exactly the rows with keep = true.
+SQL over the tables of the iteration: scored.sql, a file of estimators/, then advantage.sql. All selection
+happens here: update trains on exactly the rows with keep = true.
 """
 
 from collections.abc import Iterator
@@ -13,18 +13,24 @@ import pyarrow.compute as pc
 from grpo import sql, tables
 from grpo.advantage.plan import NAME, OUTPUT
 from grpo.artifacts import ActiveRun, Manifest, Product, Run, Staging, id_of
+from grpo.config import AdvantageConfig
 from grpo.config.named_files import named_text
 from grpo.errors import DataError, UsageError
 
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
+_SETTINGS = pa.schema(
+    {"scale": "string", "epsilon": "float64", "pass_k": "int64", "batch_deviation": "float64"}
+)
+_CHOOSY = ("maxrl", "pass_at_k")  # estimators that refused.sql knows
+_OVER_ALL = ("gdpo", "reinforce_pp")  # estimators with moments of the whole iteration
 
 
 @contextmanager
 def open_resource(run: ActiveRun) -> Iterator[sql.Connection]:
     """A connection for all iterations: it is opened in 30 ms, and used in 10."""
     with sql.connect([run], range(0), ("rollouts", "rewards")) as connection:
-        sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
+        _create_views(run, connection)
         yield connection
 
 
@@ -64,9 +70,17 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
     if not (queries := _user_queries(run)):
         return
     with sql.connect([run], outputs=()) as connection:
-        sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
+        _create_views(run, connection)
         for key, (name, text) in queries.items():
             _check_columns(sql.user_columns(connection, key, text), name)
+
+
+def _create_views(run: ActiveRun, connection: sql.Connection) -> None:
+    """What the queries of the stage and the user's read: `scored`, `settings`, and `estimated`."""
+    sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
+    sql.register(connection, "settings", _SETTINGS.empty_table())
+    estimator = sql.own_text(f"advantage/estimators/{run.config.advantage.estimator}")
+    sql.create_view(connection, "estimated", estimator)
 
 
 def _user_queries(run: ActiveRun) -> dict[str, tuple[str, str]]:
@@ -89,23 +103,42 @@ def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> I
     rewards = run.require("rewards", iteration, "grpo score")
     sql.turn_to(connection, iteration)
     sql.tell_weights(connection, rewards.summary["weights"].values())
-    parameters = config.model_dump(include={"scale", "epsilon", "drop_zero_variance", "truncated"})
-    parameters["batch_deviation"] = None
+    sql.limit_scored(connection)
+    settings = config.model_dump(include={"scale", "epsilon", "pass_k"}) | {"batch_deviation": None}
     if config.scale == "batch":
-        parameters |= sql.query(connection, sql.own_text("advantage/batch_deviation")).to_pylist()[0]
-    text = sql.own_text("advantage/advantage")
+        settings |= sql.rows(connection, "advantage/batch_deviation")[0]
+    sql.register(connection, "settings", pa.Table.from_pylist([settings], _SETTINGS))
+    _refuse(connection, config.estimator)
     blocks = (
-        sql.query(connection, text, {**parameters, "first_group": first, "last_group": last})
-        for first, last in _blocks(run, iteration, connection)
+        _estimated(connection, config, first, last) for first, last in _blocks(run, iteration, connection)
     )
     if not (queries := _user_queries(run)):
         yield from blocks
         return
     data = pa.concat_tables(blocks)
+    sql.limit_scored(connection)
+    sql.create_view(connection, "scored", "select * from _scored")
     for key, (name, query) in queries.items():
         sql.register(connection, "_advantages_0", data)  # as `advantages` the query sees `data` itself
         data = _chosen(data, sql.user_rows(connection, key, query), name)
     yield data
+
+
+def _estimated(connection: sql.Connection, config: AdvantageConfig, first: int, last: int) -> pa.Table:
+    """The rows of the groups `first` to `last`; what `scored` says of them is computed once."""
+    sql.limit_scored(connection, first, last)
+    sql.register(connection, "_block", sql.query(connection, "select * from _scored"))
+    sql.create_view(connection, "scored", "select * from _block")
+    chosen = config.model_dump(include={"drop_zero_variance", "truncated"})
+    return sql.query(connection, sql.own_text("advantage/advantage"), chosen)
+
+
+def _refuse(connection: sql.Connection, estimator: str) -> None:
+    """Raise DataError (exit 3) for the first rollout that the estimator cannot take."""
+    if estimator in _CHOOSY:
+        for refused in sql.rows(connection, "advantage/estimators/refused", estimator=estimator):
+            key = tuple(refused[column] for column in tables.KEY)
+            raise DataError(f"advantage: rollout ({_KEY}) {key} {refused['problem']}")
 
 
 def _check_finite(data: pa.Table) -> None:
@@ -120,11 +153,11 @@ def _check_finite(data: pa.Table) -> None:
             )
 
 
-def _blocks(run: Run, iteration: int, connection: sql.Connection) -> Iterator[tuple[int, int]]:
+def _blocks(run: ActiveRun, iteration: int, connection: sql.Connection) -> Iterator[tuple[int, int]]:
     """First and last group of each block of about BLOCK_ROWS rollouts."""
     rows = run.require("rollouts", iteration, f"grpo {NAME}").rows
-    if rows <= BLOCK_ROWS:
-        yield 0, 2**31 - 1  # all that group_id can be, which costs no query
+    if rows <= BLOCK_ROWS or run.config.advantage.estimator in _OVER_ALL:
+        yield 0, sql.LAST_GROUP  # which costs no query
         return
     [size] = sql.query(connection, "select max(group_id) + 1 as groups from rollouts").to_pylist()
     step = max(1, BLOCK_ROWS * size["groups"] // rows)

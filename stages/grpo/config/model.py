@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from grpo.config.generate import GenerateConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
-from grpo.config.section import Count, NonEmpty, NonNegative, Section, must
+from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, must
 from grpo.config.update import OBJECTIVES, UpdateConfig
 
 PASS_THRESHOLD = 1.0
@@ -29,10 +29,34 @@ class AdvantageConfig(Section):
     """true: groups whose rewards are all equal are not trained on."""
     truncated: Literal["keep", "drop"] = "keep"
     """Rollouts that hit max_new_tokens: train on them or not; they count in their group's mean."""
+    estimator: Annotated[
+        Literal["group", "rloo", "opo", "maxrl", "gdpo", "reinforce_pp", "pass_at_k", "best_of_k"], ADDED
+    ] = "group"
+    """How rewards become advantages: a file advantage/estimators/NAME.sql; `scale` is of group alone."""
+    pass_k: Annotated[Count | None, ADDED] = None
+    """k of the estimator pass_at_k, at most generate.samples_per_prompt; null: of any other."""
     where: NonEmpty | None = None
     """SQL condition over `samples`; a rollout that does not meet it is not trained on. null: all."""
     sql: NonEmpty | None = None
-    """File with a query that returns iteration, group_id, sample_id, advantage. null: advantage.sql."""
+    """File with a query that returns iteration, group_id, sample_id, advantage. null: the estimator's."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError for keys of which one has no effect."""
+        if self.sql is None and (self.estimator == "pass_at_k") != (self.pass_k is not None):
+            raise ValueError("pass_k and `estimator: pass_at_k` belong together; give both or neither")
+        if self.sql is not None and self.estimator != "group":
+            raise ValueError("estimator names a query, and so does sql; give one of them")
+
+
+_WITHOUT_EPSILON = ("rloo", "opo", "maxrl", "pass_at_k")
+
+
+def _check_estimator(given: dict[str, Any]) -> None:
+    """Raise ValueError for a key that the user wrote and the estimator does not read."""
+    name = given.get("estimator", "group")
+    unread = ["scale"] * (name != "group") + ["epsilon"] * (name in _WITHOUT_EPSILON)
+    if written := [key for key in unread if key in given]:
+        raise ValueError(f"advantage.{written[0]}: the estimator {name} has none; leave the key out")
 
 
 class EvaluateConfig(Section):
@@ -105,6 +129,7 @@ class Config(Section):
         sections = {name: data.get(name, {}) for name in ("update", "advantage")}
         if not all(isinstance(section, dict) for section in sections.values()):
             return data  # the field's own check says what is wrong
+        _check_estimator(sections["advantage"])
         settings = OBJECTIVES.get(str(sections["update"].get("objective", "grpo")), {})
         return {**data, **{name: {**settings.get(name, {}), **given} for name, given in sections.items()}}
 
@@ -114,6 +139,11 @@ class Config(Section):
         names = [reward.name for reward in self.score.rewards]
         if name is not None and name not in names:
             raise ValueError(f"evaluate.pass_reward: no reward is named {name}; there are {', '.join(names)}")
+        pass_k, samples = self.advantage.pass_k, self.generate.samples_per_prompt
+        if pass_k is not None and pass_k > samples:
+            raise ValueError(
+                f"advantage.pass_k: {pass_k} of generate.samples_per_prompt, {samples}; lower it"
+            )
         update = self.update
         num_steps = self.iterations * update.epochs * update.steps_per_iteration
         if update.warmup_steps > num_steps:

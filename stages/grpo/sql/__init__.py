@@ -1,10 +1,13 @@
 """sql: DuckDB over the tables of runs."""
 
 from grpo.sql.connection import (
+    LAST_GROUP,
     Connection,
     connect,
     consult,
     create_scored,
+    create_view,
+    limit_scored,
     own_text,
     query,
     read,
@@ -19,11 +22,14 @@ from grpo.sql.connection import (
 from grpo.sql.run_tables import SETTINGS
 
 __all__ = [
+    "LAST_GROUP",
     "SETTINGS",
     "Connection",
     "connect",
     "consult",
     "create_scored",
+    "create_view",
+    "limit_scored",
     "own_text",
     "query",
     "read",

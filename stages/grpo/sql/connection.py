@@ -23,6 +23,8 @@ from grpo.sql.run_tables import NAMES, RunTables
 # Each a query in a file of its name, over views that come before it.
 _DERIVED = ("samples", "eval_samples", "evals", "iterations")
 
+LAST_GROUP = 2**31 - 1  # all that group_id can be
+
 _Result = TypeVar("_Result")
 
 
@@ -67,6 +69,7 @@ def _connected(shown: RunTables) -> Iterator[Connection]:
     }
     with spill, duckdb.connect(":memory:", config=options) as database:
         database.execute("set enable_progress_bar = false")
+        database.execute(own_text("sql/macros"))
         for view in NAMES:
             _register(database, shown, view)
             selects = [
@@ -209,18 +212,33 @@ def register(connection: Connection, name: str, data: pa.Table) -> None:
     connection.replaced.add(name)
 
 
-def create_scored(connection: Connection, weights: Collection[float]) -> None:
+def create_scored(connection: Connection, weights: Collection[float], *, unrewarded: bool = False) -> None:
     """Make the view `scored` in a connection to the tables of one iteration; weights: of its rewards.
 
-    scored.sql alone says what a reward is and which rollouts are compared.
+    scored.sql alone says what a reward is, which rollouts are compared, and which groups have no signal.
+    unrewarded: without any reward of a weight, every rollout counts, for teachers to judge.
     """
-    tell_weights(connection, weights)
-    connection.duckdb.execute(f"create or replace temp view scored as {own_text('sql/views/scored')}")
+    tell_weights(connection, weights, unrewarded=unrewarded)
+    limit_scored(connection)
+    create_view(connection, "_scored", own_text("sql/views/scored"))
+    create_view(connection, "scored", "select * from _scored")
 
 
-def tell_weights(connection: Connection, weights: Collection[float]) -> None:
+def limit_scored(connection: Connection, first: int = 0, last: int = LAST_GROUP) -> None:
+    """Have the view `scored` show the groups `first` to `last`, and compute no more than that."""
+    connection.duckdb.execute(f"set variable first_group = {first}; set variable last_group = {last}")
+
+
+def create_view(connection: Connection, name: str, query: str) -> None:
+    """Show the rows of a query of this package as `name`, computed whenever something reads them."""
+    connection.duckdb.execute(f"create or replace temp view {name} as {query}")
+
+
+def tell_weights(connection: Connection, weights: Collection[float], *, unrewarded: bool = False) -> None:
     """Have a view `scored` that exists go by other weights."""
-    register(connection, "reward_names", pa.table({"number": [sum(weight != 0 for weight in weights)]}))
+    number = sum(weight != 0 for weight in weights)
+    names = pa.table({"number": [number], "unrewarded": [unrewarded and number == 0]})
+    register(connection, "reward_names", names)
 
 
 def own_text(name: str) -> str:
