@@ -30,7 +30,7 @@ from grpo.config import UpdateConfig
 from grpo.update.batch import READ, Rollouts, kept_rollouts
 from grpo.update.layout import PADDING, build, plan
 from grpo.update.learner import Learner
-from grpo.update.loss import Step
+from grpo.update.given import Step
 from grpo.update.objective import Stored
 from grpo.update.tree_attention import Place
 

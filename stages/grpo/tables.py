@@ -4,7 +4,7 @@ Key of every rollout-level table: (iteration, group_id, sample_id). Lists are ra
 never stand in a table: they would make equal results differ.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,6 +71,16 @@ JUDGEMENTS: Columns = {
     "attempts": (pa.int32(), "requests that this answer took, from 1"),
 }
 
+TEACHER_LOGPROBS: Columns = {
+    **_KEY_COLUMNS,
+    "name": (pa.string(), "name of the teacher"),
+    "logprobs": (
+        pa.list_(pa.float32()),
+        "the teacher's log-prob per response token at the row's temperature; 0 where response_mask is false",
+    ),
+    "gap": (pa.float64(), "mean of logprobs - old_logprobs over the tokens that count, in nats"),
+}
+
 ADVANTAGES: Columns = {
     **_KEY_COLUMNS,
     "reward": (pa.float64(), "weighted sum of the rewards; null when unscored"),
@@ -126,6 +136,14 @@ UPDATES: Columns = {
         pa.float64(),
         "share of tokens with w over sampler_correction_cap (2 where it is not for tokens); first step only",
     ),
+    "off_policy_fraction": (
+        pa.float64(),
+        "share of the rollouts read that off_policy_mask left out; null without it",
+    ),
+    "low_entropy_fraction": (
+        pa.float64(),
+        "share of the tokens read that top_entropy left out; null without it",
+    ),
 }
 
 LOGPROBS: Columns = {
@@ -164,6 +182,7 @@ TABLES: dict[str, Columns] = {
     "rollouts": ROLLOUTS,
     "rewards": REWARDS,
     "judgements": JUDGEMENTS,
+    "teacher_logprobs": TEACHER_LOGPROBS,
     "advantages": ADVANTAGES,
     "updates": UPDATES,
     "logprobs": LOGPROBS,
@@ -172,12 +191,18 @@ TABLES: dict[str, Columns] = {
     "eval_rewards": {**REWARDS, **_MEASURED},
     "eval_judgements": {**JUDGEMENTS, **_MEASURED},
 }
+# Columns that a file lacks where the key that fills them is not set; whoever reads sees null.
+OPTIONAL: dict[str, tuple[str, ...]] = {"updates": ("off_policy_fraction", "low_entropy_fraction")}
 WITH_OWN_COLUMNS = ("prompts", "eval_prompts")  # the user's data set may have more
 
 
-def schema(table: str) -> pa.Schema:
-    """The exact Arrow schema of `table` (of prompts: its fixed columns; the user's own follow them)."""
-    return pa.schema([(name, data_type) for name, (data_type, _) in TABLES[table].items()])
+def schema(table: str, without: Collection[str] = ()) -> pa.Schema:
+    """The exact Arrow schema of `table` (of prompts: its fixed columns; the user's own follow them).
+
+    without: those of OPTIONAL that a file does not have.
+    """
+    columns = [(name, kind) for name, (kind, _) in TABLES[table].items() if name not in without]
+    return pa.schema(columns)
 
 
 def encode(data: pa.Table) -> bytes:
@@ -209,15 +234,21 @@ def decode(table: str, files: Iterable[tuple[Path, bytes]], columns: list[str] |
         except (pa.ArrowInvalid, OSError) as error:
             raise CorruptError(f"{path}: cannot be read as Parquet: {first_line(error)}") from error
         check_schema(table, found, path)
-        parts.append(part if columns is None else part.select(columns))
+        for name in set(OPTIONAL.get(table, ())) - set(part.column_names):
+            part = part.append_column(name, pa.nulls(len(part), TABLES[table][name][0]))
+        names = schema(table).names if columns is None and table in OPTIONAL else columns
+        parts.append(part if names is None else part.select(names))
     if not parts:
         return schema(table).empty_table().select(columns or schema(table).names)
     return pa.concat_tables(parts)
 
 
 def check_schema(table: str, found: pa.Schema, path: Path) -> None:
-    """Raise CorruptError unless `found` is the schema of `table` (prompts may have more columns)."""
-    expected = schema(table)
+    """Raise CorruptError unless `found` is the schema of `table` (prompts may have more columns).
+
+    One of OPTIONAL may be missing.
+    """
+    expected = schema(table, without=set(OPTIONAL.get(table, ())) - set(found.names))
     own = found.names[len(expected) :]
     fixed = pa.schema(list(found)[: len(expected)])
     if not fixed.equals(expected) or (own and table not in WITH_OWN_COLUMNS):

@@ -72,7 +72,8 @@ def pass_at_k(rewards: Array, k: int) -> Array:
     if deviation == 0:
         return np.zeros(n)
     own = [np.mean([passes(subset) for subset in subsets if i in subset]) for i in range(n)]
-    return (np.array(own) - mean) / deviation
+    found: Array = (np.array(own) - mean) / deviation
+    return found
 
 
 def total(terms: Array) -> Array:

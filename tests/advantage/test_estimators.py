@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.advantage import estimators as plain
 from tests.advantage.test_advantage import (
+    Cells,
     Row,
     advantages,
     bits,
@@ -216,8 +217,8 @@ def test_rewards_that_it_cannot_take(tmp_path: Path, name: str, groups: Groups, 
 
 
 def test_pass_at_k_takes_a_sum_of_rewards_that_is_1_but_for_rounding(tmp_path: Path) -> None:
-    parts = {"a": ("ok", 1.0, 0.1), "b": ("ok", 1.0, 0.2), "c": ("ok", 1.0, 0.7)}
-    none = {name: ("ok", 0.0, weight) for name, (_, _, weight) in parts.items()}
+    parts: Cells = {"a": ("ok", 1.0, 0.1), "b": ("ok", 1.0, 0.2), "c": ("ok", 1.0, 0.7)}
+    none: Cells = {name: ("ok", 0.0, weight) for name, (_, _, weight) in parts.items()}
     rows = advantages(tmp_path, [[Row(parts), Row(none), Row(none), Row(parts)]], **settings("pass_at_k"))
     assert column(rows, "advantage") == pytest.approx([0.4472136, -0.4472136, -0.4472136, 0.4472136])
 

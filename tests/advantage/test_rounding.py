@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.advantage.test_advantage import Row, advantages, column, compute, make_run, own, write_inputs
@@ -60,8 +61,9 @@ def test_no_signal(tmp_path: Path, case: str, scale: str, epsilon: float) -> Non
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_of_no_estimator(tmp_path: Path, name: str) -> None:
     """Beside a group that has signal; reward 1 in two parts, and in one."""
-    parts = [[(1.0, 0.1), (1.0, 0.2), (1.0, 0.7)], [(10.0, 0.1), (0.0, 0.2), (0.0, 0.7)]]
-    right, wrong = parts[0], [(0.0, w) for _, w in parts[0]]
+    parts: list[Terms] = [[(1.0, 0.1), (1.0, 0.2), (1.0, 0.7)], [(10.0, 0.1), (0.0, 0.2), (0.0, 0.7)]]
+    right: Terms = parts[0]
+    wrong: Terms = [(0.0, w) for _, w in parts[0]]
     rows = advantages(tmp_path, [rows_of(parts), rows_of([right, wrong, wrong])], **settings(name))
     assert column(rows, "advantage")[:2] == [0.0, 0.0]
     assert column(rows, "group_std")[:2] == [0.0, 0.0]
@@ -69,7 +71,7 @@ def test_of_no_estimator(tmp_path: Path, name: str) -> None:
 
 
 def test_a_tie_of_the_best_up_to_rounding_is_a_tie(tmp_path: Path) -> None:
-    group = [[(0.1, 1), (0.2, 1)], [(0.3, 1), (0.0, 1)], [(0.0, 1), (0.0, 1)]]
+    group: list[Terms] = [[(0.1, 1), (0.2, 1)], [(0.3, 1), (0.0, 1)], [(0.0, 1), (0.0, 1)]]
     rows = advantages(tmp_path, [rows_of(group)], estimator="best_of_k")
     assert column(rows, "advantage") == [0.0, 0.0, 0.0]
 
@@ -140,7 +142,7 @@ def c(completions, prompts, **columns):
 
 def test_the_same_update_as_with_one_number(project: Path, grpo: Grpo) -> None:
     Path("noise.py").write_text(REWARDS)
-    found = []
+    found: list[dict[str, Any]] = []
     for run, rewards in (("one", ["c"]), ("two", ["a", "b"])):
         functions = json.dumps([{"function": f"noise:{name}"} for name in rewards])
         keys = [f"run={run}", "iterations=1", "update.objective=dapo", f"score.rewards={functions}"]

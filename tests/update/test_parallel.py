@@ -14,8 +14,8 @@ from transformers import Qwen2ForCausalLM
 from grpo.config import Config, UpdateConfig
 from grpo.update import parallel
 from grpo.update.batch import Rollouts
+from grpo.update.given import Step
 from grpo.update.learner import Learner
-from grpo.update.loss import Step
 from grpo.update.objective import Stored, Sums, objective_of
 
 pytestmark = pytest.mark.xdist_group("parallel")  # the group is started once, for all tests
@@ -179,9 +179,19 @@ def test_without_a_group_a_process_has_all_of_it() -> None:
 def test_sums_by_hand() -> None:
     # Everything is added but the largest ratio.
     first = Sums(
-        policy_loss=1.0, tokens=3.0, entropy=6.0, ratio=2.0, ratios=2.0, clipped_low=1.0, largest=1.5
+        policy_loss=1.0,
+        tokens=3.0,
+        entropy=6.0,
+        ratio=2.0,
+        ratios=2.0,
+        clipped_low=1.0,
+        clips=2.0,
+        rollouts=1.0,
+        largest=1.5,
     )
-    second = Sums(policy_loss=0.5, tokens=1.0, entropy=4.0, ratio=4.0, ratios=2.0, largest=1.25)
+    second = Sums(
+        policy_loss=0.5, tokens=1.0, entropy=4.0, ratio=4.0, ratios=2.0, clips=2.0, rollouts=1.0, largest=1.25
+    )
     row = (first + second).row(objective_of(settings("dapo")))
     assert (row["policy_loss"], row["ratio_max"], row["kl"]) == (1.5, 1.5, None)
     assert (row["entropy"], row["ratio_mean"]) == (10 / 4, 6 / 4)

@@ -41,7 +41,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         stage_version=STAGE_VERSION,
         output=OUTPUT,
         iteration=iteration,
-        config={"advantage": config.recorded()},
+        config={"advantage": config.recorded(), **({"unrewarded": True} if run.config.unrewarded else {})},
         inputs={reference: run.id_of(reference) or "" for reference in references},
         user_files=user_files,
     )

@@ -102,7 +102,8 @@ def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> I
     config = run.config.advantage
     rewards = run.require("rewards", iteration, "grpo score")
     sql.turn_to(connection, iteration)
-    sql.tell_weights(connection, rewards.summary["weights"].values())
+    weights = rewards.summary["weights"].values()
+    sql.tell_weights(connection, weights, unrewarded=run.config.unrewarded)
     sql.limit_scored(connection)
     settings = config.model_dump(include={"scale", "epsilon", "pass_k"}) | {"batch_deviation": None}
     if config.scale == "batch":

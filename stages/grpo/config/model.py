@@ -12,7 +12,7 @@ from grpo.config.generate import GenerateConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
 from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, must
-from grpo.config.update import OBJECTIVES, UpdateConfig
+from grpo.config.update import UpdateConfig, objective_settings
 
 PASS_THRESHOLD = 1.0
 _GREEDY_OR_NOT = must(lambda value: not 0 < value < 0.01, "must be 0 (greedy) or at least 0.01")
@@ -130,11 +130,17 @@ class Config(Section):
         if not all(isinstance(section, dict) for section in sections.values()):
             return data  # the field's own check says what is wrong
         _check_estimator(sections["advantage"])
-        settings = OBJECTIVES.get(str(sections["update"].get("objective", "grpo")), {})
+        settings = objective_settings(sections["update"])
         return {**data, **{name: {**settings.get(name, {}), **given} for name, given in sections.items()}}
+
+    @property
+    def unrewarded(self) -> bool:
+        """Whether teachers alone say what is good: no reward counts, and no rollout is compared."""
+        return bool(self.score.teachers) and not any(reward.weight for reward in self.score.rewards)
 
     def model_post_init(self, context: Any, /) -> None:
         """Raise ValueError where one section asks for what another does not give."""
+        self._check_teachers()
         name = self.evaluate.pass_reward if self.evaluate else None
         names = [reward.name for reward in self.score.rewards]
         if name is not None and name not in names:
@@ -151,4 +157,29 @@ class Config(Section):
                 f"update.warmup_steps: {update.warmup_steps} are more than the {num_steps} optimiser steps of"
                 " the run (iterations * update.epochs * update.steps_per_iteration); lower it, or raise"
                 " `iterations`"
+            )
+
+    def _check_teachers(self) -> None:
+        if self.generate.samples_per_prompt < 2 and not self.unrewarded:
+            raise ValueError(
+                "generate.samples_per_prompt: input should be greater than or equal to 2, found 1;"
+                " a group of one has no relative advantage"
+            )
+        if not self.score.teachers:
+            return
+        update, without = self.update, "teachers give each token an advantage of its own"
+        if update.ratio != "token":
+            raise ValueError(
+                f"score.teachers: {without}, and update.ratio {update.ratio} has one value per rollout; take"
+                " an objective of ratio token"
+            )
+        if update.off_policy_mask is not None:
+            raise ValueError(f"update.off_policy_mask: is for rollouts of A < 0; {without}; leave it out")
+        if self.generate.dynamic_sampling is not None and self.unrewarded:
+            raise ValueError(
+                "generate.dynamic_sampling: looks for rewards that differ, and there is no reward"
+            )
+        if self.evaluate is not None and not self.score.rewards:
+            raise ValueError(
+                "evaluate: measures by a reward; give one in score.rewards, of weight 0 if need be"
             )

@@ -21,6 +21,8 @@ def prepare(run: ActiveRun) -> None:
     _check_seed(run, created)
     names = {"policy": run.config.model, "reference": run.config.update.reference or run.config.model}
     paths = {part: resolve_model(run, name) for part, name in names.items()}
+    for teacher in run.config.score.teachers:
+        resolve_model(run, teacher.model)
     ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in paths.items()}
     manifest = run.manifest("policy", None)
     if manifest is not None and begun:

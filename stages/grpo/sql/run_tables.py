@@ -124,7 +124,8 @@ class RunTables:
         """Rows of one of _FIXED, with more keys than it has columns."""
         if name == "_pass_settings":
             evaluate = run.config.evaluate
-            reward = (evaluate and evaluate.pass_reward) or run.config.score.rewards[0].name
+            first = next((reward.name for reward in run.config.score.rewards), None)
+            reward = (evaluate and evaluate.pass_reward) or first
             threshold = evaluate.pass_threshold if evaluate else PASS_THRESHOLD
             return [{"pass_reward": reward, "pass_threshold": threshold}]
         if name == "_eval_settings":
@@ -168,7 +169,8 @@ def _fragment(table: str, file: FileRecord, path: Path, schema: pa.Schema | None
     except (pa.ArrowInvalid, OSError) as error:
         raise CorruptError(f"{path}: cannot be read as Parquet: {error}") from None
     tables.check_schema(table, found, path)
-    if schema is not None and not found.equals(schema):  # the user's columns of two files of prompts
+    # The user's columns of two files of prompts.
+    if schema is not None and table in tables.WITH_OWN_COLUMNS and not found.equals(schema):
         raise CorruptError(f"{path}: its columns are not those of the file before it")
     return fragment
 

@@ -12,7 +12,7 @@ from grpo import tables
 from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id, read_json
 from grpo.errors import CorruptError, DataError, InputError
 from grpo.manage.doctor.report import Report
-from grpo.models.find import STARTER, resolve_model, starter_folder
+from grpo.models.find import STARTER, TEACHER, resolve_model, starter_folder
 from grpo.models.loading import WEIGHT_FILES, load_config
 from grpo.pipeline.begin import lengths
 from grpo.prompts.rows import normalised
@@ -25,6 +25,7 @@ from grpo.update.adapter import check_targets, require_peft
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
 STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
+_STARTERS = {STARTER: STARTER_PARAMETERS, TEACHER: 1_304_640}
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def check_model(
             if key == "model":
                 lengths(run, folder, OUTPUT)
             found = Checkpoint(folder, parameters)
-        elif name == STARTER:
-            found = Checkpoint(None, STARTER_PARAMETERS)
+        elif name in _STARTERS:
+            found = Checkpoint(None, _STARTERS[name])
             check.needed = "the built-in starter model, trained at the first run"
         else:
             check.warn(f"{name} is downloaded at the first run; --model does so now, and checks memory, disk")
@@ -95,8 +96,8 @@ def num_parameters(folder: Path) -> int:
 
 
 def _local(run: ActiveRun, name: str) -> Path | None:
-    if name == STARTER:
-        return starter_folder(run) if starter_folder(run).exists() else None
+    if name in _STARTERS:
+        return starter_folder(run, name) if starter_folder(run, name).exists() else None
     if not is_hub_id(name, run.imports):
         return run.imports / name
     from huggingface_hub import try_to_load_from_cache
@@ -157,3 +158,6 @@ def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) 
             else:
                 needed = "a sequence classifier with one label"
                 check_model(run, report, name, str(reward.model), fetch, needed)
+    for teacher in run.config.score.teachers:
+        needed = "a causal language model with the policy's tokenizer"
+        check_model(run, report, f"teacher {teacher.name}", teacher.model, fetch, needed)
