@@ -40,6 +40,7 @@ NAMES = {
         "answer_tokens",
         "attempts",
     ],
+    "teacher_logprobs": [*KEY, "name", "logprobs", "gap"],
     "advantages": [
         *KEY,
         "reward",

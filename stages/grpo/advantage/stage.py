@@ -4,6 +4,7 @@ SQL over the tables of the iteration: scored.sql, a file of estimators/, then ad
 happens here: update trains on exactly the rows with keep = true.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,6 +50,7 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: sql.Connec
             if file.table == name:
                 run.verify(file, run.path_of(file, name, iteration))
     records, kept, zero, scored, total = [], 0, 0, 0, 0.0
+    dropped: Counter[str] = Counter()
     with staging.clock("advantage"):
         for index, data in enumerate(_advantages(run, iteration, opened)):
             data = data.cast(tables.schema(OUTPUT))
@@ -58,11 +60,32 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: sql.Connec
             zero += pc.sum(pc.equal(data["advantage"], 0.0)).as_py() or 0
             scored += pc.count(data["reward"]).as_py()
             total += pc.sum(data["reward"]).as_py() or 0.0
+            dropped.update(
+                {each["values"]: each["counts"] for each in data["reason"].value_counts().to_pylist()}
+            )
     if not kept:
-        run.console.say(f"advantage {iteration}: no rollout is kept, so update has nothing to learn from")
+        _say_why(run, iteration, dropped)
     reward_mean = total / scored if scored else None
     summary = {"kept": kept, "zero_advantage": zero, "scored": scored, "reward_mean": reward_mean}
     return Product({OUTPUT: id_of(records)}, records, summary)
+
+
+def _say_why(run: ActiveRun, iteration: int, dropped: Counter[str]) -> None:
+    """Say why no rollout is kept. DataError (exit 3) where, in iteration 0, no reward applies to any."""
+    why = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
+    text = f"advantage {iteration}: no rollout is kept ({why}), so update has nothing to learn from"
+    rewards = run.require("rewards", iteration, "grpo score")
+    given = {status for status, number in rewards.summary.get("statuses", {}).items() if number}
+    if given != {"not_applicable"}:
+        run.console.say(text)
+        return
+    answers = run.read("prompts", None, ["answer"])["answer"]
+    column = "no row of `prompts` has an `answer`: name its column in prompts.columns.answer, or"
+    way = f"{column if answers.null_count == len(answers) else ''} take a reward that fits the prompts"
+    text += f"; {', '.join(rewards.summary['weights'])} applied to none of them; {way.strip()}"
+    if iteration == 0:
+        raise DataError(text)
+    run.console.say(text)
 
 
 def check(run: ActiveRun, until: int, resources: object) -> None:

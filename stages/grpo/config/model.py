@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from grpo.config.generate import GenerateConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
-from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, must
+from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, must, wrong_at
 from grpo.config.update import UpdateConfig, objective_settings
 
 PASS_THRESHOLD = 1.0
@@ -161,10 +161,7 @@ class Config(Section):
 
     def _check_teachers(self) -> None:
         if self.generate.samples_per_prompt < 2 and not self.unrewarded:
-            raise ValueError(
-                "generate.samples_per_prompt: input should be greater than or equal to 2, found 1;"
-                " a group of one has no relative advantage"
-            )
+            raise wrong_at(("generate", "samples_per_prompt"), "greater_than_equal", 1, ge=2)
         if not self.score.teachers:
             return
         update, without = self.update, "teachers give each token an advantage of its own"

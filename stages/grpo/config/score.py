@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Plain, Positive, Section, must
+from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Plain, Positive, Section, must, wrong_at
 
 MODEL_TIMEOUT_S = 3600.0  # a batch of a large reward model on a CPU takes minutes, and is no hang
 SCORE_LINE = r"^Score: *(-?[0-9]+(?:\.[0-9]+)?) *$"
@@ -170,4 +170,4 @@ class ScoreConfig(Section):
     def model_post_init(self, context: Any, /) -> None:
         """Raise ValueError where nothing says what is good."""
         if not self.rewards and not self.teachers:
-            raise ValueError("rewards: list should have at least 1 item, found none, and no teachers either")
+            raise wrong_at(("rewards",), "too_short", [], field_type="List", min_length=1, actual_length=0)

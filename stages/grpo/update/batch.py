@@ -49,6 +49,12 @@ class Rollouts:
         group_of_row = np.unique(self.keys[:, :2], axis=0, return_inverse=True)[1]
         return np.bincount(group_of_row, self.num_tokens).astype(np.int64)[group_of_row]
 
+    def advantages_by_token(self, rows: np.ndarray) -> np.ndarray:
+        """The advantage of each token that counts, one of `rows` after another, [N]."""
+        if self.token_advantages is None:
+            return np.repeat(self.advantages[rows], self.num_tokens[rows])
+        return np.concatenate([self.token_advantages[row] for row in rows.tolist()])
+
     def __len__(self) -> int:
         return len(self.keys)
 
