@@ -8,7 +8,7 @@ from grpo import tables
 from grpo.errors import CorruptError
 
 KEY = ["iteration", "group_id", "sample_id"]
-# The table list of the design, and `judgements`, in the order on disk. `samples` shows `mismatch`.
+# The table list of the design, `judgements` and `teacher_logprobs`, in the order on disk. `samples` shows `mismatch`.
 NAMES = {
     "prompts": ["prompt_id", "prompt", "messages", "answer"],
     "rollouts": [
@@ -103,6 +103,7 @@ TYPES = {
     ],
     "rewards": [*3 * ["int32"], "string", "double", "double", "string", "string"],
     "judgements": [*3 * ["int32"], *6 * ["string"], *3 * ["int32"]],
+    "teacher_logprobs": [*3 * ["int32"], "string", "", "double"],
     "advantages": [*3 * ["int32"], *3 * ["double"], "int32", "double", "bool", "string"],
     "updates": [*3 * ["int32"], *10 * ["double"], "int32", "int64", "bool", *7 * ["double"]],
     "logprobs": [*5 * ["int32"], "", "", "double"],

@@ -57,7 +57,8 @@ def save_layer_norm_checkpoint(folder: Path) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        GPT2LMHeadModel(config).save_pretrained(folder)
+        model: Any = GPT2LMHeadModel
+        model(config).save_pretrained(folder)
     return folder
 
 
@@ -248,10 +249,11 @@ def plain(
     old: Rows | None,
     reference: list[np.ndarray],
     objective: Objective,
+    entropies: list[np.ndarray] | None = None,
 ) -> restatement.Loss:
-    """Loss of the plain restatement; puts its gradient into `model`. `old` None: its own log-probs."""
+    """Loss of the plain restatement; puts its gradient into `model`. `old`, `entropies` None: its own."""
     read = [one_rollout(model, rollouts, i) for i in rows]
-    values, entropies = (
+    values, own_entropies = (
         [pair[part].detach().numpy().astype(np.float64).tolist() for pair in read] for part in (0, 1)
     )
     given = values if old is None else [[float(x) for x in old[i]] for i in rows]
@@ -263,7 +265,7 @@ def plain(
             [float(x) for x in reference[i]],
             [True] * len(values[n]),
             [float(x) for x in rollouts.old_logprobs[i]],
-            entropies[n],
+            own_entropies[n] if entropies is None else [float(x) for x in entropies[i]],
             int(rollouts.keys[i, 1]),
         )
         for n, i in enumerate(rows)
@@ -331,6 +333,15 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("dapo", "sampled", {"entropy_coefficient": 0.1}),
     ("gspo", "recomputed", {"entropy_coefficient": 0.1}),
     ("dr_grpo", "sampled", {"delta": 1.25, "kl_importance": True, "entropy_coefficient": 0.1}),
+    ("grpo", "sampled", {"off_policy_mask": 0.01}),
+    ("dapo", "sampled", {"top_entropy": 0.3}),
+    ("gspo", "recomputed", {"off_policy_mask": 0.01}),
+    ("dapo", "recomputed", TRUNCATE | {"off_policy_mask": 0.01, "top_entropy": 0.5}),
+    ("scalerl", "sampled", {"clip_high": 0.1, "off_policy_mask": 0.01, "top_entropy": 0.5}),
+]
+# These differ in the formula alone, which one step shows.
+ONE_STEP: list[tuple[str, str, dict[str, Any]]] = [
+    *CASES,
     ("sapo", "sampled", {"tau_negative": 3.0}),
     ("gmpo", "sampled", {"clip_low": 0.1, "clip_high": 0.1}),
     ("dppo", "sampled", {"clip_low": 0.005, "clip_high": 0.005, "ratio_cap": 1.1}),
@@ -338,11 +349,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("vespo", "sampled", {"k_negative": 1.5}),
     ("scalerl", "sampled", {"clip_high": 0.1}),
     ("gmpo", "sampled", {"clip_low": 0.1, "clip_high": 0.1, "aggregate": "prompt_mean"}),
-    ("grpo", "sampled", {"off_policy_mask": 0.01}),
-    ("dapo", "sampled", {"top_entropy": 0.3}),
-    ("gspo", "recomputed", {"off_policy_mask": 0.01}),
-    ("dapo", "recomputed", TRUNCATE | {"off_policy_mask": 0.01, "top_entropy": 0.5}),
-    ("scalerl", "sampled", {"clip_high": 0.1, "off_policy_mask": 0.01, "top_entropy": 0.5}),
 ]
 OBJECTIVES = list(configured.OBJECTIVES)
 CORRECTIONS: list[tuple[str, dict[str, Any]]] = [

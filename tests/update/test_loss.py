@@ -26,8 +26,9 @@ from torch import Tensor
 
 from grpo.config.update import OBJECTIVES, SURROGATES
 from grpo.models.logprobs import token_logprobs
+from grpo.update import given as constants_of
 from grpo.update import loss
-from grpo.update.given import MAX_LOG_RATIO, Step
+from grpo.update.given import MAX_LOG_RATIO, Given, Step
 from grpo.update.loss import kl_estimate, log_ratio
 from grpo.update.objective import batch_loss
 
@@ -579,11 +580,11 @@ objectives = mixtures | st.sampled_from(list(restatement.OBJECTIVES.values()))
 RENAMED = {name: f"sampler_{name}" for name in ("correction", "correction_level", "correction_cap")}
 
 
-def constants(objective: Objective) -> loss.Objective:
+def constants(objective: Objective) -> constants_of.Objective:
     """The restatement's constants under the names of the configuration; the step has max_new_tokens."""
     values = {RENAMED.get(name, name): value for name, value in asdict(objective).items()}
     values.pop("max_new_tokens")
-    return loss.Objective(**values)
+    return constants_of.Objective(**values)
 
 
 def ours(
@@ -613,7 +614,7 @@ def ours(
         weights = (
             loss.sampler_weights(old, sampled, lengths_B, keys) if objective.correction != "none" else None
         )
-        given = loss.Given(
+        given = Given(
             lengths_B,
             doubles(*(row.advantage for row in chosen for _ in row.policy)),
             old,
@@ -621,7 +622,7 @@ def ours(
             weights,
             lengths(*(tokens_of[row.group] for row in chosen)),
             sampled,
-            None if bound is None else entropy.detach() < bound,
+            None if bound is None else entropy.detach() < float(bound),
         )
         value, _ = batch_loss(policy, entropy, given, replace(keys, entropy_coefficient=0.0), step)
         bonus = loss.aggregate_tokens(entropy, given, objective.aggregate, step)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tests import restatement
 from tests.update.examples import (
-    CASES,
     CORRECTIONS,
     EOS,
     MASK,
     OBJECTIVES,
+    ONE_STEP,
     ROWS,
     all_entropies,
     all_logprobs,
@@ -40,7 +40,7 @@ from grpo.update.batch import Rollouts
 from grpo.update.objective import Stored
 from grpo.update.surrogates import CLIPPED, SURROGATES
 
-EXACT = [case for case in CASES if case[1] == "sampled"]  # what is recomputed is kept in float32
+EXACT = [case for case in ONE_STEP if case[1] == "sampled"]  # what is recomputed is kept in float32
 SHARES = ("clip_fraction_low", "clip_fraction_high", "off_policy_fraction", "low_entropy_fraction")
 UNREACHED = ("cispo", "scalerl", "dppo")  # whose bounds are a ratio of 5, and 0.2 of probability
 
@@ -149,7 +149,7 @@ def test_loss_and_gradient_do_not_depend_on_how_they_are_computed(
 
 
 @pytest.mark.parametrize("kl_coefficient", [None, 0.2])
-@pytest.mark.parametrize(("objective", "old_logprobs", "changes"), CASES)
+@pytest.mark.parametrize(("objective", "old_logprobs", "changes"), ONE_STEP)
 def test_one_step_equals_the_plain_restatement_closely(
     untied: Path,
     other: Path,

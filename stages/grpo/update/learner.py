@@ -23,6 +23,7 @@ from grpo.update.given import Step
 from grpo.update.layout import MicroBatch, build, longest_pair, plan, tree_of
 from grpo.update.network import TOLERANCE, Network
 from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys, objective_of
+from grpo.update.own_surrogate import NotFiniteError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -240,7 +241,11 @@ class Learner:
             # NaN reaches what it shares a sequence with, masked or not.
             own = self._broken_alone(rollouts, batch) or own
         given = given_of(self.config, self.objective, step, rollouts, batch, stored, own)
-        loss, part = batch_loss(logprobs_N, entropy_N, given, self.objective, step)
+        try:
+            loss, part = batch_loss(logprobs_N, entropy_N, given, self.objective, step)
+        except NotFiniteError as found:
+            broken = batch.rows[found.rollouts].tolist()
+            raise EngineError(f"{found} on {name_keys(rollouts, broken)}") from None
         if not math.isfinite(loss.item()):
             raise EngineError(f"update: the loss is {loss.item()} on {name_keys(rollouts, list(own))}")
         loss.backward()  # type: ignore[no-untyped-call]

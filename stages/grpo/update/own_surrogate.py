@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.artifacts import ActiveRun
 from grpo.errors import EngineError, UsageError
 from grpo.update.plan import surrogate_file
 
@@ -28,6 +29,14 @@ _LONGEST = 400  # characters of a message; an exception may hold a tensor
 
 class _ProblemError(Exception):
     """What is wrong with the function or what it returned, for a message."""
+
+
+class NotFiniteError(Exception):
+    """The function returned nan or inf for `rollouts`, their places in the micro-batch."""
+
+    def __init__(self, name: str, rollouts: list[int]) -> None:
+        super().__init__(f"update.surrogate: {name}: returned nan or inf")
+        self.rollouts = rollouts
 
 
 class _Source(SourceLoader):
@@ -59,7 +68,10 @@ class OwnSurrogate:
     def __call__(
         self, logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, rollout_N: Tensor
     ) -> Tensor:
-        """Its value for a micro-batch, [N] or [B]. Raises EngineError (exit 8) for one that is no use."""
+        """Its value for a micro-batch, [N] or [B].
+
+        Raises EngineError (exit 8) for one that cannot be used, NotFiniteError for one that is not finite.
+        """
         try:
             value = self._value(logprobs_N, old_logprobs_N, advantages_N, rollout_N)
             num_values = int(rollout_N[-1]) + 1 if self.per_rollout else len(rollout_N)
@@ -70,6 +82,9 @@ class OwnSurrogate:
                 )
         except _ProblemError as problem:
             raise EngineError(f"update.surrogate: {self.name}: {problem}; nothing was committed") from None
+        if len(broken := (~value.isfinite()).nonzero().flatten()):
+            rollouts = broken if self.per_rollout else rollout_N[broken]
+            raise NotFiniteError(self.name, sorted(set(rollouts.tolist())))
         return value
 
     def probed(self) -> "OwnSurrogate":
@@ -87,6 +102,8 @@ class OwnSurrogate:
                     f"returned shape {tuple(value.shape)} for 2 rollouts of 5 tokens in all: one value per"
                     " token is (5,), one per rollout (2,)"
                 )
+            if not bool(value.isfinite().all()):
+                raise _ProblemError("returned nan or inf for made-up rollouts near pi_old")
             [slope_N] = torch.autograd.grad(value.sum(), logprobs_N, allow_unused=True)
             if slope_N is None:
                 raise _ProblemError(_NO_GRADIENT)
@@ -116,9 +133,31 @@ class OwnSurrogate:
             raise _ProblemError(f"returned {value.dtype} on {value.device}, not {expected}")
         if not value.requires_grad:
             raise _ProblemError(_NO_GRADIENT)
-        if not bool(value.isfinite().all()):
-            raise _ProblemError(f"returned {int((~value.isfinite()).sum())} values that are not finite")
         return value
+
+
+def surrogate_of(run: ActiveRun) -> OwnSurrogate | None:
+    """The user's surrogate as its file is now; None: it is one of ours.
+
+    Raises UsageError (exit 2) as load() does, and where other keys do not fit it.
+    """
+    config = run.config.update
+    if config.own is None:
+        return None
+    own = load(run.imports, config.own)
+    by_token = config.sampler_correction != "none" and config.sampler_correction_level == "token"
+    if own.per_rollout and (by_token or config.top_entropy is not None):
+        way = "set sampler_correction_level: sequence_mean" if by_token else "leave top_entropy out"
+        raise UsageError(
+            f"update.surrogate: {own.name} returns one value per rollout, which weights and masks per token"
+            f" do not fit; {way}"
+        )
+    if own.per_rollout and run.config.score.teachers:
+        raise UsageError(
+            f"update.surrogate: {own.name} returns one value per rollout, and score.teachers give each token"
+            " an advantage of its own; return one value per token"
+        )
+    return own
 
 
 def load(folder: Path, name: str) -> OwnSurrogate:
@@ -175,7 +214,8 @@ def _explained(file: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's code raises is the answer
-        text = " ".join(" ".join(traceback.format_exception_only(error)).split())[:_LONGEST]
+        said = [f"SyntaxError: {error}"] if isinstance(error, SyntaxError) else []  # of four lines otherwise
+        text = " ".join(" ".join(said or traceback.format_exception_only(error)).split())[:_LONGEST]
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-        place = f" ({file.name}, line {lines[-1]})" if lines and not isinstance(error, SyntaxError) else ""
+        place = f" ({file.name}, line {lines[-1]})" if lines and not said else ""
         raise _ProblemError(f"{text}{place}") from None

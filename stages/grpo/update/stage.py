@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Run, Staging, id_of, prune_behind
-from grpo.errors import InputError, UsageError
+from grpo.errors import InputError
 from grpo.models.loading import best_device
 from grpo.update.adapter import check_targets, require_peft
 from grpo.update.batch import Rollouts, longest, max_new_tokens_of, minibatches, read_kept
@@ -20,7 +20,7 @@ from grpo.update.learner import Learner
 from grpo.update.mismatch import TOKEN_CAP, mismatch
 from grpo.update.objective import Stored, needed, objective_of, step_of
 from grpo.update.outputs import IDS, summary_of, write_outputs
-from grpo.update.own_surrogate import OwnSurrogate, load
+from grpo.update.own_surrogate import surrogate_of
 from grpo.update.plan import OUTPUT
 from grpo.update.schedule import check_schedule, learning_rate
 
@@ -32,7 +32,7 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
     targets the model has not, EngineError (exit 8) where update.lora has no peft.
     """
     check_schedule(run.config, until - 1)
-    _own_surrogate(run)
+    surrogate_of(run)
     if lora := run.config.update.lora:
         require_peft()
         check_targets(run.start["policy"], lora.targets)
@@ -67,7 +67,7 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) 
         last = before.summary["layout"] if before is not None else None
         layout = learner.check_layout(rollouts, longest(run, iteration), last)
         _say_refused(run, iteration, layout)
-    if own := _own_surrogate(run):
+    if own := surrogate_of(run):
         if {"update.surrogate": own.sha256} != staging.plan.user_files:
             raise InputError(f"update.surrogate: {own.file} changed as the update began; run it again")
         learner.objective = objective_of(run.config.update, own)
@@ -77,27 +77,6 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) 
         held = write_outputs(run, iteration, rows, rollouts, stored, learner, staging)
     ids = {name: id_of(sorted(held[name], key=lambda file: file.name)) for name in IDS if held[name]}
     return Product(ids, [file for files in held.values() for file in files], {**summary_of(rows), **layout})
-
-
-def _own_surrogate(run: ActiveRun) -> OwnSurrogate | None:
-    """The user's surrogate as its file is now. Raises UsageError (exit 2) where other keys do not fit it."""
-    config = run.config.update
-    if config.own is None:
-        return None
-    own = load(run.imports, config.own)
-    by_token = config.sampler_correction != "none" and config.sampler_correction_level == "token"
-    if own.per_rollout and (by_token or config.top_entropy is not None):
-        way = "sampler_correction_level: sequence_mean" if by_token else "leave top_entropy out"
-        raise UsageError(
-            f"update.surrogate: {own.name} returns one value per rollout, which weights and masks per token"
-            f" do not fit; {way}"
-        )
-    if own.per_rollout and run.config.score.teachers:
-        raise UsageError(
-            f"update.surrogate: {own.name} returns one value per rollout, and score.teachers give each token"
-            " an advantage of its own; return one value per token"
-        )
-    return own
 
 
 def _load(run: ActiveRun, iteration: int, plan: Plan, learner: Learner) -> None:

@@ -22,6 +22,7 @@ from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of
 from grpo.update.adapter import check_targets, require_peft
+from grpo.update.own_surrogate import surrogate_of
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
 STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
@@ -72,6 +73,13 @@ def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
         require_peft()
         if policy.folder is not None:
             check_targets(policy.folder, lora.targets)
+
+
+def check_surrogate(run: ActiveRun, report: Report) -> None:
+    """Whether a function of the user's that update.surrogate names can be maximised."""
+    if name := run.config.update.own:
+        with report.check("surrogate", name, "a function that can be maximised"):
+            surrogate_of(run)
 
 
 def num_parameters(folder: Path) -> int:
