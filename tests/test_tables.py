@@ -93,6 +93,7 @@ LISTS = {
     "response_token_ids": pa.list_(pa.int32()),
     "old_logprobs": pa.list_(pa.float32()),
     "response_mask": pa.list_(pa.bool_()),
+    "logprobs": pa.list_(pa.float32()),
     "policy_logprobs": pa.list_(pa.float32()),
     "reference_logprobs": pa.list_(pa.float32()),
 }

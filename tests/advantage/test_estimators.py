@@ -246,14 +246,18 @@ def test_the_default_is_no_part_of_a_fingerprint() -> None:
     assert AdvantageConfig(estimator="rloo").recorded()["estimator"] == "rloo"
 
 
-def test_a_run_with_an_estimator(project: Path, grpo: Grpo) -> None:
-    code, _, err = grpo("run", "--until", "1", "--set", "advantage.estimator=rloo")
-    assert code == 0, err
-    code, out, _ = grpo(
-        "sql", "--json", "select max(abs(advantage - 2 * (reward - group_mean))) as d from samples"
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_run_with_an_estimator(project: Path, grpo: Grpo, name: str) -> None:
+    """By name alone too, when its configuration is that in run.json; rewards are 0 to 6, here 0 or 1."""
+    Path("reward.py").write_text(
+        "def code(completions, **columns):\n    return [float(i % 2) for i, _ in enumerate(completions)]\n"
     )
-    assert code == 0
-    assert "d" in out
+    keys = {"estimator": name, **settings(name)}
+    code, _, err = grpo("run", *(part for k, v in keys.items() for part in ("--set", f"advantage.{k}={v}")))
+    assert code == 0, err
+    query = "select count(*) as n from samples where keep and iteration = 1"
+    code, out, err = grpo("sql", "--run", "tiny", "--json", query)
+    assert (code, '"n": 6' in out or '"n":6' in out) == (0, True), err
 
 
 def trl_gdpo(values: list[np.ndarray], weights: np.ndarray) -> np.ndarray:

@@ -51,12 +51,12 @@ class AdvantageConfig(Section):
 _WITHOUT_EPSILON = ("rloo", "opo", "maxrl", "pass_at_k")
 
 
-def _check_estimator(given: dict[str, Any]) -> None:
-    """Raise ValueError for a key that the user wrote and the estimator does not read."""
+def _check_estimator(given: dict[str, Any], usual: dict[str, Any]) -> None:
+    """Raise ValueError for a key that the user changed and the estimator does not read."""
     name = given.get("estimator", "group")
     unread = ["scale"] * (name != "group") + ["epsilon"] * (name in _WITHOUT_EPSILON)
-    if written := [key for key in unread if key in given]:
-        raise ValueError(f"advantage.{written[0]}: the estimator {name} has none; leave the key out")
+    if changed := [key for key in unread if given.get(key, usual[key]) != usual[key]]:
+        raise ValueError(f"advantage.{changed[0]}: the estimator {name} has none; leave the key out")
 
 
 class EvaluateConfig(Section):
@@ -129,8 +129,10 @@ class Config(Section):
         sections = {name: data.get(name, {}) for name in ("update", "advantage")}
         if not all(isinstance(section, dict) for section in sections.values()):
             return data  # the field's own check says what is wrong
-        _check_estimator(sections["advantage"])
         settings = objective_settings(sections["update"])
+        if settings:
+            epsilon = AdvantageConfig.model_fields["epsilon"].default
+            _check_estimator(sections["advantage"], {"epsilon": epsilon, **settings["advantage"]})
         return {**data, **{name: {**settings.get(name, {}), **given} for name, given in sections.items()}}
 
     @property
