@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from tests.conftest import Grpo
+from tests.conftest import Grpo, run_within
 from transformers import AutoModelForCausalLM
 
+from grpo import sql, tables
 from grpo.artifacts import ActiveRun
-from grpo.config import Config
+from grpo.config import load
 from grpo.console import Console
 
 KEYS = ["iteration", "group_id", "sample_id"]
@@ -21,6 +23,10 @@ KEYS = ["iteration", "group_id", "sample_id"]
 
 @pytest.fixture
 def taught(project: Path) -> Path:
+    return taught_in(project)
+
+
+def taught_in(project: Path) -> Path:
     """A project whose folder `teacher` is its model with other weights, and no reward but the teacher's."""
     make_teacher(project, "teacher", seed=1)
     text = (project / "pipeline.yaml").read_text()
@@ -45,14 +51,8 @@ def make_teacher(project: Path, name: str, seed: int) -> Path:
 
 
 def opened(project: Path) -> ActiveRun:
-    config = cli_config(project)
+    config = load(project / "pipeline.yaml")
     return ActiveRun(project / "artifacts", config, project, Console(quiet=True))
-
-
-def cli_config(project: Path) -> Config:
-    from grpo.config import load
-
-    return load(project / "pipeline.yaml")
 
 
 def rows_of(project: Path, table: str, iteration: int = 0) -> list[dict[str, Any]]:
@@ -228,8 +228,42 @@ def test_what_does_not_go_with_teachers(taught: Path, grpo: Grpo, overrides: lis
     assert message in err
 
 
-def test_verify_finds_rows_that_are_not_of_the_rollouts(taught: Path, grpo: Grpo) -> None:
-    run(grpo, "run", "--until", "1")
+ROWS = "teacher_logprobs: not each rollout once"
+VALUES = "teacher_logprobs: not one per token, not finite, or above 0"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rows: rows, {}),
+        (lambda rows: rows[1:], {ROWS: 1}),
+        (lambda rows: [*rows, rows[0]], {ROWS: 1}),
+        (lambda rows: [*rows, {**rows[0], "sample_id": 99}], {ROWS: 1}),
+        (lambda rows: [{**rows[0], "logprobs": rows[0]["logprobs"][:-1]}, *rows[1:]], {VALUES: 1}),
+        (lambda rows: [{**rows[0], "logprobs": [float("nan")] * 4}, *rows[1:]], {VALUES: 1}),
+        (lambda rows: [{**row, "logprobs": [0.5] * len(row["logprobs"])} for row in rows], {VALUES: 6}),
+    ],
+)
+def test_verify_asks_what_must_hold(
+    learned: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], expected: dict[str, int]
+) -> None:
+    rows = change(rows_of(learned, "teacher_logprobs"))
+    with sql.connect([opened(learned)]) as connection:
+        data = pa.Table.from_pylist(rows, schema=tables.schema("teacher_logprobs"))
+        sql.register(connection, "_teacher_logprobs_0", data)
+        found = sql.rows(connection, "sql/views/teacher_invariants")
+    assert {row["invariant"]: row["rows"] for row in found} == expected
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory, write_project: Callable[[Path], Path]) -> Path:
+    project = taught_in(write_project(tmp_path_factory.mktemp("learned") / "project"))
+    run_within(project, "run", "--until", "1")
+    return project
+
+
+def test_verify_of_a_run_that_is_right(learned: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(learned)
     code, out, _ = grpo("verify")
     assert code == 0
     assert "0 damaged, 0 broken, 0 stale" in out

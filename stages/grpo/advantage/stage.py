@@ -20,6 +20,10 @@ from grpo.errors import DataError, UsageError
 
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
+_QUERY = (
+    "with scored as materialized (select * from _scored), estimated as (\n{estimator})\n"
+    f"select * from (\n{{kept}}) order by {_KEY}"
+)
 _SETTINGS = pa.schema(
     {"scale": "string", "epsilon": "float64", "pass_k": "int64", "batch_deviation": "float64"}
 )
@@ -99,11 +103,9 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 
 
 def _create_views(run: ActiveRun, connection: sql.Connection) -> None:
-    """What the queries of the stage and the user's read: `scored`, `settings`, and `estimated`."""
+    """What the queries of the stage and the user's read beside the tables: `scored` and `settings`."""
     sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
     sql.register(connection, "settings", _SETTINGS.empty_table())
-    estimator = sql.own_text(f"advantage/estimators/{run.config.advantage.estimator}")
-    sql.create_view(connection, "estimated", estimator)
 
 
 def _user_queries(run: ActiveRun) -> dict[str, tuple[str, str]]:
@@ -141,7 +143,6 @@ def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> I
         return
     data = pa.concat_tables(blocks)
     sql.limit_scored(connection)
-    sql.create_view(connection, "scored", "select * from _scored")
     for key, (name, query) in queries.items():
         sql.register(connection, "_advantages_0", data)  # as `advantages` the query sees `data` itself
         data = _chosen(data, sql.user_rows(connection, key, query), name)
@@ -149,12 +150,11 @@ def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> I
 
 
 def _estimated(connection: sql.Connection, config: AdvantageConfig, first: int, last: int) -> pa.Table:
-    """The rows of the groups `first` to `last`; what `scored` says of them is computed once."""
+    """The rows of the groups `first` to `last`; both queries read `scored`, which is computed once."""
     sql.limit_scored(connection, first, last)
-    sql.register(connection, "_block", sql.query(connection, "select * from _scored"))
-    sql.create_view(connection, "scored", "select * from _block")
-    chosen = config.model_dump(include={"drop_zero_variance", "truncated"})
-    return sql.query(connection, sql.own_text("advantage/advantage"), chosen)
+    estimator = sql.own_text(f"advantage/estimators/{config.estimator}")
+    query = _QUERY.format(estimator=estimator, kept=sql.own_text("advantage/advantage"))
+    return sql.query(connection, query, config.model_dump(include={"drop_zero_variance", "truncated"}))
 
 
 def _refuse(connection: sql.Connection, estimator: str) -> None:

@@ -220,18 +220,14 @@ def create_scored(connection: Connection, weights: Collection[float], *, unrewar
     """
     tell_weights(connection, weights, unrewarded=unrewarded)
     limit_scored(connection)
-    create_view(connection, "_scored", own_text("sql/views/scored"))
-    create_view(connection, "scored", "select * from _scored")
+    create = "create or replace temp view"
+    connection.duckdb.execute(f"{create} _scored as {own_text('sql/views/scored')}")
+    connection.duckdb.execute(f"{create} scored as select * from _scored")
 
 
 def limit_scored(connection: Connection, first: int = 0, last: int = LAST_GROUP) -> None:
     """Have the view `scored` show the groups `first` to `last`, and compute no more than that."""
     connection.duckdb.execute(f"set variable first_group = {first}; set variable last_group = {last}")
-
-
-def create_view(connection: Connection, name: str, query: str) -> None:
-    """Show the rows of a query of this package as `name`, computed whenever something reads them."""
-    connection.duckdb.execute(f"create or replace temp view {name} as {query}")
 
 
 def tell_weights(connection: Connection, weights: Collection[float], *, unrewarded: bool = False) -> None:

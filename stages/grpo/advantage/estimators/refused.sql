@@ -24,7 +24,7 @@ with judged as (
                 'is one of ' || group_size || ' scored in its group, fewer than'
                 || ' advantage.pass_k, ' || pass_k || '; lower that'
         end as problem,
-    from _scored
+    from scored
     cross join settings
     where compared
 )
