@@ -436,6 +436,32 @@ def test_a_surrogate_that_does_not_clip_needs_no_word_about_it(load_text: Load, 
     assert changed == ["update.surrogate", "update.clip_low", "update.clip_high"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["min_learning_rate=1e-8"],
+            "min_learning_rate: 1e-08 is where a schedule ends; set schedule: linear or",
+        ),
+        (
+            ["schedule=linear", "learning_rate=1e-6", "min_learning_rate=1e-5"],
+            "min_learning_rate: 1e-05 must be at most learning_rate: 1e-06, where the schedule begins",
+        ),
+        (
+            ["warmup_share=0.1", "warmup_steps=3"],
+            "warmup_share: 0.1 and warmup_steps: 3 say the same thing; give",
+        ),
+        (
+            ["sampler_correction_floor=0.5"],
+            "sampler_correction_floor: 0.5 bounds the weight of a sampler_corr",
+        ),
+    ],
+)
+def test_a_bound_without_effect_is_refused(refusal: Refuse, overrides: list[str], message: str) -> None:
+    found = refusal(SMALLEST, *(f"update.{override}" for override in overrides))
+    assert found.startswith(f"pipeline.yaml with --set: update: {message}")
+
+
 def test_keys_that_came_later_are_in_no_fingerprint_at_their_default(load_text: Load) -> None:
     added = [name for name, field in UpdateConfig.model_fields.items() if ADDED in field.metadata]
     assert len(added) >= 9

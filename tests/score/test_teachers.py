@@ -177,7 +177,7 @@ def shorten(folder: Path) -> None:
 
 
 def ruin(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1e3)
         model.model.norm.weight.fill_(3e38)

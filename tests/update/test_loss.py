@@ -24,7 +24,8 @@ from tests.update.losses import (
 )
 from torch import Tensor
 
-from grpo.config.update import OBJECTIVES, SURROGATES
+from grpo.config.surrogates import SURROGATES
+from grpo.config.update import OBJECTIVES
 from grpo.models.logprobs import token_logprobs
 from grpo.update import given as constants_of
 from grpo.update import loss
@@ -356,6 +357,29 @@ def weights_of(ratio: str, correction: str, level: str, cap: float) -> list[floa
 )
 def test_sampler_weights(ratio: str, correction: str, level: str, cap: float, expected: list[float]) -> None:
     assert weights_of(ratio, correction, level, cap) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("correction", "level", "floor", "expected"),
+    [
+        ("truncate", "token", 0.6, [1.9, 0.6, 1.005, 0.6, 1.9]),  # 0.4 and 0.5 are raised
+        ("truncate", "token", 1.0, [1.9, 1.0, 1.005, 1.0, 1.9]),
+        ("mask", "token", 0.45, [0.0, 0.0, 1.005, 0.5, 0.0]),  # kept from 0.45 to 1.9
+        ("mask", "token", 0.3, [0.0, 0.4, 1.005, 0.5, 0.0]),
+        ("mask", "sequence_mean", 1.0, [math.sqrt(1.2), math.sqrt(1.2), 1.005, 1.0, 1.0]),
+    ],
+)
+def test_a_floor_bounds_the_weight_from_below(
+    correction: str, level: str, floor: float, expected: list[float]
+) -> None:
+    keys = constants_of.Objective(
+        sampler_correction=correction,
+        sampler_correction_level=level,
+        sampler_correction_cap=1.9,
+        sampler_correction_floor=floor,
+    )
+    found = loss.sampler_weights(BEFORE, SAMPLED, CORRECTED, keys)
+    assert found.tolist() == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("correction", ["truncate", "mask"])

@@ -34,7 +34,7 @@ from tests.update.examples import (
     step_gradient,
 )
 
-from grpo.config import update
+from grpo.config import surrogates as configured
 from grpo.update import objective
 from grpo.update.batch import Rollouts
 from grpo.update.objective import Stored
@@ -94,7 +94,7 @@ def test_kl_of_the_policy_to_itself_is_zero(untied: Path, objective: str, estima
         assert deviation(found, gradient) > 1e-2
 
 
-@pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-5), (True, 1e-7)])
+@pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-5), (True, 2e-7)])  # norms are in float32
 @pytest.mark.parametrize(
     ("objective", "changes"),
     [
@@ -331,8 +331,8 @@ def test_the_log_probs_that_are_kept_are_those_of_the_first_step() -> None:
 
 
 def test_every_surrogate_of_the_configuration_is_known() -> None:
-    assert list(SURROGATES) == list(update.SURROGATES)
-    assert set(CLIPPED) == set(update.READ_BY["clip_low"])  # what reads a clip can say where it acted
+    assert list(SURROGATES) == list(configured.SURROGATES)
+    assert set(CLIPPED) == set(configured.READ_BY["clip_low"])  # what reads a clip can say where it acted
 
 
 def test_the_constants_are_those_of_the_configuration() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.config.update import SURROGATES as CONFIGURED
+from grpo.config.surrogates import SURROGATES as CONFIGURED
 from grpo.update.given import MAX_LOG_RATIO, Given, Objective, Step
 from grpo.update.loss import clipped, log_ratio, policy_loss
 from grpo.update.surrogates import CLIPPED, SURROGATES

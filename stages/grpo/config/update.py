@@ -1,13 +1,12 @@
 """config.update: the update section of pipeline.yaml, and what an objective sets (docs/math.md)."""
 
-import difflib
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Positive, Section
+from grpo.config.surrogates import READ_BY, SURROGATES, known_surrogate
 
 _GRPO: dict[str, Any] = {
     "ratio": "token",
@@ -58,31 +57,6 @@ OBJECTIVES = {
     ),
 }
 
-# The ratio that a surrogate asks for; None: any. One of the user's own takes any too.
-SURROGATES = {
-    "clip": None,
-    "cispo": "token",
-    "sapo": None,
-    "gmpo": "sequence_mean",
-    "dppo_tv": "token",
-    "dppo_kl": "token",
-    "vespo": "token",
-}
-# The surrogates that read a key. Elsewhere it would have no effect, and is refused.
-READ_BY = {
-    "clip_low": ("clip", "cispo", "gmpo", "dppo_tv", "dppo_kl"),
-    "clip_high": ("clip", "cispo", "gmpo", "dppo_tv", "dppo_kl"),
-    "delta": ("clip",),
-    "tau_positive": ("sapo",),
-    "tau_negative": ("sapo",),
-    "ratio_cap": ("dppo_tv", "dppo_kl"),
-    "k_positive": ("vespo",),
-    "k_negative": ("vespo",),
-    "lambda_positive": ("vespo",),
-    "lambda_negative": ("vespo",),
-}
-_OWN = re.compile(r"(?!.*\.py:)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-
 
 def objective_settings(update: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the objective of an `update` section sets, by section: no clip where its surrogate has none."""
@@ -91,14 +65,6 @@ def objective_settings(update: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if not settings or surrogate in READ_BY["clip_low"]:
         return settings
     return {**settings, "update": settings["update"] | {"clip_low": None, "clip_high": None}}
-
-
-def _known_surrogate(name: str) -> str:
-    if name in SURROGATES or _OWN.fullmatch(name):
-        return name
-    near = difflib.get_close_matches(name, SURROGATES, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SURROGATES)}"
-    raise ValueError(f"no such surrogate; {hint} (a function of your own is module:function)")
 
 
 # The cap of the sampler correction by its level, unless one is given: a mean over tokens strays far less.
@@ -142,7 +108,7 @@ class UpdateConfig(Section):
     """Sets the keys marked (objective), advantage.scale and .drop_zero_variance; a key written here wins."""
     ratio: Literal["token", "sequence", "sequence_mean"] = "token"
     """(objective) Importance ratio pi / pi_old: per token, of the sequence, or its geometric mean."""
-    surrogate: Annotated[str, AfterValidator(_known_surrogate)] = "clip"
+    surrogate: Annotated[str, AfterValidator(known_surrogate)] = "clip"
     """(objective) What is maximised: clip, cispo, sapo, gmpo, dppo_tv, dppo_kl, vespo (docs/math.md), or
     `module:function` of a file beside the configuration (docs/objectives.md)."""
     clip_low: Annotated[float, Field(ge=0, le=1)] | None = 0.2
@@ -195,14 +161,22 @@ class UpdateConfig(Section):
     """One weight per token, or the geometric mean of a rollout's; a sequence ratio needs the latter."""
     sampler_correction_cap: Annotated[float, Field(gt=1, le=LARGEST)] = SAMPLER_CORRECTION_CAPS["token"]
     """Cap of the weight, > 1, at most 1e6. Left out: 2.0 for level token, 1.01 for sequence_mean."""
+    sampler_correction_floor: Annotated[Annotated[float, Field(gt=0, le=1)] | None, ADDED] = None
+    """truncate: the weight is at least this. mask: where a weight is kept from, in place of 1 / cap. > 0, at
+    most 1; null: truncate has no such bound, and mask 1 / cap."""
     reference: NonEmpty | None = None
     """Checkpoint of the KL term; null: the starting policy. Fixed for a run."""
     learning_rate: NonNegative = 5e-7
     """Learning rate of AdamW: the highest of the run, where warm-up ends and the schedule begins."""
+    min_learning_rate: Annotated[NonNegative, ADDED] = 0.0
+    """Where a linear or cosine schedule ends, at most learning_rate; constant has none."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up, to the end of the run: as it is, or to 0 in a line or a half cosine."""
+    """Learning rate after warm-up, to the end of the run: as it is, or down to min_learning_rate in a line or
+    a half cosine."""
     warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Optimiser steps in which the learning rate rises linearly from 0, at most those of the run; 0: none."""
+    warmup_share: Annotated[float, Field(ge=0, lt=1), ADDED] = 0.0
+    """The same as a share of the run's optimiser steps, rounded up, in place of warmup_steps; 0: none."""
     betas: Betas = Field([0.9, 0.999])
     """AdamW's decay rates of the first and second moment."""
     adam_epsilon: Positive = 1e-8
@@ -250,7 +224,13 @@ class UpdateConfig(Section):
                 f"replay_iterations: {self.replay_iterations} needs old_logprobs: sampled; recomputed takes"
                 " the present policy for the one that sampled, and every older rollout's ratio would be 1"
             )
+        self._check_schedule()
         correction = self.sampler_correction
+        if correction == "none" and self.sampler_correction_floor is not None:
+            raise ValueError(
+                f"sampler_correction_floor: {self.sampler_correction_floor} bounds the weight of a"
+                " sampler_correction; set it to truncate or mask, or leave the floor out"
+            )
         if correction != "none" and self.old_logprobs == "sampled":
             raise ValueError(
                 f"sampler_correction: {correction} needs old_logprobs: recomputed; with sampled"
@@ -267,6 +247,25 @@ class UpdateConfig(Section):
             raise ValueError(
                 f"ratio: {self.ratio} has one surrogate value per rollout, of which no token can be left out;"
                 " leave top_entropy out, or set ratio: token"
+            )
+
+    def _check_schedule(self) -> None:
+        """Raise ValueError for a key of the schedule that has no effect."""
+        lowest = self.min_learning_rate
+        if lowest and self.schedule == "constant":
+            raise ValueError(
+                f"min_learning_rate: {lowest} is where a schedule ends; set schedule: linear or cosine, or"
+                " leave it out"
+            )
+        if lowest > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate: {lowest} must be at most learning_rate: {self.learning_rate}, where the"
+                " schedule begins"
+            )
+        if self.warmup_share and self.warmup_steps:
+            raise ValueError(
+                f"warmup_share: {self.warmup_share} and warmup_steps: {self.warmup_steps} say the same thing;"
+                " give one of them"
             )
 
     def _check_surrogate(self) -> None:

@@ -44,6 +44,7 @@ class Objective:
     sampler_correction: str = "none"
     sampler_correction_level: str = "token"
     sampler_correction_cap: float = 2.0
+    sampler_correction_floor: float | None = None
     own: OwnSurrogate | None = None  # what `surrogate` names, where that is the user's
 
     @property

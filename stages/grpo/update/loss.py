@@ -30,15 +30,17 @@ def sampler_weights(
 
     policy_logprobs_N: the learner's before its first step of the iteration; sampled_logprobs_N: the
     sampler's. `truncate`: min(w, cap) (truncated importance sampling). `mask`: 0 outside [1 / cap, cap].
+    A floor bounds `truncate` from below, and is the lower end of `mask`.
     """
     level, cap = objective.sampler_correction_level, objective.sampler_correction_cap
+    floor = objective.sampler_correction_floor
     assert not objective.per_rollout or level == "sequence_mean", (objective.surrogate, level)
     w_R = torch.exp(log_ratio(policy_logprobs_N.detach(), sampled_logprobs_N.detach(), lengths_B, level))
     if objective.sampler_correction == "truncate":
-        w_R = w_R.clamp(max=cap)
+        w_R = w_R.clamp(min=floor, max=cap)
     else:
         assert objective.sampler_correction == "mask", objective.sampler_correction
-        w_R = torch.where((w_R < 1 / cap) | (w_R > cap), 0.0, w_R)
+        w_R = torch.where((w_R < (floor or 1 / cap)) | (w_R > cap), 0.0, w_R)
     per_token = not objective.per_rollout and level == "sequence_mean"
     return torch.repeat_interleave(w_R, lengths_B) if per_token else w_R
 

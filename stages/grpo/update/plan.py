@@ -31,8 +31,8 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     if update.kl_coefficient:
         references.append("reference")
     config = {"seed": run.config.seed, "update": update.recorded(_NOT_RESULT)}
-    if update.schedule != "constant":
-        config["iterations"] = run.config.iterations  # over which the learning rate falls
+    if update.schedule != "constant" or update.warmup_share:
+        config["iterations"] = run.config.iterations  # over which the learning rate falls, or rises
     if teachers := run.config.score.teachers:
         config["teachers"] = {each.name: each.weight for each in teachers}
     return Plan(
