@@ -8,7 +8,7 @@ from grpo import tables
 from grpo.errors import CorruptError
 
 KEY = ["iteration", "group_id", "sample_id"]
-# The table list of the design, `judgements` and `teacher_logprobs`, in the order on disk. `samples` shows `mismatch`.
+# The table list of the design with `judgements` and `teacher_logprobs`, in the order on disk.
 NAMES = {
     "prompts": ["prompt_id", "prompt", "messages", "answer"],
     "rollouts": [

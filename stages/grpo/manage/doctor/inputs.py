@@ -26,7 +26,7 @@ from grpo.update.own_surrogate import surrogate_of
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
 STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
-_STARTERS = {STARTER: STARTER_PARAMETERS, TEACHER: 1_304_640}
+_STARTERS = {STARTER: STARTER_PARAMETERS, TEACHER: 1_341_504}
 
 
 @dataclass(frozen=True)
