@@ -7,7 +7,7 @@ memory, without padding: about 9 bytes a token.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grpo.artifacts import ActiveRun, Run
-from grpo.errors import CorruptError
+from grpo.errors import CorruptError, InputError
 from grpo.tables import KEY
 from grpo.update.plan import iterations_of
 
@@ -70,6 +70,10 @@ def read_kept(run: ActiveRun, iteration: int) -> Rollouts:
     advantages = pa.concat_tables([run.read("advantages", number) for number in numbers])
     if not (teachers := run.config.score.teachers):
         return kept_rollouts(rollouts, advantages)
+    for number, each in product(numbers, teachers):
+        if run.id_of(f"teacher/{each.name}@{number}") is None:
+            way = f"`grpo score --iteration {number} --force` asks it"
+            raise InputError(f"{run.folder('rewards', number)}: without log-probs of {each.name}; {way}")
     found = pa.concat_tables([run.read("teacher_logprobs", number) for number in numbers])
     return kept_rollouts(rollouts, advantages, found, {each.name: each.weight for each in teachers})
 

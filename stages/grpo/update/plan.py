@@ -5,7 +5,6 @@ from pathlib import Path
 from grpo.artifacts import ActiveRun, Plan
 from grpo.artifacts.files import sha256_of
 from grpo.config.named_files import named_file
-from grpo.errors import InputError
 
 NAME = "update"
 OUTPUT = "update"
@@ -22,7 +21,8 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     for number in iterations_of(run, iteration):
         run.require("rollouts", number, f"grpo generate --iteration {number}")
         run.require("advantages", number, f"grpo advantage --iteration {number}")
-        references += [f"rollouts@{number}", f"advantages@{number}", *_teachers(run, number)]
+        references += [f"rollouts@{number}", f"advantages@{number}"]
+        references += [f"teacher/{each.name}@{number}" for each in run.config.score.teachers]
     if iteration > 0:
         references.append(f"optimizer@{iteration}")
         if run.config.update.lora:
@@ -44,19 +44,6 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         inputs={reference: run.id_of(reference) or "" for reference in references},
         user_files={_OWN: sha256_of(surrogate_file(run.imports, name))} if (name := update.own) else {},
     )
-
-
-def _teachers(run: ActiveRun, iteration: int) -> list[str]:
-    """What the teachers say of the rollouts of an iteration. InputError where one has not been asked."""
-    names = [f"teacher/{each.name}" for each in run.config.score.teachers]
-    if names:
-        rewards = run.require("rewards", iteration, f"grpo score --iteration {iteration}")
-        if missing := [name for name in names if name not in rewards.ids]:
-            raise InputError(
-                f"{run.folder('rewards', iteration)}: without log-probs of {missing[0]};"
-                f" `grpo score --iteration {iteration}` asks it"
-            )
-    return [f"{name}@{iteration}" for name in names]
 
 
 def surrogate_file(folder: Path, name: str) -> Path:
