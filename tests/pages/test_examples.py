@@ -1,34 +1,68 @@
-"""Each configuration of examples/ that runs on the starter model is one, and an iteration of it works."""
+"""Each configuration of examples/ is one; those on the starter model run as their heads say, an iteration."""
 
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from tests.conftest import Grpo
+from tests.pages.pages import links
 
 from grpo.config import load
 from grpo.models import starter_model
+from grpo.models.find import BUILT_IN
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ON_THE_STARTER = ("distil", "gdpo", "pass_at_k")
+CONFIGURATIONS = sorted(path for path in EXAMPLES.glob("*.yaml"))
+ON_THE_STARTER = [path.stem for path in CONFIGURATIONS if load(path).model in BUILT_IN]
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.fixture
+def folder(tmp_path: Path, starter_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder above examples/, with both starter models; the teacher is as large as the policy."""
+    for name in BUILT_IN:
+        shutil.copytree(starter_model, tmp_path / "artifacts" / ".models" / name)
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_it_is_a_configuration(path: Path) -> None:
     assert load(path).run
 
 
+def test_the_readme_has_every_file() -> None:
+    named = set(links((EXAMPLES / "README.md").read_text()))
+    assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".yaml", ".sql", ".ipynb")} <= named
+    assert [name for name in named if not (EXAMPLES / name).exists()] == []
+    assert {"distil", "gdpo", "pass_at_k", "scalerl"} <= set(ON_THE_STARTER)
+
+
 @pytest.mark.parametrize("name", ON_THE_STARTER)
-def test_an_iteration(
-    name: str, tmp_path: Path, grpo: Grpo, starter_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = tmp_path / "artifacts" / ".models"
-    shutil.copytree(starter_model, models / "tiny-arithmetic")
-    shutil.copytree(starter_model, models / "small-arithmetic")  # a teacher of the same tokenizer
-    shutil.copy(EXAMPLES / f"{name}.yaml", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    code, _, err = grpo("run", "-c", f"{name}.yaml", "--until", "1", "--set", "evaluate=null")
+def test_an_iteration_as_the_head_says(name: str, folder: Path, grpo: Grpo) -> None:
+    """From the folder above, where a path relative to the configuration is another than one to here."""
+    text = (EXAMPLES / f"{name}.yaml").read_text()
+    first, *others = [shlex.split(line) for line in re.findall(r"^#   grpo (.*)$", text, re.MULTILINE)]
+    assert first == ["run", "-c", f"examples/{name}.yaml"]
+    code, _, err = grpo(*first, "--until", "1")
     assert code == 0, err
+    assert "pass@1" in err
+    for command in others:
+        code, out, err = grpo(*command)
+        assert code == 0, err
+        assert out
+
+
+def test_tokens_of_a_configuration_elsewhere(folder: Path, grpo: Grpo) -> None:
+    """Before the first update the starter's own tokenizer is read, which is beside the runs."""
+    configuration = ("-c", "examples/gdpo.yaml")
+    code, _, err = grpo("generate", *configuration)
+    assert code == 0, err
+    code, out, err = grpo("show", *configuration, "--tokens")
+    assert code == 0, err
+    assert "=" in out
 
 
 def test_the_teacher_is_as_large_as_doctor_says() -> None:

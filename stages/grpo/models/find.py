@@ -7,13 +7,13 @@ from grpo.errors import InputError, UsageError
 
 STARTER = "tiny-arithmetic"
 TEACHER = "small-arithmetic"  # a larger one that knows the sums, for examples/distil.yaml
-_BUILT_IN = (STARTER, TEACHER)
+BUILT_IN = (STARTER, TEACHER)
 
 
 def resolve_model(run: ActiveRun, name: str) -> Path:
     """The local directory of a checkpoint; a starter model is trained when it is first asked for."""
     folder = model_path(run, name)
-    if name in _BUILT_IN:
+    if name in BUILT_IN:
         if name == run.config.model and (revision := run.config.model_options.revision) is not None:
             raise UsageError(f"model_options.revision: {revision}, but {name} is no hub id; leave it out")
         if not folder.exists():  # it appears complete; training it imports torch
@@ -39,7 +39,7 @@ def configured_model(run: ActiveRun, key: str, name: str) -> Path:
 
 def model_path(run: ActiveRun, name: str) -> Path:
     """As resolve_model(), without training anything."""
-    return starter_folder(run, name) if name in _BUILT_IN else run.checkpoint_path(name)
+    return starter_folder(run, name) if name in BUILT_IN else run.checkpoint_path(name)
 
 
 def starter_folder(run: Run, name: str = STARTER) -> Path:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from grpo.artifacts import ActiveRun
 from grpo.errors import CorruptError, InputError, first_line
+from grpo.models.find import BUILT_IN, starter_folder
 
 FILE = "tokenizer.json"
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character yet
@@ -44,7 +45,11 @@ def tokenizer_at(checkpoint: Path) -> Tokenizer:
 def starting_policy(run: ActiveRun) -> Path | None:
     """The folder of the policy that the run starts from; None before the run is prepared."""
     manifest = run.manifest("policy", None)
-    return run.imports / manifest.summary["policy"] if manifest else None
+    if manifest is None:
+        return None
+    name = manifest.config["policy"]
+    # A starter model is beside the runs, wherever the configuration is.
+    return starter_folder(run, name) if name in BUILT_IN else run.imports / manifest.summary["policy"]
 
 
 class TextStream:

@@ -20,7 +20,6 @@ from grpo.errors import DataError, EngineError
 from grpo.models.find import model_path
 from grpo.models.loading import best_device, context_length, load_model, load_tokenizer
 from grpo.models.reader import Reader
-from grpo.models.tokenizer import starting_policy
 from grpo.score.plan import STAGE_VERSION
 from grpo.score.shard import File, read
 
@@ -38,9 +37,7 @@ Row = dict[str, Any]
 
 def open_teachers(run: ActiveRun) -> "dict[str, Teacher]":
     """The configured teachers by name. Raises InputError, CorruptError as load_model()."""
-    policy = starting_policy(run)
-    assert policy is not None, "a run is prepared before it scores"
-    own = load_tokenizer(policy)
+    own = load_tokenizer(run.policy_folder(0))
     return {
         each.name: Teacher(each.name, model_path(run, each.model), own, best_device())
         for each in run.config.score.teachers
