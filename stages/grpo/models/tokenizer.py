@@ -47,7 +47,7 @@ def starting_policy(run: ActiveRun) -> Path | None:
     manifest = run.manifest("policy", None)
     if manifest is None:
         return None
-    name = manifest.config["policy"]
+    name = manifest.config.get("policy")
     # A starter model is beside the runs, wherever the configuration is.
     return starter_folder(run, name) if name in BUILT_IN else run.imports / manifest.summary["policy"]
 
