@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,11 @@ def train(active: ActiveRun, until: int | None = None, start: int | None = None,
         if start is not None:
             work.restart_from(active, start, yes)
         with log.reporting(active, until) as (iteration, policy):
-            worked = work.run(active, until, iteration, policy)
+            worked, ended = work.run(active, until, iteration, policy)
         found = [evaluations.numbers_of(active, policy) for policy in active.evaluations()]
-    return {"run": active.name, "iterations": until, "worked": worked, "evaluations": found}
+    stopped = None if ended is None else asdict(ended)
+    done = {"run": active.name, "iterations": until, "worked": worked}
+    return {**done, "evaluations": found, "stopped": stopped}
 
 
 @contextmanager

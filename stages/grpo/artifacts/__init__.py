@@ -2,6 +2,7 @@
 
 from grpo.artifacts import files
 from grpo.artifacts.active import ActiveRun
+from grpo.artifacts.best import Best, Stop, best_of, note_stop, read_stop, require_best, stop_at, stopped_path
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
 from grpo.artifacts.existing import ARTIFACTS, created_config, open_run, require_run, run_names
 from grpo.artifacts.layout import (
@@ -53,12 +54,15 @@ __all__ = [
     "TABLES_OF",
     "TIMINGS",
     "ActiveRun",
+    "Best",
     "FileRecord",
     "Manifest",
     "Plan",
     "Product",
     "Run",
     "Staging",
+    "Stop",
+    "best_of",
     "check_staged",
     "checkpoint_files",
     "checkpoint_id",
@@ -75,6 +79,7 @@ __all__ = [
     "is_weight_file",
     "iterations_in",
     "lacking",
+    "note_stop",
     "num_rounds",
     "open_run",
     "policy_of",
@@ -83,6 +88,8 @@ __all__ = [
     "read_json",
     "read_manifest",
     "read_sealed",
+    "read_stop",
+    "require_best",
     "require_run",
     "require_space",
     "roll_forward",
@@ -90,6 +97,8 @@ __all__ = [
     "seal",
     "staged_attempts",
     "staging_folders",
+    "stop_at",
+    "stopped_path",
     "unscored_rounds",
     "versions",
 ]

@@ -1,10 +1,11 @@
 """status: iterations x stages of a run, and what an iteration came to."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
-from grpo.artifacts import ActiveRun
-from grpo.console import interval, number, stdout_console, table
+from grpo.artifacts import ActiveRun, best_of, read_stop
+from grpo.console import interval, number, printable, stdout_console, table
 from grpo.inspect import metrics
 from grpo.inspect.evaluations import numbers_of
 from grpo.pipeline.stages import STAGES
@@ -21,6 +22,7 @@ def describe(run: ActiveRun) -> dict[str, Any]:
     with run.steady():
         present = states(run)
         numbers = metrics.kept_of(run, present)
+        best, stop = best_of(run, run.evaluations()), read_stop(run)
         return {
             "run": run.name,
             "iterations": [
@@ -38,6 +40,8 @@ def describe(run: ActiveRun) -> dict[str, Any]:
                 if state.name != "missing"
             ],
             "configured": run.config.iterations,
+            "best": None if best is None else {**asdict(best), "kept": best.policy in run.policies()},
+            "stopped": None if stop is None else {**asdict(stop), "why": str(stop)},
         }
 
 
@@ -78,10 +82,21 @@ def print_status(data: dict[str, Any], every: bool) -> None:
         console.print(f"{len(rows) - _ROWS_SHOWN} earlier iterations not shown (--all)", style="dim")
     _print_reasons(console, rows)
     if measured:
-        columns = ["policy", "evaluate", "pass@1", "95 % interval", "pass@n", "n", "reward", "length"]
+        columns = ["policy", "evaluate", "pass", "pass@1", "95 % interval", "pass@n", "n", "reward", "length"]
         console.print(table(columns, map(_measured_cells, measured[first:]), title="policies, measured"))
+        _print_best(console, data)
         told = [(f"evaluate {row['state']}: {row['why']}", row["policy"]) for row in measured if row["why"]]
         _print_told(console, told, "policy", "policies")
+
+
+def _print_best(console: Any, data: dict[str, Any]) -> None:
+    """The best policy, and what ended the run."""
+    if best := data["best"]:
+        kept = "" if best["kept"] else "; its checkpoint was pruned"
+        text = f"best: policy {best['policy']}, {best['value']:.3f} {best['measure']}{kept}"
+        console.print(printable(text), soft_wrap=True)
+    if stop := data["stopped"]:
+        console.print(printable(f"{stop['why']} ({stop['at']})"), soft_wrap=True)
 
 
 def _cells(row: Row) -> list[Any]:
@@ -101,6 +116,7 @@ def _measured_cells(row: Row) -> list[Any]:
     return [
         str(row["policy"]),
         _state(row["state"], row["seconds"]),
+        f"{row['pass_reward']} >= {row['pass_threshold']:g}",
         number(shares.get("1")),
         interval(low.get("1"), high.get("1")),
         number(shares.get(most)),

@@ -22,7 +22,9 @@ from grpo.artifacts import (
     discard,
     holder_of,
     open_run,
+    read_stop,
     staging_folders,
+    stopped_path,
 )
 from grpo.console import stdout_console
 from grpo.errors import CorruptError
@@ -120,6 +122,7 @@ def _damaged_notes(run: ActiveRun) -> list[Damage]:
         (run.path / "run.json", "grpo run", partial(open_run, run.name, run.root)),
         (intent_path(run), "grpo run", partial(read_intent, run)),
         (note_path(run), "grpo run", partial(read_note, run)),
+        (stopped_path(run), "grpo run", partial(read_stop, run)),
     ]
     for folder, place in staging_folders(run).items():
         notes.append((folder, command_for(*place), partial(check_staged, run, folder)))

@@ -16,7 +16,6 @@ import pyarrow.fs
 from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, ActiveRun, FileRecord, Manifest, files
 from grpo.artifacts.manifest import check_size
-from grpo.config.model import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError
 
 # What an evaluation counted as a pass, and whether `eval_prompts` are still those it was made with.
@@ -123,10 +122,7 @@ class RunTables:
     def _rows(self, run: ActiveRun, name: str) -> list[dict[str, Any]]:
         """Rows of one of _FIXED, with more keys than it has columns."""
         if name == "_pass_settings":
-            evaluate = run.config.evaluate
-            reward = (evaluate and evaluate.pass_reward) or run.config.score.rewards[0].name
-            threshold = evaluate.pass_threshold if evaluate else PASS_THRESHOLD
-            return [{"pass_reward": reward, "pass_threshold": threshold}]
+            return [dict(zip(_FIXED[name].names, run.config.passing, strict=True))]
         if name == "_eval_settings":
             return [_settings(run, manifest) for _, manifest in self._manifests(run, (EVALUATION,))]
         every = () if self.repeatable else self._manifests(run, (*RUN_OUTPUTS, *OUTPUTS))
