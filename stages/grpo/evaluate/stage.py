@@ -111,7 +111,7 @@ def measure(
     sql.turn_to(connection, policy)
     for view, data in views.items():
         sql.register(connection, f"_{view}_0", data)
-    found = sql.query(connection, "select * exclude (run, iteration) from evals")
+    found = sql.query(connection, "select * exclude (run, iteration, pass_reward, pass_threshold) from evals")
     [values] = found.to_pylist(maps_as_pydicts="strict")
     return {
         name: {str(key): each for key, each in value.items()} if isinstance(value, dict) else value

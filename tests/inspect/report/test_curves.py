@@ -97,7 +97,7 @@ def test_the_last_evaluation_is_no_iteration_that_took_seconds(
 def test_the_curves_of_an_evaluation(hand: ActiveRun) -> None:
     """pass@1 and the largest k, each with its interval: here over a stand-in for the view `evals`."""
     view = """
-        select 'hand' as run, 4 as iteration, map([1, 2, 8]::bigint[], [0.25, 0.5, 0.75]) as pass_at,
+        select 'hand' as run, 4 as iteration, 'right' as pass_reward, map([1, 2, 8]::bigint[], [0.25, 0.5, 0.75]) as pass_at,
             map([1, 2, 8]::bigint[], [0.125, 0.25, 0.5]) as pass_at_low,
             map([1, 2, 8]::bigint[], [0.375, 0.75, 1.0]) as pass_at_high,
             2.0 as reward, 1.5 as reward_low, 'inf'::double as reward_high, 3.5 as response_tokens
@@ -107,7 +107,9 @@ def test_the_curves_of_an_evaluation(hand: ActiveRun) -> None:
         connection.duckdb.execute(f"create temp view evals as {view}")
         return [chart for chart in curves.read(connection, ["hand"]) if chart["section"] == "evaluation"]
 
-    passed, reward, length = (chart["series"] for chart in sql.consult([hand], read))
+    found = sql.consult([hand], read)
+    assert [chart["title"] for chart in found][0] == "Held-out pass@k: right"
+    passed, reward, length = (chart["series"] for chart in found)
     assert [each["name"] for each in passed] == ["pass@1", "pass@8"]
     assert [(each["y"], each["low"], each["high"]) for each in passed] == [
         ([0.25], [0.125], [0.375]),

@@ -15,6 +15,7 @@ def summary(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
     created = open_run(run.name, run.root)
     return {
         "run": run.name,
+        "pass_reward": run.config.passing[0],
         **counts,
         "config": {key: json.dumps(value) for key, value in flatten(created.get("config", {})).items()},
         "changes": [
