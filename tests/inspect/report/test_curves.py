@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from tests.conftest import Grpo
 
 from grpo import sql
@@ -10,6 +11,7 @@ from grpo.artifacts import ActiveRun
 from grpo.cli.options import reading
 from grpo.inspect import report
 from grpo.inspect.report import curves
+from grpo.inspect.report.picture import _panel
 
 Charts = dict[str, dict[str, Any]]
 
@@ -117,3 +119,15 @@ def test_the_curves_of_an_evaluation(hand: ActiveRun) -> None:
     ]
     assert (reward[0]["x"], reward[0]["y"], reward[0]["low"], reward[0]["high"]) == ([4], [2], [1.5], [None])
     assert length[0]["y"] == [3.5]
+
+
+def test_what_a_dash_is_has_the_colour_of_no_run() -> None:
+    series = [{"run": run, "name": side, "x": [0], "y": [0.1], "low": None, "high": None}
+              for run, side in (("b", "low"), ("b", "high"))]  # fmt: skip
+    chart = {"title": "Clipped", "unit": "share", "stacked": False, "series": series}
+    axis = Figure().subplots()
+    _panel(axis, chart, {"a": "#ff0000", "b": "#00ff00"})  # the first of the runs has none
+    handles = axis.get_legend().get_lines()
+    assert [line.get_label() for line in axis.lines] == ["low", "high"]
+    assert {line.get_color() for line in handles} == {"#555555"}
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["low", "high"]
