@@ -4,7 +4,19 @@ from grpo.artifacts import files
 from grpo.artifacts.active import ActiveRun
 from grpo.artifacts.best import Best, Stop, best_of, note_stop, read_stop, require_best, stop_at, stopped_path
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
-from grpo.artifacts.existing import ARTIFACTS, created_config, open_run, require_run, run_names
+from grpo.artifacts.existing import (
+    ARTIFACTS,
+    created_config,
+    find_run,
+    is_run,
+    names_run,
+    open_run,
+    own_config,
+    refuse_inside_run,
+    run_names,
+    same_folder,
+    tell_apart,
+)
 from grpo.artifacts.layout import (
     EVALUATION,
     OUTPUTS,
@@ -30,6 +42,8 @@ from grpo.artifacts.manifest import (
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
 from grpo.artifacts.retention import droppable, is_kept, prune, prune_behind
 from grpo.artifacts.run import PRUNED, TIMINGS, Run
+from grpo.artifacts.sampled import are_own, check_keys, read_rollouts
+from grpo.artifacts.sources import SOURCES, check_source, keep_source, kept_sources
 from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import (
     Product,
@@ -50,6 +64,7 @@ __all__ = [
     "OUTPUTS",
     "PRUNED",
     "RUN_OUTPUTS",
+    "SOURCES",
     "STAGE_OUTPUTS",
     "TABLES_OF",
     "TIMINGS",
@@ -62,7 +77,10 @@ __all__ = [
     "Run",
     "Staging",
     "Stop",
+    "are_own",
     "best_of",
+    "check_keys",
+    "check_source",
     "check_staged",
     "checkpoint_files",
     "checkpoint_id",
@@ -72,33 +90,42 @@ __all__ = [
     "discard",
     "droppable",
     "files",
+    "find_run",
     "holder_of",
     "id_of",
     "is_hub_id",
     "is_kept",
+    "is_run",
     "is_weight_file",
     "iterations_in",
+    "keep_source",
+    "kept_sources",
     "lacking",
+    "names_run",
     "note_stop",
     "num_rounds",
     "open_run",
+    "own_config",
     "policy_of",
     "prune",
     "prune_behind",
     "read_json",
     "read_manifest",
+    "read_rollouts",
     "read_sealed",
     "read_stop",
+    "refuse_inside_run",
     "require_best",
-    "require_run",
     "require_space",
     "roll_forward",
     "run_names",
+    "same_folder",
     "seal",
     "staged_attempts",
     "staging_folders",
     "stop_at",
     "stopped_path",
+    "tell_apart",
     "unscored_rounds",
     "versions",
 ]

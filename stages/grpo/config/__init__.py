@@ -2,13 +2,14 @@
 
 from grpo.config.evaluate import EvaluateConfig, StopConfig
 from grpo.config.generate import GenerateConfig
-from grpo.config.loading import differing_keys, flatten, load, overridden_keys, validated
+from grpo.config.loading import PIPELINE, differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.model import AdvantageConfig, Config
 from grpo.config.prompts import PromptsConfig
-from grpo.config.score import JudgeConfig, RewardConfig
+from grpo.config.score import JudgeConfig, RewardConfig, TeacherConfig
 from grpo.config.update import LoraConfig, UpdateConfig
 
 __all__ = [
+    "PIPELINE",
     "AdvantageConfig",
     "Config",
     "EvaluateConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "PromptsConfig",
     "RewardConfig",
     "StopConfig",
+    "TeacherConfig",
     "UpdateConfig",
     "differing_keys",
     "flatten",

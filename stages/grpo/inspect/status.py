@@ -139,9 +139,8 @@ def _print_told(console: Any, told: Iterable[tuple[str, int]], noun: str, nouns:
         places.setdefault(text, []).append(place)
     for text, where in places.items():
         several = f"{len(where)} {nouns}, {where[0]} to {where[-1]}"
-        console.print(
-            f"{noun} {where[0]}: {text}" if len(where) == 1 else f"{several}: {text}", soft_wrap=True
-        )
+        line = f"{noun} {where[0]}: {text}" if len(where) == 1 else f"{several}: {text}"
+        console.print(printable(line), soft_wrap=True)
 
 
 def _print_reasons(console: Any, rows: list[Row]) -> None:
