@@ -8,6 +8,7 @@ from grpo.artifacts.existing import (
     ARTIFACTS,
     created_config,
     find_run,
+    find_runs,
     is_run,
     names_run,
     open_run,
@@ -40,6 +41,7 @@ from grpo.artifacts.manifest import (
     seal,
 )
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
+from grpo.artifacts.replaced import replaced
 from grpo.artifacts.retention import droppable, is_kept, prune, prune_behind
 from grpo.artifacts.run import PRUNED, TIMINGS, Run
 from grpo.artifacts.sampled import are_own, check_keys, read_rollouts
@@ -91,6 +93,7 @@ __all__ = [
     "droppable",
     "files",
     "find_run",
+    "find_runs",
     "holder_of",
     "id_of",
     "is_hub_id",
@@ -115,6 +118,7 @@ __all__ = [
     "read_sealed",
     "read_stop",
     "refuse_inside_run",
+    "replaced",
     "require_best",
     "require_space",
     "roll_forward",

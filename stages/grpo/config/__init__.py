@@ -6,6 +6,7 @@ from grpo.config.loading import PIPELINE, differing_keys, flatten, load, overrid
 from grpo.config.model import AdvantageConfig, Config
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import JudgeConfig, RewardConfig, TeacherConfig
+from grpo.config.sweep import points
 from grpo.config.update import LoraConfig, UpdateConfig
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "flatten",
     "load",
     "overridden_keys",
+    "points",
     "validated",
 ]

@@ -70,6 +70,12 @@ def line_of(run: ActiveRun, iteration: int) -> str:
     return f"iteration {iteration:>4}  {known}  {times['seconds'] or 0:.2f} s{speed}"
 
 
+def print_all(every_run: list[dict[str, Any]], every: bool) -> None:
+    """print_status() of each."""
+    for data in every_run:
+        print_status(data, every)
+
+
 def print_status(data: dict[str, Any], every: bool) -> None:
     """Print the tables: the last iterations and policies, or all with `every`; and why one is not done."""
     rows, measured = data["iterations"], data["evaluations"]
