@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import Grpo
@@ -44,8 +45,9 @@ def succeed(grpo: Grpo, *arguments: str) -> str:
     return err
 
 
-def status(grpo: Grpo, *options: str) -> dict:
-    return json.loads(grpo("status", "--json", *options)[1])
+def status(grpo: Grpo, *options: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(grpo("status", "--json", *options)[1])
+    return found
 
 
 def values_of(grpo: Grpo, metric: str = "reward") -> list[float]:

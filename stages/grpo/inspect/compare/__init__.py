@@ -26,6 +26,9 @@ def describe(given: list[str], name: str, opened: Opened, wanted: str, num_examp
     if len(things) < 2:
         raise UsageError(f"{' '.join(given)}: one thing alone; give two rewards, or two runs or more")
     are_runs = not name and all(map(names_run, things))
+    if len(things) > 2 and not are_runs:
+        there = f"runs there: {', '.join(run_names()) or 'none'}"
+        raise UsageError(f"{' '.join(things)}: more than two things are runs, and some are none; {there}")
     try:
         run = opened(name)
     except UsageError:  # no configuration here, or its run is not begun: no rewards are meant
@@ -34,12 +37,10 @@ def describe(given: list[str], name: str, opened: Opened, wanted: str, num_examp
         return _runs(things, opened, wanted)
     known = sorted({reward for number in run.iterations() for reward in rewards_of(run, number)})
     of_rewards = {each.removesuffix(previous.SUFFIX) for each in things}
-    are_rewards = len(things) == 2 and of_rewards <= {*known, rewards.SUM}
+    are_rewards = of_rewards <= {*known, rewards.SUM}
     if are_runs == are_rewards:
         wrong = "expected two rewards or two runs"
-        if len(things) > 2:
-            wrong = "expected runs, where there are more than two"
-        elif are_runs:
+        if are_runs:
             wrong = "names of rewards and of runs; --run NAME says that the rewards of that run are meant"
         if rewards.SUM not in known:
             known.append(f"{rewards.SUM} (their weighted sum)")

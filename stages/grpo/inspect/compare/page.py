@@ -149,6 +149,8 @@ def _print_runs(console: Console, data: Row) -> None:
     else:
         same = "rollouts, rewards and advantages of these iterations are the same in both"
         console.print(f"\nno means: {same}")
+    for text in _otherwise(data["measured_otherwise"]):
+        console.print(printable(f"* {text}"), style="dim", soft_wrap=True)
     _print_overview(console, data["curves"])
     _print_iterations(console, data)
 
@@ -213,7 +215,7 @@ def _otherwise(found: dict[str, str]) -> list[str]:
 def _print_last(console: Console, last: Row, otherwise: dict[str, str]) -> None:
     """Means of the last iterations with the interval of their difference; bold where 0 is outside.
 
-    otherwise: numbers that are not the same measure in both, and why; of those no difference is bold.
+    otherwise: numbers that are not the same measure in both; of those no difference is bold.
     """
     console.print(f"\nmeans of {iterations_text([last['first'], last['last']])}", style="bold")
     rows = []
@@ -233,8 +235,7 @@ def _print_last(console: Console, last: Row, otherwise: dict[str, str]) -> None:
         rows.append([Text(printable(cell), "bold" if clear else "") for cell in cells])
     console.print(table(("", "A", "B", "B - A", "95 % interval", "groups"), rows, left=("",)))
     how = _HOW[tuple(sorted({row["paired"] for row in last["numbers"]}))]
-    texts = [f"bold: 0 is outside the interval; {how}", *_left_out(last["numbers"])]
-    for text in (*texts, *(f"* {each}" for each in _otherwise(otherwise))):
+    for text in (f"bold: 0 is outside the interval; {how}", *_left_out(last["numbers"])):
         console.print(printable(text), style="dim", soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 COLORS = ("#2f6fde", "#d9622b", "#12937a", "#9a4fd0", "#c2347f", "#8a7a12", "#4b6378", "#c03a3a")
 """A colour a run, the same as in report.css; apart for most who see colours differently."""
 STAGES = ("#2f6fde", "#12937a", "#e3b04b", "#9d7bd8", "#8a97a8")
-_DASHES = ("-", (0, (1, 1.2)), (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)))
+_DASHES: tuple[Any, ...] = ("-", (0, (1, 1.2)), (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)))
 _PANEL = (3.1, 2.1)  # inches
 _DPI = 130
 
