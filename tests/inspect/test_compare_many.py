@@ -121,8 +121,8 @@ def test_a_pattern_names_runs_in_every_command_that_reads(in_swept: Path, grpo: 
         assert NAMES[3] in one or command == ("show",)
         code, _, err = grpo(*command[:1], "*0.02*", *command[1:])
         assert (code, f"*0.02*: means {NAMES[2]}, {NAMES[3]}; this command takes one run" in err) == (2, True)
-    for command in ("status", "report", "show", "compare"):
-        code, _, err = grpo(command, "nothing-*")
+    for reader in ("status", "report", "show", "compare"):
+        code, _, err = grpo(reader, "nothing-*")
         assert (code, "nothing-*: matches no run; runs there: tiny-learning_rate" in err) == (2, True)
 
 

@@ -48,7 +48,8 @@ def _sweep(
     """Every run of a sweep, one after the other; one that fails does not keep the others from theirs."""
     points = settings.points(config, overrides, sweeps)
     runs = [opening.configured(config, point, quiet) for point in points]  # all of them can be
-    done, failed = [], []
+    done: list[Any] = []
+    failed: list[tuple[str, GrpoError]] = []
     for active, point in zip(runs, points, strict=True):
         active.console.say(f"run {active.name}: {', '.join(point[len(overrides) : -1])}")
         if dry_run:
@@ -62,9 +63,9 @@ def _sweep(
             active.console.say(f"run {active.name}: {error}")
             failed.append((active.name, error))
     if failed:
-        name, error = failed[0]
-        raise type(error)(
-            f"{len(failed)} of {len(runs)} runs of the sweep failed; the first, {name}: {error}"
+        name, first = failed[0]
+        raise type(first)(
+            f"{len(failed)} of {len(runs)} runs of the sweep failed; the first, {name}: {first}"
         )
     return {"runs": done}
 

@@ -52,5 +52,5 @@ def describe(given: list[str], name: str, opened: Opened, wanted: str, num_examp
 
 
 def _runs(names: list[str], opened: Opened, wanted: str) -> dict[str, Any]:
-    found = [opened(name) for name in names]
-    return runs.describe(*found, wanted) if len(found) == 2 else many.describe(found, wanted)
+    first, second, *more = found = [opened(name) for name in names]
+    return many.describe(found, wanted) if more else runs.describe(first, second, wanted)
