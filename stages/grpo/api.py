@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import sql, tables
-from grpo.artifacts import ARTIFACTS, ActiveRun, find_run, own_config
+from grpo.artifacts import ARTIFACTS, ActiveRun, Best, best_of, find_run, own_config
 from grpo.config import Config, validated
 from grpo.console import Console, quieten_libraries
 from grpo.errors import UsageError
@@ -68,6 +68,11 @@ class Run:
     def samples(self) -> Rows:
         """One row per rollout: scalars, answer, rewards, advantage; as it is on disk now."""
         return self.table("samples")
+
+    @property
+    def best(self) -> Best | None:
+        """The best of the policies measured, by `stop.metric`; None where none was."""
+        return best_of(self.active, self.active.evaluations())
 
     def sql(
         self,

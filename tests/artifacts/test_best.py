@@ -10,7 +10,8 @@ import pytest
 from tests.conftest import Grpo
 from tests.faults import crash
 
-from grpo.artifacts.best import ends_at
+from grpo import open as open_run
+from grpo.artifacts.best import Best, ends_at
 
 RUN = crash.RUN
 
@@ -157,6 +158,7 @@ def test_export_best(measured: Path, grpo: Grpo) -> None:
     code, out, err = grpo("export", "--best", "--out", "best", "--json")
     assert code == 0, err
     assert json.loads(out)["policy"] == best
+    assert open_run("artifacts/tiny").best == Best(best, values[best], "pass@1 of code")
     assert f"best: policy {best}, {values[best]:.3f} pass@1 of code" in grpo("status")[1]
     code, _, err = grpo("export", "--best", "--policy", "1", "--out", "other")
     assert (code, "--best and --policy 1 name a policy each" in err) == (2, True)
