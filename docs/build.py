@@ -65,7 +65,8 @@ def tables() -> str:
         "  says whether they pass), `pass_at`, `pass_at_low`, `pass_at_high` (maps from k, such as `pass_at[1]`), `reward`,",
         "  `reward_low`, `reward_high`, `rewards` as map(name, mean of the prompts' means), `response_tokens` and `truncated`",
         "  ([evaluation.md](evaluation.md)).",
-        "- `timings`: seconds by `iteration`, `stage` and `part`.",
+        "- `timings`: `seconds` by `iteration`, `stage` and `part`; of the whole output `started` (its first attempt) and",
+        "  `ended` (its commit), in Unix seconds ([what it costs](scaling.md#what-it-costs)).",
         "- `manifests`: one row per committed output, with what it read and the configuration it was made with.",
     ]
     lines += [

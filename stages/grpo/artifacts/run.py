@@ -29,6 +29,7 @@ from grpo.errors import CorruptError, InputError
 
 PRUNED = "pruned.json"
 TIMINGS = "timings.json"
+_LAST_TIME_S = 1e11  # Unix time of the year 5138
 _CHECKPOINT = ("policy", "adapter", "optimizer")
 _KEPT = "weight_check.json"  # a few kilobytes that say what a policy computed
 _Found = TypeVar("_Found")
@@ -154,6 +155,16 @@ class Run:
         if wrong := [part for part, value in seconds.items() if not isinstance(value, int | float)]:
             raise CorruptError(f"{path}: the seconds of {wrong[0]} are no number")
         return seconds
+
+    def period(self, output: str, iteration: int | None) -> dict[str, float | None]:
+        """When a committed output was `started` first and `ended`, Unix seconds; None where not written."""
+        path, names = self.folder(output, iteration) / TIMINGS, ("started", "ended")
+        found = read_json(path) if path.is_file() else {}
+        for name in names:
+            value = found.get(name)
+            if value is not None and (not isinstance(value, int | float) or not 0 <= value < _LAST_TIME_S):
+                raise CorruptError(f"{path}: {name} is no Unix time")
+        return {name: found.get(name) for name in names}
 
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
         """Where a file of an output is."""

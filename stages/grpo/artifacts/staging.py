@@ -74,8 +74,11 @@ class Staging:
         files.make_folder(self.folder)
         if not (self.folder / _PLAN).exists():
             note = {"fingerprint": self.fingerprint, "attempt": attempt, "only_failed": only_failed}
+            note["started"] = time.time()
             files.write_file(self.folder / _PLAN, seal(note))
-        self.only_failed: bool = _read_plan(self.folder / _PLAN).get("only_failed", False)
+        noted = _read_plan(self.folder / _PLAN)
+        self.only_failed: bool = noted.get("only_failed", False)
+        self._started: float | None = noted.get("started")  # of what an older version began, not known
         self._records = {record.name: record for record in _sidecars(run, self.folder)}
 
     @contextmanager
@@ -152,7 +155,9 @@ class Staging:
             versions=versions(),
         )
         seconds = {part: round(value, 6) for part, value in self.seconds.items()}
-        files.write_file(self.folder / TIMINGS, json.dumps({"seconds": seconds}).encode())
+        # A killed try and the pause behind it lie between the two, and in no part's seconds.
+        timings = {"seconds": seconds, "started": self._started, "ended": time.time()}
+        files.write_file(self.folder / TIMINGS, json.dumps(timings).encode())
         for folder in sorted({self.folder, *(self.folder / record.part for record in manifest.files)}):
             files.sync_folder(folder)  # the names must be on disk before the manifest vouches for them
         files.write_file(self.folder / MANIFEST, seal(manifest.model_dump()))
