@@ -28,9 +28,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo import tables
 from grpo.config import UpdateConfig
 from grpo.update.batch import READ, Rollouts, kept_rollouts
+from grpo.update.given import Step
 from grpo.update.layout import PADDING, build, plan
 from grpo.update.learner import Learner
-from grpo.update.loss import Step
 from grpo.update.objective import Stored
 from grpo.update.tree_attention import Place
 

@@ -5,7 +5,7 @@ batched torch; the property tests hold the two together. Nothing here imports `g
 """
 
 from dataclasses import dataclass, field
-from math import exp, fsum, isfinite, sqrt
+from math import exp, floor, fsum, inf, isfinite, log, sqrt
 
 GROUP_EPSILON = 1e-4
 
@@ -143,6 +143,7 @@ class Response:
     mask: list[bool]
     sampled: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
+    group: int = 0
 
     @property
     def counted(self) -> list[int]:
@@ -168,6 +169,15 @@ class Objective:
     delta: float | None = None
     kl_importance: bool = False
     entropy_coefficient: float = 0.0
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+    ratio_cap: float = 20.0
+    k_positive: float = 2.0
+    k_negative: float = 3.0
+    lambda_positive: float = 3.0
+    lambda_negative: float = 2.0
+    off_policy_mask: float | None = None
+    top_entropy: float | None = None
 
 
 OBJECTIVES = {
@@ -178,6 +188,15 @@ OBJECTIVES = {
     "gspo": Objective(ratio="sequence_mean", clip_low=3e-4, clip_high=4e-4, kl_coefficient=0),
     "cispo": Objective(
         surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token_mean", kl_coefficient=0
+    ),
+    "sapo": Objective(surrogate="sapo", clip_low=None, clip_high=None, kl_coefficient=0),
+    "gmpo": Objective(ratio="sequence_mean", surrogate="gmpo", clip_low=0.4, clip_high=0.4, kl_coefficient=0),
+    "dppo": Objective(surrogate="dppo_tv", aggregate="token_mean", kl_coefficient=0),
+    "vespo": Objective(
+        surrogate="vespo", clip_low=None, clip_high=None, aggregate="token_mean", kl_coefficient=0
+    ),
+    "scalerl": Objective(
+        surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="prompt_mean", kl_coefficient=0
     ),
 }
 
@@ -197,6 +216,8 @@ class Loss:
     clipped_high: float
     entropy: float
     entropy_gradient: list[list[float]]
+    off_policy: float
+    low_entropy: float
 
 
 def ratio_at(response: Response, position: int, ratio: str) -> float:
@@ -236,26 +257,110 @@ def clip(ratio: float, objective: Objective) -> float:
     return ratio
 
 
-def surrogate(ratio: float, advantage: float, logprob: float, objective: Objective) -> tuple[float, float]:
-    """The surrogate's value, and its derivative by log rho; for cispo by the token's log-prob."""
-    if objective.surrogate == "cispo":
-        constant = clip(ratio, objective) * advantage
-        return constant * logprob, constant
-    capped = ratio if objective.delta is None else min(ratio, objective.delta)
-    clipped = clip(capped, objective)
-    if capped * advantage <= clipped * advantage:
-        return capped * advantage, ratio * advantage if capped == ratio else 0.0
-    return clipped * advantage, 0.0
+def bernoulli_kl(q: float, p: float) -> float:
+    """KL of a coin that shows q to one that shows p."""
+    if p in (0.0, 1.0):
+        return 0.0 if p == q else inf
+    return (q * log(q / p) if q > 0 else 0.0) + ((1 - q) * log((1 - q) / (1 - p)) if q < 1 else 0.0)
 
 
-def clipped_sides(ratio: float, advantage: float, objective: Objective) -> tuple[bool, bool]:
-    """Whether the clip acts on a ratio from below, and from above."""
-    low = objective.clip_low is not None and ratio < 1 - objective.clip_low
-    high = objective.clip_high is not None and ratio > 1 + objective.clip_high
+def went_too_far(response: Response, position: int, objective: Objective) -> tuple[bool, bool]:
+    """Whether dppo masks a token: it fell too far already (A < 0), or rose too far (A > 0)."""
+    p, q = exp(response.policy[position]), exp(response.old[position])
+    low = inf if objective.clip_low is None else objective.clip_low
+    high = inf if objective.clip_high is None else objective.clip_high
+    if objective.surrogate == "dppo_tv":
+        return response.advantage < 0 and p - q < -low, response.advantage > 0 and p - q > high
+    distance = bernoulli_kl(q, p)
+    fell, rose = p < q and distance > low, p > q and distance > high
+    return response.advantage < 0 and fell, response.advantage > 0 and rose
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^-x)."""
+    return 1 / (1 + exp(-x)) if x > 0 else exp(x) / (1 + exp(x))
+
+
+def surrogate(response: Response, position: int, objective: Objective) -> tuple[float, dict[int, float]]:
+    """The surrogate's value at a token, and its derivative by each of the response's log-probs."""
+    advantage, logprob = response.advantage, response.policy[position]
+    rho, name = ratio_at(response, position, objective.ratio), objective.surrogate
+    through_rho = {t: log_ratio_slope(response, position, t, objective.ratio) for t in response.counted}
+    if name == "clip":
+        capped = rho if objective.delta is None else min(rho, objective.delta)
+        clipped = clip(capped, objective)
+        if capped * advantage <= clipped * advantage:
+            slope = rho * advantage if capped == rho else 0.0
+            return capped * advantage, {t: slope * by for t, by in through_rho.items()}
+        return clipped * advantage, {}
+    if name == "sapo":
+        tau = objective.tau_positive if advantage > 0 else objective.tau_negative
+        share = sigmoid(tau * (rho - 1))
+        slope = 4 * share * (1 - share) * rho * advantage
+        return 4 / tau * share * advantage, {t: slope * by for t, by in through_rho.items()}
+    if name == "gmpo":
+        exponents, free = [], []
+        for t in response.counted:
+            d = response.policy[t] - response.old[t]
+            bound = d
+            if advantage > 0 and objective.clip_high is not None:
+                bound = min(d, objective.clip_high)
+            elif advantage <= 0 and objective.clip_low is not None:
+                bound = max(d, -objective.clip_low)
+            exponents.append(bound)
+            free += [t] if bound == d else []
+        value = exp(mean(exponents)) * advantage
+        return value, {t: value / len(exponents) for t in free}
+    if name == "cispo":
+        weight = clip(rho, objective)
+    elif name in ("dppo_tv", "dppo_kl"):
+        weight = 0.0 if any(went_too_far(response, position, objective)) else min(rho, objective.ratio_cap)
+    else:
+        k = objective.k_positive if advantage > 0 else objective.k_negative
+        rate = objective.lambda_positive if advantage > 0 else objective.lambda_negative
+        log_w = min(max(sum(response.policy[t] - response.old[t] for t in response.counted), log(1e-8)), 20)
+        weight = exp(rate + k * log_w - rate * exp(log_w))
+    return weight * advantage * logprob, {position: weight * advantage}
+
+
+def clipped_sides(response: Response, position: int, objective: Objective) -> tuple[bool, bool]:
+    """Whether the clip acts at a token from below, and from above."""
+    rho, advantage = ratio_at(response, position, objective.ratio), response.advantage
+    if objective.surrogate in ("dppo_tv", "dppo_kl"):
+        return went_too_far(response, position, objective)
+    if objective.surrogate == "gmpo":
+        d = response.policy[position] - response.old[position]
+        fell = objective.clip_low is not None and d < -objective.clip_low
+        rose = objective.clip_high is not None and d > objective.clip_high
+        return fell and advantage < 0, rose and advantage > 0
+    if objective.surrogate in ("sapo", "vespo"):
+        return False, False
+    low = objective.clip_low is not None and rho < 1 - objective.clip_low
+    high = objective.clip_high is not None and rho > 1 + objective.clip_high
     if objective.surrogate == "cispo":
         return low, high
-    past = objective.delta is not None and ratio > objective.delta and advantage != 0
+    past = objective.delta is not None and rho > objective.delta and advantage != 0
     return low and advantage < 0, (high and advantage > 0) or past
+
+
+def is_off_policy(response: Response, objective: Objective) -> bool:
+    """Whether off_policy_mask takes the response out of the surrogate."""
+    if objective.off_policy_mask is None or response.advantage >= 0:
+        return False
+    return mean([response.sampled[t] - response.policy[t] for t in response.counted]) > (
+        objective.off_policy_mask
+    )
+
+
+def entropy_bound(responses: list[Response], share: float | None) -> float:
+    """The quantile 1 - share of all entropies of the step, linear between two of them; None: -inf."""
+    if share is None:
+        return -inf
+    values = sorted(response.entropy[t] for response in responses for t in response.counted)
+    place = (1 - share) * (len(values) - 1)
+    below = floor(place)
+    above = min(below + 1, len(values) - 1)
+    return values[below] + (place - below) * (values[above] - values[below])
 
 
 def kl_term(policy: float, reference: float, estimator: str) -> tuple[float, float]:
@@ -268,51 +373,61 @@ def kl_term(policy: float, reference: float, estimator: str) -> tuple[float, flo
     return exp(-d) + d - 1, 1 - exp(-d)
 
 
-def token_weight(aggregate: str, tokens: int, rollouts: int, all_tokens: int, max_new_tokens: int) -> float:
-    """What one token of a response of `tokens` tokens weighs; the denominators are the whole step's."""
-    if aggregate == "sequence_mean":
+def token_weight(response: Response, responses: list[Response], objective: Objective) -> float:
+    """What one token of a response weighs; the denominators are the whole step's."""
+    rollouts, tokens = len(responses), len(response.counted)
+    if objective.aggregate == "sequence_mean":
         return 1 / rollouts / tokens
-    if aggregate == "token_mean":
-        return 1 / all_tokens
-    if aggregate == "constant":
-        return 1 / (rollouts * max_new_tokens)
+    if objective.aggregate == "token_mean":
+        return 1 / sum(len(each.counted) for each in responses)
+    if objective.aggregate == "constant":
+        return 1 / (rollouts * objective.max_new_tokens)
+    if objective.aggregate == "prompt_mean":
+        groups = {each.group for each in responses}
+        return 1 / len(groups) / sum(len(each.counted) for each in responses if each.group == response.group)
     return 1 / rollouts
 
 
-def rollout_weight(aggregate: str, tokens: int, rollouts: int, all_tokens: int) -> float:
-    """What the one surrogate value of a rollout weighs under a sequence ratio."""
-    return tokens / all_tokens if aggregate == "token_mean" else 1 / rollouts
+def rollout_weight(response: Response, responses: list[Response], objective: Objective) -> float:
+    """What the one surrogate value of a rollout weighs: under a mean over tokens, that of all its tokens."""
+    if objective.aggregate in ("token_mean", "prompt_mean"):
+        return len(response.counted) * token_weight(response, responses, objective)
+    return 1 / len(responses)
 
 
 def loss(responses: list[Response], objective: Objective) -> Loss:
     """The loss of one optimiser step over all its kept rollouts."""
-    rollouts = len(responses)
     all_tokens = sum(len(response.counted) for response in responses)
+    bound = entropy_bound(responses, objective.top_entropy)
     gain = kl = entropy = 0.0
     gradient = []
     entropy_gradient = []
-    low = high = 0
+    low = high = off_policy = low_entropy = 0
     for response in responses:
-        tokens = len(response.counted)
-        per_token = token_weight(objective.aggregate, tokens, rollouts, all_tokens, objective.max_new_tokens)
-        per_rollout = rollout_weight(objective.aggregate, tokens, rollouts, all_tokens)
+        per_token = token_weight(response, responses, objective)
+        per_rollout = rollout_weight(response, responses, objective)
         slope = [0.0] * len(response.policy)
         entropy_slope = [0.0] * len(response.policy)
+        off_policy += is_off_policy(response, objective)
 
         # One value per token, or one per rollout: then that of its first token is that of every token.
         values = response.counted if objective.ratio == "token" else response.counted[:1]
         weight = per_token if objective.ratio == "token" else per_rollout
         for position in values:
-            rho = ratio_at(response, position, objective.ratio)
-            value, derivative = surrogate(rho, response.advantage, response.policy[position], objective)
+            if objective.top_entropy is not None and response.entropy[position] < bound:
+                low_entropy += 1
+                continue
+            if is_off_policy(response, objective):
+                continue
+            value, derivatives = surrogate(response, position, objective)
             w = sampler_weight(response, position, objective)
             gain += weight * w * value
-            for t in response.counted:
-                slope[t] -= weight * w * derivative * log_ratio_slope(response, position, t, objective.ratio)
+            for t, derivative in derivatives.items():
+                slope[t] -= weight * w * derivative
 
         for position in response.counted:
             rho = ratio_at(response, position, objective.ratio)
-            below, above = clipped_sides(rho, response.advantage, objective)
+            below, above = clipped_sides(response, position, objective)
             low += below
             high += above
 
@@ -342,6 +457,8 @@ def loss(responses: list[Response], objective: Objective) -> Loss:
         high / all_tokens,
         entropy,
         entropy_gradient,
+        off_policy / len(responses),
+        low_entropy / all_tokens,
     )
 
 

@@ -72,6 +72,8 @@ NAMES = {
         "mismatch_kl",
         "effective_sample_size",
         "over_cap_fraction",
+        "off_policy_fraction",
+        "low_entropy_fraction",
     ],
     "logprobs": [
         *KEY,
@@ -101,7 +103,7 @@ TYPES = {
     "rewards": [*3 * ["int32"], "string", "double", "double", "string", "string"],
     "judgements": [*3 * ["int32"], *6 * ["string"], *3 * ["int32"]],
     "advantages": [*3 * ["int32"], *3 * ["double"], "int32", "double", "bool", "string"],
-    "updates": [*3 * ["int32"], *10 * ["double"], "int32", "int64", "bool", *5 * ["double"]],
+    "updates": [*3 * ["int32"], *10 * ["double"], "int32", "int64", "bool", *7 * ["double"]],
     "logprobs": [*5 * ["int32"], "", "", "double"],
     "prompts": ["int64", "string", "", "string"],
 }
@@ -194,6 +196,22 @@ def test_a_file_is_one_row_group_of_zstd_with_dictionaries_for_scalars_only(tmp_
     assert {column.compression for column in columns} == {"ZSTD"}
     plain = [c.path_in_schema for c in columns if not c.has_dictionary_page]
     assert plain == ["policy_logprobs.list.element", "reference_logprobs.list.element"]
+
+
+@pytest.mark.parametrize("missing", [[], ["off_policy_fraction"], ["low_entropy_fraction"], None])
+def test_a_column_that_no_key_fills_may_be_missing_and_reads_as_null(missing: list[str] | None) -> None:
+    optional = tables.OPTIONAL["updates"]
+    without = optional if missing is None else missing
+    row = {"iteration": 1, "loss": 0.5, "off_policy_fraction": 0.25, "low_entropy_fraction": 0.75}
+    data = pa.Table.from_pylist([row], schema=tables.schema("updates", without=without))
+    files = [(FILE, tables.encode(data))]
+    found = tables.decode("updates", files)
+    assert found.schema.equals(tables.schema("updates"))
+    shown = {name: None if name in without else row[name] for name in optional}
+    assert found.select(list(optional)).to_pylist() == [shown]
+    assert tables.decode("updates", files, ["loss", *optional]).to_pylist() == [{"loss": 0.5, **shown}]
+    with pytest.raises(CorruptError, match="see column loss"):
+        tables.decode("updates", [(FILE, tables.encode(data.drop_columns(["loss"])))])
 
 
 def test_prompts_may_have_columns_of_the_user_and_no_other_table_may() -> None:

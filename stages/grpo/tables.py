@@ -4,7 +4,7 @@ Key of every rollout-level table: (iteration, group_id, sample_id). Lists are ra
 never stand in a table: they would make equal results differ.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,7 +28,7 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 PROMPTS: Columns = {
     "prompt_id": (pa.int64(), "row number in the source, from 0"),
     "prompt": (pa.string(), "prompt text; null when the prompt is messages"),
-    "messages": (_MESSAGES, "chat messages; null when the prompt is text"),
+    "messages": (_MESSAGES, "chat messages, with their other fields; null when the prompt is text"),
     "answer": (pa.string(), "reference answer, or null"),
 }
 
@@ -55,7 +55,7 @@ REWARDS: Columns = {
     "value": (pa.float64(), "what the reward gave; null unless status is ok"),
     "weight": (pa.float64(), "weight in the sum; 0 is stored and changes nothing"),
     "status": (pa.string(), "ok, error, timeout, nonfinite or not_applicable"),
-    "error": (pa.string(), "what went wrong, one line; null when nothing did"),
+    "error": (pa.string(), "what went wrong, one line; null when nothing did; of ok, why on_timeout counts"),
 }
 
 JUDGEMENTS: Columns = {
@@ -126,6 +126,14 @@ UPDATES: Columns = {
         pa.float64(),
         "share of tokens with w over sampler_correction_cap (2 where it is not for tokens); first step only",
     ),
+    "off_policy_fraction": (
+        pa.float64(),
+        "share of the rollouts read that off_policy_mask left out; null without it",
+    ),
+    "low_entropy_fraction": (
+        pa.float64(),
+        "share of the tokens read that top_entropy left out; null without it",
+    ),
 }
 
 LOGPROBS: Columns = {
@@ -172,12 +180,20 @@ TABLES: dict[str, Columns] = {
     "eval_rewards": {**REWARDS, **_MEASURED},
     "eval_judgements": {**JUDGEMENTS, **_MEASURED},
 }
+# Columns that a file lacks where the key that fills them is not set; whoever reads sees null.
+OPTIONAL: dict[str, tuple[str, ...]] = {"updates": ("off_policy_fraction", "low_entropy_fraction")}
 WITH_OWN_COLUMNS = ("prompts", "eval_prompts")  # the user's data set may have more
+RENDERED = "rendered_prompt"
+"""Further column of those two where a prompt is messages: what the chat template made of them."""
 
 
-def schema(table: str) -> pa.Schema:
-    """The exact Arrow schema of `table` (of prompts: its fixed columns; the user's own follow them)."""
-    return pa.schema([(name, data_type) for name, (data_type, _) in TABLES[table].items()])
+def schema(table: str, without: Collection[str] = ()) -> pa.Schema:
+    """The exact Arrow schema of `table` (of prompts: its fixed columns; the user's own follow them).
+
+    without: those of OPTIONAL that a file does not have.
+    """
+    columns = [(name, kind) for name, (kind, _) in TABLES[table].items() if name not in without]
+    return pa.schema(columns)
 
 
 def encode(data: pa.Table) -> bytes:
@@ -209,17 +225,35 @@ def decode(table: str, files: Iterable[tuple[Path, bytes]], columns: list[str] |
         except (pa.ArrowInvalid, OSError) as error:
             raise CorruptError(f"{path}: cannot be read as Parquet: {first_line(error)}") from error
         check_schema(table, found, path)
-        parts.append(part if columns is None else part.select(columns))
+        for name in set(OPTIONAL.get(table, ())) - set(part.column_names):
+            part = part.append_column(name, pa.nulls(len(part), TABLES[table][name][0]))
+        names = schema(table).names if columns is None and table in OPTIONAL else columns
+        parts.append(part if names is None else part.select(names))
     if not parts:
         return schema(table).empty_table().select(columns or schema(table).names)
     return pa.concat_tables(parts)
 
 
 def check_schema(table: str, found: pa.Schema, path: Path) -> None:
-    """Raise CorruptError unless `found` is the schema of `table` (prompts may have more columns)."""
-    expected = schema(table)
+    """Raise CorruptError unless `found` is the schema of `table` (prompts may have more columns).
+
+    One of OPTIONAL may be missing.
+    """
+    expected = schema(table, without=set(OPTIONAL.get(table, ())) - set(found.names))
     own = found.names[len(expected) :]
     fixed = pa.schema(list(found)[: len(expected)])
+    if table in WITH_OWN_COLUMNS:
+        fixed = _with_usual_messages(fixed)
     if not fixed.equals(expected) or (own and table not in WITH_OWN_COLUMNS):
         wrong = [field.name for field in expected if field not in list(found)] or own
         raise CorruptError(f"{path}: schema is not that of table {table}: see column {wrong[0]}")
+
+
+def _with_usual_messages(found: pa.Schema) -> pa.Schema:
+    """The schema without the fields of messages that follow role and content: the user's own."""
+    place = found.get_field_index("messages")
+    if place < 0 or not pa.types.is_list(found.field(place).type):
+        return found
+    message = found.field(place).type.value_type
+    usual = list(message)[:2] if pa.types.is_struct(message) else []
+    return found.set(place, pa.field("messages", pa.list_(pa.struct(usual))))

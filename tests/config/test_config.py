@@ -157,7 +157,16 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("update.schedule=step", 'expected one of constant, linear, cosine, found "step"'),
         ("update.precision=float16", 'expected one of float32, bfloat16, found "float16"'),
         ("update.prompt_sharing=on", 'expected one of auto, off, found "on"'),
-        ("update.surrogate=null", "expected one of clip, cispo, found null"),
+        (
+            "update.surrogate=clp",
+            'no such surrogate; did you mean clip? (a function of your own is module:function), found "clp"',
+        ),
+        (
+            "update.surrogate=my_loss.py:f",
+            "no such surrogate; there are clip, cispo, sapo, gmpo, dppo_tv, dppo_kl, vespo (a function of"
+            ' your own is module:function), found "my_loss.py:f"',
+        ),
+        ("update.surrogate=null", "expected text, found null"),
         ("update.clip_high=1e39", "expected at most 1000000, found 1e+39"),
         ("update.delta=1e39", "expected at most 1000000, found 1e+39"),
         ("update.kl_coefficient=1e39", "expected at most 1000000, found 1e+39"),
@@ -378,6 +387,11 @@ TABLE = {
     "dapo": ("token", "clip", 0.2, 0.28, "token_mean", 0.0, "k3", "sampled", "group", True),
     "gspo": ("sequence_mean", "clip", 3e-4, 4e-4, "sequence_mean", 0.0, "k3", "recomputed", "group", False),
     "cispo": ("token", "cispo", None, 4.0, "token_mean", 0.0, "k3", "sampled", "group", False),
+    "sapo": ("token", "sapo", None, None, "sequence_mean", 0.0, "k3", "sampled", "group", False),
+    "gmpo": ("sequence_mean", "gmpo", 0.4, 0.4, "sequence_mean", 0.0, "k3", "sampled", "group", False),
+    "dppo": ("token", "dppo_tv", 0.2, 0.2, "token_mean", 0.0, "k3", "sampled", "group", False),
+    "vespo": ("token", "vespo", None, None, "token_mean", 0.0, "k3", "sampled", "group", False),
+    "scalerl": ("token", "cispo", None, 4.0, "prompt_mean", 0.0, "k3", "sampled", "batch", True),
 }
 
 
@@ -398,6 +412,61 @@ def test_the_first_objective_is_what_the_fields_have_by_default() -> None:
     )
     advantage = AdvantageConfig().model_dump()
     assert {key: advantage[key] for key in OBJECTIVES["grpo"]["advantage"]} == OBJECTIVES["grpo"]["advantage"]
+
+
+CLIPS = "clip or cispo or gmpo or dppo_tv or dppo_kl"
+# objective, its surrogate, a key that it does not read, what reads it.
+UNREAD = [
+    ("sapo", "sapo", "clip_low", CLIPS, ", or set it to null"),
+    ("vespo", "vespo", "clip_high", CLIPS, ", or set it to null"),
+    ("grpo", "clip", "tau_positive", "sapo", ""),
+    ("gmpo", "gmpo", "tau_negative", "sapo", ""),
+    ("sapo", "sapo", "k_positive", "vespo", ""),
+    ("dppo", "dppo_tv", "k_negative", "vespo", ""),
+    ("scalerl", "cispo", "lambda_positive", "vespo", ""),
+    ("grpo", "clip", "lambda_negative", "vespo", ""),
+]
+
+
+@pytest.mark.parametrize("surrogate", ["sapo", "my_loss:surrogate"])
+def test_a_surrogate_that_does_not_clip_needs_no_word_about_it(load_text: Load, surrogate: str) -> None:
+    config = load_text(SMALLEST, f"update.surrogate={surrogate}")
+    assert (config.update.clip_low, config.update.clip_high) == (None, None)
+    changed = [line.partition(":")[0] for line in overridden_keys(config)]
+    assert changed == ["update.surrogate", "update.clip_low", "update.clip_high"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["min_learning_rate=1e-8"],
+            "min_learning_rate: 1e-08 is where a schedule ends; set schedule: linear or",
+        ),
+        (
+            ["schedule=linear", "learning_rate=1e-6", "min_learning_rate=1e-5"],
+            "min_learning_rate: 1e-05 must be at most learning_rate: 1e-06, where the schedule begins",
+        ),
+        (
+            ["warmup_share=0.1", "warmup_steps=3"],
+            "warmup_share: 0.1 and warmup_steps: 3 say the same thing; give",
+        ),
+        (
+            ["sampler_correction_floor=0.5"],
+            "sampler_correction_floor: 0.5 bounds the weight of a sampler_corr",
+        ),
+    ],
+)
+def test_a_bound_without_effect_is_refused(refusal: Refuse, overrides: list[str], message: str) -> None:
+    found = refusal(SMALLEST, *(f"update.{override}" for override in overrides))
+    assert found.startswith(f"pipeline.yaml with --set: update: {message}")
+
+
+def test_keys_that_came_later_are_in_no_fingerprint_at_their_default(load_text: Load) -> None:
+    added = [name for name, field in UpdateConfig.model_fields.items() if ADDED in field.metadata]
+    assert len(added) >= 9
+    assert set(added) & set(load_text().update.recorded()) == set()
+    assert load_text(SMALLEST, "update.top_entropy=0.2").update.recorded()["top_entropy"] == 0.2
 
 
 @pytest.mark.parametrize(
@@ -421,6 +490,33 @@ def test_the_first_objective_is_what_the_fields_have_by_default() -> None:
             ["objective=dapo", "delta=1.25"],
             "delta: 1.25 must be greater than 1 + clip_high = 1.28, where the ratio of a positive advantage"
             " is already clipped",
+        ),
+        (
+            ["surrogate=gmpo"],
+            "surrogate: gmpo is a geometric mean over the response, found ratio: token; set ratio:"
+            " sequence_mean",
+        ),
+        (
+            ["objective=gspo", "surrogate=vespo"],
+            "surrogate: vespo weighs tokens, found ratio: sequence_mean; set ratio: token",
+        ),
+        *(
+            (
+                [f"objective={objective}", f"{key}=0.5"],
+                f"{key}: 0.5 is for surrogate: {readers}; {surrogate} does not read it: leave {key}"
+                f" out{null}",
+            )
+            for objective, surrogate, key, readers, null in UNREAD
+        ),
+        (
+            ["surrogate=my_loss:surrogate", "clip_high=0.3"],
+            "clip_high: 0.3 is for surrogate: clip or cispo or gmpo or dppo_tv or dppo_kl; my_loss:surrogate"
+            " does not read it: leave clip_high out, or set it to null",
+        ),
+        (
+            ["objective=gmpo", "top_entropy=0.2"],
+            "ratio: sequence_mean has one surrogate value per rollout, of which no token can be left out;"
+            " leave top_entropy out, or set ratio: token",
         ),
     ],
 )

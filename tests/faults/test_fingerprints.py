@@ -80,6 +80,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "score.rewards.weight": (["score.rewards[0].weight=2.0"], SCORE),
     "score.rewards.arguments": (["score.rewards[0].arguments={a: 1}"], SCORE),
     "score.rewards.timeout_s": (["score.rewards[0].timeout_s=9.0"], SCORE),
+    "score.rewards.on_timeout": (["score.rewards[0].on_timeout=0.0"], SCORE),
     "score.on_error": (["score.on_error=drop"], NOTHING),
     "score.workers": (["score.workers=2"], NOTHING),
     "score.max_tokens_per_batch": (["score.max_tokens_per_batch=9"], NOTHING),

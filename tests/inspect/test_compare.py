@@ -378,7 +378,7 @@ def test_runs_that_do_not_differ(finished: Path, grpo: Grpo) -> None:
         (
             ["tiny", "code", "--iteration", "7"],
             2,
-            "tiny code: have none of --iteration 7 in common; rollouts: tiny of 0 to 1, code of 0 to 1",
+            "tiny code: do not have all of --iteration 7 in common; rollouts: tiny of 0 to 1, code of 0 to 1",
         ),
     ],
 )

@@ -8,15 +8,16 @@ import torch
 from tests import restatement, tiny
 from tests.restatement import Objective, Response
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 from grpo.config import Config, UpdateConfig
+from grpo.config import update as configured
 from grpo.update.batch import Rollouts, Rows
 from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
+from grpo.update.given import Step
 from grpo.update.layout import PROMPT, MicroBatch
 from grpo.update.learner import Learner
-from grpo.update.loss import Step
-from grpo.update.objective import Stored, needed
+from grpo.update.objective import Stored, needed, step_of
 
 VOCAB, EOS, MAX_NEW_TOKENS = 50, 2, 8
 RARE = 41  # a token that only one rollout holds
@@ -38,6 +39,26 @@ def save_checkpoint(folder: Path, *, tied: bool = False, seed: int = 0, dropout:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_layer_norm_checkpoint(folder: Path) -> Path:
+    """A GPT-2 with random weights."""
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.2,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        pad_token_id=EOS,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = GPT2LMHeadModel
+        model(config).save_pretrained(folder)
     return folder
 
 
@@ -158,6 +179,11 @@ def all_logprobs(model: Any, rollouts: Rollouts) -> list[np.ndarray]:
         return [one_logprobs(model, rollouts, i).numpy() for i in range(len(rollouts))]
 
 
+def all_entropies(model: Any, rollouts: Rollouts) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [one_rollout(model, rollouts, i)[1].numpy() for i in range(len(rollouts))]
+
+
 def as_old(logprobs: list[np.ndarray], noise: float = 0.0, seed: int = 9) -> list[np.ndarray]:
     draw = np.random.default_rng(seed)
     return [(row + noise * draw.normal(size=len(row))).astype(np.float32) for row in logprobs]
@@ -173,7 +199,7 @@ def tree_mask(batch: MicroBatch) -> Tensor:
 
 def whole_step(rollouts: Rollouts, rows: np.ndarray | None = None) -> Step:
     rows = np.arange(len(rollouts)) if rows is None else rows
-    return Step(len(rows), int(rollouts.num_tokens[rows].sum()), MAX_NEW_TOKENS)
+    return step_of(settings(), rollouts, rows, MAX_NEW_TOKENS, Stored())
 
 
 def gradients(model: Any) -> Gradient:
@@ -208,7 +234,10 @@ def step_gradient(
         learner.load_reference(reference or checkpoint)
         stored.reference = learner.reference_logprobs(rollouts, everything)
     read = everything[needed(config, rollouts)]
-    row, logprobs = learner.step(rollouts, read, whole_step(rollouts), stored)
+    if config.top_entropy is not None:
+        stored.entropy = learner.policy_entropies(rollouts, everything)[1]
+    step = step_of(config, rollouts, everything, MAX_NEW_TOKENS, stored)
+    row, logprobs = learner.step(rollouts, read, step, stored)
     stored.keep(logprobs, 0)
     return row, gradients(learner.model), stored
 
@@ -220,10 +249,11 @@ def plain(
     old: Rows | None,
     reference: list[np.ndarray],
     objective: Objective,
+    entropies: list[np.ndarray] | None = None,
 ) -> restatement.Loss:
-    """Loss of the plain restatement; puts its gradient into `model`. `old` None: its own log-probs."""
+    """Loss of the plain restatement; puts its gradient into `model`. `old`, `entropies` None: its own."""
     read = [one_rollout(model, rollouts, i) for i in rows]
-    values, entropies = (
+    values, own_entropies = (
         [pair[part].detach().numpy().astype(np.float64).tolist() for pair in read] for part in (0, 1)
     )
     given = values if old is None else [[float(x) for x in old[i]] for i in rows]
@@ -235,7 +265,8 @@ def plain(
             [float(x) for x in reference[i]],
             [True] * len(values[n]),
             [float(x) for x in rollouts.old_logprobs[i]],
-            entropies[n],
+            own_entropies[n] if entropies is None else [float(x) for x in entropies[i]],
+            int(rollouts.keys[i, 1]),
         )
         for n, i in enumerate(rows)
     ]
@@ -267,6 +298,15 @@ def objective_of(config: UpdateConfig) -> Objective:
         delta=config.delta,
         kl_importance=config.kl_importance,
         entropy_coefficient=config.entropy_coefficient,
+        tau_positive=config.tau_positive,
+        tau_negative=config.tau_negative,
+        ratio_cap=config.ratio_cap,
+        k_positive=config.k_positive,
+        k_negative=config.k_negative,
+        lambda_positive=config.lambda_positive,
+        lambda_negative=config.lambda_negative,
+        off_policy_mask=config.off_policy_mask,
+        top_entropy=config.top_entropy,
     )
 
 
@@ -293,8 +333,24 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("dapo", "sampled", {"entropy_coefficient": 0.1}),
     ("gspo", "recomputed", {"entropy_coefficient": 0.1}),
     ("dr_grpo", "sampled", {"delta": 1.25, "kl_importance": True, "entropy_coefficient": 0.1}),
+    ("grpo", "sampled", {"off_policy_mask": 0.01}),
+    ("dapo", "sampled", {"top_entropy": 0.3}),
+    ("gspo", "recomputed", {"off_policy_mask": 0.01}),
+    ("dapo", "recomputed", TRUNCATE | {"off_policy_mask": 0.01, "top_entropy": 0.5}),
+    ("scalerl", "sampled", {"clip_high": 0.1, "off_policy_mask": 0.01, "top_entropy": 0.5}),
 ]
-OBJECTIVES = ["grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo"]
+# These differ in the formula alone, which one step shows.
+ONE_STEP: list[tuple[str, str, dict[str, Any]]] = [
+    *CASES,
+    ("sapo", "sampled", {"tau_negative": 3.0}),
+    ("gmpo", "sampled", {"clip_low": 0.1, "clip_high": 0.1}),
+    ("dppo", "sampled", {"clip_low": 0.005, "clip_high": 0.005, "ratio_cap": 1.1}),
+    ("dppo", "sampled", {"surrogate": "dppo_kl", "clip_low": 0.001, "clip_high": 0.001}),
+    ("vespo", "sampled", {"k_negative": 1.5}),
+    ("scalerl", "sampled", {"clip_high": 0.1}),
+    ("gmpo", "sampled", {"clip_low": 0.1, "clip_high": 0.1, "aggregate": "prompt_mean"}),
+]
+OBJECTIVES = list(configured.OBJECTIVES)
 CORRECTIONS: list[tuple[str, dict[str, Any]]] = [
     ("grpo", TRUNCATE),
     ("grpo", MASK),

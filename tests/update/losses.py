@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grpo.update import loss
-from grpo.update.loss import Given, Objective, Step
+from grpo.update.given import Given, Objective, Step
+from grpo.update.surrogates import SURROGATES
 
 
 def policy_loss(
@@ -18,7 +20,8 @@ def policy_loss(
     weights_R: Tensor | None = None,
     **constants: Any,
 ) -> tuple[Tensor, Tensor]:
-    given = Given(lengths_B, advantages_B, old_logprobs_N, weights_R=weights_R)
+    advantages_N = advantages_B.repeat_interleave(lengths_B)
+    given = Given(lengths_B, advantages_N, old_logprobs_N, weights_V=weights_R, group_tokens_B=lengths_B)
     return loss.policy_loss(logprobs_N, given, Objective(**constants), step)
 
 
@@ -33,7 +36,13 @@ def kl_loss(
     step: Step,
     **constants: Any,
 ) -> Tensor:
-    given = Given(lengths_B, lengths_B.new_zeros(len(lengths_B)), old_logprobs_N, reference_logprobs_N)
+    given = Given(
+        lengths_B,
+        torch.zeros_like(old_logprobs_N),
+        old_logprobs_N,
+        reference_logprobs_N,
+        group_tokens_B=lengths_B,
+    )
     objective = Objective(kl_estimator=estimator, kl_importance=importance, **constants)
     return loss.kl_loss(logprobs_N, given, objective, step)
 
@@ -57,18 +66,37 @@ def sampler_weights(
     return loss.sampler_weights(policy_logprobs_N, sampled_logprobs_N, lengths_B, objective)
 
 
+def of_one_token(advantages_B: Tensor) -> Given:
+    """Rollouts of one token each: a value per token is one per rollout."""
+    return Given(torch.ones(len(advantages_B), dtype=torch.int64), advantages_B, advantages_B)
+
+
+def aggregate_tokens(
+    values_N: Tensor, lengths_B: Tensor, how: str, step: Step, group_tokens_B: Tensor | None = None
+) -> Tensor:
+    given = Given(lengths_B, values_N, values_N, group_tokens_B=group_tokens_B)
+    return loss.aggregate_tokens(values_N, given, how, step)
+
+
+def aggregate_rollouts(
+    values_B: Tensor, lengths_B: Tensor, how: str, step: Step, group_tokens_B: Tensor | None = None
+) -> Tensor:
+    given = Given(lengths_B, values_B, values_B, group_tokens_B=group_tokens_B)
+    return loss.aggregate_rollouts(values_B, given, how, step)
+
+
 def clip_surrogate(
     ratio_R: Tensor, advantages_R: Tensor, low: float | None, high: float | None, delta: float | None = None
 ) -> Tensor:
     objective = Objective(clip_low=low, clip_high=high, delta=delta)
-    return loss.surrogate(ratio_R, ratio_R, advantages_R, objective)
+    return SURROGATES["clip"](ratio_R, ratio_R, of_one_token(advantages_R), objective)
 
 
 def cispo_surrogate(
     ratio_N: Tensor, logprobs_N: Tensor, advantages_N: Tensor, low: float | None, high: float | None
 ) -> Tensor:
     objective = Objective(surrogate="cispo", clip_low=low, clip_high=high)
-    return loss.surrogate(ratio_N, logprobs_N, advantages_N, objective)
+    return SURROGATES["cispo"](ratio_N, logprobs_N, of_one_token(advantages_N), objective)
 
 
 def clipped(
@@ -80,5 +108,6 @@ def clipped(
     delta: float | None,
 ) -> tuple[int, int]:
     objective = Objective(surrogate=surrogate, clip_low=low, clip_high=high, delta=delta)
-    below_R, above_R = loss.clipped(ratio_R, advantages_R, objective)
-    return int(below_R.sum()), int(above_R.sum())
+    sides = loss.clipped(ratio_R, ratio_R, of_one_token(advantages_R), objective)
+    assert sides is not None
+    return int(sides[0].sum()), int(sides[1].sum())

@@ -1,10 +1,11 @@
 """loss.py: worked numbers, and the plain restatement."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from tests import restatement
 from tests.restatement import Objective, Response
 from tests.update.losses import (
+    aggregate_rollouts,
+    aggregate_tokens,
     cispo_surrogate,
     clip_surrogate,
     clipped,
@@ -21,19 +24,17 @@ from tests.update.losses import (
 )
 from torch import Tensor
 
+from grpo.config.surrogates import SURROGATES
 from grpo.config.update import OBJECTIVES
 from grpo.models.logprobs import token_logprobs
-from grpo.update.loss import (
-    MAX_LOG_RATIO,
-    Step,
-    aggregate_rollouts,
-    aggregate_tokens,
-    kl_estimate,
-    log_ratio,
-)
+from grpo.update import given as constants_of
+from grpo.update import loss
+from grpo.update.given import MAX_LOG_RATIO, Given, Step
+from grpo.update.loss import kl_estimate, log_ratio
+from grpo.update.objective import batch_loss
 
 LN2, LN3 = math.log(2), math.log(3)
-AGGREGATES = ["sequence_mean", "token_mean", "constant", "sequence_sum"]
+AGGREGATES = ["sequence_mean", "token_mean", "constant", "sequence_sum", "prompt_mean"]
 RATIOS = ["token", "sequence", "sequence_mean"]
 
 
@@ -174,7 +175,7 @@ def test_clipped_counts_what_the_clip_acted_on(
 # ---- aggregates ----
 
 # Token values 1, 2, 3 | 4; N = 2 rollouts, 4 tokens, max_new_tokens 5.
-VALUES, LENGTHS, STEP = doubles(1, 2, 3, 4), lengths(3, 1), Step(2, 4, 5)
+VALUES, LENGTHS, STEP = doubles(1, 2, 3, 4), lengths(3, 1), Step(2, 4, 5, 1)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +202,22 @@ def test_aggregates_of_rollouts(how: str, expected: float) -> None:
 
 def test_denominators_are_those_of_the_whole_step() -> None:
     # A micro-batch with the second rollout alone still divides by 2 rollouts and 4 tokens.
+    # Their group has 4 tokens: 4 / 4, of one group.
     alone = doubles(4.0), lengths(1)
-    assert [aggregate_tokens(*alone, how, STEP).item() for how in AGGREGATES] == [2.0, 1.0, 0.4, 2.0]
-    assert [aggregate_rollouts(*alone, how, STEP).item() for how in AGGREGATES] == [2.0, 1.0, 2.0, 2.0]
+    found = [
+        [add_up(*alone, how, STEP, lengths(4)).item() for how in AGGREGATES]
+        for add_up in (aggregate_tokens, aggregate_rollouts)
+    ]
+    assert found == [[2.0, 1.0, 0.4, 2.0, 1.0], [2.0, 1.0, 2.0, 2.0, 1.0]]
+
+
+def test_prompt_mean_weighs_every_prompt_the_same() -> None:
+    # Token values 1, 2, 3 | 4 of the first prompt, 6, 8 of the second: (10 / 4 + 14 / 2) / 2.
+    step, counts = Step(3, 6, 5, 2), (lengths(3, 1, 2), "prompt_mean")
+    found = aggregate_tokens(doubles(1, 2, 3, 4, 6, 8), *counts, step, lengths(4, 4, 2))
+    assert found.item() == 4.75
+    # Values of rollouts: ((3 * 1 + 1 * 5) / 4 + 2 * 7 / 2) / 2.
+    assert aggregate_rollouts(doubles(1, 5, 7), *counts, step, lengths(4, 4, 2)).item() == 4.5
 
 
 # ---- KL ----
@@ -345,6 +359,29 @@ def test_sampler_weights(ratio: str, correction: str, level: str, cap: float, ex
     assert weights_of(ratio, correction, level, cap) == pytest.approx(expected, rel=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("correction", "level", "floor", "expected"),
+    [
+        ("truncate", "token", 0.6, [1.9, 0.6, 1.005, 0.6, 1.9]),  # 0.4 and 0.5 are raised
+        ("truncate", "token", 1.0, [1.9, 1.0, 1.005, 1.0, 1.9]),
+        ("mask", "token", 0.45, [0.0, 0.0, 1.005, 0.5, 0.0]),  # kept from 0.45 to 1.9
+        ("mask", "token", 0.3, [0.0, 0.4, 1.005, 0.5, 0.0]),
+        ("mask", "sequence_mean", 1.0, [math.sqrt(1.2), math.sqrt(1.2), 1.005, 1.0, 1.0]),
+    ],
+)
+def test_a_floor_bounds_the_weight_from_below(
+    correction: str, level: str, floor: float, expected: list[float]
+) -> None:
+    keys = constants_of.Objective(
+        sampler_correction=correction,
+        sampler_correction_level=level,
+        sampler_correction_cap=1.9,
+        sampler_correction_floor=floor,
+    )
+    found = loss.sampler_weights(BEFORE, SAMPLED, CORRECTED, keys)
+    assert found.tolist() == pytest.approx(expected, rel=1e-14)
+
+
 @pytest.mark.parametrize("correction", ["truncate", "mask"])
 def test_no_gradient_flows_through_the_weight(correction: str) -> None:
     # rho = 1, 1 and w = 1.5, 0.8; A = 2: the gradient of -(w1 rho1 + w2 rho2) * 2 / 2 is -w1 rho1, -w2 rho2.
@@ -466,9 +503,9 @@ def test_every_objective_is_finite_at_extreme_log_ratios(
             clip_low=objective.clip_low,
             clip_high=clip_high,
             aggregate=objective.aggregate,
-            step=Step(8, 8, 8),
+            step=Step(8, 8, 8, 8),
             surrogate=objective.surrogate,
-            delta=None if objective.surrogate == "cispo" else delta,
+            delta=delta if objective.surrogate == "clip" else None,
         )
         kl = kl_loss(
             policy,
@@ -479,7 +516,7 @@ def test_every_objective_is_finite_at_extreme_log_ratios(
             importance=True,
             ratio=objective.ratio,
             aggregate=objective.aggregate,
-            step=Step(8, 8, 8),
+            step=Step(8, 8, 8, 8),
         )
         (slopes,) = torch.autograd.grad(total + kl, policy)
         assert math.isfinite(total.item())
@@ -518,18 +555,23 @@ def responses(draw: st.DrawFn) -> Response:
     advantage = draw(st.sampled_from([0.0, 1.0, -1.0]) | numbers(-3, 3))
     old = draw(st.lists(numbers(-8, -0.01), min_size=1, max_size=6))
     # e^1.8 = 6.05 is over every bound.
-    policy = [value + draw(st.sampled_from([0.0, 0.5, 1.8]) | numbers(-1.5, 1.5)) for value in old]
+    moved = [draw(st.sampled_from([0.0, 0.5, 1.8]) | numbers(-1.5, 1.5)) for _ in old]
+    policy = [min(value + by, -0.001) for value, by in zip(old, moved, strict=True)]
     reference = [value + draw(numbers(-2, 2)) for value in old]
     sampled = [value - draw(st.sampled_from([0.0, 0.005]) | numbers(-1.5, 1.5)) for value in old]
     entropy = [draw(numbers(0, 5)) for _ in old]
-    return Response(advantage, policy, old, reference, [True] * len(old), sampled, entropy)
+    group = draw(st.integers(0, 2))
+    return Response(advantage, policy, old, reference, [True] * len(old), sampled, entropy, group)
 
 
 def fitting(objective: Objective) -> Objective:
-    """What the configuration lets pass: cispo is per token, a sequence ratio has one weight per rollout."""
-    if objective.surrogate == "cispo":
-        objective = replace(objective, ratio="token", delta=None)
-    return objective if objective.ratio == "token" else replace(objective, correction_level="sequence_mean")
+    """What the configuration lets pass: the ratio of a surrogate, one weight for one value per rollout."""
+    if objective.surrogate != "clip":
+        ratio = SURROGATES[objective.surrogate] or objective.ratio
+        objective = replace(objective, ratio=ratio, delta=None)
+    if objective.ratio == "token":
+        return objective
+    return replace(objective, correction_level="sequence_mean", top_entropy=None)
 
 
 mixtures = st.builds(
@@ -538,7 +580,7 @@ mixtures = st.builds(
     correction_level=st.sampled_from(["token", "sequence_mean"]),
     correction_cap=st.sampled_from([2.0, 1.3, 1.01]),
     ratio=st.sampled_from(RATIOS),
-    surrogate=st.sampled_from(["clip", "clip", "cispo"]),
+    surrogate=st.sampled_from(["clip", "clip", *SURROGATES]),
     clip_low=st.sampled_from([0.2, 0.1, None]),
     clip_high=st.sampled_from([0.2, 0.28, None]),
     delta=st.sampled_from([None, 1.5, 3.0]),
@@ -547,9 +589,26 @@ mixtures = st.builds(
     kl_estimator=st.sampled_from(["k1", "k2", "k3"]),
     kl_importance=st.booleans(),
     entropy_coefficient=st.sampled_from([0.0, 0.1]),
+    tau_positive=st.sampled_from([1.0, 0.3]),
+    tau_negative=st.sampled_from([1.05, 4.0]),
+    ratio_cap=st.sampled_from([20.0, 1.3]),
+    k_positive=st.sampled_from([2.0, 0.0]),
+    lambda_negative=st.sampled_from([2.0, 0.7]),
+    off_policy_mask=st.sampled_from([None, 0.0031234567891, 0.2]),
+    top_entropy=st.sampled_from([None, 0.2, 0.5, 1.0]),
 ).map(fitting)
 # Those of the configuration have clips of their own, such as the 3e-4 of GSPO.
 objectives = mixtures | st.sampled_from(list(restatement.OBJECTIVES.values()))
+
+
+RENAMED = {name: f"sampler_{name}" for name in ("correction", "correction_level", "correction_cap")}
+
+
+def constants(objective: Objective) -> constants_of.Objective:
+    """The restatement's constants under the names of the configuration; the step has max_new_tokens."""
+    values = {RENAMED.get(name, name): value for name, value in asdict(objective).items()}
+    values.pop("max_new_tokens")
+    return constants_of.Objective(**values)
 
 
 def ours(
@@ -559,64 +618,49 @@ def ours(
 
     A row of the gradient: by each log-prob, then by each entropy.
     """
-    step = Step(len(rows), sum(len(row.policy) for row in rows), objective.max_new_tokens)
+    tokens_of: dict[int, int] = {}
+    for row in rows:
+        tokens_of[row.group] = tokens_of.get(row.group, 0) + len(row.policy)
+    step = Step(len(rows), sum(tokens_of.values()), objective.max_new_tokens, len(tokens_of))
+    bound = None
+    if objective.top_entropy is not None:
+        bound = np.quantile([x for row in rows for x in row.entropy], 1 - objective.top_entropy)
+    keys = constants(objective)
     total = 0.0
     gradient: dict[int, list[float]] = {}
     for part in parts:
         chosen = [rows[i] for i in part]
         policy = doubles(*(x for row in chosen for x in row.policy)).requires_grad_()
         entropy = doubles(*(x for row in chosen for x in row.entropy)).requires_grad_()
-        reference = doubles(*(x for row in chosen for x in row.reference))
-        lengths_B = lengths(*(len(row.policy) for row in chosen))
         old = doubles(*(x for row in chosen for x in row.old))
-        weights_R = None
-        if objective.correction != "none":
-            weights_R = sampler_weights(
-                old,
-                doubles(*(x for row in chosen for x in row.sampled)),
-                lengths_B,
-                ratio=objective.ratio,
-                correction=objective.correction,
-                level=objective.correction_level,
-                cap=objective.correction_cap,
-            )
-        loss, _ = policy_loss(
-            policy,
-            old,
-            doubles(*(row.advantage for row in chosen)),
+        sampled = doubles(*(x for row in chosen for x in row.sampled))
+        lengths_B = lengths(*(len(row.policy) for row in chosen))
+        weights = (
+            loss.sampler_weights(old, sampled, lengths_B, keys) if objective.correction != "none" else None
+        )
+        given = Given(
             lengths_B,
-            ratio=objective.ratio,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            aggregate=objective.aggregate,
-            step=step,
-            surrogate=objective.surrogate,
-            delta=objective.delta,
-            weights_R=weights_R,
-        )
-        kl = kl_loss(
-            policy,
-            reference,
+            doubles(*(row.advantage for row in chosen for _ in row.policy)),
             old,
-            lengths_B,
-            estimator=objective.kl_estimator,
-            importance=objective.kl_importance,
-            ratio=objective.ratio,
-            aggregate=objective.aggregate,
-            step=step,
+            doubles(*(x for row in chosen for x in row.reference)),
+            weights,
+            lengths(*(tokens_of[row.group] for row in chosen)),
+            sampled,
+            None if bound is None else entropy.detach() < float(bound),
         )
-        loss = loss + objective.kl_coefficient * kl
-        loss = loss - objective.entropy_coefficient * aggregate_tokens(
-            entropy, lengths_B, objective.aggregate, step
-        )
-        loss.backward()  # type: ignore[no-untyped-call]
+        value, _ = batch_loss(policy, entropy, given, replace(keys, entropy_coefficient=0.0), step)
+        bonus = loss.aggregate_tokens(entropy, given, objective.aggregate, step)
+        value = (
+            value - objective.entropy_coefficient * bonus
+        )  # has a gradient where the coefficient is 0, too
+        value.backward()  # type: ignore[no-untyped-call]
         assert policy.grad is not None
         assert entropy.grad is not None
         slopes, entropy_slopes = iter(policy.grad.tolist()), iter(entropy.grad.tolist())
         for i in part:
             count = len(rows[i].policy)
             gradient[i] = [*islice(slopes, count), *islice(entropy_slopes, count)]
-        total += loss.item()
+        total += value.item()
     return total, [gradient[i] for i in range(len(rows))]
 
 
@@ -663,7 +707,7 @@ def test_loss_and_gradient_are_the_same_for_any_split_into_micro_batches(
 COUNTS, SEEN = [True, False, True], [-1.4, -2.0, -0.2]
 ROWS = [
     Response(0.8, [-1.0, -2.0, -0.3], [-1.1, -2.6, -0.2], [-1.3, -1.9, -0.5], COUNTS, SEEN, [1.0] * 3),
-    Response(-1.2, [-0.7, -1.4], [-0.6, -0.9], [-0.8, -1.1], [True, True], [-0.8, -0.7], [1.0] * 2),
+    Response(-1.2, [-0.7, -1.4], [-0.6, -0.9], [-0.8, -1.1], [True, True], [-0.8, -0.7], [1.0] * 2, 1),
     # Ratios 2.2 and 2.5, 5.5 and 2.3 for the whole.
     Response(-0.9, [-0.4, -1.0], [-1.2, -1.9], [-0.9, -0.7], [True, True], [-1.1, -2.0], [1.0] * 2),
 ]
@@ -717,14 +761,39 @@ def test_the_gradient_of_the_restatement_is_that_of_its_loss(
                 assert found.entropy_gradient[i][t] == pytest.approx(by_entropy, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("surrogate", ["sapo", "gmpo"])
+@pytest.mark.parametrize("off_policy_mask", [None, 0.05])
+def test_the_gradient_of_a_smooth_surrogate_is_that_of_its_loss(
+    surrogate: str, off_policy_mask: float | None
+) -> None:
+    for aggregate in AGGREGATES:
+        objective = fitting(
+            Objective(
+                surrogate=surrogate,
+                clip_low=0.4,
+                clip_high=0.4,
+                aggregate=aggregate,
+                off_policy_mask=off_policy_mask,
+                top_entropy=0.5,
+            )
+        )
+        found = restatement.loss(ROWS, objective)
+        assert (found.off_policy > 0) == (off_policy_mask is not None)
+        for i, row in enumerate(ROWS):
+            for t in range(len(row.policy)):
+                expected = central_difference(objective, i, t, "policy")
+                assert found.gradient[i][t] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
 @pytest.mark.parametrize("clip_low", [None, 0.2])
 @pytest.mark.parametrize("correction", ["none", "truncate"])
-def test_the_gradient_of_cispo_is_that_of_its_loss_at_a_constant_ratio(
-    clip_low: float | None, correction: str
+@pytest.mark.parametrize("surrogate", ["cispo", "dppo_tv", "dppo_kl", "vespo"])
+def test_the_gradient_of_a_weighted_log_prob_is_that_of_its_loss_at_a_constant_weight(
+    clip_low: float | None, correction: str, surrogate: str
 ) -> None:
     for aggregate in AGGREGATES:
         objective = Objective(
-            surrogate="cispo", clip_low=clip_low, clip_high=1.3, aggregate=aggregate, correction=correction
+            surrogate=surrogate, clip_low=clip_low, clip_high=1.3, aggregate=aggregate, correction=correction
         )
         gradient = restatement.loss(ROWS, objective).gradient
         for i, row in enumerate(ROWS):

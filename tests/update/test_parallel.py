@@ -15,8 +15,7 @@ from grpo.config import Config, UpdateConfig
 from grpo.update import parallel
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner
-from grpo.update.loss import Step
-from grpo.update.objective import Stored, Sums, objective_of
+from grpo.update.objective import Stored, Sums, objective_of, step_of
 
 pytestmark = pytest.mark.xdist_group("parallel")  # the group is started once, for all tests
 WORLD = 2
@@ -30,6 +29,8 @@ CASES: dict[str, tuple[str, list[list[int]]]] = {
     "grpo, one rollout": ("grpo", ALONE),
     "dapo, one rollout": ("dapo", ALONE),
     "gspo": ("gspo", SEVERAL),
+    "gmpo": ("gmpo", SEVERAL),
+    "scalerl": ("scalerl", SEVERAL),
 }
 
 
@@ -45,6 +46,7 @@ def settings(objective: str) -> UpdateConfig:
             "max_tokens_per_batch": 24,
             "entropy_coefficient": 0.01 if objective == "dapo" else 0.0,
             "max_grad_norm": 0.5,
+            **({"off_policy_mask": 0.01, "top_entropy": 0.5} if objective == "scalerl" else {}),
         },
     }
     return Config.model_validate(document).update
@@ -76,8 +78,10 @@ def step(folder: Path, objective: str, lengths: list[list[int]]) -> dict[str, An
     if config.kl_coefficient:
         learner.load_reference(folder / "reference")
         stored.reference = learner.reference_logprobs(rollouts, everything)
-    denominators = Step(len(rollouts), int(rollouts.num_tokens.sum()), MAX_NEW_TOKENS)
-    row, policy = learner.step(rollouts, everything, denominators, stored)
+    if config.top_entropy is not None:
+        stored.entropy = learner.policy_entropies(rollouts, everything)[1]
+    whole = step_of(config, rollouts, everything, MAX_NEW_TOKENS, stored)
+    row, policy = learner.step(rollouts, everything, whole, stored)
     named = dict(learner.model.named_parameters())
     return {
         "row": row,
@@ -179,9 +183,19 @@ def test_without_a_group_a_process_has_all_of_it() -> None:
 def test_sums_by_hand() -> None:
     # Everything is added but the largest ratio.
     first = Sums(
-        policy_loss=1.0, tokens=3.0, entropy=6.0, ratio=2.0, ratios=2.0, clipped_low=1.0, largest=1.5
+        policy_loss=1.0,
+        tokens=3.0,
+        entropy=6.0,
+        ratio=2.0,
+        ratios=2.0,
+        clipped_low=1.0,
+        clips=2.0,
+        rollouts=1.0,
+        largest=1.5,
     )
-    second = Sums(policy_loss=0.5, tokens=1.0, entropy=4.0, ratio=4.0, ratios=2.0, largest=1.25)
+    second = Sums(
+        policy_loss=0.5, tokens=1.0, entropy=4.0, ratio=4.0, ratios=2.0, clips=2.0, rollouts=1.0, largest=1.25
+    )
     row = (first + second).row(objective_of(settings("dapo")))
     assert (row["policy_loss"], row["ratio_max"], row["kl"]) == (1.5, 1.5, None)
     assert (row["entropy"], row["ratio_mean"]) == (10 / 4, 6 / 4)

@@ -8,12 +8,13 @@ from tests.update.examples import configuration
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
 
 from grpo.config import Config
 from grpo.errors import UsageError
-from grpo.update.schedule import learning_rate
+from grpo.update.schedule import learning_rate, warmup_of
 
 THEIRS = {
     "constant": lambda optimizer, warmup, num_steps: get_constant_schedule_with_warmup(optimizer, warmup),
@@ -90,3 +91,49 @@ def test_after_the_last_iteration_a_constant_rate_stays_and_others_are_refused(s
         return
     with pytest.raises(UsageError, match=r"found iteration 6; raise `iterations`, or set schedule: con"):
         learning_rate(config, 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0, 4, 8, 6.5, 5, 3.5]),  # 2 + 6 (6 - step) / 4 from step 2 on; 2 at step 6
+        ("cosine", [0, 4, 8, 5 + 1.5 * math.sqrt(2), 5, 5 - 1.5 * math.sqrt(2)]),
+    ],
+)
+def test_a_schedule_ends_at_the_lowest_learning_rate(schedule: str, expected: list[float]) -> None:
+    config = configuration(schedule=schedule, warmup_steps=2, learning_rate=8.0, min_learning_rate=2.0)
+    config = config.model_copy(update={"iterations": 6})
+    assert [learning_rate(config, step, 0) for step in range(6)] == pytest.approx(expected, rel=1e-14)
+    with pytest.raises(
+        UsageError, match=f"^update.schedule: {schedule} reaches 2 after iterations: 6; found"
+    ):
+        learning_rate(config, 6, 0)
+
+
+def test_a_cosine_to_a_lowest_rate_is_that_of_transformers() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=8.0)
+    theirs = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 3, 20, min_lr=0.5)
+    config = configuration(schedule="cosine", warmup_steps=3, learning_rate=8.0, min_learning_rate=0.5)
+    config = config.model_copy(update={"iterations": 20})
+    for step in range(20):
+        assert learning_rate(config, step, 0) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize(
+    ("share", "num_steps", "expected"),
+    [(0.0, 6, 0), (0.1, 30, 3), (0.1, 31, 4), (0.5, 5, 3), (0.001, 5, 1), (1 / 3, 3, 1), (0.99, 2, 2)],
+)
+def test_a_warm_up_as_a_share_is_rounded_up(share: float, num_steps: int, expected: int) -> None:
+    assert warmup_of(share, num_steps) == expected
+
+
+def test_a_warm_up_as_a_share_counts_all_steps_of_the_run() -> None:
+    config = configuration(warmup_share=0.25, learning_rate=8.0, epochs=2, steps_per_iteration=2)
+    config = config.model_copy(update={"iterations": 4})  # 16 steps, 4 of warm-up
+    assert [learning_rate(config, 0, number) for number in range(4)] == [0, 2, 4, 6]
+    assert learning_rate(config, 1, 0) == learning_rate(config, 9, 0) == 8  # constant: no end
+    longer = config.model_copy(update={"iterations": 8})
+    assert learning_rate(longer, 0, 2) == 2

@@ -7,7 +7,7 @@ import torch
 from tests.pages.pages import DOCS, blocks
 
 from grpo.config.update import OBJECTIVES
-from grpo.update.loss import Given, Objective, Step
+from grpo.update.given import Given, Objective, Step
 from grpo.update.objective import batch_loss
 
 
@@ -28,7 +28,7 @@ def test_the_thirty_lines_are_the_objective_grpo() -> None:
     [expected_gradient] = torch.autograd.grad(expected, logprobs_N)
 
     keys = {key: value for key, value in OBJECTIVES["grpo"]["update"].items() if key != "old_logprobs"}
-    given = Given(lengths_B, advantages_B, old_N, reference_N)
+    given = Given(lengths_B, advantages_B.repeat_interleave(lengths_B), old_N, reference_N)
     loss, part = batch_loss(logprobs_N, torch.zeros(9), given, Objective(**keys), Step(3, 9, 8))
     [gradient] = torch.autograd.grad(loss, logprobs_N)
     assert part.clipped_low + part.clipped_high > 0  # the clip acts in this example

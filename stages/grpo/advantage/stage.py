@@ -6,52 +6,83 @@ trains on exactly the rows with keep = true.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from grpo import sql, tables
 from grpo.advantage.plan import NAME, OUTPUT
-from grpo.artifacts import ActiveRun, Manifest, Product, Run, Staging, id_of
-from grpo.config.named_files import named_text
-from grpo.errors import DataError, UsageError
+from grpo.artifacts import (
+    ActiveRun,
+    Manifest,
+    Product,
+    Run,
+    Staging,
+    are_own,
+    check_keys,
+    id_of,
+    keep_source,
+    read_rollouts,
+)
+from grpo.config.named_files import named_file, named_text
+from grpo.errors import CorruptError, DataError, UsageError
 
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
+_READ = ("rollouts", "rewards")  # outputs
+_CONDITION_OF = f"select {_KEY}, advantage from samples"
+
+
+class Tool(NamedTuple):
+    """What stays open between iterations: our connection, and the process for what the user wrote."""
+
+    connection: sql.Connection
+    user_sql: sql.UserSql
 
 
 @contextmanager
-def open_resource(run: ActiveRun) -> Iterator[sql.Connection]:
+def open_resource(run: ActiveRun) -> Iterator[Tool]:
     """A connection for all iterations: it is opened in 30 ms, and used in 10."""
-    with sql.connect([run], range(0), ("rollouts", "rewards")) as connection:
+    with sql.connect([run], range(0), _READ) as connection, sql.UserSql(run.console.stop_requested) as user:
         sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
-        yield connection
+        yield Tool(connection, user)
 
 
-def release(opened: sql.Connection) -> None:
+def release(opened: Tool) -> None:
     """Nothing is kept on an accelerator."""
 
 
-def after(run: Run, manifest: Manifest, opened: sql.Connection) -> None:
+def after(run: Run, manifest: Manifest, opened: Tool) -> None:
     """Nothing follows from committed advantages."""
 
 
-def produce(run: ActiveRun, iteration: int, staging: Staging, opened: sql.Connection) -> Product:
+def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Tool) -> Product:
     """The `advantages` of one iteration."""
-    for name in ("rollouts", "rewards"):
+    if run.config.advantage.sql is not None:
+        path = named_file(run.imports, "advantage.sql", run.config.advantage.sql)
+        keep_source(run, staging.plan.user_files["advantage.sql"], path.name, path.read_bytes)
+    for name in _READ:
         for file in run.require(name, iteration, f"grpo {NAME}").files:
             if file.table == name:
                 run.verify(file, run.path_of(file, name, iteration))
-    records, kept, zero, scored, total = [], 0, 0, 0, 0.0
+    if not all(are_own(run, output, iteration) for output in ("rollouts", "rewards")):
+        _check_inputs(run, iteration)
+    records, kept, zero, scored, total, last = [], 0, 0, 0, 0.0, -1
     with staging.clock("advantage"):
         for index, data in enumerate(_advantages(run, iteration, opened)):
             data = data.cast(tables.schema(OUTPUT))
             _check_finite(data)
+            last = _check_keys(data, last)
             records.append(staging.write_table(OUTPUT, staging.file_name("part", index), data))
             kept += pc.sum(data["keep"]).as_py() or 0
             zero += pc.sum(pc.equal(data["advantage"], 0.0)).as_py() or 0
             scored += pc.count(data["reward"]).as_py()
             total += pc.sum(data["reward"]).as_py() or 0.0
+    _check_rows(run, iteration, sum(record.rows or 0 for record in records))
     if not kept:
         run.console.say(f"advantage {iteration}: no rollout is kept, so update has nothing to learn from")
     reward_mean = total / scored if scored else None
@@ -59,33 +90,53 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: sql.Connec
     return Product({OUTPUT: id_of(records)}, records, summary)
 
 
+def _check_inputs(run: Run, iteration: int) -> None:
+    """Raise CorruptError (exit 6) unless there is one of each reward for each rollout, as they were made."""
+    rollouts = read_rollouts(run, iteration).select(list(tables.KEY))
+    rewards = run.read("rewards", iteration, [*tables.KEY, "name"])
+    place = run.folder("rewards", iteration)
+    summary = run.require("rewards", iteration, "grpo score").summary
+    for name in summary["weights"] if "statuses" in summary else ():  # which count every row that was made
+        check_keys(f"{place}: {name}", rewards.filter(pc.equal(rewards["name"], name)), rollouts)
+
+
 def check(run: ActiveRun, until: int, resources: object) -> None:
     """Raise UsageError (exit 2) for SQL of the user's that cannot be run, whatever the tables will hold."""
-    if not (queries := _user_queries(run)):
+    config = run.config.advantage
+    if config.sql is None and config.where is None:
         return
-    with sql.connect([run], outputs=()) as connection:
-        sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
-        for key, (name, text) in queries.items():
-            _check_columns(sql.user_columns(connection, key, text), name)
+    with sql.UserSql() as user_sql:
+        for place, question in _questions(run, None, {}):
+            _check_columns(user_sql.columns(question, place), place)
 
 
-def _user_queries(run: ActiveRun) -> dict[str, tuple[str, str]]:
-    """What the user's estimator and condition ask, in this order: key -> (name for errors, query).
+def _questions(
+    run: ActiveRun, iteration: int | None, weights: dict[str, float]
+) -> Iterator[tuple[str, sql.Question]]:
+    """What the user's estimator and condition ask, in this order: where that is written, and the question.
 
     Both give the key and the advantage of the rollouts to be kept.
     """
-    config, queries = run.config.advantage, {}
-    if config.sql is not None:
-        queries["advantage.sql"] = config.sql, named_text(run.imports, "advantage.sql", config.sql)
-    if config.where is not None:
-        query = f"select {_KEY}, advantage from samples where ({config.where})"
-        queries["advantage.where"] = "advantage.where", query
-    return queries
-
-
-def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> Iterator[pa.Table]:
-    """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config = run.config.advantage
+    shown = partial(
+        sql.Question,
+        runs=[run],
+        iteration=iteration,
+        outputs=() if iteration is None else _READ,
+        repeatable=True,
+        weights=list(weights.values()),
+        seed=(run.config.seed, iteration or 0),
+    )
+    if config.sql is not None:
+        text = named_text(run.imports, "advantage.sql", config.sql)
+        yield f"advantage.sql: {config.sql}", shown(text)
+    if config.where is not None:
+        yield "advantage.where", shown(config.where, condition_of=_CONDITION_OF)
+
+
+def _advantages(run: ActiveRun, iteration: int, opened: Tool) -> Iterator[pa.Table]:
+    """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
+    config, connection = run.config.advantage, opened.connection
     rewards = run.require("rewards", iteration, "grpo score")
     sql.turn_to(connection, iteration)
     sql.tell_weights(connection, rewards.summary["weights"].values())
@@ -98,14 +149,32 @@ def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> I
         sql.query(connection, text, {**parameters, "first_group": first, "last_group": last})
         for first, last in _blocks(run, iteration, connection)
     )
-    if not (queries := _user_queries(run)):
+    if config.sql is None and config.where is None:
         yield from blocks
         return
     data = pa.concat_tables(blocks)
-    for key, (name, query) in queries.items():
-        sql.register(connection, "_advantages_0", data)  # as `advantages` the query sees `data` itself
-        data = _chosen(data, sql.user_rows(connection, key, query), name)
+    for place, question in _questions(run, iteration, rewards.summary["weights"]):
+        # As `advantages` the query sees `data` itself.
+        asked = replace(question, tables={"_advantages_0": data})
+        data = _chosen(data, opened.user_sql.rows(asked, place).table(), place)
     yield data
+
+
+def _check_keys(data: pa.Table, last: int) -> int:
+    """The last key of rows in key order, as a number; last: of those before. Raises CorruptError (exit 6)."""
+    group, sample = (data[name].to_numpy() for name in ("group_id", "sample_id"))
+    keys = np.concatenate([[last], group.astype(np.int64) * 2**31 + sample])
+    if len(wrong := np.flatnonzero(np.diff(keys) <= 0)):
+        key = tuple(data[name][int(wrong[0])].as_py() for name in tables.KEY)
+        raise CorruptError(f"rollouts or rewards: rollout ({_KEY}) {key} occurs twice; see `grpo verify`")
+    return int(keys[-1])
+
+
+def _check_rows(run: Run, iteration: int, rows: int) -> None:
+    """Raise CorruptError (exit 6) where not each rollout has one row of advantages."""
+    rollouts = run.require("rollouts", iteration, f"grpo {NAME}").rows
+    if rows != rollouts:
+        raise CorruptError(f"advantages: {rows} rows for {rollouts} rollouts; see `grpo verify`")
 
 
 def _check_finite(data: pa.Table) -> None:

@@ -12,7 +12,7 @@ from grpo.config.generate import GenerateConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
 from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, must
-from grpo.config.update import OBJECTIVES, UpdateConfig
+from grpo.config.update import UpdateConfig, objective_settings
 
 PASS_THRESHOLD = 1.0
 _GREEDY_OR_NOT = must(lambda value: not 0 < value < 0.01, "must be 0 (greedy) or at least 0.01")
@@ -30,7 +30,7 @@ class AdvantageConfig(Section):
     truncated: Literal["keep", "drop"] = "keep"
     """Rollouts that hit max_new_tokens: train on them or not; they count in their group's mean."""
     where: NonEmpty | None = None
-    """SQL condition over `samples`; a rollout that does not meet it is not trained on. null: all."""
+    """One SQL condition over `samples`; a rollout that does not meet it is not trained on. null: all."""
     sql: NonEmpty | None = None
     """File with a query that returns iteration, group_id, sample_id, advantage. null: advantage.sql."""
 
@@ -147,7 +147,7 @@ class Config(Section):
         sections = {name: data.get(name, {}) for name in ("update", "advantage")}
         if not all(isinstance(section, dict) for section in sections.values()):
             return data  # the field's own check says what is wrong
-        settings = OBJECTIVES.get(str(sections["update"].get("objective", "grpo")), {})
+        settings = objective_settings(sections["update"])
         return {**data, **{name: {**settings.get(name, {}), **given} for name, given in sections.items()}}
 
     def model_post_init(self, context: Any, /) -> None:

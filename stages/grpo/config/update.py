@@ -1,10 +1,12 @@
 """config.update: the update section of pipeline.yaml, and what an objective sets (docs/math.md)."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from grpo.config.section import Count, NonEmpty, NonNegative, Positive, Section
+from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Positive, Section
+from grpo.config.surrogates import READ_BY, SURROGATES, known_surrogate
 
 _GRPO: dict[str, Any] = {
     "ratio": "token",
@@ -38,7 +40,32 @@ OBJECTIVES = {
     "cispo": _sets(
         surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token_mean", kl_coefficient=0.0
     ),
+    "sapo": _sets(surrogate="sapo", clip_low=None, clip_high=None, kl_coefficient=0.0),
+    "gmpo": _sets(ratio="sequence_mean", surrogate="gmpo", clip_low=0.4, clip_high=0.4, kl_coefficient=0.0),
+    "dppo": _sets(surrogate="dppo_tv", aggregate="token_mean", kl_coefficient=0.0),
+    "vespo": _sets(
+        surrogate="vespo", clip_low=None, clip_high=None, aggregate="token_mean", kl_coefficient=0.0
+    ),
+    "scalerl": _sets(
+        scale="batch",
+        drop_zero_variance=True,
+        surrogate="cispo",
+        clip_low=None,
+        clip_high=4.0,
+        aggregate="prompt_mean",
+        kl_coefficient=0.0,
+    ),
 }
+
+
+def objective_settings(update: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the objective of an `update` section sets, by section: no clip where its surrogate has none."""
+    settings = OBJECTIVES.get(str(update.get("objective", "grpo")), {})
+    surrogate = update.get("surrogate", "clip")  # every objective's own has the clip that it reads
+    if not settings or surrogate in READ_BY["clip_low"]:
+        return settings
+    return {**settings, "update": settings["update"] | {"clip_low": None, "clip_high": None}}
+
 
 # The cap of the sampler correction by its level, unless one is given: a mean over tokens strays far less.
 SAMPLER_CORRECTION_CAPS = {"token": 2.0, "sequence_mean": 1.01}
@@ -47,6 +74,7 @@ SAMPLER_CORRECTION_CAPS = {"token": 2.0, "sequence_mean": 1.01}
 # (3e38): beyond that a bound cannot be compared, and a weight times 0 is not a number.
 LARGEST = 1e6
 Weight = Annotated[float, Field(ge=0, le=LARGEST)]
+Temperature = Annotated[float, Field(ge=1e-6, le=LARGEST)]
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
 
 
@@ -64,22 +92,58 @@ class LoraConfig(Section):
 class UpdateConfig(Section):
     """update: policy + rollouts + advantages -> next policy, updates, logprobs."""
 
-    objective: Literal["grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    objective: Literal[
+        "grpo",
+        "grpo_sequence",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "sapo",
+        "gmpo",
+        "dppo",
+        "vespo",
+        "scalerl",
+    ] = "grpo"
     """Sets the keys marked (objective), advantage.scale and .drop_zero_variance; a key written here wins."""
     ratio: Literal["token", "sequence", "sequence_mean"] = "token"
     """(objective) Importance ratio pi / pi_old: per token, of the sequence, or its geometric mean."""
-    surrogate: Literal["clip", "cispo"] = "clip"
-    """(objective) clip: min(ratio A, clipped ratio A). cispo: clipped ratio, held constant, times A logprob,
-    so that a clipped token keeps its gradient; needs ratio: token."""
+    surrogate: Annotated[str, AfterValidator(known_surrogate)] = "clip"
+    """(objective) What is maximised: clip, cispo, sapo, gmpo, dppo_tv, dppo_kl, vespo (docs/math.md), or
+    `module:function` of a file beside the configuration (docs/objectives.md)."""
     clip_low: Annotated[float, Field(ge=0, le=1)] | None = 0.2
-    """(objective) The ratio is clipped at 1 - clip_low, 0 <= clip_low <= 1; null: not on this side."""
+    """(objective) The ratio is clipped at 1 - clip_low, 0 <= clip_low <= 1; null: not on this side. gmpo: the
+    log-ratio at -clip_low; dppo: how far a token's probability may have fallen (dppo_kl: in KL)."""
     clip_high: Weight | None = 0.2
-    """(objective) The ratio is clipped at 1 + clip_high, 0 <= clip_high <= 1e6; null: not on this side."""
+    """(objective) The ratio is clipped at 1 + clip_high, 0 <= clip_high <= 1e6; null: not on this side. gmpo:
+    the log-ratio at clip_high; dppo: how far a token's probability may have risen (dppo_kl: in KL)."""
     delta: Annotated[float, Field(gt=1, le=LARGEST)] | None = None
     """Two-sided clipping: the ratio is capped here for negative advantages too; > 1 + clip_high, at most 1e6.
     null: their ratios have no cap. Needs surrogate: clip."""
-    aggregate: Literal["sequence_mean", "token_mean", "constant", "sequence_sum"] = "sequence_mean"
+    tau_positive: Annotated[Temperature, ADDED] = 1.0
+    """sapo: how fast the gradient fades as the ratio leaves 1, where A > 0; 1e-6 (not at all) to 1e6."""
+    tau_negative: Annotated[Temperature, ADDED] = 1.05
+    """The same where A < 0."""
+    ratio_cap: Annotated[float, Field(ge=1, le=LARGEST), ADDED] = 20.0
+    """dppo: the ratio that weighs a token is at most this, 1 to 1e6."""
+    k_positive: Annotated[Weight, ADDED] = 2.0
+    """vespo: the weight of a rollout is w^k e^(lambda (1 - w)), where A > 0; 0 to 1e6."""
+    k_negative: Annotated[Weight, ADDED] = 3.0
+    """The same where A < 0."""
+    lambda_positive: Annotated[Weight, ADDED] = 3.0
+    """vespo: how fast the weight falls for a rollout that became likelier, where A > 0; 0 to 1e6."""
+    lambda_negative: Annotated[Weight, ADDED] = 2.0
+    """The same where A < 0."""
+    aggregate: Literal["sequence_mean", "token_mean", "constant", "sequence_sum", "prompt_mean"] = (
+        "sequence_mean"
+    )
     """(objective) How tokens and rollouts of an optimiser step are averaged (docs/math.md)."""
+    off_policy_mask: Annotated[Weight | None, ADDED] = None
+    """A rollout with A < 0 whose tokens became less likely than when sampled by more than this many nats, in
+    the mean, gives no policy gradient; 0 to 1e6. null: every rollout does."""
+    top_entropy: Annotated[Annotated[float, Field(gt=0, le=1)] | None, ADDED] = None
+    """Only this share of the optimiser step's tokens, those of highest entropy, gives a policy gradient;
+    1: all, after one more pass. null: all. Needs one surrogate value per token."""
     kl_coefficient: Weight = 0.01
     """(objective) Weight of the KL term; 0 loads no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -97,14 +161,22 @@ class UpdateConfig(Section):
     """One weight per token, or the geometric mean of a rollout's; a sequence ratio needs the latter."""
     sampler_correction_cap: Annotated[float, Field(gt=1, le=LARGEST)] = SAMPLER_CORRECTION_CAPS["token"]
     """Cap of the weight, > 1, at most 1e6. Left out: 2.0 for level token, 1.01 for sequence_mean."""
+    sampler_correction_floor: Annotated[Annotated[float, Field(gt=0, le=1)] | None, ADDED] = None
+    """truncate: the weight is at least this. mask: where a weight is kept from, in place of 1 / cap. > 0, at
+    most 1; null: truncate has no such bound, and mask 1 / cap."""
     reference: NonEmpty | None = None
     """Checkpoint of the KL term; null: the starting policy. Fixed for a run."""
     learning_rate: NonNegative = 5e-7
     """Learning rate of AdamW: the highest of the run, where warm-up ends and the schedule begins."""
+    min_learning_rate: Annotated[NonNegative, ADDED] = 0.0
+    """Where a linear or cosine schedule ends, at most learning_rate; constant has none."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up, to the end of the run: as it is, or to 0 in a line or a half cosine."""
+    """Learning rate after warm-up, to the end of the run: as it is, or down to min_learning_rate in a line or
+    a half cosine."""
     warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Optimiser steps in which the learning rate rises linearly from 0, at most those of the run; 0: none."""
+    warmup_share: Annotated[float, Field(ge=0, lt=1), ADDED] = 0.0
+    """The same as a share of the run's optimiser steps, rounded up, in place of warmup_steps; 0: none."""
     betas: Betas = Field([0.9, 0.999])
     """AdamW's decay rates of the first and second moment."""
     adam_epsilon: Positive = 1e-8
@@ -139,33 +211,86 @@ class UpdateConfig(Section):
             return {"sampler_correction_cap": SAMPLER_CORRECTION_CAPS["sequence_mean"], **data}
         return data
 
+    @property
+    def own(self) -> str | None:
+        """The surrogate, where it is a function of the user's."""
+        return None if self.surrogate in SURROGATES else self.surrogate
+
     def model_post_init(self, context: Any, /) -> None:
         """Raise ValueError where one key does not fit another."""
-        if self.surrogate == "cispo" and self.ratio != "token":
-            raise ValueError(f"surrogate: cispo weighs tokens, found ratio: {self.ratio}; set ratio: token")
-        if self.surrogate == "cispo" and self.delta is not None:
-            raise ValueError(
-                f"delta: {self.delta} is for surrogate: clip; the clip_high of cispo caps the ratio for"
-                " advantages of both signs: leave delta out"
-            )
-        if self.delta is not None and self.clip_high is not None and self.delta <= 1 + self.clip_high:
-            raise ValueError(
-                f"delta: {self.delta} must be greater than 1 + clip_high = {1 + self.clip_high:g}, where the"
-                " ratio of a positive advantage is already clipped"
-            )
+        self._check_surrogate()
         if self.replay_iterations and self.old_logprobs == "recomputed":
             raise ValueError(
                 f"replay_iterations: {self.replay_iterations} needs old_logprobs: sampled; recomputed takes"
                 " the present policy for the one that sampled, and every older rollout's ratio would be 1"
             )
+        self._check_schedule()
         correction = self.sampler_correction
+        if correction == "none" and self.sampler_correction_floor is not None:
+            raise ValueError(
+                f"sampler_correction_floor: {self.sampler_correction_floor} bounds the weight of a"
+                " sampler_correction; set it to truncate or mask, or leave the floor out"
+            )
         if correction != "none" and self.old_logprobs == "sampled":
             raise ValueError(
                 f"sampler_correction: {correction} needs old_logprobs: recomputed; with sampled"
                 " the ratio itself is to the sampler, and a weight of 1 is right: sampler_correction: none"
             )
-        if correction != "none" and self.ratio != "token" and self.sampler_correction_level == "token":
+        if self.own is not None or self.ratio == "token":
+            return
+        if correction != "none" and self.sampler_correction_level == "token":
             raise ValueError(
                 f"ratio: {self.ratio} has one surrogate value per rollout, which weights per token do not"
                 " fit; set sampler_correction_level: sequence_mean"
+            )
+        if self.top_entropy is not None:
+            raise ValueError(
+                f"ratio: {self.ratio} has one surrogate value per rollout, of which no token can be left out;"
+                " leave top_entropy out, or set ratio: token"
+            )
+
+    def _check_schedule(self) -> None:
+        """Raise ValueError for a key of the schedule that has no effect."""
+        lowest = self.min_learning_rate
+        if lowest and self.schedule == "constant":
+            raise ValueError(
+                f"min_learning_rate: {lowest} is where a schedule ends; set schedule: linear or cosine, or"
+                " leave it out"
+            )
+        if lowest > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate: {lowest} must be at most learning_rate: {self.learning_rate}, where the"
+                " schedule begins"
+            )
+        if self.warmup_share and self.warmup_steps:
+            raise ValueError(
+                f"warmup_share: {self.warmup_share} and warmup_steps: {self.warmup_steps} say the same thing;"
+                " give one of them"
+            )
+
+    def _check_surrogate(self) -> None:
+        """Raise ValueError for a key that does not fit the surrogate, or that it does not read."""
+        ratio = SURROGATES.get(self.surrogate)
+        if ratio not in (None, self.ratio):
+            gives = "weighs tokens" if ratio == "token" else "is a geometric mean over the response"
+            raise ValueError(
+                f"surrogate: {self.surrogate} {gives}, found ratio: {self.ratio}; set ratio: {ratio}"
+            )
+        if self.surrogate == "cispo" and self.delta is not None:
+            raise ValueError(
+                f"delta: {self.delta} is for surrogate: clip; the clip_high of cispo caps the ratio for"
+                " advantages of both signs: leave delta out"
+            )
+        for key, readers in READ_BY.items():
+            value = getattr(self, key)
+            without = None if key.startswith("clip_") else type(self).model_fields[key].default
+            if value != without and self.surrogate not in readers:
+                raise ValueError(
+                    f"{key}: {value} is for surrogate: {' or '.join(readers)}; {self.surrogate} does not read"
+                    f" it: leave {key} out{', or set it to null' if without is None else ''}"
+                )
+        if self.delta is not None and self.clip_high is not None and self.delta <= 1 + self.clip_high:
+            raise ValueError(
+                f"delta: {self.delta} must be greater than 1 + clip_high = {1 + self.clip_high:g}, where the"
+                " ratio of a positive advantage is already clipped"
             )

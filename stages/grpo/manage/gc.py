@@ -23,7 +23,11 @@ _SMALL = 2**20 // 10  # bytes; what a person reads is in tenths of a MiB
 
 
 def garbage(run: ActiveRun) -> dict[str, Any]:
-    """All that `grpo gc` would remove, in order; of a checkpoint, `path` is the folder of its update."""
+    """All that `grpo gc` would remove, in order; of a checkpoint, `path` is the folder of its update.
+
+    Raises CorruptError (exit 6) where a folder of the run is a link.
+    """
+    run.refuse_links()
     found = [("trash", path, [path]) for path in _entries(run.trash)]
     found += [("abandoned staging", path, [path]) for path in _abandoned(run)]
     for iteration, paths in droppable(run).items():
@@ -37,11 +41,11 @@ def collect(run: ActiveRun) -> dict[str, Any]:
     found = garbage(run)
     for row in found["garbage"]:
         if row["what"] != "checkpoint":
-            files.remove_folder(row["path"]) if row["path"].is_dir() else files.remove_file(row["path"])
+            files.remove(row["path"])
     prune(run)
     for folder in _folders(run).values():
         if not _entries(folder):
-            files.remove_folder(folder)
+            files.remove(folder)
     return found
 
 
@@ -94,5 +98,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    every = path.rglob("*") if path.is_dir() else [path]
-    return sum(found.stat().st_size for found in every if found.is_file())
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size
+    every = files.entries_below(path)
+    return sum(entry.stat(follow_symlinks=False).st_size for entry in every if not entry.is_dir())

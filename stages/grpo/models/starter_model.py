@@ -75,7 +75,7 @@ def ensure(directory: Path, say: Callable[[str], None]) -> None:
 
 def _build(directory: Path, say: Callable[[str], None]) -> None:
     unfinished = directory.with_name(f".{directory.name}.unfinished")
-    files.remove_folder(unfinished)  # of a process that was killed: we hold the lock
+    files.remove(unfinished)  # of a process that was killed: we hold the lock
     tokenizer = build_tokenizer()
     model = train(tokenizer, STEPS, say)
     with files.resource_errors(directory), quiet_transformers():

@@ -4,10 +4,10 @@ from collections.abc import Collection
 from hashlib import sha256
 from typing import Any
 
-from grpo.artifacts import ActiveRun, Plan
+from grpo.artifacts import ActiveRun, Plan, keep_source
 from grpo.config import RewardConfig
 from grpo.config.score import TRANSPORT
-from grpo.score.functions.source import source_sha256
+from grpo.score.functions.source import find_file, source_sha256
 from grpo.score.judge.rubric import rubric_of
 
 NAME = "score"
@@ -50,6 +50,16 @@ def _source(run: ActiveRun, reward: RewardConfig) -> str:
     if reward.judge is not None:
         return sha256(rubric_of(reward, run.imports).encode()).hexdigest()
     return run.checkpoint_id(str(reward.model))
+
+
+def keep_sources(run: ActiveRun, user_files: dict[str, str]) -> None:
+    """Keep in the run what computes its rewards, as planned: functions' files, and rubrics of judges."""
+    for reward in run.config.score.rewards:
+        digest = user_files[f"score.rewards.{reward.name}"]
+        if reward.function is not None and (file := find_file(reward.function, run.imports)) is not None:
+            keep_source(run, digest, file.name, file.read_bytes)
+        elif reward.judge is not None:
+            keep_source(run, digest, "rubric.txt", rubric_of(reward, run.imports).encode)
 
 
 def configured(reward: RewardConfig, without: set[str], of_judge: Collection[str] = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""sql: DuckDB over the tables of runs."""
+"""sql: DuckDB over the tables of runs; what a user wrote works in a process of its own."""
 
 from grpo.sql.connection import (
     Connection,
@@ -13,14 +13,17 @@ from grpo.sql.connection import (
     seed_random,
     tell_weights,
     turn_to,
-    user_columns,
-    user_rows,
 )
+from grpo.sql.guarded import TIMEOUT_S, Question, Rows, UserSql
 from grpo.sql.run_tables import SETTINGS
 
 __all__ = [
     "SETTINGS",
+    "TIMEOUT_S",
     "Connection",
+    "Question",
+    "Rows",
+    "UserSql",
     "connect",
     "consult",
     "create_scored",
@@ -32,6 +35,4 @@ __all__ = [
     "seed_random",
     "tell_weights",
     "turn_to",
-    "user_columns",
-    "user_rows",
 ]

@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from grpo.artifacts import ActiveRun, Run
+from grpo.artifacts import ActiveRun, Run, read_rollouts
 from grpo.errors import CorruptError
 from grpo.tables import KEY
 from grpo.update.plan import iterations_of
 
 _TOKENS = ("prompt_token_ids", "response_token_ids", "response_mask", "old_logprobs")
-READ = [*KEY, *_TOKENS, "temperature"]  # columns of `rollouts` that training needs
+READ = [*KEY, *_TOKENS, "response_tokens", "temperature"]  # columns of `rollouts` that training needs
 Rows = Sequence[np.ndarray]
 
 
@@ -42,18 +42,24 @@ class Rollouts:
         """T_i, response tokens that count, int64 [B]."""
         return np.array([mask.sum() for mask in self.masks], dtype=np.int64)
 
+    @cached_property
+    def group_tokens(self) -> np.ndarray:
+        """The same of all rollouts of its group, int64 [B]; a step reads whole groups."""
+        group_of_row = np.unique(self.keys[:, :2], axis=0, return_inverse=True)[1]
+        return np.bincount(group_of_row, self.num_tokens).astype(np.int64)[group_of_row]
+
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def read_kept(run: ActiveRun, iteration: int) -> Rollouts:
-    """The kept rollouts of an iteration and of those it replays, in key order.
+def read_kept(run: ActiveRun, iteration: int, vocabulary_size: int | None = None) -> Rollouts:
+    """The kept rollouts of an iteration and of those it replays, in key order; errors as read_rollouts'.
 
     An older rollout keeps the log-probs that its own policy sampled it with, so its importance ratio is a
     true one, and the advantage that its group gave it.
     """
     numbers = iterations_of(run, iteration)
-    rollouts = pa.concat_tables([run.read("rollouts", number, READ) for number in numbers])
+    rollouts = pa.concat_tables([read_rollouts(run, number, READ, vocabulary_size) for number in numbers])
     return kept_rollouts(rollouts, pa.concat_tables([run.read("advantages", number) for number in numbers]))
 
 
@@ -74,6 +80,9 @@ def kept_rollouts(rollouts: pa.Table, advantages: pa.Table) -> Rollouts:
     """Join what was sampled with what is trained on. Raises CorruptError (exit 6) when the keys differ."""
     if not rollouts.select(list(KEY)).equals(advantages.select(list(KEY))):
         raise CorruptError("advantages are not of these rollouts: their keys differ; run `grpo advantage`")
+    trained = advantages.filter(advantages["keep"])["advantage"]
+    if not pc.all(pc.fill_null(pc.is_finite(trained), False), min_count=0).as_py():
+        raise CorruptError("advantages: one that is kept is not finite; run `grpo advantage`")
     kept = rollouts.append_column("advantage", advantages["advantage"]).filter(advantages["keep"])
     prompts, responses, masks, old_logprobs = (_lists(kept[name]) for name in _TOKENS)
     return Rollouts(

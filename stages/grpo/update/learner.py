@@ -19,10 +19,11 @@ from grpo.update import parallel
 from grpo.update.adapter import add_adapter, load_adapter, reset_adapter
 from grpo.update.batch import Rollouts, made_up_pair, room_for
 from grpo.update.checkpoint import load_optimizer
+from grpo.update.given import Step
 from grpo.update.layout import MicroBatch, build, longest_pair, plan, tree_of
-from grpo.update.loss import Step
 from grpo.update.network import TOLERANCE, Network
 from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys, objective_of
+from grpo.update.own_surrogate import NotFiniteError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,6 +33,8 @@ ByRow = dict[int, np.ndarray]  # float32 [T_i] of some of the rollouts
 
 class Learner:
     """Weights, AdamW and the reference. `config` is fixed for the life of the object.
+
+    `objective` is what it says, and a surrogate of the user's is set there.
 
     `holds` names the ids of what was last loaded or saved, and anything else is loaded again: what is in
     memory is always what is on disk, so an interrupted run goes on with the same bits.
@@ -164,23 +167,33 @@ class Learner:
     def reference_logprobs(self, rollouts: Rollouts, rows: np.ndarray) -> ByRow:
         """Log-probs of the reference, float32 [T_i] for each of `rows`."""
         if reference := self._networks.get("reference"):
-            return self._no_grad_logprobs(reference, rollouts, rows)
+            return self._read(reference, rollouts, rows)[0]
         assert self.adapter is not None
         with self.adapter.disable_adapter():
             return self.policy_logprobs(rollouts, rows)
 
     def policy_logprobs(self, rollouts: Rollouts, rows: np.ndarray) -> ByRow:
         """Log-probs of the policy as it is now, likewise."""
-        return self._no_grad_logprobs(self.network, rollouts, rows)
+        return self._read(self.network, rollouts, rows)[0]
+
+    def policy_entropies(self, rollouts: Rollouts, rows: np.ndarray) -> tuple[ByRow, ByRow]:
+        """The same, and the entropy at each token in nats."""
+        return self._read(self.network, rollouts, rows, with_entropy=True)
 
     @torch.no_grad()
-    def _no_grad_logprobs(self, network: Network, rollouts: Rollouts, rows: np.ndarray) -> ByRow:
-        room = room_for(rollouts, rows)
-        found: ByRow = {}
+    def _read(
+        self, network: Network, rollouts: Rollouts, rows: np.ndarray, *, with_entropy: bool = False
+    ) -> tuple[ByRow, ByRow]:
+        rooms = room_for(rollouts, rows), room_for(rollouts, rows if with_entropy else rows[:0])
+        found: tuple[ByRow, ByRow] = ({}, {})
         for batch in self._micro_batches(network, rollouts, rows, parallel.share()):
-            found |= by_row(batch, network.logprobs(batch)[0], room)
+            values = network.logprobs(batch, with_entropy=with_entropy)
+            for known, values_N, room in zip(found, values, rooms, strict=True):
+                known.update(by_row(batch, values_N, room) if values_N is not None else {})
         # Of all processes: shares of another cut need other rows.
-        return {row: values for part in parallel.gathered(found) for row, values in part.items()}
+        parts = parallel.gathered(found)
+        logprobs, entropies = ({row: x for part in parts for row, x in part[n].items()} for n in (0, 1))
+        return logprobs, entropies
 
     def _micro_batches(
         self, network: Network, rollouts: Rollouts, rows: np.ndarray, share: tuple[int, int]
@@ -228,8 +241,12 @@ class Learner:
         if not bool(logprobs_N.isfinite().all()):
             # NaN reaches what it shares a sequence with, masked or not.
             own = self._broken_alone(rollouts, batch) or own
-        given = given_of(self.config, rollouts, batch, stored, own)
-        loss, part = batch_loss(logprobs_N, entropy_N, given, self.objective, step)
+        given = given_of(self.config, self.objective, step, rollouts, batch, stored, own)
+        try:
+            loss, part = batch_loss(logprobs_N, entropy_N, given, self.objective, step)
+        except NotFiniteError as found:
+            broken = batch.rows[found.rollouts].tolist()
+            raise EngineError(f"{found} on {name_keys(rollouts, broken)}") from None
         if not math.isfinite(loss.item()):
             raise EngineError(f"update: the loss is {loss.item()} on {name_keys(rollouts, list(own))}")
         loss.backward()  # type: ignore[no-untyped-call]

@@ -1,7 +1,6 @@
 """objective: the configured loss of one micro-batch, and the numbers of `updates` it adds to.
 
-Shapes: N response tokens of the micro-batch, one rollout after another; B its rollouts; R is N or B, one
-value per token or, for sequence ratios, per rollout.
+Shapes as in given.py.
 """
 
 from collections.abc import Mapping
@@ -15,17 +14,10 @@ from torch import Tensor
 from grpo.config import UpdateConfig
 from grpo.errors import EngineError
 from grpo.update.batch import Rollouts, gather
+from grpo.update.given import Given, Objective, Step
 from grpo.update.layout import MicroBatch
-from grpo.update.loss import (
-    Given,
-    Objective,
-    Step,
-    aggregate_tokens,
-    clipped,
-    kl_loss,
-    policy_loss,
-    sampler_weights,
-)
+from grpo.update.loss import aggregate_tokens, clipped, kl_loss, off_policy, policy_loss, sampler_weights
+from grpo.update.own_surrogate import OwnSurrogate
 
 _MAX_KEYS_NAMED = 8
 Logprobs = Mapping[int, np.ndarray]  # by row of Rollouts; float32, one per counted token
@@ -38,6 +30,8 @@ class Stored:
     policy: dict[int, np.ndarray] = field(default_factory=dict)
     """The learner's own when it first read the rollout: before its first step, where pi_old is recomputed."""
     reference: dict[int, np.ndarray] = field(default_factory=dict)
+    entropy: dict[int, np.ndarray] = field(default_factory=dict)
+    """Of the policy before its first step; only where update.top_entropy asks, and then of every rollout."""
     first_step: dict[int, int] = field(default_factory=dict)
 
     def keep(self, logprobs: Logprobs, step: int) -> None:
@@ -60,6 +54,10 @@ class Sums:
     ratios: float = 0.0
     clipped_low: float = 0.0
     clipped_high: float = 0.0
+    clips: float = 0.0
+    low_entropy: float = 0.0
+    rollouts: float = 0.0
+    off_policy: float = 0.0
     largest: float = 0.0
 
     def __add__(self, other: "Sums") -> "Sums":
@@ -67,8 +65,9 @@ class Sums:
         return Sums(**added | {"largest": max(self.largest, other.largest)})
 
     def row(self, objective: Objective) -> dict[str, Any]:
-        """The columns of `updates`. Entropy and ratios are means over what was read."""
-        kl = objective.kl_coefficient * self.kl
+        """The columns of `updates`. Entropy, ratios and shares are over what was read."""
+        kl, clips = objective.kl_coefficient * self.kl, self.clips or None
+        off, top = objective.off_policy_mask, objective.top_entropy
         return {
             "loss": self.policy_loss + kl - objective.entropy_coefficient * self.entropy_bonus,
             "policy_loss": self.policy_loss,
@@ -76,14 +75,32 @@ class Sums:
             "entropy": self.entropy / self.tokens,
             "ratio_mean": self.ratio / self.ratios,
             "ratio_max": self.largest,
-            "clip_fraction_low": self.clipped_low / self.ratios,
-            "clip_fraction_high": self.clipped_high / self.ratios,
+            "clip_fraction_low": clips and self.clipped_low / clips,
+            "clip_fraction_high": clips and self.clipped_high / clips,
+            "off_policy_fraction": None if off is None else self.off_policy / self.rollouts,
+            "low_entropy_fraction": None if top is None else self.low_entropy / self.tokens,
         }
 
 
-def objective_of(config: UpdateConfig) -> Objective:
-    """The configured constants of the loss."""
-    return Objective(**{each.name: getattr(config, each.name) for each in fields(Objective)})
+def objective_of(config: UpdateConfig, own: OwnSurrogate | None = None) -> Objective:
+    """The configured constants of the loss. own: what update.surrogate names, where that is the user's."""
+    names = [each.name for each in fields(Objective) if each.name != "own"]
+    return Objective(**{name: getattr(config, name) for name in names}, own=own)
+
+
+def step_of(
+    config: UpdateConfig, rollouts: Rollouts, rows: np.ndarray, max_new_tokens: int, stored: Stored
+) -> Step:
+    """What the optimiser step of `rows` has over all its micro-batches.
+
+    The entropy bound is that of all its tokens, so that how the step is cut changes nothing.
+    """
+    bound = None
+    if config.top_entropy is not None:
+        entropies = np.concatenate([stored.entropy[row] for row in rows.tolist()]).astype(np.float64)
+        bound = float(np.quantile(entropies, 1 - config.top_entropy))
+    groups = len(np.unique(rollouts.keys[rows, :2], axis=0))
+    return Step(len(rows), int(rollouts.num_tokens[rows].sum()), max_new_tokens, groups, bound)
 
 
 def needed(config: UpdateConfig, rollouts: Rollouts) -> np.ndarray:
@@ -97,7 +114,13 @@ def needed(config: UpdateConfig, rollouts: Rollouts) -> np.ndarray:
 
 
 def given_of(
-    config: UpdateConfig, rollouts: Rollouts, batch: MicroBatch, stored: Stored, own: Logprobs
+    config: UpdateConfig,
+    objective: Objective,
+    step: Step,
+    rollouts: Rollouts,
+    batch: MicroBatch,
+    stored: Stored,
+    own: Logprobs,
 ) -> Given:
     """What the loss of a micro-batch is computed from, on its device. own: the policy's log-probs as it is.
 
@@ -112,15 +135,22 @@ def given_of(
             raise EngineError(f"update: {name}_logprobs are not finite on {name_keys(rollouts, broken)}")
     device = str(batch.lengths_B.device)
     before_N, sampled_N = (gather(each, batch.rows, device) for each in (before, sampled))
-    weights_R = None
+    weights_V = low_entropy_N = None
     if config.sampler_correction != "none":
-        weights_R = sampler_weights(before_N, sampled_N, batch.lengths_B, objective_of(config))
+        weights_V = sampler_weights(before_N, sampled_N, batch.lengths_B, objective)
+    if step.entropy_bound is not None:
+        low_N = np.concatenate([stored.entropy[row] < step.entropy_bound for row in batch.rows.tolist()])
+        low_entropy_N = torch.from_numpy(low_N).to(device)
+    advantages_B = torch.from_numpy(rollouts.advantages[batch.rows]).float().to(device)
     return Given(
         lengths_B=batch.lengths_B,
-        advantages_B=torch.from_numpy(rollouts.advantages[batch.rows]).float().to(device),
+        advantages_N=torch.repeat_interleave(advantages_B, batch.lengths_B),
         old_logprobs_N=sampled_N if config.old_logprobs == "sampled" else before_N,
         reference_logprobs_N=gather(reference, batch.rows, device) if reference else None,
-        weights_R=weights_R,
+        weights_V=weights_V,
+        group_tokens_B=torch.from_numpy(rollouts.group_tokens[batch.rows]).to(device),
+        sampled_logprobs_N=sampled_N,
+        low_entropy_N=low_entropy_N,
     )
 
 
@@ -129,24 +159,29 @@ def batch_loss(
 ) -> tuple[Tensor, Sums]:
     """This micro-batch's part of the step's loss (scalar), and of its numbers."""
     loss, ratio_R = policy_loss(logprobs_N, given, objective, step)
-    advantages_R = given.by_ratio(given.advantages_B, objective.ratio)
-    below_R, above_R = clipped(ratio_R, advantages_R, objective)
     part = Sums(
         policy_loss=loss.item(),
         entropy=entropy_N.detach().sum(dtype=torch.float64).item(),
         tokens=float(len(entropy_N)),
         ratio=ratio_R.sum(dtype=torch.float64).item(),
         ratios=float(len(ratio_R)),
-        clipped_low=float(below_R.sum()),
-        clipped_high=float(above_R.sum()),
+        rollouts=float(len(given.lengths_B)),
         largest=ratio_R.max().item(),
     )
+    if sides := clipped(ratio_R, logprobs_N, given, objective):
+        part.clipped_low, part.clipped_high = (float(side.sum()) for side in sides)
+        part.clips = float(len(sides[0]))
+    if given.low_entropy_N is not None:
+        part.low_entropy = float(given.low_entropy_N.sum())
+    if objective.off_policy_mask is not None:
+        negative_B = given.sums((given.advantages_N < 0).float()) > 0
+        part.off_policy = float((off_policy(logprobs_N, given, objective) & negative_B).sum())
     if objective.kl_coefficient:
         kl = kl_loss(logprobs_N, given, objective, step)
         part.kl = kl.item()
         loss = loss + objective.kl_coefficient * kl
     if objective.entropy_coefficient:
-        bonus = aggregate_tokens(entropy_N, given.lengths_B, objective.aggregate, step)
+        bonus = aggregate_tokens(entropy_N, given, objective.aggregate, step)
         part.entropy_bonus = bonus.item()
         loss = loss - objective.entropy_coefficient * bonus
     return loss, part

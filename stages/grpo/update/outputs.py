@@ -45,13 +45,21 @@ def write_outputs(
     starts = range(0, max(len(read), 1), ROWS_PER_SHARD)
     parts = (_logprobs(iteration, rollouts, stored, read[n : n + ROWS_PER_SHARD]) for n in starts)
     return {
-        "updates": shards("updates", [pa.Table.from_pylist(rows, schema=tables.schema("updates"))]),
+        "updates": shards("updates", [_updates(run, rows)]),
         "logprobs": shards("logprobs", parts),
         "policy": files("policy", policy_files(model, run.policy_folder(0))),
         "adapter": files("adapter", adapter_files(adapter) if adapter is not None else ()),
         "weight_check": files("policy", [(FILE, _weight_check(run, learner))]),
         "optimizer": files("optimizer", [(OPTIMIZER_FILE, optimizer_file(learner.optimizer, model))]),
     }
+
+
+def _updates(run: ActiveRun, rows: list[dict[str, Any]]) -> pa.Table:
+    """With the columns of those masks alone that are configured."""
+    config = run.config.update
+    masks = {"off_policy_fraction": config.off_policy_mask, "low_entropy_fraction": config.top_entropy}
+    schema = tables.schema("updates", without=[name for name, key in masks.items() if key is None])
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def _logprobs(iteration: int, rollouts: Rollouts, stored: Stored, read: list[int]) -> pa.Table:

@@ -1,12 +1,18 @@
 """update, planned: what the next policy depends on."""
 
+from pathlib import Path
+
 from grpo.artifacts import ActiveRun, Plan
+from grpo.artifacts.files import sha256_of
+from grpo.config.named_files import named_file
 
 NAME = "update"
 OUTPUT = "update"
 STAGE_VERSION = 2  # 2: groups are read as trees, which rounds otherwise
 # Memory and time only, but for rounding; the reference counts by its id.
 _NOT_RESULT = {"max_tokens_per_batch", "gradient_checkpointing", "prompt_sharing", "reference"}
+
+_OWN = "update.surrogate"
 
 
 def plan(run: ActiveRun, iteration: int) -> Plan:
@@ -24,8 +30,8 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     if update.kl_coefficient:
         references.append("reference")
     config = {"seed": run.config.seed, "update": update.recorded(_NOT_RESULT), **run.config.loaded_with()}
-    if update.schedule != "constant":
-        config["iterations"] = run.config.iterations  # over which the learning rate falls
+    if update.schedule != "constant" or update.warmup_share:
+        config["iterations"] = run.config.iterations  # over which the learning rate falls, or rises
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
@@ -33,7 +39,13 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         iteration=iteration,
         config=config,
         inputs={reference: run.id_of(reference) or "" for reference in references},
+        user_files={_OWN: sha256_of(surrogate_file(run.imports, name))} if (name := update.own) else {},
     )
+
+
+def surrogate_file(folder: Path, name: str) -> Path:
+    """The file in `folder` that holds `module:function`. Raises UsageError (exit 2) where there is none."""
+    return named_file(folder, _OWN, f"{name.partition(':')[0].replace('.', '/')}.py")
 
 
 def iterations_of(run: ActiveRun, iteration: int) -> range:

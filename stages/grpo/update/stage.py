@@ -17,10 +17,10 @@ from grpo.models.loading import best_device
 from grpo.update.adapter import check_targets, require_peft
 from grpo.update.batch import Rollouts, longest, max_new_tokens_of, minibatches, read_kept
 from grpo.update.learner import Learner
-from grpo.update.loss import Step
 from grpo.update.mismatch import TOKEN_CAP, mismatch
-from grpo.update.objective import Stored, needed
+from grpo.update.objective import Stored, needed, objective_of, step_of
 from grpo.update.outputs import IDS, summary_of, write_outputs
+from grpo.update.own_surrogate import surrogate_of
 from grpo.update.plan import OUTPUT
 from grpo.update.schedule import check_schedule, learning_rate
 
@@ -28,10 +28,11 @@ from grpo.update.schedule import check_schedule, learning_rate
 def check(run: ActiveRun, until: int, resources: object) -> None:
     """Check what iterations before `until` need; no weight is read.
 
-    Raises UsageError (exit 2) for a schedule that ends before them or targets the model has not, EngineError
-    (exit 8) where update.lora has no peft.
+    Raises UsageError (exit 2) for a schedule that ends before them, a surrogate that cannot be maximised or
+    targets the model has not, EngineError (exit 8) where update.lora has no peft.
     """
     check_schedule(run.config, until - 1)
+    surrogate_of(run)
     if lora := run.config.update.lora:
         require_peft()
         check_targets(run.start["policy"], lora.targets)
@@ -61,12 +62,17 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) 
     clock = staging.clock
     with clock("load"):
         _load(run, iteration, staging.plan, learner)
-        rollouts = read_kept(run, iteration)
+        vocabulary = learner.model.config.get_text_config().vocab_size
+        rollouts = read_kept(run, iteration, vocabulary)
     with clock("check"):
         before = run.manifest(OUTPUT, iteration - 1) if iteration > 0 else None
-        last = before.summary["layout"] if before is not None else None
+        last = before.summary.get("layout") if before is not None else None
         layout = learner.check_layout(rollouts, longest(run, iteration), last)
         _say_refused(run, iteration, layout)
+    if own := surrogate_of(run):
+        if {"update.surrogate": own.sha256} != staging.plan.user_files:
+            raise InputError(f"update.surrogate: {own.file} changed as the update began; run it again")
+        learner.objective = objective_of(run.config.update, own)
     learner.holds = (None, None)  # until the commit has happened, memory is ahead of the disk
     rows, stored = _train(run, iteration, rollouts, learner, staging)
     with clock("write"):
@@ -139,8 +145,8 @@ def _train(
             }
             if len(read):
                 # One max_new_tokens, whichever iteration a rollout is of.
-                denominators = Step(row["rollouts"], row["tokens"], max_new_tokens)
-                numbers, logprobs = learner.step(rollouts, read, denominators, stored, row["learning_rate"])
+                step = step_of(config, rollouts, rows, max_new_tokens, stored)
+                numbers, logprobs = learner.step(rollouts, read, step, stored, row["learning_rate"])
                 row |= numbers
                 first = not stored.first_step
                 stored.keep(logprobs, number)
@@ -175,7 +181,7 @@ def _steps(run: ActiveRun, iteration: int, rollouts: Rollouts) -> Iterator[tuple
 def _stored_before(
     run: ActiveRun, iteration: int, rollouts: Rollouts, read: np.ndarray, learner: Learner, staging: Staging
 ) -> Stored:
-    """Log-probs that are needed before the first step: the reference's, and pi_old where it is recomputed."""
+    """What is needed before the first step: log-probs of the reference and of pi_old, and entropies."""
     config, stored = run.config.update, Stored()
     asked = config.steps_per_iteration
     per_epoch = len(minibatches(rollouts.keys, asked, run.config.seed, iteration, epoch=0))
@@ -185,7 +191,12 @@ def _stored_before(
     if config.kl_coefficient and len(read):
         with staging.clock("reference"):
             stored.reference = learner.reference_logprobs(rollouts, read)
-    if config.old_logprobs == "recomputed" and config.epochs * per_epoch > 1 and len(read):
+    recomputed = config.old_logprobs == "recomputed" and config.epochs * per_epoch > 1
+    if config.top_entropy is not None and len(read):
+        with staging.clock("recompute"):  # of every kept rollout: the share is of all tokens of a step
+            logprobs, stored.entropy = learner.policy_entropies(rollouts, np.arange(len(rollouts)))
+        stored.policy = {row: logprobs[row] for row in read.tolist()} if recomputed else {}
+    elif recomputed and len(read):
         with staging.clock("recompute"):
             stored.policy = learner.policy_logprobs(rollouts, read)
     return stored

@@ -12,7 +12,7 @@ def summary(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
     """Counts, seconds, the configuration a run was created with, what changed since, and versions."""
     [counts] = sql.rows(connection, "inspect/report/summary", run=run.name)
     changed = sql.rows(connection, "inspect/report/config_changes", run=run.name)
-    created = open_run(run.name, run.root)
+    created = open_run(run.path)
     return {
         "run": run.name,
         **counts,

@@ -35,14 +35,14 @@ of_rewards as (
     group by run, iteration
 ),
 
--- As an evaluation counts passes: by the reward and the threshold configured.
+-- As the evaluation before it counted passes: by that reward and threshold.
 of_passes as (
     select
         run,
         iteration,
         avg((value >= pass_threshold)::integer) as pass_rate,
     from rewards
-    join _pass_settings using (run)
+    join _pass_settings using (run, iteration)
     where name = pass_reward and value is not null
     group by run, iteration
 ),
@@ -130,6 +130,9 @@ of_taken as (
         max(ratio_max) as ratio_max,
         sum(share * clip_fraction_low order by step) as clip_fraction_low,
         sum(share * clip_fraction_high order by step) as clip_fraction_high,
+        sum(share * off_policy_fraction order by step) as off_policy_fraction,
+        sum(share * low_entropy_fraction order by step)
+            as low_entropy_fraction,
         sum(share * grad_norm order by step) as grad_norm,
         sum(share * learning_rate order by step) as learning_rate,
         max(mismatch_mean) as mismatch_mean,
@@ -192,7 +195,8 @@ final as (
         of_rewards.rewards,
         -- share of rollouts whose `evaluate.pass_reward` (the first reward
         -- where that is not set) is at least `evaluate.pass_threshold` (1), as
-        -- configured now, over the rollouts that have it
+        -- the newest evaluation before it had them, over the rollouts that
+        -- have it
         of_passes.pass_rate,
         -- groups sampled
         of_rollouts.groups,
@@ -240,6 +244,12 @@ final as (
         -- share of ratios clipped above, mean over the steps; null without
         -- clipping
         of_taken.clip_fraction_high,
+        -- share of rollouts that `update.off_policy_mask` left out, mean over
+        -- the steps; null without it
+        of_taken.off_policy_fraction,
+        -- share of tokens that `update.top_entropy` left out, mean over the
+        -- steps; null without it
+        of_taken.low_entropy_fraction,
         -- norm of the gradient before clipping, mean over the steps
         of_taken.grad_norm,
         -- learning rate, mean over the steps
