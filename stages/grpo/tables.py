@@ -71,6 +71,16 @@ JUDGEMENTS: Columns = {
     "attempts": (pa.int32(), "requests that this answer took, from 1"),
 }
 
+TEACHER_LOGPROBS: Columns = {
+    **_KEY_COLUMNS,
+    "name": (pa.string(), "name of the teacher"),
+    "logprobs": (
+        pa.list_(pa.float32()),
+        "the teacher's log-prob per response token at the row's temperature; 0 where response_mask is false",
+    ),
+    "gap": (pa.float64(), "mean of logprobs - old_logprobs over the tokens that count, in nats"),
+}
+
 ADVANTAGES: Columns = {
     **_KEY_COLUMNS,
     "reward": (pa.float64(), "weighted sum of the rewards; null when unscored"),
@@ -172,6 +182,7 @@ TABLES: dict[str, Columns] = {
     "rollouts": ROLLOUTS,
     "rewards": REWARDS,
     "judgements": JUDGEMENTS,
+    "teacher_logprobs": TEACHER_LOGPROBS,
     "advantages": ADVANTAGES,
     "updates": UPDATES,
     "logprobs": LOGPROBS,

@@ -756,10 +756,13 @@ def test_a_change_of_the_shipped_formula_is_a_change(
     finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "advantage/advantage.sql"
-    assert set(shipped_sql()) == {name, "advantage/batch_deviation.sql", "sql/views/scored.sql"}
-    assert shipped_sql()[name] == sha256((Path(package.__file__).parent / name).read_bytes()).hexdigest()
-    changed = {**shipped_sql(), name: "0" * 64}
-    monkeypatch.setattr("grpo.advantage.plan.shipped_sql", lambda: changed)
+    shipped = shipped_sql("group")
+    others = ["batch_deviation.sql", "estimators/group.sql"]
+    views = {"sql/macros.sql", "sql/views/scored.sql"}
+    assert set(shipped) == {name, *(f"advantage/{other}" for other in others), *views}
+    assert shipped[name] == sha256((Path(package.__file__).parent / name).read_bytes()).hexdigest()
+    changed = {**shipped, name: "0" * 64}
+    monkeypatch.setattr("grpo.advantage.plan.shipped_sql", lambda estimator: changed)
     code, _, err = grpo("advantage", "--iteration", "0")
     assert code == 4
     assert err.endswith(f"advantages: changed ({name}: its file changed); --force reruns it\n")

@@ -19,6 +19,7 @@ UPDATE, GENERATE, ADVANTAGE, EVALUATE = {"update"}, {"generate"}, {"advantage"},
 ENGINE, SCORE = {"generate", "evaluate"}, {"score", "evaluate"}
 LENGTH = "{function: 'reward:length', weight: 0.0}"
 # A judge in place of the project's function: of its own keys, what none depends on is in test_judge_stage.py.
+TEACHERS = {"score", "update"}  # evaluations ask no teacher
 JUDGE = "score.rewards=[{judge: {url: 'http://127.0.0.1:1/v1', model: m, rubric: 'Rate {response}'}}]"
 # Key -> (settings that change it, stages that differ then; FIXED: the run refuses them).
 KEYS: dict[str, tuple[list[str], set[str] | str]] = {
@@ -81,6 +82,9 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "score.rewards.arguments": (["score.rewards[0].arguments={a: 1}"], SCORE),
     "score.rewards.timeout_s": (["score.rewards[0].timeout_s=9.0"], SCORE),
     "score.rewards.on_timeout": (["score.rewards[0].on_timeout=0.0"], SCORE),
+    "score.teachers.model": (["score.teachers=[{model: other}]"], TEACHERS),
+    "score.teachers.weight": (["score.teachers=[{model: other, weight: 2.0}]"], TEACHERS),
+    "score.teachers.name": (["score.teachers=[{model: other, name: one}]"], TEACHERS),
     "score.on_error": (["score.on_error=drop"], NOTHING),
     "score.workers": (["score.workers=2"], NOTHING),
     "score.max_tokens_per_batch": (["score.max_tokens_per_batch=9"], NOTHING),
@@ -88,6 +92,8 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "advantage.epsilon": (["advantage.epsilon=0.1"], ADVANTAGE),
     "advantage.drop_zero_variance": (["advantage.drop_zero_variance=true"], ADVANTAGE),
     "advantage.truncated": (["advantage.truncated=drop"], ADVANTAGE),
+    "advantage.estimator": (["advantage.estimator=rloo"], ADVANTAGE),
+    "advantage.pass_k": (["advantage.estimator=pass_at_k", "advantage.pass_k=2"], ADVANTAGE),
     "advantage.where": (["advantage.where=reward > 0"], ADVANTAGE),
     "advantage.sql": (["advantage.sql=advantage.sql"], ADVANTAGE),
     "update.objective": (["update.objective=grpo_sequence"], UPDATE),

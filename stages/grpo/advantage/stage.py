@@ -1,13 +1,12 @@
 """advantage: rollouts + rewards -> advantages.
 
-SQL over the tables of the iteration: scored.sql, then advantage.sql. All selection happens here: update
-trains on exactly the rows with keep = true.
+SQL over the tables of the iteration: scored.sql, a file of estimators/, then advantage.sql. All selection
+happens here: update trains on exactly the rows with keep = true.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grpo import sql, tables
+from grpo.advantage import own_sql
 from grpo.advantage.plan import NAME, OUTPUT
 from grpo.artifacts import (
     ActiveRun,
@@ -25,16 +25,19 @@ from grpo.artifacts import (
     are_own,
     check_keys,
     id_of,
-    keep_source,
     read_rollouts,
 )
-from grpo.config.named_files import named_file, named_text
-from grpo.errors import CorruptError, DataError, UsageError
+from grpo.config import AdvantageConfig
+from grpo.errors import CorruptError, DataError
 
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
-_READ = ("rollouts", "rewards")  # outputs
-_CONDITION_OF = f"select {_KEY}, advantage from samples"
+_QUERY = (
+    "with scored as materialized (select * from _scored), estimated as (\n{estimator}\n)\n"
+    f"select * from (\n{{kept}}) order by {_KEY}"
+)
+_CHOOSY = ("maxrl", "pass_at_k")  # estimators that refused.sql knows
+_OVER_ALL = ("gdpo", "reinforce_pp")  # estimators with moments of the whole iteration
 
 
 class Tool(NamedTuple):
@@ -47,8 +50,10 @@ class Tool(NamedTuple):
 @contextmanager
 def open_resource(run: ActiveRun) -> Iterator[Tool]:
     """A connection for all iterations: it is opened in 30 ms, and used in 10."""
-    with sql.connect([run], range(0), _READ) as connection, sql.UserSql(run.console.stop_requested) as user:
+    reading = sql.connect([run], range(0), own_sql.READ)
+    with reading as connection, sql.UserSql(run.console.stop_requested) as user:
         sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
+        sql.register(connection, "settings", own_sql.SETTINGS.empty_table())
         yield Tool(connection, user)
 
 
@@ -62,16 +67,15 @@ def after(run: Run, manifest: Manifest, opened: Tool) -> None:
 
 def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Tool) -> Product:
     """The `advantages` of one iteration."""
-    if run.config.advantage.sql is not None:
-        path = named_file(run.imports, "advantage.sql", run.config.advantage.sql)
-        keep_source(run, staging.plan.user_files["advantage.sql"], path.name, path.read_bytes)
-    for name in _READ:
+    own_sql.keep(run, staging)
+    for name in own_sql.READ:
         for file in run.require(name, iteration, f"grpo {NAME}").files:
             if file.table == name:
                 run.verify(file, run.path_of(file, name, iteration))
-    if not all(are_own(run, output, iteration) for output in ("rollouts", "rewards")):
+    if not all(are_own(run, output, iteration) for output in own_sql.READ):
         _check_inputs(run, iteration)
     records, kept, zero, scored, total, last = [], 0, 0, 0, 0.0, -1
+    dropped: Counter[str] = Counter()
     with staging.clock("advantage"):
         for index, data in enumerate(_advantages(run, iteration, opened)):
             data = data.cast(tables.schema(OUTPUT))
@@ -82,9 +86,12 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Tool) -> P
             zero += pc.sum(pc.equal(data["advantage"], 0.0)).as_py() or 0
             scored += pc.count(data["reward"]).as_py()
             total += pc.sum(data["reward"]).as_py() or 0.0
+            dropped.update(
+                {each["values"]: each["counts"] for each in data["reason"].value_counts().to_pylist()}
+            )
     _check_rows(run, iteration, sum(record.rows or 0 for record in records))
     if not kept:
-        run.console.say(f"advantage {iteration}: no rollout is kept, so update has nothing to learn from")
+        _say_why(run, iteration, dropped)
     reward_mean = total / scored if scored else None
     summary = {"kept": kept, "zero_advantage": zero, "scored": scored, "reward_mean": reward_mean}
     return Product({OUTPUT: id_of(records)}, records, summary)
@@ -100,38 +107,28 @@ def _check_inputs(run: Run, iteration: int) -> None:
         check_keys(f"{place}: {name}", rewards.filter(pc.equal(rewards["name"], name)), rollouts)
 
 
+def _say_why(run: ActiveRun, iteration: int, dropped: Counter[str]) -> None:
+    """Say why no rollout is kept. DataError (exit 3) where, in iteration 0, no reward applies to any."""
+    why = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
+    text = f"advantage {iteration}: no rollout is kept ({why}), so update has nothing to learn from"
+    rewards = run.require("rewards", iteration, "grpo score")
+    given = {status for status, number in rewards.summary.get("statuses", {}).items() if number}
+    if given != {"not_applicable"}:
+        run.console.say(text)
+        return
+    answers = run.read("prompts", None, ["answer"])["answer"]
+    column = "no row of `prompts` has an `answer`: name its column in prompts.columns.answer, or"
+    way = f"{column if answers.null_count == len(answers) else ''} take a reward that fits the prompts"
+    text += f"; {', '.join(rewards.summary['weights'])} applied to none of them; {way.strip()}"
+    if iteration == 0:
+        raise DataError(text)
+    run.console.say(text)
+
+
 def check(run: ActiveRun, until: int, resources: object) -> None:
     """Raise UsageError (exit 2) for SQL of the user's that cannot be run, whatever the tables will hold."""
-    config = run.config.advantage
-    if config.sql is None and config.where is None:
-        return
-    with sql.UserSql() as user_sql:
-        for place, question in _questions(run, None, {}):
-            _check_columns(user_sql.columns(question, place), place)
-
-
-def _questions(
-    run: ActiveRun, iteration: int | None, weights: dict[str, float]
-) -> Iterator[tuple[str, sql.Question]]:
-    """What the user's estimator and condition ask, in this order: where that is written, and the question.
-
-    Both give the key and the advantage of the rollouts to be kept.
-    """
-    config = run.config.advantage
-    shown = partial(
-        sql.Question,
-        runs=[run],
-        iteration=iteration,
-        outputs=() if iteration is None else _READ,
-        repeatable=True,
-        weights=list(weights.values()),
-        seed=(run.config.seed, iteration or 0),
-    )
-    if config.sql is not None:
-        text = named_text(run.imports, "advantage.sql", config.sql)
-        yield f"advantage.sql: {config.sql}", shown(text)
-    if config.where is not None:
-        yield "advantage.where", shown(config.where, condition_of=_CONDITION_OF)
+    if own_sql.is_given(run):
+        own_sql.check(run)
 
 
 def _advantages(run: ActiveRun, iteration: int, opened: Tool) -> Iterator[pa.Table]:
@@ -139,25 +136,39 @@ def _advantages(run: ActiveRun, iteration: int, opened: Tool) -> Iterator[pa.Tab
     config, connection = run.config.advantage, opened.connection
     rewards = run.require("rewards", iteration, "grpo score")
     sql.turn_to(connection, iteration)
-    sql.tell_weights(connection, rewards.summary["weights"].values())
-    parameters = config.model_dump(include={"scale", "epsilon", "drop_zero_variance", "truncated"})
-    parameters["batch_deviation"] = None
+    weights = rewards.summary["weights"]
+    sql.tell_weights(connection, weights.values(), unrewarded=run.config.unrewarded)
+    sql.limit_scored(connection)
+    values = config.model_dump(include={"scale", "epsilon", "pass_k"}) | {"batch_deviation": None}
     if config.scale == "batch":
-        parameters |= sql.query(connection, sql.own_text("advantage/batch_deviation")).to_pylist()[0]
-    text = sql.own_text("advantage/advantage")
+        values |= sql.rows(connection, "advantage/batch_deviation")[0]
+    settings = pa.Table.from_pylist([values], own_sql.SETTINGS)
+    sql.register(connection, "settings", settings)
+    _refuse(connection, config.estimator)
     blocks = (
-        sql.query(connection, text, {**parameters, "first_group": first, "last_group": last})
-        for first, last in _blocks(run, iteration, connection)
+        _estimated(connection, config, first, last) for first, last in _blocks(run, iteration, connection)
     )
-    if config.sql is None and config.where is None:
+    if own_sql.is_given(run):
+        data = pa.concat_tables(blocks)
+        yield own_sql.apply(run, iteration, opened.user_sql, weights, settings, data)
+    else:
         yield from blocks
-        return
-    data = pa.concat_tables(blocks)
-    for place, question in _questions(run, iteration, rewards.summary["weights"]):
-        # As `advantages` the query sees `data` itself.
-        asked = replace(question, tables={"_advantages_0": data})
-        data = _chosen(data, opened.user_sql.rows(asked, place).table(), place)
-    yield data
+
+
+def _estimated(connection: sql.Connection, config: AdvantageConfig, first: int, last: int) -> pa.Table:
+    """The rows of the groups `first` to `last`; both queries read `scored`, which is computed once."""
+    sql.limit_scored(connection, first, last)
+    estimator = sql.own_text(f"advantage/estimators/{config.estimator}")
+    query = _QUERY.format(estimator=estimator, kept=sql.own_text("advantage/advantage"))
+    return sql.query(connection, query, config.model_dump(include={"drop_zero_variance", "truncated"}))
+
+
+def _refuse(connection: sql.Connection, estimator: str) -> None:
+    """Raise DataError (exit 3) for the first rollout that the estimator cannot take."""
+    if estimator in _CHOOSY:
+        for refused in sql.rows(connection, "advantage/estimators/refused", estimator=estimator):
+            key = tuple(refused[column] for column in tables.KEY)
+            raise DataError(f"advantage: rollout ({_KEY}) {key} {refused['problem']}")
 
 
 def _check_keys(data: pa.Table, last: int) -> int:
@@ -189,44 +200,13 @@ def _check_finite(data: pa.Table) -> None:
             )
 
 
-def _blocks(run: Run, iteration: int, connection: sql.Connection) -> Iterator[tuple[int, int]]:
+def _blocks(run: ActiveRun, iteration: int, connection: sql.Connection) -> Iterator[tuple[int, int]]:
     """First and last group of each block of about BLOCK_ROWS rollouts."""
     rows = run.require("rollouts", iteration, f"grpo {NAME}").rows
-    if rows <= BLOCK_ROWS:
-        yield 0, 2**31 - 1  # all that group_id can be, which costs no query
+    if rows <= BLOCK_ROWS or run.config.advantage.estimator in _OVER_ALL:
+        yield 0, sql.LAST_GROUP  # which costs no query
         return
     [size] = sql.query(connection, "select max(group_id) + 1 as groups from rollouts").to_pylist()
     step = max(1, BLOCK_ROWS * size["groups"] // rows)
     for first in range(0, size["groups"], step):
         yield first, first + step - 1
-
-
-def _check_columns(columns: list[str], name: str) -> None:
-    missing = [column for column in (*tables.KEY, "advantage") if column not in columns]
-    if missing:
-        raise UsageError(f"{name}: returns no column {missing[0]}; it must return {_KEY}, advantage")
-
-
-def _chosen(data: pa.Table, own: pa.Table, name: str) -> pa.Table:
-    """`data` with the advantages of a user's query; rows that it leaves out are not kept (`filtered`)."""
-    _check_columns(own.column_names, name)
-    keys = list(tables.KEY)
-    own = own.select([*keys, "advantage"]).rename_columns([*keys, "own"])
-    if own.group_by(keys).aggregate([]).num_rows != own.num_rows:
-        raise DataError(f"{name}: returns a rollout twice; it must return each ({_KEY}) once")
-    try:
-        own = own.cast(pa.schema([*((key, pa.int32()) for key in keys), ("own", pa.float64())]))
-    except pa.ArrowException as error:
-        raise DataError(f"{name}: {_KEY} must be integers and advantage a number: {error}") from None
-    joined = data.join(own, keys).sort_by([(key, "ascending") for key in keys])
-    if not pc.all(pc.fill_null(pc.is_finite(joined["own"]), True)).as_py():
-        raise DataError(f"{name}: returns an advantage that is nan or infinite")
-    keep = pc.and_(joined["keep"], pc.is_valid(joined["own"]))
-    columns = {
-        "advantage": pc.if_else(keep, joined["own"], None),
-        "keep": keep,
-        "reason": pc.if_else(pc.xor(joined["keep"], keep), "filtered", joined["reason"]),
-    }
-    for column, values in columns.items():
-        joined = joined.set_column(joined.schema.get_field_index(column), column, values)
-    return joined.select(data.column_names)

@@ -13,7 +13,7 @@ OUTPUTS = {**STAGE_OUTPUTS, EVALUATION: "evaluate"}
 RUN_OUTPUTS = ("prompts", "policy", "eval_prompts")
 """Outputs of the run as a whole; the last only where `evaluate` is configured."""
 TABLES_OF = {
-    "rewards": ("rewards", "judgements"),
+    "rewards": ("rewards", "judgements", "teacher_logprobs"),
     "update": ("updates", "logprobs"),
     EVALUATION: ("eval_rollouts", "eval_rewards", "eval_judgements"),
 }
@@ -49,7 +49,7 @@ def holder_of(reference: str) -> tuple[str, int | None]:
         raise AssertionError(f"{name} belongs to an iteration")
     if name in ("policy", "optimizer", "adapter"):
         return ("policy", None) if iteration == 0 else ("update", iteration - 1)
-    return ("rewards" if name.startswith("reward/") else name), iteration
+    return ("rewards" if name.startswith(("reward/", "teacher/")) else name), iteration
 
 
 def policy_of(iteration: int) -> int:

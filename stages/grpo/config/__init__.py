@@ -4,7 +4,7 @@ from grpo.config.generate import GenerateConfig
 from grpo.config.loading import PIPELINE, differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.model import AdvantageConfig, Config, EvaluateConfig
 from grpo.config.prompts import PromptsConfig
-from grpo.config.score import JudgeConfig, RewardConfig
+from grpo.config.score import JudgeConfig, RewardConfig, TeacherConfig
 from grpo.config.update import LoraConfig, UpdateConfig
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "LoraConfig",
     "PromptsConfig",
     "RewardConfig",
+    "TeacherConfig",
     "UpdateConfig",
     "differing_keys",
     "flatten",

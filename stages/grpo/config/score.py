@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Plain, Positive, Section, must
+from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Plain, Positive, Section, must, wrong_at
 
 MODEL_TIMEOUT_S = 3600.0  # a batch of a large reward model on a CPU takes minutes, and is no hang
 SCORE_LINE = r"^Score: *(-?[0-9]+(?:\.[0-9]+)?) *$"
@@ -175,22 +175,52 @@ def _secrets(value: Any, path: str) -> Iterator[str]:
         yield path
 
 
+class TeacherConfig(Section):
+    """A model whose log-probs of the sampled tokens are what the policy is to learn (distillation)."""
+
+    model: NonEmpty
+    """Directory or hub id of a causal language model with the policy's tokenizer."""
+    weight: float = 1.0
+    """A token's advantage is the rollout's, plus weight * (teacher's - old log-prob) of each teacher."""
+    name: str = ""
+    """Name in the tables; empty: the directory's name. Unique."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_it(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("model"), str):
+            return data
+        return {**data, "name": data.get("name") or data["model"].rstrip("/").rpartition("/")[2]}
+
+
 class ScoreConfig(Section):
     """score: rollouts + prompts -> rewards."""
 
-    rewards: Annotated[list[RewardConfig], Field(min_length=1)]
-    """What scores a rollout; the reward of a rollout is the weighted sum."""
+    rewards: list[RewardConfig]
+    """What scores a rollout; the reward of a rollout is the weighted sum. May be left out beside teachers."""
+    teachers: Annotated[list[TeacherConfig], ADDED] = Field([])
+    """Models to learn from token by token, instead of rewards or beside them: `teacher_logprobs`."""
     on_error: Literal["stop", "drop"] = "stop"
     """Rewards that failed: stop (exit 8; the next run scores only those), or leave the rollouts unscored."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 2
     """Processes that run reward functions, 1 to 1024."""
     max_tokens_per_batch: Count = 16384
-    """Tokens a reward model reads at once; bounds its memory."""
+    """Tokens a reward model or a teacher reads at once; bounds its memory."""
 
-    @field_validator("rewards")
+    @model_validator(mode="before")
     @classmethod
-    def _unique(cls, rewards: list[RewardConfig]) -> list[RewardConfig]:
-        names = [reward.name for reward in rewards]
+    def _teachers_will_do(cls, data: Any) -> Any:
+        return {"rewards": [], **data} if isinstance(data, dict) and data.get("teachers") else data
+
+    @field_validator("rewards", "teachers")
+    @classmethod
+    def _unique(cls, named: list[Any], info: ValidationInfo) -> list[Any]:
+        names = [each.name for each in named]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two rewards are named {twice[0]}; give one of them another `name`")
-        return rewards
+            raise ValueError(f"two {info.field_name} are named {twice[0]}; give one of them another `name`")
+        return named
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError where nothing says what is good."""
+        if not self.rewards and not self.teachers:
+            raise wrong_at(("rewards",), "too_short", [], field_type="List", min_length=1, actual_length=0)

@@ -95,8 +95,9 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
     report.damages += damages(run, wrong | _gone(run, readers, wrong))
     report.stale = _unfinished(run)
     if not report.damages and not report.stale:
-        rows = sql.read([run], sql.own_text("sql/views/invariants")).to_pylist()
-        report.broken = {row["invariant"]: row["rows"] for row in rows}
+        for name in ("invariants", "teacher_invariants"):
+            rows = sql.read([run], sql.own_text(f"sql/views/{name}")).to_pylist()
+            report.broken |= {row["invariant"]: row["rows"] for row in rows}
         report.stale = _stale(run)
     _set_aside(run, report, set_aside)
     return report

@@ -24,6 +24,8 @@ def prepare(run: ActiveRun) -> None:
     if run.config.update.reference is None:
         key_of["reference"] = "model"
     paths = {part: configured_model(run, key_of[part], name) for part, name in names.items()}
+    for teacher in run.config.score.teachers:
+        configured_model(run, "score.teachers.model", teacher.model)
     ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in paths.items()}
     manifest = run.manifest("policy", None)
     if manifest is not None and begun:

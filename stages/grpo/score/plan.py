@@ -7,6 +7,7 @@ from typing import Any
 from grpo.artifacts import ActiveRun, Plan, keep_source
 from grpo.config import RewardConfig
 from grpo.config.score import TRANSPORT
+from grpo.models.find import model_path
 from grpo.score.functions.source import find_file, source_sha256
 from grpo.score.judge.rubric import rubric_of
 
@@ -19,14 +20,15 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when the rollouts are missing."""
     run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
     references = (f"rollouts@{iteration}", "prompts")
+    teachers = {teacher.name: {"model": teacher.model} for teacher in run.config.score.teachers}
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
         output=OUTPUT,
         iteration=iteration,
-        config={"score": {"rewards": described(run)}},
+        config={"score": {"rewards": described(run), **({"teachers": teachers} if teachers else {})}},
         inputs={reference: run.id_of(reference) or "" for reference in references},
-        user_files=user_files_of(run),
+        user_files={**user_files_of(run), **teacher_files_of(run)},
     )
 
 
@@ -41,6 +43,12 @@ def user_files_of(run: ActiveRun) -> dict[str, str]:
     return run.once(
         "score.rewards", lambda: {f"score.rewards.{reward.name}": _source(run, reward) for reward in rewards}
     )
+
+
+def teacher_files_of(run: ActiveRun) -> dict[str, str]:
+    """The id of each teacher's checkpoint, as part of a plan; errors as checkpoint_id's."""
+    paths = {each.name: model_path(run, each.model).absolute() for each in run.config.score.teachers}
+    return {f"score.teachers.{name}": run.checkpoint_id(str(path)) for name, path in paths.items()}
 
 
 def _source(run: ActiveRun, reward: RewardConfig) -> str:

@@ -23,17 +23,19 @@ from grpo.tables import RENDERED
 
 if TYPE_CHECKING:
     from grpo.score.reward_model import RewardModel
+    from grpo.score.teachers import Teacher
 
 _READ = ["group_id", "sample_id", "prompt_id", "response", "response_token_ids"]
 
 
 class Scorers(NamedTuple):
-    """What stays open between iterations: worker processes, the prompts, reward models, judges."""
+    """What stays open between iterations: worker processes, the prompts, reward models, judges, teachers."""
 
     pool: FunctionPool
     prompts: pa.Table
     models: "dict[str, RewardModel]"
     judges: dict[str, Judge]
+    teachers: "dict[str, Teacher]"
 
 
 class Rollout(NamedTuple):
@@ -49,7 +51,7 @@ class Rollout(NamedTuple):
 
 @contextmanager
 def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
-    """Start the workers, open the judges, load the reward models.
+    """Start the workers, open the judges, load the reward models and the teachers.
 
     Raises UsageError (exit 2) for a function that is no use, and a judge without key, package or rubric.
     """
@@ -62,7 +64,7 @@ def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
             if reward.judge is not None:
                 judge = Judge(reward, rubric_of(reward, run.imports))
                 judges[reward.name] = stack.enter_context(closing(judge))
-        yield Scorers(pool, prompts, _open_models(run), judges)
+        yield Scorers(pool, prompts, _open_models(run), judges, _open_teachers(run))
 
 
 def check_columns(run: ActiveRun, pool: FunctionPool, prompts: pa.Table) -> None:
@@ -96,6 +98,14 @@ def _open_models(run: ActiveRun) -> "dict[str, RewardModel]":
     from grpo.score.reward_model import RewardModel
 
     return {name: RewardModel(run.checkpoint_path(model), best_device()) for name, model in wanted.items()}
+
+
+def _open_teachers(run: ActiveRun) -> "dict[str, Teacher]":
+    if not run.config.score.teachers:
+        return {}
+    from grpo.score.teachers import open_teachers
+
+    return open_teachers(run)
 
 
 def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:

@@ -45,9 +45,11 @@ open_resource = scorers.open_scorers
 
 
 def release(opened: Scorers) -> None:
-    """Take the reward models off the accelerator until they are asked again."""
+    """Take the reward models and teachers off the accelerator until they are asked again."""
     for model in opened.models.values():
         model.release()
+    for teacher in opened.teachers.values():
+        teacher.release()
 
 
 def after(run: ActiveRun, manifest: Manifest, opened: Scorers) -> None:
@@ -114,6 +116,12 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Scorers) -
         f"reward/{name}": id_of([record for record in scored if record.labels["reward"] == name])
         for name in summary["weights"]
     }
+    for number, (name, teacher) in enumerate(opened.teachers.items()):
+        first = number * len(files)
+        names = {staging.file_name("teacher", first + index): file for index, file in enumerate(files)}
+        shards = teacher.commit(run, staging, names, earlier_of(run, staging, iteration))
+        ids[f"teacher/{name}"] = id_of(shards)
+        held += shards
     return Product(ids, held, summary)
 
 
@@ -121,10 +129,7 @@ def score(run: ActiveRun, opened: Scorers, task: ScoringTask) -> list[FileRecord
     """Score what of `task` is not scored yet: all its shards, reward by reward, judgements last."""
     staging = task.staging
     keep_sources(run, staging.plan.user_files)
-    before = run.manifest(staging.plan.output, task.iteration)
-    again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
-    # A `--force` with nothing changed computes every reward anew.
-    earlier = None if again and not staging.only_failed and not lacking(run, before) else before
+    earlier = earlier_of(run, staging, task.iteration)
     scored: list[FileRecord] = []
     answered: list[FileRecord] = []
     for reward, rollouts in product(run.config.score.rewards, task.rollouts):
@@ -138,6 +143,14 @@ def score(run: ActiveRun, opened: Scorers, task: ScoringTask) -> list[FileRecord
         if (answers := staging.committed(shard.answers_name)) is not None:
             answered.append(answers)
     return [*scored, *answered]
+
+
+def earlier_of(run: ActiveRun, staging: Staging, iteration: int) -> Manifest | None:
+    """The committed output whose shards are kept where they are still right."""
+    before = run.manifest(staging.plan.output, iteration)
+    again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
+    # A `--force` with nothing changed computes every reward anew.
+    return None if again and not staging.only_failed and not lacking(run, before) else before
 
 
 def summary_of(run: ActiveRun, held: list[FileRecord]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """sql: DuckDB over the tables of runs; what a user wrote works in a process of its own."""
 
 from grpo.sql.connection import (
+    LAST_GROUP,
     Connection,
     connect,
     consult,
     create_scored,
+    limit_scored,
     own_text,
     query,
     read,
@@ -18,6 +20,7 @@ from grpo.sql.guarded import TIMEOUT_S, Question, Rows, UserSql
 from grpo.sql.run_tables import SETTINGS
 
 __all__ = [
+    "LAST_GROUP",
     "SETTINGS",
     "TIMEOUT_S",
     "Connection",
@@ -27,6 +30,7 @@ __all__ = [
     "connect",
     "consult",
     "create_scored",
+    "limit_scored",
     "own_text",
     "query",
     "read",

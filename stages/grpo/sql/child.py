@@ -113,7 +113,7 @@ def _answer(connection: sql.Connection, request: dict[str, Any], folder: Path) -
     for name, path in request["tables"].items():
         sql.register(connection, name, pa.dataset.dataset(path, format="ipc"))
     if request["weights"] is not None:
-        sql.create_scored(connection, request["weights"])
+        sql.create_scored(connection, request["weights"], unrewarded=request["unrewarded"])
     if request["seed"] is not None:
         sql.seed_random(connection, *request["seed"])
     statement = request["statement"]

@@ -28,6 +28,7 @@ _DERIVED = ("samples", "eval_samples", "evals", "iterations")
 _QUERIES = tuple(getattr(duckdb.StatementType, name) for name in ("SELECT", "EXPLAIN", "MULTI"))
 MEMORY_GIB = 1
 """What DuckDB may take of memory for its tables; what does not fit is on disk meanwhile."""
+LAST_GROUP = 2**31 - 1  # all that group_id can be
 
 _Result = TypeVar("_Result")
 
@@ -74,6 +75,7 @@ def _connected(shown: RunTables) -> Iterator[Connection]:
     with spill, duckdb.connect(":memory:", config=options) as database:
         with suppress(duckdb.InvalidInputException):  # in a notebook without ipywidgets it is off, for good
             database.execute("set enable_progress_bar = false")
+        database.execute(own_text("sql/macros"))
         for view in NAMES:
             _register(database, shown, view)
             names = [run.name.replace("'", "''") for run in shown.runs]  # a folder may be called anything
@@ -222,18 +224,29 @@ def register(connection: Connection, name: str, data: pa.Table | pa.dataset.Data
     connection.replaced.add(name)
 
 
-def create_scored(connection: Connection, weights: Collection[float]) -> None:
+def create_scored(connection: Connection, weights: Collection[float], *, unrewarded: bool = False) -> None:
     """Make the view `scored` in a connection to the tables of one iteration; weights: of its rewards.
 
-    scored.sql alone says what a reward is and which rollouts are compared.
+    scored.sql alone says what a reward is, which rollouts are compared, and which groups have no signal.
+    unrewarded: without any reward of a weight, every rollout counts, for teachers to judge.
     """
-    tell_weights(connection, weights)
-    connection.duckdb.execute(f"create or replace temp view scored as {own_text('sql/views/scored')}")
+    tell_weights(connection, weights, unrewarded=unrewarded)
+    limit_scored(connection)
+    create = "create or replace temp view"
+    connection.duckdb.execute(f"{create} _scored as {own_text('sql/views/scored')}")
+    connection.duckdb.execute(f"{create} scored as select * from _scored")
 
 
-def tell_weights(connection: Connection, weights: Collection[float]) -> None:
+def limit_scored(connection: Connection, first: int = 0, last: int = LAST_GROUP) -> None:
+    """Have the view `scored` show the groups `first` to `last`, and compute no more than that."""
+    connection.duckdb.execute(f"set variable first_group = {first}; set variable last_group = {last}")
+
+
+def tell_weights(connection: Connection, weights: Collection[float], *, unrewarded: bool = False) -> None:
     """Have a view `scored` that exists go by other weights."""
-    register(connection, "reward_names", pa.table({"number": [sum(weight != 0 for weight in weights)]}))
+    number = sum(weight != 0 for weight in weights)
+    names = pa.table({"number": [number], "unrewarded": [unrewarded and number == 0]})
+    register(connection, "reward_names", names)
 
 
 def own_text(name: str) -> str:

@@ -40,8 +40,9 @@ _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from grpo.sql.child imp
 class Question:
     """A statement of a user's, and what it may read; runs to repeatable as for connect().
 
-    weights: of the rewards that make the view `scored`. seed: of random(). tables: more rows, as register()
-    shows them. condition_of: the query that the statement is the condition of. rows: so many are enough.
+    weights, unrewarded: of the view `scored`, as for create_scored(). seed: of random(). tables: more rows,
+    as register() shows them. condition_of: the query that the statement is the condition of. rows: so many
+    are enough.
     """
 
     statement: str
@@ -51,6 +52,7 @@ class Question:
     repeatable: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
     weights: Collection[float] | None = None
+    unrewarded: bool = False
     seed: Sequence[int] | None = None
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
     condition_of: str | None = None
@@ -169,6 +171,7 @@ class UserSql:
             "outputs": list(question.outputs),
             "repeatable": question.repeatable,
             "weights": None if question.weights is None else list(question.weights),
+            "unrewarded": question.unrewarded,
             "seed": question.seed,
             "tables": tables,
             "condition_of": question.condition_of,

@@ -187,7 +187,7 @@ def _pass_settings(run: Run, rewards: Manifest) -> dict[str, Any]:
     names = [*rewards.summary.get("weights", ()), *(reward["name"] for reward in created["score"]["rewards"])]
     return {
         "iteration": rewards.iteration,
-        "pass_reward": evaluate.get("pass_reward") or names[0],
+        "pass_reward": evaluate.get("pass_reward") or next(iter(names), None),  # None: teachers alone
         "pass_threshold": evaluate.get("pass_threshold", PASS_THRESHOLD),
     }
 

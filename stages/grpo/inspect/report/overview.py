@@ -28,6 +28,6 @@ def summary(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
 
 def heat(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
     """One cell for each prompt (its place in `prompts`) and iteration: its mean reward and its rollouts."""
-    first = run.config.score.rewards[0].name or ""
+    first = next((reward.name for reward in run.config.score.rewards), "")
     found = sql.rows(connection, "inspect/report/heat", run=run.name, first=first)
     return found[0] if found else {"prompts": [], "absent": "no reward was given in this run yet"}

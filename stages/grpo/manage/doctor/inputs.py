@@ -15,7 +15,7 @@ from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.kv_cache import new_cache
 from grpo.manage.doctor.report import Report
 from grpo.models.bounds import shapes_in, weight_files
-from grpo.models.find import STARTER, resolve_model, starter_folder
+from grpo.models.find import STARTER, TEACHER, resolve_model, starter_folder
 from grpo.models.loading import check_model as check_checkpoint
 from grpo.models.loading import load_config, load_tokenizer
 from grpo.pipeline.begin import Look, room_of
@@ -31,6 +31,7 @@ from grpo.update.own_surrogate import surrogate_of
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
 STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
+_STARTERS = {STARTER: STARTER_PARAMETERS, TEACHER: 1_341_504}
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def check_model(
                 load_tokenizer(folder)
                 room_of(run, folder, OUTPUT)
             found = Checkpoint(folder, parameters)
-        elif name == STARTER:
-            found = Checkpoint(None, STARTER_PARAMETERS)
+        elif name in _STARTERS:
+            found = Checkpoint(None, _STARTERS[name])
             check.needed = "the built-in starter model, trained at the first run"
         else:
             check.warn(f"{name} is downloaded at the first run; --model does so now, and checks memory, disk")
@@ -105,8 +106,8 @@ def num_parameters(folder: Path) -> int:
 
 
 def _local(run: ActiveRun, name: str) -> Path | None:
-    if name == STARTER:
-        return starter_folder(run) if starter_folder(run).exists() else None
+    if name in _STARTERS:
+        return starter_folder(run, name) if starter_folder(run, name).exists() else None
     if not is_hub_id(name, run.imports):
         return run.checkpoint_path(name)
     from huggingface_hub import try_to_load_from_cache
@@ -182,3 +183,6 @@ def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) 
             else:
                 needed = "a sequence classifier with one label"
                 check_model(run, report, name, str(reward.model), fetch, needed)
+    for teacher in run.config.score.teachers:
+        needed = "a causal language model with the policy's tokenizer"
+        check_model(run, report, f"teacher {teacher.name}", teacher.model, fetch, needed)

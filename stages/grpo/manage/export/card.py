@@ -84,6 +84,8 @@ def _training(config: Config, policy: int) -> list[str]:
         judge = reward.judge
         scored_by = f"{judge.model}, asked: {judge.rubric}" if judge else reward.function or reward.model
         rewards.append((f"`{reward.name}`", _code(scored_by), f"{reward.weight:g}"))
+    for teacher in config.score.teachers:
+        rewards.append((f"`{teacher.name}`", f"teacher {_code(teacher.model)}", f"{teacher.weight:g}"))
     return [
         f"- Prompts: {_code(prompts.source)}{split}\n"
         f"- Rollouts: {policy} iterations x {generate.prompts_per_iteration} prompts x"

@@ -35,6 +35,12 @@ of_rewards as (
     group by run, iteration
 ),
 
+of_teachers as (
+    select run, iteration, avg(gap order by name, group_id, sample_id) as gap
+    from teacher_logprobs
+    group by run, iteration
+),
+
 -- As the evaluation before it counted passes: by that reward and threshold.
 of_passes as (
     select
@@ -58,11 +64,7 @@ of_advantages as (
 ),
 
 reasons as (
-    select
-        run,
-        iteration,
-        reason,
-        count(*) as rollouts,
+    select run, iteration, reason, count(*) as rollouts
     from advantages
     where not keep
     group by run, iteration, reason
@@ -198,6 +200,9 @@ final as (
         -- the newest evaluation before it had them, over the rollouts that
         -- have it
         of_passes.pass_rate,
+        -- mean of `gap` of `teacher_logprobs`, in nats per token: rises to 0 as
+        -- the policy becomes its teacher; null without one
+        of_teachers.gap as teacher_gap,
         -- groups sampled
         of_rollouts.groups,
         -- share of groups whose rewards are all equal (`group_std` is 0), of
@@ -282,6 +287,7 @@ final as (
     left join of_rollouts using (run, iteration)
     left join of_rewards using (run, iteration)
     left join of_passes using (run, iteration)
+    left join of_teachers using (run, iteration)
     left join of_advantages using (run, iteration)
     left join of_reasons using (run, iteration)
     left join of_groups using (run, iteration)
