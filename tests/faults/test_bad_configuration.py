@@ -67,7 +67,11 @@ YAML = [
     ),
     Case("pipeline.yaml: a link to itself", loop("pipeline.yaml"), RUN, 2, "cannot be read: Too many levels"),
     Case(
-        "pipeline.yaml: missing", Path("pipeline.yaml").unlink, RUN, 2, "no such file; give a configuration"
+        "pipeline.yaml: missing",
+        Path("pipeline.yaml").unlink,
+        RUN,
+        2,
+        "no such file; `grpo init` makes a project",
     ),
 ]
 

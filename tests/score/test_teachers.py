@@ -218,7 +218,7 @@ def test_a_teacher_that_is_no_use(
         (["evaluate={prompts: {source: prompts.jsonl}}"], "evaluate: measures by a reward; give one"),
         (
             ["generate.samples_per_prompt=1", 'score.rewards=[{function: "reward:code"}]'],
-            "generate.samples_per_prompt: input should be greater than or equal to 2",
+            "generate.samples_per_prompt: expected at least 2",
         ),
     ],
 )

@@ -28,9 +28,7 @@ from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, check_size, 
 from grpo.console import printable
 from grpo.errors import CorruptError, InputError
 
-PRUNED = "pruned.json"
-TIMINGS = "timings.json"
-_LAST_TIME_S = 1e11  # Unix time of the year 5138
+PRUNED, TIMINGS = "pruned.json", "timings.json"
 _CHECKPOINT = ("policy", "adapter", "optimizer")
 _KEPT = "weight_check.json"  # a few kilobytes that say what a policy computed
 _Found = TypeVar("_Found")
@@ -164,13 +162,14 @@ class Run:
 
     def period(self, output: str, iteration: int | None) -> dict[str, float | None]:
         """When a committed output was `started` first and `ended`, Unix seconds; None where not written."""
-        path, names = self.folder(output, iteration) / TIMINGS, ("started", "ended")
+        path = self.folder(output, iteration) / TIMINGS
         found = read_json(path) if path.is_file() else {}
-        for name in names:
-            value = found.get(name)
-            if value is not None and (not isinstance(value, int | float) or not 0 <= value < _LAST_TIME_S):
-                raise CorruptError(f"{path}: {name} is no Unix time")
-        return {name: found.get(name) for name in names}
+        times = {name: found.get(name) for name in ("started", "ended")}
+        if not all(
+            isinstance(each, int | float) and 0 < each < _LONGEST_S for each in times.values() if each
+        ):
+            raise CorruptError(f"{path}: started and ended must be Unix times")
+        return times
 
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
         """Where a file of an output is."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from grpo.cli import options
-from grpo.cli.lazy import api, artifacts, evaluations, opening, query, work
+from grpo.cli.lazy import api, artifacts, doctor, evaluations, opening, query, work
 from grpo.errors import UsageError
 
 StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the first open.")]
@@ -30,7 +30,10 @@ def run(
     if dry_run:
         if from_ is not None:
             raise UsageError("--dry-run and --from cannot be combined: --from N lists its changes and asks")
-        work.dry_run(options.chosen(name, config, set_, as_json))
+        planned = options.chosen(name, config, set_, as_json)
+        work.show_configuration(planned)
+        doctor.refuse(planned)
+        work.say_state(planned, planned.config.iterations if until is None else until)
         return
     opened = options.chosen(name, config, set_, as_json)
     options.answer(as_json, api.train(opened, until, from_, yes))

@@ -23,7 +23,7 @@ _CREDENTIALS = re.compile("://[^/@\\s]*@")  # of an address; no message may hold
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """pipeline.yaml with `--set key=value` overrides, applied in order. Raises UsageError (exit 2)."""
     try:
-        data = parse(read_text(path, str(path), "; give a configuration with -c FILE"))
+        data = parse(read_text(path, str(path), _advice(path)))
     except YamlError as error:
         raise UsageError(f"{path}{error.place}: {error}") from None
     config = validated({} if data is None else data, path, overrides)
@@ -35,6 +35,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
                 " judge `api_key_env: NAME`, and set NAME in the environment"
             )
     return config
+
+
+def _advice(path: Path) -> str:
+    """How to come to a configuration where there is none at `path`."""
+    if path.name == PIPELINE:
+        return "; `grpo init` makes a project here, -c FILE names a configuration elsewhere"
+    return "; give a configuration with -c FILE"
 
 
 def validated(data: Any, path: Path, overrides: Sequence[str] = ()) -> Config:

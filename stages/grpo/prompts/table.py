@@ -116,10 +116,8 @@ def prepare(
     rows = normalised(config, run.imports, notes)
     while chunk := list(islice(rows, _ROWS_PER_SHARD)):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
-        seen = render([row for _, row in chunk])
-        kept = usable(
-            list(zip([place for place, _ in chunk], seen, strict=True)), num_tokens, room, config, ids
-        )
+        seen = zip([place for place, _ in chunk], render([row for _, row in chunk]), strict=True)
+        kept = usable(list(seen), num_tokens, room, config, ids)
         skipped += len(chunk) - len(kept)
         if kept:
             longest = max(longest, *(length for *_, length in kept))
