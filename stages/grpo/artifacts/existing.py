@@ -56,8 +56,8 @@ def open_run(folder: Path) -> dict[str, Any]:
     try:
         data = read_sealed(path)
     except CorruptError as error:
-        way = f"`grpo verify -c FILE --set run={folder.name} --discard` sets it aside, `grpo run` writes it anew"
-        raise CorruptError(f"{error}; with its pipeline.yaml, {way}") from None
+        way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
+        raise CorruptError(f"{error}; {way}, and `grpo run` writes it anew") from None
     versions = data.get("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(each, str) for each in versions.values()):
         raise CorruptError(f"{path}: versions: expected text by name")

@@ -165,9 +165,7 @@ class Run:
         path = self.folder(output, iteration) / TIMINGS
         found = read_json(path) if path.is_file() else {}
         times = {name: found.get(name) for name in ("started", "ended")}
-        if not all(
-            isinstance(each, int | float) and 0 < each < _LONGEST_S for each in times.values() if each
-        ):
+        if not all(isinstance(at, int | float) and 0 < at < _LONGEST_S for at in times.values() if at):
             raise CorruptError(f"{path}: started and ended must be Unix times")
         return times
 

@@ -108,16 +108,15 @@ def prepare(
     """
     output = staging.plan.output
     config = config_of(run, output)
-    if config.chat_template is not None:
-        path = run.imports / config.chat_template
-        keep_source(run, staging.plan.user_files["prompts.chat_template"], path.name, path.read_bytes)
+    _keep_template(run, staging, config)
     records: list[FileRecord] = []
     ids, skipped, longest, schema, chats = set[str](), 0, 0, None, False
     rows = normalised(config, run.imports, notes)
     while chunk := list(islice(rows, _ROWS_PER_SHARD)):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
-        seen = zip([place for place, _ in chunk], render([row for _, row in chunk]), strict=True)
-        kept = usable(list(seen), num_tokens, room, config, ids)
+        seen = render([row for _, row in chunk])
+        places = [place for place, _ in chunk]
+        kept = usable(list(zip(places, seen, strict=True)), num_tokens, room, config, ids)
         skipped += len(chunk) - len(kept)
         if kept:
             longest = max(longest, *(length for *_, length in kept))
@@ -133,6 +132,13 @@ def prepare(
         )
     summary = {"skipped": skipped, "longest_prompt_tokens": longest, "source": config.source}
     return staging.commit(Product({output: id_of(records)}, records, summary))
+
+
+def _keep_template(run: ActiveRun, staging: Staging, config: PromptsConfig) -> None:
+    """Keep the text of the user's chat template in the run."""
+    if config.chat_template is not None:
+        path = run.imports / config.chat_template
+        keep_source(run, staging.plan.user_files["prompts.chat_template"], path.name, path.read_bytes)
 
 
 def _check_no_template(config: PromptsConfig) -> None:
