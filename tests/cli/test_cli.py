@@ -375,7 +375,7 @@ def test_a_wide_result_is_shown_as_records(finished: Path, grpo: Grpo) -> None:
     lines = out.splitlines()
     assert lines[0] == "row 0"
     assert lines[1].split() == ["run", "tiny"]
-    assert len(lines) == 24  # the row's number, and 23 columns
+    assert len(lines) == 25  # the row's number, and 24 columns
 
 
 def test_damaged_timings_are_an_error_that_names_them(finished: Path, grpo: Grpo) -> None:

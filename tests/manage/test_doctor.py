@@ -330,9 +330,7 @@ def test_a_reward_function_that_cannot_be_used(project: Path, grpo: Grpo) -> Non
     code, checks, _ = doctor(grpo, "--set", rewards)
     found = problems(checks)
     assert (code, list(found)) == (2, ["reward needs", "reward fits", "reward exact_anser"])
-    assert (
-        "6 of 6 made-up responses failed; first: ValueError: returned 0 values for 1" in found["reward fits"]
-    )
+    assert found["reward fits"] == "6 of 6 made-up responses failed; first: returned 0 values for 6 rollouts"
     assert "solution" in found["reward needs"]
     assert "exact_answer" in found["reward exact_anser"]
 

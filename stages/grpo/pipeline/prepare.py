@@ -38,7 +38,7 @@ def prepare(run: ActiveRun) -> None:
         from grpo.pipeline.begin import commit_policy
 
         commit_policy(run, {part: name for part, (_, name) in _start(run).items()}, ids)
-    if not begun:
+    if not (begun and created):
         _write_down(run, created, before not in (None, run.id_of(prompts.OUTPUT)))
 
 

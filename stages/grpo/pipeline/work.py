@@ -131,7 +131,8 @@ def _check_replace(opened: ActiveRun, stage: Stage, before: Manifest, force: boo
         return  # stale: it is done again without being asked twice
     if changes := states.differences_of(opened, stage, before):
         place = opened.folder(stage.output, iteration)
-        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it")
+        kept = ", `grpo status` shows what was measured" if stage is EVALUATE else ""
+        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it{kept}")
 
 
 def evaluate(opened: ActiveRun, policy: int | None, force: bool) -> int:
