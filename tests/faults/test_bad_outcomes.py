@@ -68,7 +68,6 @@ FUNCTIONS = [
         RUN,
         2,
         "reward function 'reward:code': importing reward failed: SyntaxError: invalid syntax (reward.py, ",
-        STARTED,
     ),
     Case(
         "no such built-in",
@@ -76,9 +75,8 @@ FUNCTIONS = [
         RUN,
         2,
         "reward function 'exact_anser': no such built-in; did you mean exact_answer?",
-        STARTED,
     ),
-    Case("reward.py: a folder", folder("reward.py"), RUN, 2, "no module file reward.py in", STARTED),
+    Case("reward.py: a folder", folder("reward.py"), RUN, 2, "no module file reward.py in"),
     Case("no reward model", configure((REWARD, "{model: nope}")), RUN, 4, "nope: no such directory", STARTED),
     Case(
         "a reward model of two labels",

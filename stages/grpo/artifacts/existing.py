@@ -57,7 +57,7 @@ def open_run(folder: Path) -> dict[str, Any]:
         data = read_sealed(path)
     except CorruptError as error:
         way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
-        raise CorruptError(f"{error}; {way}, and `grpo run` writes it anew") from None
+        raise CorruptError(f"{error}; {way}") from None
     versions = data.get("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(each, str) for each in versions.values()):
         raise CorruptError(f"{path}: versions: expected text by name")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from grpo.artifacts import ActiveRun, lacking, prune
 from grpo.errors import InputError
 from grpo.pipeline.resources import Resources
+from grpo.pipeline.signal import without_signal
 from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage, perform
 from grpo.pipeline.states import differences_of, nearest_policy, state_of, states
 from grpo.update.schedule import learning_rate
@@ -31,6 +32,8 @@ def run_iterations(
             while todo := what_to_do(run, iteration, until):
                 if not begun:
                     _say_changes(run, todo, iteration)
+                    for line in without_signal(run.config) if iteration == 0 else ():
+                        run.console.say(line)
                     _check_before(run, resources, until)
                     begun = True
                 run.console.stop_requested()

@@ -1,7 +1,7 @@
 """inputs: the models, the prompts and the rewards that the configuration names."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -23,7 +23,14 @@ from grpo.pipeline.begin import Look, room_of
 from grpo.prompts.held_out import compare, same_source
 from grpo.prompts.rows import normalised
 from grpo.prompts.source import Row
-from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone, usable
+from grpo.prompts.table import (
+    OUTPUT,
+    check_no_template,
+    config_of,
+    is_on_hub,
+    source_is_gone,
+    usable,
+)
 from grpo.update.adapter import check_targets, require_peft
 from grpo.update.own_surrogate import surrogate_of
 
@@ -131,13 +138,12 @@ def check_prompts(
         if on_hub and not (fetch or there):
             check.warn(f"{config.source} is downloaded at the first run; --model downloads it now")
             return looked
-        if there and (on_hub or source_is_gone(run, output)):  # a run would not ask for it again
-            held = run.read(output, None).to_pylist()
-            found = iter([(f"{config.source}: prompt {row['prompt_id']}", row) for row in held])
-        else:
-            found = normalised(config, run.imports, notes)
+        held = there and (on_hub or source_is_gone(run, output))  # a run would not ask for it again
+        found = _held(run, output) if held else normalised(config, run.imports, notes)
         first = list(islice(found, NUM_ROWS))
         count, columns, filled = _counted((row for _, row in chain(first, found)))
+        if "messages" not in filled:
+            check_no_template(config)
         check.found = f"{config.source}: {count:,} rows"
         with closing(Look(run, policy.folder, output)) as look:
             seen = look.render([row for _, row in first])
@@ -155,6 +161,13 @@ def check_prompts(
                 check.warn("; ".join(lines))
         looked.rows, looked.columns, looked.empty = rows, columns, columns - filled
     return looked
+
+
+def _held(run: ActiveRun, output: str) -> Iterator[tuple[str, Row]]:
+    """(place, row) of the prompts that a run has of its own."""
+    source = config_of(run, output).source
+    rows = run.read(output, None).to_pylist()
+    yield from ((f"{source}: prompt {row['prompt_id']}", row) for row in rows)
 
 
 def _counted(rows: Iterable[Row]) -> tuple[int, set[str], set[str]]:

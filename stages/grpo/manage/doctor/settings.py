@@ -7,8 +7,8 @@ from grpo.manage.doctor.inputs import Checkpoint, Prompts
 from grpo.manage.doctor.report import Report
 from grpo.models.loading import load_tokenizer
 from grpo.pipeline import runner
-from grpo.pipeline.ahead import without_signal
 from grpo.pipeline.prepare import check_stand
+from grpo.pipeline.signal import without_signal
 from grpo.pipeline.stages import ADVANTAGE, GENERATE, Stage
 
 
@@ -24,7 +24,7 @@ def check_run(run: ActiveRun, report: Report) -> None:
 
 def check_signal(run: ActiveRun, report: Report) -> None:
     """Whether the configuration alone says that nothing will be learned; nothing to say where it does not."""
-    if lines := without_signal(run):
+    if lines := without_signal(run.config):
         with report.check("signal", "", "rewards that differ within a group") as check:
             check.warn("; ".join(lines))
 
