@@ -55,7 +55,7 @@ def test_a_reward_that_is_no_number(project: Path, grpo: Grpo, case: Case) -> No
 
 def test_a_reward_that_is_none_does_not_apply(project: Path, grpo: Grpo) -> None:
     write("reward.py", "def code(completions, **columns):\n    return [None] * len(completions)\n")()
-    assert grpo("run", "--until", "1")[0] == 0
+    assert grpo("run", "--until", "1")[0] == 3  # no rollout is kept
     [row] = json.loads(grpo("sql", "select distinct status, value from rewards", "--json")[1])
     assert row == {"status": "not_applicable", "value": None}
 
