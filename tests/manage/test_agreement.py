@@ -258,7 +258,7 @@ def test_a_run_without_rollouts_is_begun_anew(project: Path, grpo: Grpo) -> None
     assert grpo("run", "--until", "0")[0] == 0
     other_prompts()
     code, _, err = grpo("run", "--until", "0", "--set", "seed=1", "--set", "model=model/")
-    says = "run tiny holds no rollouts yet, so it is begun anew: seed: 0 -> 1; "
+    says = "run tiny holds no rollouts yet, so it starts over with seed: 0 -> 1; "
     assert (code, err.splitlines()[0].startswith(says)) == (0, True), err
     assert "prompts: their content" in err
     assert json.loads(grpo("sql", "--json", "select prompt from prompts")[1]) == [{"prompt": "8+1="}]

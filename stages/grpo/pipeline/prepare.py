@@ -111,7 +111,7 @@ def _write_down(run: ActiveRun, created: bool, other_prompts: bool) -> None:
             if not differs:
                 return
             text = "; ".join(differs)
-            run.console.say(f"run {run.name} holds no rollouts yet, so it is begun anew: {text}")
+            run.console.say(f"run {run.name} holds no rollouts yet, so it starts over with {text}")
             differs = []
     for line in differs:
         run.console.say(f"differs from its objective: {line}")
