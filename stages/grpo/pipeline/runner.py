@@ -5,7 +5,7 @@ What is done and what is stale is read from manifests; the runner remembers noth
 
 from collections.abc import Callable
 
-from grpo.artifacts import ActiveRun, lacking, prune
+from grpo.artifacts import ActiveRun, Stop, lacking, prune, stop_at
 from grpo.errors import InputError
 from grpo.pipeline.resources import Resources
 from grpo.pipeline.signal import without_signal
@@ -16,10 +16,11 @@ from grpo.update.schedule import learning_rate
 
 def run_iterations(
     run: ActiveRun, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
-) -> tuple[int, int]:
+) -> tuple[int, int, Stop | None]:
     """Complete iterations 0 .. until-1, doing only what is missing; how many were worked on, and evaluated.
 
-    With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them.
+    With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them. What
+    `stop` found, where that ends the run, now or before, comes third.
     Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
     """
     with run.steady():
@@ -30,6 +31,8 @@ def run_iterations(
         for iteration in (number for number in range(until + 1) if number not in complete):
             trained = False
             while todo := what_to_do(run, iteration, until):
+                if todo[0] is not EVALUATE and not trained and (ended := stop_at(run, iteration)):
+                    return worked, evaluated, ended
                 if not begun:
                     _say_changes(run, todo, iteration)
                     for line in without_signal(run.config) if iteration == 0 else ():
@@ -48,7 +51,7 @@ def run_iterations(
                 report(iteration)
     if not begun and until:
         _say_changes(run, [], until - 1)  # all is history: what differs is for what may come next
-    return worked, evaluated
+    return worked, evaluated, None
 
 
 def check_fresh(run: ActiveRun, until: int) -> tuple[list[Stage], int]:
