@@ -149,18 +149,15 @@ JUDGES = [
     judge("api_key: sk-1", "judge.api_key: unknown key; did you mean api_key_env?"),
     judge("rubric: ''", "judge.rubric: is empty; give the question, or a file that holds it"),
     # and what only the run can see
-    judge("rubric: none.md", "none.md: no such file", STARTED),
+    judge("rubric: none.md", "none.md: no such file"),
     judge(
         "rubric: 'Rate it'",
         "score.rewards: judge: rubric: has no {response}, so every rollout would get the s",
-        STARTED,
     ),
     judge(
         "rubric: '{response} {anwser}'", "rubric: {anwser} is not a column; did you mean {answer}?", STARTED
     ),
-    judge(
-        "api_key_env: NO_SUCH_KEY", "judge.api_key_env: NO_SUCH_KEY is not set in the environment", STARTED
-    ),
+    judge("api_key_env: NO_SUCH_KEY", "api_key_env: NO_SUCH_KEY is not set in the environment", STARTED),
 ]
 
 
@@ -205,8 +202,8 @@ COMMANDS = [
     words(["run", "--until", "-1"], "--until -1: expected a number of iterations, 0 or more"),
     words(["run", "--until", "1.5"], "Invalid value for '--until': Input should be a valid integer"),
     words(["status", ".."], "artifacts/..: no such run; runs there: tiny"),
-    words(["status", "a\0b\x1b[31m"], r"artifacts/a\x00b\x1b[31m: no such run; runs there: tiny"),
-    words(["status", "x" * 5000], "File name too long", code=7),
+    words(["status", "a\0b\x1b[31m"], r"a\x00b\x1b[31m: matches no run; runs there: tiny"),
+    words(["status", "x" * 5000], "no such run; runs there: tiny"),
     words(["fork", "tiny", ".."], "--set run: expected at most 64 letters"),
     words(["fork", "tiny", "tiny"], "artifacts/tiny: is there already; give the fork another name"),
     words(
@@ -236,7 +233,7 @@ COMMANDS = [
         ["sql", "select 1", "--timeout-s", "-1"], "--timeout-s -1: expected seconds, more than 0 and finite"
     ),
     words(["sql", "select 1", "--out", "."], "--out .: expected a file ending in .parquet, .csv or .json"),
-    words(["show", "--where", "1;2"], "--where 1;2: Parser Error: syntax error at or near"),
+    words(["show", "--where", "1;2"], "--where 1;2: syntax error at or near"),
     words(
         ["show", "--groups", "0"], "Invalid value for '--groups': Input should be greater than or equal to 1"
     ),
@@ -266,7 +263,7 @@ SQL = [
         configure(query("where", "'1=1); drop table x; --'")),
         RUN_ON,
         2,
-        "advantage.where: query: 2 statements, divided by `;`; write one",
+        "advantage.where: query: syntax error at or near",
     ),
     Case("advantage.sql: missing", configure(query("sql", "my.sql")), RUN_ON, 2, "my.sql: no such file"),
 ]
