@@ -17,7 +17,7 @@ from grpo.config.yaml import YamlError, parse
 from grpo.errors import UsageError
 
 PIPELINE = "pipeline.yaml"
-_CREDENTIALS = re.compile("://[^/@\\s]*@")  # of an address; no message may hold them
+_CREDENTIALS = re.compile(r'(://)[^/@\s]*(@)|([?&]\w+=)[^\s"]+')  # of an address; no message may hold them
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -137,7 +137,7 @@ def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> st
         text = first["msg"].removeprefix("Value error, ")
         text = text[0].lower() + text[1:]
         if not isinstance(first["input"], dict | list):
-            text += f", found {_CREDENTIALS.sub('://***@', found)}"
+            text += ", found " + _CREDENTIALS.sub(r"\1\3***\2", found)
         if hint := moving.answer_value(".".join(str(part) for part in place), first["input"]):
             text += f"; write {hint}"
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
