@@ -62,7 +62,7 @@ def tables() -> str:
         "- `eval_samples`: one row per rollout of an evaluation: its scalars, `answer` (where `eval_prompts` are still",
         "  those it was made with), `rewards`, their weighted sum `reward`, and whether it `passed`.",
         "- `evals`: one row per policy measured: `prompts`, `samples`, `unscored` (responses without the reward that",
-        "  says whether they pass), `pass_at`, `pass_at_low`, `pass_at_high` (maps from k, such as `pass_at[1]`), `reward`,",
+        "  says whether they pass), `pass_reward` (which that is), `pass_threshold`, `pass_at`, `pass_at_low`, `pass_at_high` (maps from k, such as `pass_at[1]`), `reward`,",
         "  `reward_low`, `reward_high`, `rewards` as map(name, mean of the prompts' means), `response_tokens` and `truncated`",
         "  ([evaluation.md](evaluation.md)).",
         "- `scored`, in `advantage.sql` alone: one row per rollout of the iteration: the key, `reward` (the weighted sum of its",

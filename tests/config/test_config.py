@@ -119,7 +119,7 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("prompts.columns.promt=q", "unknown key; did you mean prompt?"),
         ("score.rewards[0].weigth=1", "unknown key; did you mean weight?"),
         ("generate.resample=null", "unknown key; did you mean dynamic_sampling?"),  # its former name
-        ("checkpoints.zzz=1", "unknown key; known keys: keep_last, keep_every"),
+        ("checkpoints.zzz=1", "unknown key; known keys: keep_last, keep_every, keep_best"),
         ("update=null", "expected a section with keys, found null"),
         ("score.rewards={a: 1}", "input should be a valid list"),
         ("generate.samples_per_prompt=true", "input should be a valid integer, found true"),

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,22 @@ def find_run(given: str, root: Path = ARTIFACTS) -> Path:
     known = run_names(root)
     there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
     raise UsageError(f"{root / given if is_name else path}: no such run; {there}")
+
+
+def find_runs(given: str, root: Path = ARTIFACTS) -> list[str]:
+    """Runs that a pattern such as `lr-*` means, by names or paths; what is no pattern means itself.
+
+    Raises UsageError (exit 2) for one that means none.
+    """
+    if not set("*?[") & set(given) or names_run(given):
+        return [given]
+    path = Path(given)
+    is_name = path.name == given
+    folder = root if is_name else path.parent
+    found = [each for each in run_names(folder) if fnmatchcase(each, path.name)]
+    if not found:
+        raise UsageError(f"{given}: matches no run; runs there: {', '.join(run_names(folder)) or 'none'}")
+    return found if is_name else [str(folder / each) for each in found]
 
 
 def same_folder(one: Path, other: Path) -> bool:

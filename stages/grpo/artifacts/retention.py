@@ -6,21 +6,25 @@ there is all that counts, and damage to it cannot change what was dropped.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 
 from grpo.artifacts import files
 from grpo.artifacts.active import ActiveRun
+from grpo.artifacts.best import best_of
+from grpo.artifacts.layout import EVALUATION
 from grpo.artifacts.run import PRUNED, Run
 
 
 def prunable(run: ActiveRun) -> list[int]:
     """Updates whose checkpoint `checkpoints` does not keep, oldest first. Never one of the newest two."""
     have = [iteration for iteration in run.iterations() if run.has_checkpoint(iteration)]
-    return [iteration for iteration in have if not is_kept(run, iteration, have)]
+    best = _best(run, have)
+    return [iteration for iteration in have if iteration != best and not is_kept(run, iteration, have)]
 
 
 def is_kept(run: ActiveRun, iteration: int, have: list[int]) -> bool:
-    """Whether the checkpoint of an update stays, among the updates that `have` one, in order."""
+    """Whether the checkpoint of an update stays, the best or not, among updates that `have` one, in order."""
     config = run.config.checkpoints
     if config.keep_last is None or len(have) - bisect_right(have, iteration) < config.keep_last:
         return True
@@ -31,6 +35,18 @@ def _is_nth(run: ActiveRun, iteration: int) -> bool:
     keep_every = run.config.checkpoints.keep_every
     # Update i writes policy i + 1, and it is policies that people count.
     return keep_every is not None and (iteration + 1) % keep_every == 0
+
+
+def _best(run: ActiveRun, have: Iterable[int]) -> int | None:
+    """The update of those given whose policy was measured to be the best; None: none was, or it may go."""
+    if not run.config.checkpoints.keep_best:
+        return None
+    found = best_of(run, [iteration + 1 for iteration in have if _is_measured(run, iteration + 1)])
+    return found.policy - 1 if found else None
+
+
+def _is_measured(run: ActiveRun, policy: int) -> bool:
+    return run.folder(EVALUATION, policy).exists()
 
 
 def droppable(run: ActiveRun) -> dict[int, list[Path]]:
@@ -53,9 +69,10 @@ def prune(run: ActiveRun) -> None:
 
 
 def prune_behind(run: ActiveRun, newest: int) -> None:
-    """Drop what the update `newest` moved out of the checkpoints kept: all that prune() would find after it.
+    """Drop what the update `newest`, or the evaluation of its policy, moved out of the checkpoints kept.
 
-    The cost does not grow with the run: behind a checkpoint that is gone, all that were to go went before.
+    That is all that prune() would find after it. The cost does not grow with the run, only with its
+    evaluations where one decides: behind a checkpoint that is gone, all that were to go but the best went.
     """
     keep_last = run.config.checkpoints.keep_last
     if keep_last is None:
@@ -70,8 +87,12 @@ def prune_behind(run: ActiveRun, newest: int) -> None:
         if not run.has_checkpoint(iteration):
             break
         have.append(iteration)
-    going = sorted(have[keep_last:])
-    _drop(run, going, [path for iteration in going for path in _there(run, iteration)])
+    going = set(have[keep_last:])
+    if any(_is_measured(run, iteration + 1) for iteration in (newest, *going)):
+        there = {policy - 1 for policy in run.evaluations() if policy and run.has_checkpoint(policy - 1)}
+        going |= {iteration for iteration in there if iteration not in have and not _is_nth(run, iteration)}
+        going.discard(_best(run, sorted(there)))
+    _drop(run, sorted(going), [path for iteration in sorted(going) for path in _there(run, iteration)])
 
 
 def _drop(run: Run, going: list[int], paths: list[Path]) -> None:

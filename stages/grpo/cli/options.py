@@ -33,6 +33,9 @@ def reading(
     Its configuration is the one at `path` where that names this run, else the pipeline.yaml in its folder,
     which a fork has, else run.json. `overrides` apply to any. damaged: run.json need only be there.
     """
+    given, (name, *others) = name, artifacts.find_runs(name) if name else [""]
+    if others:
+        raise UsageError(f"{given}: means {name}, {', '.join(others)}; this command takes one run")
     if not name and not path.exists():
         raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
     run = opening.configured(path, overrides, quiet) if path.exists() else None
@@ -46,9 +49,10 @@ def reading(
 
 
 def reading_all(names: list[str], path: Path) -> list["ActiveRun"]:
-    """Each of the named runs once, to read; that of the configuration where none is named."""
+    """Each of the named runs once, patterns as `lr-*` too, to read; that of the configuration for none."""
     runs: list[ActiveRun] = []
-    for run in (reading(name, path) for name in names or [""]):
+    named = [run for name in names for run in artifacts.find_runs(name)]
+    for run in (reading(name, path) for name in named or [""]):
         if not any(artifacts.same_folder(run.path, other.path) for other in runs):
             runs.append(run)
     artifacts.tell_apart(runs)

@@ -27,7 +27,9 @@ from grpo.artifacts import (
     kept_sources,
     open_run,
     read_json,
+    read_stop,
     staging_folders,
+    stopped_path,
 )
 from grpo.console import printable, stdout_console
 from grpo.errors import CorruptError
@@ -176,6 +178,7 @@ def _damaged_notes(run: ActiveRun) -> list[Damage]:
         (run.path / "run.json", "grpo run", partial(open_run, run.path)),
         (intent_path(run), "grpo run", partial(read_intent, run)),
         (note_path(run), "grpo run", partial(read_note, run)),
+        (stopped_path(run), "grpo run", partial(read_stop, run)),
     ]
     for digest, kept in kept_sources(run).items():
         notes.append((kept, "grpo run", partial(check_source, digest, kept)))

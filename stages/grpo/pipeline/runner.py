@@ -5,7 +5,7 @@ What is done and what is stale is read from manifests; the runner remembers noth
 
 from collections.abc import Callable
 
-from grpo.artifacts import ActiveRun, lacking, prune
+from grpo.artifacts import ActiveRun, Stop, lacking, prune, stop_at
 from grpo.errors import InputError
 from grpo.pipeline.resources import Resources
 from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage, perform
@@ -14,10 +14,11 @@ from grpo.pipeline.states import differences_of, nearest_policy, state_of, state
 
 def run_iterations(
     run: ActiveRun, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
-) -> tuple[int, int]:
+) -> tuple[int, int, Stop | None]:
     """Complete iterations 0 .. until-1, doing only what is missing; how many were worked on, and evaluated.
 
-    With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them.
+    With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them. What
+    `stop` found, where that ends the run, now or before, comes third.
     Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
     """
     with run.steady():
@@ -28,6 +29,8 @@ def run_iterations(
         for iteration in (number for number in range(until + 1) if number not in complete):
             trained = False
             while todo := what_to_do(run, iteration, until):
+                if todo[0] is not EVALUATE and not trained and (ended := stop_at(run, iteration)):
+                    return worked, evaluated, ended
                 if not begun:
                     _say_changes(run, todo, iteration)
                     _check_before(run, resources, until)
@@ -42,7 +45,7 @@ def run_iterations(
             if trained:
                 worked += 1
                 report(iteration)
-    return worked, evaluated
+    return worked, evaluated, None
 
 
 def what_to_do(run: ActiveRun, iteration: int, until: int) -> list[Stage]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import ActiveRun, Manifest, Run, digest, prune
+from grpo.artifacts import ActiveRun, Manifest, Run, Stop, digest, note_stop, prune
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import flatten
 from grpo.console import iterations_text
@@ -22,13 +22,22 @@ from grpo.pipeline.stages import BY_NAME, EVALUATE, UPDATE, Stage, perform
 
 def run(
     opened: ActiveRun, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
-) -> int:
-    """`grpo run`: complete iterations and say where nothing was to be done; how many were worked on."""
+) -> tuple[int, Stop | None]:
+    """`grpo run`: complete iterations and say where nothing was to be done.
+
+    How many were worked on, and what ended the run before `until`, if anything did.
+    """
     _say_busy(opened)
-    worked, measured = runner.run_iterations(opened, until, report, report_policy)
-    if not worked and not measured:
+    worked, measured, ended = runner.run_iterations(opened, until, report, report_policy)
+    if ended is not None:
+        way = "another `stop.patience`, or `--set stop=null`, goes on"
+        best = f"`grpo export {opened.name} --best --out DIR` writes policy {ended.best.policy}"
+        opened.console.say(f"run {opened.name}: {ended}; {best}; {way}")
+    elif not worked and not measured:
         opened.console.say(f"run {opened.name}: {until} iterations are complete; nothing to do")
-    return worked
+    if ended is not None or worked:
+        note_stop(opened, ended)
+    return worked, ended
 
 
 def restart_from(opened: ActiveRun, first: int, yes: bool) -> None:
@@ -235,9 +244,12 @@ def _range(opened: Run) -> str:
 
 def dry_run(opened: ActiveRun) -> None:
     """Print every resolved value, and on stderr what `grpo run` would do."""
-    values = flatten(opened.config.model_dump())
+    document = opened.config.model_dump()
+    if opened.config.evaluate is not None:
+        document["evaluate"] |= evaluation.settings(opened)  # what a null stands for
+    values = flatten(document)
     if opened.console.quiet:
-        print(json.dumps(opened.config.model_dump(), indent=1))
+        print(json.dumps(document, indent=1))
     else:
         width = max(map(len, values))
         for key, value in values.items():

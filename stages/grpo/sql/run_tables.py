@@ -16,7 +16,7 @@ import pyarrow.fs
 from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, FileRecord, Manifest, Run, files
 from grpo.artifacts.manifest import check_size, read_sealed
-from grpo.config.model import PASS_THRESHOLD
+from grpo.config.evaluate import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError
 
 # What an evaluation counted as a pass, and whether `eval_prompts` are still those it was made with.

@@ -20,7 +20,7 @@ from grpo.generate.engines.protocol import Request, Sample, Sampling, group_seed
 from grpo.generate.engines.vllm_settings import check_version
 from grpo.generate.stage import make_engine
 from grpo.generate.weight_sync import FLOAT32_TOLERANCE, WeightSync
-from grpo.inspect.status import MISMATCH_WARNING
+from grpo.inspect.status import MISMATCH_WARNING, mismatch_says
 from grpo.manage.doctor.plain import plain_logprobs
 from grpo.manage.doctor.report import Check, Report
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
@@ -90,6 +90,8 @@ def _check_engine_and_learner(run: ActiveRun, report: Report, checkpoint: Path, 
         mean, precision = numbers["mismatch_mean"], numbers["precision"]
         allowed = FLOAT32_TOLERANCE if precision == "float32" else MISMATCH_WARNING
         check.found = f"mismatch {mean:.1e} nats per token in {precision}"
+        if precision != "float32":
+            check.note = mismatch_says(mean)
         check.needed = f"at most {allowed:g}"
         right = f"{check.needed} is right in {precision}"
         apart = f"engine and learner are {mean:.1e} nats per token apart, {right}"

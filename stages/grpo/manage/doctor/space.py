@@ -116,7 +116,9 @@ def check_disk(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
     config = run.config.checkpoints
     if config.keep_last is not None:
         # One more than is kept: the oldest goes when the newest is committed.
-        stay = min(left, config.keep_last + 1 + (left // config.keep_every if config.keep_every else 0))
+        best = run.config.evaluate is not None and config.keep_best
+        nth = left // config.keep_every if config.keep_every else 0
+        stay = min(left, config.keep_last + 1 + best + nth)
     # The moments of an adapter are left out: they are a small part of the weights.
     each = (FLOAT32 if run.config.update.lora else FLOAT32 + MOMENTS) * policy.parameters
     need, found = stay * each, f"{_gib(free)} free at {place}"
