@@ -27,8 +27,7 @@ def test_nothing_of_another_endpoint_is_sent(key: str | None, monkeypatch: pytes
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with serve() as endpoint:
-        named = {"api_key_env": "JUDGE_KEY"} if key else {}
-        [found] = ask(judge_of(endpoint, **named), "a")
+        [found] = ask(judge_of(endpoint, api_key_env="JUDGE_KEY" if key else None), "a")
         [asked] = endpoint.asked
     sent = {name.lower(): value for name, value in asked.headers.items()}
     assert found.status == "ok"
