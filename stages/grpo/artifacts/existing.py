@@ -71,7 +71,11 @@ def is_run(folder: Path) -> bool:
 def open_run(folder: Path) -> dict[str, Any]:
     """What `run.json` of an existing run holds. Raises CorruptError (exit 6) where it changed."""
     path = folder / "run.json"
-    data = read_sealed(path)
+    try:
+        data = read_sealed(path)
+    except CorruptError as error:
+        way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
+        raise CorruptError(f"{error}; {way}") from None
     versions = data.get("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(each, str) for each in versions.values()):
         raise CorruptError(f"{path}: versions: expected text by name")
@@ -99,17 +103,11 @@ def own_config(folder: Path, overrides: Sequence[str] = (), damaged: bool = Fals
     damaged: with a pipeline.yaml run.json is not looked at. Errors as created_config()'s and load()'s.
     """
     own = folder / PIPELINE
-    try:
-        if not own.is_file():
-            return created_config(folder, overrides)
-        if not damaged:
-            open_run(folder)
-        return load(own, overrides).model_copy(update={"run": folder.name})
-    except CorruptError as error:
-        way = (
-            f"; with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
-        )
-        raise CorruptError(f"{error}{way if damaged else ''}") from None
+    if not own.is_file():
+        return created_config(folder, overrides)
+    if not damaged:
+        open_run(folder)
+    return load(own, overrides).model_copy(update={"run": folder.name})
 
 
 def run_names(root: Path = ARTIFACTS) -> list[str]:

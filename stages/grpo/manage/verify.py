@@ -211,6 +211,7 @@ def _look_at(run: Run, place: Place, counts: Counter[str]) -> Manifest | None:
     dropped = _dropped(run, place)
     held = [file for file in manifest.files if file not in dropped]
     run.timings(*place)
+    run.period(*place)
     for file in held:
         _check_file(run, manifest, file, run.path_of(file, *place))
     sizes = {"bytes": sum(file.bytes for file in held), "rows": sum(file.rows or 0 for file in held)}
