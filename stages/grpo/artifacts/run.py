@@ -280,11 +280,8 @@ class Run:
         for path in self.links():
             # One that leads nowhere stands where a folder may be wanted.
             if path.is_dir() or not path.exists():
-                way = (
-                    "`grpo verify --discard` removes it"
-                    if path != self.path
-                    else "name that folder by its path"
-                )
+                own = path == self.path
+                way = "name that folder by its path" if own else "`grpo verify --discard` removes it"
                 to = os.path.realpath(path)
                 raise CorruptError(f"{path}: is a link to another folder ({to}), not the run's own; {way}")
 
