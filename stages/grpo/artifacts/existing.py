@@ -1,5 +1,6 @@
 """artifacts.existing: runs that exist, by name or by path, and what they were created with."""
 
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -125,7 +126,7 @@ def tell_apart(runs: Sequence[Run]) -> None:
 
 def refuse_inside_run(out: Path, option: str = "--out") -> None:
     """Raise UsageError (exit 2) where `out` would land in the folder of a run, links followed."""
-    place, root = out.resolve(), ARTIFACTS.resolve()
+    place, root = Path(os.path.realpath(out)), Path(os.path.realpath(ARTIFACTS))
     for folder in (place, *place.parents):
         # Another run.json may lie in any folder: that of a run has a lock or a policy beside it.
         whole = is_run(folder) and any((folder / name).exists() for name in (".lock", "policy"))

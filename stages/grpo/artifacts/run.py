@@ -5,6 +5,7 @@ opened and its sha256 when a stage reads it.
 """
 
 import gc
+import os
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -265,27 +266,24 @@ class Run:
                 yield path, path.read_bytes()
 
     def links(self) -> list[Path]:
-        """Links that lead somewhere and stand where a file or folder of the run belongs, itself included.
+        """Links that stand where a file or folder of the run belongs, wherever they lead; itself included.
 
         What is in .trash is only ever removed, and a link there goes without what it leads to.
         """
         found = [
             Path(entry.path) for entry in files.entries_below(self.path, self.trash) if entry.is_symlink()
         ]
-        return [path for path in (self.path, *found) if path.is_symlink() and path.exists()]
+        return [path for path in (self.path, *found) if path.is_symlink()]
 
     def refuse_links(self) -> None:
         """Raise CorruptError (exit 6) for a folder that is a link: work there would be outside the run."""
         for path in self.links():
-            if path.is_dir():
-                way = (
-                    "`grpo verify --discard` removes it"
-                    if path != self.path
-                    else "name that folder by its path"
-                )
-                raise CorruptError(
-                    f"{path}: is a link to another folder ({path.resolve()}), not the run's own; {way}"
-                )
+            # One that leads nowhere stands where a folder may be wanted.
+            if path.is_dir() or not path.exists():
+                own = path == self.path
+                way = "name that folder by its path" if own else "`grpo verify --discard` removes it"
+                to = os.path.realpath(path)
+                raise CorruptError(f"{path}: is a link to another folder ({to}), not the run's own; {way}")
 
     @contextmanager
     def lock(self, linked: bool = False) -> Iterator[None]:

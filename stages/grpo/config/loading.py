@@ -17,7 +17,7 @@ from grpo.config.yaml import YamlError, parse
 from grpo.errors import UsageError
 
 PIPELINE = "pipeline.yaml"
-_CREDENTIALS = re.compile("://[^/@\\s]*@")  # of an address; no message may hold them
+_CREDENTIALS = re.compile(r'(://)[^/@\s]*(@)|([?&]\w+=)[^\s"]+')  # of an address; no message may hold them
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -147,7 +147,8 @@ def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> st
         text = text[0].lower() + text[1:]
         found = wording.found(first)
         if not isinstance(found, dict | list) or first["type"] == "model_type":
-            text += f", found {_CREDENTIALS.sub('://***@', json.dumps(found, default=str))}"
+            shown = json.dumps(found, default=str)
+            text += ", found " + _CREDENTIALS.sub(r"\1\3***\2", shown)
         if hint := moving.answer_value(".".join(str(part) for part in place), first["input"]):
             text += f"; write {hint}"
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
