@@ -10,7 +10,7 @@ import pytest
 from grpo.cli.entry import COMMANDS
 from grpo.config import flatten, load, moving
 from grpo.config.loading import all_keys
-from grpo.config.update import OBJECTIVES
+from grpo.config.objectives import OBJECTIVES
 from grpo.errors import UsageError
 from grpo.sql import own_text
 from grpo.tables import TABLES

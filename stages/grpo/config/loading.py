@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from grpo.config import moving
 from grpo.config.model import Config
 from grpo.config.named_files import read_text
-from grpo.config.update import OBJECTIVES
+from grpo.config.objectives import OBJECTIVES
 from grpo.config.yaml import YamlError, parse
 from grpo.errors import UsageError
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from grpo.config.generate import GenerateConfig
+from grpo.config.objectives import objective_settings
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
 from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, must
-from grpo.config.update import UpdateConfig, objective_settings
+from grpo.config.update import UpdateConfig
 
 PASS_THRESHOLD = 1.0
 _GREEDY_OR_NOT = must(lambda value: not 0 < value < 0.01, "must be 0 (greedy) or at least 0.01")

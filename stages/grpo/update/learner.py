@@ -78,7 +78,10 @@ class Learner:
         if self.holds == ids:
             return
         self.holds = (None, None)
-        if "policy" not in self._networks:
+        lora = self.config.lora
+        # What trains whole has no other copy of what it was.
+        anew = lora is not None and bool(lora.modules_to_save) and adapter is None
+        if "policy" not in self._networks or anew:
             self._open_policy(policy)
         elif self.adapter is None:
             copy_weights(self.model, policy)
@@ -100,7 +103,15 @@ class Learner:
     def _open_policy(self, checkpoint: Path) -> None:
         config, model = self.config, load_model(checkpoint, self.device, self.attention)
         if lora := config.lora:
-            self.adapter = add_adapter(model, lora.rank, lora.alpha, lora.targets, self.seed)
+            self.adapter = add_adapter(
+                model,
+                lora.rank,
+                lora.alpha,
+                lora.targets,
+                self.seed,
+                rslora=lora.rslora,
+                modules_to_save=lora.modules_to_save,
+            )
         network = self._open(model)
         if config.gradient_checkpointing:
             network.checkpoint_gradients()

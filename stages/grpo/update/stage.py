@@ -14,7 +14,7 @@ import numpy as np
 from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Run, Staging, id_of, prune_behind
 from grpo.errors import InputError
 from grpo.models.loading import best_device
-from grpo.update.adapter import check_targets, require_peft
+from grpo.update.adapter import check_modules, require_peft
 from grpo.update.batch import Rollouts, longest, max_new_tokens_of, minibatches, read_kept
 from grpo.update.learner import Learner
 from grpo.update.mismatch import TOKEN_CAP, mismatch
@@ -35,7 +35,7 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
     surrogate_of(run)
     if lora := run.config.update.lora:
         require_peft()
-        check_targets(run.start["policy"], lora.targets)
+        check_modules(run.start["policy"], lora.targets, lora.modules_to_save)
 
 
 @contextmanager
