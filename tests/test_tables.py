@@ -74,6 +74,7 @@ NAMES = {
         "over_cap_fraction",
         "off_policy_fraction",
         "low_entropy_fraction",
+        "entropy_coefficient",
     ],
     "logprobs": [
         *KEY,
@@ -202,7 +203,7 @@ def test_a_file_is_one_row_group_of_zstd_with_dictionaries_for_scalars_only(tmp_
 def test_a_column_that_no_key_fills_may_be_missing_and_reads_as_null(missing: list[str] | None) -> None:
     optional = tables.OPTIONAL["updates"]
     without = optional if missing is None else missing
-    row = {"iteration": 1, "loss": 0.5, "off_policy_fraction": 0.25, "low_entropy_fraction": 0.75}
+    row = {"iteration": 1, "loss": 0.5, **dict.fromkeys(optional, 0.25)}
     data = pa.Table.from_pylist([row], schema=tables.schema("updates", without=without))
     files = [(FILE, tables.encode(data))]
     found = tables.decode("updates", files)

@@ -32,11 +32,11 @@ class LoraConfig(Section):
     rslora: Annotated[bool, ADDED] = False
     """true: it is scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
     targets: Targets = None
-    """Names of the modules that get an adapter, such as q_proj; null or all-linear: every linear layer but the
-    output's."""
+    """Names of the modules that get an adapter, such as q_proj; null or all-linear: every linear layer but
+    the output's."""
     modules_to_save: Annotated[list[NonEmpty], ADDED] = Field([])
-    """Names of modules that train whole beside the adapters, such as lm_head; the reference is then a model of
-    its own."""
+    """Names of modules that train whole beside the adapters, such as lm_head; the reference is then a model
+    of its own."""
 
 
 class UpdateConfig(Section):
@@ -103,8 +103,8 @@ class UpdateConfig(Section):
     entropy_coefficient: Weight = 0.0
     """Weight of the entropy, aggregated as the KL is, which the loss subtracts; 0: no such term."""
     entropy_target: Annotated[Positive | None, ADDED] = None
-    """Mean entropy of a token in nats, > 0. At or below it the entropy is weighed, and the weight, which begins
-    as entropy_coefficient, rises with every step; above it there is no term, and it falls. null: it stays."""
+    """Mean entropy of a token in nats, > 0. At or below it the term is there, and its weight, which begins as
+    entropy_coefficient, rises with every step; above it there is none, and it falls. null: it stays."""
     entropy_coefficient_delta: Annotated[Annotated[float, Field(gt=0, le=LARGEST)], ADDED] = 0.005
     """By how much the weight rises or falls in a step; > 0, at most 1e6."""
     entropy_coefficient_min: Annotated[Weight, ADDED] = 0.0
@@ -126,11 +126,11 @@ class UpdateConfig(Section):
     reference: NonEmpty | None = None
     """Checkpoint of the KL term; null: the starting policy. Fixed for a run."""
     reference_every: Annotated[Count | None, ADDED] = None
-    """The reference becomes the policy of every so many iterations: policy n for iterations n to 2n - 1, and so
-    on; `reference` is that of those before. null: it stays."""
+    """n: in iteration i the reference is the newest policy whose number is a multiple of n, and before
+    iteration n that of `reference`. null: always."""
     optimizer: Annotated[Literal["adamw", "adamw_8bit"], ADDED] = "adamw"
-    """adamw_8bit: its moments in 8 bits, by blocks of 256 (arXiv 2110.02861): a quarter of their memory and disk,
-    and rounding of 1 %. Fixed for a run; needs torchao, pip install 'grpo-stages[8bit]'."""
+    """adamw_8bit: moments in 8 bits by blocks of 256 values (arXiv 2110.02861): a quarter of their memory and
+    disk, for coarser steps. Fixed for a run; needs torchao: pip install 'grpo-stages[8bit]'."""
     learning_rate: NonNegative = 5e-7
     """Learning rate of AdamW: the highest of the run, where warm-up ends and the schedule begins."""
     min_learning_rate: Annotated[NonNegative, ADDED] = 0.0
@@ -175,6 +175,10 @@ class UpdateConfig(Section):
         if isinstance(data, dict) and data.get("sampler_correction_level") == "sequence_mean":
             return {"sampler_correction_cap": SAMPLER_CORRECTION_CAPS["sequence_mean"], **data}
         return data
+
+    def moved_reference(self, iteration: int) -> int:
+        """The policy that is the reference in `iteration`; 0: the checkpoint that `reference` names."""
+        return iteration - iteration % self.reference_every if self.reference_every else 0
 
     @property
     def has_entropy_term(self) -> bool:

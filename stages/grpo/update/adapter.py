@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from grpo.config import LoraConfig
 from grpo.errors import CorruptError, EngineError, InputError, UsageError
 from grpo.models.loading import load_skeleton
 
@@ -34,32 +35,23 @@ _NAME = "default"  # what peft calls an adapter without a name
 _FIXED = ("r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save")
 
 
-def add_adapter(
-    model: PreTrainedModel,
-    rank: int,
-    alpha: float,
-    targets: Sequence[str] | None,
-    seed: int,
-    *,
-    rslora: bool = False,
-    modules_to_save: Sequence[str] = (),
-) -> "PeftModel":
-    """A trainable adapter on `model`: W + alpha / rank B A for each targeted weight W (arXiv 2106.09685).
+def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> "PeftModel":
+    """A trainable adapter on `model`: W + scale B A for each targeted weight W (arXiv 2106.09685).
 
-    rslora: alpha / sqrt(rank) (arXiv 2312.03732). Layers of `model` are replaced in place: it computes with
-    the adapter however it is called. All is in eval mode and frozen, but A_RI, B_OR and modules_to_save, which
-    train whole. `targets`: names of linear modules or their last parts; None: all but the output head. Raises
-    EngineError (exit 8) without peft, UsageError (exit 2) for a target or module not to be had.
+    Layers of `model` are replaced in place: it computes with the adapter however it is called. All is in eval
+    mode and frozen, but A_RI, B_OR and what trains whole. Raises EngineError (exit 8) without peft,
+    UsageError (exit 2) for a target or module not to be had.
     """
     require_peft()
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
 
-    whole = whole_modules(model, modules_to_save)
-    modules = _targeted(model, targets, whole)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        use_rslora=rslora,
+    whole = _whole(model, lora.modules_to_save)
+    modules = _targeted(model, lora.targets, whole)
+    config = PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
         target_modules=list(modules),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
         task_type="CAUSAL_LM",
@@ -92,39 +84,10 @@ def require_peft() -> None:
         raise EngineError(f"{message}; pip install 'grpo-stages[lora]'") from error
 
 
-def check_modules(
-    checkpoint: Path, targets: Sequence[str] | None, modules_to_save: Sequence[str] = ()
-) -> None:
+def check_modules(checkpoint: Path, lora: LoraConfig) -> None:
     """Raise UsageError (exit 2) as add_adapter would for a module; reads the configuration, no weights."""
     model = load_skeleton(checkpoint)
-    _targeted(model, targets, whole_modules(model, modules_to_save))
-
-
-def whole_modules(model: PreTrainedModel, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Modules that train whole, by their full names. Raises UsageError (exit 2) for one that cannot.
-
-    A weight used elsewhere too would change there: whoever shares it has to be named as well.
-    """
-    every = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters())}
-    found: dict[str, nn.Module] = {}
-    for wanted in names:
-        matching = {name: module for name, module in every.items() if f".{name}".endswith(f".{wanted}")}
-        if not matching:
-            exist = ", ".join(sorted({name.rpartition(".")[2] for name in every} - {""}))
-            message = f"update.lora.modules_to_save: {wanted!r} is no module with weights"
-            raise UsageError(f"{message}; of this model these are: {exist}")
-        found |= matching
-    inside = {id(parameter) for module in found.values() for parameter in module.parameters()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in inside and not _within(name, found):
-            owner = name.rpartition(".")[0]
-            message = f"update.lora.modules_to_save: {owner} has a weight of {', '.join(found)} too"
-            raise UsageError(f"{message}, which would change there; name {owner} as well")
-    return found
-
-
-def _within(name: str, modules: Mapping[str, object]) -> bool:
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+    _targeted(model, lora.targets, _whole(model, lora.modules_to_save))
 
 
 @torch.no_grad()
@@ -225,6 +188,33 @@ def _targeted(
         raise UsageError(f"update.lora.targets: nothing is targeted; of this model these can be: {exist}")
     _check_not_shared(model, found)
     return found
+
+
+def _whole(model: PreTrainedModel, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Modules that train whole, by their full names. Raises UsageError (exit 2) for one that cannot.
+
+    A weight used elsewhere too would change there: whoever shares it has to be named as well.
+    """
+    every = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters())}
+    found: dict[str, nn.Module] = {}
+    for wanted in names:
+        matching = {name: module for name, module in every.items() if f".{name}".endswith(f".{wanted}")}
+        if not matching:
+            exist = ", ".join(sorted({name.rpartition(".")[2] for name in every} - {""}))
+            message = f"update.lora.modules_to_save: {wanted!r} is no module with weights"
+            raise UsageError(f"{message}; of this model these are: {exist}")
+        found |= matching
+    inside = {id(parameter) for module in found.values() for parameter in module.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside and not _within(name, found):
+            owner = name.rpartition(".")[0]
+            message = f"update.lora.modules_to_save: {owner} has a weight of {', '.join(found)} too"
+            raise UsageError(f"{message}, which would change there; name {owner} as well")
+    return found
+
+
+def _within(name: str, modules: Mapping[str, object]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def _check_not_shared(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:

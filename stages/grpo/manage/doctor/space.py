@@ -28,7 +28,8 @@ def check_memory(run: ActiveRun, report: Report, policy: Checkpoint, reference: 
     """GPU and main memory, or main memory alone; nothing where a size is not known."""
     update = run.config.update
     # Under an adapter the weights have no gradient, and with it off they are the reference too.
-    shares_base = update.lora is not None and update.reference is None
+    alone = update.lora is not None and not update.lora.modules_to_save
+    shares_base = alone and update.reference is None and update.reference_every is None
     with_reference = bool(update.kl_coefficient) and not shares_base
     if policy.parameters is None or (with_reference and reference.parameters is None):
         return
