@@ -104,7 +104,7 @@ TYPES = {
     "rewards": [*3 * ["int32"], "string", "double", "double", "string", "string"],
     "judgements": [*3 * ["int32"], *6 * ["string"], *3 * ["int32"]],
     "advantages": [*3 * ["int32"], *3 * ["double"], "int32", "double", "bool", "string"],
-    "updates": [*3 * ["int32"], *10 * ["double"], "int32", "int64", "bool", *7 * ["double"]],
+    "updates": [*3 * ["int32"], *10 * ["double"], "int32", "int64", "bool", *8 * ["double"]],
     "logprobs": [*5 * ["int32"], "", "", "double"],
     "prompts": ["int64", "string", "", "string"],
 }
