@@ -35,7 +35,8 @@ from grpo.models.reader import Reader
 from grpo.models.weight_check import measure, read_weight_check
 from grpo.pipeline import prepare
 from grpo.pipeline.stages import GENERATE, make
-from grpo.prompts.chat import Chat, encode
+from grpo.prompts.chat import Chat
+from grpo.prompts.rendering import encode
 from grpo.prompts.table import draw
 
 ROUNDS = 15

@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 from grpo.config import Config, moving
 from grpo.config.objectives import OBJECTIVES
 from grpo.sql import own_text
-from grpo.tables import TABLES, WITH_OWN_COLUMNS
+from grpo.tables import RENDERED, TABLES, WITH_OWN_COLUMNS
 
 HERE = Path(__file__).parent
 MARK = "<!-- From here on written by docs/build.py from stages/grpo/config/moving"
@@ -65,8 +65,13 @@ def tables() -> str:
         "  says whether they pass), `pass_at`, `pass_at_low`, `pass_at_high` (maps from k, such as `pass_at[1]`), `reward`,",
         "  `reward_low`, `reward_high`, `rewards` as map(name, mean of the prompts' means), `response_tokens` and `truncated`",
         "  ([evaluation.md](evaluation.md)).",
+        "- `scored`, in `advantage.sql` alone: one row per rollout of the iteration: the key, `reward` (the weighted sum of its",
+        "  rewards; null where one failed or none applies), `scored` (whether it counts in its group), `empty` (no response",
+        "  token) and `truncated` (cut off at max_new_tokens).",
         "- `timings`: seconds by `iteration`, `stage` and `part`.",
         "- `manifests`: one row per committed output, with what it read and the configuration it was made with.",
+        "",
+        "[Querying](querying.md) has the formats of `grpo sql`, and how to open the files in DuckDB, pandas, polars or pyarrow.",
     ]
     lines += [
         "",
@@ -86,6 +91,8 @@ def tables() -> str:
         lines += [f"| `{column}` | `{kind}` | {_cell(text)} |" for column, (kind, text) in columns.items()]
         if name in WITH_OWN_COLUMNS:
             lines.append("| any other | as in the source | the data set's own columns, untouched |")
+            meaning = "only where there are messages: their text as the model sees it"
+            lines.append(f"| `{RENDERED}` | `string` | {meaning} |")
     return "\n".join([*lines, ""])
 
 

@@ -8,7 +8,7 @@ from grpo import tables
 from grpo.errors import CorruptError
 
 KEY = ["iteration", "group_id", "sample_id"]
-# The table list of the design, and `judgements`, in the order on disk. `samples` shows `mismatch`.
+# The table list of the design with `judgements` and `teacher_logprobs`, in the order on disk.
 NAMES = {
     "prompts": ["prompt_id", "prompt", "messages", "answer"],
     "rollouts": [
@@ -40,6 +40,7 @@ NAMES = {
         "answer_tokens",
         "attempts",
     ],
+    "teacher_logprobs": [*KEY, "name", "logprobs", "gap"],
     "advantages": [
         *KEY,
         "reward",
@@ -93,6 +94,7 @@ LISTS = {
     "response_token_ids": pa.list_(pa.int32()),
     "old_logprobs": pa.list_(pa.float32()),
     "response_mask": pa.list_(pa.bool_()),
+    "logprobs": pa.list_(pa.float32()),
     "policy_logprobs": pa.list_(pa.float32()),
     "reference_logprobs": pa.list_(pa.float32()),
 }
@@ -103,6 +105,7 @@ TYPES = {
     ],
     "rewards": [*3 * ["int32"], "string", "double", "double", "string", "string"],
     "judgements": [*3 * ["int32"], *6 * ["string"], *3 * ["int32"]],
+    "teacher_logprobs": [*3 * ["int32"], "string", "", "double"],
     "advantages": [*3 * ["int32"], *3 * ["double"], "int32", "double", "bool", "string"],
     "updates": [*3 * ["int32"], *10 * ["double"], "int32", "int64", "bool", *8 * ["double"]],
     "logprobs": [*5 * ["int32"], "", "", "double"],

@@ -5,13 +5,14 @@ docs/python.md has it with examples. Errors are those of the commands, as except
 
 import json
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from grpo import sql, tables
-from grpo.artifacts import ARTIFACTS, ActiveRun, created_config, require_run
+from grpo.artifacts import ARTIFACTS, ActiveRun, find_run, own_config
 from grpo.config import Config, validated
 from grpo.console import Console, quieten_libraries
 from grpo.errors import UsageError
@@ -36,6 +37,8 @@ class Run:
 
     def __init__(self, active: ActiveRun) -> None:
         self.active = active
+        self._user_sql = sql.UserSql()
+        weakref.finalize(self, self._user_sql.close)
 
     def __repr__(self) -> str:
         return f"grpo.Run({str(self.path)!r})"
@@ -70,7 +73,7 @@ class Run:
         query: str,
         parameters: Mapping[str, Any] | None = None,
         beside: Sequence["Run"] = (),
-        timeout_s: float | None = None,
+        timeout_s: float = sql.TIMEOUT_S,
     ) -> Rows:
         """The rows of one read-only query (DuckDB); `$name` in it is a parameter.
 
@@ -78,7 +81,8 @@ class Run:
         with DuckDB's message, ResourceError over a limit, CorruptError for a damaged file.
         """
         runs = [self.active, *(other.active for other in beside)]
-        return Rows(sql.read(runs, query, dict(parameters or {}), timeout_s=timeout_s))
+        question = sql.Question(query, runs, parameters=dict(parameters or {}))
+        return Rows(self._user_sql.rows(question, timeout_s=timeout_s).table())
 
     def table(self, name: str, iteration: int | None = None) -> Rows:
         """A table or view, of one iteration or of all, in the order of its key. Raises UsageError."""
@@ -97,15 +101,11 @@ def open(run: str | Path, config: Configuration | None = None, overrides: Settin
     config: the configuration in force, where it is not the one that the run was created with; either with
     `overrides`. Raises UsageError where no run is there, CorruptError where its run.json changed.
     """
-    path = Path(run)
-    root, name = (ARTIFACTS, str(run)) if path.name == str(run) else (path.parent, path.name)
+    folder = find_run(str(run))
     if config is not None:
-        require_run(name, root)
-        found = _configured(config, {**(overrides or {}), "run": name}, False)
-        return Run(ActiveRun(root, found.config, found.imports, found.console))
-    # Its folder is the run, whatever name it was created with.
-    created = created_config(name, root, _texts(overrides)).model_copy(update={"run": name})
-    return Run(ActiveRun(root, created, Path.cwd(), Console()))
+        found = _configured(config, {**(overrides or {}), "run": folder.name}, False)
+        return Run(ActiveRun(folder.parent, found.config, found.imports, found.console))
+    return Run(ActiveRun(folder.parent, own_config(folder, _texts(overrides)), Path.cwd(), Console()))
 
 
 def run(

@@ -71,11 +71,11 @@ class Console:
             yield advance
 
     def is_stopping(self) -> bool:
-        """Whether SIGINT or SIGTERM came: nothing new should be begun."""
+        """Whether a signal came that asks to stop: nothing new should be begun."""
         return self._signal is not None
 
     def stop_requested(self) -> None:
-        """Raise Interrupted when SIGINT or SIGTERM came; stages call it between shards."""
+        """Raise Interrupted when such a signal came; stages call it between shards."""
         if self._signal is not None:
             raise Interrupted(self._signal)
 
@@ -94,7 +94,7 @@ class Console:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the work after the current shard, the second at once."""
+        """The first SIGINT, SIGTERM or SIGHUP ends the work after the current shard, the second at once."""
 
         def note(number: int, frame: FrameType | None) -> None:
             if self._signal is not None:
@@ -128,7 +128,10 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     if threading.current_thread() is not threading.main_thread():
         yield  # Python gives signals to the main thread alone: whoever called from another one has them
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it: the work outlives its terminal
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

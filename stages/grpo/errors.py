@@ -50,7 +50,7 @@ class UnsupportedModelError(EngineError, exit_code=4):
 
 
 class Interrupted(GrpoError, exit_code=130):
-    """The user asked to stop; what is committed stays. SIGINT exits 130, SIGTERM 143."""
+    """The user asked to stop; what is committed stays. SIGINT exits 130, SIGTERM 143, SIGHUP 129."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__("interrupted: what is committed is kept; the same command resumes from here")

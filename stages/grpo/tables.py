@@ -28,7 +28,7 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 PROMPTS: Columns = {
     "prompt_id": (pa.int64(), "row number in the source, from 0"),
     "prompt": (pa.string(), "prompt text; null when the prompt is messages"),
-    "messages": (_MESSAGES, "chat messages; null when the prompt is text"),
+    "messages": (_MESSAGES, "chat messages, with their other fields; null when the prompt is text"),
     "answer": (pa.string(), "reference answer, or null"),
 }
 
@@ -55,7 +55,7 @@ REWARDS: Columns = {
     "value": (pa.float64(), "what the reward gave; null unless status is ok"),
     "weight": (pa.float64(), "weight in the sum; 0 is stored and changes nothing"),
     "status": (pa.string(), "ok, error, timeout, nonfinite or not_applicable"),
-    "error": (pa.string(), "what went wrong, one line; null when nothing did"),
+    "error": (pa.string(), "what went wrong, one line; null when nothing did; of ok, why on_timeout counts"),
 }
 
 JUDGEMENTS: Columns = {
@@ -69,6 +69,16 @@ JUDGEMENTS: Columns = {
     "prompt_tokens": (pa.int32(), "tokens of the question, by the endpoint's count; null where it has none"),
     "answer_tokens": (pa.int32(), "the same of the answer"),
     "attempts": (pa.int32(), "requests that this answer took, from 1"),
+}
+
+TEACHER_LOGPROBS: Columns = {
+    **_KEY_COLUMNS,
+    "name": (pa.string(), "name of the teacher"),
+    "logprobs": (
+        pa.list_(pa.float32()),
+        "the teacher's log-prob per response token at the row's temperature; 0 where response_mask is false",
+    ),
+    "gap": (pa.float64(), "mean of logprobs - old_logprobs over the tokens that count, in nats"),
 }
 
 ADVANTAGES: Columns = {
@@ -177,6 +187,7 @@ TABLES: dict[str, Columns] = {
     "rollouts": ROLLOUTS,
     "rewards": REWARDS,
     "judgements": JUDGEMENTS,
+    "teacher_logprobs": TEACHER_LOGPROBS,
     "advantages": ADVANTAGES,
     "updates": UPDATES,
     "logprobs": LOGPROBS,
@@ -190,6 +201,8 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "updates": ("off_policy_fraction", "low_entropy_fraction", "entropy_coefficient")
 }
 WITH_OWN_COLUMNS = ("prompts", "eval_prompts")  # the user's data set may have more
+RENDERED = "rendered_prompt"
+"""Further column of those two where a prompt is messages: what the chat template made of them."""
 
 
 def schema(table: str, without: Collection[str] = ()) -> pa.Schema:
@@ -247,6 +260,18 @@ def check_schema(table: str, found: pa.Schema, path: Path) -> None:
     expected = schema(table, without=set(OPTIONAL.get(table, ())) - set(found.names))
     own = found.names[len(expected) :]
     fixed = pa.schema(list(found)[: len(expected)])
+    if table in WITH_OWN_COLUMNS:
+        fixed = _with_usual_messages(fixed)
     if not fixed.equals(expected) or (own and table not in WITH_OWN_COLUMNS):
         wrong = [field.name for field in expected if field not in list(found)] or own
         raise CorruptError(f"{path}: schema is not that of table {table}: see column {wrong[0]}")
+
+
+def _with_usual_messages(found: pa.Schema) -> pa.Schema:
+    """The schema without the fields of messages that follow role and content: the user's own."""
+    place = found.get_field_index("messages")
+    if place < 0 or not pa.types.is_list(found.field(place).type):
+        return found
+    message = found.field(place).type.value_type
+    usual = list(message)[:2] if pa.types.is_struct(message) else []
+    return found.set(place, pa.field("messages", pa.list_(pa.struct(usual))))

@@ -435,15 +435,21 @@ def test_where_that_is_no_sql(tmp_path: Path) -> None:
         advantages(tmp_path, [rows_of(1, 0)], where="rewrad > 0")
     assert caught.value.exit_code == 2
     with pytest.raises(UsageError, match=r"^advantage.where: query: 2 statements, divided by `;`; write one"):
-        advantages(tmp_path / "two", [rows_of(1, 0)], where="true); select 0 as iteration --")
+        advantages(tmp_path / "two", [rows_of(1, 0)], where="true; select 0 as iteration")
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("where=rewrad > 0", 'advantage.where: query: Binder Error: Referenced column "rewrad" not found'),
-        ("where=true); select (1", "advantage.where: query: 2 statements, divided by `;`; write one"),
-        ("sql=my.sql", "my.sql: returns no column advantage; it must return iteration, group_id, sample_id"),
+        (
+            "where=true); select (1",
+            'advantage.where: query: syntax error at or near ")"; expected one condition',
+        ),
+        (
+            "sql=my.sql",
+            "advantage.sql: my.sql: returns no column advantage; it must return iteration, group_id, sample",
+        ),
     ],
 )
 def test_a_run_refuses_sql_before_it_samples(project: Path, grpo: Grpo, override: str, message: str) -> None:
@@ -516,25 +522,25 @@ def test_own_sql_and_where(tmp_path: Path) -> None:
         (
             "select iteration, group_id, sample_id, 1 as advantage from rewards, (values (1), (2))",
             DataError,
-            r"^my\.sql: returns a rollout twice; it must return each \(iteration, group_id, sample_id\) once",
+            r"^advantage\.sql: my\.sql: returns a rollout twice; it must return each \(iteration, group",
         ),
         (
             "select iteration, group_id, sample_id, 'nan'::double as advantage from rewards",
             DataError,
-            r"^my\.sql: returns an advantage that is nan or infinite$",
+            r"^advantage\.sql: my\.sql: returns an advantage that is nan or infinite$",
         ),
         (
             "select iteration, group_id, sample_id, '-inf'::double as advantage from rewards",
             DataError,
-            r"^my\.sql: returns an advantage that is nan or infinite$",
+            r"^advantage\.sql: my\.sql: returns an advantage that is nan or infinite$",
         ),
         (
             "select iteration, group_id, sample_id, value from rewards",
             UsageError,
-            r"^my\.sql: returns no column advantage; it must return iteration, group_id, sample_id, advan",
+            r"^advantage\.sql: my\.sql: returns no column advantage; it must return iteration, gr",
         ),
         ("select group_id, value as advantage from rewards", UsageError, "returns no column iteration"),
-        ("select * from nothing", UsageError, "^advantage.sql: query: .*nothing does not exist"),
+        ("select * from nothing", UsageError, "^advantage.sql: my.sql: query: .*nothing does not exist"),
     ],
 )
 def test_own_sql_errors(tmp_path: Path, query: str, error: type[GrpoError], message: str) -> None:
@@ -545,7 +551,9 @@ def test_own_sql_errors(tmp_path: Path, query: str, error: type[GrpoError], mess
 @pytest.mark.parametrize("advantage", ["'high'", "[1.0]"])
 def test_own_sql_of_another_type(tmp_path: Path, advantage: str) -> None:
     query = f"select iteration, group_id, sample_id, {advantage} as advantage from rewards"
-    message = r"^my\.sql: iteration, group_id, sample_id must be integers and advantage a number: "
+    message = (
+        r"^advantage\.sql: my\.sql: iteration, group_id, sample_id must be integers and advantage a number: "
+    )
     with pytest.raises(DataError, match=message):
         own(tmp_path, query, [rows_of(1, 0)])
 
@@ -748,10 +756,13 @@ def test_a_change_of_the_shipped_formula_is_a_change(
     finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "advantage/advantage.sql"
-    assert set(shipped_sql()) == {name, "advantage/batch_deviation.sql", "sql/views/scored.sql"}
-    assert shipped_sql()[name] == sha256((Path(package.__file__).parent / name).read_bytes()).hexdigest()
-    changed = {**shipped_sql(), name: "0" * 64}
-    monkeypatch.setattr("grpo.advantage.plan.shipped_sql", lambda: changed)
+    shipped = shipped_sql("group")
+    others = ["batch_deviation.sql", "estimators/group.sql"]
+    views = {"sql/macros.sql", "sql/views/scored.sql"}
+    assert set(shipped) == {name, *(f"advantage/{other}" for other in others), *views}
+    assert shipped[name] == sha256((Path(package.__file__).parent / name).read_bytes()).hexdigest()
+    changed = {**shipped, name: "0" * 64}
+    monkeypatch.setattr("grpo.advantage.plan.shipped_sql", lambda estimator: changed)
     code, _, err = grpo("advantage", "--iteration", "0")
     assert code == 4
     assert err.endswith(f"advantages: changed ({name}: its file changed); --force reruns it\n")

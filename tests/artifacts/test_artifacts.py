@@ -27,6 +27,7 @@ from grpo.artifacts import (
     discard,
     droppable,
     files,
+    find_run,
     id_of,
     lacking,
     open_run,
@@ -622,21 +623,21 @@ def test_no_rights_to_write_is_a_resource_error_with_the_free_space(run: Run) ->
 
 def test_an_unknown_run_names_those_that_are_there(run: Run) -> None:
     with pytest.raises(UsageError) as caught:
-        open_run("zzz", run.root)
+        find_run("zzz", run.root)
     assert str(caught.value) == f"{run.root / 'zzz'}: no such run; no run is there yet; `grpo run` makes one"
     for name in ("b", "a"):
         (run.root / name).mkdir()
         (run.root / name / "run.json").write_bytes(seal({"config": {}}))
     with pytest.raises(UsageError) as caught:
-        open_run("zzz", run.root)
+        find_run("zzz", run.root)
     assert str(caught.value) == f"{run.root / 'zzz'}: no such run; runs there: a, b"
-    assert open_run("a", run.root) == {"config": {}}
+    assert open_run(find_run("a", run.root)) == {"config": {}}
     (run.root / "a" / "run.json").write_bytes(seal({"config": {}}).replace(b"{}", b"[]"))
     with pytest.raises(CorruptError, match=r"run\.json: content changed since it was committed"):
-        open_run("a", run.root)
+        open_run(find_run("a", run.root))
     (run.root / "a" / "run.json").write_text('{"config"')
     with pytest.raises(CorruptError, match=r"run\.json: is not JSON: Expecting ':' delimiter"):
-        open_run("a", run.root)
+        open_run(find_run("a", run.root))
 
 
 def commit_update(run: Run, iteration: int) -> None:

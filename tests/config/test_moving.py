@@ -148,10 +148,10 @@ def test_every_name_is_answered_at_the_top_level() -> None:
     [
         ("update.lora={rank: 8, alpha: 8, targets: all-linear}", "null: every linear layer but the output's"),
         ("update.lora={rank: 8, alpha: 8, targets: q_proj}", "a list, such as [q_proj, v_proj]"),
-        ("update.warmup_steps=0.1", "a number of steps: the share times iterations * update.epochs"),
+        ("update.warmup_steps=0.1", "it as update.warmup_share: 0.1"),
         ("update.precision=bf16", "bfloat16"),
         ("update.precision=fp16", "bfloat16: float16 needs loss scaling, which is not here"),
-        ("update.schedule=cosine_with_min_lr", "cosine, which ends at 0"),
+        ("update.schedule=cosine_with_min_lr", "cosine, with min_learning_rate"),
         ("update.objective=bnpo", "grpo, with aggregate: token_mean"),
         ("update.aggregate=seq-mean-token-sum-norm", "constant"),
         ("update.kl_estimator=low_var_kl", "k3"),

@@ -200,7 +200,7 @@ def test_added_to_a_finished_run_the_last_policy_is_measured(finished: Path, grp
     before = crash.contents(Path())
     add = ["--set", "evaluate={prompts: {source: prompts.jsonl}, every: 1}"]
     err = succeed(grpo, "run", *add)
-    assert "evaluate.prompts: 6 of 6" not in err  # they are the same section, and so no mistake
+    assert "evaluate.prompts: 6 of 6 are among `prompts`: not held out" in err
     assert re.findall(r"^(policy|iteration) +([0-9]+) ", err, re.M) == [("policy", "2")]
     assert without_evaluations(crash.contents(Path())) == before
     assert "nothing to do" in succeed(grpo, "run", *add)

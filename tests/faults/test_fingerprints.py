@@ -19,6 +19,10 @@ UPDATE, GENERATE, ADVANTAGE, EVALUATE = {"update"}, {"generate"}, {"advantage"},
 ENGINE, SCORE = {"generate", "evaluate"}, {"score", "evaluate"}
 LENGTH = "{function: 'reward:length', weight: 0.0}"
 # A judge in place of the project's function: of its own keys, what none depends on is in test_judge_stage.py.
+TEACHERS = {"score", "update"}  # evaluations ask no teacher
+LOADED = {"generate", "update", "evaluate"}
+TRUNCATED = "generate.allow_truncated_sampling=true"
+SAPO, VESPO = ["update.objective=sapo"], ["update.objective=vespo"]
 JUDGE = "score.rewards=[{judge: {url: 'http://127.0.0.1:1/v1', model: m, rubric: 'Rate {response}'}}]"
 # Key -> (settings that change it, stages that differ then; FIXED: the run refuses them).
 KEYS: dict[str, tuple[list[str], set[str] | str]] = {
@@ -26,9 +30,13 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "iterations": (["iterations=3"], NOTHING),
     "seed": (["seed=1"], FIXED),
     "model": (["model=other"], FIXED),
+    "model_options.revision": ([], FIXED),  # of the hub alone: another gives another digest of `model`
+    "model_options.attn_implementation": (["model_options.attn_implementation=eager"], LOADED),
+    "model_options.trust_remote_code": ([], NOTHING),  # always false
     "prompts.source": (["prompts.source=other.jsonl"], FIXED),
     "prompts.subset": (["prompts.source=owner/name", "prompts.subset=main"], FIXED),
     "prompts.split": (["prompts.source=owner/name", "prompts.split=test"], FIXED),
+    "prompts.revision": (["prompts.source=owner/name", "prompts.revision=v1"], FIXED),
     "prompts.columns.prompt": (["prompts.columns.prompt=answer"], FIXED),
     "prompts.columns.messages": (["prompts.columns.messages=other"], FIXED),
     "prompts.columns.answer": (["prompts.columns.answer=other"], FIXED),
@@ -46,6 +54,9 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "generate.top_p": (["generate.top_p=0.9", "generate.allow_truncated_sampling=true"], ENGINE),
     "generate.top_k": (["generate.top_k=9", "generate.allow_truncated_sampling=true"], ENGINE),
     "generate.min_p": (["generate.min_p=0.1", "generate.allow_truncated_sampling=true"], ENGINE),
+    "generate.repetition_penalty": (["generate.repetition_penalty=1.1", TRUNCATED], ENGINE),
+    "generate.structured_outputs": (["generate.structured_outputs={regex: '[0-9]'}", TRUNCATED], ENGINE),
+    "generate.stop": (["generate.stop=['.']"], ENGINE),
     "generate.allow_truncated_sampling": (["generate.allow_truncated_sampling=true"], GENERATE),
     "generate.rollouts_per_shard": (["generate.rollouts_per_shard=8"], ENGINE),
     "generate.max_rows_per_batch": (["generate.max_rows_per_batch=2"], ENGINE),  # rounding
@@ -80,6 +91,10 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "score.rewards.weight": (["score.rewards[0].weight=2.0"], SCORE),
     "score.rewards.arguments": (["score.rewards[0].arguments={a: 1}"], SCORE),
     "score.rewards.timeout_s": (["score.rewards[0].timeout_s=9.0"], SCORE),
+    "score.rewards.on_timeout": (["score.rewards[0].on_timeout=0.0"], SCORE),
+    "score.teachers.model": (["score.teachers=[{model: other}]"], TEACHERS),
+    "score.teachers.weight": (["score.teachers=[{model: other, weight: 2.0}]"], TEACHERS),
+    "score.teachers.name": (["score.teachers=[{model: other, name: one}]"], TEACHERS),
     "score.on_error": (["score.on_error=drop"], NOTHING),
     "score.workers": (["score.workers=2"], NOTHING),
     "score.max_tokens_per_batch": (["score.max_tokens_per_batch=9"], NOTHING),
@@ -87,6 +102,8 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "advantage.epsilon": (["advantage.epsilon=0.1"], ADVANTAGE),
     "advantage.drop_zero_variance": (["advantage.drop_zero_variance=true"], ADVANTAGE),
     "advantage.truncated": (["advantage.truncated=drop"], ADVANTAGE),
+    "advantage.estimator": (["advantage.estimator=rloo"], ADVANTAGE),
+    "advantage.pass_k": (["advantage.estimator=pass_at_k", "advantage.pass_k=2"], ADVANTAGE),
     "advantage.where": (["advantage.where=reward > 0"], ADVANTAGE),
     "advantage.sql": (["advantage.sql=advantage.sql"], ADVANTAGE),
     "update.objective": (["update.objective=grpo_sequence"], UPDATE),
@@ -95,7 +112,16 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "update.clip_low": (["update.clip_low=0.1"], UPDATE),
     "update.clip_high": (["update.clip_high=0.1"], UPDATE),
     "update.delta": (["update.delta=2.0"], UPDATE),
+    "update.tau_positive": ([*SAPO, "update.tau_positive=1.5"], UPDATE),
+    "update.tau_negative": ([*SAPO, "update.tau_negative=1.5"], UPDATE),
+    "update.ratio_cap": (["update.objective=dppo", "update.ratio_cap=5.0"], UPDATE),
+    "update.k_positive": ([*VESPO, "update.k_positive=1.5"], UPDATE),
+    "update.k_negative": ([*VESPO, "update.k_negative=1.5"], UPDATE),
+    "update.lambda_positive": ([*VESPO, "update.lambda_positive=1.5"], UPDATE),
+    "update.lambda_negative": ([*VESPO, "update.lambda_negative=1.5"], UPDATE),
     "update.aggregate": (["update.aggregate=constant"], UPDATE),
+    "update.off_policy_mask": (["update.off_policy_mask=0.1"], UPDATE),
+    "update.top_entropy": (["update.top_entropy=0.2"], UPDATE),
     "update.kl_coefficient": (["update.kl_coefficient=0.1"], UPDATE),
     "update.kl_estimator": (["update.kl_estimator=k2"], UPDATE),
     "update.kl_importance": (["update.kl_importance=true"], UPDATE),
@@ -107,10 +133,20 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     ),
     "update.sampler_correction_level": (["update.sampler_correction_level=sequence_mean"], UPDATE),
     "update.sampler_correction_cap": (["update.sampler_correction_cap=3.0"], UPDATE),
+    "update.sampler_correction_floor": (
+        [
+            "update.sampler_correction=mask",
+            "update.old_logprobs=recomputed",
+            "update.sampler_correction_floor=0.5",
+        ],
+        UPDATE,
+    ),
     "update.reference": (["update.reference=other"], FIXED),
     "update.learning_rate": (["update.learning_rate=0.1"], UPDATE),
+    "update.min_learning_rate": (["update.schedule=linear", "update.min_learning_rate=1.0e-9"], UPDATE),
     "update.schedule": (["update.schedule=linear"], UPDATE),
     "update.warmup_steps": (["update.warmup_steps=1"], UPDATE),
+    "update.warmup_share": (["update.warmup_share=0.5"], UPDATE),
     "update.betas": (["update.betas=[0.5, 0.9]"], UPDATE),
     "update.adam_epsilon": (["update.adam_epsilon=0.1"], UPDATE),
     "update.weight_decay": (["update.weight_decay=0.1"], UPDATE),
@@ -135,6 +171,10 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     ),
     "evaluate.prompts.split": (
         ["evaluate.prompts.source=owner/name", "evaluate.prompts.split=test"],
+        EVALUATE,
+    ),
+    "evaluate.prompts.revision": (
+        ["evaluate.prompts.source=owner/name", "evaluate.prompts.revision=v1"],
         EVALUATE,
     ),
     "evaluate.prompts.columns.prompt": (["evaluate.prompts.columns.prompt=answer"], EVALUATE),

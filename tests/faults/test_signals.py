@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the work ends after the current shard; the second time, at once."""
+"""SIGINT, SIGTERM and SIGHUP: the work ends after the current shard; the second time, at once."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.faults.tally import extent
 
 pytestmark = pytest.mark.slow
 TIMES = extent("SIGINT and SIGTERM, each")
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 # Two seconds a rollout, in a thread of its own: the second signal finds a shard in the making.
 SLOW = """\
 import time

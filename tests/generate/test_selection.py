@@ -181,9 +181,15 @@ def test_a_query_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ("select 3 as prompt_id; select 4 as prompt_id", "query: 2 statements, divided by `;`; write one"),
+        (
+            "select 3 as prompt_id; select 4 as prompt_id",
+            "next.sql: query: 2 statements, divided by `;`; write one",
+        ),
         ("select prompt from prompts", "next.sql: returns no column prompt_id; it must return those of the"),
-        ("select prompt_id from samples where rewrad > 0", 'query: Binder Error: Referenced column "rewrad"'),
+        (
+            "select prompt_id from samples where rewrad > 0",
+            'next.sql: query: Binder Error: Referenced column "rewrad"',
+        ),
     ],
 )
 def test_a_run_refuses_a_query_before_it_samples_to_measure(

@@ -168,3 +168,15 @@ def test_a_row_reads_its_own_iteration_and_no_other(finished: Path) -> None:
     for path in Path("artifacts/tiny/iteration=000000").glob("*/*.parquet"):
         path.unlink()
     assert metrics.row_of(reading("", Path("pipeline.yaml"), []), 1)["rollouts"] == 6
+
+
+def test_what_counted_as_a_pass_is_not_what_the_file_says_now(measured: Path, grpo: Grpo) -> None:
+    def rates(*arguments: str) -> list[float]:
+        shown = grpo("sql", "select pass_rate from iterations order by all", "--json", *arguments)[1]
+        return [row["pass_rate"] for row in json.loads(shown)]
+
+    before = rates()
+    path = Path("pipeline.yaml")
+    path.write_text(path.read_text().replace("pass_threshold: 3.0", "pass_threshold: 100.0"))
+    assert rates() == before
+    assert any(before)

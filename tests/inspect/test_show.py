@@ -191,7 +191,7 @@ def test_the_same_prompts_in_another_run(finished: Path, grpo: Grpo) -> None:
         (["--group", "0", "--where", "false"], "--group 0: no rollout meets the condition"),
         (
             ["--where", "true); select 1 as group_id --"],
-            "--where true); select 1 as group_id --: 2 statements, divided by `;`; write one",
+            '--where true); select 1 as group_id --: syntax error at or near ")"; expected one condition',
         ),
         (["--reward", "x"], "--reward x: iteration 1 has code"),
         (["--prompt", "6"], "--prompt 6: the run has prompts 0 to 5"),

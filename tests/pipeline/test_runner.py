@@ -81,7 +81,7 @@ def edit(path: str, old: str, new: str) -> None:
 
 def test_a_run_makes_what_the_design_says(finished: Path, grpo: Grpo) -> None:
     assert states(grpo) == DONE
-    folders = ["iteration=000000", "iteration=000001", "policy", "prompts", "run.json"]
+    folders = ["iteration=000000", "iteration=000001", "policy", "prompts", "run.json", "sources"]
     assert sorted(path.name for path in ARTIFACTS.iterdir() if not path.name.startswith(".")) == folders
     # 3 prompts x 2 samples in shards of at most 4 rollouts: 2 groups, then 1.
     assert [file["rows"] for file in manifest(0, "rollouts")["files"]] == [4, 2]
@@ -372,10 +372,19 @@ def test_failed_rewards_are_committed_refused_and_scored_again(
 
     Path("calls").unlink()
     code, _, err = grpo("score")  # still failing: tried again, and only what failed
-    assert (code, err) == (8, f"error: {complaint}\n")
+    settled = complaint.replace(
+        "the same command scores only those again",
+        "2 failed twice in the same way and are not tried again but by `grpo score --only-failed`;"
+        " `on_timeout: 0.0` of a reward counts a time-out",
+    )
+    assert (code, err) == (8, f"error: {settled}\n")
     assert not Path("calls").exists()
 
     Path("marker").unlink()
+    code, _, err = grpo("run")  # twice in the same way is enough
+    assert (code, err.splitlines()[-1]) == (8, f"error: {settled}")
+    assert not Path("calls").exists()
+    assert grpo("score", "--only-failed")[0] == 0
     code, _, err = grpo("run")
     assert code == 0, err
     assert Path("calls").read_text().splitlines()[0] == "3+1= 2"  # in iteration 0 nothing else

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import Grpo
 
 from grpo.config import PromptsConfig
-from grpo.errors import DataError
+from grpo.errors import DataError, UsageError
 from grpo.prompts.source import read_rows, source_digest
 
 datasets = pytest.importorskip("datasets")
@@ -274,3 +274,26 @@ def test_the_hub_out_of_reach_is_one_line(project: Path) -> None:
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert line.startswith("error: prompts.source: owner/name: cannot be loaded: "), line
     assert "Traceback" not in done.stderr
+
+
+def test_a_revision_is_what_the_hub_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*names: Any, **given: Any) -> Any:
+        asked.append((names, given))
+        return datasets.Dataset.from_list([{"prompt": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for revision in (None, "v1"):
+        config = PromptsConfig(source="owner/name", revision=revision)
+        assert [row for _, row in read_rows(config, tmp_path)] == [{"prompt": "a"}]
+    names = ("owner/name", None)
+    assert asked == [(names, {"split": "train", "revision": each}) for each in (None, "v1")]
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    save(tmp_path / "mine", [{"prompt": "a"}])
+    with pytest.raises(UsageError) as caught:
+        list(read_rows(PromptsConfig(source="mine", revision="v1"), tmp_path))
+    text = "prompts.revision: mine is a folder; only a data set on the hub has revisions"
+    assert str(caught.value) == text

@@ -15,7 +15,8 @@ from grpo.console import Console
 from grpo.errors import DataError, InputError, UsageError
 from grpo.models import starter_model
 from grpo.prompts import table as prompts
-from grpo.prompts.chat import Chat, encode, render
+from grpo.prompts.chat import Chat
+from grpo.prompts.rendering import encode
 from grpo.prompts.source import Row
 from grpo.prompts.table import draw, prepare
 
@@ -34,7 +35,7 @@ def opened(folder: Path, **config: Any) -> ActiveRun:
 
 
 def characters(rows: list[Row]) -> list[int]:
-    return [len(row["prompt"] or "") for row in rows]
+    return [len(row["prompt"] or "chat") for row in rows]
 
 
 def prepared(run: ActiveRun, room: int | None = None) -> Manifest:
@@ -162,11 +163,10 @@ def test_an_answer_of_another_kind_is_refused(tmp_path: Path, answer: Any, found
     assert message == f"p.jsonl:1: answer must be text or a number, found {found}"
 
 
-def test_an_answer_that_is_nan_is_refused(tmp_path: Path) -> None:
-    # What pandas writes for a missing number; the text "nan" would be an answer nobody gave.
-    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": [1.0, float("nan")]}), tmp_path / "p.parquet")
+def test_an_answer_that_is_infinite_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": [1.0, float("inf")]}), tmp_path / "p.parquet")
     message = refused(tmp_path, lambda: prepared(opened(tmp_path, source="p.parquet")))
-    assert message == "p.parquet: row 2: answer must be text or a number, found nan"
+    assert message == "p.parquet: row 2: answer must be text or a number, found inf"
 
 
 def test_nan_in_another_column_of_parquet_stays(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 def test_an_empty_prompt_in_csv_is_named(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,answer\na,1\n,2\n")
     message = refused(tmp_path, lambda: prepared(opened(tmp_path, source="p.csv")))
-    assert message == "p.csv:3: prompt is ''; a prompt must be text that is not empty"
+    assert message == "p.csv:3: prompt is None; a prompt must be text that is not empty"
 
 
 @pytest.mark.parametrize(("name", "content"), [("p.jsonl", "\n\n"), ("p.csv", "prompt,answer\n")])
@@ -308,6 +308,7 @@ def test_a_column_of_several_types_is_refused(tmp_path: Path, first: Any, second
     rows = [{"prompt": "a", "x": first}, {"prompt": "b", "x": second}]
     message = refused(tmp_path, lambda: table(tmp_path, *rows))
     assert message.startswith("prompts.source: p.jsonl: column x holds values of several types: ")
+    assert message.endswith("(first at p.jsonl:2)")
 
 
 def test_a_column_that_parquet_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -442,7 +443,20 @@ def test_a_shard_of_skipped_prompts_takes_no_column_away(
     assert data["x"].to_pylist() == [1, 2]
 
 
+def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    run = opened(tmp_path)
+    message = refused(tmp_path, lambda: prepare(run, Staging(run, prompts.plan(run), 0), lambda _: [0], None))
+    assert message == "p.jsonl:1: its prompt is no tokens; give the model some text"
+
+
 # ---- what the table depends on ----
+
+
+def test_a_revision_counts_where_it_is_given_and_nowhere_else() -> None:
+    config = {"source": "owner/name", "split": "test"}
+    assert "revision" not in PromptsConfig.model_validate(config).recorded()  # fingerprints of before it hold
+    assert PromptsConfig.model_validate({**config, "revision": "v1"}).recorded()["revision"] == "v1"
 
 
 def test_content_counts_and_the_file_s_name_does_not(tmp_path: Path) -> None:
@@ -504,7 +518,6 @@ def test_text_is_seen_as_it_is_and_messages_through_the_template() -> None:
     texts, token_ids = encode([text, chat], tokenizer, Chat())
     assert texts == [" 3+4=\n", "user: 3+4=\nassistant: "]
     assert token_ids == [list(shown.encode()) for shown in texts]  # a token is a byte
-    assert texts == [render(row, tokenizer, Chat()) for row in (text, chat)]
 
 
 def test_a_template_s_special_tokens_are_not_doubled() -> None:
@@ -593,6 +606,7 @@ def test_the_chat_template_is_part_of_what_the_table_depends_on(tmp_path: Path) 
     [
         ({"split": "test"}, "split: p.jsonl has no splits; leave it out, or name a data set"),
         ({"subset": "main"}, "subset: p.jsonl has no subsets; leave it out, or name a data set"),
+        ({"revision": "v1"}, "revision: p.jsonl has no revisions; leave it out, or name a data set"),
         (
             {"chat_template_arguments": {"tokenize": True}},
             "tokenize is the pipeline's own; give the template's, such as enable_thinking",

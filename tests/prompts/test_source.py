@@ -95,7 +95,7 @@ def test_utf16_is_not_utf8(tmp_path: Path) -> None:
 def test_csv_rows_are_text_and_may_span_lines(tmp_path: Path) -> None:
     content = b'prompt,answer,level\n"a, ""b""\nc",1,\n\nd,2,x\n'
     assert read(tmp_path, "p.csv", content) == [
-        (f"{tmp_path}/p.csv:3", {"prompt": 'a, "b"\nc', "answer": "1", "level": ""}),
+        (f"{tmp_path}/p.csv:3", {"prompt": 'a, "b"\nc', "answer": "1", "level": None}),
         (f"{tmp_path}/p.csv:5", {"prompt": "d", "answer": "2", "level": "x"}),
     ]
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -499,15 +500,63 @@ def test_only_the_rows_that_failed_are_scored_again(tmp_path: Path) -> None:
     assert "1 of 12 rewards failed" in failed(run)  # still broken: only the one rollout was tried
     assert (calls(tmp_path, "fails_on_words"), calls(tmp_path, "other")) == ([1], [])
 
+    # Twice in the same way: a third time it is asked for.
     (tmp_path / "broken").unlink()
+    assert "1 failed twice in the same way and is not tried again but by `grpo score --only" in failed(run)
+    assert (calls(tmp_path, "fails_on_words"), calls(tmp_path, "other")) == ([], [])
+    work.run_stage(run, "score", "0", force=False, only_failed=True)
     manifest = scored(run)
     assert calls(tmp_path, "fails_on_words") == [1]
     assert calls(tmp_path, "other") == []
     # The one that failed has the value of now, the others that of then.
     assert values(run, "fails_on_words") == [1.0, 1.0, 1.0, 2.0, 1.0, 1.0]
     assert manifest.summary["failed"] == 0
-    assert (manifest.attempt, calls(tmp_path, "fails_on_words")) == (2, [])
+    assert (manifest.attempt, calls(tmp_path, "fails_on_words")) == (3, [])
     assert scored(run) == manifest
+
+
+def late(function: str, **keys: Any) -> dict[str, Any]:
+    return {**reward(function), "timeout_s": 0.5, **keys}
+
+
+def test_what_a_time_out_counts(tmp_path: Path) -> None:
+    run = opened(tmp_path, late("hangs_on_words"), reward("other"))
+    assert "1 of 12 rewards failed (1 timeout)" in failed(run)
+    # Another value of on_timeout tries nothing again: how late it was is known.
+    started = time.monotonic()
+    run = opened(tmp_path, late("hangs_on_words", on_timeout=-0.5), reward("other"))
+    manifest = scored(run, force=True)
+    assert time.monotonic() - started < 5  # of 60 s that it hangs
+    assert manifest.summary["failed"] == 0
+    assert values(run, "hangs_on_words") == [1.0, 1.0, 1.0, -0.5, 1.0, 1.0]
+    [row] = [row for row in rows(run) if row["error"]]
+    assert row["status"] == "ok"
+    assert row["error"].startswith("counts -0.5 (on_timeout): no result within 0.5 s (in hangs_on_words, rew")
+    # And back again.
+    run = opened(tmp_path, late("hangs_on_words", weight=2.0), reward("other"))
+    assert "1 timeout); first: hangs_on_words: no result within 0.5 s" in failed(run, force=True)
+
+
+def test_math_verify_counts_a_time_out_as_wrong(tmp_path: Path) -> None:
+    run = opened(
+        tmp_path, {"function": "math_verify"}, {"function": "math_verify", "name": "x", "on_timeout": "error"}
+    )
+    assert [reward.on_timeout for reward in run.config.score.rewards] == [0.0, "error"]
+
+
+def test_a_time_out_is_not_tried_for_ever_but_with_more_time(tmp_path: Path) -> None:
+    run = opened(tmp_path, late("hangs_on_words"))
+    for message in (
+        "the same command scores only those again",
+        "the same command",
+        "failed twice in the same way",
+    ):
+        started = time.monotonic()
+        assert "1 of 6 rewards failed (1 timeout)" in (said := failed(run))
+        assert message in said or message == "the same command"
+    assert time.monotonic() - started < 0.5 + 2  # the third tried nothing
+    run = opened(tmp_path, late("hangs_on_words", timeout_s=0.7))
+    assert "first: hangs_on_words: no result within 0.7 s" in failed(run, force=True)
 
 
 def test_advantage_refuses_a_partial_output(tmp_path: Path) -> None:

@@ -89,9 +89,7 @@ def test_with_a_period_of_the_whole_run_it_is_as_if_it_stayed(tmp_path: Path, un
     assert contents(runs[0]) == contents(runs[1])
 
 
-def test_a_reference_that_was_pruned_is_said_before_anything_is_sampled(
-    tmp_path: Path, untied: Path
-) -> None:
+def test_a_reference_that_was_pruned_is_said_before_anything_is_sampled(tmp_path: Path, untied: Path) -> None:
     config = configuration(kl_coefficient=0.2, learning_rate=0.01)
     checkpoints = config.checkpoints.model_copy(update={"keep_last": 2, "keep_every": None})
     run = trained(tmp_path, config.model_copy(update={"checkpoints": checkpoints}), untied, untied)

@@ -12,7 +12,12 @@ from grpo.errors import InputError
 NAME = "advantage"
 OUTPUT = "advantages"
 STAGE_VERSION = 2  # 2: sums of three rewards and more are compensated, which may change the last bit
-_SHIPPED = ("advantage/advantage.sql", "advantage/batch_deviation.sql", "sql/views/scored.sql")
+_SHIPPED = (
+    "advantage/advantage.sql",
+    "advantage/batch_deviation.sql",
+    "sql/macros.sql",
+    "sql/views/scored.sql",
+)
 
 
 def plan(run: ActiveRun, iteration: int) -> Plan:
@@ -28,7 +33,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     # A reward of weight 0 counts only for a user's own SQL, which may look at it.
     names = [f"reward/{name}@{iteration}" for name in weights if own_sql or weights[name] != 0]
     references = [f"rollouts@{iteration}", *names, *(["prompts"] if own_sql else [])]
-    user_files = dict(shipped_sql())
+    user_files = shipped_sql(config.estimator)
     if config.sql is not None:
         user_files["advantage.sql"] = sha256_of(named_file(run.imports, "advantage.sql", config.sql))
     return Plan(
@@ -36,17 +41,20 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         stage_version=STAGE_VERSION,
         output=OUTPUT,
         iteration=iteration,
-        config={"advantage": config.recorded()},
+        config={"advantage": config.recorded(), **({"unrewarded": True} if run.config.unrewarded else {})},
         inputs={reference: run.id_of(reference) or "" for reference in references},
         user_files=user_files,
     )
 
 
+def shipped_sql(estimator: str) -> dict[str, str]:
+    """sha256 of the queries of this package that are used: the formula may be changed there too."""
+    return {name: _sha256_of_own(name) for name in (*_SHIPPED, f"advantage/estimators/{estimator}.sql")}
+
+
 @cache
-def shipped_sql() -> dict[str, str]:
-    """sha256 of the queries that ship with this stage: the formula may be changed there too."""
-    package = Path(grpo.__file__).parent
-    return {name: sha256_of(package / name) for name in _SHIPPED}
+def _sha256_of_own(name: str) -> str:
+    return sha256_of(Path(grpo.__file__).parent / name)
 
 
 def _way_on(manifest: Manifest) -> str:

@@ -1,111 +1,191 @@
 """advantage: rollouts + rewards -> advantages.
 
-SQL over the tables of the iteration: scored.sql, then advantage.sql. All selection happens here: update
-trains on exactly the rows with keep = true.
+SQL over the tables of the iteration: scored.sql, a file of estimators/, then advantage.sql. All selection
+happens here: update trains on exactly the rows with keep = true.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from grpo import sql, tables
+from grpo.advantage import own_sql
 from grpo.advantage.plan import NAME, OUTPUT
-from grpo.artifacts import ActiveRun, Manifest, Product, Run, Staging, id_of
-from grpo.config.named_files import named_text
-from grpo.errors import DataError, UsageError
+from grpo.artifacts import (
+    ActiveRun,
+    Manifest,
+    Product,
+    Run,
+    Staging,
+    are_own,
+    check_keys,
+    id_of,
+    read_rollouts,
+)
+from grpo.config import AdvantageConfig
+from grpo.errors import CorruptError, DataError
 
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
+_QUERY = (
+    "with scored as materialized (select * from _scored), estimated as (\n{estimator}\n)\n"
+    f"select * from (\n{{kept}}) order by {_KEY}"
+)
+_CHOOSY = ("maxrl", "pass_at_k")  # estimators that refused.sql knows
+_OVER_ALL = ("gdpo", "reinforce_pp")  # estimators with moments of the whole iteration
+
+
+class Tool(NamedTuple):
+    """What stays open between iterations: our connection, and the process for what the user wrote."""
+
+    connection: sql.Connection
+    user_sql: sql.UserSql
 
 
 @contextmanager
-def open_resource(run: ActiveRun) -> Iterator[sql.Connection]:
+def open_resource(run: ActiveRun) -> Iterator[Tool]:
     """A connection for all iterations: it is opened in 30 ms, and used in 10."""
-    with sql.connect([run], range(0), ("rollouts", "rewards")) as connection:
+    reading = sql.connect([run], range(0), own_sql.READ)
+    with reading as connection, sql.UserSql(run.console.stop_requested) as user:
         sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
-        yield connection
+        sql.register(connection, "settings", own_sql.SETTINGS.empty_table())
+        yield Tool(connection, user)
 
 
-def release(opened: sql.Connection) -> None:
+def release(opened: Tool) -> None:
     """Nothing is kept on an accelerator."""
 
 
-def after(run: Run, manifest: Manifest, opened: sql.Connection) -> None:
+def after(run: Run, manifest: Manifest, opened: Tool) -> None:
     """Nothing follows from committed advantages."""
 
 
-def produce(run: ActiveRun, iteration: int, staging: Staging, opened: sql.Connection) -> Product:
+def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Tool) -> Product:
     """The `advantages` of one iteration."""
-    for name in ("rollouts", "rewards"):
+    own_sql.keep(run, staging)
+    for name in own_sql.READ:
         for file in run.require(name, iteration, f"grpo {NAME}").files:
             if file.table == name:
                 run.verify(file, run.path_of(file, name, iteration))
-    records, kept, zero, scored, total = [], 0, 0, 0, 0.0
+    if not all(are_own(run, output, iteration) for output in own_sql.READ):
+        _check_inputs(run, iteration)
+    records, kept, zero, scored, total, last = [], 0, 0, 0, 0.0, -1
+    dropped: Counter[str] = Counter()
     with staging.clock("advantage"):
         for index, data in enumerate(_advantages(run, iteration, opened)):
             data = data.cast(tables.schema(OUTPUT))
             _check_finite(data)
+            last = _check_keys(data, last)
             records.append(staging.write_table(OUTPUT, staging.file_name("part", index), data))
             kept += pc.sum(data["keep"]).as_py() or 0
             zero += pc.sum(pc.equal(data["advantage"], 0.0)).as_py() or 0
             scored += pc.count(data["reward"]).as_py()
             total += pc.sum(data["reward"]).as_py() or 0.0
+            dropped.update(
+                {each["values"]: each["counts"] for each in data["reason"].value_counts().to_pylist()}
+            )
+    _check_rows(run, iteration, sum(record.rows or 0 for record in records))
     if not kept:
-        run.console.say(f"advantage {iteration}: no rollout is kept, so update has nothing to learn from")
+        _say_why(run, iteration, dropped)
     reward_mean = total / scored if scored else None
     summary = {"kept": kept, "zero_advantage": zero, "scored": scored, "reward_mean": reward_mean}
     return Product({OUTPUT: id_of(records)}, records, summary)
 
 
+def _check_inputs(run: Run, iteration: int) -> None:
+    """Raise CorruptError (exit 6) unless there is one of each reward for each rollout, as they were made."""
+    rollouts = read_rollouts(run, iteration).select(list(tables.KEY))
+    rewards = run.read("rewards", iteration, [*tables.KEY, "name"])
+    place = run.folder("rewards", iteration)
+    summary = run.require("rewards", iteration, "grpo score").summary
+    for name in summary["weights"] if "statuses" in summary else ():  # which count every row that was made
+        check_keys(f"{place}: {name}", rewards.filter(pc.equal(rewards["name"], name)), rollouts)
+
+
+def _say_why(run: ActiveRun, iteration: int, dropped: Counter[str]) -> None:
+    """Say why no rollout is kept. DataError (exit 3) where, in iteration 0, no reward applies to any."""
+    why = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
+    text = f"advantage {iteration}: no rollout is kept ({why}), so update has nothing to learn from"
+    rewards = run.require("rewards", iteration, "grpo score")
+    given = {status for status, number in rewards.summary.get("statuses", {}).items() if number}
+    if given != {"not_applicable"}:
+        run.console.say(text)
+        return
+    answers = run.read("prompts", None, ["answer"])["answer"]
+    column = "no row of `prompts` has an `answer`: name its column in prompts.columns.answer, or"
+    way = f"{column if answers.null_count == len(answers) else ''} take a reward that fits the prompts"
+    text += f"; {', '.join(rewards.summary['weights'])} applied to none of them; {way.strip()}"
+    if iteration == 0:
+        raise DataError(text)
+    run.console.say(text)
+
+
 def check(run: ActiveRun, until: int, resources: object) -> None:
     """Raise UsageError (exit 2) for SQL of the user's that cannot be run, whatever the tables will hold."""
-    if not (queries := _user_queries(run)):
-        return
-    with sql.connect([run], outputs=()) as connection:
-        sql.create_scored(connection, [reward.weight for reward in run.config.score.rewards])
-        for key, (name, text) in queries.items():
-            _check_columns(sql.user_columns(connection, key, text), name)
+    if own_sql.is_given(run):
+        own_sql.check(run)
 
 
-def _user_queries(run: ActiveRun) -> dict[str, tuple[str, str]]:
-    """What the user's estimator and condition ask, in this order: key -> (name for errors, query).
-
-    Both give the key and the advantage of the rollouts to be kept.
-    """
-    config, queries = run.config.advantage, {}
-    if config.sql is not None:
-        queries["advantage.sql"] = config.sql, named_text(run.imports, "advantage.sql", config.sql)
-    if config.where is not None:
-        query = f"select {_KEY}, advantage from samples where ({config.where})"
-        queries["advantage.where"] = "advantage.where", query
-    return queries
-
-
-def _advantages(run: ActiveRun, iteration: int, connection: sql.Connection) -> Iterator[pa.Table]:
+def _advantages(run: ActiveRun, iteration: int, opened: Tool) -> Iterator[pa.Table]:
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
-    config = run.config.advantage
+    config, connection = run.config.advantage, opened.connection
     rewards = run.require("rewards", iteration, "grpo score")
     sql.turn_to(connection, iteration)
-    sql.tell_weights(connection, rewards.summary["weights"].values())
-    parameters = config.model_dump(include={"scale", "epsilon", "drop_zero_variance", "truncated"})
-    parameters["batch_deviation"] = None
+    weights = rewards.summary["weights"]
+    sql.tell_weights(connection, weights.values(), unrewarded=run.config.unrewarded)
+    sql.limit_scored(connection)
+    values = config.model_dump(include={"scale", "epsilon", "pass_k"}) | {"batch_deviation": None}
     if config.scale == "batch":
-        parameters |= sql.query(connection, sql.own_text("advantage/batch_deviation")).to_pylist()[0]
-    text = sql.own_text("advantage/advantage")
+        values |= sql.rows(connection, "advantage/batch_deviation")[0]
+    settings = pa.Table.from_pylist([values], own_sql.SETTINGS)
+    sql.register(connection, "settings", settings)
+    _refuse(connection, config.estimator)
     blocks = (
-        sql.query(connection, text, {**parameters, "first_group": first, "last_group": last})
-        for first, last in _blocks(run, iteration, connection)
+        _estimated(connection, config, first, last) for first, last in _blocks(run, iteration, connection)
     )
-    if not (queries := _user_queries(run)):
+    if own_sql.is_given(run):
+        data = pa.concat_tables(blocks)
+        yield own_sql.apply(run, iteration, opened.user_sql, weights, settings, data)
+    else:
         yield from blocks
-        return
-    data = pa.concat_tables(blocks)
-    for key, (name, query) in queries.items():
-        sql.register(connection, "_advantages_0", data)  # as `advantages` the query sees `data` itself
-        data = _chosen(data, sql.user_rows(connection, key, query), name)
-    yield data
+
+
+def _estimated(connection: sql.Connection, config: AdvantageConfig, first: int, last: int) -> pa.Table:
+    """The rows of the groups `first` to `last`; both queries read `scored`, which is computed once."""
+    sql.limit_scored(connection, first, last)
+    estimator = sql.own_text(f"advantage/estimators/{config.estimator}")
+    query = _QUERY.format(estimator=estimator, kept=sql.own_text("advantage/advantage"))
+    return sql.query(connection, query, config.model_dump(include={"drop_zero_variance", "truncated"}))
+
+
+def _refuse(connection: sql.Connection, estimator: str) -> None:
+    """Raise DataError (exit 3) for the first rollout that the estimator cannot take."""
+    if estimator in _CHOOSY:
+        for refused in sql.rows(connection, "advantage/estimators/refused", estimator=estimator):
+            key = tuple(refused[column] for column in tables.KEY)
+            raise DataError(f"advantage: rollout ({_KEY}) {key} {refused['problem']}")
+
+
+def _check_keys(data: pa.Table, last: int) -> int:
+    """The last key of rows in key order, as a number; last: of those before. Raises CorruptError (exit 6)."""
+    group, sample = (data[name].to_numpy() for name in ("group_id", "sample_id"))
+    keys = np.concatenate([[last], group.astype(np.int64) * 2**31 + sample])
+    if len(wrong := np.flatnonzero(np.diff(keys) <= 0)):
+        key = tuple(data[name][int(wrong[0])].as_py() for name in tables.KEY)
+        raise CorruptError(f"rollouts or rewards: rollout ({_KEY}) {key} occurs twice; see `grpo verify`")
+    return int(keys[-1])
+
+
+def _check_rows(run: Run, iteration: int, rows: int) -> None:
+    """Raise CorruptError (exit 6) where not each rollout has one row of advantages."""
+    rollouts = run.require("rollouts", iteration, f"grpo {NAME}").rows
+    if rows != rollouts:
+        raise CorruptError(f"advantages: {rows} rows for {rollouts} rollouts; see `grpo verify`")
 
 
 def _check_finite(data: pa.Table) -> None:
@@ -120,44 +200,13 @@ def _check_finite(data: pa.Table) -> None:
             )
 
 
-def _blocks(run: Run, iteration: int, connection: sql.Connection) -> Iterator[tuple[int, int]]:
+def _blocks(run: ActiveRun, iteration: int, connection: sql.Connection) -> Iterator[tuple[int, int]]:
     """First and last group of each block of about BLOCK_ROWS rollouts."""
     rows = run.require("rollouts", iteration, f"grpo {NAME}").rows
-    if rows <= BLOCK_ROWS:
-        yield 0, 2**31 - 1  # all that group_id can be, which costs no query
+    if rows <= BLOCK_ROWS or run.config.advantage.estimator in _OVER_ALL:
+        yield 0, sql.LAST_GROUP  # which costs no query
         return
     [size] = sql.query(connection, "select max(group_id) + 1 as groups from rollouts").to_pylist()
     step = max(1, BLOCK_ROWS * size["groups"] // rows)
     for first in range(0, size["groups"], step):
         yield first, first + step - 1
-
-
-def _check_columns(columns: list[str], name: str) -> None:
-    missing = [column for column in (*tables.KEY, "advantage") if column not in columns]
-    if missing:
-        raise UsageError(f"{name}: returns no column {missing[0]}; it must return {_KEY}, advantage")
-
-
-def _chosen(data: pa.Table, own: pa.Table, name: str) -> pa.Table:
-    """`data` with the advantages of a user's query; rows that it leaves out are not kept (`filtered`)."""
-    _check_columns(own.column_names, name)
-    keys = list(tables.KEY)
-    own = own.select([*keys, "advantage"]).rename_columns([*keys, "own"])
-    if own.group_by(keys).aggregate([]).num_rows != own.num_rows:
-        raise DataError(f"{name}: returns a rollout twice; it must return each ({_KEY}) once")
-    try:
-        own = own.cast(pa.schema([*((key, pa.int32()) for key in keys), ("own", pa.float64())]))
-    except pa.ArrowException as error:
-        raise DataError(f"{name}: {_KEY} must be integers and advantage a number: {error}") from None
-    joined = data.join(own, keys).sort_by([(key, "ascending") for key in keys])
-    if not pc.all(pc.fill_null(pc.is_finite(joined["own"]), True)).as_py():
-        raise DataError(f"{name}: returns an advantage that is nan or infinite")
-    keep = pc.and_(joined["keep"], pc.is_valid(joined["own"]))
-    columns = {
-        "advantage": pc.if_else(keep, joined["own"], None),
-        "keep": keep,
-        "reason": pc.if_else(pc.xor(joined["keep"], keep), "filtered", joined["reason"]),
-    }
-    for column, values in columns.items():
-        joined = joined.set_column(joined.schema.get_field_index(column), column, values)
-    return joined.select(data.column_names)

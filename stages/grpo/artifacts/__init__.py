@@ -3,7 +3,19 @@
 from grpo.artifacts import files
 from grpo.artifacts.active import ActiveRun
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
-from grpo.artifacts.existing import ARTIFACTS, created_config, open_run, require_run, run_names
+from grpo.artifacts.existing import (
+    ARTIFACTS,
+    created_config,
+    find_run,
+    is_run,
+    names_run,
+    open_run,
+    own_config,
+    refuse_inside_run,
+    run_names,
+    same_folder,
+    tell_apart,
+)
 from grpo.artifacts.layout import (
     EVALUATION,
     OUTPUTS,
@@ -29,6 +41,8 @@ from grpo.artifacts.manifest import (
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
 from grpo.artifacts.retention import droppable, is_kept, prune, prune_behind
 from grpo.artifacts.run import PRUNED, TIMINGS, Run
+from grpo.artifacts.sampled import are_own, check_keys, read_rollouts
+from grpo.artifacts.sources import SOURCES, check_source, keep_source, kept_sources
 from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import (
     Product,
@@ -49,6 +63,7 @@ __all__ = [
     "OUTPUTS",
     "PRUNED",
     "RUN_OUTPUTS",
+    "SOURCES",
     "STAGE_OUTPUTS",
     "TABLES_OF",
     "TIMINGS",
@@ -59,6 +74,9 @@ __all__ = [
     "Product",
     "Run",
     "Staging",
+    "are_own",
+    "check_keys",
+    "check_source",
     "check_staged",
     "checkpoint_files",
     "checkpoint_id",
@@ -68,28 +86,37 @@ __all__ = [
     "discard",
     "droppable",
     "files",
+    "find_run",
     "holder_of",
     "id_of",
     "is_hub_id",
     "is_kept",
+    "is_run",
     "is_weight_file",
     "iterations_in",
+    "keep_source",
+    "kept_sources",
     "lacking",
+    "names_run",
     "num_rounds",
     "open_run",
+    "own_config",
     "policy_of",
     "prune",
     "prune_behind",
     "read_json",
     "read_manifest",
+    "read_rollouts",
     "read_sealed",
-    "require_run",
+    "refuse_inside_run",
     "require_space",
     "roll_forward",
     "run_names",
+    "same_folder",
     "seal",
     "staged_attempts",
     "staging_folders",
+    "tell_apart",
     "unscored_rounds",
     "versions",
 ]

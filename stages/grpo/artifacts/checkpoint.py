@@ -29,7 +29,24 @@ def checkpoint_files(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if path.suffix in _BELONGS and path.name not in _OURS]
     if not any(is_weight_file(path.name) for path in found):
         raise InputError(f"{folder}: holds no .safetensors weights; pickled weights are never read")
+    for path in found:
+        _check_link(folder, path)
     return sorted(path for path in found if path.is_file())
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """Raise InputError (exit 4) for a link out of the folder: a run and an export copy what it leads to.
+
+    Those of the hub's cache lead from snapshots/<revision>/ to blobs/ beside it.
+    """
+    if not path.is_symlink():
+        return
+    inside, target = folder.resolve(), path.resolve()
+    blobs = [inside.parents[1] / "blobs"] if inside.parent.name == "snapshots" else []
+    if not any(target.is_relative_to(place) for place in (inside, *blobs)):
+        raise InputError(
+            f"{path}: is a link that leads out of the checkpoint's folder; put the file in its place"
+        )
 
 
 def checkpoint_id(folder: Path) -> str:

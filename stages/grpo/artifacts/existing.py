@@ -1,47 +1,120 @@
-"""artifacts.existing: runs that exist, by name, and what they were created with."""
+"""artifacts.existing: runs that exist, by name or by path, and what they were created with."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo.artifacts.layout import is_iteration
 from grpo.artifacts.manifest import read_sealed
-from grpo.config import Config, validated
-from grpo.errors import InputError, UsageError
+from grpo.artifacts.run import Run
+from grpo.config import PIPELINE, Config, load, validated
+from grpo.errors import CorruptError, InputError, UsageError
 
 ARTIFACTS = Path("artifacts")
 
 
-def open_run(name: str, root: Path = ARTIFACTS) -> dict[str, Any]:
-    """What `run.json` of an existing run holds; errors as require_run's, CorruptError where it changed."""
-    path = require_run(name, root)
-    return read_sealed(path)
+def find_run(given: str, root: Path = ARTIFACTS) -> Path:
+    """The folder of a run: of that name below `root`, else at that path. It is the run, whatever it holds.
 
-
-def created_config(name: str, root: Path = ARTIFACTS, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that an existing run was created with, and `overrides`; errors as open_run's.
-
-    Raises InputError (exit 4) where it is not one of this version of grpo.
+    Raises UsageError (exit 2) naming the runs that are there.
     """
-    data = open_run(name, root).get("config")
+    path = Path(given)
+    is_name = path.name == given
+    if is_name and is_run(root / given):
+        return root / given
+    if is_run(path):
+        return path if path.name not in ("", "..") else path.resolve()
+    known = run_names(root)
+    there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
+    raise UsageError(f"{root / given if is_name else path}: no such run; {there}")
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    """Whether two paths are one folder. A link to it is another: whoever names the link meant that."""
+    return one.parent.resolve() / one.name == other.parent.resolve() / other.name
+
+
+def names_run(given: str) -> bool:
+    """Whether find_run() finds one."""
     try:
-        return validated(data, root / name / "run.json", overrides)
+        return bool(find_run(given))
+    except UsageError:
+        return False
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
+    try:
+        return (folder / "run.json").exists()
+    except OSError:  # a name too long
+        return False
+
+
+def open_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` of an existing run holds. Raises CorruptError (exit 6) where it changed."""
+    path = folder / "run.json"
+    data = read_sealed(path)
+    versions = data.get("versions", {})
+    if not isinstance(versions, dict) or not all(isinstance(each, str) for each in versions.values()):
+        raise CorruptError(f"{path}: versions: expected text by name")
+    return data
+
+
+def created_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a run was created with, and `overrides`; its name is the folder's.
+
+    Raises InputError (exit 4) where it is not one of this version of grpo; else as open_run().
+    """
+    data = open_run(folder).get("config")
+    try:
+        config = validated(data, folder / "run.json", overrides)
     except UsageError as error:
         if overrides:
             raise
         raise InputError(f"{error}; another version of grpo made this run") from None
+    return config.model_copy(update={"run": folder.name})
 
 
-def require_run(name: str, root: Path = ARTIFACTS) -> Path:
-    """The `run.json` of an existing run. Raises UsageError (exit 2) naming the runs that are there."""
-    path = root / name / "run.json"
-    if Path(name).name != name or not path.exists():
-        known = run_names(root)
-        there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
-        raise UsageError(f"{root / name}: no such run; {there}")
-    return path
+def own_config(folder: Path, overrides: Sequence[str] = (), damaged: bool = False) -> Config:
+    """The configuration of a run by its folder: of the pipeline.yaml in it, which a fork has, else run.json.
+
+    damaged: with a pipeline.yaml run.json is not looked at. Errors as created_config()'s and load()'s.
+    """
+    own = folder / PIPELINE
+    try:
+        if not own.is_file():
+            return created_config(folder, overrides)
+        if not damaged:
+            open_run(folder)
+        return load(own, overrides).model_copy(update={"run": folder.name})
+    except CorruptError as error:
+        way = (
+            f"; with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
+        )
+        raise CorruptError(f"{error}{way if damaged else ''}") from None
 
 
 def run_names(root: Path = ARTIFACTS) -> list[str]:
     """Names of the runs that are there."""
     found = (path.parent.name for path in root.glob("*/run.json"))
     return sorted(name for name in found if not name.startswith("."))  # a dot: a fork that was killed
+
+
+def tell_apart(runs: Sequence[Run]) -> None:
+    """Call runs that are looked at together by their paths, where their folders have the same name."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.path)
+
+
+def refuse_inside_run(out: Path, option: str = "--out") -> None:
+    """Raise UsageError (exit 2) where `out` would land in the folder of a run, links followed."""
+    place, root = out.resolve(), ARTIFACTS.resolve()
+    for folder in (place, *place.parents):
+        # Another run.json may lie in any folder: that of a run has a lock or a policy beside it.
+        whole = is_run(folder) and any((folder / name).exists() for name in (".lock", "policy"))
+        if whole or is_iteration(folder.name) or (folder != place and folder.parent == root):
+            raise UsageError(
+                f"{option} {out}: lies in a run ({folder}), which only grpo writes; name another place"
+            )

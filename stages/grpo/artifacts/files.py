@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from grpo.artifacts.faults import operation
@@ -58,17 +58,21 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int,
     temporary = path.with_name(path.name + ".tmp")
     num_bytes, digest = 0, hashlib.sha256()
     with resource_errors(path):
-        operation("write", temporary)
-        with temporary.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-                num_bytes += len(chunk)
-            file.flush()
-            operation("fsync", temporary)
-            os.fsync(file.fileno())
-        operation("rename", temporary, path)
-        temporary.replace(path)
+        temporary.unlink(missing_ok=True)  # it may be a link, or have another name
+        try:
+            operation("write", temporary)
+            with temporary.open("xb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                    digest.update(chunk)
+                    num_bytes += len(chunk)
+                file.flush()
+                operation("fsync", temporary)
+                os.fsync(file.fileno())
+            operation("rename", temporary, path)
+            temporary.replace(path)
+        finally:  # where the disk is full, say, what was written is no use to anybody
+            temporary.unlink(missing_ok=True)
     return num_bytes, digest.hexdigest()
 
 
@@ -76,7 +80,8 @@ def mark(path: Path) -> None:
     """Make a file whose being there says it all."""
     with resource_errors(path):
         operation("write", path)
-        path.touch()
+        if not path.is_symlink():  # what it leads to is not ours
+            path.touch()
     sync_folder(path.parent)
 
 
@@ -127,19 +132,37 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder and what is in it, if it is there."""
-    for folder, folders, names in os.walk(path, topdown=False):
-        for name in names:
-            remove_file(Path(folder) / name)
-        with resource_errors(path):
-            for name in folders:
-                operation("rmdir", Path(folder) / name)
-                (Path(folder) / name).rmdir()
-    if path.exists():
-        with resource_errors(path):
-            operation("rmdir", path)
-            path.rmdir()
+def remove(path: Path) -> None:
+    """Remove a file, or a folder and what is in it, if it is there. A link goes, never what it leads to."""
+    if path.is_symlink() or not path.is_dir():
+        remove_file(path)
+        return
+    for entry in reversed([*entries_below(path)]):
+        if entry.is_dir(follow_symlinks=False):
+            _remove_empty(Path(entry.path))
+        else:
+            remove_file(Path(entry.path))
+    _remove_empty(path)
+
+
+def _remove_empty(path: Path) -> None:
+    with resource_errors(path):
+        operation("rmdir", path)
+        path.rmdir()
+
+
+def entries_below(folder: Path, apart: Path | None = None) -> Iterator[os.DirEntry[str]]:
+    """All that is below a folder, each folder before what is in it; links are named and never followed.
+
+    apart: a folder that is named only.
+    """
+    waiting = [str(folder)]
+    while waiting:
+        with suppress(FileNotFoundError), os.scandir(waiting.pop()) as found:  # removed meanwhile
+            for entry in sorted(found, key=lambda entry: entry.name):
+                yield entry
+                if entry.is_dir(follow_symlinks=False) and entry.path != str(apart):
+                    waiting.append(entry.path)
 
 
 def sha256_of(path: Path) -> str:

@@ -13,7 +13,7 @@ OUTPUTS = {**STAGE_OUTPUTS, EVALUATION: "evaluate"}
 RUN_OUTPUTS = ("prompts", "policy", "eval_prompts")
 """Outputs of the run as a whole; the last only where `evaluate` is configured."""
 TABLES_OF = {
-    "rewards": ("rewards", "judgements"),
+    "rewards": ("rewards", "judgements", "teacher_logprobs"),
     "update": ("updates", "logprobs"),
     EVALUATION: ("eval_rollouts", "eval_rewards", "eval_judgements"),
 }
@@ -28,8 +28,12 @@ def iteration_folder(iteration: int) -> str:
 def iterations_in(folder: Path) -> list[int]:
     """Iterations that have a folder in `folder`, in order; other names are not ours."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    matches = (re.fullmatch("iteration=([0-9]{6,9})", path.name) for path in paths)
-    return sorted(int(match[1]) for match in matches if match)
+    return sorted(int(path.name.partition("=")[2]) for path in paths if is_iteration(path.name))
+
+
+def is_iteration(name: str) -> bool:
+    """Whether a folder is called as that of an iteration is."""
+    return re.fullmatch("iteration=[0-9]{6,9}", name) is not None
 
 
 def holder_of(reference: str) -> tuple[str, int | None]:
@@ -47,7 +51,7 @@ def holder_of(reference: str) -> tuple[str, int | None]:
         return ("policy", None) if iteration == 0 else ("update", iteration - 1)
     if name in TABLES_OF["update"]:
         return "update", iteration
-    return ("rewards" if name.startswith("reward/") else name), iteration
+    return ("rewards" if name.startswith(("reward/", "teacher/")) else name), iteration
 
 
 def policy_of(iteration: int) -> int:

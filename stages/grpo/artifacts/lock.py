@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from grpo.artifacts.files import resource_errors
-from grpo.errors import LockedError
+from grpo.errors import CorruptError, LockedError
 
 _LOOKS, _PAUSE_S = 100, 0.005  # at the note of a holder that has the lock and has not written it yet
 
@@ -20,13 +20,16 @@ def lock(folder: Path) -> Iterator[None]:
 
     path = folder / ".lock"
     with resource_errors(path):
+        if path.is_file() and path.stat().st_nlink > 1:  # taking the lock empties the file
+            raise CorruptError(f"{path}: has another name too (a hard link), so it is no lock; remove it")
         held = FileLock(path, timeout=0)
         try:
             held.acquire()
         except Timeout:
             raise LockedError(f"{folder}: in use by {_holder(path)}; wait for it, or stop it") from None
     try:
-        path.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        with resource_errors(path):
+            path.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
         held.release()

@@ -7,21 +7,31 @@ has another id now, and differs when only configuration, the user's code or STAG
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from grpo.artifacts.recorded import Count, Iteration, Number, Recorded, check_content, check_depth
 from grpo.config import differing_keys
 from grpo.errors import CorruptError, InputError
+from grpo.tables import TABLES
 
 SCHEMA_VERSION = 2  # 2: inputs and user_files
 MANIFEST = "manifest.json"
+_PARTS = ("ids", "config", "user_files", "summary")
 
 FileName = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+    str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)
 ]  # bare: no path can leave its folder
+
+
+def _known_table(name: str) -> str:
+    if name not in TABLES:
+        raise ValueError(f"no table is called {name[:80]}")
+    return name
 
 
 class FileRecord(BaseModel):
@@ -32,15 +42,15 @@ class FileRecord(BaseModel):
     name: FileName
     part: Literal["", "policy", "optimizer", "adapter"] = ""
     """Folder within the output."""
-    bytes: int
+    bytes: Count
     sha256: str
-    rows: int | None = None
+    rows: Count | None = None
     """Rows of a Parquet file; null for any other file."""
-    table: str | None = None
+    table: Annotated[str, AfterValidator(_known_table)] | None = None
     """Table whose rows the file holds; null for any other file."""
     unit: str | None = None
     """Digest of all this shard alone depends on, for stages that keep unchanged shards."""
-    labels: dict[str, Any] = {}
+    labels: Annotated[dict[str, Any], AfterValidator(partial(Recorded, "a file of an output"))] = {}
     """What a stage notes of its shard, such as the reward's name."""
 
 
@@ -51,9 +61,9 @@ class Manifest(BaseModel):
 
     schema_version: int
     stage: str
-    stage_version: int
-    iteration: int | None
-    attempt: int
+    stage_version: Number
+    iteration: Iteration | None
+    attempt: Number
     fingerprint: str
     ids: dict[str, str]
     """Name of each thing the output holds -> id (a digest of its content)."""
@@ -64,7 +74,7 @@ class Manifest(BaseModel):
     user_files: dict[str, str]
     """The user's own files and models by name -> sha256."""
     files: list[FileRecord]
-    rows: int
+    rows: Count
     summary: dict[str, Any]
     """Numbers worth showing; they follow from the rows."""
     versions: dict[str, str]
@@ -125,16 +135,22 @@ def unseal(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     held = {key: value for key, value in data.items() if key != "sha256"}
     try:
         same = data.get("sha256") == digest(held)
-    except ValueError:  # NaN or infinity, which seal() does not write
+    except (ValueError, RecursionError):  # NaN or infinity, or nested as seal() could not write it
         same = False
     if not same:
         raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
+    try:
+        check_depth(held)
+    except ValueError as error:
+        raise CorruptError(f"{path}: {error}") from None
     return held
 
 
 def parse_json(path: Path) -> Any:
     """The content of a JSON file. Raises CorruptError (exit 6) when it is none, FileNotFoundError."""
     try:
+        if not S_ISREG(path.stat().st_mode) and not path.is_dir():  # a pipe would be waited for
+            raise CorruptError(f"{path}: is no file")
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: is not JSON: {error}") from None
@@ -162,13 +178,15 @@ def read_sealed(path: Path, **keys: type) -> dict[str, Any]:
 def check_size(file: FileRecord, path: Path) -> None:
     """Raise CorruptError unless `path` is there with the recorded size."""
     try:
-        found = path.stat().st_size
+        found = path.stat()
     except FileNotFoundError:
         raise CorruptError(f"{path}: missing, though its manifest lists it") from None
     except OSError as error:
         raise CorruptError(f"{path}: {error.strerror}, though its manifest lists it") from None
-    if found != file.bytes:
-        raise CorruptError(f"{path}: {found} bytes, but its manifest says {file.bytes}")
+    if found.st_size != file.bytes:
+        raise CorruptError(f"{path}: {found.st_size} bytes, but its manifest says {file.bytes}")
+    if not S_ISREG(found.st_mode):
+        raise CorruptError(f"{path}: is no file")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -203,9 +221,15 @@ def _parsed(path: Path, *_: int) -> Manifest:
             f"{path}: written by an older grpo (schema {version}, this one reads {SCHEMA_VERSION}); read it"
             " with the release that wrote it, or make a new `run:`"
         )
+    held = unseal(path, data if isinstance(data, dict) else {})
     try:
-        return Manifest.model_validate(unseal(path, data if isinstance(data, dict) else {}))
+        manifest = Manifest.model_validate(held)
+        check_content(held)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise CorruptError(f"{path}: {place}: {first['msg'].lower()}") from None
+    except ValueError as error:
+        raise CorruptError(f"{path}: {error}") from None
+    parts = {name: Recorded(path, getattr(manifest, name)) for name in _PARTS}
+    return manifest.model_copy(update=parts)

@@ -62,7 +62,8 @@ def _without_signal(run: ActiveRun, rollouts: Manifest) -> str:
     current = rewards and rewards.inputs.get(f"rollouts@{rollouts.iteration}") == rollouts.ids["rollouts"]
     if not rewards or not current or _failed(run, rewards):
         return ""  # not known yet
-    rounds, found = num_rounds(rollouts), int(rewards.summary["groups_with_signal"])
+    # None: scored before anybody asked.
+    rounds, found = num_rounds(rollouts), int(rewards.summary.get("groups_with_signal") or 0)
     wanted = int(planned["min_groups"])
     if found >= wanted or rounds >= planned["max_rounds"]:
         return ""

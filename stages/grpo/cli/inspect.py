@@ -21,15 +21,16 @@ def status(
 
 
 def sql(
-    query: Annotated[str, typer.Argument(help="A query; none: an interactive prompt.")] = "",
+    query: Annotated[str, typer.Argument(help="A query; none: read from stdin, or a prompt.")] = "",
     config: options.Config = options.CONFIG,
     names: Annotated[list[str], typer.Option("--run", help="A run to open; repeatable.")] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Write to a .parquet, .csv or .json file.")] = None,
     timeout_s: Annotated[float, typer.Option(help="Seconds a query may take.")] = 600.0,
     as_json: options.Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout.")] = False,
 ) -> None:
     """Query runs with read-only SQL: tables, samples, iterations, timings, manifests."""
-    lazy.query.answer(options.reading_all(names, config), query, out, timeout_s, as_json)
+    lazy.query.answer(options.reading_all(names, config), query, out, timeout_s, as_json, as_csv)
 
 
 def show(

@@ -32,7 +32,7 @@ def verify(
     """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
     opened = options.reading(name, config, set_, damaged=True)
     # What a crash cut off is not finished first: that may be what is damaged.
-    with opened.lock() if discard else nullcontext():
+    with opened.lock(linked=True) if discard else nullcontext():
         report = lazy.verify.verify(opened, discard)
     document = {"run": opened.name, **report.describe()}
     options.answer(as_json, document, lambda: lazy.verify.print_report(opened, report, discard))
@@ -98,9 +98,7 @@ def fork(
     as_json: options.Json = False,
 ) -> None:
     """Start a run from the first iterations of another, shared by hard links."""
-    settings = [*set_, f"run={new}"]
-    forked = lazy.opening.configured(config, settings, as_json)
+    forked = lazy.opening.configured(config, [*set_, f"run={new}"], as_json)
     result = lazy.fork.fork(options.reading(source, config), forked, iteration)
-    again = shlex.join(part for text in settings for part in ("--set", text))
-    forked.console.say(f"{lazy.fork.describe(source, new, result)}; next: grpo run {again}")
+    forked.console.say(f"{lazy.fork.describe(source, new, result)}; next: grpo run {new}")
     options.answer(as_json, {"run": new, "from": source, **result})

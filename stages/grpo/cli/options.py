@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grpo.cli.lazy import artifacts, console, opening
-from grpo.errors import CorruptError, UsageError
+from grpo.errors import UsageError
 
 if TYPE_CHECKING:
     from grpo.artifacts import ActiveRun
@@ -16,33 +16,43 @@ if TYPE_CHECKING:
 Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration.")]
 Set = Annotated[list[str], typer.Option("--set", help="Override a key: --set update.learning_rate=1e-6")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Name = Annotated[str, typer.Argument(help="Name of a run; default: that of the configuration.")]
+Name = Annotated[str, typer.Argument(help="A run, or the path of one; default: that of the configuration.")]
 CONFIG = Path("pipeline.yaml")
 
 
-def reading(name: str, path: Path, overrides: Sequence[str] = (), damaged: bool = False) -> "ActiveRun":
-    """A run to read: that of the configuration, or by name with the configuration it was created with.
+def chosen(name: str, path: Path, overrides: Sequence[str], quiet: bool) -> "ActiveRun":
+    """The run to work on: one that is there, by name, else that of the configuration, which need not be."""
+    return reading(name, path, overrides, quiet=quiet) if name else opening.configured(path, overrides, quiet)
 
-    `overrides` apply to either. damaged: of the former, run.json need only be there.
+
+def reading(
+    name: str, path: Path, overrides: Sequence[str] = (), damaged: bool = False, quiet: bool = False
+) -> "ActiveRun":
+    """A run that is there, by name or path of its folder, else that of the configuration at `path`.
+
+    Its configuration is the one at `path` where that names this run, else the pipeline.yaml in its folder,
+    which a fork has, else run.json. `overrides` apply to any. damaged: run.json need only be there.
     """
     if not name and not path.exists():
         raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
-    if path.exists() and (run := opening.configured(path, overrides)).name == (name or run.name):
-        artifacts.require_run(run.name) if damaged else artifacts.open_run(run.name)
-        return run
-    if overrides:
-        overrides = [*overrides, f"run={name}"]  # the name of a run that is there cannot be another
-    try:
-        created = artifacts.created_config(name, overrides=overrides)
-    except CorruptError as error:
-        way = f"; with its pipeline.yaml, `grpo verify -c FILE --set run={name} --discard` sets it aside"
-        raise CorruptError(f"{error}{way if damaged else ''}") from None
-    return artifacts.ActiveRun(artifacts.ARTIFACTS, created, path.absolute().parent, console.Console())
+    run = opening.configured(path, overrides, quiet) if path.exists() else None
+    folder = artifacts.find_run(name or str(run.path if run else ""))
+    if run is None or not artifacts.same_folder(folder, run.path):
+        own = artifacts.own_config(folder, overrides, damaged)
+        run = artifacts.ActiveRun(folder.parent, own, path.absolute().parent, console.Console(quiet))
+    elif not damaged:
+        artifacts.open_run(folder)
+    return run
 
 
 def reading_all(names: list[str], path: Path) -> list["ActiveRun"]:
     """Each of the named runs once, to read; that of the configuration where none is named."""
-    return [reading(name, path) for name in dict.fromkeys(names or [""])]
+    runs: list[ActiveRun] = []
+    for run in (reading(name, path) for name in names or [""]):
+        if not any(artifacts.same_folder(run.path, other.path) for other in runs):
+            runs.append(run)
+    artifacts.tell_apart(runs)
+    return runs
 
 
 def answer(as_json: bool, document: Any, show: Callable[[], object] = lambda: None) -> None:

@@ -15,6 +15,7 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Rerun even if the ou
 
 
 def run(
+    name: options.Name = "",
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006 - typer reads the default, nothing changes it
     until: Annotated[int | None, typer.Option(help="Stop when N iterations are complete.")] = None,
@@ -29,14 +30,14 @@ def run(
     if dry_run:
         if from_ is not None:
             raise UsageError("--dry-run and --from cannot be combined: --from N lists its changes and asks")
-        work.dry_run(opening.configured(config, set_, as_json))
+        work.dry_run(options.chosen(name, config, set_, as_json))
         return
-    opened = opening.configured(config, set_, as_json)
+    opened = options.chosen(name, config, set_, as_json)
     options.answer(as_json, api.train(opened, until, from_, yes))
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint; none: a policy of the run.")] = "",
+    checkpoint: Annotated[str, typer.Argument(help="A run or a checkpoint; none: the configured run.")] = "",
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006
     policy: Annotated[int | None, typer.Option(help="Of the run; default: the newest.", min=0)] = None,
@@ -45,6 +46,8 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
+    name = checkpoint if checkpoint and artifacts.names_run(checkpoint) else ""
+    checkpoint = "" if name else checkpoint
     if checkpoint and (policy is not None or force):
         raise UsageError("evaluate: a checkpoint takes neither --policy nor --force")
     if out is not None:
@@ -55,28 +58,29 @@ def evaluate(
             work.evaluate(opened, None, False)
             what, found = checkpoint, {"checkpoint": opened.config.model}
             found |= evaluations.delivered(opened, 0, out)
-            artifacts.files.remove_folder(opened.path)
+            artifacts.files.remove(opened.path)
     else:
-        with opening.working(opening.configured(config, set_, as_json)) as opened:
+        with opening.working(options.chosen(name, config, set_, as_json)) as opened:
             policy = work.evaluate(opened, policy, force)
             found = {"run": opened.name, **evaluations.delivered(opened, policy, out)}
             what = f"policy {policy} of run {opened.name}"
     options.answer(as_json, found, lambda: evaluations.print_evaluation(what, found))
 
 
-def _stage_command(name: str, summary: str) -> Callable[..., None]:
+def _stage_command(stage: str, summary: str) -> Callable[..., None]:
     def command(
+        name: options.Name = "",
         config: options.Config = options.CONFIG,
         set_: options.Set = [],  # noqa: B006
         iteration: StageIteration = "",
         force: ForceOption = False,
         as_json: options.Json = False,
     ) -> None:
-        with opening.working(opening.configured(config, set_, as_json)) as opened:
-            result = work.run_stage(opened, name, iteration, force)
+        with opening.working(options.chosen(name, config, set_, as_json)) as opened:
+            result = work.run_stage(opened, stage, iteration, force)
         options.answer(as_json, result)
 
-    command.__name__, command.__doc__ = name, summary
+    command.__name__, command.__doc__ = stage, summary
     return command
 
 
@@ -84,6 +88,7 @@ generate = _stage_command("generate", "Stage 1: policy + prompts -> rollouts.")
 
 
 def score(
+    name: options.Name = "",
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006
     iteration: StageIteration = "",
@@ -92,7 +97,7 @@ def score(
     as_json: options.Json = False,
 ) -> None:
     """Stage 2: rollouts + prompts -> rewards."""
-    with opening.working(opening.configured(config, set_, as_json)) as opened:
+    with opening.working(options.chosen(name, config, set_, as_json)) as opened:
         result = work.run_stage(opened, "score", iteration, force, only_failed)
     options.answer(as_json, result)
 

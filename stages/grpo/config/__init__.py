@@ -1,13 +1,14 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
 from grpo.config.generate import GenerateConfig
-from grpo.config.loading import differing_keys, flatten, load, overridden_keys, validated
+from grpo.config.loading import PIPELINE, differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.model import AdvantageConfig, Config, EvaluateConfig
 from grpo.config.prompts import PromptsConfig
-from grpo.config.score import JudgeConfig, RewardConfig
+from grpo.config.score import JudgeConfig, RewardConfig, TeacherConfig
 from grpo.config.update import LoraConfig, UpdateConfig
 
 __all__ = [
+    "PIPELINE",
     "AdvantageConfig",
     "Config",
     "EvaluateConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "LoraConfig",
     "PromptsConfig",
     "RewardConfig",
+    "TeacherConfig",
     "UpdateConfig",
     "differing_keys",
     "flatten",

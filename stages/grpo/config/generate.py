@@ -38,8 +38,8 @@ class GenerateConfig(Section):
     or quantization. dtype: float32 on a CPU and bfloat16 on a GPU unless given."""
     prompts_per_iteration: Annotated[int, Field(ge=1, le=2**20)] = 32
     """Groups per iteration, 1 to 2**20."""
-    samples_per_prompt: Annotated[int, Field(ge=2, le=2**20)] = 4
-    """K, responses per group, >= 2: a group of one has no relative advantage."""
+    samples_per_prompt: Annotated[int, Field(ge=1, le=2**20)] = 4
+    """K, responses per group, >= 2: a group of one has no relative advantage (1: teachers alone)."""
     max_new_tokens: Count = 128
     """Tokens sampled at most per response, the end-of-sequence token included."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0

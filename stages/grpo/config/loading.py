@@ -12,9 +12,11 @@ from grpo.config import moving
 from grpo.config.model import Config
 from grpo.config.named_files import read_text
 from grpo.config.objectives import OBJECTIVES
+from grpo.config.score import secret_of
 from grpo.config.yaml import YamlError, parse
 from grpo.errors import UsageError
 
+PIPELINE = "pipeline.yaml"
 _CREDENTIALS = re.compile("://[^/@\\s]*@")  # of an address; no message may hold them
 
 
@@ -24,7 +26,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         data = parse(read_text(path, str(path), "; give a configuration with -c FILE"))
     except YamlError as error:
         raise UsageError(f"{path}{error.place}: {error}") from None
-    return validated({} if data is None else data, path, overrides)
+    config = validated({} if data is None else data, path, overrides)
+    for place, reward in enumerate(config.score.rewards):  # here alone: a run that is there stays readable
+        if secret := secret_of(reward):
+            raise UsageError(
+                f"{path}: score.rewards[{place}].{secret}: looks like a key or a password, and would stand in"
+                ' run.json, manifests and reports; let the function read os.environ["NAME"], give the'
+                " judge `api_key_env: NAME`, and set NAME in the environment"
+            )
+    return config
 
 
 def validated(data: Any, path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -12,7 +12,7 @@ from grpo.config.generate import GenerateConfig
 from grpo.config.objectives import objective_settings
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
-from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, must
+from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, must, wrong_at
 from grpo.config.update import UpdateConfig
 
 PASS_THRESHOLD = 1.0
@@ -30,10 +30,34 @@ class AdvantageConfig(Section):
     """true: groups whose rewards are all equal are not trained on."""
     truncated: Literal["keep", "drop"] = "keep"
     """Rollouts that hit max_new_tokens: train on them or not; they count in their group's mean."""
+    estimator: Annotated[
+        Literal["group", "rloo", "opo", "maxrl", "gdpo", "reinforce_pp", "pass_at_k", "best_of_k"], ADDED
+    ] = "group"
+    """How rewards become advantages: a file advantage/estimators/NAME.sql; `scale` is of group alone."""
+    pass_k: Annotated[Count | None, ADDED] = None
+    """k of the estimator pass_at_k, at most generate.samples_per_prompt; null: of any other."""
     where: NonEmpty | None = None
-    """SQL condition over `samples`; a rollout that does not meet it is not trained on. null: all."""
+    """One SQL condition over `samples`; a rollout that does not meet it is not trained on. null: all."""
     sql: NonEmpty | None = None
-    """File with a query that returns iteration, group_id, sample_id, advantage. null: advantage.sql."""
+    """File with a query that returns iteration, group_id, sample_id, advantage. null: the estimator's."""
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError for keys of which one has no effect."""
+        if self.sql is None and (self.estimator == "pass_at_k") != (self.pass_k is not None):
+            raise ValueError("pass_k and `estimator: pass_at_k` belong together; give both or neither")
+        if self.sql is not None and self.estimator != "group":
+            raise ValueError("estimator names a query, and so does sql; give one of them")
+
+
+_WITHOUT_EPSILON = ("rloo", "opo", "maxrl", "pass_at_k")
+
+
+def _check_estimator(given: dict[str, Any], usual: dict[str, Any]) -> None:
+    """Raise ValueError for a key that the user changed and the estimator does not read."""
+    name = given.get("estimator", "group")
+    unread = ["scale"] * (name != "group") + ["epsilon"] * (name in _WITHOUT_EPSILON)
+    if changed := [key for key in unread if given.get(key, usual[key]) != usual[key]]:
+        raise ValueError(f"advantage.{changed[0]}: the estimator {name} has none; leave the key out")
 
 
 class EvaluateConfig(Section):
@@ -149,14 +173,28 @@ class Config(Section):
         if not all(isinstance(section, dict) for section in sections.values()):
             return data  # the field's own check says what is wrong
         settings = objective_settings(sections["update"])
+        if settings:
+            epsilon = AdvantageConfig.model_fields["epsilon"].default
+            _check_estimator(sections["advantage"], {"epsilon": epsilon, **settings["advantage"]})
         return {**data, **{name: {**settings.get(name, {}), **given} for name, given in sections.items()}}
+
+    @property
+    def unrewarded(self) -> bool:
+        """Whether teachers alone say what is good: no reward counts, and no rollout is compared."""
+        return bool(self.score.teachers) and not any(reward.weight for reward in self.score.rewards)
 
     def model_post_init(self, context: Any, /) -> None:
         """Raise ValueError where one section asks for what another does not give."""
+        self._check_teachers()
         name = self.evaluate.pass_reward if self.evaluate else None
         names = [reward.name for reward in self.score.rewards]
         if name is not None and name not in names:
             raise ValueError(f"evaluate.pass_reward: no reward is named {name}; there are {', '.join(names)}")
+        pass_k, samples = self.advantage.pass_k, self.generate.samples_per_prompt
+        if pass_k is not None and pass_k > samples:
+            raise ValueError(
+                f"advantage.pass_k: {pass_k} of generate.samples_per_prompt, {samples}; lower it"
+            )
         update = self.update
         num_steps = self.iterations * update.epochs * update.steps_per_iteration
         if update.warmup_steps > num_steps:
@@ -164,4 +202,26 @@ class Config(Section):
                 f"update.warmup_steps: {update.warmup_steps} are more than the {num_steps} optimiser steps of"
                 " the run (iterations * update.epochs * update.steps_per_iteration); lower it, or raise"
                 " `iterations`"
+            )
+
+    def _check_teachers(self) -> None:
+        if self.generate.samples_per_prompt < 2 and not self.unrewarded:
+            raise wrong_at(("generate", "samples_per_prompt"), "greater_than_equal", 1, ge=2)
+        if not self.score.teachers:
+            return
+        update, without = self.update, "teachers give each token an advantage of its own"
+        if update.ratio != "token":
+            raise ValueError(
+                f"score.teachers: {without}, and update.ratio {update.ratio} has one value per rollout; take"
+                " an objective of ratio token"
+            )
+        if update.off_policy_mask is not None:
+            raise ValueError(f"update.off_policy_mask: is for rollouts of A < 0; {without}; leave it out")
+        if self.generate.dynamic_sampling is not None and self.unrewarded:
+            raise ValueError(
+                "generate.dynamic_sampling: looks for rewards that differ, and there is no reward"
+            )
+        if self.evaluate is not None and not self.score.rewards:
+            raise ValueError(
+                "evaluate: measures by a reward; give one in score.rewards, of weight 0 if need be"
             )

@@ -1,11 +1,11 @@
 """config.prompts: the prompts section of pipeline.yaml: what is sampled from."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from grpo.config.section import NonEmpty, Plain, Section
+from grpo.config.section import ADDED, NonEmpty, Plain, Section
 
 BUILT_IN = ("arithmetic", "arithmetic_held_out")  # tasks of our own, by name
 FILE_SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -16,12 +16,14 @@ _OWN_ARGUMENTS = {*_GIVEN, *_NEEDED, "return_tensors", "tokenizer_kwargs", "trun
 
 
 class ColumnsConfig(Section):
-    """Names of the data set's own columns that play the parts the pipeline knows."""
+    """Names of the data set's own columns that play the parts the pipeline knows, or of a field in one:
+    `reward_model.ground_truth`, `extra_info.answers[0]`. A column of that very name comes first."""
 
     prompt: str = "prompt"
     """Column with the prompt: text, or a list of chat messages {role, content} as TRL has it."""
-    messages: str = "messages"
-    """Column with chat messages, a list of {role, content}; used instead of `prompt` where it is present."""
+    messages: str | None = "messages"
+    """Column with chat messages, a list of {role, content}; used instead of `prompt` where it is present.
+    null: a column `messages` is left out, and the prompt is `prompt`."""
     answer: str = "answer"
     """Column with the reference answer; may be absent."""
 
@@ -37,6 +39,8 @@ class PromptsConfig(Section):
     """Configuration of a data set, such as `main`; null: its only or default one. For `datasets` sources."""
     split: str = "train"
     """Which split of the data set. Only for sources that `datasets` loads."""
+    revision: Annotated[str | None, ADDED] = None
+    """Commit, tag or branch of a data set on the hub; null: the newest, which its owner may change."""
     columns: ColumnsConfig = ColumnsConfig()
     """Which columns of the source hold prompt, messages and answer. Every other column is kept as it is."""
     chat: bool = False
@@ -44,7 +48,8 @@ class PromptsConfig(Section):
     system: str | None = None
     """System message placed before each prompt; null: none. Needs chat prompts."""
     chat_template: str | None = None
-    """A file with the chat template (Jinja), relative to the configuration; null: the tokenizer's own."""
+    """A file with the chat template (Jinja), relative to the configuration; null: the tokenizer's own.
+    Either is rendered once, when the run begins, within limits of time and memory."""
     chat_template_arguments: Plain = Field({})
     """Variables for the chat template, such as `{enable_thinking: false}`; one that the template does not
     know is an error. Empty: the template's own defaults."""
@@ -64,7 +69,8 @@ class PromptsConfig(Section):
         return arguments
 
     def model_post_init(self, context: Any, /) -> None:
-        """Raise ValueError for a split or a subset of what is one table."""
-        if (self.is_file or self.source in BUILT_IN) and (self.split != "train" or self.subset is not None):
-            key = "split" if self.subset is None else "subset"
+        """Raise ValueError for a split, subset or revision of what is one table."""
+        named = {"split": self.split != "train", "subset": self.subset, "revision": self.revision}
+        if (self.is_file or self.source in BUILT_IN) and (keys := [key for key in named if named[key]]):
+            key = keys[-1]
             raise ValueError(f"{key}: {self.source} has no {key}s; leave it out, or name a data set")

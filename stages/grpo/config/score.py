@@ -1,11 +1,12 @@
 """config.score: the score section of pipeline.yaml, and the rewards in it."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from grpo.config.section import Count, NonEmpty, NonNegative, Plain, Positive, Section, must
+from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Plain, Positive, Section, must, wrong_at
 
 MODEL_TIMEOUT_S = 3600.0  # a batch of a large reward model on a CPU takes minutes, and is no hang
 SCORE_LINE = r"^Score: *(-?[0-9]+(?:\.[0-9]+)?) *$"
@@ -13,6 +14,20 @@ SCORE_LINE = r"^Score: *(-?[0-9]+(?:\.[0-9]+)?) *$"
 TRANSPORT = frozenset({"url", "api_key_env", "concurrency", "requests_per_minute", "retries"})
 # How an answer is read: another of these reads the answers again that are there.
 READING = frozenset({"pattern", "grades", "scale"})
+# Names of parameters that hold a secret, and secrets that say so by themselves. `max_tokens`, `eos_token`,
+# `key` and `api_key_env` are none.
+_SECRET_NAME = re.compile(
+    r"(?:^|[_-])(?:api|access|secret|private|auth|account|subscription|signing|encryption)[_-]?keys?$"
+    r"|(?:^|[_-])(?:apikey|passw(?:or)?d|passwd|pwd|passphrase|secrets?|credentials?|authori[sz]ation|bearer|cookie)$"
+    r"|(?:^|[_-])(?:api|access|auth|bearer|hf|hub|huggingface|github|refresh|session|id|openai|wandb)[_-]?tokens?$"
+    r"|^(?:x-)?token$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    r"\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\bxox[abprs]-[\w-]{10,}|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.|\bglpat-[\w-]{16,}"
+    r"|(?i:\bbearer\s+[\w.~+/=-]{12,})|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
 _URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")
 _IS_URL = must(_URL.fullmatch, "expected http(s)://host[:port]/path without a user, a query or a key in it")
 _IS_TEXT = must(str.strip, "is empty; give the question, or a file that holds it")
@@ -98,6 +113,9 @@ class RewardConfig(Section):
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0
     """Seconds, at most 1e6: of a function's call for one group, before its rollouts are tried one by one; of
     one request to a judge; of one batch of a reward model (3600 unless given), which ends the command."""
+    on_timeout: Annotated[float | Literal["error"], ADDED] = "error"
+    """What a rollout counts on which a function or a judge ran into timeout_s: error (it failed), or a number
+    such as 0.0: its row is `ok`, and `error` tells. `math_verify` has 0.0 unless given."""
 
     @model_validator(mode="before")
     @classmethod
@@ -110,7 +128,9 @@ class RewardConfig(Section):
             name = model.rstrip("/").rpartition("/")[2]
         if isinstance(function, str):
             name = function.rpartition(":")[2]
-        times = {} if model is None else {"timeout_s": MODEL_TIMEOUT_S}
+        times: dict[str, Any] = {} if model is None else {"timeout_s": MODEL_TIMEOUT_S}
+        if function == "math_verify":  # what cannot be decided was not shown to be right
+            times["on_timeout"] = 0.0
         return {**times, **data, "name": data.get("name") or name}
 
     def model_post_init(self, context: Any, /) -> None:
@@ -120,24 +140,87 @@ class RewardConfig(Section):
         if self.function is None and self.arguments:
             kind = "reward model" if self.judge is None else "judge"
             raise ValueError(f"arguments are for functions; a {kind} takes none")
+        if self.model is not None and self.on_timeout != "error":
+            raise ValueError(
+                "on_timeout is for functions and judges; a late batch of a model ends the command"
+            )
+
+
+def secret_of(reward: RewardConfig) -> str | None:
+    """The path of a value that looks like a key or a password in what a reward has of its own, or None.
+
+    It would stand in run.json, every manifest and every report. A name that ends in _env holds none.
+    """
+    own = {"arguments": reward.arguments}
+    if reward.judge is not None:
+        own["judge.extra_body"] = reward.judge.extra_body
+    return next((path for place, values in own.items() for path in _secrets(values, place)), None)
+
+
+def _secrets(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, child in value.items():
+            if _SECRET_NAME.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)) and child not in (
+                None,
+                "",
+                [],
+                {},
+            ):
+                yield f"{path}.{name}"
+            yield from _secrets(child, f"{path}.{name}")
+    elif isinstance(value, list):
+        for child in value:
+            yield from _secrets(child, path)
+    elif isinstance(value, str) and _SECRET_VALUE.search(value):
+        yield path
+
+
+class TeacherConfig(Section):
+    """A model whose log-probs of the sampled tokens are what the policy is to learn (distillation)."""
+
+    model: NonEmpty
+    """Directory or hub id of a causal language model with the policy's tokenizer."""
+    weight: float = 1.0
+    """A token's advantage is the rollout's, plus weight * (teacher's - old log-prob) of each teacher."""
+    name: str = ""
+    """Name in the tables; empty: the directory's name. Unique."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_it(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("model"), str):
+            return data
+        return {**data, "name": data.get("name") or data["model"].rstrip("/").rpartition("/")[2]}
 
 
 class ScoreConfig(Section):
     """score: rollouts + prompts -> rewards."""
 
-    rewards: Annotated[list[RewardConfig], Field(min_length=1)]
-    """What scores a rollout; the reward of a rollout is the weighted sum."""
+    rewards: list[RewardConfig]
+    """What scores a rollout; the reward of a rollout is the weighted sum. May be left out beside teachers."""
+    teachers: Annotated[list[TeacherConfig], ADDED] = Field([])
+    """Models to learn from token by token, instead of rewards or beside them: `teacher_logprobs`."""
     on_error: Literal["stop", "drop"] = "stop"
     """Rewards that failed: stop (exit 8; the next run scores only those), or leave the rollouts unscored."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 2
     """Processes that run reward functions, 1 to 1024."""
     max_tokens_per_batch: Count = 16384
-    """Tokens a reward model reads at once; bounds its memory."""
+    """Tokens a reward model or a teacher reads at once; bounds its memory."""
 
-    @field_validator("rewards")
+    @model_validator(mode="before")
     @classmethod
-    def _unique(cls, rewards: list[RewardConfig]) -> list[RewardConfig]:
-        names = [reward.name for reward in rewards]
+    def _teachers_will_do(cls, data: Any) -> Any:
+        return {"rewards": [], **data} if isinstance(data, dict) and data.get("teachers") else data
+
+    @field_validator("rewards", "teachers")
+    @classmethod
+    def _unique(cls, named: list[Any], info: ValidationInfo) -> list[Any]:
+        names = [each.name for each in named]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two rewards are named {twice[0]}; give one of them another `name`")
-        return rewards
+            raise ValueError(f"two {info.field_name} are named {twice[0]}; give one of them another `name`")
+        return named
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Raise ValueError where nothing says what is good."""
+        if not self.rewards and not self.teachers:
+            raise wrong_at(("rewards",), "too_short", [], field_type="List", min_length=1, actual_length=0)

@@ -4,8 +4,9 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.main import IncEx
+from pydantic_core import InitErrorDetails
 
 
 def must(holds: Callable[[Any], object], problem: str) -> AfterValidator:
@@ -17,6 +18,12 @@ def must(holds: Callable[[Any], object], problem: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def wrong_at(place: tuple[str, ...], kind: str, found: Any, **context: Any) -> ValidationError:
+    """What pydantic itself would raise for the value `found` at a `place` within the section."""
+    error = InitErrorDetails(type=kind, loc=place, input=found, ctx=context)
+    return ValidationError.from_exception_data("configuration", [error])
 
 
 def _survives_json(values: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from grpo.generate import plan as generate
 from grpo.generate import sampling
 from grpo.generate.rollouts import SamplingTask
 from grpo.prompts.chat import chat_of
+from grpo.prompts.rendering import with_texts
 from grpo.prompts.table import HELD_OUT
 from grpo.score import plan as score
 from grpo.score import stage as scoring
@@ -67,7 +68,7 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
     rewards = scoring.score(run, scorers._replace(prompts=prompts), wanted)
     held = [*rollouts, *rewards]
     with staging.clock("measure"):
-        measured = measure(run, policy, staging, held, resources(advantage.NAME, beside=True))
+        measured = measure(run, policy, staging, held, resources(advantage.NAME, beside=True).connection)
     summary = {**measured, **scoring.summary_of(run, rewards), **engine}
     return Product({OUTPUT: id_of(held)}, held, summary)
 
@@ -75,8 +76,9 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
 def _sampled(
     run: ActiveRun, policy: int, staging: Staging, prompts: pa.Table, sampler: sampling.Sampler
 ) -> SamplingTask:
-    wanted, config, rows = settings(run), run.config.generate, prompts.to_pylist()
+    wanted, config, stop = settings(run), run.config.generate, run.console.stop_requested
     chat = chat_of(config_of(run).prompts, run.imports)
+    rows = with_texts(prompts, sampler.tokenizer, chat, stop).to_pylist()
     texts, requests = sampling.requests_of(
         rows, sampler, chat, run.config.seed, SEEDS, wanted["samples_per_prompt"]
     )

@@ -15,8 +15,10 @@ from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, gro
 from grpo.generate.rollouts import SamplingTask, rollouts_table
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.weight_check import read_weight_check
-from grpo.prompts.chat import Chat, encode
+from grpo.prompts.chat import Chat
+from grpo.prompts.rendering import encode
 from grpo.prompts.source import Row
+from grpo.sql import UserSql
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,13 +40,17 @@ def sampling_of(config: GenerateConfig, temperature: float, max_new_tokens: int)
 
 @dataclass
 class Sampler:
-    """What stays open between iterations: engine, weight_sync of policies to it, tokenizer, prompts."""
+    """What stays open between iterations: engine, weight_sync of policies to it, tokenizer, prompts.
+
+    user_sql: the process of `generate.prompts_sql`, started where there is one.
+    """
 
     engine: Engine
     weight_sync: WeightSync
     tokenizer: "PreTrainedTokenizerBase"
     vocabulary_size: int
     prompts: pa.Table
+    user_sql: UserSql
 
 
 def sample(

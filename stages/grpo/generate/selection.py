@@ -4,6 +4,8 @@ By the seeded passes of prompts.draw, or by the user's query over all earlier it
 what a query leaves open, go to the prompts that this iteration has drawn least, in a seeded permutation.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 
@@ -17,7 +19,9 @@ from grpo.prompts.table import draw
 _PAST = ("rollouts", "rewards", "advantages")
 
 
-def select(run: ActiveRun, iteration: int, rounds: int, prompts: pa.Table) -> tuple[np.ndarray, int | None]:
+def select(
+    run: ActiveRun, iteration: int, rounds: int, prompts: pa.Table, user_sql: sql.UserSql
+) -> tuple[np.ndarray, int | None]:
     """Rows of the prompts table by group_id, int64, of all `rounds`, and how many of them the query gave.
 
     None: there is no query. Raises what the query's result deserves, naming KEY.
@@ -27,7 +31,7 @@ def select(run: ActiveRun, iteration: int, rounds: int, prompts: pa.Table) -> tu
     if config.prompts_sql is None:
         queue = draw(size, seed, iteration, count)
     else:
-        queue = _asked_for(run, iteration, config.prompts_sql, prompts["prompt_id"])
+        queue = _asked_for(run, iteration, config.prompts_sql, prompts["prompt_id"], user_sql)
     drawn = np.zeros(0, dtype=np.int64)
     for number in range(rounds):
         chosen = queue[number * count : (number + 1) * count]
@@ -46,19 +50,20 @@ def least_drawn(num_prompts: int, drawn: np.ndarray, count: int, seed: list[int]
     return rows
 
 
-def _asked_for(run: ActiveRun, iteration: int, name: str, prompt_ids: pa.ChunkedArray) -> np.ndarray:
+def _asked_for(
+    run: ActiveRun, iteration: int, name: str, prompt_ids: pa.ChunkedArray, user_sql: sql.UserSql
+) -> np.ndarray:
     """Rows of the prompts table that the query asks for, in its order; prompt_ids: of that table.
 
     Raises UsageError (exit 2) for a query that cannot be run, DataError (exit 3) for ids that cannot be used.
     """
-    query = _query(run, name, iteration)
     for number in range(iteration):
         for output in _PAST:
             for file in run.require(output, number, "grpo run").files:
                 run.verify(file, run.path_of(file, output, number))
-    with sql.connect([run], range(iteration), _PAST, repeatable=True) as connection:
-        sql.seed_random(connection, run.config.seed, iteration)
-        found = sql.user_rows(connection, KEY, *query)
+    seed = (run.config.seed, iteration)
+    question = replace(_question(run, name, iteration), iteration=range(iteration), outputs=_PAST, seed=seed)
+    found = user_sql.rows(question, f"{KEY}: {name}").table()
     _check_columns(name, found.column_names)
     return _rows_of(found["prompt_id"], prompt_ids, f"{KEY}: {name}")
 
@@ -66,16 +71,16 @@ def _asked_for(run: ActiveRun, iteration: int, name: str, prompt_ids: pa.Chunked
 def check(run: ActiveRun) -> None:
     """Raise UsageError (exit 2) for a query that cannot be run, whatever the tables will hold."""
     if (name := run.config.generate.prompts_sql) is not None:
-        query = _query(run, name, 0)
-        with sql.connect([run], outputs=()) as connection:
-            _check_columns(name, sql.user_columns(connection, KEY, *query))
+        with sql.UserSql() as user_sql:
+            _check_columns(name, user_sql.columns(_question(run, name, 0), f"{KEY}: {name}"))
 
 
-def _query(run: ActiveRun, name: str, iteration: int) -> tuple[str, dict[str, int]]:
-    """The text of the user's query, and its parameters."""
+def _question(run: ActiveRun, name: str, iteration: int) -> sql.Question:
+    """The user's query and its parameters, of tables that are still empty."""
     count = run.config.generate.prompts_per_iteration
     parameters = {"iteration": iteration, "seed": run.config.seed, "prompts_per_iteration": count}
-    return named_text(run.imports, KEY, name), parameters
+    text = named_text(run.imports, KEY, name)
+    return sql.Question(text, [run], outputs=(), repeatable=True, parameters=parameters)
 
 
 def _check_columns(name: str, columns: list[str]) -> None:

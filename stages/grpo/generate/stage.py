@@ -7,8 +7,20 @@ guessed later. Shards are committed one by one, and a committed shard is never s
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Staging, id_of, lacking, num_rounds, policy_of
+from grpo.artifacts import (
+    ActiveRun,
+    Manifest,
+    Plan,
+    Product,
+    Staging,
+    id_of,
+    keep_source,
+    lacking,
+    num_rounds,
+    policy_of,
+)
 from grpo.config import GenerateConfig
+from grpo.config.named_files import named_file
 from grpo.errors import DataError, UsageError
 from grpo.generate import selection
 from grpo.generate.engines.choice import choose_engine
@@ -20,7 +32,9 @@ from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import LENGTH
 from grpo.prompts.chat import chat_of
+from grpo.prompts.rendering import with_texts
 from grpo.prompts.table import HELD_OUT
+from grpo.sql import UserSql
 
 PREFIX = "part"  # of the names of shards
 
@@ -46,8 +60,11 @@ def open_resource(run: ActiveRun) -> Iterator[Sampler]:
     engine = make_engine(settings, name, device, context_length(config), _longest_prompt(run), attention)
     vocabulary = config.get_text_config().vocab_size
     weight_sync = WeightSync(engine, device, run.console.say, attention)
+    tokenizer, chat = load_tokenizer(start), chat_of(run.config.prompts, run.imports)
+    prompts = with_texts(run.read("prompts", None), tokenizer, chat, run.console.stop_requested)
     try:
-        yield Sampler(engine, weight_sync, load_tokenizer(start), vocabulary, run.read("prompts", None))
+        with UserSql(run.console.stop_requested) as user_sql:
+            yield Sampler(engine, weight_sync, tokenizer, vocabulary, prompts, user_sql)
     finally:
         engine.close()
 
@@ -104,6 +121,9 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) 
     generate.dynamic_sampling asks for another round of prompts where too few groups have signal: a new
     attempt at the same plan, which keeps the shards of the rounds before and samples its own.
     """
+    if run.config.generate.prompts_sql is not None:
+        path = named_file(run.imports, KEY, run.config.generate.prompts_sql)
+        keep_source(run, staging.plan.user_files[KEY], path.name, path.read_bytes)
     before = run.manifest(OUTPUT, iteration)
     rounds, why = _rounds_to_hold(run, staging.plan, before)
     if why and before is not None:
@@ -147,7 +167,7 @@ def _rounds_to_hold(run: ActiveRun, plan: Plan, before: Manifest | None) -> tupl
 
 def _task(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, rounds: int) -> SamplingTask:
     config, size = run.config.generate, run.config.generate.prompts_per_iteration
-    chosen, by_query = selection.select(run, iteration, rounds, sampler.prompts)
+    chosen, by_query = selection.select(run, iteration, rounds, sampler.prompts, sampler.user_sql)
     if by_query is not None and by_query < len(chosen):
         run.console.say(
             f"generate {iteration}: {KEY} gives prompts for {by_query} of {len(chosen)} groups;"

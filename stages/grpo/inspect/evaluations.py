@@ -32,7 +32,8 @@ def delivered(run: ActiveRun, policy: int, out: Path | None) -> dict[str, Any]:
     """numbers_of(), and its rows of `eval_samples` written to `out`, where that is given."""
     if out is not None:
         rows = "select * from eval_samples where iteration = $policy order by group_id, sample_id"
-        query.write(sql.read([run], rows, {"policy": policy}), out)
+        found = sql.read([run], rows, {"policy": policy})
+        query.write(sql.Rows(found.schema, iter(found.to_batches())), out)
     return numbers_of(run, policy)
 
 

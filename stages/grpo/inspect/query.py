@@ -1,60 +1,94 @@
-"""query: what `grpo sql` does with a result: a table on the screen, JSON, or a file."""
+"""query: what `grpo sql` does with a result: a table on the screen, JSON, CSV, or a file.
+
+A result is read batch by batch, so that it takes no more memory than a batch of it.
+"""
 
 import json
+import sys
+import tempfile
 import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from grpo import sql
-from grpo.artifacts import ActiveRun, files
+from grpo.artifacts import Run, files, refuse_inside_run
 from grpo.console import finite, printable, stdout_console, table
-from grpo.errors import UsageError
+from grpo.errors import ResourceError, UsageError
 
 _ROWS_SHOWN = 200
 _WIDE_COLUMNS = 12  # more than fit side by side: a row is shown as lines of name and value
 _WIDE_ROWS_SHOWN = 20
+_CELL_CHARACTERS = 10_000  # shown of a text; what is longer is for a file
+_ROW_GROUP_BYTES, _CHUNK_BYTES = 2**26, 2**22  # of a Parquet file; of a copy
 
 
-def answer(runs: list[ActiveRun], query: str, out: Path | None, timeout_s: float, as_json: bool) -> None:
-    """`grpo sql`: one query, or a prompt that takes one after the other."""
+def answer(
+    runs: Sequence[Run], query: str, out: Path | None, timeout_s: float, as_json: bool, as_csv: bool = False
+) -> None:
+    """`grpo sql`: one query, of the command line or of stdin; at a terminal one after the other."""
     if not 0 < timeout_s <= threading.TIMEOUT_MAX:  # NaN is not
         raise UsageError(f"--timeout-s {timeout_s:g}: expected seconds, more than 0 and finite")
-    if query:
-        _deliver(sql.read(runs, query, timeout_s=timeout_s), out, as_json)
-        return
+    if as_csv and (as_json or out is not None):
+        raise UsageError("--csv: is for stdout; leave out --json and --out, or give --out FILE.csv alone")
+    if out is not None:
+        check_out(out, [])
+    to_screen = out is None and not as_json and not as_csv
+
+    def deliver(text: str) -> None:
+        question = sql.Question(text, runs, rows=_ROWS_SHOWN + 1 if to_screen else None)
+        rows = user_sql.rows(question, timeout_s=timeout_s)
+        if out is not None:
+            write(rows, out)
+        elif to_screen:
+            _print(rows)
+        else:
+            _check_names(rows.schema, "--csv" if as_csv else "--json")
+            for text in _csv(rows, "--csv") if as_csv else chain(_json(rows), "\n"):
+                sys.stdout.write(text)
+
+    with sql.UserSql() as user_sql:
+        if query:
+            deliver(query)
+        elif not sys.stdin.isatty():
+            deliver(sys.stdin.read())
+        elif out is not None:
+            raise UsageError("--out: give the query too")
+        else:
+            _converse(deliver)
+
+
+def _converse(deliver: Callable[[str], None]) -> None:
     while (line := _ask()) not in (None, "exit", "quit"):
         try:
             if line:
-                _deliver(sql.read(runs, line, timeout_s=timeout_s), None, as_json)
-        except UsageError as error:
-            runs[0].console.say(str(error))
+                deliver(line)
+        except (UsageError, ResourceError) as error:
+            print(printable(str(error)), file=sys.stderr, flush=True)
 
 
 def _ask() -> str | None:
     import readline  # noqa: F401 - gives input() a history and arrow keys
 
+    prompt = "grpo> "
+    if not sys.stdout.isatty():  # there is data in it
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
     try:
-        return input("grpo> ").strip().rstrip(";")
+        return input(prompt).strip().rstrip(";")
     except (EOFError, KeyboardInterrupt):
         return None
-
-
-def _deliver(data: pa.Table, out: Path | None, as_json: bool) -> None:
-    if out is not None:
-        write(data, out)
-    elif as_json:
-        print(_json(data))
-    else:
-        _print(data)
 
 
 def check_out(out: Path, nested: list[str]) -> None:
     """Raise UsageError (exit 2) for a file that write() cannot write; nested: columns of lists or maps."""
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: no folder {out.parent}")
+    refuse_inside_run(out)
     if out.suffix not in (".parquet", ".csv", ".json"):
         raise UsageError(f"--out {out}: expected a file ending in .parquet, .csv or .json")
     if out.suffix == ".csv" and nested:
@@ -62,53 +96,131 @@ def check_out(out: Path, nested: list[str]) -> None:
         raise UsageError(f"--out {out}: {wrong}; use .parquet or .json")
 
 
-def write(data: pa.Table, out: Path) -> None:
+def write(rows: sql.Rows, out: Path) -> None:
     """Write a result in the format that the file's name says; errors as check_out's."""
-    import pyarrow.csv as pacsv
+    check_out(out, _nested(rows.schema))
+    _check_names(rows.schema, f"--out {out}")
+    if out.suffix == ".parquet":
+        with tempfile.TemporaryFile(prefix="grpo-sql-") as file:
+            with files.resource_errors(Path(tempfile.gettempdir())):
+                _write_parquet(rows, file, out)
+            file.seek(0)
+            files.write_chunks(out, iter(lambda: file.read(_CHUNK_BYTES), b""))
+    else:
+        texts = chain(_json(rows), "\n") if out.suffix == ".json" else _csv(rows, f"--out {out}")
+        files.write_chunks(out, (text.encode() for text in texts))
+
+
+def _check_names(schema: pa.Schema, where: str) -> None:
+    """Raise UsageError (exit 2) for two columns of one name, of which a reader would see one."""
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise UsageError(f"{where}: two columns are named {name}; name them apart with `as`")
+
+
+def _nested(schema: pa.Schema) -> list[str]:
+    return [field.name for field in schema if pa.types.is_nested(field.type)]
+
+
+def _write_parquet(rows: sql.Rows, file: Any, out: Path) -> None:
     import pyarrow.parquet as pq
 
-    check_out(out, [field.name for field in data.schema if pa.types.is_nested(field.type)])
-    sink = pa.BufferOutputStream()
-    if out.suffix == ".parquet":
-        pq.write_table(data, sink, compression="zstd")
-    elif out.suffix == ".json":
-        sink.write((_json(data) + "\n").encode())
-    else:
-        pacsv.write_csv(data, sink)
-    files.write_file(out, sink.getvalue().to_pybytes())
+    try:
+        with pq.ParquetWriter(file, rows.schema, compression="zstd") as writer:
+            group: list[pa.RecordBatch] = []
+            for batch in rows.batches:
+                group.append(batch)
+                if sum(each.nbytes for each in group) >= _ROW_GROUP_BYTES:
+                    writer.write_table(pa.Table.from_batches(group, rows.schema))
+                    group = []
+            writer.write_table(pa.Table.from_batches(group, rows.schema))
+    except pa.ArrowNotImplementedError as error:
+        raise UsageError(f"--out {out}: Parquet has no such type: {error}; cast it with ::varchar") from None
 
 
-def _json(data: pa.Table) -> str:
-    def plain(value: Any) -> float | str:
-        return float(value) if isinstance(value, Decimal) else str(value)
+def _csv(rows: sql.Rows, where: str) -> Iterator[str]:
+    """The text of a result as CSV, a batch at a time. Raises UsageError (exit 2) for lists and maps."""
+    import pyarrow.csv as pacsv
 
-    rows = finite(data.to_pylist(maps_as_pydicts="strict"))
-    return json.dumps(rows, indent=1, default=plain, allow_nan=False)
+    if nested := _nested(rows.schema):
+        raise UsageError(
+            f"{where}: column {nested[0]} is a list or map, which CSV has no place for; use JSON"
+        )
+    empty = pa.RecordBatch.from_pylist([], rows.schema)
+    for number, batch in enumerate(chain([empty], rows.batches)):
+        sink = pa.BufferOutputStream()
+        pacsv.write_csv(batch, sink, pacsv.WriteOptions(include_header=number == 0))
+        yield sink.getvalue().to_pybytes().decode()
 
 
-def _print(data: pa.Table) -> None:
-    console, is_wide = stdout_console(), data.num_columns > _WIDE_COLUMNS
+def _json(rows: sql.Rows) -> Iterator[str]:
+    """The text of a result as a JSON list, a row at a time."""
+    between = "[\n "
+    for row in _each(rows):
+        try:
+            text = json.dumps(finite(row), indent=1, default=_plain, allow_nan=False)
+        except TypeError as error:  # keys of a map
+            raise UsageError(
+                f"query: JSON has no place for a value: {error}; cast it with ::varchar"
+            ) from None
+        yield between + text.replace(
+            "\n", "\n "
+        )  # the line ends of text are escaped: these are of the layout
+        between = ",\n "
+    yield "[]" if between.startswith("[") else "\n]"
+
+
+def _plain(value: Any) -> int | float | str:
+    """A number or text in the place of what JSON has no word for: whole numbers whole, no digit lost."""
+    if not isinstance(value, Decimal):
+        return str(value)
+    if value.same_quantum(Decimal(1)):
+        return int(value)
+    return float(value) if Decimal(repr(float(value))) == value else str(value)
+
+
+def _each(rows: sql.Rows) -> Iterator[dict[str, Any]]:
+    """Rows by column. Raises UsageError (exit 2) for a date that Python has no place for."""
+    try:
+        for batch in rows.batches:
+            yield from batch.to_pylist(maps_as_pydicts="strict")
+    except (OverflowError, ValueError) as error:
+        raise UsageError(f"query: a value cannot be shown: {error}; cast it with ::varchar") from None
+
+
+def _print(rows: sql.Rows) -> None:
+    names, is_wide = rows.schema.names, len(rows.schema) > _WIDE_COLUMNS
     shown = _WIDE_ROWS_SHOWN if is_wide else _ROWS_SHOWN
-    rows = data.slice(0, shown).to_pylist(maps_as_pydicts="strict")
+    unique = [str(number) for number in range(len(names))]  # two columns may have one name
+    schema = pa.schema(rows.schema.field(at).with_name(name) for at, name in enumerate(unique))
+    renamed = sql.Rows(schema, (batch.rename_columns(unique) for batch in rows.batches))
+    found = [list(row.values()) for row in islice(_each(renamed), shown + 1)]
+    console = stdout_console()
     if is_wide:
-        width = max(map(len, data.column_names))
-        for number, row in enumerate(rows):
-            print(f"row {number}")
-            for name, value in row.items():
-                print(f"  {printable(name):<{width}}  {_cell(value)}")
+        _print_lines(names, found[:shown])
     else:
-        types = {field.name: field.type for field in data.schema}
-        left = [
-            name
-            for name, kind in types.items()
-            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind))
-        ]
-        console.print(table(data.column_names, [map(_cell, row.values()) for row in rows], left))
-    if len(data) > shown:
-        console.print(f"{len(data):,} rows, the first {shown} shown; --out FILE writes all", style="dim")
+        left = [field.name for field in rows.schema if not _is_number(field.type)]
+        console.print(table(names, (map(_cell, row) for row in found[:shown]), left))
+    if len(found) > shown:
+        console.print(f"the first {shown} rows; --out FILE writes all", style="dim")
+
+
+def _print_lines(names: list[str], rows: Iterable[list[Any]]) -> None:
+    width = max(map(len, names))
+    for number, row in enumerate(rows):
+        print(f"row {number}")
+        for name, value in zip(names, row, strict=True):
+            print(f"  {printable(name):<{width}}  {_cell(value)}")
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.6g}" if isinstance(value, float) else printable(str(value))
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    if len(text) > _CELL_CHARACTERS:
+        text = f"{text[:_CELL_CHARACTERS]}... ({len(text):,} characters; --out FILE writes all)"
+    return printable(text)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from grpo.artifacts import ActiveRun
-from grpo.console import interval, number, stdout_console, table
+from grpo.console import interval, number, printable, stdout_console, table
 from grpo.inspect import metrics
 from grpo.inspect.evaluations import numbers_of
 from grpo.pipeline.stages import STAGES
@@ -123,9 +123,8 @@ def _print_told(console: Any, told: Iterable[tuple[str, int]], noun: str, nouns:
         places.setdefault(text, []).append(place)
     for text, where in places.items():
         several = f"{len(where)} {nouns}, {where[0]} to {where[-1]}"
-        console.print(
-            f"{noun} {where[0]}: {text}" if len(where) == 1 else f"{several}: {text}", soft_wrap=True
-        )
+        line = f"{noun} {where[0]}: {text}" if len(where) == 1 else f"{several}: {text}"
+        console.print(printable(line), soft_wrap=True)
 
 
 def _print_reasons(console: Any, rows: list[Row]) -> None:

@@ -13,14 +13,18 @@ from grpo.artifacts import (
     MANIFEST,
     PRUNED,
     RUN_OUTPUTS,
+    SOURCES,
     STAGE_OUTPUTS,
     TIMINGS,
     ActiveRun,
     Run,
     created_config,
     files,
+    kept_sources,
     lacking,
 )
+from grpo.config import PIPELINE
+from grpo.config.yaml import dump
 from grpo.errors import InputError, UsageError
 from grpo.pipeline.prepare import run_json
 from grpo.pipeline.stages import EVALUATE, STAGES
@@ -36,18 +40,19 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
     when the checkpoint to go on from was pruned.
     """
     _check_free(new)
+    source.refuse_links()
     _check_fixed(source, new)
     first = next(n for n in count() if n == iteration or source.manifest("update", n) is None)
     if iteration not in (None, first):
         raise UsageError(f"--iteration {iteration}: run {source.name} has completed {first} iterations")
     source.require_checkpoint(first)
     config = new.config.model_copy(update={"run": f".fork-{new.name}"})
-    staged = ActiveRun(source.root, config, new.imports, new.console)
+    staged = ActiveRun(new.root, config, new.imports, new.console)
     with staged.lock():  # two forks of one name: the other is exit 5
         _check_free(new)
         for leftover in staged.path.iterdir():  # of a fork that was killed
             if leftover.name != ".lock":
-                files.remove_folder(leftover) if leftover.is_dir() else files.remove_file(leftover)
+                files.remove(leftover)
         try:
             taken = _link_all(source, staged, first)
         except FileNotFoundError as error:
@@ -56,6 +61,7 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
                 " damaged, else try again"
             ) from None
         files.write_file(staged.path / "run.json", run_json(new.config))
+        files.write_file(staged.path / PIPELINE, dump(new.config.model_dump(exclude_unset=True)).encode())
         files.sync_folder(staged.path)
         files.move(staged.path, new.path)
         files.sync_folder(new.root)
@@ -76,7 +82,7 @@ def _check_free(new: Run) -> None:
 
 def _check_fixed(source: ActiveRun, new: ActiveRun) -> None:
     """Raise UsageError for what every iteration of `source` stands on and `new` would have otherwise."""
-    created = created_config(source.name, source.root)
+    created = created_config(source.path)
     for key in ("seed", "model", "prompts", "update.reference"):
         of = attrgetter(key)
         if of(created) != of(new.config):
@@ -85,6 +91,11 @@ def _check_fixed(source: ActiveRun, new: ActiveRun) -> None:
 
 def _link_all(source: ActiveRun, staged: ActiveRun, first: int) -> list[str]:
     """Link what comes before iteration `first`, and of it what can be taken over; returns those stages."""
+    if sources := kept_sources(source):
+        files.make_folder(staged.path / SOURCES)
+        for path in sources.values():
+            files.link_file(path, staged.path / SOURCES / path.name)
+        files.sync_folder(staged.path / SOURCES)
     for output in RUN_OUTPUTS:
         if output != HELD_OUT or source.manifest(output, None) is not None:
             _link(source, staged, output, None)

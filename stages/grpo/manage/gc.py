@@ -15,13 +15,17 @@ from grpo.artifacts import (
     staged_attempts,
     staging_folders,
 )
-from grpo.console import stdout_console
+from grpo.console import printable, stdout_console
 from grpo.errors import InputError, UsageError
 from grpo.pipeline.stages import EVALUATE, STAGES
 
 
 def garbage(run: ActiveRun) -> dict[str, Any]:
-    """All that `grpo gc` would remove, in order; of a checkpoint, `path` is the folder of its update."""
+    """All that `grpo gc` would remove, in order; of a checkpoint, `path` is the folder of its update.
+
+    Raises CorruptError (exit 6) where a folder of the run is a link.
+    """
+    run.refuse_links()
     found = [("trash", path, [path]) for path in _entries(run.trash)]
     found += [("abandoned staging", path, [path]) for path in _abandoned(run)]
     for iteration, paths in droppable(run).items():
@@ -35,11 +39,11 @@ def collect(run: ActiveRun) -> dict[str, Any]:
     found = garbage(run)
     for row in found["garbage"]:
         if row["what"] != "checkpoint":
-            files.remove_folder(row["path"]) if row["path"].is_dir() else files.remove_file(row["path"])
+            files.remove(row["path"])
     prune(run)
     for folder in _folders(run).values():
         if not _entries(folder):
-            files.remove_folder(folder)
+            files.remove(folder)
     return found
 
 
@@ -71,7 +75,8 @@ def print_garbage(found: dict[str, Any], run: Run, dry_run: bool) -> None:
     """The list as a person reads it."""
     out = stdout_console()
     lines = [
-        (row["bytes"], f"{row['what']:<18} {row['path'].relative_to(run.path)}") for row in found["garbage"]
+        (row["bytes"], printable(f"{row['what']:<18} {row['path'].relative_to(run.path)}"))
+        for row in found["garbage"]
     ]
     lines.append((found["bytes"], f"{'would be removed' if dry_run else 'removed'} from run {run.name}"))
     for size, text in lines:
@@ -87,5 +92,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    every = path.rglob("*") if path.is_dir() else [path]
-    return sum(found.stat().st_size for found in every if found.is_file())
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size
+    every = files.entries_below(path)
+    return sum(entry.stat(follow_symlinks=False).st_size for entry in every if not entry.is_dir())

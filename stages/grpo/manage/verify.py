@@ -1,5 +1,6 @@
 """verify: every hash, every schema and every invariant of a run, and what to do where one does not hold."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,13 +19,16 @@ from grpo.artifacts import (
     FileRecord,
     Manifest,
     Run,
+    check_source,
     check_staged,
     discard,
+    files,
     holder_of,
+    kept_sources,
     open_run,
     staging_folders,
 )
-from grpo.console import stdout_console
+from grpo.console import printable, stdout_console
 from grpo.errors import CorruptError
 from grpo.inspect.track import note_path, read_note
 from grpo.manage.repair import Damage, Place, command_for, damages, read_by
@@ -32,6 +36,7 @@ from grpo.pipeline.restart import intent_path, read_intent
 from grpo.pipeline.states import evaluation_states, states
 from grpo.prompts.table import HELD_OUT
 
+_MOST_GONE = 1000  # iterations that were lost: each of their outputs is looked for and reported
 _COUNTS = ("outputs", "files", "bytes", "rows", "pruned")  # pruned: files that retention dropped
 
 
@@ -59,9 +64,16 @@ class Report:
 
 def verify(run: ActiveRun, set_aside: bool) -> Report:
     """Look at all of a run. set_aside: move what can be made again to .trash, which needs the lock."""
-    report = Report(damages=_damaged_notes(run))
+    report = Report(damages=_links(run))
+    if any(each.aside and each.aside.is_dir() for each in report.damages):
+        _set_aside(run, report, set_aside)  # what lies behind a link is not of this run: no look at it
+        return report
+    report.damages += _damaged_notes(run)
     places: list[Place] = [(output, None) for output in RUN_OUTPUTS]
     numbers = sorted({*run.iterations(), *run.evaluations()})
+    if strange := _of_another_run(run, numbers):
+        report.damages.append(strange)
+        return report
     places += [(output, iteration) for iteration in numbers for output in OUTPUTS]
     wrong: dict[Place, str] = {}
     readers: dict[Place, Place] = {}
@@ -78,21 +90,49 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
                 if manifest is not None and "evaluate.prompts" in manifest.user_files:
                     readers.setdefault((HELD_OUT, None), place)
             advance(1)
+    texts = kept_sources(run).values()
+    report.counts.update(files=len(texts), bytes=sum(path.lstat().st_size for path in texts))
     report.damages += damages(run, wrong | _gone(run, readers, wrong))
     report.stale = _unfinished(run)
     if not report.damages and not report.stale:
-        rows = sql.read([run], sql.own_text("sql/views/invariants")).to_pylist()
-        report.broken = {row["invariant"]: row["rows"] for row in rows}
+        for name in ("invariants", "teacher_invariants"):
+            rows = sql.read([run], sql.own_text(f"sql/views/{name}")).to_pylist()
+            report.broken |= {row["invariant"]: row["rows"] for row in rows}
         report.stale = _stale(run)
-    for each in report.damages:
-        if each.aside is not None and set_aside:
-            discard(run, each.aside)
+    _set_aside(run, report, set_aside)
     return report
+
+
+def _of_another_run(run: Run, numbers: list[int]) -> Damage | None:
+    if not numbers or numbers[-1] - len(numbers) <= _MOST_GONE:
+        return None
+    what = f"{run.iteration_root(numbers[-1])}: is there, and {len(numbers) - 1} iterations before it are"
+    return Damage(f"{what}: it is of another run; move it away", "")
+
+
+def _set_aside(run: Run, report: Report, wanted: bool) -> None:
+    for each in report.damages if wanted else ():
+        if each.aside is not None and each.aside.is_symlink():
+            files.remove_file(each.aside)  # the link; what it leads to stays
+        elif each.aside is not None:
+            discard(run, each.aside)
+
+
+def _links(run: Run) -> list[Damage]:
+    found = []
+    for path in run.links():
+        what = f"{path}: is a link to {os.path.realpath(path)}, and a run has none"
+        found.append(Damage(what, "grpo run", path if path != run.path else None))
+    return found
 
 
 def print_report(run: Run, report: Report, discarded: bool) -> None:
     """The report as a person reads it. discarded: what is damaged is in .trash already."""
-    say = partial(stdout_console().print, markup=False, highlight=False, soft_wrap=True)
+    out = partial(stdout_console().print, markup=False, highlight=False, soft_wrap=True)
+
+    def say(text: str) -> None:
+        out(printable(text))
+
     counts, found = report.counts, report.damages
     for each in found:
         say(f"damaged  {each.found}")
@@ -114,13 +154,15 @@ def print_report(run: Run, report: Report, discarded: bool) -> None:
 
 
 def _damaged_notes(run: ActiveRun) -> list[Damage]:
-    """Of what is no output: run.json, the intent of `--from`, the tracker's note, and unfinished work."""
+    """Of what is no output: run.json, notes of `--from` and the tracker, kept sources, unfinished work."""
     found = []
     notes: list[tuple[Path, str, Callable[[], object]]] = [
-        (run.path / "run.json", "grpo run", partial(open_run, run.name, run.root)),
+        (run.path / "run.json", "grpo run", partial(open_run, run.path)),
         (intent_path(run), "grpo run", partial(read_intent, run)),
         (note_path(run), "grpo run", partial(read_note, run)),
     ]
+    for digest, kept in kept_sources(run).items():
+        notes.append((kept, "grpo run", partial(check_source, digest, kept)))
     for folder, place in staging_folders(run).items():
         notes.append((folder, command_for(*place), partial(check_staged, run, folder)))
     for path, redo, check in notes:
@@ -179,8 +221,8 @@ def _check_file(run: Run, manifest: Manifest, file: FileRecord, path: Path) -> N
     replayed = manifest.config.get("update", {}).get("replay_iterations", 0)
     for column in {"iteration", "update_iteration"} & set(found.column_names):
         earlier = replayed if column == "iteration" and "update_iteration" in found.column_names else 0
-        allowed = set(range(at - earlier, at + 1)) if at is not None else set()
-        if set(found[column].unique().to_pylist()) - allowed:
+        held = set(found[column].unique().to_pylist())
+        if at is None or not all(number is not None and at - earlier <= number <= at for number in held):
             raise CorruptError(f"{path}: holds rows of another iteration than {at}")
 
 

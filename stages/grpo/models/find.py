@@ -6,20 +6,21 @@ from grpo.artifacts import ActiveRun, Run
 from grpo.errors import InputError, UsageError
 
 STARTER = "tiny-arithmetic"
+TEACHER = "small-arithmetic"  # a larger one that knows the sums, for examples/distil.yaml
+_BUILT_IN = (STARTER, TEACHER)
 
 
 def resolve_model(run: ActiveRun, name: str) -> Path:
-    """The local directory of a checkpoint; the starter model is trained when it is first asked for."""
-    if name == STARTER:
+    """The local directory of a checkpoint; a starter model is trained when it is first asked for."""
+    folder = model_path(run, name)
+    if name in _BUILT_IN:
         if name == run.config.model and (revision := run.config.model_options.revision) is not None:
             raise UsageError(f"model_options.revision: {revision}, but {name} is no hub id; leave it out")
-        folder = starter_folder(run)
-        if not folder.exists():  # the folder appears complete; training it imports torch
+        if not folder.exists():  # it appears complete; training it imports torch
             from grpo.models import starter_model
 
             starter_model.ensure(folder, run.console.say)
-        return folder
-    return run.checkpoint_path(name)
+    return folder
 
 
 def configured_model(run: ActiveRun, key: str, name: str) -> Path:
@@ -36,6 +37,11 @@ def configured_model(run: ActiveRun, key: str, name: str) -> Path:
     return folder
 
 
-def starter_folder(run: Run) -> Path:
-    """Where the starter model is, once it is trained: all runs share it."""
-    return run.root / ".models" / STARTER
+def model_path(run: ActiveRun, name: str) -> Path:
+    """As resolve_model(), without training anything."""
+    return starter_folder(run, name) if name in _BUILT_IN else run.checkpoint_path(name)
+
+
+def starter_folder(run: Run, name: str = STARTER) -> Path:
+    """Where a starter model is, once it is trained: all runs share it."""
+    return run.root / ".models" / name

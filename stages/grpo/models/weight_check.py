@@ -21,7 +21,8 @@ from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
 from grpo.errors import CorruptError, ResourceError
 from grpo.models.loading import best_device, context_length, load_model, load_tokenizer
 from grpo.models.reader import Reader
-from grpo.prompts.chat import Chat, encode
+from grpo.prompts.chat import Chat
+from grpo.prompts.rendering import encode
 from grpo.prompts.source import Row
 
 FILE = "weight_check.json"

@@ -1,14 +1,16 @@
 """begin: what a run commits once, and loads models for: its prompts, and the ids of what it starts from."""
 
-from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from grpo.artifacts import ActiveRun, Plan, Product, Staging
-from grpo.errors import UsageError
+from grpo.errors import InputError, UsageError
 from grpo.models import weight_check
 from grpo.models.loading import context_length, load_config, load_model, load_tokenizer
 from grpo.prompts import table as prompts
-from grpo.prompts.chat import chat_of, encode
+from grpo.prompts.chat import chat_of
+from grpo.prompts.oddities import Oddities
+from grpo.prompts.rendering import Encoder
 from grpo.prompts.source import Row
 
 STAGE_VERSION = 2  # of `policy`; 2: with a weight check
@@ -33,13 +35,59 @@ def commit_policy(run: ActiveRun, names: dict[str, str], ids: dict[str, str]) ->
 
 
 def normalise(run: ActiveRun, plan: Plan, expected: str | None = None) -> None:
-    """Write prompts, or held-out ones, that leave room for max_new_tokens in the model's context."""
-    num_tokens, room = lengths(run, run.start["policy"], plan.output)
-    prompts.prepare(run, Staging(run, plan, 0), num_tokens, room, expected)
+    """Write prompts, or held-out ones, that leave room for max_new_tokens, and say what is odd about them."""
+    room = room_of(run, run.start["policy"], plan.output)
+    notes: list[str] = []
+    key = "prompts" if plan.output == prompts.OUTPUT else "evaluate.prompts"
+    with closing(Look(run, run.start["policy"], plan.output)) as look:
+        staging = Staging(run, plan, 0)
+        try:
+            prompts.prepare(run, staging, look.num_tokens, room, expected, look.render, notes)
+        except InputError:
+            if expected is None:
+                raise
+            # The run may be of before texts were kept; what it holds is then known without them.
+            prompts.prepare(run, staging, look.num_tokens, room, expected)
+        for line in look.lines(notes):
+            run.console.say(f"{key}: {line}")
 
 
-def lengths(run: ActiveRun, policy: Path, output: str) -> tuple[Callable[[list[Row]], list[int]], int | None]:
-    """Counts tokens of prompts as `policy` sees them; and the most that leave room, None: there is no limit.
+class Look:
+    """Prompts as a policy sees them, and what is odd about those that were read; to be closed.
+
+    policy: its folder; None where it is not there yet, and then chats stay as they are.
+    """
+
+    def __init__(self, run: ActiveRun, policy: Path | None, output: str) -> None:
+        self._oddities = Oddities()
+        self._encoder: Encoder | None = None
+        if policy is not None:
+            chat = chat_of(prompts.config_of(run, output), run.imports)
+            self._encoder = Encoder(load_tokenizer(policy), chat, run.console.stop_requested)
+
+    def render(self, rows: list[Row]) -> list[Row]:
+        """The rows, each with its text; they are looked at."""
+        found = rows if self._encoder is None else self._encoder.rows(rows)
+        self._oddities.add(found)
+        return found
+
+    def num_tokens(self, rows: list[Row]) -> list[int]:
+        """Of each row."""
+        assert self._encoder is not None, "there is no policy whose tokens could be counted"
+        return list(map(len, self._encoder.token_ids(self._encoder.rows(rows))))
+
+    def lines(self, notes: list[str]) -> list[str]:
+        """What is odd, behind what normalised() noted: a line each."""
+        return [*notes, *self._oddities.lines(self._encoder)]
+
+    def close(self) -> None:
+        """End the process that renders."""
+        if self._encoder is not None:
+            self._encoder.close()
+
+
+def room_of(run: ActiveRun, policy: Path, output: str) -> int | None:
+    """The most tokens of a prompt that leave room for a response in the context of `policy`; None: any.
 
     Raises UsageError (exit 2) where max_new_tokens leave none.
     """
@@ -52,9 +100,4 @@ def lengths(run: ActiveRun, policy: Path, output: str) -> tuple[Callable[[list[R
             f"{key}.max_new_tokens: {limit} leaves no room for a prompt in the model's context of"
             f" {context} tokens"
         )
-    chat, tokenizer = chat_of(prompts.config_of(run, output), run.imports), load_tokenizer(policy)
-
-    def num_tokens(rows: list[Row]) -> list[int]:
-        return [len(ids) for ids in encode(rows, tokenizer, chat)[1]]
-
-    return num_tokens, None if context is None else context - limit
+    return None if context is None else context - limit

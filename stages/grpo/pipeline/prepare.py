@@ -1,6 +1,5 @@
 """prepare: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
 
-import json
 from typing import Any
 
 from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config, files, seal, versions
@@ -8,6 +7,7 @@ from grpo.config import Config, overridden_keys
 from grpo.errors import DataError, InputError
 from grpo.models.find import configured_model
 from grpo.prompts import table as prompts
+from grpo.prompts.held_out import compare
 
 
 def prepare(run: ActiveRun) -> None:
@@ -24,6 +24,8 @@ def prepare(run: ActiveRun) -> None:
     if run.config.update.reference is None:
         key_of["reference"] = "model"
     paths = {part: configured_model(run, key_of[part], name) for part, name in names.items()}
+    for teacher in run.config.score.teachers:
+        configured_model(run, "score.teachers.model", teacher.model)
     ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in paths.items()}
     manifest = run.manifest("policy", None)
     if manifest is not None and begun:
@@ -32,8 +34,10 @@ def prepare(run: ActiveRun) -> None:
         read = {"policy": _recorded(run, "policy@0"), "reference": _recorded(run, "reference")}
         _check_models(run, names, ids, {part: id_ for part, id_ in read.items() if id_}, {})
     run.start = paths
-    _prompts(run, begun)
-    _held_out(run)
+    # Before the run has begun, prompts of another model's template may be there.
+    are_its = begun or (manifest is not None and manifest.ids == ids)
+    _prompts(run, begun, are_its)
+    _held_out(run, are_its)
     if manifest is None or manifest.ids != ids:
         from grpo.pipeline.begin import commit_policy  # it loads models: a complete run does without
 
@@ -47,7 +51,7 @@ def prepare(run: ActiveRun) -> None:
 
 def _check_seed(run: ActiveRun, created: bool) -> None:
     if created:
-        seed = created_config(run.name, run.root).seed
+        seed = created_config(run.path).seed
     else:
         sampled = (run.manifest("rollouts", iteration) for iteration in run.iterations())
         seed = next((found.config["seed"] for found in sampled if found), run.config.seed)
@@ -71,10 +75,10 @@ def _recorded(run: Run, reference: str) -> str | None:
     return next((id_ for id_ in found if id_), None)
 
 
-def _prompts(run: ActiveRun, begun: bool) -> None:
+def _prompts(run: ActiveRun, begun: bool, are_its: bool) -> None:
     manifest = run.manifest(prompts.OUTPUT, None)
     plan = prompts.plan(run, kept=manifest if begun else None)
-    if manifest is not None and plan.same_as(manifest):
+    if manifest is not None and are_its and plan.same_as(manifest):
         if begun and prompts.source_is_gone(run):
             run.console.say(f"prompts.source: {run.config.prompts.source} is gone; the run has its own copy")
         return
@@ -86,14 +90,14 @@ def _prompts(run: ActiveRun, begun: bool) -> None:
     normalise(run, plan, expected)
 
 
-def _held_out(run: ActiveRun) -> None:
+def _held_out(run: ActiveRun, are_its: bool) -> None:
     """Commit `eval_prompts` where `evaluate` is configured: others than before are for what comes next."""
     if run.config.evaluate is None:
         return
     manifest = run.manifest(prompts.HELD_OUT, None)
     try:
         plan = prompts.plan(run, prompts.HELD_OUT, manifest)
-        if manifest is not None and plan.same_as(manifest):
+        if manifest is not None and are_its and plan.same_as(manifest):
             if prompts.source_is_gone(run, prompts.HELD_OUT):
                 source = run.config.evaluate.prompts.source
                 run.console.say(f"evaluate.prompts.source: {source} is gone; the run has its own copy")
@@ -107,15 +111,16 @@ def _held_out(run: ActiveRun) -> None:
 
 
 def _say_shared(run: ActiveRun) -> None:
-    """Say how many of the held-out prompts training draws too: those measure what was learned by heart."""
-    if run.config.evaluate is None or run.config.evaluate.prompts == run.config.prompts:
-        return  # the same prompts, and not by mistake
+    """Say what of the held-out prompts training draws too, or draws in another form."""
+    # One and the same object: a checkpoint is measured with them, and training draws nothing.
+    if run.config.evaluate is None or run.config.evaluate.prompts is run.config.prompts:
+        return
     drawn, held_out = (
-        [json.dumps(row) for row in run.read(output, None, ["prompt", "messages"]).to_pylist()]
+        run.read(output, None, ["prompt", "messages"]).to_pylist()
         for output in (prompts.OUTPUT, prompts.HELD_OUT)
     )
-    if shared := sum(map(set(drawn).__contains__, held_out)):
-        run.console.say(f"evaluate.prompts: {shared} of {len(held_out)} are among `prompts`: not held out")
+    for line in compare(run.config, drawn, held_out):
+        run.console.say(line)
 
 
 def _fixed(run: Run, key: str, old: object, new: object) -> str:

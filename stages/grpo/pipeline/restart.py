@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from grpo.artifacts import ActiveRun, Run, discard, files, read_sealed, seal
-from grpo.errors import InputError
+from grpo.errors import CorruptError, InputError
 from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage
 from grpo.pipeline.states import State, evaluation_states, nearest_policy, states
 from grpo.update.plan import require_reference
@@ -63,7 +63,12 @@ def intent_path(run: Run) -> Path:
 def read_intent(run: Run) -> int | None:
     """The N of a `--from N` that is not finished. Raises CorruptError (exit 6) when it cannot be read."""
     path = intent_path(run)
-    return int(read_sealed(path, **{"from": int})["from"]) if path.exists() else None
+    if not path.exists():
+        return None
+    first = int(read_sealed(path, **{"from": int})["from"])
+    if not 0 <= first < 10**9:
+        raise CorruptError(f"{path}: from: no iteration is called {first}")
+    return first
 
 
 def done_again(run: ActiveRun, first: int) -> tuple[list[int], list[Stage]]:

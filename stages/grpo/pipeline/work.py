@@ -191,8 +191,9 @@ def _check_kept(opened: ActiveRun, stage: Stage, before: Manifest) -> None:
     if states.inputs_changed(opened, before):
         raise InputError(f"{place}: stale, so no row of it can be kept; rerun it with {again}`")
     changes = states.differences_of(opened, stage, before)
-    # A time-out is no part of any value, and a longer one is why it is tried again.
-    if others := [change for change in changes if ".timeout_s: " not in change]:
+    # A time-out is no part of any value, and a longer one is why it is tried again; what one counts neither.
+    kept = (".timeout_s: ", ".on_timeout: ")
+    if others := [change for change in changes if not any(key in change for key in kept)]:
         raise InputError(
             f"{place}: changed ({'; '.join(others)}), so --only-failed cannot keep the other rows;"
             f" {again} --force` reruns it"

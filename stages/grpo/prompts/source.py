@@ -6,6 +6,7 @@ A mistake in the data is an error that names file and line; nothing is repaired 
 import csv
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # of save_to_disk: of one table, and of several
 _ROWS_PER_BATCH = 1000
+_WHOLE = re.compile(r"-?[0-9]+\.0")  # how pandas writes the whole numbers of a column with a gap
 
 
 def read_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
@@ -36,7 +38,7 @@ def read_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Row]]:
         rows = training_rows() if config.source == BUILT_IN[0] else held_out_rows()
         yield from ((f"{config.source}:{n}", row) for n, row in enumerate(rows, start=1))
     elif config.is_file:
-        yield from _READERS[path.suffix](_existing(path))
+        yield from _READERS[path.suffix](_existing(path), config.columns.answer)
     elif path.is_file():
         raise DataError(f"prompts.source: {config.source}: expected a file ending in {', '.join(_READERS)}")
     else:
@@ -71,7 +73,7 @@ def _text(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+def _jsonl(path: Path, answer: str) -> Iterator[tuple[str, Row]]:
     for number, line in _text(path):
         if not line.strip():
             continue
@@ -112,7 +114,30 @@ def _finite(number: str) -> float:
 _JSON = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+def _csv(path: Path, answer: str) -> Iterator[tuple[str, Row]]:
+    """An empty field is missing, and answers that are all like 3.0 are whole: CSV knows no types."""
+    answers = (row.get(answer) for _, row in _csv_rows(path))
+    whole = _are_whole(answers)
+    for place, row in _csv_rows(path):
+        if whole and row.get(answer) is not None:
+            row[answer] = row[answer].removesuffix(".0")
+        yield place, row
+
+
+def _are_whole(answers: Iterable[str | None]) -> bool:
+    """Whether there are any, and all are whole numbers with a point; the first that is not ends the look."""
+    found = False
+    try:
+        for answer in filter(None, answers):
+            found = True
+            if not _WHOLE.fullmatch(answer):
+                return False
+    except DataError:  # the rows before it come first
+        return False
+    return found
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(2**31 - 1)  # of the whole process, 128 KiB at first: a document is longer
     # strict: a quote that is never closed would swallow the rows behind it.
     reader = csv.DictReader((line for _, line in _text(path)), strict=True)
@@ -123,16 +148,16 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
             place = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
                 raise DataError(f"{place}: not the {len(names)} fields that the header names")
-            yield place, dict(row)
+            yield place, {name: value or None for name, value in row.items()}
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num + 1}: not CSV: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path, answer: str) -> Iterator[tuple[str, Row]]:
     try:
         file = pq.ParquetFile(path)
         _check_names(str(path), file.schema_arrow.names)
-        yield from _arrow_rows(str(path), str(path), file.schema_arrow, file.iter_batches())
+        yield from _arrow_rows(str(path), str(path), file.schema_arrow, file.iter_batches(), answer)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8, say
         raise DataError(f"{path}: cannot be read as Parquet: {first_line(error)}") from None
 
@@ -150,11 +175,12 @@ def _dataset_rows(config: PromptsConfig, folder: Path) -> Iterator[tuple[str, Ro
     if encoded := [field.name for field in schema if "extension<arrow.json>" in str(field.type)]:
         # It is decoded only when it is used.
         raise DataError(f"{where}: column {encoded[0]} is of the type Json; save it as text or as a struct")
-    yield from _arrow_rows(where, place, schema, data.with_format("arrow").iter(_ROWS_PER_BATCH))
+    batches = data.with_format("arrow").iter(_ROWS_PER_BATCH)
+    yield from _arrow_rows(where, place, schema, batches, config.columns.answer)
 
 
 def _arrow_rows(
-    where: str, place: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch | pa.Table]
+    where: str, place: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch | pa.Table], answer: str
 ) -> Iterator[tuple[str, Row]]:
     """(place, row) of each row. Raises DataError (exit 3), beginning with `where`, for media in a column."""
     for field in schema:
@@ -164,7 +190,12 @@ def _arrow_rows(
                 " prompts are text only; leave the column out (in `datasets`: remove_columns)"
             )
     rows = (row for batch in batches for row in batch.to_pylist())
-    yield from ((f"{place}: row {number}", row) for number, row in enumerate(rows, start=1))
+    kind = schema.field(answer).type if answer in schema.names else None
+    short = kind.to_pandas_dtype() if kind in (pa.float16(), pa.float32()) else None
+    for number, row in enumerate(rows, start=1):
+        if short is not None and row[answer] is not None:
+            row[answer] = float(str(short(row[answer])))  # 0.1, and not the 0.10000000149 that is stored
+        yield f"{place}: row {number}", row
 
 
 def _holds_media(kind: pa.DataType) -> bool:
@@ -199,6 +230,8 @@ def _open(where: str, config: PromptsConfig, folder: Path) -> "Dataset":
             f"prompts.source: {path}: no such file or folder; expected `arithmetic`, a file ending in .jsonl,"
             " .csv or .parquet, a folder with a data set, or owner/name of one on the hub"
         )
+    if not on_hub and config.revision is not None:
+        raise UsageError(f"prompts.revision: {name} is a folder; only a data set on the hub has revisions")
     if on_hub and Path(name).exists():  # which `datasets` would take
         raise DataError(f"{where}: is here, but not beside the configuration; give its path from {folder}")
     try:
@@ -214,7 +247,8 @@ def _open(where: str, config: PromptsConfig, folder: Path) -> "Dataset":
         if not on_hub and _is_saved(path):
             return _split_of(config, datasets.load_from_disk(str(path)))
         found = name if on_hub else str(path.absolute())
-        return datasets.load_dataset(found, config.subset, split=config.split)
+        given = {"revision": config.revision} if on_hub else {}
+        return datasets.load_dataset(found, config.subset, split=config.split, **given)
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         subset = f" (subset {config.subset})" if config.subset else ""

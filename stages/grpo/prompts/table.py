@@ -9,12 +9,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from grpo import tables
-from grpo.artifacts import ActiveRun, FileRecord, Manifest, Plan, Product, Staging, id_of, is_hub_id
+from grpo.artifacts import (
+    ActiveRun,
+    FileRecord,
+    Manifest,
+    Plan,
+    Product,
+    Staging,
+    id_of,
+    is_hub_id,
+    keep_source,
+)
 from grpo.artifacts.files import sha256_of
 from grpo.config import PromptsConfig
 from grpo.config.prompts import BUILT_IN
 from grpo.errors import DataError, InputError, UsageError
+from grpo.prompts.arrow import arrow_table
 from grpo.prompts.chat import chat_of
 from grpo.prompts.rows import normalised
 from grpo.prompts.source import Row, source_digest
@@ -23,8 +33,8 @@ OUTPUT = "prompts"
 HELD_OUT = "eval_prompts"
 STAGE_VERSION = 2  # 2: the summary holds the longest prompt
 NumTokens = Callable[[list[Row]], list[int]]  # of each row's prompt, as the model sees it
+Render = Callable[[list[Row]], list[Row]]  # the rows, each with its text as the model sees it
 _ROWS_PER_SHARD = 100_000
-_MAX_DEPTH = 32  # of a column; a Parquet schema of more than 100 levels, two for each list, cannot be read
 
 
 def config_of(run: ActiveRun, output: str = OUTPUT) -> PromptsConfig:
@@ -83,35 +93,38 @@ def source_is_gone(run: ActiveRun, output: str = OUTPUT) -> bool:
 
 
 def prepare(
-    run: ActiveRun, staging: Staging, num_tokens: NumTokens, room: int | None, expected: str | None = None
+    run: ActiveRun,
+    staging: Staging,
+    num_tokens: NumTokens,
+    room: int | None,
+    expected: str | None = None,
+    render: Render = list,
+    notes: list[str] | None = None,
 ) -> Manifest:
     """Write and commit `prompts`, or `eval_prompts`: the output of the plan that is staged.
 
-    room: the most tokens of a prompt that leave space for max_new_tokens; None: no limit. Raises DataError
-    (exit 3) naming file and line, InputError (exit 4) where another id is `expected`.
+    room: the most tokens of a prompt that leave space for a response. render: gives chats their text. notes:
+    as in normalised(). Raises DataError (exit 3) with file and line, InputError (4) for an id not `expected`.
     """
     output = staging.plan.output
     config = config_of(run, output)
+    _keep_template(run, staging, config)
     records: list[FileRecord] = []
     ids, skipped, longest, schema, chats = set[str](), 0, 0, None, False
-    rows = normalised(config, run.imports)
+    rows = normalised(config, run.imports, notes)
     while chunk := list(islice(rows, _ROWS_PER_SHARD)):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
-        kept = usable(chunk, num_tokens, room, config, ids)
+        seen = render([row for _, row in chunk])
+        places = [place for place, _ in chunk]
+        kept = usable(list(zip(places, seen, strict=True)), num_tokens, room, config, ids)
         skipped += len(chunk) - len(kept)
         if kept:
-            longest = max(longest, *(length for _, length in kept))
-            try:
-                data = _table([row for row, _ in kept], schema)
-                records.append(staging.write_table(output, staging.file_name("part", len(records)), data))
-            except (ValueError, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-                raise DataError(f"prompts.source: {config.source}: {error}") from None
-            schema = data.schema
+            longest = max(longest, *(length for *_, length in kept))
+            schema = _write(kept, staging, config, records, schema)
     if not records:
         raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
-    if not chats and (config.chat_template is not None or config.chat_template_arguments):
-        key = "chat_template" if config.chat_template is not None else "chat_template_arguments"
-        raise UsageError(f"prompts.{key}: no prompt is a chat; set prompts.chat: true, or leave it out")
+    if not chats:
+        _check_no_template(config)
     if expected is not None and id_of(records) != expected:
         raise InputError(
             f"prompts: fixed for the run {run.name}, but {config.source} holds others than its rollouts were"
@@ -121,22 +134,57 @@ def prepare(
     return staging.commit(Product({output: id_of(records)}, records, summary))
 
 
+def _keep_template(run: ActiveRun, staging: Staging, config: PromptsConfig) -> None:
+    """Keep the text of the user's chat template in the run."""
+    if config.chat_template is not None:
+        path = run.imports / config.chat_template
+        keep_source(run, staging.plan.user_files["prompts.chat_template"], path.name, path.read_bytes)
+
+
+def _check_no_template(config: PromptsConfig) -> None:
+    """Refuse what is for chats alone, where no prompt is one."""
+    if config.chat_template is not None or config.chat_template_arguments:
+        key = "chat_template" if config.chat_template is not None else "chat_template_arguments"
+        raise UsageError(f"prompts.{key}: no prompt is a chat; set prompts.chat: true, or leave it out")
+
+
+def _write(
+    kept: list[tuple[str, Row, int]],
+    staging: Staging,
+    config: PromptsConfig,
+    records: list[FileRecord],
+    schema: pa.Schema | None,
+) -> pa.Schema:
+    """Write one shard, add its record, and return the schema that all have."""
+    places, rows = [place for place, *_ in kept], [row for _, row, _ in kept]
+    try:
+        data = arrow_table(rows, places, schema, _ROWS_PER_SHARD)
+        name = staging.file_name("part", len(records))
+        records.append(staging.write_table(staging.plan.output, name, data))
+    except (ValueError, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"prompts.source: {config.source}: {error}") from None
+    written: pa.Schema = data.schema
+    return written
+
+
 def usable(
     chunk: list[tuple[str, Row]],
     num_tokens: NumTokens,
     room: int | None,
     config: PromptsConfig,
     ids: set[str],
-) -> list[tuple[Row, int]]:
-    """(row, tokens) of each prompt that leaves room for a response; adds the user's own ids to `ids`."""
+) -> list[tuple[str, Row, int]]:
+    """(place, row, tokens) of each prompt that leaves room for a response; adds the user's ids to `ids`."""
     kept = []
     for (place, row), length in zip(chunk, num_tokens([row for _, row in chunk]), strict=True):
         if "id" in row:
             if (name := json.dumps(row["id"], default=str)) in ids:
                 raise DataError(f"{place}: id {row['id']!r} occurs twice; ids must be unique")
             ids.add(name)
+        if not length:
+            raise DataError(f"{place}: its prompt is no tokens; give the model some text")
         if room is None or length <= room:
-            kept.append((row, length))
+            kept.append((place, row, length))
         elif config.on_long_prompt != "skip":
             raise DataError(
                 f"{place}: prompt of {length} tokens, but the context leaves room for {room} beside"
@@ -153,40 +201,3 @@ def draw(num_prompts: int, seed: int, iteration: int, count: int) -> np.ndarray:
     passes, places = np.divmod(np.arange(iteration * count, (iteration + 1) * count), num_prompts)
     orders = {n: np.random.default_rng([seed, n]).permutation(num_prompts) for n in set(passes.tolist())}
     return np.array([orders[n][place] for n, place in zip(passes.tolist(), places, strict=True)])
-
-
-def _table(rows: list[Row], schema: pa.Schema | None) -> pa.Table:
-    """Rows as Arrow; later shards take the schema of the first. Raises ValueError, or what Arrow does."""
-    fixed = tables.schema("prompts")
-    names = dict.fromkeys(name for row in rows for name in row if name not in fixed.names)
-    if alike := [name for name in names if [each.lower() for each in names].count(name.lower()) > 1]:
-        pair = f"columns {alike[0]} and {alike[1]}"
-        raise ValueError(f"{pair} differ by case alone, which SQL does not tell apart; rename one")
-    found = pa.schema([*fixed, *((name, _type_of(rows, name)) for name in names)])
-    if deep := [field.name for field in found if _depth(field.type) > _MAX_DEPTH]:
-        raise ValueError(f"column {deep[0]} holds lists or objects nested more than {_MAX_DEPTH} deep")
-    schema = schema or found
-    # from_pylist leaves out what the schema does not have, and makes 1 of 1.5 where it says integer.
-    for field in pa.unify_schemas([schema, found], promote_options="permissive"):
-        if field not in list(schema):
-            raise ValueError(
-                f"column {field.name} is of type {field.type} only behind the first {_ROWS_PER_SHARD:,} rows;"
-                " give every row the same columns, of the same types"
-            )
-    return pa.Table.from_pylist(rows, schema=schema)
-
-
-def _type_of(rows: list[Row], name: str) -> pa.DataType:
-    """The type that the values of a column of the user's own have."""
-    try:
-        return pa.array([row.get(name) for row in rows]).type
-    except OverflowError:
-        problem = "integers outside -2^63 to 2^63 - 1; make them text"
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        problem = f"values of several types: {error}"
-    raise ValueError(f"column {name} holds {problem}")
-
-
-def _depth(data_type: pa.DataType) -> int:
-    fields = [data_type.field(index) for index in range(data_type.num_fields)]
-    return max((1 + _depth(field.type) for field in fields), default=0)

@@ -4,10 +4,11 @@ from collections.abc import Collection
 from hashlib import sha256
 from typing import Any
 
-from grpo.artifacts import ActiveRun, Plan
+from grpo.artifacts import ActiveRun, Plan, keep_source
 from grpo.config import RewardConfig
 from grpo.config.score import TRANSPORT
-from grpo.score.functions.source import source_sha256
+from grpo.models.find import model_path
+from grpo.score.functions.source import find_file, source_sha256
 from grpo.score.judge.rubric import rubric_of
 
 NAME = "score"
@@ -19,14 +20,15 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when the rollouts are missing."""
     run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
     references = (f"rollouts@{iteration}", "prompts")
+    teachers = {teacher.name: {"model": teacher.model} for teacher in run.config.score.teachers}
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,
         output=OUTPUT,
         iteration=iteration,
-        config={"score": {"rewards": described(run)}},
+        config={"score": {"rewards": described(run), **({"teachers": teachers} if teachers else {})}},
         inputs={reference: run.id_of(reference) or "" for reference in references},
-        user_files=user_files_of(run),
+        user_files={**user_files_of(run), **teacher_files_of(run)},
     )
 
 
@@ -43,6 +45,12 @@ def user_files_of(run: ActiveRun) -> dict[str, str]:
     )
 
 
+def teacher_files_of(run: ActiveRun) -> dict[str, str]:
+    """The id of each teacher's checkpoint, as part of a plan; errors as checkpoint_id's."""
+    paths = {each.name: model_path(run, each.model).absolute() for each in run.config.score.teachers}
+    return {f"score.teachers.{name}": run.checkpoint_id(str(path)) for name, path in paths.items()}
+
+
 def _source(run: ActiveRun, reward: RewardConfig) -> str:
     """sha256 of the function's file (empty: built in) or of the rubric's text; the id of a reward model."""
     if reward.function is not None:
@@ -50,6 +58,16 @@ def _source(run: ActiveRun, reward: RewardConfig) -> str:
     if reward.judge is not None:
         return sha256(rubric_of(reward, run.imports).encode()).hexdigest()
     return run.checkpoint_id(str(reward.model))
+
+
+def keep_sources(run: ActiveRun, user_files: dict[str, str]) -> None:
+    """Keep in the run what computes its rewards, as planned: functions' files, and rubrics of judges."""
+    for reward in run.config.score.rewards:
+        digest = user_files[f"score.rewards.{reward.name}"]
+        if reward.function is not None and (file := find_file(reward.function, run.imports)) is not None:
+            keep_source(run, digest, file.name, file.read_bytes)
+        elif reward.judge is not None:
+            keep_source(run, digest, "rubric.txt", rubric_of(reward, run.imports).encode)
 
 
 def configured(reward: RewardConfig, without: set[str], of_judge: Collection[str] = ()) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import pyarrow.compute as pc
 
 from grpo.artifacts import ActiveRun
 from grpo.config import RewardConfig
+from grpo.errors import CorruptError
+from grpo.prompts.rows import as_given
 from grpo.score.functions.built_in import Text
 from grpo.score.functions.call import GroupCall
 from grpo.score.functions.pool import FunctionPool
@@ -17,20 +19,23 @@ from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of
 from grpo.score.outcome import Key, Outcome
 from grpo.score.shard import File, read
+from grpo.tables import RENDERED
 
 if TYPE_CHECKING:
     from grpo.score.reward_model import RewardModel
+    from grpo.score.teachers import Teacher
 
 _READ = ["group_id", "sample_id", "prompt_id", "response", "response_token_ids"]
 
 
 class Scorers(NamedTuple):
-    """What stays open between iterations: worker processes, the prompts, reward models, judges."""
+    """What stays open between iterations: worker processes, the prompts, reward models, judges, teachers."""
 
     pool: FunctionPool
     prompts: pa.Table
     models: "dict[str, RewardModel]"
     judges: dict[str, Judge]
+    teachers: "dict[str, Teacher]"
 
 
 class Rollout(NamedTuple):
@@ -46,7 +51,7 @@ class Rollout(NamedTuple):
 
 @contextmanager
 def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
-    """Start the workers, open the judges, load the reward models.
+    """Start the workers, open the judges, load the reward models and the teachers.
 
     Raises UsageError (exit 2) for a function that is no use, and a judge without key, package or rubric.
     """
@@ -59,17 +64,30 @@ def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
             if reward.judge is not None:
                 judge = Judge(reward, rubric_of(reward, run.imports))
                 judges[reward.name] = stack.enter_context(closing(judge))
-        yield Scorers(pool, prompts, _open_models(run), judges)
+        yield Scorers(pool, prompts, _open_models(run), judges, _open_teachers(run))
 
 
 def check_columns(run: ActiveRun, pool: FunctionPool, prompts: pa.Table) -> None:
     """Raise UsageError (exit 2) for a function or a rubric that cannot do with the columns of `prompts`."""
-    columns = [name for name in prompts.column_names if name not in ("prompt", "messages")]
+    columns = [name for name in prompts.column_names if name not in ("prompt", "messages", RENDERED)]
+    empty = empty_columns(prompts) - {RENDERED}
     for reward in run.config.score.rewards:
         if reward.function is not None:
-            pool.check(reward, columns)
+            pool.check(reward, columns, empty)
         if reward.judge is not None:
-            rubric_of(reward, run.imports, columns)
+            rubric_of(reward, run.imports, columns, empty)
+
+
+def empty_columns(prompts: pa.Table) -> set[str]:
+    """The columns without a value in any row; a text of nothing but spaces is none."""
+
+    def is_empty(column: pa.ChunkedArray) -> bool:
+        if column.null_count == len(column):
+            return True
+        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        return is_text and not pc.any(pc.not_equal(pc.utf8_trim_whitespace(column), "")).as_py()
+
+    return {name for name in prompts.column_names if is_empty(prompts[name])} - {"prompt", "messages"}
 
 
 def _open_models(run: ActiveRun) -> "dict[str, RewardModel]":
@@ -82,6 +100,14 @@ def _open_models(run: ActiveRun) -> "dict[str, RewardModel]":
     return {name: RewardModel(run.checkpoint_path(model), best_device()) for name, model in wanted.items()}
 
 
+def _open_teachers(run: ActiveRun) -> "dict[str, Teacher]":
+    if not run.config.score.teachers:
+        return {}
+    from grpo.score.teachers import open_teachers
+
+    return open_teachers(run)
+
+
 def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
     """The rollouts of a shard, each with its row of `prompts`."""
     rows = read(run, str(file.record.table), [file], _READ)
@@ -90,11 +116,15 @@ def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
     rollouts = []
     for row in rows.to_pylist():
         key, response = (row["group_id"], row["sample_id"]), row["response"]
+        if row["prompt_id"] not in prompt_of:
+            raise CorruptError(
+                f"{file.path}: rollout {key}: prompt_id {row['prompt_id']} is no row of prompts"
+            )
         columns = dict(prompt_of[row["prompt_id"]])
-        prompt, messages = columns.pop("prompt"), columns.pop("messages")
+        prompt, messages, _ = columns.pop("prompt"), columns.pop("messages"), columns.pop(RENDERED, None)
         completion: Text = response
         if messages is not None:
-            prompt, completion = messages, [{"role": "assistant", "content": response}]
+            prompt, completion = as_given(messages), [{"role": "assistant", "content": response}]
         rollouts.append(Rollout(key, prompt, completion, response, row["response_token_ids"], columns))
     return rollouts
 

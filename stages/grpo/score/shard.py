@@ -14,6 +14,7 @@ from grpo.score.judge.completion import Judgement
 from grpo.score.outcome import Key, Outcome
 from grpo.score.plan import STAGE_VERSION, configured
 
+REPEATED = "repeated"  # label of a shard: which rollouts failed again as before, and under which timeout_s
 _Found = TypeVar("_Found", Outcome, Judgement)
 
 
@@ -54,7 +55,7 @@ class Shard:
         self.name = staging.file_name(task.prefix, index)
         self.answers_name = staging.file_name(task.answers_table, index)
         self.title = f"{staging.plan.stage} {task.iteration} {reward.name}"
-        apart = {"name", "weight", "timeout_s"}  # what no value depends on
+        apart = {"name", "weight", "timeout_s", "on_timeout"}  # what no value that was found depends on
         source = staging.plan.user_files[f"score.rewards.{reward.name}"]  # of a judge, the text of its rubric
         known = [source, rollouts.record.sha256, task.prompts_id]
         self.unit = digest([STAGE_VERSION, configured(reward, apart, {"rubric"}), *known])
@@ -69,6 +70,13 @@ class Shard:
 
         self.old = held(task.table, self.unit)
         self.old_answers = held(task.answers_table, self.asked)
+
+    def settled(self) -> set[Key]:
+        """The rollouts that failed twice in the same way, in no less time: tried again only when asked."""
+        found = self.old.record.labels.get(REPEATED) if self.old is not None else None
+        if found is None or self.task.staging.only_failed or self.reward.timeout_s > found["timeout_s"]:
+            return set()
+        return {(group, sample) for group, sample in found["rollouts"]}
 
 
 def staged(staging: Staging, records: list[FileRecord], table: str) -> list[File]:

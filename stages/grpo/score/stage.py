@@ -11,14 +11,27 @@ from itertools import product
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id_of, lacking, num_rounds
+from grpo.artifacts import (
+    ActiveRun,
+    FileRecord,
+    Manifest,
+    Product,
+    Staging,
+    are_own,
+    id_of,
+    lacking,
+    num_rounds,
+    read_rollouts,
+)
+from grpo.config import RewardConfig
 from grpo.errors import EngineError
 from grpo.score import scorers
 from grpo.score.judge import answers as judgements
-from grpo.score.outcome import Outcome
-from grpo.score.plan import NAME, OUTPUT
-from grpo.score.scorers import Scorers
-from grpo.score.shard import File, ScoringTask, Shard, found_in, read, staged, table_of
+from grpo.score.judge.rubric import is_unreadable
+from grpo.score.outcome import Key, Outcome, counted, uncounted
+from grpo.score.plan import NAME, OUTPUT, keep_sources
+from grpo.score.scorers import Rollout, Scorers
+from grpo.score.shard import REPEATED, File, ScoringTask, Shard, found_in, read, staged, table_of
 
 _FAILED = ("error", "timeout", "nonfinite")
 
@@ -32,9 +45,11 @@ open_resource = scorers.open_scorers
 
 
 def release(opened: Scorers) -> None:
-    """Take the reward models off the accelerator until they are asked again."""
+    """Take the reward models and teachers off the accelerator until they are asked again."""
     for model in opened.models.values():
         model.release()
+    for teacher in opened.teachers.values():
+        teacher.release()
 
 
 def after(run: ActiveRun, manifest: Manifest, opened: Scorers) -> None:
@@ -59,13 +74,21 @@ def raise_for_failed(run: ActiveRun, where: str, table: str, manifest: Manifest)
     """
     if not manifest.summary["failed"] or run.config.score.on_error == "drop":
         return
-    statuses: dict[str, int] = manifest.summary["statuses"]
+    failed, statuses = manifest.summary["failed"], manifest.summary["statuses"]
     counts = ", ".join(f"{statuses[status]} {status}" for status in _FAILED if statuses.get(status))
-    rows = run.read(table, manifest.iteration, ["name", "error"]).to_pylist()
-    first = next(row for row in rows if row["error"])
+    rows = run.read(table, manifest.iteration, ["name", "status", "error"]).to_pylist()
+    first = next(row for row in rows if row["status"] in _FAILED)
+    repeated = sum(len(file.labels.get(REPEATED, {"rollouts": ()})["rollouts"]) for file in manifest.files)
+    again = "`grpo score --only-failed`" if table == OUTPUT else "`grpo evaluate --force`"
+    ways = ["the same command scores only those again"] if repeated < failed else []
+    if repeated:
+        ways.append(
+            f"{repeated} failed twice in the same way and {'are' if repeated > 1 else 'is'} not tried again"
+            f" but by {again}; `on_timeout: 0.0` of a reward counts a time-out"
+        )
     raise EngineError(
-        f"{where}: {manifest.summary['failed']} of {sum(statuses.values())} rewards failed ({counts});"
-        f" first: {first['name']}: {first['error']}; the same command scores only those again,"
+        f"{where}: {failed} of {sum(statuses.values())} rewards failed ({counts});"
+        f" first: {first['name']}: {first['error']}; {'; '.join(ways)},"
         " `score.on_error: drop` leaves their rollouts out"
     )
 
@@ -73,6 +96,8 @@ def raise_for_failed(run: ActiveRun, where: str, table: str, manifest: Manifest)
 def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Scorers) -> Product:
     """The `rewards` of one iteration: what of them is not there yet is scored."""
     rollouts = run.require("rollouts", iteration, "grpo generate")
+    if not are_own(run, "rollouts", iteration):
+        read_rollouts(run, iteration)  # of rows that are not what was sampled, no reward is of use
     files = [File(file, run.path_of(file, "rollouts", iteration)) for file in rollouts.files]
     prompts_id = staging.plan.inputs["prompts"]
     held = score(
@@ -91,16 +116,20 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, opened: Scorers) -
         f"reward/{name}": id_of([record for record in scored if record.labels["reward"] == name])
         for name in summary["weights"]
     }
+    for number, (name, teacher) in enumerate(opened.teachers.items()):
+        first = number * len(files)
+        names = {staging.file_name("teacher", first + index): file for index, file in enumerate(files)}
+        shards = teacher.commit(run, staging, names, earlier_of(run, staging, iteration))
+        ids[f"teacher/{name}"] = id_of(shards)
+        held += shards
     return Product(ids, held, summary)
 
 
 def score(run: ActiveRun, opened: Scorers, task: ScoringTask) -> list[FileRecord]:
     """Score what of `task` is not scored yet: all its shards, reward by reward, judgements last."""
     staging = task.staging
-    before = run.manifest(staging.plan.output, task.iteration)
-    again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
-    # A `--force` with nothing changed computes every reward anew.
-    earlier = None if again and not staging.only_failed and not lacking(run, before) else before
+    keep_sources(run, staging.plan.user_files)
+    earlier = earlier_of(run, staging, task.iteration)
     scored: list[FileRecord] = []
     answered: list[FileRecord] = []
     for reward, rollouts in product(run.config.score.rewards, task.rollouts):
@@ -116,6 +145,14 @@ def score(run: ActiveRun, opened: Scorers, task: ScoringTask) -> list[FileRecord
     return [*scored, *answered]
 
 
+def earlier_of(run: ActiveRun, staging: Staging, iteration: int) -> Manifest | None:
+    """The committed output whose shards are kept where they are still right."""
+    before = run.manifest(staging.plan.output, iteration)
+    again = before is not None and staging.attempt > before.attempt and staging.plan.same_as(before)
+    # A `--force` with nothing changed computes every reward anew.
+    return None if again and not staging.only_failed and not lacking(run, before) else before
+
+
 def summary_of(run: ActiveRun, held: list[FileRecord]) -> dict[str, Any]:
     """How many rewards failed, what became of each, and their weights."""
     statuses: Counter[str] = Counter()
@@ -129,28 +166,64 @@ def _score_shard(run: ActiveRun, opened: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
     reward, old, task, staging = shard.reward, shard.old, shard.task, shard.task.staging
     held = old.record.labels if old is not None else {}
-    same = (held.get("reward"), held.get("weight")) == (reward.name, reward.weight)
+    labels: dict[str, Any] = {"reward": reward.name, "weight": reward.weight}
+    if reward.on_timeout != "error":
+        labels["on_timeout"] = reward.on_timeout
+    same = all(held.get(name) == labels.get(name) for name in ("reward", "weight", "on_timeout"))
     if old is not None and same and not _failed(held["statuses"]):
         if shard.old_answers is not None:
             staging.link_table(*shard.old_answers, shard.answers_name)
         return staging.link_table(*old, shard.name)
     rollouts = scorers.rollouts_of(run, shard.rollouts, opened.prompts)
-    before = found_in(run, old, Outcome) if old is not None else {}
-    kept = {key: outcome for key, outcome in before.items() if outcome.status not in _FAILED}
-    if reward.judge is not None:
-        outcomes = judgements.score_by_judge(run, opened, shard, rollouts, set(kept))
-    else:
-        outcomes = dict(kept)
-        todo = [rollout for rollout in rollouts if rollout.key not in kept]
-        with run.console.progress(shard.title, len(todo), "rollouts") as advance:
-            for rollout, outcome in scorers.score(run, opened, task.iteration, reward, todo):
-                outcomes[rollout.key] = outcome
-                advance(1)
-    ordered = {rollout.key: outcomes[rollout.key] for rollout in rollouts}
-    statuses = dict(Counter(outcome.status for outcome in ordered.values()))
-    labels = {"reward": reward.name, "weight": reward.weight, "statuses": statuses}
+    found = found_in(run, old, Outcome) if old is not None else {}
+    before = {key: uncounted(outcome) for key, outcome in found.items()}
+    settled = shard.settled()
+    kept = {
+        key: outcome
+        for key, outcome in before.items()
+        if counted(outcome, reward.on_timeout).status not in _FAILED or key in settled
+    }
+    outcomes = _outcomes(run, opened, shard, rollouts, kept)
+    ordered = {rollout.key: counted(outcomes[rollout.key], reward.on_timeout) for rollout in rollouts}
+    late = sum(outcome.status == "ok" and outcome.error is not None for outcome in ordered.values())
+    if late:
+        run.console.say(
+            f"{shard.title}: {late} of {len(ordered)} ran into timeout_s (on_timeout counts them)"
+        )
+    labels["statuses"] = dict(Counter(outcome.status for outcome in ordered.values()))
+    if repeated := _repeated(reward, before, ordered):
+        labels[REPEATED] = {"timeout_s": reward.timeout_s, "rollouts": repeated}
     data = table_of(shard, task.table, ordered)
     return staging.write_shard(task.table, shard.name, data, shard.unit, **labels)
+
+
+def _outcomes(
+    run: ActiveRun, opened: Scorers, shard: Shard, rollouts: list[Rollout], kept: dict[Key, Outcome]
+) -> dict[Key, Outcome]:
+    if shard.reward.judge is not None:
+        return judgements.score_by_judge(run, opened, shard, rollouts, set(kept))
+    outcomes = dict(kept)
+    todo = [rollout for rollout in rollouts if rollout.key not in kept]
+    with run.console.progress(shard.title, len(todo), "rollouts") as advance:
+        for rollout, outcome in scorers.score(run, opened, shard.task.iteration, shard.reward, todo):
+            outcomes[rollout.key] = outcome
+            advance(1)
+    return outcomes
+
+
+def _repeated(reward: RewardConfig, before: dict[Key, Outcome], now: dict[Key, Outcome]) -> list[Key]:
+    """The rollouts that failed as they had failed before: another try would only fail again.
+
+    Of a judge, where an answer came that cannot be read; an endpoint that was down may be up again.
+    """
+    found = []
+    for key, (_, status, error) in now.items():
+        if status not in _FAILED or key not in before or before[key].status != status:
+            continue
+        alike = status == "timeout" or error == before[key].error
+        if alike and (reward.judge is None or is_unreadable(error)):
+            found.append(key)
+    return found
 
 
 def _failed(statuses: dict[str, int]) -> int:

@@ -1,10 +1,12 @@
-"""sql: DuckDB over the tables of runs."""
+"""sql: DuckDB over the tables of runs; what a user wrote works in a process of its own."""
 
 from grpo.sql.connection import (
+    LAST_GROUP,
     Connection,
     connect,
     consult,
     create_scored,
+    limit_scored,
     own_text,
     query,
     read,
@@ -13,17 +15,22 @@ from grpo.sql.connection import (
     seed_random,
     tell_weights,
     turn_to,
-    user_columns,
-    user_rows,
 )
+from grpo.sql.guarded import TIMEOUT_S, Question, Rows, UserSql
 from grpo.sql.run_tables import SETTINGS
 
 __all__ = [
+    "LAST_GROUP",
     "SETTINGS",
+    "TIMEOUT_S",
     "Connection",
+    "Question",
+    "Rows",
+    "UserSql",
     "connect",
     "consult",
     "create_scored",
+    "limit_scored",
     "own_text",
     "query",
     "read",
@@ -32,6 +39,4 @@ __all__ = [
     "seed_random",
     "tell_weights",
     "turn_to",
-    "user_columns",
-    "user_rows",
 ]

@@ -4,9 +4,9 @@ It loses access to everything but the tables, and its configuration is locked: f
 no sandbox, since a SELECT can write files.
 """
 
+import json
 import tempfile
-import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -15,13 +15,20 @@ from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
+import pyarrow.dataset
 
-from grpo.artifacts import OUTPUTS, ActiveRun
+from grpo.artifacts import OUTPUTS, Run
 from grpo.errors import GrpoError, ResourceError, UsageError
 from grpo.sql.run_tables import NAMES, RunTables
 
 # Each a query in a file of its name, over views that come before it.
 _DERIVED = ("samples", "eval_samples", "evals", "iterations")
+
+# `pivot` is a MULTI, and anything that reads is one of the others.
+_QUERIES = tuple(getattr(duckdb.StatementType, name) for name in ("SELECT", "EXPLAIN", "MULTI"))
+MEMORY_GIB = 1
+"""What DuckDB may take of memory for its tables; what does not fit is on disk meanwhile."""
+LAST_GROUP = 2**31 - 1  # all that group_id can be
 
 _Result = TypeVar("_Result")
 
@@ -37,7 +44,7 @@ class Connection:
 
 @contextmanager
 def connect(
-    runs: list[ActiveRun],
+    runs: Sequence[Run],
     iteration: int | range | None = None,
     outputs: Collection[str] = tuple(OUTPUTS),
     repeatable: bool = False,
@@ -58,7 +65,7 @@ def _connected(shown: RunTables) -> Iterator[Connection]:
     spill = tempfile.TemporaryDirectory(prefix="grpo-sql-")  # what does not fit into memory goes here
     options: dict[str, Any] = {
         "temp_directory": spill.name,
-        "memory_limit": "1GiB",
+        "memory_limit": f"{MEMORY_GIB}GiB",
         "autoinstall_known_extensions": "false",
         "autoload_known_extensions": "false",
         "python_enable_replacements": "false",
@@ -68,11 +75,11 @@ def _connected(shown: RunTables) -> Iterator[Connection]:
     with spill, duckdb.connect(":memory:", config=options) as database:
         with suppress(duckdb.InvalidInputException):  # in a notebook without ipywidgets it is off, for good
             database.execute("set enable_progress_bar = false")
+        database.execute(own_text("sql/macros"))
         for view in NAMES:
             _register(database, shown, view)
-            selects = [
-                f"select '{run.name}' as run, * from _{view}_{index}" for index, run in enumerate(shown.runs)
-            ]
+            names = [run.name.replace("'", "''") for run in shown.runs]  # a folder may be called anything
+            selects = [f"select '{name}' as run, * from _{view}_{at}" for at, name in enumerate(names)]
             database.execute(f"create view {view} as {' union all by name '.join(selects)}")
         for view in _DERIVED:
             database.execute(f"create view {view} as {own_text(f'sql/views/{view}')}")
@@ -94,98 +101,105 @@ def turn_to(connection: Connection, iteration: int) -> None:
     connection.replaced.clear()
 
 
-def query(
-    connection: Connection,
-    statement: str,
-    parameters: dict[str, Any] | None = None,
-    timeout_s: float | None = None,
-) -> pa.Table:
-    """The rows of one statement, which may use any of `parameters`.
+def query(connection: Connection, statement: str, parameters: dict[str, Any] | None = None) -> pa.Table:
+    """The rows of one statement, which may use any of `parameters`; errors as relation's and checked's."""
+    with checked(connection):
+        return relation(connection, statement, parameters).to_arrow_table()
 
-    Raises UsageError (exit 2) with DuckDB's message or for two statements, ResourceError (exit 7) over a
-    limit, CorruptError (exit 6) for a damaged file.
+
+@contextmanager
+def checked(connection: Connection) -> Iterator[None]:
+    """What DuckDB raises in a `with` block, as an error of ours.
+
+    Raises UsageError (exit 2) with DuckDB's message, ResourceError (exit 7) over the memory limit,
+    CorruptError (exit 6) for a damaged file.
     """
-    timer = threading.Timer(timeout_s or 0, connection.duckdb.interrupt)
     try:
-        if timeout_s:
-            timer.start()
-        return _relation(connection, statement, parameters).to_arrow_table()
+        yield
     except duckdb.Error as error:
         if connection.tables.failure is not None:
             raise connection.tables.failure from None
         connection.tables.check_content()
-        raise _explained(error, timeout_s) from None
+        kind = ResourceError if isinstance(error, duckdb.OutOfMemoryException) else UsageError
+        raise kind(f"query: {' '.join(str(error).split())}") from None
     except RuntimeError as error:
         if "interrupt" not in str(error).lower():
             raise
         raise KeyboardInterrupt from None  # which is what it was before DuckDB made this of it
-    finally:
-        timer.cancel()
 
 
-def _relation(
-    connection: Connection, statement: str, parameters: dict[str, Any] | None
+def relation(
+    connection: Connection, statement: str, parameters: dict[str, Any] | None = None
 ) -> duckdb.DuckDBPyRelation:
-    """What one statement would give; of a select nothing is computed yet."""
+    """What one query would give; nothing is computed yet. Raises UsageError (exit 2) for anything else."""
+    _check_text(statement)
+    parts = connection.duckdb.extract_statements(statement)
+    if len(parts) > 1:  # DuckDB would run each and give the rows of the last
+        raise UsageError(f"query: {len(parts)} statements, divided by `;`; write one")
+    if not parts or parts[0].type not in _QUERIES:
+        what = f"{parts[0].type.name} " if parts else ""
+        raise UsageError(f"query: {what}gives no rows; write a select")
+    named = parts[0].named_parameters  # DuckDB refuses others
+    used = {name: value for name, value in (parameters or {}).items() if name in named}
+    return connection.duckdb.sql(statement, params=used or None)
+
+
+def check_condition(connection: Connection, text: str) -> None:
+    """Raise UsageError (exit 2) where `text` is not one SQL expression; one is so in brackets too."""
+    _check_text(text)
+    own, plain = (_parsed(connection, f"select {written}") for written in (text, "true"))
+    if own["error"]:
+        raise UsageError(f"query: {own['error_message']}; expected one condition")
+    if (count := len(own["statements"])) > 1:
+        raise UsageError(f"query: {count} statements, divided by `;`; write one")
+    if any(kind == duckdb.token_type.comment for _, kind in duckdb.tokenize(text)):
+        raise UsageError("query: has a comment; expected one condition")
+    node, expected = own["statements"][0]["node"], plain["statements"][0]["node"]
+    expected.pop("select_list")
+    [first, *others] = node.pop("select_list", None) or [{}]
+    if others or first.get("alias") or first.get("class") == "STAR" or node != expected:
+        raise UsageError("query: is more than one expression; expected one condition")
+
+
+def _parsed(connection: Connection, statement: str) -> dict[str, Any]:
+    """The syntax tree of a statement, or what is wrong with it; nothing of it is computed."""
+    tree = connection.duckdb.execute("select json_serialize_sql($text)", {"text": statement}).fetchall()
+    found: dict[str, Any] = json.loads(tree[0][0])
+    return found
+
+
+def _check_text(statement: str) -> None:
     try:
         statement.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
             f"query: character {error.start} is a lone surrogate, no text; leave it out"
         ) from None
-    parts = connection.duckdb.extract_statements(statement)
-    if len(parts) > 1:  # DuckDB would run each and give the rows of the last
-        raise UsageError(f"query: {len(parts)} statements, divided by `;`; write one")
-    named = {name for part in parts for name in part.named_parameters}  # DuckDB refuses others
-    used = {name: value for name, value in (parameters or {}).items() if name in named}
-    relation = connection.duckdb.sql(statement, params=used or None)
-    if relation is None:  # an empty text, or a statement that gives no rows
-        raise UsageError("query: gives no rows; write a select")
-    return relation
-
-
-def user_rows(
-    connection: Connection, key: str, statement: str, parameters: dict[str, Any] | None = None
-) -> pa.Table:
-    """Rows of a query that the user wrote for `key` of the configuration; errors are query's, and name it."""
-    try:
-        return query(connection, statement, parameters)
-    except (UsageError, ResourceError) as error:
-        raise type(error)(f"{key}: {error}") from None
-
-
-def user_columns(
-    connection: Connection, key: str, statement: str, parameters: dict[str, Any] | None = None
-) -> list[str]:
-    """The columns that such a query would give; computes nothing. Raises UsageError (exit 2)."""
-    try:
-        return _relation(connection, statement, parameters).columns
-    except duckdb.Error as error:
-        raise UsageError(f"{key}: {_explained(error)}") from None
-    except UsageError as error:
-        raise UsageError(f"{key}: {error}") from None
 
 
 def read(
-    runs: list[ActiveRun],
+    runs: Sequence[Run],
     statement: str,
     parameters: dict[str, Any] | None = None,
     iteration: int | None = None,
-    timeout_s: float | None = None,
 ) -> pa.Table:
     """The rows of one statement over runs that may be worked on meanwhile; errors as query's."""
-    return consult(runs, lambda connection: query(connection, statement, parameters, timeout_s), iteration)
+    return consult(runs, lambda connection: query(connection, statement, parameters), iteration)
 
 
 def consult(
-    runs: list[ActiveRun], work: Callable[[Connection], _Result], iteration: int | None = None
+    runs: Sequence[Run],
+    work: Callable[[Connection], _Result],
+    iteration: int | range | None = None,
+    outputs: Collection[str] = tuple(OUTPUTS),
+    repeatable: bool = False,
 ) -> _Result:
     """What `work` makes of several queries over one state of runs that may be worked on meanwhile.
 
     Where something was replaced while it was read, all is read again.
     """
     while True:
-        shown = RunTables(runs, iteration)
+        shown = RunTables(runs, iteration, outputs, repeatable)
         try:
             with _connected(shown) as connection:
                 result = work(connection)
@@ -204,24 +218,35 @@ def rows(connection: Connection, name: str, **parameters: Any) -> list[dict[str,
     return found
 
 
-def register(connection: Connection, name: str, data: pa.Table) -> None:
+def register(connection: Connection, name: str, data: pa.Table | pa.dataset.Dataset) -> None:
     """Show `data` under `name`; `_<table>_0` replaces what the view of a single run's table reads."""
     connection.duckdb.register(name, data)
     connection.replaced.add(name)
 
 
-def create_scored(connection: Connection, weights: Collection[float]) -> None:
+def create_scored(connection: Connection, weights: Collection[float], *, unrewarded: bool = False) -> None:
     """Make the view `scored` in a connection to the tables of one iteration; weights: of its rewards.
 
-    scored.sql alone says what a reward is and which rollouts are compared.
+    scored.sql alone says what a reward is, which rollouts are compared, and which groups have no signal.
+    unrewarded: without any reward of a weight, every rollout counts, for teachers to judge.
     """
-    tell_weights(connection, weights)
-    connection.duckdb.execute(f"create or replace temp view scored as {own_text('sql/views/scored')}")
+    tell_weights(connection, weights, unrewarded=unrewarded)
+    limit_scored(connection)
+    create = "create or replace temp view"
+    connection.duckdb.execute(f"{create} _scored as {own_text('sql/views/scored')}")
+    connection.duckdb.execute(f"{create} scored as select * from _scored")
 
 
-def tell_weights(connection: Connection, weights: Collection[float]) -> None:
+def limit_scored(connection: Connection, first: int = 0, last: int = LAST_GROUP) -> None:
+    """Have the view `scored` show the groups `first` to `last`, and compute no more than that."""
+    connection.duckdb.execute(f"set variable first_group = {first}; set variable last_group = {last}")
+
+
+def tell_weights(connection: Connection, weights: Collection[float], *, unrewarded: bool = False) -> None:
     """Have a view `scored` that exists go by other weights."""
-    register(connection, "reward_names", pa.table({"number": [sum(weight != 0 for weight in weights)]}))
+    number = sum(weight != 0 for weight in weights)
+    names = pa.table({"number": [number], "unrewarded": [unrewarded and number == 0]})
+    register(connection, "reward_names", names)
 
 
 def own_text(name: str) -> str:
@@ -233,10 +258,3 @@ def seed_random(connection: Connection, *numbers: int) -> None:
     """Have random() give the same numbers in every connection that is seeded so; it has to be repeatable."""
     value = int.from_bytes(blake2b(repr(numbers).encode(), digest_size=6).digest()) / 2**48
     connection.duckdb.execute("select setseed($value)", {"value": value}).fetchall()
-
-
-def _explained(error: duckdb.Error, timeout_s: float | None = None) -> GrpoError:
-    if isinstance(error, duckdb.InterruptException):
-        return ResourceError(f"query: stopped after its limit of {timeout_s:g} s; give --timeout-s more")
-    kind = ResourceError if isinstance(error, duckdb.OutOfMemoryException) else UsageError
-    return kind(f"query: {' '.join(str(error).split())}")

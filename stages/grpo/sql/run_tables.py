@@ -5,7 +5,7 @@ and files.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import pyarrow.dataset
 import pyarrow.fs
 
 from grpo import tables
-from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, ActiveRun, FileRecord, Manifest, files
-from grpo.artifacts.manifest import check_size
+from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, FileRecord, Manifest, Run, files
+from grpo.artifacts.manifest import check_size, read_sealed
 from grpo.config.model import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError
 
@@ -31,8 +31,8 @@ _FIXED = {
         {**_PLACE, "output": "string", "attempt": "int32", "fingerprint": "string", "rows": "int64", **_TEXTS}
     ),
     "_eval_settings": SETTINGS,
-    # What counts as a pass in training: what would count in an evaluation, as configured now.
-    "_pass_settings": pa.schema({"pass_reward": "string", "pass_threshold": "float64"}),
+    # What counts as a pass in training: what counted in the evaluation nearest before.
+    "_pass_settings": pa.schema({"iteration": "int32", "pass_reward": "string", "pass_threshold": "float64"}),
 }
 NAMES = (*tables.TABLES, *_FIXED)
 _PARQUET, _DISK = pa.dataset.ParquetFileFormat(), pa.fs.LocalFileSystem()
@@ -59,7 +59,7 @@ class RunTables:
 
     def __init__(
         self,
-        runs: list[ActiveRun],
+        runs: Sequence[Run],
         iteration: int | range | None,
         outputs: Collection[str] = tuple(OUTPUTS),
         repeatable: bool = False,
@@ -78,11 +78,11 @@ class RunTables:
             run: sorted({*run.iterations(), *run.evaluations()}) if wanted is None else wanted
             for run in self.runs
         }
-        self._read: dict[tuple[ActiveRun, str, int | None], Manifest | None] = {}
-        self._opened: dict[tuple[ActiveRun, str], pa.dataset.Dataset] = {}
+        self._read: dict[tuple[Run, str, int | None], Manifest | None] = {}
+        self._opened: dict[tuple[Run, str], pa.dataset.Dataset] = {}
         self._files: list[tuple[FileRecord, Path]] = []
 
-    def table(self, run: ActiveRun, name: str) -> LazyTable:
+    def table(self, run: Run, name: str) -> LazyTable:
         """One of NAMES. Raises CorruptError where it is `prompts` and its first file cannot be read."""
         return LazyTable(self._schema(run, name), lambda: self._open(run, name))
 
@@ -96,13 +96,13 @@ class RunTables:
             if files.sha256_of(path) != file.sha256:
                 raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
 
-    def _schema(self, run: ActiveRun, name: str) -> pa.Schema:
+    def _schema(self, run: Run, name: str) -> pa.Schema:
         if name in _FIXED:
             return _FIXED[name]
         first = next(self._table_files(run, name), None) if name in tables.WITH_OWN_COLUMNS else None
         return tables.schema(name) if first is None else _fragment(name, *first).physical_schema
 
-    def _open(self, run: ActiveRun, name: str) -> pa.dataset.Dataset:
+    def _open(self, run: Run, name: str) -> pa.dataset.Dataset:
         try:
             if (run, name) not in self._opened:
                 self._opened[run, name] = self._dataset(run, name)
@@ -111,7 +111,7 @@ class RunTables:
             raise
         return self._opened[run, name]
 
-    def _dataset(self, run: ActiveRun, name: str) -> pa.dataset.Dataset:
+    def _dataset(self, run: Run, name: str) -> pa.dataset.Dataset:
         schema = self._schema(run, name)
         if name in _FIXED:
             return pa.dataset.dataset(pa.Table.from_pylist(self._rows(run, name), schema))
@@ -120,13 +120,10 @@ class RunTables:
         self._files += found
         return pa.dataset.FileSystemDataset(fragments, schema, _PARQUET, _DISK)
 
-    def _rows(self, run: ActiveRun, name: str) -> list[dict[str, Any]]:
+    def _rows(self, run: Run, name: str) -> list[dict[str, Any]]:
         """Rows of one of _FIXED, with more keys than it has columns."""
         if name == "_pass_settings":
-            evaluate = run.config.evaluate
-            reward = (evaluate and evaluate.pass_reward) or run.config.score.rewards[0].name
-            threshold = evaluate.pass_threshold if evaluate else PASS_THRESHOLD
-            return [{"pass_reward": reward, "pass_threshold": threshold}]
+            return [_pass_settings(run, manifest) for _, manifest in self._manifests(run, ("rewards",))]
         if name == "_eval_settings":
             return [_settings(run, manifest) for _, manifest in self._manifests(run, (EVALUATION,))]
         every = () if self.repeatable else self._manifests(run, (*RUN_OUTPUTS, *OUTPUTS))
@@ -138,14 +135,14 @@ class RunTables:
             for part, seconds in run.timings(output, manifest.iteration).items()
         ]
 
-    def _table_files(self, run: ActiveRun, table: str) -> Iterator[tuple[FileRecord, Path]]:
+    def _table_files(self, run: Run, table: str) -> Iterator[tuple[FileRecord, Path]]:
         output = next((output for output, held in TABLES_OF.items() if table in held), table)
         for _, manifest in self._manifests(run, (output,)):
             for file in manifest.files:
                 if file.table == table:
                     yield file, run.path_of(file, output, manifest.iteration)
 
-    def _manifests(self, run: ActiveRun, outputs: Collection[str]) -> Iterator[tuple[str, Manifest]]:
+    def _manifests(self, run: Run, outputs: Collection[str]) -> Iterator[tuple[str, Manifest]]:
         """Those of `outputs` that are committed and shown, earliest first."""
         places: list[tuple[str, int | None]] = [(output, None) for output in RUN_OUTPUTS]
         places += [(output, number) for number in self._numbers[run] for output in self.outputs]
@@ -174,9 +171,30 @@ def _fragment(table: str, file: FileRecord, path: Path, schema: pa.Schema | None
     return fragment
 
 
-def _settings(run: ActiveRun, manifest: Manifest) -> dict[str, Any]:
+def _settings(run: Run, manifest: Manifest) -> dict[str, Any]:
     same_prompts = manifest.user_files["evaluate.prompts"] == run.id_of("eval_prompts")
     return {**manifest.config["evaluate"], "iteration": manifest.iteration, "same_prompts": same_prompts}
+
+
+def _pass_settings(run: Run, rewards: Manifest) -> dict[str, Any]:
+    """As the newest evaluation of a policy up to this one had them, else the first; else as the run began."""
+    measured, created = run.evaluations(), _created(run)
+    before = [policy for policy in measured if policy <= (rewards.iteration or 0)][-1:]
+    manifest = run.manifest(EVALUATION, (before or measured)[0]) if measured else None
+    evaluate = (manifest.config if manifest else created).get("evaluate") or {}
+    names = [*rewards.summary.get("weights", ()), *(reward["name"] for reward in created["score"]["rewards"])]
+    return {
+        "iteration": rewards.iteration,
+        "pass_reward": evaluate.get("pass_reward") or next(iter(names), None),  # None: teachers alone
+        "pass_threshold": evaluate.get("pass_threshold", PASS_THRESHOLD),
+    }
+
+
+def _created(run: Run) -> dict[str, Any]:
+    """The configuration that the run began with; nothing of it where run.json is not there."""
+    path = run.path / "run.json"
+    found: dict[str, Any] = read_sealed(path)["config"] if path.exists() else {"score": {"rewards": []}}
+    return found
 
 
 def _texts(manifest: Manifest) -> dict[str, str]:

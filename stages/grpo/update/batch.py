@@ -5,9 +5,9 @@ memory, without padding: about 9 bytes a token.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from grpo.artifacts import ActiveRun, Run
-from grpo.errors import CorruptError
+from grpo.artifacts import ActiveRun, Run, read_rollouts
+from grpo.errors import CorruptError, InputError
 from grpo.tables import KEY
 from grpo.update.plan import iterations_of
 
 _TOKENS = ("prompt_token_ids", "response_token_ids", "response_mask", "old_logprobs")
-READ = [*KEY, *_TOKENS, "temperature"]  # columns of `rollouts` that training needs
+READ = [*KEY, *_TOKENS, "response_tokens", "temperature"]  # columns of `rollouts` that training needs
 Rows = Sequence[np.ndarray]
 
 
@@ -36,6 +36,7 @@ class Rollouts:
     old_logprobs: Rows  # float32, one per true of the mask
     advantages: np.ndarray  # float64 [B]
     temperatures: np.ndarray  # float64 [B]
+    token_advantages: Rows | None = None  # float32, one per true of the mask, where teachers have a say
 
     @cached_property
     def num_tokens(self) -> np.ndarray:
@@ -48,19 +49,33 @@ class Rollouts:
         group_of_row = np.unique(self.keys[:, :2], axis=0, return_inverse=True)[1]
         return np.bincount(group_of_row, self.num_tokens).astype(np.int64)[group_of_row]
 
+    def advantages_by_token(self, rows: np.ndarray) -> np.ndarray:
+        """The advantage of each token that counts, one of `rows` after another, [N]."""
+        if self.token_advantages is None:
+            return np.repeat(self.advantages[rows], self.num_tokens[rows])
+        return np.concatenate([self.token_advantages[row] for row in rows.tolist()])
+
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def read_kept(run: ActiveRun, iteration: int) -> Rollouts:
-    """The kept rollouts of an iteration and of those it replays, in key order.
+def read_kept(run: ActiveRun, iteration: int, vocabulary_size: int | None = None) -> Rollouts:
+    """The kept rollouts of an iteration and of those it replays, in key order; errors as read_rollouts'.
 
     An older rollout keeps the log-probs that its own policy sampled it with, so its importance ratio is a
     true one, and the advantage that its group gave it.
     """
     numbers = iterations_of(run, iteration)
-    rollouts = pa.concat_tables([run.read("rollouts", number, READ) for number in numbers])
-    return kept_rollouts(rollouts, pa.concat_tables([run.read("advantages", number) for number in numbers]))
+    rollouts = pa.concat_tables([read_rollouts(run, number, READ, vocabulary_size) for number in numbers])
+    advantages = pa.concat_tables([run.read("advantages", number) for number in numbers])
+    if not (teachers := run.config.score.teachers):
+        return kept_rollouts(rollouts, advantages)
+    for number, each in product(numbers, teachers):
+        if run.id_of(f"teacher/{each.name}@{number}") is None:
+            way = f"`grpo score --iteration {number} --force` asks it"
+            raise InputError(f"{run.folder('rewards', number)}: without log-probs of {each.name}; {way}")
+    found = pa.concat_tables([run.read("teacher_logprobs", number) for number in numbers])
+    return kept_rollouts(rollouts, advantages, found, {each.name: each.weight for each in teachers})
 
 
 def longest(run: ActiveRun, iteration: int) -> tuple[int, int]:
@@ -76,13 +91,25 @@ def max_new_tokens_of(run: Run, iteration: int) -> int:
     return int(rollouts.config["generate"]["max_new_tokens"])
 
 
-def kept_rollouts(rollouts: pa.Table, advantages: pa.Table) -> Rollouts:
-    """Join what was sampled with what is trained on. Raises CorruptError (exit 6) when the keys differ."""
-    if not rollouts.select(list(KEY)).equals(advantages.select(list(KEY))):
+def kept_rollouts(
+    rollouts: pa.Table,
+    advantages: pa.Table,
+    teacher_logprobs: pa.Table | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> Rollouts:
+    """Join what was sampled with what is trained on, and with what teachers of `weights` think of it.
+
+    Raises CorruptError (exit 6) when the keys differ.
+    """
+    keys = rollouts.select(list(KEY))
+    if not keys.equals(advantages.select(list(KEY))):
         raise CorruptError("advantages are not of these rollouts: their keys differ; run `grpo advantage`")
+    trained = advantages.filter(advantages["keep"])["advantage"]
+    if not pc.all(pc.fill_null(pc.is_finite(trained), False), min_count=0).as_py():
+        raise CorruptError("advantages: one that is kept is not finite; run `grpo advantage`")
     kept = rollouts.append_column("advantage", advantages["advantage"]).filter(advantages["keep"])
     prompts, responses, masks, old_logprobs = (_lists(kept[name]) for name in _TOKENS)
-    return Rollouts(
+    found = Rollouts(
         keys=np.stack([kept[name].to_numpy() for name in KEY], axis=1).astype(np.int64),
         prompts=prompts,
         responses=responses,
@@ -91,6 +118,25 @@ def kept_rollouts(rollouts: pa.Table, advantages: pa.Table) -> Rollouts:
         advantages=kept["advantage"].to_numpy(),
         temperatures=kept["temperature"].to_numpy(),
     )
+    if teacher_logprobs is None or not weights:
+        return found
+    teachers = {}
+    for name, weight in weights.items():
+        own = teacher_logprobs.filter(pc.equal(teacher_logprobs["name"], name))
+        if not keys.equals(own.select(list(KEY))):
+            raise CorruptError(f"teacher_logprobs of {name} are not of these rollouts; run `grpo score`")
+        teachers[name] = weight, _lists(own.filter(advantages["keep"])["logprobs"])
+    return replace(found, token_advantages=_token_advantages(found, list(teachers.values())))
+
+
+def _token_advantages(rollouts: Rollouts, teachers: list[tuple[float, Rows]]) -> Rows:
+    """A_i + sum over teachers of weight * (teacher's - old log-prob), per token that counts: float32."""
+    found = []
+    for row, (mask_T, old_N) in enumerate(zip(rollouts.masks, rollouts.old_logprobs, strict=True)):
+        gaps = ((weight, logprobs[row][mask_T].astype(np.float64) - old_N) for weight, logprobs in teachers)
+        sum_N = sum((weight * gap_N for weight, gap_N in gaps), np.full(len(old_N), rollouts.advantages[row]))
+        found.append(sum_N.astype(np.float32))
+    return found
 
 
 def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -110,7 +110,9 @@ def needed(config: UpdateConfig, rollouts: Rollouts) -> np.ndarray:
     """
     if config.kl_coefficient or config.has_entropy_term:
         return np.ones(len(rollouts), dtype=bool)
-    return np.asarray(rollouts.advantages != 0)
+    if rollouts.token_advantages is None:
+        return np.asarray(rollouts.advantages != 0)
+    return np.array([bool(each_N.any()) for each_N in rollouts.token_advantages], dtype=bool)
 
 
 def given_of(
@@ -141,10 +143,9 @@ def given_of(
     if step.entropy_bound is not None:
         low_N = np.concatenate([stored.entropy[row] < step.entropy_bound for row in batch.rows.tolist()])
         low_entropy_N = torch.from_numpy(low_N).to(device)
-    advantages_B = torch.from_numpy(rollouts.advantages[batch.rows]).float().to(device)
     return Given(
         lengths_B=batch.lengths_B,
-        advantages_N=torch.repeat_interleave(advantages_B, batch.lengths_B),
+        advantages_N=torch.from_numpy(rollouts.advantages_by_token(batch.rows)).float().to(device),
         old_logprobs_N=sampled_N if config.old_logprobs == "sampled" else before_N,
         reference_logprobs_N=gather(reference, batch.rows, device) if reference else None,
         weights_V=weights_V,

@@ -152,6 +152,11 @@ def surrogate_of(run: ActiveRun) -> OwnSurrogate | None:
             f"update.surrogate: {own.name} returns one value per rollout, which weights and masks per token"
             f" do not fit; {way}"
         )
+    if own.per_rollout and run.config.score.teachers:
+        raise UsageError(
+            f"update.surrogate: {own.name} returns one value per rollout, and score.teachers give each token"
+            " an advantage of its own; return one value per token"
+        )
     return own
 
 

@@ -24,6 +24,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         run.require("rollouts", number, f"grpo generate --iteration {number}")
         run.require("advantages", number, f"grpo advantage --iteration {number}")
         references += [f"rollouts@{number}", f"advantages@{number}"]
+        references += [f"teacher/{each.name}@{number}" for each in run.config.score.teachers]
     if iteration > 0:
         references.append(f"optimizer@{iteration}")
         if run.config.update.lora:
@@ -36,6 +37,8 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     config = {"seed": run.config.seed, "update": update.recorded(_NOT_RESULT), **run.config.loaded_with()}
     if update.schedule != "constant" or update.warmup_share:
         config["iterations"] = run.config.iterations  # over which the learning rate falls, or rises
+    if teachers := run.config.score.teachers:
+        config["teachers"] = {each.name: each.weight for each in teachers}
     return Plan(
         stage=NAME,
         stage_version=STAGE_VERSION,

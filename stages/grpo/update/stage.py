@@ -70,10 +70,11 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) 
     clock = staging.clock
     with clock("load"):
         _load(run, iteration, staging.plan, learner)
-        rollouts = read_kept(run, iteration)
+        vocabulary = learner.model.config.get_text_config().vocab_size
+        rollouts = read_kept(run, iteration, vocabulary)
     with clock("check"):
         before = run.manifest(OUTPUT, iteration - 1) if iteration > 0 else None
-        last = before.summary["layout"] if before is not None else None
+        last = before.summary.get("layout") if before is not None else None
         layout = learner.check_layout(rollouts, longest(run, iteration), last)
         _say_refused(run, iteration, layout)
     if own := surrogate_of(run):

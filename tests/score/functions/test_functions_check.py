@@ -118,8 +118,94 @@ def test_check_of_a_module_named_like_one_of_pythons(tmp_path: Path) -> None:
 # ---- source_sha256 ----
 
 
-def test_source_of_a_built_in_is_empty() -> None:
-    assert source_sha256("gsm8k", ROOT) == ""
+def test_source_of_a_built_in_is_empty_unless_its_values_changed() -> None:
+    assert source_sha256("exact_answer", ROOT) == source_sha256("regex_format", ROOT) == ""
+    assert source_sha256("gsm8k", ROOT) == hashlib.sha256(b"gsm8k 2").hexdigest()
+    assert source_sha256("math_verify", ROOT) == hashlib.sha256(b"math_verify 2").hexdigest()
+
+
+# ---- arguments that nobody reads, columns that hold nothing ----
+
+KEYWORDS = """\
+import functools
+
+
+def looks_up(completions, **kwargs):
+    return [kwargs["bonus"] + kwargs.get("scale", 1) * ("extra" in kwargs) for _ in completions]
+
+
+def ignores(completions, **kwargs):
+    return [1.0 for _ in completions]
+
+
+def hands_on(completions, **kwargs):
+    return looks_up(completions, **kwargs)
+
+
+def lists(completions, **kwargs):
+    return [float(len(kwargs)) for _ in completions]
+
+
+@functools.wraps(ignores)
+def wrapped(*args, **kwargs):
+    return ignores(*args, **kwargs)
+
+
+class Object:
+    def __call__(self, completions, **kwargs):
+        return [1.0 for _ in completions]
+
+
+an_object = Object()
+
+
+def reads_answer(completions, answer, level=None, **kwargs):
+    return [1.0 for _ in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def keywords(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FunctionPool]:
+    folder = tmp_path_factory.mktemp("keywords")
+    (folder / "keywords.py").write_text(KEYWORDS)
+    pool = FunctionPool(folder, num_workers=1)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "takes"),
+    [
+        *[("keywords:looks_up", "bonsu", "completions, bonus, extra, scale")],
+        *[("keywords:ignores", "bonus", "completions"), ("exact_answer", "strip", "answer")],
+        *[("gsm8k", "tolerance", "answer"), ("math_verify", "precision", "answer")],
+    ],
+)
+def test_an_argument_that_nobody_reads(
+    keywords: FunctionPool, function: str, argument: str, takes: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        keywords.check(RewardConfig(function=function, arguments={argument: 1}), ["answer"])
+    no_such = f"arguments.{argument}: the function takes no such keyword, but: {takes}"
+    assert str(caught.value).startswith(f"reward function {function!r}: {no_such.removesuffix('answer')}")
+
+
+@pytest.mark.parametrize("name", ["looks_up", "hands_on", "lists", "wrapped", "an_object"])
+@pytest.mark.parametrize("argument", ["bonus", "scale", "extra"])
+def test_an_argument_that_may_be_read_is_passed(keywords: FunctionPool, name: str, argument: str) -> None:
+    keywords.check(RewardConfig(function=f"keywords:{name}", arguments={argument: 1}), ["answer"])
+
+
+@pytest.mark.parametrize("function", ["exact_answer", "gsm8k", "math_verify", "keywords:reads_answer"])
+def test_a_column_without_a_value(keywords: FunctionPool, function: str) -> None:
+    reward = RewardConfig(function=function)
+    keywords.check(reward, ["answer", "level"], {"level"})
+    with pytest.raises(UsageError) as caught:
+        keywords.check(reward, ["answer", "level"], {"answer"})
+    assert str(caught.value) == (
+        f"reward function {function!r}: needs answer, and no row of the prompts has a value there;"
+        " `prompts.columns.answer: NAME` says where it is"
+    )
 
 
 def test_source_is_the_files_digest_and_nothing_is_imported(tmp_path: Path) -> None:

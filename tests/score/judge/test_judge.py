@@ -90,7 +90,7 @@ def test_a_hang_ends_and_is_a_timeout() -> None:
     started = time.monotonic()
     with serve(lambda question, request: Reply(hangs=True)) as endpoint:
         [found] = ask(judge_of(endpoint, timeout_s=0.5, retries=1), "a")
-    assert found == Judgement("timeout", error="judge: no answer within 0.5 s")
+    assert found == Judgement("timeout", error="no answer within 0.5 s")
     assert len(endpoint.asked) == 2
     assert time.monotonic() - started < 15
 
@@ -103,7 +103,7 @@ def test_what_is_refused_is_not_repeated_and_the_key_is_not_shown(monkeypatch: p
     assert len(endpoint.asked) == 1
     assert found.status == "error"
     assert found.error is not None
-    assert found.error.startswith("judge: Error code: 401 - ")
+    assert found.error.startswith("Error code: 401 - ")
     assert "Incorrect API key provided: ***." in found.error
     assert KEY not in found.error
     assert "\x1b" not in found.error
@@ -115,21 +115,21 @@ def test_what_is_refused_is_not_repeated_and_the_key_is_not_shown(monkeypatch: p
 @pytest.mark.parametrize(
     ("reply", "error"),
     [
-        (says(None, refusal="I must not."), "judge: an empty answer (it refused: I must not.)"),
-        (says(""), "judge: an empty answer (ended by stop)"),
-        (Reply(body=b'{"choices": []}'), "judge: not a chat completion: "),
-        (Reply(body=b"[1]"), "judge: not a chat completion: "),
-        (Reply(body=b"{"), "judge: not a chat completion: {"),
-        (Reply(body=b"[" * 100_000), "judge: not a chat completion: [[["),
-        (Reply(body=b'{"choices": "none"}'), "judge: not a chat completion: "),
-        (Reply(body=b'{"choices": [{"message": null}]}'), "judge: not a chat completion: "),
+        (says(None, refusal="I must not."), "an empty answer (it refused: I must not.)"),
+        (says(""), "an empty answer (ended by stop)"),
+        (Reply(body=b'{"choices": []}'), "not a chat completion: "),
+        (Reply(body=b"[1]"), "not a chat completion: "),
+        (Reply(body=b"{"), "not a chat completion: {"),
+        (Reply(body=b"[" * 100_000), "not a chat completion: [[["),
+        (Reply(body=b'{"choices": "none"}'), "not a chat completion: "),
+        (Reply(body=b'{"choices": [{"message": null}]}'), "not a chat completion: "),
         (
             Reply(body=b'{"choices": [{"message": {"content": [{"type": "text", "text": "Score: 3"}]}}]}'),
-            "judge: not a chat completion: ",
+            "not a chat completion: ",
         ),
         (
             Reply(body=b"<html>", headers={"content-type": "text/html"}),
-            "judge: not a chat completion: <html>",
+            "not a chat completion: <html>",
         ),
     ],
 )
@@ -213,7 +213,7 @@ def test_after_many_failures_in_a_row_the_rest_is_not_asked() -> None:
     assert MAX_FAILURES_IN_A_ROW <= len(endpoint.asked) <= MAX_FAILURES_IN_A_ROW + 1  # one was under way
     assert {judgement.status for judgement in found} == {"error"}
     assert found[-1].error in [
-        f"judge: not asked, since {number} requests in a row failed"
+        f"not asked, since {number} requests in a row failed"
         for number in (MAX_FAILURES_IN_A_ROW, MAX_FAILURES_IN_A_ROW + 1)
     ]
 
@@ -224,14 +224,18 @@ def test_questions_that_are_refused_for_themselves_do_not_stop_the_others() -> N
     assert len(endpoint.asked) == 60
 
 
-def test_stopping_ends_with_those_under_way() -> None:
-    with serve() as endpoint:
-        judge = judge_of(endpoint, concurrency=2)
-        batches = judge.ask(by_key("abcdefgh"), lambda: bool(endpoint.asked))
+def test_stopping_ends_at_once() -> None:
+    with serve(
+        lambda question, request: says("Score: 1") if question == "a" else Reply(hangs=True)
+    ) as endpoint:
+        judge = judge_of(endpoint, concurrency=2, timeout_s=600)
+        started = time.monotonic()
+        batches = judge.ask(by_key("abcdefgh"), lambda: time.monotonic() > started + 2)
         found = [judgement for batch in batches for judgement in batch.values()]
         judge.close()
-    assert [judgement.status for judgement in found] == ["ok", "ok"]
-    assert len(endpoint.asked) == 2
+    assert [judgement.status for judgement in found] == ["ok"]
+    assert len(endpoint.asked) == 3
+    assert time.monotonic() - started < 10
 
 
 def test_connections_stay_open_between_calls() -> None:
@@ -265,7 +269,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with serve() as endpoint, pytest.raises(UsageError) as caught:
         judge_of(endpoint)
     assert str(caught.value).startswith(
-        "score.rewards: judge: judge: needs the package openai (import of openai"
+        "score.rewards: judge: a judge needs the package openai (import of openai"
     )
     assert str(caught.value).endswith("; pip install 'grpo-stages[judge]'")
 
@@ -274,9 +278,7 @@ def test_a_key_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with serve() as endpoint, pytest.raises(UsageError) as caught:
         judge_of(endpoint, api_key_env="JUDGE_KEY")
-    assert str(caught.value) == (
-        "score.rewards: judge: judge.api_key_env: JUDGE_KEY is not set in the environment"
-    )
+    assert str(caught.value) == ("score.rewards: judge: api_key_env: JUDGE_KEY is not set in the environment")
 
 
 def test_within_an_event_loop_as_in_a_notebook() -> None:

@@ -92,7 +92,7 @@ def test_failures_are_rows_and_only_they_are_asked_again(tmp_path: Path) -> None
     with serve(answer) as endpoint:
         run = opened(tmp_path, judge(endpoint), reward("length"))
         message = failed(run)
-        assert "2 of 12 rewards failed (2 error); first: judge: judge: Error code: 500" in message
+        assert "2 of 12 rewards failed (2 error); first: judge: Error code: 500" in message
         assert questions(endpoint) == ["", "10", "34", "5", "7", "five"]
         assert [row["status"] for row in judgements(run)] == ["ok", "error", "ok", "ok", "ok", "ok"]
         assert judgements(run)[1]["answer"] is None

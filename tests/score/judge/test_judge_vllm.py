@@ -56,7 +56,7 @@ def test_temperature_0_gives_the_same_again(tmp_path: Path, url: str) -> None:
 
 def test_what_vllm_refuses_is_an_error_of_its_row(tmp_path: Path, url: str) -> None:
     message = failed(opened(tmp_path, judge(url, max_tokens=5000)))
-    assert "6 of 6 rewards failed (6 error); first: judge: judge: Error code: 400" in message
+    assert "6 of 6 rewards failed (6 error); first: judge: Error code: 400" in message
     assert "max_tokens=5000 cannot be greater than max_model_len" in message
 
 

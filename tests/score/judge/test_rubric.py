@@ -64,6 +64,17 @@ def test_a_placeholder_that_is_not_there(text: str, problem: str) -> None:
     assert str(caught.value) == f"score.rewards: judge: {problem}"
 
 
+def test_a_placeholder_of_a_column_without_a_value() -> None:
+    rubric = reward("Is {response} like {answer}?")
+    assert rubric_of(rubric, Path(), ["answer", "level"], {"level"})
+    with pytest.raises(UsageError) as caught:
+        rubric_of(rubric, Path(), ["answer", "level"], {"answer"})
+    assert str(caught.value) == (
+        "score.rewards: judge: rubric: asks for {answer}, and no row of the prompts has a value there;"
+        " `prompts.columns.answer: NAME` says where it is"
+    )
+
+
 def test_a_rubric_is_text_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "rubric.md").write_text("Rate {response}\n")
     assert rubric_of(reward("rubric.md"), tmp_path) == "Rate {response}\n"

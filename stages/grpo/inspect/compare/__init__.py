@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from grpo.artifacts import run_names
+from grpo.artifacts import names_run, run_names
 from grpo.errors import UsageError
 from grpo.inspect.compare import rewards, runs
 from grpo.inspect.compare.page import print_comparison
@@ -21,7 +21,7 @@ def describe(a: str, b: str, name: str, opened: Opened, wanted: str, num_example
     if a == b:
         raise UsageError(f"{a} {b}: cannot compare a thing with itself; give two rewards or two runs")
     names = run_names()
-    are_runs = not name and {a, b} <= {*names}
+    are_runs = not name and names_run(a) and names_run(b)
     try:
         run = opened(name)
     except UsageError:  # no configuration here, or its run is not begun: no rewards are meant

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config
+from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config, tell_apart
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import Config, differing_keys
 from grpo.errors import UsageError
@@ -25,6 +25,9 @@ def describe(a: ActiveRun, b: ActiveRun, wanted: str) -> dict[str, Any]:
     `wanted`: 3, 0-19 or all iterations. Raises UsageError (exit 2) when they have no iteration of these in
     common.
     """
+    if a.path.resolve() == b.path.resolve():
+        raise UsageError(f"{a.path} {b.path}: cannot compare a run with itself")
+    tell_apart([a, b])
     have = {run.name: sampled(run) for run in (a, b)}
     common = sorted({*have[a.name]} & {*have[b.name]})
     first, last = parse_iterations(wanted) or (0, EVERY)
@@ -66,7 +69,7 @@ def _first_difference(a: Run, b: Run, output: str) -> dict[str, Any] | None:
 
 def _configuration(a: Run, b: Run) -> list[str]:
     """What differs: keys of run.json, and the content of what has the same name."""
-    created = [created_config(run.name, run.root) for run in (a, b)]
+    created = [created_config(run.path) for run in (a, b)]
     before, after = (each.model_dump(exclude={"run": True, "score": {"rewards": True}}) for each in created)
     texts = [*differing_keys(before, after), *_rewards(*created)]
     for reference, key in _KEY_OF.items():

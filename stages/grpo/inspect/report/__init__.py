@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import ActiveRun, files
+from grpo.artifacts import ActiveRun, files, refuse_inside_run
 from grpo.errors import UsageError
 from grpo.inspect.report import curves, overview, rollouts
 from grpo.inspect.report.page import page
@@ -26,6 +26,7 @@ def write(
         raise UsageError(f"--out {path}: expected a file ending in {suffix}")
     if not path.parent.is_dir():
         raise UsageError(f"--out {path}: no folder {path.parent}")
+    refuse_inside_run(path)
     if as_picture and num_rollouts is not None:
         raise UsageError("--rollouts: a picture shows curves only; leave it out, or leave out --png")
     for run in runs:

@@ -12,7 +12,7 @@ def summary(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
     """Counts, seconds, the configuration a run was created with, what changed since, and versions."""
     [counts] = sql.rows(connection, "inspect/report/summary", run=run.name)
     changed = sql.rows(connection, "inspect/report/config_changes", run=run.name)
-    created = open_run(run.name, run.root)
+    created = open_run(run.path)
     return {
         "run": run.name,
         **counts,
@@ -28,6 +28,6 @@ def summary(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
 
 def heat(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
     """One cell for each prompt (its place in `prompts`) and iteration: its mean reward and its rollouts."""
-    first = run.config.score.rewards[0].name or ""
+    first = next((reward.name for reward in run.config.score.rewards), "")
     found = sql.rows(connection, "inspect/report/heat", run=run.name, first=first)
     return found[0] if found else {"prompts": [], "absent": "no reward was given in this run yet"}

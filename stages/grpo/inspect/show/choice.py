@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from grpo import sql
 from grpo.artifacts import ActiveRun, Run
-from grpo.errors import InputError, UsageError
+from grpo.errors import InputError, ResourceError, UsageError
 from grpo.models.tokenizer import FILE, pieces, starting_policy, tokenizer_of
 
 Row = dict[str, Any]
@@ -17,8 +19,8 @@ Opened = Callable[[str], ActiveRun]  # opens a run by its name
 EVERY = 2**31 - 1  # above any iteration
 SORTS = ("reward", "advantage", "tokens", "mismatch", "spread")
 _NONE = "no rollout meets the condition"
-# The user's condition stands in the text of the query: the connection reads, and can do nothing else.
-_MATCHING = "select distinct group_id from samples where ({where}) and coalesce(prompt_id = $prompt, true)"
+_MATCHING = """select distinct group_id
+from (select * from samples where coalesce(prompt_id = $prompt, true)) as samples"""
 # [0-9]: int() refuses ², which is a digit, and thousands of digits.
 _MOMENT = re.compile("(?P<own>[0-9]{1,9})|(?P<name>[^:]+)(:(?P<at>[0-9]{1,9}))?")
 _Item = TypeVar("_Item")
@@ -101,14 +103,10 @@ def ordered(run: ActiveRun, iteration: int, options: Options) -> list[tuple[int,
         raise UsageError("--reverse: turns the order of --sort; give both")
     if options.sort and options.sort not in known:
         raise UsageError(f"--sort {options.sort}: expected one of {', '.join(known)}")
-    statement = _MATCHING.format(where=options.where or "true")
-    try:
-        matching = sql.read([run], statement, {"prompt": options.prompt}, iteration)
-    except UsageError as error:
-        if options.where is None:
-            raise
-        what = str(error).removeprefix("query: ").partition(" LINE 1:")[0]  # behind it is our own query
-        raise UsageError(f"--where {options.where}: {what}") from None
+    if options.where is None:
+        matching = sql.read([run], _MATCHING, {"prompt": options.prompt}, iteration)
+    else:
+        matching = _meeting(run, iteration, options.where, options.prompt)
     by = {"sort": options.sort, "sign": 1 if options.reverse else -1}
     values = {"groups": matching["group_id"].to_pylist(), **by}
     rows = sql.read([run], sql.own_text("inspect/show/keys"), values, iteration).to_pylist()
@@ -122,6 +120,16 @@ def ordered(run: ActiveRun, iteration: int, options: Options) -> list[tuple[int,
     for row in rows:  # a group stands where the first of its samples does
         order.setdefault(row["group_id"], []).append(row["sample_id"])
     return list(order.items())
+
+
+def _meeting(run: ActiveRun, iteration: int, where: str, prompt: int | None) -> pa.Table:
+    """`group_id` of the groups with a rollout that meets the user's condition."""
+    question = sql.Question(where, [run], iteration, parameters={"prompt": prompt}, condition_of=_MATCHING)
+    try:
+        with sql.UserSql() as user_sql:
+            return user_sql.rows(question).table()
+    except (UsageError, ResourceError) as error:
+        raise type(error)(f"--where {where}: {str(error).removeprefix('query: ')}") from None
 
 
 def draws_of(run: ActiveRun, iteration: int, order: list[tuple[int, list[int]]]) -> list[Draw]:

@@ -2,7 +2,14 @@
 
 from grpo.artifacts import ActiveRun
 from grpo.manage.doctor.engine import AGREEMENT, check_agreement, check_engine
-from grpo.manage.doctor.inputs import check_lora, check_model, check_prompts, check_rewards, check_surrogate
+from grpo.manage.doctor.inputs import (
+    check_held_out,
+    check_lora,
+    check_model,
+    check_prompts,
+    check_rewards,
+    check_surrogate,
+)
 from grpo.manage.doctor.report import Report, print_report
 from grpo.manage.doctor.space import check_disk, check_memory
 from grpo.prompts.table import HELD_OUT
@@ -27,7 +34,7 @@ def examine(run: ActiveRun, with_model: bool) -> Report:
     check_disk(run, report, policy)
     rows = check_prompts(run, report, policy, with_model)
     if config.evaluate is not None:
-        check_prompts(run, report, policy, with_model, HELD_OUT)
+        check_held_out(run, report, rows, check_prompts(run, report, policy, with_model, HELD_OUT))
     check_rewards(run, report, rows, with_model)
     if with_model and report.exit_code:
         with report.check("agreement", "not tried", AGREEMENT) as check:

@@ -26,7 +26,8 @@ from grpo.manage.doctor.report import Check, Report
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import NUM_PROMPTS as CHECK_PROMPTS
 from grpo.models.weight_check import weight_check_of
-from grpo.prompts.chat import chat_of, encode
+from grpo.prompts.chat import chat_of
+from grpo.prompts.rendering import encode
 from grpo.prompts.source import Row
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner

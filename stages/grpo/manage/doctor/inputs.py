@@ -15,10 +15,11 @@ from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.kv_cache import new_cache
 from grpo.manage.doctor.report import Report
 from grpo.models.bounds import shapes_in, weight_files
-from grpo.models.find import STARTER, resolve_model, starter_folder
+from grpo.models.find import STARTER, TEACHER, resolve_model, starter_folder
 from grpo.models.loading import check_model as check_checkpoint
-from grpo.models.loading import load_config
-from grpo.pipeline.begin import lengths
+from grpo.models.loading import load_config, load_tokenizer
+from grpo.pipeline.begin import Look, room_of
+from grpo.prompts.held_out import compare, same_source
 from grpo.prompts.rows import normalised
 from grpo.prompts.source import Row
 from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone, usable
@@ -30,6 +31,7 @@ from grpo.update.own_surrogate import surrogate_of
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
 STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
+_STARTERS = {STARTER: STARTER_PARAMETERS, TEACHER: 1_341_504}
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ def check_model(
             if key == "model" and choose_engine(run.config.generate.engine)[0] == "transformers":
                 new_cache(load_config(folder), max_new_tokens=1)
             if key == "model":
-                lengths(run, folder, OUTPUT)
+                load_tokenizer(folder)
+                room_of(run, folder, OUTPUT)
             found = Checkpoint(folder, parameters)
-        elif name == STARTER:
-            found = Checkpoint(None, STARTER_PARAMETERS)
+        elif name in _STARTERS:
+            found = Checkpoint(None, _STARTERS[name])
             check.needed = "the built-in starter model, trained at the first run"
         else:
             check.warn(f"{name} is downloaded at the first run; --model does so now, and checks memory, disk")
@@ -103,8 +106,8 @@ def num_parameters(folder: Path) -> int:
 
 
 def _local(run: ActiveRun, name: str) -> Path | None:
-    if name == STARTER:
-        return starter_folder(run) if starter_folder(run).exists() else None
+    if name in _STARTERS:
+        return starter_folder(run, name) if starter_folder(run, name).exists() else None
     if not is_hub_id(name, run.imports):
         return run.checkpoint_path(name)
     from huggingface_hub import try_to_load_from_cache
@@ -121,7 +124,7 @@ def check_prompts(
 
     fetch: get a data set from the hub where the run has not read it yet. No rows where they cannot be used.
     """
-    config, rows = config_of(run, output), list[Row]()
+    config, rows, notes = config_of(run, output), list[Row](), list[str]()
     needed = "prompts" if policy.folder is None else "prompts that leave room for max_new_tokens"
     name = "prompts" if output == OUTPUT else "held-out prompts"
     on_hub, there = is_on_hub(config, run.imports), run.manifest(output, None) is not None
@@ -133,25 +136,39 @@ def check_prompts(
             held = run.read(output, None).slice(0, NUM_ROWS).to_pylist()
             found = [(f"{config.source}: prompt {row['prompt_id']}", row) for row in held]
         else:
-            found = list(islice(normalised(config, run.imports), NUM_ROWS))
+            found = list(islice(normalised(config, run.imports, notes), NUM_ROWS))
         if not found:
             raise DataError(f"prompts.source: {config.source}: holds no prompt")
         more = "first " if len(found) == NUM_ROWS else ""
         check.found = f"{config.source}: {more}{len(found):,} rows"
-        if policy.folder is not None:
-            num_tokens, room = lengths(run, policy.folder, output)
-            kept = usable(found, num_tokens, room, config, set())
-            if not kept:
-                raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
-            check.found += f", the longest {max(length for _, length in kept)} tokens"
-        rows += [row for _, row in found]
+        with closing(Look(run, policy.folder, output)) as look:
+            seen = look.render([row for _, row in found])
+            if policy.folder is None:
+                rows += seen
+            else:
+                room, places = room_of(run, policy.folder, output), [place for place, _ in found]
+                kept = usable(list(zip(places, seen, strict=True)), look.num_tokens, room, config, set())
+                if not kept:
+                    raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
+                check.found += f", the longest {max(length for *_, length in kept)} tokens"
+                rows += [row for _, row, _ in kept]
+            if lines := look.lines(notes):
+                check.warn("; ".join(lines))
     return rows
+
+
+def check_held_out(run: ActiveRun, report: Report, rows: list[Row], held_out: list[Row]) -> None:
+    """Whether what is held out is, and asked as in training; nothing to say where it is."""
+    lines = compare(run.config, rows, held_out) if rows and held_out else [same_source(run.config)]
+    if note := "; ".join(filter(None, lines)):
+        with report.check("held out", "", "prompts that training does not draw") as check:
+            check.warn(note)
 
 
 def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) -> None:
     """Import every reward function in a worker, as `score` does; look for every reward model and judge."""
     names = {*tables.schema("prompts").names, *(name for row in rows for name in row)}
-    columns = sorted(names - {"prompt", "messages"}) if rows else None
+    columns = sorted(names - {"prompt", "messages", tables.RENDERED}) if rows else None
     with closing(FunctionPool(run.imports, 1)) as pool:
         for reward in run.config.score.rewards:
             name, judge = f"reward {reward.name}", reward.judge
@@ -166,3 +183,6 @@ def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) 
             else:
                 needed = "a sequence classifier with one label"
                 check_model(run, report, name, str(reward.model), fetch, needed)
+    for teacher in run.config.score.teachers:
+        needed = "a causal language model with the policy's tokenizer"
+        check_model(run, report, f"teacher {teacher.name}", teacher.model, fetch, needed)

@@ -9,7 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import ActiveRun, checkpoint_files, files, is_hub_id, is_weight_file, read_json
+from grpo.artifacts import (
+    ActiveRun,
+    checkpoint_files,
+    files,
+    is_hub_id,
+    is_weight_file,
+    read_json,
+    refuse_inside_run,
+)
 from grpo.errors import CorruptError, GrpoError, InputError, ResourceError, UsageError, first_line
 from grpo.manage.export.card import card_of
 from grpo.models.find import resolve_model
@@ -34,6 +42,7 @@ def export(run: ActiveRun, policy: int | None, out: Path, dtype: str | None, ada
         raise UsageError(f"--dtype {dtype}: {right}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is there already and not empty; name another folder")
+    refuse_inside_run(out)
     there = [0, *(number + 1 for number in run.iterations() if run.manifest("update", number))]
     if policy is not None and policy not in there:
         raise UsageError(f"--policy {policy}: run {run.name} has policies 0 to {max(there)}")
@@ -42,14 +51,14 @@ def export(run: ActiveRun, policy: int | None, out: Path, dtype: str | None, ada
     content = _adapter_files(run, number) if adapter else _policy_files(run, number, dtype)
     card = card_of(run, number, dtype, adapter).encode()
     unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
-    files.remove_folder(unfinished)  # of a process that was killed
+    files.remove(unfinished)  # of a process that was killed
     try:
         files.make_folder(unfinished)
         for name, pieces in chain(content, [("README.md", [card])]):
             files.write_chunks(unfinished / name, pieces)
         files.sync_folder(unfinished)
     except GrpoError:
-        files.remove_folder(unfinished)
+        files.remove(unfinished)
         raise
     sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
     files.move(unfinished, out.absolute())

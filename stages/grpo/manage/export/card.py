@@ -5,7 +5,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import EVALUATION, STAGE_OUTPUTS, ActiveRun, Run, created_config, is_hub_id
+from grpo.artifacts import (
+    EVALUATION,
+    STAGE_OUTPUTS,
+    ActiveRun,
+    Run,
+    check_source,
+    created_config,
+    is_hub_id,
+    kept_sources,
+)
 from grpo.config import Config, differing_keys
 from grpo.config.prompts import BUILT_IN
 from grpo.config.yaml import dump
@@ -14,13 +23,14 @@ from grpo.inspect import metrics
 from grpo.prompts.table import is_on_hub
 
 _ROWS_SHOWN = 5
+_SOURCE_BYTES = 2**16  # of a text in the card; a longer one is in the run alone
 _USE = "`AutoModelForCausalLM.from_pretrained(FOLDER)` of transformers loads it, as does vLLM."
 _USE_ADAPTER = "`PeftModel.from_pretrained(BASE_MODEL, FOLDER)` of peft loads it over its base."
 
 
 def card_of(run: ActiveRun, policy: int, dtype: str | None, adapter: bool) -> str:
     """The model card. Everything in it is read from the run: nothing has to be filled in."""
-    config = created_config(run.name, run.root)
+    config = created_config(run.path)
     kind = "LoRA adapter" if adapter else f"weights {f'in {dtype}' if dtype else 'as they came'}"
     iterations = f"{policy} iteration{'' if policy == 1 else 's'}"
     base = f"`{Path(config.model).name}`"  # a path says nothing to others
@@ -45,6 +55,7 @@ def card_of(run: ActiveRun, policy: int, dtype: str | None, adapter: bool) -> st
         "As the run was created, every value.",
         f"{fence}yaml\n{settings.rstrip()}\n{fence}",
         *_changes(run, policy),
+        *_sources(run, policy),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -73,6 +84,8 @@ def _training(config: Config, policy: int) -> list[str]:
         judge = reward.judge
         scored_by = f"{judge.model}, asked: {judge.rubric}" if judge else reward.function or reward.model
         rewards.append((f"`{reward.name}`", _code(scored_by), f"{reward.weight:g}"))
+    for teacher in config.score.teachers:
+        rewards.append((f"`{teacher.name}`", f"teacher {_code(teacher.model)}", f"{teacher.weight:g}"))
     return [
         f"- Prompts: {_code(prompts.source)}{split}\n"
         f"- Rollouts: {policy} iterations x {generate.prompts_per_iteration} prompts x"
@@ -118,6 +131,22 @@ def _changes(run: Run, policy: int) -> list[str]:
                 lines += [f"- from iteration {iteration}: {_code(change)}" for change in changes]
                 held[output] = manifest.config
     return ["What changed since:", "\n".join(lines)] if lines else []
+
+
+def _sources(run: Run, policy: int) -> list[str]:
+    """What computed the rewards that made this policy, as the run has kept it."""
+    manifest, kept = run.manifest("rewards", policy - 1) if policy else None, kept_sources(run)
+    parts = []
+    for digest in dict.fromkeys(manifest.user_files.values() if manifest else ()):
+        if digest in kept and kept[digest].stat().st_size <= _SOURCE_BYTES:
+            check_source(digest, kept[digest])
+            text = kept[digest].read_text(encoding="utf-8", errors="replace").rstrip()
+            fence = _fence(text, 3)
+            parts += [
+                f"{_code(kept[digest].name[65:])}:",
+                f"{fence}{kept[digest].suffix[1:]}\n{text}\n{fence}",
+            ]
+    return ["## What computed its rewards", *parts] if parts else []
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

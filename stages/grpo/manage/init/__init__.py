@@ -6,7 +6,7 @@ What is written are the files of project/ beside this one, byte for byte.
 from importlib.resources import files as resources
 from pathlib import Path
 
-from grpo.artifacts import files
+from grpo.artifacts import files, refuse_inside_run
 from grpo.errors import GrpoError, UsageError
 
 FILES = ("prompts.jsonl", "reward.py", "test_reward.py", "pipeline.yaml")  # the last makes it a project
@@ -22,6 +22,7 @@ def create(folder: Path) -> list[Path]:
         raise UsageError(f"{folder}: is a file; name a folder for the new project")
     if there := [path for path in paths if path.exists() or path.is_symlink()]:
         raise UsageError(f"{there[0]}: is there already; name another folder for the new project")
+    refuse_inside_run(folder, "init")
     source = resources("grpo.manage.init") / "project"
     is_new = not folder.exists()
     try:
@@ -34,6 +35,6 @@ def create(folder: Path) -> list[Path]:
             files.remove_file(path)
             files.remove_file(path.with_name(path.name + ".tmp"))
         if is_new:
-            files.remove_folder(folder)
+            files.remove(folder)
         raise
     return paths

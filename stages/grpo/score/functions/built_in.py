@@ -5,25 +5,24 @@
 
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
+
+from grpo.score.functions.number import Number, ascii_digits, numbers, plain
+from grpo.score.outcome import one_line
 
 Text = str | Sequence[Mapping[str, Any]]  # a prompt or completion: text, or chat messages
 Texts = Sequence[Text]
 Answers = Sequence[str | None]
 Rewards = list[float | None]  # None: the reward does not apply
 
-# A sign counts only where no word or closing bracket is before it: "5-3" is 5 and 3, "= -3" and "-$3" are -3.
-# Commas group thousands ("1,234" is one number, "3,4" two). A full stop before a digit is a decimal point.
-NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}%.])[-\u2212])?(?:[$€£¥] ?(?P<inner_sign>[-\u2212])?)?"
-    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
-)
 # `####` counts only with a number right behind it: "#### Step by step" is a Markdown heading. Lengths are
 # bounded, so that no response makes the search slow.
+NO_NUMBER = re.compile(r"[ *$+(:\-]{0,8}(?:(?:nan|inf|infinity)\b|√)", re.IGNORECASE)
 MARKER = re.compile(
-    r"####(?=[ *$€£¥\-\u2212]{0,8}\.?[0-9](?P<line>))"
+    rf"####(?=[ *$+(\-]{{0,8}}\.?[0-9]|{NO_NUMBER.pattern})"
     r"|\\(?:boxed|fbox) ?\{(?=(?P<boxed>[^}]{0,200}))"
     r"|\banswer(?:\s{1,4}is\b|\W{0,4}[:=])(?P<sentence>)",
     re.IGNORECASE,
@@ -31,7 +30,6 @@ MARKER = re.compile(
 SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 MAX_SENTENCE = 500  # characters read behind "answer is"
 LATEX_MARKS = ("$", "\\boxed", "\\(", "\\[")  # an answer with one of them says where its mathematics is
-LATEX_IN_NUMBERS = (("{,}", ","), ("\\,", ""), ("\\$", "$"), ("\\%", "%"))  # 1{,}234  1\,234  \$18  18\%
 
 
 def exact_answer(prompts: Texts, completions: Texts, answer: Answers, **_: Any) -> Rewards:
@@ -47,10 +45,12 @@ def gsm8k(prompts: Texts, completions: Texts, answer: Answers, **_: Any) -> Rewa
     """
 
     def is_right(response: str, right: str) -> bool:
-        number = _first_number(_plain(right).rpartition("####")[2])
-        if number is None:
-            raise ValueError(f"the answer has no number: {right[:80]!r}")
-        return final_number(response) == number
+        text = plain(right)
+        number = next(numbers(text, text.rfind("####") + 1), None)
+        if number is None or number.value is None:
+            found = "no number" if number is None else "a number that is read as none"
+            raise ValueError(f"the answer has {found}: {right[:80]!r}")
+        return final_number(response) == number.value
 
     return _judged(completions, answer, is_right)
 
@@ -60,8 +60,9 @@ def math_verify(prompts: Texts, completions: Texts, answer: Answers, **_: Any) -
 
     By the package math-verify, with its own defaults: the final expression is what stands in \boxed{}
     (several boxes are a set), else behind "final answer is", else the last LaTeX or number. An answer is what
-    is behind its last `####`, LaTeX with or without its dollars. Raises ValueError for an answer that is no
-    mathematics, ImportError where the package is not installed.
+    is behind its last `####`, LaTeX with or without its dollars. A number that the package takes out of a
+    longer one (2.5 of "2.5 million") is no answer. Raises ValueError for an answer that is no mathematics,
+    ImportError where the package is not installed.
     """
     try:
         from math_verify import parse, verify
@@ -79,29 +80,30 @@ def math_verify(prompts: Texts, completions: Texts, answer: Answers, **_: Any) -
         gold = parse(expression, parsing_timeout=None)
         if not gold:
             raise ValueError(f"the answer is not mathematics: {right[:80]!r}")
-        return bool(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
+        text = ascii_digits(response)
+        found = parse(text, parsing_timeout=None)
+        return bool(verify(gold, found, timeout_seconds=None)) and not _is_part(found, text)
 
     return _judged(completions, answer, is_right)
 
 
-def final_number(response: str) -> Decimal | None:
-    """The number that a response gives as its answer; None if it has none.
+def final_number(response: str) -> Fraction | None:
+    """The number that a response gives as its answer; None if it has none, or one that is read as none.
 
     It is read behind the last of these markers that has a number: `#### 18` (the number directly behind it),
     `\\boxed{18}` (inside the braces), `answer is 18`, `answer: 18`, `answer = 18` (in that sentence, or else
     the next number at all). Of several numbers there, the first counts, or with `=` signs the first behind
     the last of them ("the answer is 3 * 6 = 18"). Without a marker, the last number of the response counts.
-    Currency signs, thousands commas, units, percent signs and what follows are ignored.
+    What a number is, and that it is read whole: number.py.
     """
-    text = _plain(response)
-    numbers = list(NUMBER.finditer(text))
-    if not numbers:
-        return None
-    last = numbers[-1]
-    for marker in reversed(list(MARKER.finditer(text, 0, last.end()))):
-        if (number := _number_behind(marker, text)) is not None:
-            return number
-    return _value(last)
+    text = plain(response)
+    found = list(numbers(text))
+    for marker in reversed(list(MARKER.finditer(text)) if found else []):
+        if NO_NUMBER.match(text, marker.end()):
+            return None
+        if (number := _number_behind(marker, text, found)) is not None:
+            return number.value
+    return found[-1].value if found else None
 
 
 def regex_format(prompts: Texts, completions: Texts, *, pattern: str, **_: Any) -> Rewards:
@@ -138,11 +140,23 @@ BUILT_IN: dict[str, Callable[..., Rewards]] = {
 
 
 def _judged(completions: Texts, answer: Answers, is_right: Callable[[str, str], bool]) -> Rewards:
-    """1.0 or 0.0 by is_right(response, answer); None where there is no answer."""
+    """1.0 or 0.0 by is_right(response, answer); None where there is no answer, or one that shows nothing."""
     return [
-        None if right is None else float(is_right(_text(completion), right))
+        None if right is None or not one_line(right) else float(is_right(_text(completion), right))
         for completion, right in zip(completions, answer, strict=True)
     ]
+
+
+def _is_part(found: list[Any], response: str) -> bool:
+    """Whether the text that math-verify took is digits that go on in the response: 3 of 3:30, 1 of 1e3."""
+    taken = plain(str(found[-1]))
+    if len(alone := list(numbers(taken))) != 1 or alone[0].end - alone[0].start < len(taken.strip()):
+        return False
+    if (value := alone[0].value) is None:
+        return re.search("(?<![0-9.])0[0-9]", taken) is not None  # 2024-05-01: a date, and no difference
+    text, digits = plain(response), re.compile(rf"(?<![0-9.]){re.escape(taken.strip())}(?![0-9])")
+    holds = [one for one in numbers(text) if one.value == value or digits.search(text, one.start, one.end)]
+    return bool(holds) and holds[-1].value != value
 
 
 def _text(completion: Text) -> str:
@@ -151,31 +165,21 @@ def _text(completion: Text) -> str:
     return "".join(message["content"] or "" for message in completion)
 
 
-def _plain(text: str) -> str:
-    for latex, plain in LATEX_IN_NUMBERS:
-        text = text.replace(latex, plain)
-    return text
-
-
-def _number_behind(marker: re.Match[str], text: str) -> Decimal | None:
-    if marker["boxed"] is not None:
-        return _stated_number(marker["boxed"])
+def _number_behind(marker: re.Match[str], text: str, found: list[Number]) -> Number | None:
     start, number = marker.end(), None
+    if marker["boxed"] is not None:
+        return _stated_number(text, start, start + len(marker["boxed"]), found)
     if marker["sentence"] is not None:
-        number = _stated_number(SENTENCE_END.split(text[start : start + MAX_SENTENCE], maxsplit=1)[0])
-    return _first_number(text, start) if number is None else number
+        sentence = SENTENCE_END.split(text[start : start + MAX_SENTENCE], maxsplit=1)[0]
+        number = _stated_number(text, start, start + len(sentence), found)
+    return _first_number(found, start, len(text)) if number is None else number
 
 
-def _stated_number(text: str) -> Decimal | None:
-    number = _first_number(text.rpartition("=")[2])
-    return _first_number(text) if number is None else number
+def _stated_number(text: str, start: int, end: int, found: list[Number]) -> Number | None:
+    number = _first_number(found, text.rfind("=", start, end) + 1, end) if "=" in text[start:end] else None
+    return _first_number(found, start, end) if number is None else number
 
 
-def _first_number(text: str, start: int = 0) -> Decimal | None:
-    match = NUMBER.search(text, start)
-    return _value(match) if match else None
-
-
-def _value(match: re.Match[str]) -> Decimal:
-    number = Decimal(match["digits"].replace(",", ""))
-    return -number if match["sign"] or match["inner_sign"] else number
+def _first_number(found: list[Number], start: int, end: int) -> Number | None:
+    place = bisect_left(found, start, key=lambda number: number.start)
+    return found[place] if place < len(found) and found[place].start < end else None

@@ -3,11 +3,13 @@
 Nothing here imports torch or numpy: their tensors and arrays are read through their own methods.
 """
 
+import ast
 import asyncio
 import importlib
 import inspect
 import numbers
 import pkgutil
+import textwrap
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
@@ -61,12 +63,17 @@ def load(function: str) -> Any:
 
 
 def find_problem(
-    function: str, arguments: dict[str, Any], file: Path | None, columns: Collection[str] | None
+    function: str,
+    arguments: dict[str, Any],
+    file: Path | None,
+    columns: Collection[str] | None,
+    empty: Collection[str] = (),
 ) -> str | None:
     """What is wrong with a function and its arguments, as one line; None if nothing is.
 
     file: where the module must come from (None: a built-in). columns: names of the data set's columns;
-    None where they are not known yet, and then required keywords are not checked.
+    None where they are not known yet, and then required keywords are not checked. empty: those of them
+    that have no value in any row.
     """
     if file is not None and (problem := _module_problem(function, file)):
         return problem
@@ -77,7 +84,11 @@ def find_problem(
         inspect.signature(loaded)
     except ValueError:
         return "does not tell its parameters (compiled code); wrap it in a Python function"
-    return _keyword_problem(loaded, arguments, columns) or _argument_problem(function, arguments)
+    return (
+        _name_problem(loaded, arguments, columns)
+        or _keyword_problem(loaded, arguments, columns, empty)
+        or _argument_problem(function, arguments)
+    )
 
 
 def run(function: Callable[..., Any], arguments: dict[str, Any], group: GroupCall) -> list[Outcome]:
@@ -154,29 +165,81 @@ def _keywords(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter
     return accepted, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
-def _keyword_problem(
+def _name_problem(
     function: Callable[..., Any], arguments: dict[str, Any], columns: Collection[str] | None
 ) -> str | None:
+    """Of the names in `arguments`: each is one that the function reads, and none that something else has."""
     accepted, takes_all = _keywords(function)
+    own = function in BUILT_IN.values()
+    read = _read_of_kwargs(function) if takes_all and not own else set()
     for name in arguments:
         if name in OURS:
             return f"arguments.{name}: this keyword is passed to every function; choose another name"
         if name in (columns or ()):
             return f"arguments.{name}: the data has a column of this name, which is passed too; rename one"
-        if not takes_all and name not in accepted:
-            return f"arguments.{name}: the function takes no such keyword, but: {', '.join(accepted)}"
+        if name not in accepted and read is not None and name not in read:
+            takes = (
+                sorted({*accepted, *read} - {*OURS, *(columns or ())}) if own else [*accepted, *sorted(read)]
+            )
+            return f"arguments.{name}: the function takes no such keyword, but: {', '.join(takes)}"
+    return None
+
+
+def _read_of_kwargs(function: Callable[..., Any]) -> set[str] | None:
+    """The names that a function looks up in its `**kwargs`; None where its source does not tell."""
+    parameters = inspect.signature(function).parameters.values()
+    [kwargs] = [p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    if not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
+        return None
+    try:
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+    except (OSError, SyntaxError):
+        return None
+    used = [node.id for node in nodes if isinstance(node, ast.Name)]
+    names = []
+    for node in nodes:
+        match node:
+            case (
+                ast.Subscript(value=ast.Name(id=found), slice=ast.Constant(value=str(name)))
+                | ast.Call(
+                    func=ast.Attribute(value=ast.Name(id=found), attr="get" | "pop"),
+                    args=[ast.Constant(value=str(name)), *_],
+                )
+                | ast.Compare(left=ast.Constant(value=str(name)), comparators=[ast.Name(id=found)])
+            ) if found == kwargs:
+                names.append(name)
+    whole = used.count(kwargs) > len(names) or {"locals", "vars", "eval", "exec"} & {*used}
+    return None if whole else set(names)
+
+
+def _keyword_problem(
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    columns: Collection[str] | None,
+    empty: Collection[str],
+) -> str | None:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             return f"{parameter.name!r} is positional-only; everything is passed by keyword"
-    given = {*OURS, *(columns or ()), *arguments}
-    missing = [n for n, p in accepted.items() if p.default is p.empty and n not in given]
-    if columns is None or not missing:
+    accepted, _ = _keywords(function)
+    required = [name for name, p in accepted.items() if p.default is p.empty and name not in arguments]
+    missing = [name for name in required if name not in {*OURS, *(columns or ())}]
+    if columns is None:
         return None
     if "environments" in missing:
         return "needs environments, which TRL has for tools; there are no tools here, so it cannot be used"
-    return (
-        f"needs {', '.join(missing)}: not in arguments, and no column; the columns are: {', '.join(columns)}"
-    )
+    if missing:
+        there = ", ".join(columns)
+        return f"needs {', '.join(missing)}: not in arguments, and no column; the columns are: {there}"
+    for name in required:
+        if name in empty:
+            return f"needs {name}, {no_values(name)}"
+    return None
+
+
+def no_values(column: str) -> str:
+    """What is said of a column that is asked for and has no value in any row."""
+    return f"and no row of the prompts has a value there; `prompts.columns.{column}: NAME` says where it is"
 
 
 def _argument_problem(function: str, arguments: dict[str, Any]) -> str | None:

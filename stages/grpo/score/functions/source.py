@@ -12,17 +12,22 @@ from pathlib import Path
 from grpo.errors import UsageError
 from grpo.score.functions.built_in import BUILT_IN
 
+VERSIONS = {"gsm8k": 2, "math_verify": 2}
+"""Of built-ins whose values changed once: 2 reads numbers whole or not at all."""
 MODULE_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def source_sha256(function: str, import_root: Path) -> str:
-    """sha256 of the file that holds the function, "" for a built-in; the file is found, never imported.
+    """sha256 of the file that holds the function; the file is found, never imported. Of a built-in's version,
+    or "" where that never changed.
 
     Raises UsageError for an unknown built-in, and where no file of the module is found in `import_root`, on
     sys.path or among installed packages. What the file itself imports is not part of it.
     """
     file = find_file(function, import_root)
-    return "" if file is None else sha256(file.read_bytes()).hexdigest()
+    if file is None:
+        return sha256(f"{function} {VERSIONS[function]}".encode()).hexdigest() if function in VERSIONS else ""
+    return sha256(file.read_bytes()).hexdigest()
 
 
 def find_file(function: str, import_root: Path) -> Path | None:

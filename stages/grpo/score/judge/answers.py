@@ -38,6 +38,7 @@ def score_by_judge(
         record = staging.write_shard(table, shard.answers_name, data, shard.asked, **labels)
     outcomes = dict.fromkeys(asked, Outcome(None, "not_applicable"))
     for key, said in _staged(staging, record).items():
+        run.console.stop_requested()  # a pattern may take its second with every answer
         read = None if said.answer is None else read_score(shard.reward.judge, said.answer)
         outcomes[key] = read or Outcome(None, said.status, said.error)
     return outcomes
@@ -49,7 +50,9 @@ def _answers(
     """Of an earlier output, of a try that was cut off, and else asked for now, a batch at a time."""
     staging, table = shard.task.staging, shard.task.answers_table
     earlier = found_in(run, shard.old_answers, Judgement) if shard.old_answers is not None else {}
-    fine = {key for key, said in earlier.items() if said.status == "ok"}
+    # A time-out that counts as a number is an answer too.
+    good = ("ok",) if shard.reward.on_timeout == "error" else ("ok", "timeout")
+    fine = {key for key, said in earlier.items() if said.status in good}
     answers = {key: earlier[key] for key in (fine if shard.old is None else fine & kept)}
     # Files that are there until the output is committed, and no longer.
     names = (staging.file_name(f"answers-{shard.index:05d}", number) for number in count())

@@ -50,7 +50,7 @@ def judgement_of(body: str, attempts: int) -> Judgement:
 
 def failure(status: str, text: str) -> Judgement:
     """A judgement that is none, with one line that says why."""
-    return Judgement(status, error=one_line(f"judge: {text}"))
+    return Judgement(status, error=one_line(text))
 
 
 def _none_if_invalid(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:

@@ -15,18 +15,26 @@ from grpo.config import JudgeConfig, RewardConfig
 from grpo.config.named_files import read_text
 from grpo.errors import UsageError
 from grpo.score.functions.built_in import Text
+from grpo.score.functions.call import no_values
 from grpo.score.outcome import Outcome, one_line, outcome_of
 
 FILE = re.compile(r"\S+\.(md|txt)")
 PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
+PATTERN_S = (
+    1.0  # of the pattern on one answer: the one is the user's, the other a model's, and `re` never ends
+)
+_UNREADABLE = "the judge's answer"
 _SHOWN = 80  # characters of an answer in an error; the whole of it is in `judgements`
 
 
-def rubric_of(reward: RewardConfig, folder: Path, columns: Collection[str] | None = None) -> str:
+def rubric_of(
+    reward: RewardConfig, folder: Path, columns: Collection[str] | None = None, empty: Collection[str] = ()
+) -> str:
     """The text of a judge's rubric, or of the file in `folder` that it names.
 
-    columns: the data set's column names; None where they are not known yet. Raises UsageError for a file that
-    is no use, and for a rubric that asks for no response, or for what is not there.
+    columns: the data set's column names; None where they are not known yet. empty: those that have no value
+    in any row. Raises UsageError for a file that is no use, and for a rubric that asks for no response, or
+    for what is not there.
     """
     assert reward.judge is not None
     text, place = reward.judge.rubric, f"score.rewards: {reward.name}: rubric"
@@ -43,6 +51,8 @@ def rubric_of(reward: RewardConfig, folder: Path, columns: Collection[str] | Non
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {{{near[0]}}}?" if near else f"there are {', '.join(known)}"
         raise UsageError(f"{place}: {{{name}}} is not a column; {hint} ({{{{{name}}}}} is the text itself)")
+    for name in sorted(names & set(empty)):
+        raise UsageError(f"{place}: asks for {{{name}}}, {no_values(name)}")
     return text
 
 
@@ -57,7 +67,11 @@ def question(rubric: str, prompt: Text, response: str, columns: Mapping[str, Any
 def read_score(judge: JudgeConfig, answer: str) -> Outcome:
     """The reward that an answer gives; an answer that cannot be read is an error with its first words."""
     lines = answer.replace("\r\n", "\n")  # $ matches before \n alone
-    found = list(dict.fromkeys(re.findall(judge.pattern, lines, re.MULTILINE)))
+    try:
+        matches = compiled(judge.pattern).findall(lines, timeout=PATTERN_S)
+    except TimeoutError:
+        return _unreadable(f"keeps the pattern busy for more than {PATTERN_S:g} s", answer)
+    found = list(dict.fromkeys(matches))
     if len(found) != 1:
         said = f"gives {len(found)} scores, {', '.join(found[:5])}" if found else "has no score"
         return _unreadable(said, answer)
@@ -77,9 +91,26 @@ def read_score(judge: JudgeConfig, answer: str) -> Outcome:
     return Outcome((value - low) / (high - low), "ok")
 
 
+def compiled(pattern: str) -> Any:
+    """The pattern, whose search can be given a time. Raises ValueError where only Python's `re` knows it."""
+    import regex  # plans read rubrics too, and have no use for it
+
+    try:
+        return regex.compile(pattern, regex.MULTILINE | regex.VERSION0)  # which keeps what it has compiled
+    except regex.error as error:
+        raise ValueError(
+            f"pattern: the package regex, which can be stopped, does not know it: {error}"
+        ) from None
+
+
 def _unreadable(what: str, answer: str) -> Outcome:
     more = "..." if len(answer) > _SHOWN else ""
-    return Outcome(None, "error", one_line(f"the judge's answer {what}: {answer[:_SHOWN]!r}{more}"))
+    return Outcome(None, "error", one_line(f"{_UNREADABLE} {what}: {answer[:_SHOWN]!r}{more}"))
+
+
+def is_unreadable(error: str | None) -> bool:
+    """Whether an error of read_score, and none of the endpoint."""
+    return error is not None and error.startswith(_UNREADABLE)
 
 
 def _placeholders(rubric: str) -> set[str]:

@@ -35,14 +35,20 @@ of_rewards as (
     group by run, iteration
 ),
 
--- As an evaluation counts passes: by the reward and the threshold configured.
+of_teachers as (
+    select run, iteration, avg(gap order by name, group_id, sample_id) as gap
+    from teacher_logprobs
+    group by run, iteration
+),
+
+-- As the evaluation before it counted passes: by that reward and threshold.
 of_passes as (
     select
         run,
         iteration,
         avg((value >= pass_threshold)::integer) as pass_rate,
     from rewards
-    join _pass_settings using (run)
+    join _pass_settings using (run, iteration)
     where name = pass_reward and value is not null
     group by run, iteration
 ),
@@ -58,11 +64,7 @@ of_advantages as (
 ),
 
 reasons as (
-    select
-        run,
-        iteration,
-        reason,
-        count(*) as rollouts,
+    select run, iteration, reason, count(*) as rollouts
     from advantages
     where not keep
     group by run, iteration, reason
@@ -195,8 +197,12 @@ final as (
         of_rewards.rewards,
         -- share of rollouts whose `evaluate.pass_reward` (the first reward
         -- where that is not set) is at least `evaluate.pass_threshold` (1), as
-        -- configured now, over the rollouts that have it
+        -- the newest evaluation before it had them, over the rollouts that
+        -- have it
         of_passes.pass_rate,
+        -- mean of `gap` of `teacher_logprobs`, in nats per token: rises to 0 as
+        -- the policy becomes its teacher; null without one
+        of_teachers.gap as teacher_gap,
         -- groups sampled
         of_rollouts.groups,
         -- share of groups whose rewards are all equal (`group_std` is 0), of
@@ -281,6 +287,7 @@ final as (
     left join of_rollouts using (run, iteration)
     left join of_rewards using (run, iteration)
     left join of_passes using (run, iteration)
+    left join of_teachers using (run, iteration)
     left join of_advantages using (run, iteration)
     left join of_reasons using (run, iteration)
     left join of_groups using (run, iteration)

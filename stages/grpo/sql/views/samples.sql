@@ -1,5 +1,6 @@
 -- Grain: one row per rollout. Its scalars, the answer, its rewards as
--- map(name, value), the advantage columns, its mean mismatch.
+-- map(name, value), the advantage columns, its mean mismatch, and its mean gap
+-- to the teachers, each the mean of log-prob minus old log-prob over tokens.
 -- List columns stay out: they do not fit through a join in bounded memory.
 with rewards_of as (
     select
@@ -22,6 +23,17 @@ mismatches as (
         mismatch,
     from logprobs
     where update_iteration = iteration
+),
+
+gaps as (
+    select
+        run,
+        iteration,
+        group_id,
+        sample_id,
+        avg(gap order by name) as teacher_gap,
+    from teacher_logprobs
+    group by run, iteration, group_id, sample_id
 ),
 
 final as (
@@ -49,11 +61,13 @@ final as (
         advantages.keep,
         advantages.reason,
         mismatches.mismatch,
+        gaps.teacher_gap,
     from rollouts
     left join prompts using (run, prompt_id)
     left join rewards_of using (run, iteration, group_id, sample_id)
     left join advantages using (run, iteration, group_id, sample_id)
     left join mismatches using (run, iteration, group_id, sample_id)
+    left join gaps using (run, iteration, group_id, sample_id)
 )
 
 select * from final

@@ -1,16 +1,5 @@
 -- Grain: one row. Groups with signal: scored rollouts, at least two, whose
--- rewards differ. The others are the `constant` ones of advantage.sql.
-with groups as (
-    select max(reward) > min(reward) as has_signal,
-    from scored
-    where scored
-    group by group_id
-),
-
-final as (
-    select count(*) as groups_with_signal,
-    from groups
-    where has_signal
-)
-
-select * from final
+-- rewards differ by more than rounding.
+select count(distinct group_id) as groups_with_signal,
+from scored
+where compared and not constant

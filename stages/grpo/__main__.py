@@ -1,0 +1,5 @@
+"""`python -m grpo`: the command `grpo`."""
+
+from grpo.cli import main
+
+main()
