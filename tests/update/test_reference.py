@@ -1,5 +1,6 @@
 """A reference that moves, on tiny real models: which policy it is, and that stopping changes nothing."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ LORA = {"rank": 4, "alpha": 8.0}
 
 
 def contents(run: ActiveRun) -> dict[str, bytes]:
-    """Every file of every update but the manifests, which hold paths, and the times."""
+    """Every file of every update but manifests and times; without what the fingerprint adds to a name."""
     files = [path for path in run.path.glob("iteration=*/update/**/*") if path.is_file()]
     own = [path for path in files if path.name not in ("manifest.json", "timings.json")]
-    return {str(path.relative_to(run.path)): path.read_bytes() for path in own}
+    names = [re.sub("-[0-9a-f]{8}[.]", ".", str(path.relative_to(run.path))) for path in own]
+    assert len(set(names)) == len(own) > ITERATIONS
+    return {name: path.read_bytes() for name, path in zip(names, own, strict=True)}
 
 
 def trained(
@@ -96,6 +99,7 @@ def test_a_reference_that_was_pruned_is_said_before_anything_is_sampled(tmp_path
     prune(run)
     moving = config.update.model_copy(update={"reference_every": 3})
     run.config = run.config.model_copy(update={"update": moving})
+    commit_rollouts(run, ITERATIONS, make_rollouts())
     assert "policy@3" in plan(run, ITERATIONS).inputs
     message = (
         "^update.reference_every: policy 3 is the reference of iteration 5; .*: policy 3 was pruned"

@@ -130,7 +130,7 @@ class UpdateConfig(Section):
     iteration n that of `reference`. null: always."""
     optimizer: Annotated[Literal["adamw", "adamw_8bit"], ADDED] = "adamw"
     """adamw_8bit: moments in 8 bits by blocks of 256 values (arXiv 2110.02861): a quarter of their memory and
-    disk, for coarser steps. Fixed for a run; needs torchao: pip install 'grpo-stages[8bit]'."""
+    disk, for coarser steps. Fixed for a run; needs bitsandbytes: pip install 'grpo-stages[8bit]'."""
     learning_rate: NonNegative = 5e-7
     """Learning rate of AdamW: the highest of the run, where warm-up ends and the schedule begins."""
     min_learning_rate: Annotated[NonNegative, ADDED] = 0.0

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from grpo.config import LoraConfig
 from grpo.errors import CorruptError, EngineError, InputError, UsageError
 from grpo.models.loading import load_skeleton
+from grpo.update.optimizer import quiet
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,7 +58,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> "PeftMod
         task_type="CAUSAL_LM",
     )
     # peft draws too; and it warns of how it calls transformers, which no user can change.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"), quiet():
         try:
             adapter: PeftModel = get_peft_model(model, config, adapter_name=_NAME)
         except ValueError as error:
@@ -78,7 +79,8 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> "PeftMod
 def require_peft() -> None:
     """Raise EngineError (exit 8) where peft cannot be imported."""
     try:
-        importlib.import_module("peft")
+        with quiet():
+            importlib.import_module("peft")
     except ImportError as error:
         message = f"update.lora: peft cannot be imported: {error}"
         raise EngineError(f"{message}; pip install 'grpo-stages[lora]'") from error

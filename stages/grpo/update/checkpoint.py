@@ -86,14 +86,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel, pat
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        may_pack = not isinstance(optimizer, torch.optim.AdamW)
-        held = {name: names_of(may_pack and f"exp_avg_codes.{name}" in names) for name in parameters}
+        held = {name: names_of(optimizer, name, names) for name in parameters}
         expected = {f"{moment}.{name}" for name, moments in held.items() for moment in moments}
         if names and names != expected:
             raise CorruptError(f"{path}: not the optimiser state of this model: see {min(names ^ expected)}")
         for name, parameter in parameters.items() if names else ():
             moments = {moment: file.get_tensor(f"{moment}.{name}") for moment in held[name]}
-            state = state_of({m: tensor.to(parameter.device, copy=True) for m, tensor in moments.items()})
-            if state["exp_avg"].shape != parameter.shape:
-                raise CorruptError(f"{path}: exp_avg.{name} has the shape {list(state['exp_avg'].shape)}")
-            optimizer.state[parameter] = state
+            first = held[name][1]
+            if moments[first].shape != parameter.shape:
+                raise CorruptError(f"{path}: {first}.{name} has the shape {list(moments[first].shape)}")
+            copies = {moment: t.to(parameter.device, copy=True) for moment, t in moments.items()}
+            optimizer.state[parameter] = state_of(optimizer, copies)

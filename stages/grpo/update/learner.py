@@ -23,7 +23,7 @@ from grpo.update.given import Step
 from grpo.update.layout import MicroBatch, build, longest_pair, plan, tree_of
 from grpo.update.network import TOLERANCE, Network
 from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys, objective_of
-from grpo.update.optimizer import make_optimizer, take_step
+from grpo.update.optimizer import make_optimizer, move_state
 from grpo.update.own_surrogate import NotFiniteError
 
 if TYPE_CHECKING:
@@ -135,9 +135,8 @@ class Learner:
         for network in self._networks.values():
             network.model.zero_grad(set_to_none=True)
             torch.nn.Module.to(network.model, device)
-        for moments in self.optimizer.state.values() if "policy" in self._networks else ():
-            for name, tensor in moments.items():
-                moments[name] = tensor.to(device)
+        if "policy" in self._networks:
+            move_state(self.optimizer, device)
 
     def check_layout(
         self, rollouts: Rollouts, longest: tuple[int, int], last: str | None = None
@@ -233,7 +232,9 @@ class Learner:
             logprobs |= own
         parallel.add_up_gradients(self.model)
         grad_norm = self._clip_gradient(rollouts, rows, step, stored)
-        take_step(self.optimizer, self.config.learning_rate if learning_rate is None else learning_rate)
+        rate = self.config.learning_rate if learning_rate is None else learning_rate
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
         whole = sum(parallel.gathered(sums), Sums())
         return {**whole.row(self.objective), "grad_norm": grad_norm}, logprobs
 

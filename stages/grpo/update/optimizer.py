@@ -1,12 +1,13 @@
 """optimizer: AdamW, from torch or with its moments in 8 bits, and its state as plain tensors.
 
-What is on disk is what is in memory, so that a process that resumes takes the same steps.
+What is on disk is what is in memory, so that a process that resumes takes the same steps. In 8 bits it is that
+of bitsandbytes: torchao, once installed, is imported with transformers, and would slow every command.
 """
 
 import importlib
 import logging
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,20 @@ from torch import Tensor, nn
 from grpo.config import UpdateConfig
 from grpo.errors import EngineError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-PACKED = ("codes", "scale", "qmap")  # what a moment in 8 bits consists of; small ones stay in float32
+_ADAMW = ("step", "exp_avg", "exp_avg_sq")
+_SMALL = ("step", "state1", "state2")  # the two moments; float32 below 4,096 values
+_IN_8_BITS = (*_SMALL, "qmap1", "qmap2", "absmax1", "absmax2")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Log errors alone: bitsandbytes, which peft looks for too, warns of kernels that are not used here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def require_optimizer(config: UpdateConfig) -> None:
@@ -24,65 +37,47 @@ def require_optimizer(config: UpdateConfig) -> None:
     if config.optimizer == "adamw":
         return
     try:
-        logging.disable(logging.WARNING)  # of kernels that are not for this machine; none of them is used
-        importlib.import_module("torchao.optim")
+        with quiet():
+            importlib.import_module("bitsandbytes")
     except ImportError as error:
-        message = f"update.optimizer: {config.optimizer}: torchao cannot be imported: {error}"
+        message = f"update.optimizer: {config.optimizer}: bitsandbytes cannot be imported: {error}"
         raise EngineError(f"{message}; pip install 'grpo-stages[8bit]'") from error
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def make_optimizer(config: UpdateConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The configured optimiser of `parameters`. Raises EngineError (exit 8) as require_optimizer does."""
-    betas, values = (config.betas[0], config.betas[1]), [p for p in parameters if p.requires_grad]
+    """The configured optimiser of what trains. Raises EngineError (exit 8) as require_optimizer does."""
+    values, betas = [p for p in parameters if p.requires_grad], (config.betas[0], config.betas[1])
     rate, epsilon, decay = config.learning_rate, config.adam_epsilon, config.weight_decay
     if config.optimizer == "adamw":
         return torch.optim.AdamW(values, rate, betas, epsilon, decay, fused=True)
     require_optimizer(config)
-    from torchao.optim import AdamW8bit
+    from bitsandbytes.optim import AdamW8bit
 
     optimizer: torch.optim.Optimizer = AdamW8bit(values, rate, betas, epsilon, decay)
     return optimizer
 
 
-def take_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """One step. torchao compiles it: on a GPU, where that saves memory; on a CPU it would need a compiler."""
-    [group] = optimizer.param_groups
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(learning_rate)
-    else:
-        group["lr"] = learning_rate
-    on_gpu = group["params"][0].is_cuda
-    with nullcontext() if on_gpu else torch.compiler.set_stance("force_eager"):
-        optimizer.step()
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of one parameter as tensors; bitsandbytes counts its steps in an int."""
+    return {name: torch.as_tensor(value) for name, value in state.items()}
 
 
-def tensors_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of one parameter as plain tensors: `step`, and `exp_avg` or its PACKED parts."""
-    found = {"step": state["step"]}
-    for moment in MOMENTS:
-        value: Any = state[moment]
-        packed = hasattr(value, PACKED[0])
-        found |= {f"{moment}_{part}": getattr(value, part) for part in PACKED} if packed else {moment: value}
-    return found
+def names_of(optimizer: torch.optim.Optimizer, parameter: str, held: Iterable[str]) -> tuple[str, ...]:
+    """The names of tensors_of() that a file with the names `held`, `<name>.<parameter>`, should have."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return _ADAMW
+    return _IN_8_BITS if f"{_IN_8_BITS[-1]}.{parameter}" in held else _SMALL
 
 
-def names_of(is_packed: bool) -> list[str]:
-    """The names of tensors_of(), of a parameter whose moments are in 8 bits or are not."""
-    parts = [f"_{part}" for part in PACKED] if is_packed else [""]
-    return ["step", *(f"{moment}{part}" for moment in MOMENTS for part in parts)]
-
-
-def state_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def state_of(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The state that tensors_of() was made of."""
-    found: dict[str, Any] = {"step": tensors["step"]}
-    for moment in MOMENTS:
-        if moment in tensors:
-            found[moment] = tensors[moment]
-            continue
-        from torchao.optim.subclass_8bit import OptimState8bit
+    counts = isinstance(optimizer, torch.optim.AdamW)
+    return {**tensors, "step": tensors["step"] if counts else int(tensors["step"].item())}
 
-        parts = [tensors[f"{moment}_{part}"] for part in PACKED]
-        found[moment] = OptimState8bit(*parts, moment == "exp_avg", torch.float32)
-    return found
+
+def move_state(optimizer: torch.optim.Optimizer, device: str) -> None:
+    """Put the state of every parameter on `device`, where it is not there."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                state[name] = value.to(device)

@@ -26,7 +26,7 @@ from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone, usa
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of
-from grpo.update.adapter import check_targets, require_peft
+from grpo.update.adapter import check_modules, require_peft
 from grpo.update.own_surrogate import surrogate_of
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
@@ -83,7 +83,7 @@ def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
     with report.check("lora targets", found, "linear layers that take an adapter"):
         require_peft()
         if policy.folder is not None:
-            check_targets(policy.folder, lora.targets)
+            check_modules(policy.folder, lora)
 
 
 def check_surrogate(run: ActiveRun, report: Report) -> None:
