@@ -38,6 +38,7 @@ from grpo.update.objective import Stored
 from grpo.update.optimizer import make_optimizer
 
 BLOCK, SMALLEST = 256, 4096  # values; a smaller tensor stays in float32
+NEAR = 1e-4  # of the largest value: how much further off than the nearest level a stored moment may be
 
 
 @pytest.fixture
@@ -67,47 +68,54 @@ def packed(**changes: Any) -> UpdateConfig:
     return settings(optimizer="adamw_8bit", kl_coefficient=0.0, learning_rate=0.01, **changes)
 
 
-def rounded(values: Tensor, levels: Tensor) -> Tensor:
-    """Each value as the nearest level times the largest of its block: quantisation of arXiv 2110.02861."""
+def in_full(state: dict[str, Any], moment: int) -> Tensor:
+    """A moment, 1 or 2: the level that each byte stands for, times the largest value of its block."""
+    value: Tensor = state[f"state{moment}"]
+    if value.dtype == torch.float32:
+        return value.clone()
+    levels = state[f"qmap{moment}"][value.long()].reshape(-1, BLOCK)
+    return (levels * state[f"absmax{moment}"][:, None]).reshape(value.shape)
+
+
+def nearest(values: Tensor, state: dict[str, Any], moment: int) -> Tensor:
+    """The same of `values` as they would be stored (arXiv 2110.02861)."""
     blocks = values.reshape(-1, BLOCK)
-    scale = blocks.abs().amax(1, keepdim=True).clip(1e-12)
-    nearest = (blocks / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)
-    return (levels[nearest] * scale).reshape(values.shape)
+    largest = blocks.abs().amax(1, keepdim=True)
+    levels = state[f"qmap{moment}"]
+    return (levels[(blocks / largest)[..., None].sub(levels).abs().argmin(-1)] * largest).reshape(
+        values.shape
+    )
 
 
 def test_its_steps_are_adamws_with_moments_rounded_after_each(library: None) -> None:
     torch.manual_seed(0)
-    large, small = torch.randn(16, SMALLEST // 16), torch.randn(7, 5)
-    parameters = [torch.nn.Parameter(value.clone()) for value in (large, small)]
-    config = packed(weight_decay=0.1)
-    optimizer = make_optimizer(config, parameters)
-    gradients = [[torch.randn_like(value) for value in (large, small)] for _ in range(3)]
-    for step in gradients:
-        for parameter, gradient in zip(parameters, step, strict=True):
-            parameter.grad = gradient.clone()
-        optimizer.param_groups[0]["lr"] = 0.02
+    parameters = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((16, SMALLEST // 16), (7, 5))]
+    optimizer = make_optimizer(packed(weight_decay=0.1), parameters)
+    optimizer.param_groups[0]["lr"] = 0.02
+    for t in range(1, 4):
+        before = [parameter.detach().clone() for parameter in parameters]
+        zero = [(torch.zeros_like(value), torch.zeros_like(value)) for value in before]
+        states = [optimizer.state[parameter] for parameter in parameters]
+        moments = [(in_full(s, 1), in_full(s, 2)) if s else z for s, z in zip(states, zero, strict=True)]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-
-    for n, start in enumerate((large, small)):
-        value, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
-        levels = [optimizer.state[parameters[0]][each] for each in ("qmap1", "qmap2")]
-        for t, step in enumerate(gradients, start=1):
-            m, v = 0.9 * m + 0.1 * step[n], 0.999 * v + 0.001 * step[n] ** 2
-            value = value * (1 - 0.02 * 0.1)
-            value = value - 0.02 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-            if n == 0:
-                m, v = rounded(m, levels[0]), rounded(v, levels[1])
-        # Where a moment lies half way between two levels, rounding of the last bit decides.
-        off = (parameters[n].detach() - value).abs() > 1e-5
-        assert off.float().mean() < 0.01
-        if n == 1:
-            assert not off.any()
-    exact = torch.nn.Parameter(large.clone())
-    plain = torch.optim.AdamW([exact], 0.02, weight_decay=0.1)
-    for step in gradients:
-        exact.grad = step[0].clone()
-        plain.step()
-    assert 1e-4 < (exact - parameters[0]).abs().max().item() < 0.02  # coarser steps, and the same way
+        for parameter, value, (m, v) in zip(parameters, before, moments, strict=True):
+            assert parameter.grad is not None
+            m, v = 0.9 * m + 0.1 * parameter.grad, 0.999 * v + 0.001 * parameter.grad**2
+            moved = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+            torch.testing.assert_close(
+                parameter.detach(), value * (1 - 0.02 * 0.1) - 0.02 * moved, atol=2e-6, rtol=0
+            )
+            state = optimizer.state[parameter]
+            assert (state["state1"].dtype == torch.uint8) == (parameter.numel() >= SMALLEST)
+            for number, exact in ((1, m), (2, v)):
+                stored, best = in_full(state, number), exact
+                if parameter.numel() >= SMALLEST:
+                    best = nearest(exact, state, number)
+                    assert not torch.equal(best, exact)
+                further = (stored - exact).abs() - (best - exact).abs()
+                assert further.max() <= NEAR * exact.abs().max()
 
 
 def test_stopping_and_going_on_gives_the_same_bytes(library: None, tmp_path: Path, wide: Path) -> None:

@@ -1,7 +1,7 @@
 """optimizer: AdamW, from torch or with its moments in 8 bits, and its state as plain tensors.
 
-What is on disk is what is in memory, so that a process that resumes takes the same steps. In 8 bits it is that
-of bitsandbytes: torchao, once installed, is imported with transformers, and would slow every command.
+What is on disk is what is in memory, so that a process that resumes takes the same steps. In 8 bits it is
+that of bitsandbytes: torchao, once installed, is imported with transformers, and would slow every command.
 """
 
 import importlib
