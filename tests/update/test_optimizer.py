@@ -73,7 +73,7 @@ def in_full(state: dict[str, Any], moment: int) -> Tensor:
     value: Tensor = state[f"state{moment}"]
     if value.dtype == torch.float32:
         return value.clone()
-    levels = state[f"qmap{moment}"][value.long()].reshape(-1, BLOCK)
+    levels: Tensor = state[f"qmap{moment}"][value.long()].reshape(-1, BLOCK)
     return (levels * state[f"absmax{moment}"][:, None]).reshape(value.shape)
 
 
@@ -81,10 +81,9 @@ def nearest(values: Tensor, state: dict[str, Any], moment: int) -> Tensor:
     """The same of `values` as they would be stored (arXiv 2110.02861)."""
     blocks = values.reshape(-1, BLOCK)
     largest = blocks.abs().amax(1, keepdim=True)
-    levels = state[f"qmap{moment}"]
-    return (levels[(blocks / largest)[..., None].sub(levels).abs().argmin(-1)] * largest).reshape(
-        values.shape
-    )
+    levels: Tensor = state[f"qmap{moment}"]
+    found = levels[(blocks / largest)[..., None].sub(levels).abs().argmin(-1)]
+    return (found * largest).reshape(values.shape)
 
 
 def test_its_steps_are_adamws_with_moments_rounded_after_each(library: None) -> None:

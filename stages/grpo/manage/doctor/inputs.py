@@ -27,6 +27,7 @@ from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of
 from grpo.update.adapter import check_modules, require_peft
+from grpo.update.optimizer import require_optimizer
 from grpo.update.own_surrogate import surrogate_of
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
@@ -84,6 +85,14 @@ def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
         require_peft()
         if policy.folder is not None:
             check_modules(policy.folder, lora)
+
+
+def check_optimizer(run: ActiveRun, report: Report) -> None:
+    """Whether the library of update.optimizer can be imported, where that is not torch."""
+    optimizer = run.config.update.optimizer
+    if optimizer != "adamw":
+        with report.check("optimizer", optimizer, "bitsandbytes can be imported"):
+            require_optimizer(run.config.update)
 
 
 def check_surrogate(run: ActiveRun, report: Report) -> None:

@@ -18,9 +18,7 @@ from grpo.manage.doctor.report import Check, Report
 
 # Of a parameter, in bytes.
 FLOAT32 = 4
-LEARNER = 16  # float32 weights, gradients and AdamW's two moments
-RELEASED = 12  # the same in main memory while the engine has the GPU: no gradients then
-MOMENTS = 8  # beside the weights of a committed checkpoint
+MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # two, in the learner and beside the weights of a checkpoint
 LEFT_OUT = "left out: activations, the built-in engine's key-value cache, an adapter, the libraries"
 
 
@@ -34,9 +32,11 @@ def check_memory(run: ActiveRun, report: Report, policy: Checkpoint, reference: 
     if policy.parameters is None or (with_reference and reference.parameters is None):
         return
     on_gpu = torch.cuda.is_available()
+    moments = 0 if update.lora else MOMENTS[update.optimizer]
+    gradients = 0 if update.lora else FLOAT32
     engine, share = _engine_bytes(run, policy.parameters, on_gpu)
     held = {
-        "learner": (FLOAT32 if update.lora else LEARNER) * policy.parameters,
+        "learner": (FLOAT32 + gradients + moments) * policy.parameters,
         "reference": FLOAT32 * (reference.parameters or 0) if with_reference else 0,
         "engine": engine,
     }
@@ -44,7 +44,7 @@ def check_memory(run: ActiveRun, report: Report, policy: Checkpoint, reference: 
         _check_main(report, sum(held.values()), _parts(held))
         return
     check_gpu(report, torch.cuda.get_device_name(), *torch.cuda.mem_get_info(), share, held)
-    waiting = (FLOAT32 if update.lora else RELEASED) * policy.parameters + held["reference"]
+    waiting = (FLOAT32 + moments) * policy.parameters + held["reference"]  # no gradients then
     _check_main(report, waiting, "learner and reference while the engine has the GPU")
 
 
@@ -117,9 +117,12 @@ def check_disk(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
     config = run.config.checkpoints
     if config.keep_last is not None:
         # One more than is kept: the oldest goes when the newest is committed.
-        stay = min(left, config.keep_last + 1 + (left // config.keep_every if config.keep_every else 0))
+        others = left // config.keep_every if config.keep_every else 0
+        others += others + 1 if run.config.update.reference_every else 0  # the reference of each
+        stay = min(left, config.keep_last + 1 + others)
     # The moments of an adapter are left out: they are a small part of the weights.
-    each = (FLOAT32 if run.config.update.lora else FLOAT32 + MOMENTS) * policy.parameters
+    moments = 0 if run.config.update.lora else MOMENTS[run.config.update.optimizer]
+    each = (FLOAT32 + moments) * policy.parameters
     need, found = stay * each, f"{_gib(free)} free at {place}"
     with report.check("disk space", found, f"{_gib(need)}: {left} iterations to come") as check:
         if need > free:
