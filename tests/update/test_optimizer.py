@@ -172,6 +172,8 @@ def test_it_is_fixed_for_a_run(library: None, tmp_path: Path, untied: Path) -> N
     message = "^update.optimizer: tiny has adamw, found adamw_8bit; it is fixed for a run$"
     with pytest.raises(InputError, match=message):
         update(run, 1, Learner(other, "cpu"))
+    with pytest.raises(InputError, match=message):  # and before anything is sampled
+        stage.check(run, 2, None)
 
 
 def test_without_the_library_the_message_says_how_to_install_it(

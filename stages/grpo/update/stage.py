@@ -7,7 +7,6 @@ cannot disagree.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,15 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
     """Check what iterations before `until` need; no weight is read.
 
     Raises UsageError (exit 2) for a schedule that ends before them, a surrogate that cannot be maximised or
-    targets the model has not, InputError (exit 4) where the next reference was pruned, EngineError (exit 8)
-    where a library is missing.
+    targets the model has not, InputError (exit 4) where the next reference was pruned or the optimiser is
+    another one than before, EngineError (exit 8) where a library is missing.
     """
     check_schedule(run.config, until - 1)
     surrogate_of(run)
-    if run.config.update.reference_every:
-        require_reference(run, next(n for n in count() if run.manifest(OUTPUT, n) is None))
+    done = (run.manifest(OUTPUT, number) for number in reversed(run.iterations()))
+    if (last := next(filter(None, done), None)) is not None and last.iteration is not None:
+        _check_optimizer(run, last)
+        require_reference(run, last.iteration + 1)
     require_optimizer(run.config.update)
     if lora := run.config.update.lora:
         require_peft()
@@ -99,9 +100,7 @@ def _load(run: ActiveRun, iteration: int, plan: Plan, learner: Learner) -> None:
         if bool(weights) != bool(run.config.update.lora):
             trained = "an adapter" if weights else "all weights"
             raise InputError(f"update.lora: {run.name} trains {trained}; what trains is fixed for a run")
-        before, now = manifest.config["update"].get("optimizer", "adamw"), run.config.update.optimizer
-        if before != now:
-            raise InputError(f"update.optimizer: {run.name} has {before}, found {now}; it is fixed for a run")
+        _check_optimizer(run, manifest)
         if weights:
             policy, adapter = run.start["policy"], weights[0].parent
     ids = (plan.inputs[f"policy@{iteration}"], plan.inputs.get(f"optimizer@{iteration}"))
@@ -112,6 +111,13 @@ def _load(run: ActiveRun, iteration: int, plan: Plan, learner: Learner) -> None:
         checkpoint = run.policy_folder(number) if number else run.start["reference"]
         id_ = plan.inputs[reference_of(run.config.update, iteration)]
         learner.load_reference(checkpoint, id_, is_start=id_ == run.id_of("policy@0"))
+
+
+def _check_optimizer(run: ActiveRun, last: Manifest) -> None:
+    """Raise InputError (exit 4) where the state that `last` left is of another optimiser."""
+    before, now = last.config["update"].get("optimizer", "adamw"), run.config.update.optimizer
+    if before != now:
+        raise InputError(f"update.optimizer: {run.name} has {before}, found {now}; it is fixed for a run")
 
 
 def _verified(run: Run, manifest: Manifest, part: str) -> list[Path]:
