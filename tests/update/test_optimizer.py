@@ -74,7 +74,8 @@ def in_full(state: dict[str, Any], moment: int) -> Tensor:
     if value.dtype == torch.float32:
         return value.clone()
     levels: Tensor = state[f"qmap{moment}"][value.long()].reshape(-1, BLOCK)
-    return (levels * state[f"absmax{moment}"][:, None]).reshape(value.shape)
+    found: Tensor = levels * state[f"absmax{moment}"][:, None]
+    return found.reshape(value.shape)
 
 
 def nearest(values: Tensor, state: dict[str, Any], moment: int) -> Tensor:
