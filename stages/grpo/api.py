@@ -8,11 +8,12 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from grpo import sql, tables
-from grpo.artifacts import ARTIFACTS, ActiveRun, find_run, own_config
+from grpo.artifacts import ARTIFACTS, ActiveRun, Best, best_of, find_run, own_config
 from grpo.config import Config, validated
 from grpo.console import Console, quieten_libraries
 from grpo.errors import UsageError
@@ -67,6 +68,11 @@ class Run:
     def samples(self) -> Rows:
         """One row per rollout: scalars, answer, rewards, advantage; as it is on disk now."""
         return self.table("samples")
+
+    @property
+    def best(self) -> Best | None:
+        """The best of the policies measured, by `stop.metric`; None where none was."""
+        return best_of(self.active, self.active.evaluations())
 
     def sql(
         self,
@@ -130,9 +136,11 @@ def train(active: ActiveRun, until: int | None = None, start: int | None = None,
         if start is not None:
             work.restart_from(active, start, yes)
         with log.reporting(active, until) as (iteration, policy):
-            worked = work.run(active, until, iteration, policy)
+            worked, ended = work.run(active, until, iteration, policy)
         found = [evaluations.numbers_of(active, policy) for policy in active.evaluations()]
-    return {"run": active.name, "iterations": until, "worked": worked, "evaluations": found}
+    stopped = None if ended is None else asdict(ended)
+    done = {"run": active.name, "iterations": until, "worked": worked}
+    return {**done, "evaluations": found, "stopped": stopped}
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -776,11 +778,31 @@ def test_what_is_discarded_never_hides_what_was_discarded_before(run: Run) -> No
 
 
 def test_staging_writes_nothing_of_time_into_ids(run: Run) -> None:
-    staging = stage_two_shards(run)
+    before = time.time()
+    with stage_two_shards(run).clock("killed"):
+        pass
+    pause = time.time()
+    staging = stage_two_shards(run)  # the same attempt, gone on with
     with staging.clock("part"):
         pass
     held = records(staging)
     staging.commit(Product({"reward/a": id_of(held)}, held, {}))
     folder = run.folder("rewards", 0)
     assert list(json.loads((folder / "timings.json").read_bytes())["seconds"]) == ["part"]
+    period = run.period("rewards", 0)
+    started, ended = period["started"] or 0, period["ended"] or 0
+    assert before <= started <= pause <= ended <= time.time()
     assert "seconds" not in (folder / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("value", ['"x"', "-1", "1e12", "[1]", "NaN"])
+def test_a_time_that_is_none(run: Run, value: str) -> None:
+    staging = stage_two_shards(run)
+    held = records(staging)
+    staging.commit(Product({"reward/a": id_of(held)}, held, {}))
+    path = run.folder("rewards", 0) / "timings.json"
+    path.write_text(f'{{"seconds": {{}}, "started": {value}}}')
+    with pytest.raises(CorruptError, match=re.escape(f"{path}: ")):
+        run.period("rewards", 0)
+    path.write_text('{"seconds": {}}')  # of an older version
+    assert run.period("rewards", 0) == {"started": None, "ended": None}

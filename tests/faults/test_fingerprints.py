@@ -215,8 +215,12 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
         SCORE,
     ),
     "evaluate.pass_threshold": (["evaluate.pass_threshold=2.0"], EVALUATE),
+    "stop.metric": (["stop.metric=reward"], NOTHING),
+    "stop.patience": (["stop.patience=1"], NOTHING),
+    "stop.min_delta": (["stop.min_delta=0.5"], NOTHING),
     "checkpoints.keep_last": (["checkpoints.keep_last=2"], NOTHING),
     "checkpoints.keep_every": (["checkpoints.keep_every=null"], NOTHING),
+    "checkpoints.keep_best": (["checkpoints.keep_best=false"], NOTHING),
     "track": (["track=trackio"], NOTHING),
 }
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from tests.conftest import Grpo
 from tests.pages.pages import DOCS, commands, texts
 
-from grpo.config import EvaluateConfig
+from grpo.config import EvaluateConfig, StopConfig
 from grpo.config.yaml import parse
 
 PAGE = (DOCS / "evaluation.md").read_text()
 
 
 def test_its_configuration_is_one() -> None:
-    [text] = texts(PAGE, "yaml")
+    text, stop = texts(PAGE, "yaml")
+    assert StopConfig.model_validate(parse(stop)["stop"]).patience == 3
     section = parse(text)
     assert isinstance(section, dict)
     config = EvaluateConfig.model_validate(section["evaluate"])

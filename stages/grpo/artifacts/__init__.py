@@ -2,11 +2,13 @@
 
 from grpo.artifacts import files
 from grpo.artifacts.active import ActiveRun
+from grpo.artifacts.best import Best, Stop, best_of, note_stop, read_stop, require_best, stop_at, stopped_path
 from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
 from grpo.artifacts.existing import (
     ARTIFACTS,
     created_config,
     find_run,
+    find_runs,
     is_run,
     names_run,
     open_run,
@@ -39,6 +41,7 @@ from grpo.artifacts.manifest import (
     seal,
 )
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
+from grpo.artifacts.replaced import replaced
 from grpo.artifacts.retention import droppable, is_kept, prune, prune_behind
 from grpo.artifacts.run import PRUNED, TIMINGS, Run
 from grpo.artifacts.sampled import are_own, check_keys, read_rollouts
@@ -68,13 +71,16 @@ __all__ = [
     "TABLES_OF",
     "TIMINGS",
     "ActiveRun",
+    "Best",
     "FileRecord",
     "Manifest",
     "Plan",
     "Product",
     "Run",
     "Staging",
+    "Stop",
     "are_own",
+    "best_of",
     "check_keys",
     "check_source",
     "check_staged",
@@ -87,6 +93,7 @@ __all__ = [
     "droppable",
     "files",
     "find_run",
+    "find_runs",
     "holder_of",
     "id_of",
     "is_hub_id",
@@ -98,6 +105,7 @@ __all__ = [
     "kept_sources",
     "lacking",
     "names_run",
+    "note_stop",
     "num_rounds",
     "open_run",
     "own_config",
@@ -108,7 +116,10 @@ __all__ = [
     "read_manifest",
     "read_rollouts",
     "read_sealed",
+    "read_stop",
     "refuse_inside_run",
+    "replaced",
+    "require_best",
     "require_space",
     "roll_forward",
     "run_names",
@@ -116,6 +127,8 @@ __all__ = [
     "seal",
     "staged_attempts",
     "staging_folders",
+    "stop_at",
+    "stopped_path",
     "tell_apart",
     "unscored_rounds",
     "versions",

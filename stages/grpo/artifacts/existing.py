@@ -1,6 +1,7 @@
 """artifacts.existing: runs that exist, by name or by path, and what they were created with."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,22 @@ def find_run(given: str, root: Path = ARTIFACTS) -> Path:
     raise UsageError(f"{root / given if is_name else path}: no such run; {there}")
 
 
+def find_runs(given: str, root: Path = ARTIFACTS) -> list[str]:
+    """Runs that a pattern such as `lr-*` means, by names or paths; what is no pattern means itself.
+
+    Raises UsageError (exit 2) for one that means none.
+    """
+    if not set("*?[") & set(given) or names_run(given):
+        return [given]
+    path = Path(given)
+    is_name = path.name == given
+    folder = root if is_name else path.parent
+    found = [each for each in run_names(folder) if fnmatchcase(each, path.name)]
+    if not found:
+        raise UsageError(f"{given}: matches no run; runs there: {', '.join(run_names(folder)) or 'none'}")
+    return found if is_name else [str(folder / each) for each in found]
+
+
 def same_folder(one: Path, other: Path) -> bool:
     """Whether two paths are one folder. A link to it is another: whoever names the link meant that."""
     return one.parent.resolve() / one.name == other.parent.resolve() / other.name
@@ -53,7 +70,11 @@ def is_run(folder: Path) -> bool:
 def open_run(folder: Path) -> dict[str, Any]:
     """What `run.json` of an existing run holds. Raises CorruptError (exit 6) where it changed."""
     path = folder / "run.json"
-    data = read_sealed(path)
+    try:
+        data = read_sealed(path)
+    except CorruptError as error:
+        way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
+        raise CorruptError(f"{error}; {way}") from None
     versions = data.get("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(each, str) for each in versions.values()):
         raise CorruptError(f"{path}: versions: expected text by name")
@@ -81,17 +102,11 @@ def own_config(folder: Path, overrides: Sequence[str] = (), damaged: bool = Fals
     damaged: with a pipeline.yaml run.json is not looked at. Errors as created_config()'s and load()'s.
     """
     own = folder / PIPELINE
-    try:
-        if not own.is_file():
-            return created_config(folder, overrides)
-        if not damaged:
-            open_run(folder)
-        return load(own, overrides).model_copy(update={"run": folder.name})
-    except CorruptError as error:
-        way = (
-            f"; with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
-        )
-        raise CorruptError(f"{error}{way if damaged else ''}") from None
+    if not own.is_file():
+        return created_config(folder, overrides)
+    if not damaged:
+        open_run(folder)
+    return load(own, overrides).model_copy(update={"run": folder.name})
 
 
 def run_names(root: Path = ARTIFACTS) -> list[str]:

@@ -6,21 +6,25 @@ there is all that counts, and damage to it cannot change what was dropped.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 
 from grpo.artifacts import files
 from grpo.artifacts.active import ActiveRun
+from grpo.artifacts.best import best_of
+from grpo.artifacts.layout import EVALUATION
 from grpo.artifacts.run import PRUNED, Run
 
 
 def prunable(run: ActiveRun) -> list[int]:
     """Updates whose checkpoint `checkpoints` does not keep, oldest first. Never one of the newest two."""
     have = [iteration for iteration in run.iterations() if run.has_checkpoint(iteration)]
-    return [iteration for iteration in have if not is_kept(run, iteration, have)]
+    best = _best(run, have)
+    return [iteration for iteration in have if iteration != best and not is_kept(run, iteration, have)]
 
 
 def is_kept(run: ActiveRun, iteration: int, have: list[int]) -> bool:
-    """Whether the checkpoint of an update stays, among the updates that `have` one, in order."""
+    """Whether the checkpoint of an update stays, the best or not, among updates that `have` one, in order."""
     keep_last = run.config.checkpoints.keep_last
     if keep_last is None or len(have) - bisect_right(have, iteration) < keep_last:
         return True
@@ -43,6 +47,18 @@ def _outlives(run: ActiveRun, iteration: int, oldest: int) -> bool:
     return next_reference > oldest or next_nth < next_reference
 
 
+def _best(run: ActiveRun, have: Iterable[int]) -> int | None:
+    """The update of those given whose policy was measured to be the best; None: none was, or it may go."""
+    if not run.config.checkpoints.keep_best:
+        return None
+    found = best_of(run, [iteration + 1 for iteration in have if _is_measured(run, iteration + 1)])
+    return found.policy - 1 if found else None
+
+
+def _is_measured(run: ActiveRun, policy: int) -> bool:
+    return run.folder(EVALUATION, policy).exists()
+
+
 def droppable(run: ActiveRun) -> dict[int, list[Path]]:
     """Update -> files that prune() would remove: of checkpoints not kept, and what a crash left of such."""
     with run.steady():
@@ -63,9 +79,10 @@ def prune(run: ActiveRun) -> None:
 
 
 def prune_behind(run: ActiveRun, newest: int) -> None:
-    """Drop what the update `newest` moved out of the checkpoints kept: all that prune() would find after it.
+    """Drop what the update `newest`, or the evaluation of its policy, moved out of the checkpoints kept.
 
-    The cost does not grow with the run: behind a checkpoint that is gone, all that were to go went before.
+    That is all that prune() would find after it. The cost does not grow with the run, only with its
+    evaluations where one decides: behind a checkpoint that is gone, all that were to go but the best went.
     """
     keep_last = run.config.checkpoints.keep_last
     if keep_last is None:
@@ -81,10 +98,15 @@ def prune_behind(run: ActiveRun, newest: int) -> None:
             break
         have.append(iteration)
     going = set(have[keep_last:])
+    oldest = have[:keep_last][-1]
     for written in {run.config.update.moved_reference(iteration + 1) - 1 for iteration in going} - {-1}:
         # It may have been kept for these alone.
-        if run.has_checkpoint(written) and not _outlives(run, written, have[keep_last - 1]):
+        if run.has_checkpoint(written) and not _outlives(run, written, oldest):
             going.add(written)
+    if any(_is_measured(run, iteration + 1) for iteration in (newest, *going)):
+        there = {policy - 1 for policy in run.evaluations() if policy and run.has_checkpoint(policy - 1)}
+        going |= {number for number in there if number not in have and not _outlives(run, number, oldest)}
+        going.discard(_best(run, sorted(there)))
     _drop(run, sorted(going), [path for iteration in sorted(going) for path in _there(run, iteration)])
 
 

@@ -28,8 +28,7 @@ from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, check_size, 
 from grpo.console import printable
 from grpo.errors import CorruptError, InputError
 
-PRUNED = "pruned.json"
-TIMINGS = "timings.json"
+PRUNED, TIMINGS = "pruned.json", "timings.json"
 _CHECKPOINT = ("policy", "adapter", "optimizer")
 _KEPT = "weight_check.json"  # a few kilobytes that say what a policy computed
 _Found = TypeVar("_Found")
@@ -160,6 +159,15 @@ class Run:
             if not isinstance(value, int | float) or not 0 <= value < _LONGEST_S:  # NaN is not
                 raise CorruptError(f"{path}: the seconds of {part} are no number from 0 to {_LONGEST_S:.0e}")
         return seconds
+
+    def period(self, output: str, iteration: int | None) -> dict[str, float | None]:
+        """When a committed output was `started` first and `ended`, Unix seconds; None where not written."""
+        path = self.folder(output, iteration) / TIMINGS
+        found = read_json(path) if path.is_file() else {}
+        times = {name: found.get(name) for name in ("started", "ended")}
+        if not all(isinstance(at, int | float) and 0 < at < _LONGEST_S for at in times.values() if at):
+            raise CorruptError(f"{path}: started and ended must be Unix times")
+        return times
 
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
         """Where a file of an output is."""

@@ -16,8 +16,10 @@ def status(
     as_json: options.Json = False,
 ) -> None:
     """Show iterations x stages: done, partial, stale, changed, missing; reward, KL, length, seconds."""
-    found = lazy.status.describe(options.reading(name, config, set_))
-    options.answer(as_json, found, lambda: lazy.status.print_status(found, every))
+    names = lazy.artifacts.find_runs(name) if name else [""]
+    found = [lazy.status.describe(options.reading(each, config, set_)) for each in names]
+    document = found[0] if names == [name] else {"runs": found}
+    options.answer(as_json, document, lambda: lazy.status.print_all(found, every))
 
 
 def sql(
@@ -74,16 +76,16 @@ def show(
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="A reward, or a run; `reward` is the weighted sum.")],
-    b: Annotated[str, typer.Argument(help="The other.")],
+    things: Annotated[list[str], typer.Argument(help="Two rewards (`reward` is their sum), or runs.")],
     config: options.Config = options.CONFIG,
     run: Annotated[str, typer.Option("--run", help="When comparing rewards: the run they belong to.")] = "",
     iteration: Annotated[str, typer.Option(help="3, 0-19 or all.")] = "all",
     examples: Annotated[int, typer.Option(help="With two rewards: how many groups to show.", min=0)] = 3,
     as_json: options.Json = False,
 ) -> None:
-    """Compare two rewards over the same rollouts, or two runs."""
-    result = lazy.compare.describe(a, b, run, lambda name: options.reading(name, config), iteration, examples)
+    """Compare two rewards over the same rollouts, or two runs or more."""
+    opened = lambda name: options.reading(name, config)  # noqa: E731
+    result = lazy.compare.describe(things, run, opened, iteration, examples)
     options.answer(as_json, result, lambda: lazy.compare.print_comparison(result))
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "opening",
     "query",
     "report",
+    "settings",
     "show",
     "status",
     "verify",
@@ -25,6 +26,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from grpo import api, artifacts, console
+    from grpo import config as settings
     from grpo.inspect import compare, evaluations, query, report, show, status
     from grpo.manage import doctor, export, fork, gc, init, verify
     from grpo.pipeline import opening, work
@@ -40,6 +42,7 @@ else:
             return getattr(import_module(self._name), attribute)
 
     api, artifacts, console = (_Module(f"grpo.{name}") for name in ("api", "artifacts", "console"))
+    settings = _Module("grpo.config")
     compare, evaluations, query, report, show, status = (
         _Module(f"grpo.inspect.{name}")
         for name in ("compare", "evaluations", "query", "report", "show", "status")

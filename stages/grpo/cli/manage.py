@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from grpo.cli import lazy, options
+from grpo.errors import UsageError
 
 
 def doctor(
@@ -70,6 +71,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     name: options.Name = "",
     policy: Annotated[int | None, typer.Option(help="Default: the newest.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The best policy measured, by stop.metric.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 (as trained), bfloat16 or float16.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Only what LoRA trained.")] = False,
     push: Annotated[str | None, typer.Option(help="Also upload to owner/name on the hub.")] = None,
@@ -79,7 +81,12 @@ def export(
     """Write a policy as a plain Hugging Face directory with a model card."""
     if push is not None:
         lazy.export.check_repository(push)
+    if best and policy is not None:
+        raise UsageError(f"--best and --policy {policy} name a policy each; give one of them")
     opened = options.reading(name, config)
+    if best:
+        policy = (found := lazy.artifacts.require_best(opened)).policy
+        opened.console.say(f"best: policy {policy}, {found.value:.3f} {found.measure}")
     result = lazy.export.export(opened, policy, out, dtype, adapter)
     size = f"{result['bytes'] / 2**20:,.1f} MiB"
     opened.console.say(f"policy {result['policy']} of run {opened.name}: {size} in {out}")

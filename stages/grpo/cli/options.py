@@ -33,8 +33,13 @@ def reading(
     Its configuration is the one at `path` where that names this run, else the pipeline.yaml in its folder,
     which a fork has, else run.json. `overrides` apply to any. damaged: run.json need only be there.
     """
+    given, (name, *others) = name, artifacts.find_runs(name) if name else [""]
+    if others:
+        raise UsageError(f"{given}: means {name}, {', '.join(others)}; this command takes one run")
     if not name and not path.exists():
-        raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
+        way = "name a run, or give a configuration with -c FILE"
+        begin = "`grpo init` makes a project here; or " if path == CONFIG else ""
+        raise UsageError(f"{path}: no such file; {begin}{way}")
     run = opening.configured(path, overrides, quiet) if path.exists() else None
     folder = artifacts.find_run(name or str(run.path if run else ""))
     if run is None or not artifacts.same_folder(folder, run.path):
@@ -46,9 +51,10 @@ def reading(
 
 
 def reading_all(names: list[str], path: Path) -> list["ActiveRun"]:
-    """Each of the named runs once, to read; that of the configuration where none is named."""
+    """Each of the named runs once, patterns as `lr-*` too, to read; that of the configuration for none."""
     runs: list[ActiveRun] = []
-    for run in (reading(name, path) for name in names or [""]):
+    named = [run for name in names for run in artifacts.find_runs(name)]
+    for run in (reading(name, path) for name in named or [""]):
         if not any(artifacts.same_folder(run.path, other.path) for other in runs):
             runs.append(run)
     artifacts.tell_apart(runs)

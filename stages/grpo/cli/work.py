@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from grpo.cli import options
-from grpo.cli.lazy import api, artifacts, evaluations, opening, query, work
-from grpo.errors import UsageError
+from grpo.cli.lazy import api, artifacts, doctor, evaluations, opening, query, settings, work
+from grpo.errors import GrpoError, Interrupted, UsageError
 
 StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the first open.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Rerun even if the output is complete.")]
@@ -18,6 +18,7 @@ def run(
     name: options.Name = "",
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006 - typer reads the default, nothing changes it
+    sweep: Annotated[list[str], typer.Option(help="A run for each value: --sweep key=v1,v2")] = [],  # noqa: B006
     until: Annotated[int | None, typer.Option(help="Stop when N iterations are complete.")] = None,
     from_: Annotated[int | None, typer.Option("--from", help="Rerun what is stale from N on.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="With --from: do not ask.")] = False,
@@ -27,13 +28,48 @@ def run(
     """Run every iteration, resuming automatically: complete work is never redone."""
     if yes and from_ is None:
         raise UsageError("--yes: only valid together with --from N")
+    if sweep:
+        if name or from_ is not None:
+            raise UsageError("--sweep makes runs of its own; leave the run's name and --from out")
+        options.answer(as_json, _sweep(config, set_, sweep, until, dry_run, as_json))
+        return
     if dry_run:
         if from_ is not None:
             raise UsageError("--dry-run and --from cannot be combined: --from N lists its changes and asks")
-        work.dry_run(options.chosen(name, config, set_, as_json))
+        planned = options.chosen(name, config, set_, as_json)
+        work.show_configuration(planned)
+        doctor.refuse(planned)
+        work.say_state(planned, planned.config.iterations if until is None else until)
         return
     opened = options.chosen(name, config, set_, as_json)
     options.answer(as_json, api.train(opened, until, from_, yes))
+
+
+def _sweep(
+    config: Path, overrides: list[str], sweeps: list[str], until: int | None, dry_run: bool, quiet: bool
+) -> dict[str, Any]:
+    """Every run of a sweep, one after the other; one that fails does not keep the others from theirs."""
+    points = settings.points(config, overrides, sweeps)
+    runs = [opening.configured(config, point, quiet) for point in points]  # all of them can be
+    done: list[Any] = []
+    failed: list[tuple[str, GrpoError]] = []
+    for active, point in zip(runs, points, strict=True):
+        active.console.say(f"run {active.name}: {', '.join(point[len(overrides) : -1])}")
+        try:
+            if dry_run:
+                doctor.refuse(active)
+            done.append({"run": active.name, "set": point} if dry_run else api.train(active, until))
+        except Interrupted:
+            raise
+        except GrpoError as error:
+            active.console.say(f"run {active.name}: {error}")
+            failed.append((active.name, error))
+    if failed:
+        name, first = failed[0]
+        raise type(first)(
+            f"{len(failed)} of {len(runs)} runs of the sweep failed; the first, {name}: {first}"
+        )
+    return {"runs": done}
 
 
 def evaluate(

@@ -1,10 +1,12 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
+from grpo.config.evaluate import EvaluateConfig, StopConfig
 from grpo.config.generate import GenerateConfig
 from grpo.config.loading import PIPELINE, differing_keys, flatten, load, overridden_keys, validated
-from grpo.config.model import AdvantageConfig, Config, EvaluateConfig
+from grpo.config.model import AdvantageConfig, Config
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import JudgeConfig, RewardConfig, TeacherConfig
+from grpo.config.sweep import points
 from grpo.config.update import LoraConfig, UpdateConfig
 
 __all__ = [
@@ -17,11 +19,13 @@ __all__ = [
     "LoraConfig",
     "PromptsConfig",
     "RewardConfig",
+    "StopConfig",
     "TeacherConfig",
     "UpdateConfig",
     "differing_keys",
     "flatten",
     "load",
     "overridden_keys",
+    "points",
     "validated",
 ]

@@ -8,15 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from grpo.config.evaluate import PASS_THRESHOLD, EvaluateConfig, StopConfig
 from grpo.config.generate import GenerateConfig
 from grpo.config.objectives import objective_settings
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
-from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, must, wrong_at
+from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, wrong_at
 from grpo.config.update import UpdateConfig
-
-PASS_THRESHOLD = 1.0
-_GREEDY_OR_NOT = must(lambda value: not 0 < value < 0.01, "must be 0 (greedy) or at least 0.01")
 
 
 class AdvantageConfig(Section):
@@ -60,36 +58,6 @@ def _check_estimator(given: dict[str, Any], usual: dict[str, Any]) -> None:
         raise ValueError(f"advantage.{changed[0]}: the estimator {name} has none; leave the key out")
 
 
-class EvaluateConfig(Section):
-    """evaluate: policy + held-out prompts -> eval_rollouts, eval_rewards.
-
-    By the engine and the rewards of training. No stage reads it: it may change in a run at any time.
-    """
-
-    prompts: PromptsConfig
-    """What is sampled from: as `prompts`; `arithmetic_held_out` are the sums that `arithmetic` leaves out."""
-    every: Count = 10
-    """Policies whose number is a multiple of this are measured, the starting one and the last one too."""
-    samples_per_prompt: Annotated[int, Field(ge=1, le=2**20)] = 4
-    """n, responses per prompt: pass@k is known for k up to it. Greedy: 1."""
-    temperature: Annotated[float, Field(ge=0), _GREEDY_OR_NOT] | None = None
-    """Sampling temperature, 0 (greedy) or >= 0.01; null: generate.temperature."""
-    max_new_tokens: Count | None = None
-    """Tokens sampled at most per response; null: generate.max_new_tokens."""
-    pass_reward: str | None = None
-    """Name of the reward that says whether a response passes; null: the first of score.rewards."""
-    pass_threshold: float = PASS_THRESHOLD
-    """A response passes where that reward is at least this."""
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Raise ValueError where the same response would be sampled again and again."""
-        if self.temperature == 0 and self.samples_per_prompt > 1:
-            raise ValueError(
-                f"samples_per_prompt: {self.samples_per_prompt} at temperature 0 would be the same response"
-                " each time; set it to 1, or give a temperature"
-            )
-
-
 class CheckpointsConfig(Section):
     """What stays on disk. In no stage's fingerprint."""
 
@@ -97,6 +65,8 @@ class CheckpointsConfig(Section):
     """Checkpoints kept, the newest ones, each with its optimiser state; null: all."""
     keep_every: Count | None = 10
     """Policies whose number is a multiple of this are kept too; null: none of the older ones."""
+    keep_best: Annotated[bool, ADDED] = True
+    """The best of the policies measured, by `stop.metric`, is kept too."""
 
 
 _NOT_LOADED = {
@@ -154,6 +124,8 @@ class Config(Section):
     update: UpdateConfig = UpdateConfig()
     evaluate: EvaluateConfig | None = None
     """What policies are measured on while the run trains; null: they are not."""
+    stop: Annotated[StopConfig | None, ADDED] = None
+    """When a run ends before its `iterations`, by what `evaluate` finds; null: never."""
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     track: Literal["trackio", "wandb"] | None = None
     """Log each iteration to Trackio or Weights & Biases too; null: to neither. In no stage's fingerprint."""
@@ -190,6 +162,7 @@ class Config(Section):
         names = [reward.name for reward in self.score.rewards]
         if name is not None and name not in names:
             raise ValueError(f"evaluate.pass_reward: no reward is named {name}; there are {', '.join(names)}")
+        self._check_stop()
         pass_k, samples = self.advantage.pass_k, self.generate.samples_per_prompt
         if pass_k is not None and pass_k > samples:
             raise ValueError(
@@ -225,3 +198,18 @@ class Config(Section):
             raise ValueError(
                 "evaluate: measures by a reward; give one in score.rewards, of weight 0 if need be"
             )
+
+    def _check_stop(self) -> None:
+        if self.stop is None:
+            return
+        if self.evaluate is None:
+            raise ValueError("stop: goes by evaluations, and `evaluate` is not configured; give both")
+        self.stop.check(self.evaluate.samples_per_prompt, [reward.name for reward in self.score.rewards])
+
+    @property
+    def passing(self) -> tuple[str | None, float]:
+        """Name of the reward that says whether a response passes (None: there is none), and from where on."""
+        first = next((reward.name for reward in self.score.rewards), None)
+        if self.evaluate is None:
+            return first, PASS_THRESHOLD
+        return self.evaluate.pass_reward or first, self.evaluate.pass_threshold

@@ -37,8 +37,7 @@ def settings(run: ActiveRun) -> dict[str, Any]:
     return {
         "samples_per_prompt": config.samples_per_prompt,
         **{key: getattr(sampled, key) if value is None else value for key, value in given.items()},
-        "pass_reward": config.pass_reward or run.config.score.rewards[0].name,
-        "pass_threshold": config.pass_threshold,
+        **dict(zip(("pass_reward", "pass_threshold"), run.config.passing, strict=True)),
     }
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from grpo import sql
 from grpo.advantage import plan as advantage
-from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id_of, lacking
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id_of, lacking, prune_behind
 from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, config_of, settings
 from grpo.generate import plan as generate
 from grpo.generate import sampling
@@ -44,7 +44,12 @@ def release(opened: Resources) -> None:
 
 
 def after(run: ActiveRun, manifest: Manifest, opened: Resources) -> None:
-    """Raise EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop."""
+    """Drop the checkpoint that was the best before, where this one is better.
+
+    Raises EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop.
+    """
+    if manifest.iteration:
+        prune_behind(run, manifest.iteration - 1)
     scoring.raise_for_failed(run, f"evaluate: policy {manifest.iteration}", REWARDS, manifest)
 
 
@@ -108,7 +113,7 @@ def measure(
     sql.turn_to(connection, policy)
     for view, data in views.items():
         sql.register(connection, f"_{view}_0", data)
-    found = sql.query(connection, "select * exclude (run, iteration) from evals")
+    found = sql.query(connection, "select * exclude (run, iteration, pass_reward, pass_threshold) from evals")
     [values] = found.to_pylist(maps_as_pydicts="strict")
     return {
         name: {str(key): each for key, each in value.items()} if isinstance(value, dict) else value

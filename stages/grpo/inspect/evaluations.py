@@ -40,7 +40,10 @@ def delivered(run: ActiveRun, policy: int, out: Path | None) -> dict[str, Any]:
 def line_of(run: Run, policy: int) -> str:
     """One line for the log of `grpo run`."""
     found = numbers_of(run, policy)
-    known = [f"{name} {value:.3f} ({interval(low, high)})" for name, value, low, high in _shares(found)[:1]]
+    of = f" of {found['pass_reward']}"
+    known = [
+        f"{name}{of} {value:.3f} ({interval(low, high)})" for name, value, low, high in _shares(found)[:1]
+    ]
     known += [f"{name} {value:.3f}" for name, value, _, _ in _shares(found)[1:][-1:]]
     if found["reward"] is not None:
         known.append(f"reward {found['reward']:.3f}")

@@ -1,16 +1,29 @@
 """status: iterations x stages of a run, and what an iteration came to."""
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
-from grpo.artifacts import ActiveRun
-from grpo.console import interval, number, printable, stdout_console, table
+from grpo.artifacts import ActiveRun, best_of, read_stop
+from grpo.console import interval, iterations_text, number, printable, stdout_console, table
 from grpo.inspect import metrics
 from grpo.inspect.evaluations import numbers_of
 from grpo.pipeline.stages import STAGES
 from grpo.pipeline.states import State, evaluation_states, states, unfinished
 
-MISMATCH_WARNING = 0.05  # nats per token; float32 gives 1e-6, bfloat16 about 1e-2
+MISMATCH_WARNING = 0.05  # nats per token
+MISMATCH_BANDS = (
+    (1e-4, "float32 on both sides"),
+    (1e-2, "bfloat16 on one side"),
+    (
+        MISMATCH_WARNING,
+        "much for bfloat16, as of some models, or sampling that is cut; update.sampler_correction",
+    ),
+    (math.inf, "engine and learner do not compute the same"),
+)
+"""What a mean mismatch is: from below each limit on, without a gap (docs/reading-a-run.md)."""
 _ROWS_SHOWN = 20
 _STYLES = {"done": "green", "partial": "yellow", "stale": "red", "changed": "yellow", "missing": "dim"}
 Row = dict[str, Any]
@@ -21,6 +34,7 @@ def describe(run: ActiveRun) -> dict[str, Any]:
     with run.steady():
         present = states(run)
         numbers = metrics.kept_of(run, present)
+        best, stop = best_of(run, run.evaluations()), read_stop(run)
         return {
             "run": run.name,
             "iterations": [
@@ -38,6 +52,8 @@ def describe(run: ActiveRun) -> dict[str, Any]:
                 if state.name != "missing"
             ],
             "configured": run.config.iterations,
+            "best": None if best is None else {**asdict(best), "kept": best.policy in run.policies()},
+            "stopped": None if stop is None else {**asdict(stop), "why": str(stop)},
         }
 
 
@@ -66,6 +82,12 @@ def line_of(run: ActiveRun, iteration: int) -> str:
     return f"iteration {iteration:>4}  {known}  {times['seconds'] or 0:.2f} s{speed}"
 
 
+def print_all(every_run: list[dict[str, Any]], every: bool) -> None:
+    """print_status() of each."""
+    for data in every_run:
+        print_status(data, every)
+
+
 def print_status(data: dict[str, Any], every: bool) -> None:
     """Print the tables: the last iterations and policies, or all with `every`; and why one is not done."""
     rows, measured = data["iterations"], data["evaluations"]
@@ -77,11 +99,23 @@ def print_status(data: dict[str, Any], every: bool) -> None:
     if not every and len(rows) > _ROWS_SHOWN:
         console.print(f"{len(rows) - _ROWS_SHOWN} earlier iterations not shown (--all)", style="dim")
     _print_reasons(console, rows)
+    _print_mismatch(console, rows)
     if measured:
-        columns = ["policy", "evaluate", "pass@1", "95 % interval", "pass@n", "n", "reward", "length"]
+        columns = ["policy", "evaluate", "pass", "pass@1", "95 % interval", "pass@n", "n", "reward", "length"]
         console.print(table(columns, map(_measured_cells, measured[first:]), title="policies, measured"))
+        _print_best(console, data)
         told = [(f"evaluate {row['state']}: {row['why']}", row["policy"]) for row in measured if row["why"]]
         _print_told(console, told, "policy", "policies")
+
+
+def _print_best(console: Any, data: dict[str, Any]) -> None:
+    """The best policy, and what ended the run."""
+    if best := data["best"]:
+        kept = "" if best["kept"] else "; its checkpoint was pruned"
+        text = f"best: policy {best['policy']}, {best['value']:.3f} {best['measure']}{kept}"
+        console.print(printable(text), soft_wrap=True)
+    if stop := data["stopped"]:
+        console.print(printable(f"{stop['why']} ({stop['at']})"), soft_wrap=True)
 
 
 def _cells(row: Row) -> list[Any]:
@@ -101,6 +135,7 @@ def _measured_cells(row: Row) -> list[Any]:
     return [
         str(row["policy"]),
         _state(row["state"], row["seconds"]),
+        f"{row['pass_reward']} >= {row['pass_threshold']:g}",
         number(shares.get("1")),
         interval(low.get("1"), high.get("1")),
         number(shares.get(most)),
@@ -127,6 +162,16 @@ def _print_told(console: Any, told: Iterable[tuple[str, int]], noun: str, nouns:
         console.print(printable(line), soft_wrap=True)
 
 
+def _band(mismatch: float | None) -> int:
+    """The place in MISMATCH_BANDS of a mean; 0 where it was not measured."""
+    return bisect_left([limit for limit, _ in MISMATCH_BANDS], mismatch or 0)
+
+
+def mismatch_says(mean: float) -> str:
+    """What a mean mismatch is."""
+    return MISMATCH_BANDS[_band(mean)][1]
+
+
 def _print_reasons(console: Any, rows: list[Row]) -> None:
     """Say why something is not done: causes, and how many outputs follow from them."""
     said = [
@@ -139,6 +184,15 @@ def _print_reasons(console: Any, rows: list[Row]) -> None:
     _print_told(console, causes, "iteration", "iterations")
     if following := len(said) - len(causes):
         console.print(f"{following} more are stale because they read what is stale")
+
+
+def _print_mismatch(console: Any, rows: list[Row]) -> None:
+    """Say in which iterations sampler and learner disagree, from where it matters on."""
+    much = [row["iteration"] for row in rows if _band(row["mismatch_mean"]) == 2]
+    if much:
+        (low, _), (high, says) = MISMATCH_BANDS[1:3]
+        where = iterations_text([much[0], much[-1]])
+        console.print(f"mismatch from {low:g} to {high:g} in {len(much)} of {where}: {says}", soft_wrap=True)
     apart = [str(row["iteration"]) for row in rows if (row["mismatch_mean"] or 0) > MISMATCH_WARNING]
     if apart:
         console.print(

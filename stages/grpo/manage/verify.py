@@ -26,7 +26,9 @@ from grpo.artifacts import (
     holder_of,
     kept_sources,
     open_run,
+    read_stop,
     staging_folders,
+    stopped_path,
 )
 from grpo.console import printable, stdout_console
 from grpo.errors import CorruptError
@@ -160,6 +162,7 @@ def _damaged_notes(run: ActiveRun) -> list[Damage]:
         (run.path / "run.json", "grpo run", partial(open_run, run.path)),
         (intent_path(run), "grpo run", partial(read_intent, run)),
         (note_path(run), "grpo run", partial(read_note, run)),
+        (stopped_path(run), "grpo run", partial(read_stop, run)),
     ]
     for digest, kept in kept_sources(run).items():
         notes.append((kept, "grpo run", partial(check_source, digest, kept)))
@@ -192,6 +195,7 @@ def _look_at(run: Run, place: Place, counts: Counter[str]) -> Manifest | None:
     dropped = _dropped(run, place)
     held = [file for file in manifest.files if file not in dropped]
     run.timings(*place)
+    run.period(*place)
     for file in held:
         _check_file(run, manifest, file, run.path_of(file, *place))
     sizes = {"bytes": sum(file.bytes for file in held), "rows": sum(file.rows or 0 for file in held)}

@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from grpo.artifacts import ActiveRun, Run
+from grpo.artifacts import ActiveRun, Run, is_hub_id
 from grpo.errors import InputError, UsageError
 
 STARTER = "tiny-arithmetic"
 TEACHER = "small-arithmetic"  # a larger one that knows the sums, for examples/distil.yaml
-_BUILT_IN = (STARTER, TEACHER)
+BUILT_IN = (STARTER, TEACHER)
 
 
 def resolve_model(run: ActiveRun, name: str) -> Path:
     """The local directory of a checkpoint; a starter model is trained when it is first asked for."""
     folder = model_path(run, name)
-    if name in _BUILT_IN:
+    if name in BUILT_IN:
         if name == run.config.model and (revision := run.config.model_options.revision) is not None:
             raise UsageError(f"model_options.revision: {revision}, but {name} is no hub id; leave it out")
         if not folder.exists():  # it appears complete; training it imports torch
@@ -39,7 +39,20 @@ def configured_model(run: ActiveRun, key: str, name: str) -> Path:
 
 def model_path(run: ActiveRun, name: str) -> Path:
     """As resolve_model(), without training anything."""
-    return starter_folder(run, name) if name in _BUILT_IN else run.checkpoint_path(name)
+    return starter_folder(run, name) if name in BUILT_IN else run.checkpoint_path(name)
+
+
+def local_model(run: ActiveRun, name: str) -> Path | None:
+    """The directory of a checkpoint, where it need not be; None where it would be trained or downloaded."""
+    if name in BUILT_IN:
+        return starter_folder(run, name) if starter_folder(run, name).exists() else None
+    if not is_hub_id(name, run.imports):
+        return run.checkpoint_path(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    revision = run.config.model_options.revision if name == run.config.model else None
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def starter_folder(run: Run, name: str = STARTER) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import ActiveRun, Manifest, Run, digest, prune
+from grpo.artifacts import ActiveRun, Manifest, Run, Stop, digest, note_stop, prune
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import flatten
 from grpo.console import iterations_text
@@ -22,13 +22,22 @@ from grpo.pipeline.stages import BY_NAME, EVALUATE, UPDATE, Stage, perform
 
 def run(
     opened: ActiveRun, until: int, report: Callable[[int], None], report_policy: Callable[[int], None]
-) -> int:
-    """`grpo run`: complete iterations and say where nothing was to be done; how many were worked on."""
+) -> tuple[int, Stop | None]:
+    """`grpo run`: complete iterations and say where nothing was to be done.
+
+    How many were worked on, and what ended the run before `until`, if anything did.
+    """
     _say_busy(opened)
-    worked, measured = runner.run_iterations(opened, until, report, report_policy)
-    if not worked and not measured:
+    worked, measured, ended = runner.run_iterations(opened, until, report, report_policy)
+    if ended is not None:
+        way = "another `stop.patience`, or `--set stop=null`, goes on"
+        best = f"`grpo export {opened.name} --best --out DIR` writes policy {ended.best.policy}"
+        opened.console.say(f"run {opened.name}: {ended}; {best}; {way}")
+    elif not worked and not measured:
         opened.console.say(f"run {opened.name}: {until} iterations are complete; nothing to do")
-    return worked
+    if ended is not None or worked:
+        note_stop(opened, ended)
+    return worked, ended
 
 
 def restart_from(opened: ActiveRun, first: int, yes: bool) -> None:
@@ -131,7 +140,8 @@ def _check_replace(opened: ActiveRun, stage: Stage, before: Manifest, force: boo
         return  # stale: it is done again without being asked twice
     if changes := states.differences_of(opened, stage, before):
         place = opened.folder(stage.output, iteration)
-        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it")
+        kept = ", `grpo status` shows what was measured" if stage is EVALUATE else ""
+        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it{kept}")
 
 
 def evaluate(opened: ActiveRun, policy: int | None, force: bool) -> int:
@@ -233,15 +243,26 @@ def _range(opened: Run) -> str:
     return iterations_text(have) if have else "no iteration yet"
 
 
-def dry_run(opened: ActiveRun) -> None:
-    """Print every resolved value, and on stderr what `grpo run` would do."""
-    values = flatten(opened.config.model_dump())
+def show_configuration(opened: ActiveRun) -> None:
+    """Print every value, with what a null stands for where that is another value."""
+    document = opened.config.model_dump()
+    if opened.config.evaluate is not None:
+        document["evaluate"] |= evaluation.settings(opened)
+    if document["update"]["reference"] is None and opened.config.update.kl_coefficient:
+        document["update"]["reference"] = opened.config.model
     if opened.console.quiet:
-        print(json.dumps(opened.config.model_dump(), indent=1))
-    else:
-        width = max(map(len, values))
-        for key, value in values.items():
-            print(f"{key:<{width}}  {json.dumps(value)}")
-    exists = (opened.path / "run.json").exists() and opened.manifest("policy", None) is not None
-    done = sum(1 for n in opened.iterations() if opened.manifest("update", n)) if exists else 0
+        print(json.dumps(document, indent=1))
+        return
+    values = flatten(document)
+    width = max(map(len, values))
+    for key, value in values.items():
+        print(f"{key:<{width}}  {json.dumps(value)}")
+
+
+def say_state(opened: ActiveRun, until: int) -> None:
+    """Say what a run would begin with; InputError (exit 4) where it would not go on with what is there."""
+    done = 0
+    if (opened.path / "run.json").exists():
+        runner.say_differences(opened, until)
+        done = sum(1 for number in opened.iterations() if opened.manifest("update", number))
     opened.console.say(f"{done} of {opened.config.iterations} iterations are complete")

@@ -16,7 +16,7 @@ import pyarrow.fs
 from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, FileRecord, Manifest, Run, files
 from grpo.artifacts.manifest import check_size, read_sealed
-from grpo.config.model import PASS_THRESHOLD
+from grpo.config.evaluate import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError
 
 # What an evaluation counted as a pass, and whether `eval_prompts` are still those it was made with.
@@ -25,8 +25,9 @@ SETTINGS = pa.schema(
 )
 _TEXTS = dict.fromkeys(("ids", "inputs", "config", "user_files", "summary", "versions"), "string")
 _PLACE = {"iteration": "int32", "stage": "string"}
+_PERIOD = {"started": "float64", "ended": "float64"}
 _FIXED = {
-    "timings": pa.schema({**_PLACE, "part": "string", "seconds": "float64"}),
+    "timings": pa.schema({**_PLACE, "part": "string", "seconds": "float64", **_PERIOD}),
     "manifests": pa.schema(
         {**_PLACE, "output": "string", "attempt": "int32", "fingerprint": "string", "rows": "int64", **_TEXTS}
     ),
@@ -130,8 +131,9 @@ class RunTables:
         if name == "manifests":
             return [{**dict(manifest), **_texts(manifest), "output": output} for output, manifest in every]
         return [
-            {**dict(manifest), "part": part, "seconds": seconds}
+            {**dict(manifest), **period, "part": part, "seconds": seconds}
             for output, manifest in every
+            for period in [run.period(output, manifest.iteration)]
             for part, seconds in run.timings(output, manifest.iteration).items()
         ]
 

@@ -94,7 +94,9 @@ def _commit(run: Run, iteration: int, rows: list[Row], updates: list[Row]) -> No
     steps = [{"epoch": 0, "step": 0, "skipped": False, "tokens": 1, **each} for each in updates]
     held = {"rollouts": rows, "rewards": rewards, "advantages": rows, "updates": steps, "logprobs": logprobs}
     for output, stage in STAGE_OUTPUTS.items():
-        staging = Staging(run, Plan(stage, 1, output, iteration, {}, {}), 0)
+        weights = {each["name"]: {"weight": 1.0} for each in rewards} if stage == "score" else None
+        made_with = {} if weights is None else {"score": {"rewards": weights}}
+        staging = Staging(run, Plan(stage, 1, output, iteration, made_with, {}), 0)
         records = []
         for table in ("updates", "logprobs") if output == "update" else (output,):
             schema = tables.schema(table)

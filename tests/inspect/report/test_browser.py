@@ -145,7 +145,7 @@ def test_the_map_names_whole_iterations_in_the_middle_of_their_cells(browser: An
 
 def test_the_head_names_the_reward_of_the_pass_rate(browser: Any) -> None:
     first = browser.find_element("css selector", ".tile").text
-    assert first == "50.2 %\npass rate: right, from 50.2 %"  # (249 * 4 + 8) / 2000
+    assert first == "50.2 %\npass rate of right, from 50.2 %"  # (249 * 4 + 8) / 2000
 
 
 def test_a_cell_of_the_map_leads_to_its_rollouts(browser: Any) -> None:
@@ -274,7 +274,11 @@ def test_runs_are_overlaid_and_can_be_hidden(browser: Any, tmp_path: Path) -> No
     first = "return document.querySelector('.plot').data.map(trace => [trace.name, trace.y[0]])"
     assert browser.execute_script(first) == [["one", 1], ["two", 0.5]]
     heads = [element.text for element in browser.find_elements("css selector", "#summary th")]
-    assert heads[4:6] == ["Pass rate: exact, last", "KL, last"]
+    assert heads[1] == "seed"  # the key that differs
+    assert heads[5:9] == ["Pass rate of right, last", "Held-out pass@1 of right, last", "best", "KL, last"]
+    cells = [element.text for element in browser.find_elements("css selector", "#summary td")]
+    assert (cells[1], cells[5]) == ("0", "100 %")
+    assert (cells[len(heads) + 1], cells[len(heads) + 5]) == ("1", "0 %")  # 0.5 is below the threshold of 1
     browser.execute_script("document.querySelector('#legend button').click()")
     assert browser.execute_script(first) == [["two", 0.5]]
     table = browser.find_element("css selector", "table.config").text

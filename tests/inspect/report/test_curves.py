@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from tests.conftest import Grpo
 
 from grpo import sql
@@ -10,6 +11,7 @@ from grpo.artifacts import ActiveRun
 from grpo.cli.options import reading
 from grpo.inspect import report
 from grpo.inspect.report import curves
+from grpo.inspect.report.picture import _panel
 
 Charts = dict[str, dict[str, Any]]
 
@@ -97,7 +99,8 @@ def test_the_last_evaluation_is_no_iteration_that_took_seconds(
 def test_the_curves_of_an_evaluation(hand: ActiveRun) -> None:
     """pass@1 and the largest k, each with its interval: here over a stand-in for the view `evals`."""
     view = """
-        select 'hand' as run, 4 as iteration, map([1, 2, 8]::bigint[], [0.25, 0.5, 0.75]) as pass_at,
+        select 'hand' as run, 4 as iteration, 'right' as pass_reward,
+            map([1, 2, 8]::bigint[], [0.25, 0.5, 0.75]) as pass_at,
             map([1, 2, 8]::bigint[], [0.125, 0.25, 0.5]) as pass_at_low,
             map([1, 2, 8]::bigint[], [0.375, 0.75, 1.0]) as pass_at_high,
             2.0 as reward, 1.5 as reward_low, 'inf'::double as reward_high, 3.5 as response_tokens
@@ -107,7 +110,9 @@ def test_the_curves_of_an_evaluation(hand: ActiveRun) -> None:
         connection.duckdb.execute(f"create temp view evals as {view}")
         return [chart for chart in curves.read(connection, ["hand"]) if chart["section"] == "evaluation"]
 
-    passed, reward, length = (chart["series"] for chart in sql.consult([hand], read))
+    found = sql.consult([hand], read)
+    assert found[0]["title"] == "Held-out pass@k: right"
+    passed, reward, length = (chart["series"] for chart in found)
     assert [each["name"] for each in passed] == ["pass@1", "pass@8"]
     assert [(each["y"], each["low"], each["high"]) for each in passed] == [
         ([0.25], [0.125], [0.375]),
@@ -115,3 +120,16 @@ def test_the_curves_of_an_evaluation(hand: ActiveRun) -> None:
     ]
     assert (reward[0]["x"], reward[0]["y"], reward[0]["low"], reward[0]["high"]) == ([4], [2], [1.5], [None])
     assert length[0]["y"] == [3.5]
+
+
+def test_what_a_dash_is_has_the_colour_of_no_run() -> None:
+    series = [{"run": run, "name": side, "x": [0], "y": [0.1], "low": None, "high": None}
+              for run, side in (("b", "low"), ("b", "high"))]  # fmt: skip
+    chart = {"title": "Clipped", "unit": "share", "stacked": False, "series": series}
+    axis = Figure().subplots()
+    _panel(axis, chart, {"a": "#ff0000", "b": "#00ff00"})  # the first of the runs has none
+    legend = axis.get_legend()
+    assert legend is not None
+    assert [line.get_label() for line in axis.lines] == ["low", "high"]
+    assert {line.get_color() for line in legend.get_lines()} == {"#555555"}
+    assert [text.get_text() for text in legend.get_texts()] == ["low", "high"]

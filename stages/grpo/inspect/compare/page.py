@@ -1,5 +1,6 @@
 """compare.page: a comparison as a person reads it; what a model wrote as text, never as markup."""
 
+import json
 from typing import Any
 
 from rich.console import Console
@@ -47,7 +48,8 @@ Row = dict[str, Any]
 
 def print_comparison(data: Row) -> None:
     """Print the document of compare.describe."""
-    (_print_rewards if data["compared"] == "rewards" else _print_runs)(stdout_console(), data)
+    of_runs = _print_many if "runs" in data else _print_runs
+    (_print_rewards if data["compared"] == "rewards" else of_runs)(stdout_console(), data)
 
 
 def _print_rewards(console: Console, data: Row) -> None:
@@ -143,10 +145,12 @@ def _print_runs(console: Console, data: Row) -> None:
     for text in data["configuration"] or ["nothing"]:
         console.print(f"  {printable(text)}", soft_wrap=True)
     if data["last"]:
-        _print_last(console, data["last"])
+        _print_last(console, data["last"], data["measured_otherwise"])
     else:
         same = "rollouts, rewards and advantages of these iterations are the same in both"
         console.print(f"\nno means: {same}")
+    for text in _otherwise(data["measured_otherwise"]):
+        console.print(printable(f"* {text}"), style="dim", soft_wrap=True)
     _print_overview(console, data["curves"])
     _print_iterations(console, data)
 
@@ -163,15 +167,71 @@ def _where_they_part(data: Row) -> str:
     return f"{same}; the first that differ: {stages}"
 
 
-def _print_last(console: Console, last: Row) -> None:
-    """Means of the last iterations with the interval of their difference; bold where 0 is outside."""
+def _print_many(console: Console, data: Row) -> None:
+    """A column a run: the keys that differ at the head, then the numbers."""
+    names, best = data["runs"], data["best"]
+    console.print(f"runs: {', '.join(map(printable, names))}", style="bold", soft_wrap=True)
+    names = _apart(names)
+    console.print("\nconfigured differently", style="bold")
+    keys = [[key, *map(_value, values)] for key, values in data["configuration"].items()]
+    console.print(table(("", *names), keys, left=("",)) if keys else "  nothing")
+    console.print(f"\nmeans of {iterations_text([data['first'], data['last']])}", style="bold")
+    rows = [[row["name"], *(_text(row["name"], value) for value in row["values"])] for row in data["numbers"]]
+    if any(best):
+        measures = dict.fromkeys(each["measure"] for each in best if each)
+        shown = (f"{each['value']:.3f} ({each['policy']})" if each else "" for each in best)
+        rows.append([f"best {', '.join(measures)} (policy)", *shown])
+    console.print(table(("", *names), rows, left=("",)))
+    spent = (
+        f"rollouts, tokens and seconds: up to iteration {data['last']}; eval_: of the policy measured last"
+    )
+    for text in (spent, *_otherwise(data["measured_otherwise"])):
+        console.print(printable(text), style="dim", soft_wrap=True)
+
+
+def _apart(names: list[str]) -> list[str]:
+    """Names without the words at their beginning and end that all share: those of a sweep are long."""
+    words = [name.split("-") for name in names]
+    shortest = min(map(len, words)) - 1  # a word at least stays
+    same = [len({tuple(each[:n]) for each in words}) == 1 for n in range(1, shortest + 1)]
+    first = same.index(False) if False in same else shortest
+    same = [len({tuple(each[-n:]) for each in words}) == 1 for n in range(1, shortest - first + 1)]
+    last = same.index(False) if False in same else shortest - first
+    return ["-".join(each[first : len(each) - last]) for each in words]
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _otherwise(found: dict[str, str]) -> list[str]:
+    """A line for what is not the same measure in all, for the numbers of which it is the same."""
+    names: dict[str, list[str]] = {}
+    for name, text in found.items():
+        names.setdefault(text, []).append(name)
+    return [f"not one measure: {', '.join(each)} ({text})" for text, each in names.items()]
+
+
+def _print_last(console: Console, last: Row, otherwise: dict[str, str]) -> None:
+    """Means of the last iterations with the interval of their difference; bold where 0 is outside.
+
+    otherwise: numbers that are not the same measure in both; of those no difference is bold.
+    """
     console.print(f"\nmeans of {iterations_text([last['first'], last['last']])}", style="bold")
     rows = []
     for row in last["numbers"]:
-        clear = row["low"] is not None and not row["low"] <= 0 <= row["high"]
+        is_one = row["name"] not in otherwise
+        clear = is_one and row["low"] is not None and not row["low"] <= 0 <= row["high"]
         of = str(row["groups_a"]) if row["paired"] else f"{row['groups_a']}, {row['groups_b']}"
         ends = interval(row["low"], row["high"], "+.3f")
-        cells = (row["name"], number(row["a"]), number(row["b"]), number(row["difference"], "+.3f"), ends, of)
+        cells = (
+            row["name"] + " *" * (not is_one),
+            number(row["a"]),
+            number(row["b"]),
+            number(row["difference"], "+.3f"),
+            ends,
+            of,
+        )
         rows.append([Text(printable(cell), "bold" if clear else "") for cell in cells])
     console.print(table(("", "A", "B", "B - A", "95 % interval", "groups"), rows, left=("",)))
     how = _HOW[tuple(sorted({row["paired"] for row in last["numbers"]}))]

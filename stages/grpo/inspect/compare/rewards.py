@@ -10,6 +10,7 @@ from grpo import sql
 from grpo.artifacts import ActiveRun, Run
 from grpo.artifacts.layout import parse_iterations
 from grpo.errors import InputError
+from grpo.inspect.compare import previous
 from grpo.inspect.show.choice import EVERY, check_sampled
 
 SUM = "reward"  # the weighted sum of the rewards, a column of `advantages`
@@ -27,6 +28,8 @@ def describe(run: ActiveRun, a: str, b: str, wanted: str, num_examples: int) -> 
     names = {"a": a, "b": b}
 
     def compared(connection: sql.Connection) -> dict[str, Any]:
+        if earlier := [name for name in (a, b) if name.endswith(previous.SUFFIX)]:
+            sql.register(connection, "_rewards_0", previous.with_previous(run, earlier, first, last))
         found = _query(connection, "paired", **names, first=first, last=last)
         both = found.drop_null()
         if not len(both):

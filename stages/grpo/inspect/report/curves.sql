@@ -74,8 +74,8 @@ every as (
         value,
     from stage_times
     union all by name
-    select 'eval_pass' as curve, run, iteration, 'pass@' || k as series,
-        k as place, pass_at[k] as value,
+    select 'eval_pass' as curve, pass_reward as reward, run, iteration,
+        'pass@' || k as series, k as place, pass_at[k] as value,
         pass_at_low[k] as low, pass_at_high[k] as high,
     from passes
     union all by name
@@ -105,10 +105,14 @@ final as (
     select
         curve,
         reward,
-        if(is_binary, 'Pass rate: ', 'Reward: ') || reward as title,
-        if(is_binary, 'share', null) as unit,
+        case
+            when curve = 'eval_pass' then 'Held-out pass@k: '
+            when is_binary then 'Pass rate: '
+            else 'Reward: '
+        end || reward as title,
+        if(curve = 'rewards' and is_binary, 'share', null) as unit,
         if(
-            is_binary,
+            curve = 'rewards' and is_binary,
             'Share of rollouts to which this reward gave 1, the others 0.',
             null
         ) as meaning,
@@ -122,5 +126,5 @@ final as (
     group by all
 )
 
-select * exclude (reward, run_place) from final
+select * exclude (run_place) from final
 order by curve, run_place, reward

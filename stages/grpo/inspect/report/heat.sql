@@ -1,7 +1,7 @@
 -- Grain: one row for run $run, none where it has no value of a reward: the mean
 -- of its main reward by prompt and iteration, in lists. The main reward is the
--- one named $first where it has been given, as the first of the configuration
--- is what a run is after; the others help or are compared. prompts: how each
+-- one named $first where it has been given, as the one that says whether a
+-- response passes is what a run is after. prompts: how each
 -- begins, for who points at it; columns.prompt: a place among them.
 with given as (
     select * from rewards

@@ -15,6 +15,7 @@ def summary(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
     created = open_run(run.path)
     return {
         "run": run.name,
+        "pass_reward": run.config.passing[0],
         **counts,
         "config": {key: json.dumps(value) for key, value in flatten(created.get("config", {})).items()},
         "changes": [
@@ -28,6 +29,6 @@ def summary(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
 
 def heat(connection: sql.Connection, run: ActiveRun) -> dict[str, Any]:
     """One cell for each prompt (its place in `prompts`) and iteration: its mean reward and its rollouts."""
-    first = next((reward.name for reward in run.config.score.rewards), "")
+    first = run.config.passing[0] or ""
     found = sql.rows(connection, "inspect/report/heat", run=run.name, first=first)
     return found[0] if found else {"prompts": [], "absent": "no reward was given in this run yet"}

@@ -8,11 +8,12 @@ from grpo.inspect.report.curves import SHARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 COLORS = ("#2f6fde", "#d9622b", "#12937a", "#9a4fd0", "#c2347f", "#8a7a12", "#4b6378", "#c03a3a")
 """A colour a run, the same as in report.css; apart for most who see colours differently."""
 STAGES = ("#2f6fde", "#12937a", "#e3b04b", "#9d7bd8", "#8a97a8")
-_DASHES = ("-", (0, (1, 1.2)), (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)))
+_DASHES: tuple[Any, ...] = ("-", (0, (1, 1.2)), (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)))
 _PANEL = (3.1, 2.1)  # inches
 _DPI = 130
 
@@ -60,7 +61,8 @@ def _panel(axis: "Axes", chart: dict[str, Any], colors: dict[str, str]) -> None:
     else:
         _lines(axis, chart["series"], names, colors)
     if len(names) > 1:
-        axis.legend(fontsize=7, frameon=False, ncols=2, loc="best", handlelength=1.6)
+        handles = None if len(colors) == 1 else _dashes(names)
+        axis.legend(handles=handles, fontsize=7, frameon=False, ncols=2, loc="best", handlelength=1.6)
     values = [value for series in chart["series"] for value in series["y"] if value is not None]
     if min(values, default=0.0) >= 0:
         axis.set_ylim(bottom=0)
@@ -73,7 +75,7 @@ def _panel(axis: "Axes", chart: dict[str, Any], colors: dict[str, str]) -> None:
 
 
 def _lines(axis: "Axes", every: list[dict[str, Any]], names: list[str], colors: dict[str, str]) -> None:
-    """A line a series; each dash is explained once, by the first run."""
+    """A line a series."""
     for series in every:
         color = colors[series["run"]]
         axis.plot(
@@ -82,7 +84,7 @@ def _lines(axis: "Axes", every: list[dict[str, Any]], names: list[str], colors: 
             color=color,
             lw=1.6,
             linestyle=_DASHES[names.index(series["name"]) % len(_DASHES)],
-            label=series["name"] if series["run"] == next(iter(colors)) else None,
+            label=series["name"],
             marker="o" if len(series["x"]) == 1 else None,
             markersize=3,
         )
@@ -90,6 +92,16 @@ def _lines(axis: "Axes", every: list[dict[str, Any]], names: list[str], colors: 
             axis.fill_between(
                 series["x"], series["low"], series["high"], color=color, alpha=0.15, linewidth=0
             )
+
+
+def _dashes(names: list[str]) -> list["Line2D"]:
+    """What each dash is, in no run's colour."""
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D([], [], color="#555555", lw=1.6, linestyle=_DASHES[index % len(_DASHES)], label=name)
+        for index, name in enumerate(names)
+    ]
 
 
 def _stack(every: list[dict[str, Any]]) -> tuple[list[int], list[list[float]]]:

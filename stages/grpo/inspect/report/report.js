@@ -1,5 +1,7 @@
 // report: the head of the page, its configuration, and the order in which everything is drawn.
 
+const KEYS_IN_HEAD = 6; // that differ between the runs; Configuration has all
+
 async function main() {
   try {
     await draw();
@@ -72,26 +74,34 @@ function head(page) {
 
 // The numbers of a run that one asks for first: from curves and counts, with how they began.
 function facts(page, run) {
-  const ends = (title) => {
-    const chart = page.charts.find((each) => each.title === title);
-    const found = chart?.series.find((each) => each.run === run.run);
-    return found ? { first: found.y[0], last: found.y.at(-1) } : null;
+  const ends = (isIt) => {
+    const found = page.charts.filter(isIt).flatMap((chart) => chart.series).find((each) => each.run === run.run);
+    return found ? { first: found.y[0], last: found.y.at(-1), best: Math.max(...found.y.filter((value) => value !== null)) } : null;
   };
-  return { reward: ends("Reward"), passed: ends(passRate(page)), kl: ends("KL to the reference"), length: ends("Response length"), truncated: ends("Truncated"), held: ends("Held-out pass@k") };
+  const titled = (title) => ends((chart) => chart.title === title);
+  return {
+    reward: titled("Reward"), passed: run.last_passed === null ? null : { first: run.first_passed, last: run.last_passed }, kl: titled("KL to the reference"),
+    length: titled("Response length"), truncated: titled("Truncated"), held: titled(`Held-out pass@k: ${run.pass_reward}`),
+  };
 }
 
-// The title of the first curve that is a pass rate; it says of which reward.
-function passRate(page) {
-  return page.charts.find((chart) => chart.title.startsWith("Pass rate: "))?.title ?? "Pass rate";
+// `pass@1 of correct`, or `pass@1` where the runs count by different rewards.
+function ofPassing(text, runs) {
+  return runs.every((run) => run.pass_reward === runs[0].pass_reward) ? `${text} of ${runs[0].pass_reward}` : text;
+}
+
+function differingKeys(runs) {
+  const keys = [...new Set(runs.flatMap((run) => Object.keys(run.config)))].filter((key) => key !== "run");
+  return keys.filter((key) => new Set(runs.map((run) => run.config[key])).size > 1);
 }
 
 function tiles(page) {
   const [run] = page.runs;
   const { reward, passed, kl, length, truncated, held } = facts(page, run);
   const list = [
-    passed && [number(passed.last, "share"), `${passRate(page).replace("Pass", "pass")}, from ${number(passed.first, "share")}`],
+    passed && [number(passed.last, "share"), `${ofPassing("pass rate", page.runs)}, from ${number(passed.first, "share")}`],
     reward && [number(reward.last), `reward, from ${number(reward.first)}`],
-    held && [number(held.last, "share"), `held-out pass@1, from ${number(held.first, "share")}`],
+    held && [number(held.last, "share"), `held-out ${ofPassing("pass@1", page.runs)}, from ${number(held.first, "share")}`],
     kl && [number(kl.last), "KL to the reference, nats"],
     length && [number(length.last), `response tokens, from ${number(length.first)}`],
     truncated && [number(truncated.last, "share"), "cut off"],
@@ -103,14 +113,17 @@ function tiles(page) {
 }
 
 function overview(page) {
-  const names = ["Run", "Iterations", "Rollouts", "Reward, first → last", `${passRate(page)}, last`, "KL, last", "Tokens, last", "Time"];
+  const differing = differingKeys(page.runs).slice(0, KEYS_IN_HEAD);
+  const measured = [`${ofPassing("Pass rate", page.runs)}, last`, `Held-out ${ofPassing("pass@1", page.runs)}, last`, "best"];
+  const names = ["Run", ...differing, "Iterations", "Rollouts", "Reward, first → last", ...measured, "KL, last", "Tokens, last", "Time"];
   const rows = page.runs.map((run, index) => {
-    const { reward, passed, kl, length } = facts(page, run);
+    const { reward, passed, kl, length, held } = facts(page, run);
     const cells = [
+      ...differing.map((key) => run.config[key] ?? "–"),
       number(run.iterations), number(run.rollouts), reward ? `${number(reward.first)} → ${number(reward.last)}` : "–",
-      passed ? number(passed.last, "share") : "–", number(kl?.last), number(length?.last), run.seconds === null ? "–" : duration(run.seconds),
+      passed ? number(passed.last, "share") : "–", held ? number(held.last, "share") : "–", held ? number(held.best, "share") : "–", number(kl?.last), number(length?.last), run.seconds === null ? "–" : duration(run.seconds),
     ];
-    return make("tr", "", make("td", "", dot(index), run.run), ...cells.map((text) => make("td", "number", text)));
+    return make("tr", "", make("td", "", dot(index), run.run), ...cells.map((text) => make("td", "number", ...visible(String(text)))));
   });
   const heads = names.map((name, index) => make("th", index ? "number" : "", name));
   return make("div", "scroll", make("table", "", make("tr", "", ...heads), ...rows));
@@ -139,7 +152,7 @@ function legend(page, hidden, changed) {
 
 function configuration(runs) {
   const keys = [...new Set(runs.flatMap((run) => Object.keys(run.config)))].filter((key) => key !== "run");
-  const differing = keys.filter((key) => new Set(runs.map((run) => run.config[key])).size > 1);
+  const differing = differingKeys(runs);
   const many = runs.length > 1;
   $("configuration-caption").textContent = many
     ? differing.length ? "what differs between the runs as they were created" : "the runs were created with the same configuration"

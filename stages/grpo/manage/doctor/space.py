@@ -117,9 +117,10 @@ def check_disk(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
     config = run.config.checkpoints
     if config.keep_last is not None:
         # One more than is kept: the oldest goes when the newest is committed.
-        others = left // config.keep_every if config.keep_every else 0
-        others += others + 1 if run.config.update.reference_every else 0  # the reference of each
-        stay = min(left, config.keep_last + 1 + others)
+        best = run.config.evaluate is not None and config.keep_best
+        nth = left // config.keep_every if config.keep_every else 0
+        references = nth + 1 if run.config.update.reference_every else 0  # of the newest, and of every nth
+        stay = min(left, config.keep_last + 1 + best + nth + references)
     # The moments of an adapter are left out: they are a small part of the weights.
     moments = 0 if run.config.update.lora else MOMENTS[run.config.update.optimizer]
     each = (FLOAT32 + moments) * policy.parameters

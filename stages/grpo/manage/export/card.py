@@ -117,8 +117,12 @@ def _held_out(run: Run, policy: int) -> list[str]:
         for k, value in (found["pass_at"] or {}).items()
     ]
     told += [] if found["reward"] is None else [f"reward {found['reward']:.4g}"]
-    text = "held-out prompts, with 95 % intervals"
-    return [f"On {found['prompts']} {text}: {', '.join(told)}."] if told else []
+    if manifest is None or not told:
+        return []
+    made = manifest.config["evaluate"]
+    passing = f"{_code(made['pass_reward'])} is at least {made['pass_threshold']:g}"
+    text = f"held-out prompts, with 95 % intervals: {', '.join(told)}. A response passes where {passing}."
+    return [f"On {found['prompts']} {text}"]
 
 
 def _changes(run: Run, policy: int) -> list[str]:

@@ -166,6 +166,8 @@ final as (
         totals.prompts,
         totals.samples,
         totals.unscored,
+        _eval_settings.pass_reward,
+        _eval_settings.pass_threshold,
         passes.pass_at,
         passes.pass_at_low,
         passes.pass_at_high,
@@ -176,6 +178,7 @@ final as (
         totals.response_tokens,
         totals.truncated,
     from totals
+    left join _eval_settings using (run, iteration)
     left join passes using (run, iteration)
     left join by_reward using (run, iteration)
 )
