@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from grpo.config import Config, moving
-from grpo.config.update import OBJECTIVES
+from grpo.config.objectives import OBJECTIVES
 from grpo.sql import own_text
 from grpo.tables import RENDERED, TABLES, WITH_OWN_COLUMNS
 

@@ -651,12 +651,15 @@ def commit_update(run: Run, iteration: int) -> None:
     staging.commit(Product(ids, [policy, check, optimizer], {}))
 
 
-def keeping(run: ActiveRun, keep_last: int | None, keep_every: int | None) -> ActiveRun:
-    """The run with another `checkpoints`."""
-    checkpoints = {"keep_last": keep_last, "keep_every": keep_every}
-    return ActiveRun(
-        run.root, Config.model_validate({**CONFIG, "checkpoints": checkpoints}), run.imports, run.console
-    )
+def keeping(
+    run: ActiveRun, keep_last: int | None, keep_every: int | None, reference_every: int | None = None
+) -> ActiveRun:
+    """The run with another `checkpoints`, and a reference that moves."""
+    changes = {
+        "checkpoints": {"keep_last": keep_last, "keep_every": keep_every},
+        "update": {"reference_every": reference_every},
+    }
+    return ActiveRun(run.root, Config.model_validate({**CONFIG, **changes}), run.imports, run.console)
 
 
 def test_the_newest_checkpoints_and_every_nth_are_kept_and_all_ids_stay(run: ActiveRun) -> None:
@@ -692,20 +695,33 @@ def test_a_checkpoint_left_by_a_crash_while_pruning_goes_at_the_next(run: Active
     assert [n for n in run.iterations() if run.has_checkpoint(n)] == [1, 2]
 
 
-@pytest.mark.parametrize("keep_every", [1, 3, None])
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "reference_every"),
+    [
+        (2, 1, None),
+        (2, 3, None),
+        (2, None, None),
+        (2, None, 1),
+        (2, None, 4),
+        (3, None, 5),
+        (2, 7, 4),
+        (3, 5, 3),
+        (2, 3, 20),
+    ],
+)
 def test_what_is_pruned_behind_an_update_is_what_a_look_at_all_of_them_would_prune(
-    run: ActiveRun, keep_every: int | None
+    run: ActiveRun, keep_last: int, keep_every: int | None, reference_every: int | None
 ) -> None:
-    run = keeping(run, keep_last=2, keep_every=keep_every)
-    for iteration in range(9):
+    run = keeping(run, keep_last, keep_every, reference_every)
+    for iteration in range(16):
         commit_update(run, iteration)
         prune_behind(run, iteration)
+        # Policies of a multiple stay, the newest, and the reference of each of them.
+        newest = iteration + 1
+        kept = {n for n in range(1, newest + 1) if n > newest - keep_last or n % (keep_every or 99) == 0}
+        kept |= {n - n % reference_every for n in kept} - {0} if reference_every else set()
+        assert {n for n in run.policies() if n > 0} == kept
         assert droppable(run) == {}
-        # Update n writes policy n + 1: those of a multiple stay, and the newest two.
-        kept = [
-            n for n in range(iteration + 1) if n > iteration - 2 or (keep_every and (n + 1) % keep_every == 0)
-        ]
-        assert [n for n in run.iterations() if run.has_checkpoint(n)] == kept
 
 
 def test_an_old_update_that_was_made_again_is_pruned_at_once(run: ActiveRun) -> None:

@@ -17,8 +17,8 @@ from grpo.config import (
     load,
     overridden_keys,
 )
+from grpo.config.objectives import OBJECTIVES
 from grpo.config.section import ADDED, Section
-from grpo.config.update import OBJECTIVES
 from grpo.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from grpo.config import moving, wording
 from grpo.config.model import Config
 from grpo.config.named_files import read_text
+from grpo.config.objectives import OBJECTIVES
 from grpo.config.score import secret_of
-from grpo.config.update import OBJECTIVES
 from grpo.config.yaml import YamlError, parse
 from grpo.errors import UsageError
 

@@ -6,6 +6,7 @@ from grpo.manage.doctor.inputs import (
     check_held_out,
     check_lora,
     check_model,
+    check_optimizer,
     check_prompts,
     check_surrogate,
 )
@@ -51,6 +52,7 @@ def _look(run: ActiveRun, report: Report, with_model: bool, room: bool = True) -
     check_signal(run, report)
     reference = policy = check_model(run, report, "model", config.model, with_model)
     check_lora(run, report, policy)
+    check_optimizer(run, report)
     check_surrogate(run, report)
     if config.update.reference is not None and config.update.kl_coefficient:
         reference = check_model(run, report, "reference", config.update.reference, with_model)

@@ -31,7 +31,8 @@ from grpo.prompts.table import (
     source_is_gone,
     usable,
 )
-from grpo.update.adapter import check_targets, require_peft
+from grpo.update.adapter import check_modules, require_peft
+from grpo.update.optimizer import require_optimizer
 from grpo.update.own_surrogate import surrogate_of
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
@@ -88,7 +89,15 @@ def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
     with report.check("lora targets", found, "linear layers that take an adapter"):
         require_peft()
         if policy.folder is not None:
-            check_targets(policy.folder, lora.targets)
+            check_modules(policy.folder, lora)
+
+
+def check_optimizer(run: ActiveRun, report: Report) -> None:
+    """Whether the library of update.optimizer can be imported, where that is not torch."""
+    optimizer = run.config.update.optimizer
+    if optimizer != "adamw":
+        with report.check("optimizer", optimizer, "bitsandbytes can be imported"):
+            require_optimizer(run.config.update)
 
 
 def check_surrogate(run: ActiveRun, report: Report) -> None:
