@@ -157,7 +157,7 @@ JUDGES = [
     judge(
         "rubric: '{response} {anwser}'", "rubric: {anwser} is not a column; did you mean {answer}?", STARTED
     ),
-    judge("api_key_env: NO_SUCH_KEY", "api_key_env: NO_SUCH_KEY is not set in the environment", STARTED),
+    judge("api_key_env: NO_SUCH_KEY", "api_key_env: NO_SUCH_KEY is not set in the environment"),
 ]
 
 
