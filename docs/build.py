@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from grpo.config import Config, moving
-from grpo.config.update import OBJECTIVES
+from grpo.config.objectives import OBJECTIVES
 from grpo.sql import own_text
 from grpo.tables import RENDERED, TABLES, WITH_OWN_COLUMNS
 
@@ -68,7 +68,8 @@ def tables() -> str:
         "- `scored`, in `advantage.sql` alone: one row per rollout of the iteration: the key, `reward` (the weighted sum of its",
         "  rewards; null where one failed or none applies), `scored` (whether it counts in its group), `empty` (no response",
         "  token) and `truncated` (cut off at max_new_tokens).",
-        "- `timings`: seconds by `iteration`, `stage` and `part`.",
+        "- `timings`: `seconds` by `iteration`, `stage` and `part`; of the whole output `started` (its first attempt) and",
+        "  `ended` (its commit), in Unix seconds ([what it costs](scaling.md#what-it-costs)).",
         "- `manifests`: one row per committed output, with what it read and the configuration it was made with.",
         "",
         "[Querying](querying.md) has the formats of `grpo sql`, and how to open the files in DuckDB, pandas, polars or pyarrow.",

@@ -75,6 +75,7 @@ NAMES = {
         "over_cap_fraction",
         "off_policy_fraction",
         "low_entropy_fraction",
+        "entropy_coefficient",
     ],
     "logprobs": [
         *KEY,
@@ -106,7 +107,7 @@ TYPES = {
     "judgements": [*3 * ["int32"], *6 * ["string"], *3 * ["int32"]],
     "teacher_logprobs": [*3 * ["int32"], "string", "", "double"],
     "advantages": [*3 * ["int32"], *3 * ["double"], "int32", "double", "bool", "string"],
-    "updates": [*3 * ["int32"], *10 * ["double"], "int32", "int64", "bool", *7 * ["double"]],
+    "updates": [*3 * ["int32"], *10 * ["double"], "int32", "int64", "bool", *8 * ["double"]],
     "logprobs": [*5 * ["int32"], "", "", "double"],
     "prompts": ["int64", "string", "", "string"],
 }
@@ -205,7 +206,7 @@ def test_a_file_is_one_row_group_of_zstd_with_dictionaries_for_scalars_only(tmp_
 def test_a_column_that_no_key_fills_may_be_missing_and_reads_as_null(missing: list[str] | None) -> None:
     optional = tables.OPTIONAL["updates"]
     without = optional if missing is None else missing
-    row = {"iteration": 1, "loss": 0.5, "off_policy_fraction": 0.25, "low_entropy_fraction": 0.75}
+    row = {"iteration": 1, "loss": 0.5, **dict.fromkeys(optional, 0.25)}
     data = pa.Table.from_pylist([row], schema=tables.schema("updates", without=without))
     files = [(FILE, tables.encode(data))]
     found = tables.decode("updates", files)

@@ -144,6 +144,11 @@ UPDATES: Columns = {
         pa.float64(),
         "share of the tokens read that top_entropy left out; null without it",
     ),
+    "entropy_coefficient": (
+        pa.float64(),
+        "weight of the entropy under entropy_target: applied where the entropy of the step before was at most"
+        " that, else 0 is; null without it",
+    ),
 }
 
 LOGPROBS: Columns = {
@@ -192,7 +197,9 @@ TABLES: dict[str, Columns] = {
     "eval_judgements": {**JUDGEMENTS, **_MEASURED},
 }
 # Columns that a file lacks where the key that fills them is not set; whoever reads sees null.
-OPTIONAL: dict[str, tuple[str, ...]] = {"updates": ("off_policy_fraction", "low_entropy_fraction")}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "updates": ("off_policy_fraction", "low_entropy_fraction", "entropy_coefficient")
+}
 WITH_OWN_COLUMNS = ("prompts", "eval_prompts")  # the user's data set may have more
 RENDERED = "rendered_prompt"
 """Further column of those two where a prompt is messages: what the chat template made of them."""

@@ -1,8 +1,10 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -649,12 +651,15 @@ def commit_update(run: Run, iteration: int) -> None:
     staging.commit(Product(ids, [policy, check, optimizer], {}))
 
 
-def keeping(run: ActiveRun, keep_last: int | None, keep_every: int | None) -> ActiveRun:
-    """The run with another `checkpoints`."""
-    checkpoints = {"keep_last": keep_last, "keep_every": keep_every}
-    return ActiveRun(
-        run.root, Config.model_validate({**CONFIG, "checkpoints": checkpoints}), run.imports, run.console
-    )
+def keeping(
+    run: ActiveRun, keep_last: int | None, keep_every: int | None, reference_every: int | None = None
+) -> ActiveRun:
+    """The run with another `checkpoints`, and a reference that moves."""
+    changes = {
+        "checkpoints": {"keep_last": keep_last, "keep_every": keep_every},
+        "update": {"reference_every": reference_every},
+    }
+    return ActiveRun(run.root, Config.model_validate({**CONFIG, **changes}), run.imports, run.console)
 
 
 def test_the_newest_checkpoints_and_every_nth_are_kept_and_all_ids_stay(run: ActiveRun) -> None:
@@ -690,20 +695,33 @@ def test_a_checkpoint_left_by_a_crash_while_pruning_goes_at_the_next(run: Active
     assert [n for n in run.iterations() if run.has_checkpoint(n)] == [1, 2]
 
 
-@pytest.mark.parametrize("keep_every", [1, 3, None])
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "reference_every"),
+    [
+        (2, 1, None),
+        (2, 3, None),
+        (2, None, None),
+        (2, None, 1),
+        (2, None, 4),
+        (3, None, 5),
+        (2, 7, 4),
+        (3, 5, 3),
+        (2, 3, 20),
+    ],
+)
 def test_what_is_pruned_behind_an_update_is_what_a_look_at_all_of_them_would_prune(
-    run: ActiveRun, keep_every: int | None
+    run: ActiveRun, keep_last: int, keep_every: int | None, reference_every: int | None
 ) -> None:
-    run = keeping(run, keep_last=2, keep_every=keep_every)
-    for iteration in range(9):
+    run = keeping(run, keep_last, keep_every, reference_every)
+    for iteration in range(16):
         commit_update(run, iteration)
         prune_behind(run, iteration)
+        # Policies of a multiple stay, the newest, and the reference of each of them.
+        newest = iteration + 1
+        kept = {n for n in range(1, newest + 1) if n > newest - keep_last or n % (keep_every or 99) == 0}
+        kept |= {n - n % reference_every for n in kept} - {0} if reference_every else set()
+        assert {n for n in run.policies() if n > 0} == kept
         assert droppable(run) == {}
-        # Update n writes policy n + 1: those of a multiple stay, and the newest two.
-        kept = [
-            n for n in range(iteration + 1) if n > iteration - 2 or (keep_every and (n + 1) % keep_every == 0)
-        ]
-        assert [n for n in run.iterations() if run.has_checkpoint(n)] == kept
 
 
 def test_an_old_update_that_was_made_again_is_pruned_at_once(run: ActiveRun) -> None:
@@ -760,11 +778,31 @@ def test_what_is_discarded_never_hides_what_was_discarded_before(run: Run) -> No
 
 
 def test_staging_writes_nothing_of_time_into_ids(run: Run) -> None:
-    staging = stage_two_shards(run)
+    before = time.time()
+    with stage_two_shards(run).clock("killed"):
+        pass
+    pause = time.time()
+    staging = stage_two_shards(run)  # the same attempt, gone on with
     with staging.clock("part"):
         pass
     held = records(staging)
     staging.commit(Product({"reward/a": id_of(held)}, held, {}))
     folder = run.folder("rewards", 0)
     assert list(json.loads((folder / "timings.json").read_bytes())["seconds"]) == ["part"]
+    period = run.period("rewards", 0)
+    started, ended = period["started"] or 0, period["ended"] or 0
+    assert before <= started <= pause <= ended <= time.time()
     assert "seconds" not in (folder / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("value", ['"x"', "-1", "1e12", "[1]", "NaN"])
+def test_a_time_that_is_none(run: Run, value: str) -> None:
+    staging = stage_two_shards(run)
+    held = records(staging)
+    staging.commit(Product({"reward/a": id_of(held)}, held, {}))
+    path = run.folder("rewards", 0) / "timings.json"
+    path.write_text(f'{{"seconds": {{}}, "started": {value}}}')
+    with pytest.raises(CorruptError, match=re.escape(f"{path}: ")):
+        run.period("rewards", 0)
+    path.write_text('{"seconds": {}}')  # of an older version
+    assert run.period("rewards", 0) == {"started": None, "ended": None}

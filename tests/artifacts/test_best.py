@@ -131,7 +131,7 @@ def test_what_was_measured_otherwise_does_not_count(measured_project: Path, grpo
         (("stop.metric=pass@4",), "stop.metric: pass@4 is not measured; there are pass@1, pass@2, pass@3"),
         (("stop.metric=rewards.right",), "there are pass@1, pass@2, pass@3, reward, rewards.code"),
         (("stop.metric=kl",), "kl is not measured"),
-        (("stop.patience=0",), "stop.patience: input should be greater than or equal to 1"),
+        (("stop.patience=0",), "stop.patience: expected at least 1"),
         (("stop.min_delta=-1",), "stop.min_delta"),
         (("stop.patience=1", "evaluate=null"), "stop: goes by evaluations, and `evaluate` is not configured"),
     ],

@@ -240,6 +240,45 @@ def test_verify_says_so_and_sets_the_link_aside(finished: Path, grpo: Grpo, name
     assert content(folder) == before
 
 
+@pytest.mark.parametrize("target", ["nothing/here", "itself"])
+@pytest.mark.parametrize(
+    "name", [".trash", ".staging", "iteration=000002", "iteration=000002/rollouts", "sources"]
+)
+def test_a_link_that_leads_nowhere_is_refused_too(finished: Path, grpo: Grpo, name: str, target: str) -> None:
+    path = RUN / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        shutil.rmtree(path)
+    path.symlink_to(path.name if target == "itself" else Path(target).absolute())
+    for command in (["gc"], ["run", "--set", "iterations=3"]):
+        code, _, err = grpo(*command)
+        assert (code, len(err.splitlines())) == (6, 1), err
+        assert f"{path}: is a link to another folder" in err
+    code, out, _ = grpo("verify", "--discard")
+    assert (code, f"{path}: is a link to" in out) == (6, True)
+    assert not os.path.lexists(path)
+
+
+def test_links_in_a_circle_are_one_line(project: Path, grpo: Grpo) -> None:
+    assert grpo("run", "--until", "1")[0] == 0
+    for name in ("circle", "circle.parquet", "circle.html"):
+        Path(name).symlink_to(name)
+    outs = (
+        ["sql", "select 1", "--out", "circle/x.parquet"],
+        ["report", "--out", "circle/x.html"],
+        ["export", "--out", "circle"],
+        ["export", "--out", "circle/x"],
+        ["status", "./circle"],
+        ["init", "circle/x"],
+    )
+    for command in outs:
+        code, _, err = grpo(*command)
+        assert (code in (2, 7), len(err.splitlines())) == (True, 1), (command, err)
+    assert grpo("sql", "select 1", "--out", "circle.parquet")[0] == 0  # the link goes, as any other
+    Path("model/circle.json").symlink_to("circle.json")
+    assert grpo("run", "--set", "run=other", "--until", "1")[0] == 0
+
+
 def test_links_in_the_trash_go_and_not_what_they_lead_to(finished: Path, grpo: Grpo) -> None:
     folder, trash = victim(), RUN / ".trash"
     (trash / "x/y").mkdir(parents=True)

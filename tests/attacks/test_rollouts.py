@@ -137,3 +137,19 @@ def test_a_prompt_that_is_not_there(finished: Path, grpo: Grpo) -> None:
     reseal("rollouts", "rollouts", put("prompt_id", 10**6))
     code, _, err = grpo("score", "--iteration", "1", "--force")
     assert (code, "prompt_id 1000000 is no row of prompts" in err) == (6, True)
+
+
+@pytest.mark.parametrize(("output", "table"), [("rollouts", "rollouts"), ("evaluation", "eval_rollouts")])
+@pytest.mark.parametrize("column", ["prompt_token_ids", "response_token_ids"])
+@pytest.mark.parametrize("token", [-1, 258, 10**6, 2**31 - 1])
+def test_verify_names_a_token_that_no_policy_has(
+    measured: Path, grpo: Grpo, output: str, table: str, column: str, token: int
+) -> None:
+    path = ITERATION / output / MANIFEST
+    ids = json.loads(path.read_text())["ids"]
+    reseal(output, table, put(column, changed(0, token)))
+    document = json.loads(path.read_text())
+    del document["sha256"]
+    path.write_bytes(seal(document | {"ids": ids}))  # so that nothing is stale
+    code, out, _ = grpo("verify")
+    assert (code, f"broken   {table}: a token outside the vocabulary: 1 rows" in out) == (6, True), out

@@ -179,9 +179,15 @@ def test_a_run_that_is_not_there_yet(project: Path, grpo: Grpo) -> None:
 
 def test_a_malformed_run_json_is_a_corrupt_artifact(finished: Path, grpo: Grpo) -> None:
     (ARTIFACTS / "run.json").write_bytes(b'{"config": ')
-    message = "error: artifacts/tiny/run.json: is not JSON: Expecting value: line 1 column 12 (char 11)\n"
+    message = (
+        "error: artifacts/tiny/run.json: is not JSON: Expecting value: line 1 column 12 (char 11); with its"
+        " pipeline.yaml, `grpo verify -c FILE --set run=tiny --discard` sets it aside\n"
+    )
     for arguments in (["run"], ["status"], ["score", "--iteration", "0"]):
         assert grpo(*arguments) == (6, "", message)
+    assert grpo("verify", "-c", "pipeline.yaml", "--set", "run=tiny", "--discard")[0] == 6
+    assert grpo("run")[0] == 0
+    assert grpo("verify")[0] == 0
 
 
 # What commands print
@@ -194,6 +200,7 @@ def test_dry_run_prints_every_key_and_makes_nothing(project: Path, grpo: Grpo) -
     assert (code, err) == (0, "0 of 2 iterations are complete\n")
     printed = dict(line.split(maxsplit=1) for line in out.splitlines())
     values = flatten(load(Path("pipeline.yaml"), ["update.clip_low=null"]).model_dump())
+    values["update.reference"] = "./model"  # what null stands for
     assert printed == {key: json.dumps(value) for key, value in values.items()}
     assert len(printed) >= 45
     assert (printed["update.clip_low"], printed["update.ratio"]) == ("null", '"token"')

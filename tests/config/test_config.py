@@ -17,8 +17,8 @@ from grpo.config import (
     load,
     overridden_keys,
 )
+from grpo.config.objectives import OBJECTIVES
 from grpo.config.section import ADDED, Section
-from grpo.config.update import OBJECTIVES
 from grpo.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -121,42 +121,42 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("generate.resample=null", "unknown key; did you mean dynamic_sampling?"),  # its former name
         ("checkpoints.zzz=1", "unknown key; known keys: keep_last, keep_every, keep_best"),
         ("update=null", "expected a section with keys, found null"),
-        ("score.rewards={a: 1}", "input should be a valid list"),
-        ("generate.samples_per_prompt=true", "input should be a valid integer, found true"),
-        ("generate.samples_per_prompt=8.5", "input should be a valid integer, found 8.5"),
-        ("generate.samples_per_prompt='8'", 'input should be a valid integer, found "8"'),
-        ("generate.samples_per_prompt=1", "input should be greater than or equal to 2, found 1"),
-        ("generate.temperature=true", "input should be a valid number, found true"),
-        ("generate.temperature=.nan", "input should be a finite number, found NaN"),
-        ("generate.temperature=.inf", "input should be a finite number, found Infinity"),
-        ("generate.temperature=0", "input should be greater than or equal to 0.01, found 0"),
-        ("generate.temperature=0.001", "input should be greater than or equal to 0.01, found 0.001"),
-        ("generate.temperature=null", "input should be a valid number, found null"),
-        ("generate.top_p=0", "input should be greater than 0, found 0"),
-        ("generate.top_p=1.1", "input should be less than or equal to 1, found 1.1"),
-        ("generate.top_k=0", "input should be greater than or equal to 1, found 0; write null: from all"),
-        ("generate.min_p=1", "input should be less than 1, found 1"),
-        ("generate.min_p=-0.1", "input should be greater than or equal to 0, found -0.1"),
-        ("generate.engine_options=[]", "input should be a valid dictionary"),
-        ("generate.engine=VLLM", "input should be 'auto', 'transformers' or 'vllm', found \"VLLM\""),
-        ("score.rewards[0].weight=-.inf", "input should be a finite number, found -Infinity"),
-        ("score.rewards=[]", "list should have at least 1 item after validation, not 0"),
-        ("score.rewards[0].timeout_s=1e7", "input should be less than or equal to 1000000, found 10000000.0"),
-        ("score.workers=100000", "input should be less than or equal to 1024, found 100000"),
+        ("score.rewards={a: 1}", "expected a list"),
+        ("generate.samples_per_prompt=true", "expected a whole number, found true"),
+        ("generate.samples_per_prompt=8.5", "expected a whole number, found 8.5"),
+        ("generate.samples_per_prompt='8'", 'expected a whole number, found "8"'),
+        ("generate.samples_per_prompt=1", "expected at least 2, found 1"),
+        ("generate.temperature=true", "expected a number, found true"),
+        ("generate.temperature=.nan", "expected a finite number, found NaN"),
+        ("generate.temperature=.inf", "expected a finite number, found Infinity"),
+        ("generate.temperature=0", "expected at least 0.01, found 0"),
+        ("generate.temperature=0.001", "expected at least 0.01, found 0.001"),
+        ("generate.temperature=null", "expected a number, found null"),
+        ("generate.top_p=0", "expected more than 0, found 0"),
+        ("generate.top_p=1.1", "expected at most 1, found 1.1"),
+        ("generate.top_k=0", "expected at least 1, found 0; write null: from all"),
+        ("generate.min_p=1", "expected less than 1, found 1"),
+        ("generate.min_p=-0.1", "expected at least 0, found -0.1"),
+        ("generate.engine_options=[]", "expected a mapping (key: value)"),
+        ("generate.engine=VLLM", 'expected one of auto, transformers, vllm, found "VLLM"'),
+        ("score.rewards[0].weight=-.inf", "expected a finite number, found -Infinity"),
+        ("score.rewards=[]", "expected at least 1 item, found 0"),
+        ("score.rewards[0].timeout_s=1e7", "expected at most 1000000, found 10000000.0"),
+        ("score.workers=100000", "expected at most 1024, found 100000"),
         (
             "generate.prompts_per_iteration=2000000",
-            "input should be less than or equal to 1048576, found 2000000",
+            "expected at most 1048576, found 2000000",
         ),
-        ("update.learning_rate=-1e-6", "input should be greater than or equal to 0, found -1e-06"),
-        ("update.learning_rate=.nan", "input should be a finite number, found NaN"),
-        ("update.learning_rate=.inf", "input should be a finite number, found Infinity"),
-        ("update.clip_low=1.5", "input should be less than or equal to 1, found 1.5"),
-        ("update.delta=1", "input should be greater than 1, found 1"),
-        ("update.entropy_coefficient=-1", "input should be greater than or equal to 0, found -1"),
-        ("update.warmup_steps=-1", "input should be greater than or equal to 0, found -1"),
-        ("update.schedule=step", "input should be 'constant', 'linear' or 'cosine', found \"step\""),
-        ("update.precision=float16", "input should be 'float32' or 'bfloat16', found \"float16\""),
-        ("update.prompt_sharing=on", "input should be 'auto' or 'off', found \"on\""),
+        ("update.learning_rate=-1e-6", "expected at least 0, found -1e-06"),
+        ("update.learning_rate=.nan", "expected a finite number, found NaN"),
+        ("update.learning_rate=.inf", "expected a finite number, found Infinity"),
+        ("update.clip_low=1.5", "expected at most 1, found 1.5"),
+        ("update.delta=1", "expected more than 1, found 1"),
+        ("update.entropy_coefficient=-1", "expected at least 0, found -1"),
+        ("update.warmup_steps=-1", "expected at least 0, found -1"),
+        ("update.schedule=step", 'expected one of constant, linear, cosine, found "step"'),
+        ("update.precision=float16", 'expected one of float32, bfloat16, found "float16"'),
+        ("update.prompt_sharing=on", 'expected one of auto, off, found "on"'),
         (
             "update.surrogate=clp",
             'no such surrogate; did you mean clip? (a function of your own is module:function), found "clp"',
@@ -166,30 +166,30 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
             "no such surrogate; there are clip, cispo, sapo, gmpo, dppo_tv, dppo_kl, vespo (a function of"
             ' your own is module:function), found "my_loss.py:f"',
         ),
-        ("update.surrogate=null", "input should be a valid string, found null"),
-        ("update.clip_high=1e39", "input should be less than or equal to 1000000, found 1e+39"),
-        ("update.delta=1e39", "input should be less than or equal to 1000000, found 1e+39"),
-        ("update.kl_coefficient=1e39", "input should be less than or equal to 1000000, found 1e+39"),
-        ("update.entropy_coefficient=1e39", "input should be less than or equal to 1000000, found 1e+39"),
-        ("update.sampler_correction_cap=1e39", "input should be less than or equal to 1000000, found 1e+39"),
-        ("update.epochs=1000000000", "input should be less than or equal to 1000, found 1000000000"),
+        ("update.surrogate=null", "expected text, found null"),
+        ("update.clip_high=1e39", "expected at most 1000000, found 1e+39"),
+        ("update.delta=1e39", "expected at most 1000000, found 1e+39"),
+        ("update.kl_coefficient=1e39", "expected at most 1000000, found 1e+39"),
+        ("update.entropy_coefficient=1e39", "expected at most 1000000, found 1e+39"),
+        ("update.sampler_correction_cap=1e39", "expected at most 1000000, found 1e+39"),
+        ("update.epochs=1000000000", "expected at most 1000, found 1000000000"),
         (
             "update.steps_per_iteration=9999999",
-            "input should be less than or equal to 1048576, found 9999999",
+            "expected at most 1048576, found 9999999",
         ),
         (
             "update.warmup_steps=2147483648",
-            "input should be less than 2147483648, found 2147483648",
+            "expected less than 2147483648, found 2147483648",
         ),
         ("update.lora=8", "expected a section with keys, found 8"),
-        ("update.betas=[0.9]", "list should have at least 2 items after validation, not 1"),
-        ("checkpoints.keep_last=1", "input should be greater than or equal to 2, found 1"),
-        ("iterations=-1", "input should be greater than or equal to 1, found -1"),
-        ("iterations=2147483648", "input should be less than 2147483648, found 2147483648"),
-        ("seed=-1", "input should be greater than or equal to 0, found -1"),
-        ("prompts.chat=1", "input should be a valid boolean, found 1"),
-        ("run=../x", "string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$', found \"../x\""),
-        ("run=..", "string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$', found \"..\""),
+        ("update.betas=[0.9]", "expected at least 2 items, found 1"),
+        ("checkpoints.keep_last=1", "expected at least 2, found 1"),
+        ("iterations=-1", "expected at least 1, found -1"),
+        ("iterations=2147483648", "expected less than 2147483648, found 2147483648"),
+        ("seed=-1", "expected at least 0, found -1"),
+        ("prompts.chat=1", "expected true or false, found 1"),
+        ("run=../x", 'expected at most 64 letters, digits, . _ -, a letter or digit first, found "../x"'),
+        ("run=..", 'expected at most 64 letters, digits, . _ -, a letter or digit first, found ".."'),
     ],
 )
 def test_a_wrong_value_names_its_key(refusal: Refuse, override: str, message: str) -> None:
@@ -201,22 +201,22 @@ def test_a_wrong_value_names_its_key(refusal: Refuse, override: str, message: st
     ("lora", "message"),
     [
         ("{}", "rank: is required and missing (and 1 more)"),
-        ("{rank: 0, alpha: 1}", "rank: input should be greater than or equal to 1, found 0"),
-        ("{rank: 100000, alpha: 1}", "rank: input should be less than or equal to 16384, found 100000"),
-        ("{rank: 8, alpha: 1e39}", "alpha: input should be less than or equal to 1000000, found 1e+39"),
-        ("{rank: 8, alpha: 0}", "alpha: input should be greater than 0, found 0"),
+        ("{rank: 0, alpha: 1}", "rank: expected at least 1, found 0"),
+        ("{rank: 100000, alpha: 1}", "rank: expected at most 16384, found 100000"),
+        ("{rank: 8, alpha: 1e39}", "alpha: expected at most 1000000, found 1e+39"),
+        ("{rank: 8, alpha: 0}", "alpha: expected more than 0, found 0"),
         ("{rank: 8, alpha: 16, target: [a]}", "target: unknown key; did you mean targets?"),
         (
             "{rank: 8, alpha: 16, targets: []}",
-            "targets: list should have at least 1 item after validation, not 0",
+            "targets: expected at least 1 item, found 0",
         ),
         (
             "{rank: 8, alpha: 16, targets: q_proj}",
-            'targets: input should be a valid list, found "q_proj"; write a list, such as [q_proj, v_proj]',
+            'targets: expected a list, found "q_proj"; write a list, such as [q_proj, v_proj]',
         ),
         (
             "{rank: 8, alpha: 16, targets: ['']}",
-            'targets[0]: string should have at least 1 character, found ""',
+            'targets[0]: expected text that is not empty, found ""',
         ),
     ],
 )
@@ -262,12 +262,12 @@ def test_anchors_and_merged_mappings(load_text: Load) -> None:
 
 
 def test_a_wrong_item_of_a_list_names_its_place(refusal: Refuse) -> None:
-    message = "--set update.betas[1]: input should be less than 1, found 1.0"
+    message = "--set update.betas[1]: expected less than 1, found 1.0"
     assert refusal(SMALLEST, "update.betas=[0.9, 1.0]") == message
 
 
 def test_several_problems_are_counted(refusal: Refuse) -> None:
-    message = "--set seed: input should be greater than or equal to 0, found -1 (and 1 more)"
+    message = "--set seed: expected at least 0, found -1 (and 1 more)"
     assert refusal(SMALLEST, "seed=-1", "generate.temperature=-1") == message
 
 
@@ -609,15 +609,15 @@ def test_the_cap_of_the_sampler_correction_follows_its_level(
         ),
         (
             ["sampler_correction_cap=1"],
-            "update.sampler_correction_cap: input should be greater than 1, found 1",
+            "update.sampler_correction_cap: expected more than 1, found 1",
         ),
         (
             ["sampler_correction_cap=null"],
-            "update.sampler_correction_cap: input should be a valid number, found null",
+            "update.sampler_correction_cap: expected a number, found null",
         ),
         (
             ["sampler_correction_level=sequence"],
-            "update.sampler_correction_level: input should be 'token' or 'sequence_mean', found \"sequence\";"
+            'update.sampler_correction_level: expected one of token, sequence_mean, found "sequence";'
             " write sequence_mean, the geometric mean",
         ),
         (["sampler_correction_level=[]"], None),
@@ -627,7 +627,7 @@ def test_a_sampler_correction_that_does_not_fit(
     refusal: Refuse, overrides: list[str], message: str | None
 ) -> None:
     found = refusal(SMALLEST, *(f"update.{override}" for override in overrides))
-    expected = message or "update.sampler_correction_level: input should be 'token' or 'sequence_mean'"
+    expected = message or "update.sampler_correction_level: expected one of token, sequence_mean"
     where = "pipeline.yaml with --set: " if expected.startswith("update: ") else "--set "
     assert found == f"{where}{expected}"
 

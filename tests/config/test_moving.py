@@ -10,7 +10,7 @@ import pytest
 from grpo.cli.entry import COMMANDS
 from grpo.config import flatten, load, moving
 from grpo.config.loading import all_keys
-from grpo.config.update import OBJECTIVES
+from grpo.config.objectives import OBJECTIVES
 from grpo.errors import UsageError
 from grpo.sql import own_text
 from grpo.tables import TABLES
@@ -105,6 +105,11 @@ def test_every_value_is_of_a_key_that_is_there_and_is_refused() -> None:
         ("evaluate.eval_steps=10", "TRL's eval_steps: evaluate.every"),
         ("checkpoints.save_steps=10", "TRL's save_steps: checkpoints.keep_every"),
         ("update.lora={rank: 8, alpha: 8, r: 8}", "TRL's r: update.lora.rank"),
+        ("update.lora={rank: 8, alpha: 8, use_rslora: true}", "TRL's use_rslora: update.lora.rslora"),
+        ("update.lora={rank: 8, alpha: 8, dropout: 0.05}", "TRL's dropout: no: the learner would compute"),
+        ("update.lora={rank: 8, alpha: 8, lora_dropout: 0.0}", "TRL's lora_dropout: no: the learner would"),
+        ("update.ref_model_sync_steps=64", "TRL's ref_model_sync_steps: update.reference_every, which"),
+        ("update.entropy_coef_max=0.5", "TRL's entropy_coef_max: update.entropy_coefficient_max"),
         ("update.lora={rank: 8, alpha: 8, target_modules: [a]}", "TRL's target_modules: update.lora.targets"),
         ("report_to=wandb", "TRL's report_to: track: trackio or wandb"),
         ("max_steps=100", "TRL's max_steps: iterations: optimiser steps"),
@@ -146,7 +151,9 @@ def test_every_name_is_answered_at_the_top_level() -> None:
 @pytest.mark.parametrize(
     ("setting", "answer"),
     [
-        ("update.lora={rank: 8, alpha: 8, targets: all-linear}", "null: every linear layer but the output's"),
+        ("update.optimizer=adamw_torch_fused", "adamw"),
+        ("update.optimizer=paged_adamw_8bit", "adamw_8bit"),
+        ("update.optimizer=adamw_bnb_8bit", "adamw_8bit"),
         ("update.lora={rank: 8, alpha: 8, targets: q_proj}", "a list, such as [q_proj, v_proj]"),
         ("update.warmup_steps=0.1", "it as update.warmup_share: 0.1"),
         ("update.precision=bf16", "bfloat16"),

@@ -40,7 +40,8 @@ def test_what_was_measured_otherwise_is_refused_without_force(measured: Path, gr
     other = ["--set", "evaluate.samples_per_prompt=2"]
     code, out, err = grpo("evaluate", "--policy", "1", *other)
     place = RUN / "iteration=000001/evaluation"
-    changed = "changed (evaluate.samples_per_prompt: 3 -> 2); --force reruns it"
+    changed = "changed (evaluate.samples_per_prompt: 3 -> 2); --force reruns it, `grpo status` shows what"
+    changed += " was measured"
     assert (code, out, err) == (4, "", f"error: {place}: {changed}\n")
     assert json.loads(grpo("evaluate", "--policy", "1", "--force", "--json", *other)[1])["samples"] == 8
 

@@ -533,8 +533,7 @@ def test_abandoned_work_on_an_evaluation_is_garbage(measured: Path, grpo: Grpo) 
         (["evaluate={every: 3}"], "--set evaluate.prompts: is required and missing"),
         (
             ["evaluate.every=0"],
-            "--set evaluate.every: input should be greater than or equal to 1, found 0;"
-            " write evaluate: null, for none",
+            "--set evaluate.every: expected at least 1, found 0; write evaluate: null, for none",
         ),
     ],
 )

@@ -48,7 +48,8 @@ def committed() -> dict[Path, str]:
     """sha256 of every file that counts: not the lock, staging and trash, whose names begin with a dot."""
     found = {}
     for path in Path("artifacts").rglob("*") if Path("artifacts").is_dir() else ():
-        if path.is_file() and not any(part.startswith(".") for part in path.parts):
+        # sources/: copies of the user's files, which are no output.
+        if path.is_file() and not any(part.startswith(".") or part == "sources" for part in path.parts):
             found[path] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

@@ -25,6 +25,7 @@ TRUNCATED = "generate.allow_truncated_sampling=true"
 SAPO, VESPO = ["update.objective=sapo"], ["update.objective=vespo"]
 JUDGE = "score.rewards=[{judge: {url: 'http://127.0.0.1:1/v1', model: m, rubric: 'Rate {response}'}}]"
 # Key -> (settings that change it, stages that differ then; FIXED: the run refuses them).
+TARGET = "update.entropy_target=1.0"
 KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "run": ([], NOTHING),  # another run
     "iterations": (["iterations=3"], NOTHING),
@@ -126,6 +127,13 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "update.kl_estimator": (["update.kl_estimator=k2"], UPDATE),
     "update.kl_importance": (["update.kl_importance=true"], UPDATE),
     "update.entropy_coefficient": (["update.entropy_coefficient=0.1"], UPDATE),
+    "update.entropy_target": (["update.entropy_target=1.0"], UPDATE),
+    "update.entropy_coefficient_delta": ([TARGET, "update.entropy_coefficient_delta=0.1"], UPDATE),
+    "update.entropy_coefficient_min": (
+        [TARGET, "update.entropy_coefficient_min=0.1", "update.entropy_coefficient=0.1"],
+        UPDATE,
+    ),
+    "update.entropy_coefficient_max": ([TARGET, "update.entropy_coefficient_max=0.1"], UPDATE),
     "update.old_logprobs": (["update.old_logprobs=recomputed"], UPDATE),
     "update.sampler_correction": (
         ["update.sampler_correction=mask", "update.old_logprobs=recomputed"],
@@ -142,6 +150,8 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
         UPDATE,
     ),
     "update.reference": (["update.reference=other"], FIXED),
+    "update.reference_every": (["update.reference_every=5"], UPDATE),
+    "update.optimizer": (["update.optimizer=adamw_8bit"], UPDATE),
     "update.learning_rate": (["update.learning_rate=0.1"], UPDATE),
     "update.min_learning_rate": (["update.schedule=linear", "update.min_learning_rate=1.0e-9"], UPDATE),
     "update.schedule": (["update.schedule=linear"], UPDATE),
@@ -160,7 +170,12 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "update.prompt_sharing": (["update.prompt_sharing='off'"], NOTHING),
     "update.lora.rank": (["update.lora={rank: 4, alpha: 8.0}"], UPDATE),
     "update.lora.alpha": (["update.lora={rank: 4, alpha: 8.0}"], UPDATE),
+    "update.lora.rslora": (["update.lora={rank: 4, alpha: 8.0, rslora: true}"], UPDATE),
     "update.lora.targets": (["update.lora={rank: 4, alpha: 8.0, targets: [q_proj]}"], UPDATE),
+    "update.lora.modules_to_save": (
+        ["update.lora={rank: 4, alpha: 8.0, modules_to_save: [norm]}"],
+        UPDATE,
+    ),
     "evaluate.prompts.source": (
         ["evaluate.prompts.source=other.jsonl"],
         NOTHING,

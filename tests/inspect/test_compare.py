@@ -375,10 +375,17 @@ def test_runs_that_do_not_differ(finished: Path, grpo: Grpo) -> None:
             "--iteration x: expected a number such as 3, a range such as 0-19, or all",
         ),
         (["code", "reward", "--iteration", "7-9"], 2, "--iteration 7-9: run tiny has rollouts of 0 to 1"),
+        (["code", "reward", "--iteration", "1-99"], 2, "--iteration 1-99: run tiny has rollouts of 0 to 1"),
+        (
+            ["tiny", "code", "--iteration", "0-2"],
+            2,
+            "tiny code: do not have all of --iteration 0-2 in common; rollouts: tiny of 0 to 1, code of 0 to"
+            " 1",
+        ),
         (
             ["tiny", "code", "--iteration", "7"],
             2,
-            "tiny code: have none of --iteration 7 in common; rollouts: tiny of 0 to 1, code of 0 to 1",
+            "tiny code: do not have all of --iteration 7 in common; rollouts: tiny of 0 to 1, code of 0 to 1",
         ),
     ],
 )

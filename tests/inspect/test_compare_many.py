@@ -75,10 +75,10 @@ def test_one_run_that_fails_does_not_keep_the_others_from_theirs(measured_projec
         (("--sweep", "seed=[1"), "--sweep seed=[1: "),
         (("--sweep", "run=a,b"), "--sweep run: the names are made of the values"),
         (("--sweep", "seed=1,1"), "--sweep: two of its runs would be named tiny-seed-1"),
-        (("--sweep", "seed=1,x"), '--set seed: input should be a valid integer, found "x"'),
+        (("--sweep", "seed=1,x"), '--set seed: expected a whole number, found "x"'),
         (("--sweep", "sede=1,2"), "sede: unknown key"),
         (("--sweep", "seed=1", "--from", "0"), "--sweep makes runs of its own"),
-        (("--sweep", f"prompts.source={'x' * 70}"), "run: string should match pattern"),
+        (("--sweep", f"prompts.source={'x' * 70}"), "run: expected at most 64 letters"),
     ],
 )
 def test_a_sweep_that_cannot_be_makes_nothing(

@@ -308,7 +308,7 @@ def test_prompts_that_cannot_be_used(project: Path, grpo: Grpo) -> None:
 
 def test_held_out_prompts_are_looked_at_too(measured_project: Path, grpo: Grpo) -> None:
     code, checks, _ = doctor(grpo)
-    assert (code, list(checks)[-3:]) == (0, ["prompts", "held-out prompts", "reward code"])
+    assert (code, list(checks)[-4:]) == (0, ["prompts", "held-out prompts", "reward code", "evaluate"])
     assert checks["held-out prompts"]["found"] == "held_out.jsonl: 4 rows, the longest 4 tokens"
     code, checks, _ = doctor(grpo, "--set", "evaluate.max_new_tokens=62")  # of the model's 64 positions
     assert (code, list(problems(checks))) == (3, ["held-out prompts"])
@@ -329,7 +329,8 @@ def test_a_reward_function_that_cannot_be_used(project: Path, grpo: Grpo) -> Non
     rewards = 'score.rewards=[{function: "reward:needs"}, {function: "reward:fits"}, {function: exact_anser}]'
     code, checks, _ = doctor(grpo, "--set", rewards)
     found = problems(checks)
-    assert (code, list(found)) == (2, ["reward needs", "reward exact_anser"])
+    assert (code, list(found)) == (2, ["reward needs", "reward fits", "reward exact_anser"])
+    assert found["reward fits"] == "6 of 6 made-up responses failed; first: returned 0 values for 6 rollouts"
     assert "solution" in found["reward needs"]
     assert "exact_answer" in found["reward exact_anser"]
 

@@ -48,6 +48,21 @@ def test_trash_and_abandoned_staging_go_and_work_to_go_on_with_stays(finished: P
     assert removed(grpo) == []
 
 
+def test_what_is_small_is_summed_by_kind(finished: Path, grpo: Grpo) -> None:
+    for number in range(30):
+        (RUN / f".trash/{number}").mkdir(parents=True)
+        (RUN / f".trash/{number}/x").write_bytes(bytes(35_000))
+    (RUN / ".trash/large").write_bytes(bytes(2**21))
+    (RUN / ".staging/perturbed").mkdir(parents=True)
+    lines = [line.split(maxsplit=2) for line in grpo("gc", "--dry-run")[1].splitlines()]
+    assert lines == [  # 30 * 35,000 bytes are 1.0 MiB
+        ["1.0", "MiB", "trash              30 below 0.1 MiB"],
+        ["0.0", "MiB", "abandoned staging  1 below 0.1 MiB"],
+        ["2.0", "MiB", "trash              .trash/large"],
+        ["3.0", "MiB", "would be removed from run tiny"],
+    ]
+
+
 def test_work_on_what_is_not_committed_stays_whatever_it_is_of(finished: Path, grpo: Grpo) -> None:
     begun = []
     for seed in ("1.0", "0.9"):

@@ -61,7 +61,11 @@ def test_a_detour_through_a_link_leads_where_it_leads(tmp_path: Path) -> None:
         (["model_options.quantization_config={}"], 2, "generate.engine_options.quantization; leave it out"),
         (["model_options.torch_dtype=bfloat16"], 2, "torch_dtype: weights are float32; say update.precision"),
         (["model_options.device_map=auto"], 2, "device_map: the device is the machine's"),
-        (["model_options.attn_implementation=flash"], 2, "attn_implementation: input should be"),
+        (
+            ["model_options.attn_implementation=flash"],
+            2,
+            "attn_implementation: expected one of auto, sdpa, eager",
+        ),
         (["model_options.revison=v1"], 2, "unknown key; did you mean revision?"),
         (["generate.repetition_penalty=1.1"], 2, "repetition_penalty changes the distribution the policy is"),
         (["generate.structured_outputs={regex: a}"], 2, "structured_outputs cuts the distribution"),

@@ -212,13 +212,13 @@ def test_a_teacher_that_is_no_use(
         (["update.objective=gspo"], "score.teachers: teachers give each token an advantage of its own"),
         (["update.off_policy_mask=0.1"], "update.off_policy_mask: is for rollouts of A < 0"),
         (["score.teachers=[]"], "score.rewards: is required and missing"),
-        (["score={rewards: []}"], "score.rewards: list should have at least 1 item"),
+        (["score={rewards: []}"], "score.rewards: expected at least 1 item"),
         (["score.teachers=[{model: a/t}, {model: b/t}]"], "two teachers are named t"),
         (["generate.dynamic_sampling={min_groups: 1, max_rounds: 2}"], "looks for rewards that differ"),
         (["evaluate={prompts: {source: prompts.jsonl}}"], "evaluate: measures by a reward; give one"),
         (
             ["generate.samples_per_prompt=1", 'score.rewards=[{function: "reward:code"}]'],
-            "generate.samples_per_prompt: input should be greater than or equal to 2",
+            "generate.samples_per_prompt: expected at least 2",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 from grpo.config import Config, UpdateConfig
-from grpo.config import update as configured
+from grpo.config import objectives as configured
 from grpo.update.batch import Rollouts, Rows
 from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
 from grpo.update.given import Step

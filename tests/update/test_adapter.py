@@ -18,6 +18,7 @@ from tests import tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3MoeConfig
 
+from grpo.config import LoraConfig
 from grpo.errors import CorruptError, EngineError, InputError, UsageError
 from grpo.models.loading import load_model
 from grpo.update import adapter as room
@@ -49,6 +50,10 @@ CONFIGS: dict[str, Any] = {
 NUM_TARGETS = {"untied": 14, "tied": 14, "gpt2": 8}
 
 
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig.model_validate({"rank": RANK, "alpha": float(ALPHA), **changes})
+
+
 def make(config: Any = QWEN2) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -57,7 +62,7 @@ def make(config: Any = QWEN2) -> Any:
 
 
 def adapted(config: Any = QWEN2, seed: int = SEED, targets: list[str] | None = None) -> PeftModel:
-    return add_adapter(make(config), RANK, ALPHA, targets, seed)
+    return add_adapter(make(config), lora(targets=targets), seed)
 
 
 def plain_state(model: PeftModel) -> dict[str, Tensor]:
@@ -179,8 +184,6 @@ def test_a_target_that_takes_no_adapter_is_refused(target: str, config: str) -> 
     )
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
         adapted(CONFIGS[config], targets=["q_proj", target])
-    with pytest.raises(UsageError, match=r"^update\.lora\.targets: nothing is targeted; of this model"):
-        adapted(CONFIGS[config], targets=[])
 
 
 def test_a_weight_that_two_modules_share_is_refused() -> None:
@@ -192,8 +195,8 @@ def test_a_weight_that_two_modules_share_is_refused() -> None:
         " weight, which cannot take an adapter; name other targets"
     )
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
-        add_adapter(model, RANK, ALPHA, None, SEED)
-    assert len(trained(add_adapter(model, RANK, ALPHA, ["down_proj"], SEED))) == 4
+        add_adapter(model, lora(), SEED)
+    assert len(trained(add_adapter(model, lora(targets=["down_proj"]), SEED))) == 4
 
 
 def test_without_peft_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +322,102 @@ def test_a_state_in_which_an_adapted_weight_was_converted_does_not_hold_it() -> 
     assert not holds_adapted(model, state | halves)
 
 
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    plain, model = make().state_dict(), add_adapter(make(), lora(rslora=True), SEED)
+    train(model, optimizer_of(model))
+    name = "model.layers.1.self_attn.q_proj"
+    weights = trained(model)
+    weight_A, weight_B = (weights[f"base_model.model.{name}.lora_{each}.default.weight"] for each in "AB")
+    found = dict(merged(model, plain_state(model)))[f"{name}.weight"]
+    # alpha / sqrt(rank) = 8 / 2
+    torch.testing.assert_close(found, plain[f"{name}.weight"] + 4 * weight_B @ weight_A, atol=1e-6, rtol=0)
+
+
+# ---- what trains whole ----
+
+WHOLE = {
+    "untied": ["lm_head"],
+    "tied": ["lm_head", "embed_tokens"],  # one weight
+    "gpt2": ["ln_f", "h.0.attn"],  # in the latter are targets, which then are none
+}
+
+
+def with_whole(name: str) -> PeftModel:
+    return add_adapter(make(CONFIGS[name]), lora(modules_to_save=WHOLE[name]), SEED)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_modules_train_whole_beside_the_adapter(tmp_path: Path, name: str) -> None:
+    start, model = make(CONFIGS[name]), with_whole(name)
+    assert torch.equal(logits(model), logits(start))
+    train(model, optimizer_of(model))
+    changed = {
+        n for n, tensor in plain_state(model).items() if not torch.equal(tensor, start.state_dict()[n])
+    }
+    expected = {n for n in start.state_dict() if any(f".{each}." in f".{n}" for each in WHOLE[name])} - {
+        "transformer.h.0.attn.bias"
+    }
+    if "lm_head" in WHOLE[name] and start.config.tie_word_embeddings:
+        expected.remove("lm_head.weight")  # plain_state has a tied weight once
+    assert changed == expected
+    assert not any("h.0.attn." in n for n in trained(model) if ".lora_" in n)
+
+    # The checkpoint, and the adapter on the model it began from, are the model that trained.
+    start.save_pretrained(tmp_path / "merged")
+    state = dict(merged(model, plain_state(model)))
+    tied = {"lm_head.weight"} if start.config.tie_word_embeddings else set()
+    kept = {n: tensor.contiguous() for n, tensor in state.items() if n not in tied}
+    save_file(kept, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    found = load_model(tmp_path / "merged", "cpu")
+    torch.testing.assert_close(logits(found), logits(model), atol=1e-5, rtol=0)
+    loaded = PeftModel.from_pretrained(make(CONFIGS[name]), save(model, tmp_path / "adapter"))
+    torch.testing.assert_close(logits(loaded.eval()), logits(model), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_modules_that_train_whole_go_on_with_the_same_bits(tmp_path: Path, name: str) -> None:
+    model, resumed = with_whole(name), with_whole(name)
+    train(model, optimizer_of(model))
+    load_adapter(resumed, save(model, tmp_path / "adapter"))
+    assert bits(resumed) == bits(model)
+    assert dict(adapter_files(resumed)) == dict(adapter_files(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (
+            "untied",
+            {"modules_to_save": ["head"]},
+            "'head' is no module with weights; of this model",
+        ),
+        ("untied", {"modules_to_save": ["rotary_emb"]}, "'rotary_emb' is no module with weights"),
+        (
+            "tied",
+            {"modules_to_save": ["lm_head"]},
+            "model.embed_tokens has a weight of lm_head too, which would change there; name"
+            " model.embed_tokens as well",
+        ),
+        ("tied", {"modules_to_save": ["embed_tokens"]}, "lm_head has a weight of model.embed_tokens too"),
+    ],
+)
+def test_a_module_that_cannot_train_whole_is_refused(
+    config: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"update.lora.modules_to_save: {message}")):
+        add_adapter(make(CONFIGS[config]), lora(**changes), SEED)
+
+
+def test_a_target_in_a_module_that_trains_whole_is_refused() -> None:
+    changes = {"modules_to_save": ["1.mlp"], "targets": ["1.mlp.up_proj"]}
+    message = "update.lora.targets: '1.mlp.up_proj' is not a linear module that can take an adapter"
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
+        add_adapter(make(), lora(**changes), SEED)
+    message = "update.lora.targets: nothing is targeted; of this model these can be: none"
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        add_adapter(make(), lora(modules_to_save=["layers"]), SEED)
+
+
 # ---- files ----
 
 
@@ -342,8 +441,9 @@ def test_the_files_are_the_same_everywhere(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path / "base")
     script = (
         "import sys; from pathlib import Path; from grpo.models.loading import load_model;"
+        "from grpo.config import LoraConfig;"
         "from grpo.update.adapter import add_adapter, adapter_files;"
-        "model = add_adapter(load_model(Path(sys.argv[1]), 'cpu'), 4, 8, None, 3);"
+        "model = add_adapter(load_model(Path(sys.argv[1]), 'cpu'), LoraConfig(rank=4, alpha=8.0), 3);"
         "[(Path(sys.argv[2]) / name).write_bytes(content) for name, content in adapter_files(model)]"
     )
     folder = tmp_path / "adapter"
@@ -357,7 +457,7 @@ def test_the_files_are_the_same_everywhere(tmp_path: Path) -> None:
     )
     assert done.stderr == ""  # no warnings
     moved = (tmp_path / "base").rename(tmp_path / "moved")
-    files = dict(adapter_files(add_adapter(load_model(moved, "cpu"), RANK, ALPHA, None, SEED)))
+    files = dict(adapter_files(add_adapter(load_model(moved, "cpu"), lora(), SEED)))
     assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
 
     document = json.loads(files["adapter_config.json"])
@@ -395,14 +495,19 @@ def test_an_adapter_with_other_settings_is_refused(tmp_path: Path) -> None:
     folder = save(adapted(), tmp_path / "adapter")
     for model, message in [
         (
-            add_adapter(make(), RANK, 16, None, SEED),
-            "lora_alpha is 8; update.lora asks for 16; they are",
+            add_adapter(make(), lora(alpha=16.0), SEED),
+            "lora_alpha is 8.0; update.lora asks for 16.0; they are",
         ),
         (
-            add_adapter(make(), 2, ALPHA, None, SEED),
+            add_adapter(make(), lora(rank=2), SEED),
             "r is 4; update.lora asks for 2; they are fixed for a run",
         ),
         (adapted(targets=["q_proj"]), r"target_modules is \[.*; update.lora asks for \["),
+        (add_adapter(make(), lora(rslora=True), SEED), "use_rslora is False; update.lora asks for True"),
+        (
+            add_adapter(make(), lora(modules_to_save=["lm_head"]), SEED),
+            r"modules_to_save is None; update.lora asks for \['lm_head'\]",
+        ),
     ]:
         before = dict(adapter_files(model))
         with pytest.raises(InputError, match=f"^{re.escape(str(folder))}/adapter_config.json: {message}"):

@@ -24,8 +24,8 @@ from tests.update.losses import (
 )
 from torch import Tensor
 
+from grpo.config.objectives import OBJECTIVES
 from grpo.config.surrogates import SURROGATES
-from grpo.config.update import OBJECTIVES
 from grpo.models.logprobs import token_logprobs
 from grpo.update import given as constants_of
 from grpo.update import loss

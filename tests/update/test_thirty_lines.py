@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.pages.pages import DOCS, blocks
 
-from grpo.config.update import OBJECTIVES
+from grpo.config.objectives import OBJECTIVES
 from grpo.update.given import Given, Objective, Step
 from grpo.update.objective import batch_loss
 

@@ -1,5 +1,6 @@
 """artifacts.existing: runs that exist, by name or by path, and what they were created with."""
 
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -70,7 +71,11 @@ def is_run(folder: Path) -> bool:
 def open_run(folder: Path) -> dict[str, Any]:
     """What `run.json` of an existing run holds. Raises CorruptError (exit 6) where it changed."""
     path = folder / "run.json"
-    data = read_sealed(path)
+    try:
+        data = read_sealed(path)
+    except CorruptError as error:
+        way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
+        raise CorruptError(f"{error}; {way}") from None
     versions = data.get("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(each, str) for each in versions.values()):
         raise CorruptError(f"{path}: versions: expected text by name")
@@ -98,17 +103,11 @@ def own_config(folder: Path, overrides: Sequence[str] = (), damaged: bool = Fals
     damaged: with a pipeline.yaml run.json is not looked at. Errors as created_config()'s and load()'s.
     """
     own = folder / PIPELINE
-    try:
-        if not own.is_file():
-            return created_config(folder, overrides)
-        if not damaged:
-            open_run(folder)
-        return load(own, overrides).model_copy(update={"run": folder.name})
-    except CorruptError as error:
-        way = (
-            f"; with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
-        )
-        raise CorruptError(f"{error}{way if damaged else ''}") from None
+    if not own.is_file():
+        return created_config(folder, overrides)
+    if not damaged:
+        open_run(folder)
+    return load(own, overrides).model_copy(update={"run": folder.name})
 
 
 def run_names(root: Path = ARTIFACTS) -> list[str]:
@@ -127,7 +126,7 @@ def tell_apart(runs: Sequence[Run]) -> None:
 
 def refuse_inside_run(out: Path, option: str = "--out") -> None:
     """Raise UsageError (exit 2) where `out` would land in the folder of a run, links followed."""
-    place, root = out.resolve(), ARTIFACTS.resolve()
+    place, root = Path(os.path.realpath(out)), Path(os.path.realpath(ARTIFACTS))
     for folder in (place, *place.parents):
         # Another run.json may lie in any folder: that of a run has a lock or a policy beside it.
         whole = is_run(folder) and any((folder / name).exists() for name in (".lock", "policy"))

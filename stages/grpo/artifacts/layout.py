@@ -39,7 +39,7 @@ def is_iteration(name: str) -> bool:
 def holder_of(reference: str) -> tuple[str, int | None]:
     """The output that holds `name@iteration` or `name`, and its iteration.
 
-    Policy, optimiser and adapter of iteration i are of update i-1.
+    Policy, optimiser and adapter of iteration i are of update i-1; the tables of update i are its own.
     """
     name, _, at = reference.partition("@")
     iteration = int(at) if at else None
@@ -49,6 +49,8 @@ def holder_of(reference: str) -> tuple[str, int | None]:
         raise AssertionError(f"{name} belongs to an iteration")
     if name in ("policy", "optimizer", "adapter"):
         return ("policy", None) if iteration == 0 else ("update", iteration - 1)
+    if name in TABLES_OF["update"]:
+        return "update", iteration
     return ("rewards" if name.startswith(("reward/", "teacher/")) else name), iteration
 
 

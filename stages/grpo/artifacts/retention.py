@@ -25,16 +25,26 @@ def prunable(run: ActiveRun) -> list[int]:
 
 def is_kept(run: ActiveRun, iteration: int, have: list[int]) -> bool:
     """Whether the checkpoint of an update stays, the best or not, among updates that `have` one, in order."""
-    config = run.config.checkpoints
-    if config.keep_last is None or len(have) - bisect_right(have, iteration) < config.keep_last:
+    keep_last = run.config.checkpoints.keep_last
+    if keep_last is None or len(have) - bisect_right(have, iteration) < keep_last:
         return True
-    return _is_nth(run, iteration)
+    return _outlives(run, iteration, have[-keep_last])
 
 
-def _is_nth(run: ActiveRun, iteration: int) -> bool:
-    keep_every = run.config.checkpoints.keep_every
+def _outlives(run: ActiveRun, iteration: int, oldest: int) -> bool:
+    """Whether the checkpoint of an update before `oldest`, the first of the newest, stays all the same.
+
+    As one of every nth, or as the reference of a policy that is kept: to go on from that takes both.
+    """
     # Update i writes policy i + 1, and it is policies that people count.
-    return keep_every is not None and (iteration + 1) % keep_every == 0
+    keep_every, moves = run.config.checkpoints.keep_every, run.config.update.reference_every
+    if keep_every is not None and (iteration + 1) % keep_every == 0:
+        return True
+    if moves is None or (iteration + 1) % moves:
+        return False
+    next_reference = iteration + moves
+    next_nth = (iteration // keep_every + 1) * keep_every - 1 if keep_every else next_reference
+    return next_reference > oldest or next_nth < next_reference
 
 
 def _best(run: ActiveRun, have: Iterable[int]) -> int | None:
@@ -82,15 +92,20 @@ def prune_behind(run: ActiveRun, newest: int) -> None:
         return
     have: list[int] = []
     for iteration in range(newest, -1, -1):
-        if len(have) >= keep_last and _is_nth(run, iteration):
+        if len(have) >= keep_last and _outlives(run, iteration, have[keep_last - 1]):
             continue
         if not run.has_checkpoint(iteration):
             break
         have.append(iteration)
     going = set(have[keep_last:])
+    oldest = have[:keep_last][-1]
+    for written in {run.config.update.moved_reference(iteration + 1) - 1 for iteration in going} - {-1}:
+        # It may have been kept for these alone.
+        if run.has_checkpoint(written) and not _outlives(run, written, oldest):
+            going.add(written)
     if any(_is_measured(run, iteration + 1) for iteration in (newest, *going)):
         there = {policy - 1 for policy in run.evaluations() if policy and run.has_checkpoint(policy - 1)}
-        going |= {iteration for iteration in there if iteration not in have and not _is_nth(run, iteration)}
+        going |= {number for number in there if number not in have and not _outlives(run, number, oldest)}
         going.discard(_best(run, sorted(there)))
     _drop(run, sorted(going), [path for iteration in sorted(going) for path in _there(run, iteration)])
 

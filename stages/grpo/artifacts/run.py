@@ -5,6 +5,7 @@ opened and its sha256 when a stage reads it.
 """
 
 import gc
+import os
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -28,8 +29,7 @@ from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, check_size, 
 from grpo.console import printable
 from grpo.errors import CorruptError, InputError
 
-PRUNED = "pruned.json"
-TIMINGS = "timings.json"
+PRUNED, TIMINGS = "pruned.json", "timings.json"
 _CHECKPOINT = ("policy", "adapter", "optimizer")
 _KEPT = "weight_check.json"  # a few kilobytes that say what a policy computed
 _Found = TypeVar("_Found")
@@ -161,6 +161,15 @@ class Run:
                 raise CorruptError(f"{path}: the seconds of {part} are no number from 0 to {_LONGEST_S:.0e}")
         return seconds
 
+    def period(self, output: str, iteration: int | None) -> dict[str, float | None]:
+        """When a committed output was `started` first and `ended`, Unix seconds; None where not written."""
+        path = self.folder(output, iteration) / TIMINGS
+        found = read_json(path) if path.is_file() else {}
+        times = {name: found.get(name) for name in ("started", "ended")}
+        if not all(isinstance(at, int | float) and 0 < at < _LONGEST_S for at in times.values() if at):
+            raise CorruptError(f"{path}: started and ended must be Unix times")
+        return times
+
     def path_of(self, file: FileRecord, output: str, iteration: int | None) -> Path:
         """Where a file of an output is."""
         return self.folder(output, iteration) / file.part / file.name
@@ -257,27 +266,24 @@ class Run:
                 yield path, path.read_bytes()
 
     def links(self) -> list[Path]:
-        """Links that lead somewhere and stand where a file or folder of the run belongs, itself included.
+        """Links that stand where a file or folder of the run belongs, wherever they lead; itself included.
 
         What is in .trash is only ever removed, and a link there goes without what it leads to.
         """
         found = [
             Path(entry.path) for entry in files.entries_below(self.path, self.trash) if entry.is_symlink()
         ]
-        return [path for path in (self.path, *found) if path.is_symlink() and path.exists()]
+        return [path for path in (self.path, *found) if path.is_symlink()]
 
     def refuse_links(self) -> None:
         """Raise CorruptError (exit 6) for a folder that is a link: work there would be outside the run."""
         for path in self.links():
-            if path.is_dir():
-                way = (
-                    "`grpo verify --discard` removes it"
-                    if path != self.path
-                    else "name that folder by its path"
-                )
-                raise CorruptError(
-                    f"{path}: is a link to another folder ({path.resolve()}), not the run's own; {way}"
-                )
+            # One that leads nowhere stands where a folder may be wanted.
+            if path.is_dir() or not path.exists():
+                own = path == self.path
+                way = "name that folder by its path" if own else "`grpo verify --discard` removes it"
+                to = os.path.realpath(path)
+                raise CorruptError(f"{path}: is a link to another folder ({to}), not the run's own; {way}")
 
     @contextmanager
     def lock(self, linked: bool = False) -> Iterator[None]:

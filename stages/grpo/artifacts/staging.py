@@ -74,9 +74,10 @@ class Staging:
         self.seconds: dict[str, float] = {}
         files.make_folder(self.folder)
         if not (self.folder / _PLAN).exists():
-            note = {"fingerprint": self.fingerprint, "attempt": attempt, "only_failed": only_failed}
-            files.write_file(self.folder / _PLAN, seal(note))
-        self.only_failed: bool = _read_plan(self.folder / _PLAN).get("only_failed", False)
+            begun = {"attempt": attempt, "only_failed": only_failed, "started": time.time()}
+            files.write_file(self.folder / _PLAN, seal({"fingerprint": self.fingerprint, **begun}))
+        self._noted = _read_plan(self.folder / _PLAN)
+        self.only_failed: bool = self._noted.get("only_failed", False)
         self._records = {record.name: record for record in _sidecars(run, self.folder)}
 
     @contextmanager
@@ -153,7 +154,8 @@ class Staging:
             versions=versions(),
         )
         seconds = {part: round(value, 6) for part, value in self.seconds.items()}
-        files.write_file(self.folder / TIMINGS, json.dumps({"seconds": seconds}).encode())
+        timings = {"seconds": seconds, "started": self._noted.get("started"), "ended": time.time()}
+        files.write_file(self.folder / TIMINGS, json.dumps(timings).encode())
         for folder in sorted({self.folder, *(self.folder / record.part for record in manifest.files)}):
             files.sync_folder(folder)  # the names must be on disk before the manifest vouches for them
         files.write_file(self.folder / MANIFEST, seal(manifest.model_dump()))
@@ -166,8 +168,7 @@ class Staging:
 
 def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
     """Put a complete staging folder in place; doing it again after a crash is harmless."""
-    held = {Path(record.part) / record.name for record in manifest.files}
-    keep = {Path(MANIFEST), Path(TIMINGS), *held}
+    keep = {Path(MANIFEST), Path(TIMINGS), *(Path(file.part) / file.name for file in manifest.files)}
     changed = {staged}
     for path in sorted(staged.rglob("*")):
         if path.is_file() and path.relative_to(staged) not in keep:
@@ -205,8 +206,7 @@ def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:
 
 
 def _notes(run: Run, plan: Plan) -> list[dict[str, Any]]:
-    paths = run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}")
-    return [_read_plan(path) for path in paths]
+    return [_read_plan(path) for path in run.staging_root(plan.iteration).glob(f"{plan.output}-*/{_PLAN}")]
 
 
 def choose_attempt(

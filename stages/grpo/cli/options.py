@@ -37,7 +37,9 @@ def reading(
     if others:
         raise UsageError(f"{given}: means {name}, {', '.join(others)}; this command takes one run")
     if not name and not path.exists():
-        raise UsageError(f"{path}: no such file; name a run, or give a configuration with -c FILE")
+        way = "name a run, or give a configuration with -c FILE"
+        begin = "`grpo init` makes a project here; or " if path == CONFIG else ""
+        raise UsageError(f"{path}: no such file; {begin}{way}")
     run = opening.configured(path, overrides, quiet) if path.exists() else None
     folder = artifacts.find_run(name or str(run.path if run else ""))
     if run is None or not artifacts.same_folder(folder, run.path):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo.cli import options
-from grpo.cli.lazy import api, artifacts, evaluations, opening, query, settings, work
+from grpo.cli.lazy import api, artifacts, doctor, evaluations, opening, query, settings, work
 from grpo.errors import GrpoError, Interrupted, UsageError
 
 StageIteration = Annotated[str, typer.Option("--iteration", help="3, 0-19 or all; default: the first open.")]
@@ -36,7 +36,10 @@ def run(
     if dry_run:
         if from_ is not None:
             raise UsageError("--dry-run and --from cannot be combined: --from N lists its changes and asks")
-        work.dry_run(options.chosen(name, config, set_, as_json))
+        planned = options.chosen(name, config, set_, as_json)
+        work.show_configuration(planned)
+        doctor.refuse(planned)
+        work.say_state(planned, planned.config.iterations if until is None else until)
         return
     opened = options.chosen(name, config, set_, as_json)
     options.answer(as_json, api.train(opened, until, from_, yes))
@@ -52,11 +55,10 @@ def _sweep(
     failed: list[tuple[str, GrpoError]] = []
     for active, point in zip(runs, points, strict=True):
         active.console.say(f"run {active.name}: {', '.join(point[len(overrides) : -1])}")
-        if dry_run:
-            done.append({"run": active.name, "set": point})
-            continue
         try:
-            done.append(api.train(active, until))
+            if dry_run:
+                doctor.refuse(active)
+            done.append({"run": active.name, "set": point} if dry_run else api.train(active, until))
         except Interrupted:
             raise
         except GrpoError as error:

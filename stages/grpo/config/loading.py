@@ -8,22 +8,22 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from grpo.config import moving
+from grpo.config import moving, wording
 from grpo.config.model import Config
 from grpo.config.named_files import read_text
+from grpo.config.objectives import OBJECTIVES
 from grpo.config.score import secret_of
-from grpo.config.update import OBJECTIVES
 from grpo.config.yaml import YamlError, parse
 from grpo.errors import UsageError
 
 PIPELINE = "pipeline.yaml"
-_CREDENTIALS = re.compile("://[^/@\\s]*@")  # of an address; no message may hold them
+_CREDENTIALS = re.compile(r'(://)[^/@\s]*(@)|([?&]\w+=)[^\s"]+')  # of an address; no message may hold them
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """pipeline.yaml with `--set key=value` overrides, applied in order. Raises UsageError (exit 2)."""
     try:
-        data = parse(read_text(path, str(path), "; give a configuration with -c FILE"))
+        data = parse(read_text(path, str(path), _advice(path)))
     except YamlError as error:
         raise UsageError(f"{path}{error.place}: {error}") from None
     config = validated({} if data is None else data, path, overrides)
@@ -35,6 +35,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
                 " judge `api_key_env: NAME`, and set NAME in the environment"
             )
     return config
+
+
+def _advice(path: Path) -> str:
+    """How to come to a configuration where there is none at `path`."""
+    if path.name == PIPELINE:
+        return "; `grpo init` makes a project here, -c FILE names a configuration elsewhere"
+    return "; give a configuration with -c FILE"
 
 
 def validated(data: Any, path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -115,34 +122,44 @@ def _replaced(data: Any, parts: Sequence[str], value: Any) -> Any:
     return [_replaced(item, rest, value) if str(n) == first else item for n, item in enumerate(data)]
 
 
+_TYPE_TRIED = re.compile(r"(constrained-)?(int|float|str|bool|list|dict)(\[.*)?|(literal|function-\w+)\[.*")
 _FORMER_NAMES = {"resample": "dynamic_sampling", "until_groups_with_signal": "min_groups"}
 
 
 def _explain(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
     """The first problem as `where: section.key: what is wrong`, and how many more there are."""
-    problems = error.errors(include_url=False)
+    by_place: dict[tuple[int | str, ...], list[Any]] = {}
+    for problem in error.errors(include_url=False):
+        by_place.setdefault(_place(problem), []).append(problem)  # of several types, one each
     # An unknown key comes first: that it is not the known one is why that is missing.
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    place, found = first["loc"], json.dumps(first["input"], default=str)
+    place, problems = min(by_place.items(), key=lambda item: item[1][0]["type"] != "extra_forbidden")
+    first = problems[0]
     if first["type"] == "extra_forbidden":
         known, name = _keys_at(place[:-1]), str(place[-1])
         name = _FORMER_NAMES.get(name, name)
         hint = moving.answer(name, first["input"], known, all_keys())
         text = f"unknown key; {hint or 'known keys: ' + ', '.join(known)}"
-    elif first["type"] == "model_type":
-        text = f"expected a section with keys, found {found}"
     elif first["type"] == "missing":
         text = "is required and missing"
     else:
-        text = first["msg"].removeprefix("Value error, ")
+        rights = list(filter(None, map(wording.expected, problems)))
+        text = f"expected {' or '.join(rights)}" if rights else first["msg"].removeprefix("Value error, ")
         text = text[0].lower() + text[1:]
-        if not isinstance(first["input"], dict | list):
-            text += f", found {_CREDENTIALS.sub('://***@', found)}"
+        found = wording.found(first)
+        if not isinstance(found, dict | list) or first["type"] == "model_type":
+            shown = json.dumps(found, default=str)
+            text += ", found " + _CREDENTIALS.sub(r"\1\3***\2", shown)
         if hint := moving.answer_value(".".join(str(part) for part in place), first["input"]):
             text += f"; write {hint}"
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    more = f" (and {len(by_place) - 1} more)" if len(by_place) > 1 else ""
     return f"{_where(place, path, overrides)}{key}{': ' if key else ''}{text}{more}"
+
+
+def _place(problem: Any) -> tuple[int | str, ...]:
+    """Where a problem is: behind a key that takes several types pydantic names the type that was tried."""
+    place: tuple[int | str, ...] = problem["loc"]
+    return place[:-1] if len(place) > 1 and _TYPE_TRIED.fullmatch(str(place[-1])) else place
 
 
 def _where(location: tuple[int | str, ...], path: Path, overrides: Sequence[str]) -> str:

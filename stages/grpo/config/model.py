@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 
 from grpo.config.evaluate import PASS_THRESHOLD, EvaluateConfig, StopConfig
 from grpo.config.generate import GenerateConfig
+from grpo.config.objectives import objective_settings
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
 from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, wrong_at
-from grpo.config.update import UpdateConfig, objective_settings
+from grpo.config.update import UpdateConfig
 
 
 class AdvantageConfig(Section):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -29,9 +30,19 @@ _SECRET_VALUE = re.compile(
     r"|(?i:\bbearer\s+[\w.~+/=-]{12,})|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 _URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")
-_IS_URL = must(_URL.fullmatch, "expected http(s)://host[:port]/path without a user, a query or a key in it")
+_IS_URL = must(
+    lambda url: _URL.fullmatch(url) and _has_host(url),
+    "expected http(s)://host[:port]/path without a user, a query or a key in it",
+)
 _IS_TEXT = must(str.strip, "is empty; give the question, or a file that holds it")
 _RISES = must(lambda scale: scale[0] < scale[1], "expected [lowest, highest], the lowest first")
+
+
+def _has_host(url: str) -> bool:
+    try:
+        return bool(urlsplit(url).hostname and urlsplit(url).port != 0)
+    except ValueError:  # brackets that are no IPv6 address, a port that is no number up to 65535
+        return False
 
 
 class JudgeConfig(Section):

@@ -1,71 +1,11 @@
-"""config.update: the update section of pipeline.yaml, and what an objective sets (docs/math.md)."""
+"""config.update: the update section of pipeline.yaml."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Positive, Section
 from grpo.config.surrogates import READ_BY, SURROGATES, known_surrogate
-
-_GRPO: dict[str, Any] = {
-    "ratio": "token",
-    "surrogate": "clip",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "aggregate": "sequence_mean",
-    "kl_coefficient": 0.01,
-    "kl_estimator": "k3",
-    "old_logprobs": "sampled",
-}
-
-
-def _sets(scale: str = "group", drop_zero_variance: bool = False, **update: Any) -> dict[str, dict[str, Any]]:
-    advantage = {"scale": scale, "drop_zero_variance": drop_zero_variance}
-    return {"update": _GRPO | update, "advantage": advantage}
-
-
-# What an objective sets, by section: the same keys for each, written as what differs from grpo. A key that
-# the user writes wins.
-OBJECTIVES = {
-    "grpo": _sets(),
-    "grpo_sequence": _sets(
-        ratio="sequence", aggregate="sequence_sum", kl_estimator="k1", old_logprobs="recomputed"
-    ),
-    "dr_grpo": _sets(aggregate="constant", kl_coefficient=0.0, scale="none"),
-    "dapo": _sets(clip_high=0.28, aggregate="token_mean", kl_coefficient=0.0, drop_zero_variance=True),
-    "gspo": _sets(
-        ratio="sequence_mean", clip_low=3e-4, clip_high=4e-4, kl_coefficient=0.0, old_logprobs="recomputed"
-    ),
-    "cispo": _sets(
-        surrogate="cispo", clip_low=None, clip_high=4.0, aggregate="token_mean", kl_coefficient=0.0
-    ),
-    "sapo": _sets(surrogate="sapo", clip_low=None, clip_high=None, kl_coefficient=0.0),
-    "gmpo": _sets(ratio="sequence_mean", surrogate="gmpo", clip_low=0.4, clip_high=0.4, kl_coefficient=0.0),
-    "dppo": _sets(surrogate="dppo_tv", aggregate="token_mean", kl_coefficient=0.0),
-    "vespo": _sets(
-        surrogate="vespo", clip_low=None, clip_high=None, aggregate="token_mean", kl_coefficient=0.0
-    ),
-    "scalerl": _sets(
-        scale="batch",
-        drop_zero_variance=True,
-        surrogate="cispo",
-        clip_low=None,
-        clip_high=4.0,
-        aggregate="prompt_mean",
-        kl_coefficient=0.0,
-    ),
-}
-
-
-def objective_settings(update: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the objective of an `update` section sets, by section: no clip where its surrogate has none."""
-    settings = OBJECTIVES.get(str(update.get("objective", "grpo")), {})
-    surrogate = update.get("surrogate", "clip")  # every objective's own has the clip that it reads
-    if not settings or surrogate in READ_BY["clip_low"]:
-        return settings
-    return {**settings, "update": settings["update"] | {"clip_low": None, "clip_high": None}}
-
 
 # The cap of the sampler correction by its level, unless one is given: a mean over tokens strays far less.
 SAMPLER_CORRECTION_CAPS = {"token": 2.0, "sequence_mean": 1.01}
@@ -75,6 +15,10 @@ SAMPLER_CORRECTION_CAPS = {"token": 2.0, "sequence_mean": 1.01}
 LARGEST = 1e6
 Weight = Annotated[float, Field(ge=0, le=LARGEST)]
 Temperature = Annotated[float, Field(ge=1e-6, le=LARGEST)]
+Targets = Annotated[
+    Annotated[list[NonEmpty], Field(min_length=1)] | None,
+    BeforeValidator(lambda given: None if given == "all-linear" else given),
+]
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
 
 
@@ -85,8 +29,14 @@ class LoraConfig(Section):
     """Rank of an adapter's two matrices, 1 to 16,384; above a weight's smaller side more adds nothing."""
     alpha: Annotated[float, Field(gt=0, le=LARGEST)]
     """An adapter's output is scaled by alpha / rank; > 0, at most 1e6."""
-    targets: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    """Names of the modules that get an adapter, such as q_proj; null: every linear layer but the output's."""
+    rslora: Annotated[bool, ADDED] = False
+    """true: it is scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    targets: Targets = None
+    """Names of the modules that get an adapter, such as q_proj; null or all-linear: every linear layer but
+    the output's."""
+    modules_to_save: Annotated[list[NonEmpty], ADDED] = Field([])
+    """Names of modules that train whole beside the adapters, such as lm_head; the reference is then a model
+    of its own."""
 
 
 class UpdateConfig(Section):
@@ -152,6 +102,15 @@ class UpdateConfig(Section):
     """true: each token's KL is multiplied by its importance ratio, through which the gradient flows too."""
     entropy_coefficient: Weight = 0.0
     """Weight of the entropy, aggregated as the KL is, which the loss subtracts; 0: no such term."""
+    entropy_target: Annotated[Positive | None, ADDED] = None
+    """Mean entropy of a token in nats, > 0. At or below it the term is there, and its weight, which begins as
+    entropy_coefficient, rises with every step; above it there is none, and it falls. null: it stays."""
+    entropy_coefficient_delta: Annotated[Annotated[float, Field(gt=0, le=LARGEST)], ADDED] = 0.005
+    """By how much the weight rises or falls in a step; > 0, at most 1e6."""
+    entropy_coefficient_min: Annotated[Weight, ADDED] = 0.0
+    """It falls no further, 0 to 1e6."""
+    entropy_coefficient_max: Annotated[Weight, ADDED] = 1.0
+    """It rises no further, 0 to 1e6."""
     old_logprobs: Literal["sampled", "recomputed"] = "sampled"
     """(objective) pi_old: the stored log-probs, or the learner's own before its first step."""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
@@ -166,6 +125,12 @@ class UpdateConfig(Section):
     most 1; null: truncate has no such bound, and mask 1 / cap."""
     reference: NonEmpty | None = None
     """Checkpoint of the KL term; null: the starting policy. Fixed for a run."""
+    reference_every: Annotated[Count | None, ADDED] = None
+    """n: in iteration i the reference is the newest policy whose number is a multiple of n, and before
+    iteration n that of `reference`. null: always."""
+    optimizer: Annotated[Literal["adamw", "adamw_8bit"], ADDED] = "adamw"
+    """adamw_8bit: moments in 8 bits by blocks of 256 values (arXiv 2110.02861): a quarter of their memory and
+    disk, for coarser steps. Fixed for a run; needs bitsandbytes: pip install 'grpo-stages[8bit]'."""
     learning_rate: NonNegative = 5e-7
     """Learning rate of AdamW: the highest of the run, where warm-up ends and the schedule begins."""
     min_learning_rate: Annotated[NonNegative, ADDED] = 0.0
@@ -211,6 +176,15 @@ class UpdateConfig(Section):
             return {"sampler_correction_cap": SAMPLER_CORRECTION_CAPS["sequence_mean"], **data}
         return data
 
+    def moved_reference(self, iteration: int) -> int:
+        """The policy that is the reference in `iteration`; 0: the checkpoint that `reference` names."""
+        return iteration - iteration % self.reference_every if self.reference_every else 0
+
+    @property
+    def has_entropy_term(self) -> bool:
+        """Whether the loss has one, in some step at least."""
+        return bool(self.entropy_coefficient) or self.entropy_target is not None
+
     @property
     def own(self) -> str | None:
         """The surrogate, where it is a function of the user's."""
@@ -225,6 +199,7 @@ class UpdateConfig(Section):
                 " the present policy for the one that sampled, and every older rollout's ratio would be 1"
             )
         self._check_schedule()
+        self._check_regularisers()
         correction = self.sampler_correction
         if correction == "none" and self.sampler_correction_floor is not None:
             raise ValueError(
@@ -248,6 +223,25 @@ class UpdateConfig(Section):
                 f"ratio: {self.ratio} has one surrogate value per rollout, of which no token can be left out;"
                 " leave top_entropy out, or set ratio: token"
             )
+
+    def _check_regularisers(self) -> None:
+        """Raise ValueError for a key of the KL or entropy term that has no effect or cannot be had."""
+        if self.reference_every is not None and not self.kl_coefficient:
+            raise ValueError(
+                f"reference_every: {self.reference_every} moves the reference of a KL term, which"
+                " kl_coefficient: 0 has not; set kl_coefficient, or leave reference_every out"
+            )
+        low, high = self.entropy_coefficient_min, self.entropy_coefficient_max
+        if self.entropy_target is not None:
+            if not low <= self.entropy_coefficient <= high:
+                raise ValueError(
+                    f"entropy_coefficient: {self.entropy_coefficient} must lie between"
+                    f" entropy_coefficient_min: {low} and entropy_coefficient_max: {high}"
+                )
+            return
+        for key in ("entropy_coefficient_delta", "entropy_coefficient_min", "entropy_coefficient_max"):
+            if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: {value} is for entropy_target; set that too, or leave {key} out")
 
     def _check_schedule(self) -> None:
         """Raise ValueError for a key of the schedule that has no effect."""

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 from grpo import tables
 from grpo.artifacts import EVALUATION, ActiveRun, Run, files, lacking, read_sealed, seal
@@ -33,6 +36,8 @@ _NAMES = {
 }
 # And those of its update: of `updates` what is not a key there, or counted of all rollouts in `iterations`.
 _UPDATE = {"rollouts_kept", "steps", "steps_skipped", *tables.UPDATES} - {"iteration", "rollouts", "tokens"}
+
+_NOT_INSTALLED = "track: {0}: is not installed; pip install 'grpo-stages[{0}]'"
 
 
 @contextmanager
@@ -179,6 +184,30 @@ def _note(run: Run, name: str, place: int) -> None:
     files.write_file(note_path(run), seal(held))
 
 
+def check_tracker(name: str) -> str:
+    """A line where it may not let us log. Raises UsageError (exit 2) where it is not installed.
+
+    Nothing of it is imported, and nobody is asked.
+    """
+    try:
+        there = find_spec(name) is not None
+    except ValueError:  # it was tried before, and is not
+        there = False
+    if not there:
+        raise UsageError(_NOT_INSTALLED.format(name))
+    away = os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
+    if name != "wandb" or away or os.environ.get("WANDB_API_KEY"):
+        return ""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        known = netrc(os.environ.get("NETRC") or None).authenticators(host)
+    except (OSError, NetrcParseError):
+        known = None
+    if known:
+        return ""
+    return f"nobody is logged in to {host}: `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
+
+
 def _opened(run: ActiveRun, name: str) -> ModuleType:
     """The package of a tracker, with the run open in it."""
     # Weights & Biases reads it when it is imported. It reports its own errors to its maker otherwise.
@@ -186,7 +215,7 @@ def _opened(run: ActiveRun, name: str) -> ModuleType:
     try:
         module = import_module(name)
     except ImportError:
-        raise UsageError(f"track: {name}: is not installed; pip install 'grpo-stages[{name}]'") from None
+        raise UsageError(_NOT_INSTALLED.format(name)) from None
     if error := _error_of(_init, run, module):
         raise EngineError(
             f"track: {name} cannot be opened: {error}; nothing was sampled (`track: null` goes without)"

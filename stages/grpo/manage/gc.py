@@ -19,6 +19,8 @@ from grpo.console import printable, stdout_console
 from grpo.errors import InputError, UsageError
 from grpo.pipeline.stages import EVALUATE, STAGES
 
+_SMALL = 2**20 // 10  # bytes; what a person reads is in tenths of a MiB
+
 
 def garbage(run: ActiveRun) -> dict[str, Any]:
     """All that `grpo gc` would remove, in order; of a checkpoint, `path` is the folder of its update.
@@ -72,12 +74,16 @@ def _abandoned(run: ActiveRun) -> list[Path]:
 
 
 def print_garbage(found: dict[str, Any], run: Run, dry_run: bool) -> None:
-    """The list as a person reads it."""
-    out = stdout_console()
-    lines = [
-        (row["bytes"], printable(f"{row['what']:<18} {row['path'].relative_to(run.path)}"))
-        for row in found["garbage"]
-    ]
+    """The list as a person reads it; what is too small to count is one line for each kind."""
+    out, rows = stdout_console(), found["garbage"]
+    small = [row for row in rows if row["bytes"] < _SMALL]
+    kinds = {row["what"]: [each["bytes"] for each in small if each["what"] == row["what"]] for row in small}
+    lines = [(sum(sizes), f"{what:<18} {len(sizes)} below 0.1 MiB") for what, sizes in kinds.items()]
+    for row in rows:
+        if row not in small:
+            lines.append(
+                (row["bytes"], f"{row['what']:<18} {printable(str(row['path'].relative_to(run.path)))}")
+            )
     lines.append((found["bytes"], f"{'would be removed' if dry_run else 'removed'} from run {run.name}"))
     for size, text in lines:
         out.print(f"{size / 2**20:10,.1f} MiB  {text}", markup=False, highlight=False)

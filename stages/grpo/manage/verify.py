@@ -26,6 +26,7 @@ from grpo.artifacts import (
     holder_of,
     kept_sources,
     open_run,
+    read_json,
     read_stop,
     staging_folders,
     stopped_path,
@@ -39,6 +40,7 @@ from grpo.pipeline.states import evaluation_states, states
 from grpo.prompts.table import HELD_OUT
 
 _MOST_GONE = 1000  # iterations that were lost: each of their outputs is looked for and reported
+_MOST_TOKENS = 2**31
 _COUNTS = ("outputs", "files", "bytes", "rows", "pruned")  # pruned: files that retention dropped
 
 
@@ -97,12 +99,26 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
     report.damages += damages(run, wrong | _gone(run, readers, wrong))
     report.stale = _unfinished(run)
     if not report.damages and not report.stale:
-        for name in ("invariants", "teacher_invariants"):
-            rows = sql.read([run], sql.own_text(f"sql/views/{name}")).to_pylist()
+        known = {"vocabulary_size": _vocabulary_size(run)}
+        for name in ("invariants", "teacher_invariants", "token_invariants"):
+            rows = sql.read([run], sql.own_text(f"sql/views/{name}"), known).to_pylist()
             report.broken |= {row["invariant"]: row["rows"] for row in rows}
         report.stale = _stale(run)
     _set_aside(run, report, set_aside)
     return report
+
+
+def _vocabulary_size(run: Run) -> int:
+    """Of the newest policy that is there, by its configuration; as many as a column holds where none says."""
+    for policy in reversed(run.policies()[1:]):
+        path = run.folder("update", policy - 1) / "policy" / "config.json"
+        if path.is_file():
+            config = read_json(path)
+            text = config.get("text_config")
+            size = (text if isinstance(text, dict) else config).get("vocab_size")
+            if isinstance(size, int) and 0 < size < _MOST_TOKENS:
+                return size
+    return _MOST_TOKENS
 
 
 def _of_another_run(run: Run, numbers: list[int]) -> Damage | None:
@@ -195,6 +211,7 @@ def _look_at(run: Run, place: Place, counts: Counter[str]) -> Manifest | None:
     dropped = _dropped(run, place)
     held = [file for file in manifest.files if file not in dropped]
     run.timings(*place)
+    run.period(*place)
     for file in held:
         _check_file(run, manifest, file, run.path_of(file, *place))
     sizes = {"bytes": sum(file.bytes for file in held), "rows": sum(file.rows or 0 for file in held)}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grpo.artifacts import ActiveRun, Run
+from grpo.artifacts import ActiveRun, Run, is_hub_id
 from grpo.errors import InputError, UsageError
 
 STARTER = "tiny-arithmetic"
@@ -40,6 +40,19 @@ def configured_model(run: ActiveRun, key: str, name: str) -> Path:
 def model_path(run: ActiveRun, name: str) -> Path:
     """As resolve_model(), without training anything."""
     return starter_folder(run, name) if name in BUILT_IN else run.checkpoint_path(name)
+
+
+def local_model(run: ActiveRun, name: str) -> Path | None:
+    """The directory of a checkpoint, where it need not be; None where it would be trained or downloaded."""
+    if name in BUILT_IN:
+        return starter_folder(run, name) if starter_folder(run, name).exists() else None
+    if not is_hub_id(name, run.imports):
+        return run.checkpoint_path(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    revision = run.config.model_options.revision if name == run.config.model else None
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def starter_folder(run: Run, name: str = STARTER) -> Path:

@@ -1,11 +1,11 @@
 """prepare: configuration -> run.json, prompts/, policy/. What a run stands on, fixed for its whole life."""
 
-from typing import Any
+from contextlib import suppress
 
 from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config, files, seal, versions
-from grpo.config import Config, overridden_keys
-from grpo.errors import DataError, InputError
-from grpo.models.find import configured_model
+from grpo.config import Config, differing_keys, overridden_keys
+from grpo.errors import CorruptError, DataError, InputError
+from grpo.models.find import configured_model, local_model
 from grpo.prompts import table as prompts
 from grpo.prompts.held_out import compare
 
@@ -13,59 +13,110 @@ from grpo.prompts.held_out import compare
 def prepare(run: ActiveRun) -> None:
     """Make sure that run.json, prompts/ and policy/ are there and are those of the configuration.
 
-    Needs the lock. Raises InputError (exit 4) when the run was made with other prompts, another model,
-    reference or seed: those ask for a new `run:`.
+    Needs the lock. Raises as check_stand(); what needs no model is looked at before one is fetched, and
+    before anything is written. A run that holds no rollouts yet is begun anew with whatever is configured.
     """
-    created = (run.path / "run.json").exists()
-    begun = created or bool(run.iterations())  # run.json may have been damaged, and set aside
-    _check_seed(run, created)
-    names = {"policy": run.config.model, "reference": run.config.update.reference or run.config.model}
-    key_of = {"policy": "model", "reference": "update.reference"}
-    if run.config.update.reference is None:
-        key_of["reference"] = "model"
-    paths = {part: configured_model(run, key_of[part], name) for part, name in names.items()}
+    begun, created = bool(run.iterations()), (run.path / "run.json").exists()
+    check_stand(run)
+    if not begun:
+        from grpo.pipeline.ahead import check_ahead  # it imports torch: a complete run does without
+
+        check_ahead(run)
+    run.start = {part: configured_model(run, key, name) for part, (key, name) in _start(run).items()}
     for teacher in run.config.score.teachers:
         configured_model(run, "score.teachers.model", teacher.model)
-    ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in paths.items()}
+    ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in run.start.items()}
     manifest = run.manifest("policy", None)
-    if manifest is not None and begun:
-        _check_models(run, names, ids, manifest.ids, manifest.config)
-    elif manifest is None:  # damaged, and set aside: what was made from it says which it was
-        read = {"policy": _recorded(run, "policy@0"), "reference": _recorded(run, "reference")}
-        _check_models(run, names, ids, {part: id_ for part, id_ in read.items() if id_}, {})
-    run.start = paths
+    if begun:
+        _check_models(run, ids)
     # Before the run has begun, prompts of another model's template may be there.
     are_its = begun or (manifest is not None and manifest.ids == ids)
-    _prompts(run, begun, are_its)
+    before = run.id_of(prompts.OUTPUT)
+    _prompts(run, begun, created, are_its)
     _held_out(run, are_its)
     if manifest is None or manifest.ids != ids:
-        from grpo.pipeline.begin import commit_policy  # it loads models: a complete run does without
+        from grpo.pipeline.begin import commit_policy
 
-        commit_policy(run, names, ids)
-    if not created:
-        for line in overridden_keys(run.config):
-            run.console.say(f"differs from its objective: {line}")
-        # Its name is synced with that of the first iteration: lost before, it is written again as it was.
-        files.write_file(run.path / "run.json", run_json(run.config))
+        commit_policy(run, {part: name for part, (_, name) in _start(run).items()}, ids)
+    if not (begun and created):
+        _write_down(run, created, before not in (None, run.id_of(prompts.OUTPUT)))
 
 
-def _check_seed(run: ActiveRun, created: bool) -> None:
-    if created:
+def check_stand(run: ActiveRun) -> None:
+    """Raise InputError (exit 4) for a run that was made with other prompts, another model or seed.
+
+    Those ask for a new `run:`. Writes and fetches nothing: a model that is not here is known by its name.
+    """
+    if not run.iterations():
+        return
+    _check_seed(run)
+    manifest = run.manifest("policy", None)
+    were = manifest.config if manifest else {}
+    paths = {part: (name, local_model(run, name)) for part, (_, name) in _start(run).items()}
+    for part, (name, path) in paths.items():
+        if path is None and were.get(part, name) != name:
+            raise InputError(_fixed(run, _start(run)[part][0], were[part], name))
+    known = {part: path for part, (_, path) in paths.items() if path is not None and path.is_dir()}
+    _check_models(run, {part: run.checkpoint_id(str(path.absolute())) for part, path in known.items()})
+    held = run.manifest(prompts.OUTPUT, None)
+    if held is not None and not (plan := prompts.plan(run, kept=held)).same_as(held):
+        raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(held))))
+
+
+def _start(run: ActiveRun) -> dict[str, tuple[str, str]]:
+    """The checkpoints that a run stands on: the key that names each, and the name."""
+    model, reference = run.config.model, run.config.update.reference
+    return {
+        "policy": ("model", model),
+        "reference": ("update.reference", reference) if reference is not None else ("model", model),
+    }
+
+
+def _check_seed(run: ActiveRun) -> None:
+    if (run.path / "run.json").exists():
         seed = created_config(run.path).seed
-    else:
+    else:  # it was damaged, and set aside
         sampled = (run.manifest("rollouts", iteration) for iteration in run.iterations())
         seed = next((found.config["seed"] for found in sampled if found), run.config.seed)
     if seed != run.config.seed:
         raise InputError(_fixed(run, "seed", seed, run.config.seed))
 
 
-def _check_models(
-    run: Run, names: dict[str, str], ids: dict[str, str], held: dict[str, str], were: dict[str, Any]
-) -> None:
-    for part, id_ in held.items():
-        if id_ != ids[part]:
-            key = "model" if part == "policy" else "update.reference"
-            raise InputError(_fixed(run, key, were.get(part, ""), f"{names[part]} (other files)"))
+def _check_models(run: ActiveRun, ids: dict[str, str]) -> None:
+    """ids: of the configured checkpoints, of those that are known."""
+    manifest = run.manifest("policy", None)
+    if manifest is None:  # damaged, and set aside: what was made from it says which it was
+        held: dict[str, str | None] = {
+            "policy": _recorded(run, "policy@0"),
+            "reference": _recorded(run, "reference"),
+        }
+    else:
+        held = {**manifest.ids}
+    for part, id_ in ids.items():
+        if held.get(part) not in (None, id_):
+            key, name = "model" if part == "policy" else "update.reference", _start(run)[part][1]
+            was = manifest.config.get(part, "") if manifest else ""
+            raise InputError(_fixed(run, key, was, f"{name} (other files)"))
+
+
+def _write_down(run: ActiveRun, created: bool, other_prompts: bool) -> None:
+    """Write run.json, and say what differs from the objective, or from what the run was begun with."""
+    differs = overridden_keys(run.config)
+    if created:
+        with suppress(CorruptError, InputError):  # damaged, or of another version: nothing stands on it
+            were = created_config(run.path)
+            differs = differing_keys(were.model_dump(), run.config.model_dump())
+            if other_prompts and not any(text.startswith("prompts") for text in differs):
+                differs.append("prompts: their content")
+            if not differs:
+                return
+            text = "; ".join(differs)
+            run.console.say(f"run {run.name} holds no rollouts yet, so it starts over with {text}")
+            differs = []
+    for line in differs:
+        run.console.say(f"differs from its objective: {line}")
+    # Its name is synced with that of the first iteration: lost before, it is written again as it was.
+    files.write_file(run.path / "run.json", run_json(run.config))
 
 
 def _recorded(run: Run, reference: str) -> str | None:
@@ -75,15 +126,13 @@ def _recorded(run: Run, reference: str) -> str | None:
     return next((id_ for id_ in found if id_), None)
 
 
-def _prompts(run: ActiveRun, begun: bool, are_its: bool) -> None:
+def _prompts(run: ActiveRun, begun: bool, created: bool, are_its: bool) -> None:
     manifest = run.manifest(prompts.OUTPUT, None)
-    plan = prompts.plan(run, kept=manifest if begun else None)
+    plan = prompts.plan(run, kept=manifest if begun or created else None)
     if manifest is not None and are_its and plan.same_as(manifest):
-        if begun and prompts.source_is_gone(run):
+        if (begun or created) and prompts.source_is_gone(run):
             run.console.say(f"prompts.source: {run.config.prompts.source} is gone; the run has its own copy")
         return
-    if manifest is not None and begun:
-        raise InputError(_fixed(run, "prompts", "", "; ".join(plan.differences(manifest))))
     expected = _recorded(run, prompts.OUTPUT)
     from grpo.pipeline.begin import normalise
 

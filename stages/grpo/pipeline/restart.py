@@ -6,6 +6,7 @@ from grpo.artifacts import ActiveRun, Run, discard, files, read_sealed, seal
 from grpo.errors import CorruptError, InputError
 from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage
 from grpo.pipeline.states import State, evaluation_states, nearest_policy, states
+from grpo.update.plan import require_reference
 
 
 def start_over(run: ActiveRun, iteration: int) -> None:
@@ -28,6 +29,7 @@ def start_over(run: ActiveRun, iteration: int) -> None:
     _, redone = done_again(run, iteration)
     if redone or run.manifest(UPDATE.output, iteration) is None:
         run.require_checkpoint(iteration)
+        require_reference(run, iteration)
     files.write_file(intent_path(run), seal({"from": iteration}))
     files.sync_folder(run.path)
     finish_start_over(run)

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from grpo.artifacts import ActiveRun, Stop, lacking, prune, stop_at
 from grpo.errors import InputError
 from grpo.pipeline.resources import Resources
+from grpo.pipeline.signal import without_signal
 from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage, perform
 from grpo.pipeline.states import differences_of, nearest_policy, state_of, states
+from grpo.update.schedule import learning_rate
 
 
 def run_iterations(
@@ -33,6 +35,8 @@ def run_iterations(
                     return worked, evaluated, ended
                 if not begun:
                     _say_changes(run, todo, iteration)
+                    for line in without_signal(run.config) if iteration == 0 else ():
+                        run.console.say(line)
                     _check_before(run, resources, until)
                     begun = True
                 run.console.stop_requested()
@@ -45,7 +49,25 @@ def run_iterations(
             if trained:
                 worked += 1
                 report(iteration)
+    if not begun and until:
+        _say_changes(run, [], until - 1)  # all is history: what differs is for what may come next
     return worked, evaluated, None
+
+
+def check_fresh(run: ActiveRun, until: int) -> tuple[list[Stage], int]:
+    """What a plain run does first, and the iteration. Raises InputError (exit 4) where it would not begin."""
+    complete = _complete(run)
+    for iteration in (number for number in range(until + 1) if number not in complete):
+        if todo := what_to_do(run, iteration, until):
+            return todo, iteration
+    return [], until - 1
+
+
+def say_differences(run: ActiveRun, until: int) -> None:
+    """Say what a plain run would say before it begins; errors as check_fresh()'s."""
+    todo, iteration = check_fresh(run, until)
+    if iteration >= 0:
+        _say_changes(run, todo, iteration)
 
 
 def what_to_do(run: ActiveRun, iteration: int, until: int) -> list[Stage]:
@@ -140,5 +162,15 @@ def _say_changes(run: ActiveRun, todo: list[Stage], iteration: int) -> None:
         last = run.manifest(stage.output, iteration if stage not in todo else iteration - 1)
         if last is None or (stage in todo and iteration == 0):
             continue
+        first = iteration if stage in todo else iteration + 1
         for change in differences_of(run, stage, last):
-            run.console.say(f"from iteration {iteration if stage in todo else iteration + 1}: {change}")
+            run.console.say(f"from iteration {first}: {change}{_step_of_rate(run, first, change)}")
+
+
+def _step_of_rate(run: ActiveRun, iteration: int, change: str) -> str:
+    """Of another length of the run under a schedule: the learning rate before and behind `iteration`."""
+    if not change.startswith("iterations: ") or iteration >= run.config.iterations:
+        return ""
+    before = run.read("updates", iteration - 1, ["learning_rate"])["learning_rate"].to_pylist()[-1:]
+    after = learning_rate(run.config, iteration, 0)
+    return "".join(f"; the learning rate steps from {rate:.3g} to {after:.3g}" for rate in before)

@@ -140,7 +140,8 @@ def _check_replace(opened: ActiveRun, stage: Stage, before: Manifest, force: boo
         return  # stale: it is done again without being asked twice
     if changes := states.differences_of(opened, stage, before):
         place = opened.folder(stage.output, iteration)
-        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it")
+        kept = ", `grpo status` shows what was measured" if stage is EVALUATE else ""
+        raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it{kept}")
 
 
 def evaluate(opened: ActiveRun, policy: int | None, force: bool) -> int:
@@ -242,18 +243,26 @@ def _range(opened: Run) -> str:
     return iterations_text(have) if have else "no iteration yet"
 
 
-def dry_run(opened: ActiveRun) -> None:
-    """Print every resolved value, and on stderr what `grpo run` would do."""
+def show_configuration(opened: ActiveRun) -> None:
+    """Print every value, with what a null stands for where that is another value."""
     document = opened.config.model_dump()
     if opened.config.evaluate is not None:
-        document["evaluate"] |= evaluation.settings(opened)  # what a null stands for
-    values = flatten(document)
+        document["evaluate"] |= evaluation.settings(opened)
+    if document["update"]["reference"] is None and opened.config.update.kl_coefficient:
+        document["update"]["reference"] = opened.config.model
     if opened.console.quiet:
         print(json.dumps(document, indent=1))
-    else:
-        width = max(map(len, values))
-        for key, value in values.items():
-            print(f"{key:<{width}}  {json.dumps(value)}")
-    exists = (opened.path / "run.json").exists() and opened.manifest("policy", None) is not None
-    done = sum(1 for n in opened.iterations() if opened.manifest("update", n)) if exists else 0
+        return
+    values = flatten(document)
+    width = max(map(len, values))
+    for key, value in values.items():
+        print(f"{key:<{width}}  {json.dumps(value)}")
+
+
+def say_state(opened: ActiveRun, until: int) -> None:
+    """Say what a run would begin with; InputError (exit 4) where it would not go on with what is there."""
+    done = 0
+    if (opened.path / "run.json").exists():
+        runner.say_differences(opened, until)
+        done = sum(1 for number in opened.iterations() if opened.manifest("update", number))
     opened.console.say(f"{done} of {opened.config.iterations} iterations are complete")

@@ -124,7 +124,7 @@ def prepare(
     if not records:
         raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
     if not chats:
-        _check_no_template(config)
+        check_no_template(config)
     if expected is not None and id_of(records) != expected:
         raise InputError(
             f"prompts: fixed for the run {run.name}, but {config.source} holds others than its rollouts were"
@@ -141,7 +141,7 @@ def _keep_template(run: ActiveRun, staging: Staging, config: PromptsConfig) -> N
         keep_source(run, staging.plan.user_files["prompts.chat_template"], path.name, path.read_bytes)
 
 
-def _check_no_template(config: PromptsConfig) -> None:
+def check_no_template(config: PromptsConfig) -> None:
     """Refuse what is for chats alone, where no prompt is one."""
     if config.chat_template is not None or config.chat_template_arguments:
         key = "chat_template" if config.chat_template is not None else "chat_template_arguments"

@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 
 from grpo.artifacts import ActiveRun
 from grpo.config import RewardConfig
-from grpo.errors import CorruptError
+from grpo.errors import CorruptError, UsageError
 from grpo.prompts.rows import as_given
-from grpo.score.functions.built_in import Text
-from grpo.score.functions.call import GroupCall
+from grpo.score.functions.built_in import BUILT_IN, Text
+from grpo.score.functions.call import GroupCall, find_problem
 from grpo.score.functions.pool import FunctionPool
 from grpo.score.judge.client import Judge
 from grpo.score.judge.rubric import rubric_of
@@ -65,6 +65,21 @@ def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
                 judge = Judge(reward, rubric_of(reward, run.imports))
                 judges[reward.name] = stack.enter_context(closing(judge))
         yield Scorers(pool, prompts, _open_models(run), judges, _open_teachers(run))
+
+
+def check_alone(run: ActiveRun) -> None:
+    """Raise UsageError (exit 2) for a function or a judge that is no use with whatever prompts."""
+    with ExitStack() as stack:
+        pool: FunctionPool | None = None
+        for reward in run.config.score.rewards:
+            if reward.judge is not None:
+                Judge(reward, rubric_of(reward, run.imports)).close()
+            elif reward.function in BUILT_IN:  # at once; a worker takes a second to start
+                if problem := find_problem(reward.function, reward.arguments, None, None):
+                    raise UsageError(f"reward function {reward.function!r}: {problem}")
+            elif reward.function is not None:
+                pool = pool or stack.enter_context(closing(FunctionPool(run.imports, 1)))
+                pool.check(reward)
 
 
 def check_columns(run: ActiveRun, pool: FunctionPool, prompts: pa.Table) -> None:

@@ -120,8 +120,10 @@ def checked(connection: Connection) -> Iterator[None]:
         if connection.tables.failure is not None:
             raise connection.tables.failure from None
         connection.tables.check_content()
-        kind = ResourceError if isinstance(error, duckdb.OutOfMemoryException) else UsageError
-        raise kind(f"query: {' '.join(str(error).split())}") from None
+        if isinstance(error, duckdb.OutOfMemoryException):  # its advice is for settings that are locked
+            limit = f"needs more memory than its limit of {MEMORY_GIB:g} GiB"
+            raise ResourceError(f"query: {limit}; ask for less of it at a time") from None
+        raise UsageError(f"query: {' '.join(str(error).split())}") from None
     except RuntimeError as error:
         if "interrupt" not in str(error).lower():
             raise

@@ -25,8 +25,9 @@ SETTINGS = pa.schema(
 )
 _TEXTS = dict.fromkeys(("ids", "inputs", "config", "user_files", "summary", "versions"), "string")
 _PLACE = {"iteration": "int32", "stage": "string"}
+_PERIOD = {"started": "float64", "ended": "float64"}
 _FIXED = {
-    "timings": pa.schema({**_PLACE, "part": "string", "seconds": "float64"}),
+    "timings": pa.schema({**_PLACE, "part": "string", "seconds": "float64", **_PERIOD}),
     "manifests": pa.schema(
         {**_PLACE, "output": "string", "attempt": "int32", "fingerprint": "string", "rows": "int64", **_TEXTS}
     ),
@@ -130,8 +131,9 @@ class RunTables:
         if name == "manifests":
             return [{**dict(manifest), **_texts(manifest), "output": output} for output, manifest in every]
         return [
-            {**dict(manifest), "part": part, "seconds": seconds}
+            {**dict(manifest), **period, "part": part, "seconds": seconds}
             for output, manifest in every
+            for period in [run.period(output, manifest.iteration)]
             for part, seconds in run.timings(output, manifest.iteration).items()
         ]
 

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from grpo.config import LoraConfig
 from grpo.errors import CorruptError, EngineError, InputError, UsageError
 from grpo.models.loading import load_skeleton
+from grpo.update.optimizer import quiet
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,31 +32,33 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _NAME = "default"  # what peft calls an adapter without a name
-_FIXED = ("r", "lora_alpha", "target_modules")  # other values make another policy of the same tensors
+# Other values make another policy of the same tensors.
+_FIXED = ("r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save")
 
 
-def add_adapter(
-    model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str] | None, seed: int
-) -> "PeftModel":
-    """A trainable adapter on `model`: W + alpha / rank B A for each targeted weight W (arXiv 2106.09685).
+def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> "PeftModel":
+    """A trainable adapter on `model`: W + scale B A for each targeted weight W (arXiv 2106.09685).
 
     Layers of `model` are replaced in place: it computes with the adapter however it is called. All is in eval
-    mode and frozen, but A_RI and B_OR. `targets`: names of linear modules or their last parts; None: all but
-    the output head. Raises EngineError (exit 8) without peft, UsageError (exit 2) for a target not to be had.
+    mode and frozen, but A_RI, B_OR and what trains whole. Raises EngineError (exit 8) without peft,
+    UsageError (exit 2) for a target or module not to be had.
     """
     require_peft()
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
 
-    modules = _targeted(model, targets)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
+    whole = _whole(model, lora.modules_to_save)
+    modules = _targeted(model, lora.targets, whole)
+    config = PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
         target_modules=list(modules),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
         task_type="CAUSAL_LM",
     )
     # peft draws too; and it warns of how it calls transformers, which no user can change.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"), quiet():
         try:
             adapter: PeftModel = get_peft_model(model, config, adapter_name=_NAME)
         except ValueError as error:
@@ -64,6 +68,10 @@ def add_adapter(
         message = f"update.lora.targets: peft would adapt the fused experts in place of {others[0]}"
         raise UsageError(f"{message}; name only modules that no expert has, such as q_proj")
     assert _layers(model).keys() == modules.keys()
+    if whole:  # not told before: peft would train copies, which are in the way of whoever reads the head
+        config.modules_to_save = list(whole)
+        for module in whole.values():
+            module.requires_grad_(True)
     reset_adapter(model, seed)
     return adapter.eval()
 
@@ -71,20 +79,25 @@ def add_adapter(
 def require_peft() -> None:
     """Raise EngineError (exit 8) where peft cannot be imported."""
     try:
-        importlib.import_module("peft")
+        with quiet():
+            importlib.import_module("peft")
     except ImportError as error:
         message = f"update.lora: peft cannot be imported: {error}"
         raise EngineError(f"{message}; pip install 'grpo-stages[lora]'") from error
 
 
-def check_targets(checkpoint: Path, targets: Sequence[str] | None) -> None:
-    """Raise UsageError (exit 2) as add_adapter would for a target; reads the configuration, no weights."""
-    _targeted(load_skeleton(checkpoint), targets)
+def check_modules(checkpoint: Path, lora: LoraConfig) -> None:
+    """Raise UsageError (exit 2) as add_adapter would for a module; reads the configuration, no weights."""
+    model = load_skeleton(checkpoint)
+    _targeted(model, lora.targets, _whole(model, lora.modules_to_save))
 
 
 @torch.no_grad()
 def reset_adapter(model: PreTrainedModel, seed: int) -> None:
-    """Start again: A as a linear layer's weight, from `seed` alone; B zero, so that nothing changes."""
+    """Start again: A as a linear layer's weight, from `seed` alone; B zero, so that nothing changes.
+
+    Modules that train whole stay as they are.
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in _layers(model).values():
         A_RI, B_OR = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
@@ -108,7 +121,7 @@ def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """`state` one by one, each weight of the base that has an adapter as a fresh tensor W + alpha / rank B A.
+    """`state` one by one, each weight of the base that has an adapter as a fresh tensor W + scale B A.
 
     `state` holds tensors of plain_state() under any names; others pass as they are.
     """
@@ -127,7 +140,8 @@ def holds_adapted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> bool:
 def adapter_files(model: "PeftModel") -> Iterator[tuple[str, bytes]]:
     """(name, content) of the adapter's files as peft writes them, without the path of the base."""
     yield CONFIG_FILE, json.dumps(_config(model), indent=2, sort_keys=True).encode()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _weights(model).items()}
+    # Cloned: two names of one weight would share memory, which the format refuses.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in _weights(model).items()}
     yield WEIGHTS_FILE, save(tensors, metadata={"format": "pt"})
 
 
@@ -135,7 +149,7 @@ def adapter_files(model: "PeftModel") -> Iterator[tuple[str, bytes]]:
 def load_adapter(model: "PeftModel", folder: Path) -> None:
     """Put the weights of adapter_files() in `folder` into the adapter, in place and bit for bit.
 
-    Raises InputError (exit 4) when its rank, alpha or targets are not the configured ones, CorruptError
+    Raises InputError (exit 4) when its rank, scale or modules are not the configured ones, CorruptError
     (exit 6) when its weights are not those of this adapter; the adapter is then as it was.
     """
     path, weights = folder / WEIGHTS_FILE, _weights(model)
@@ -154,13 +168,15 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
         weights[name].copy_(tensor)
 
 
-def _targeted(model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str, nn.Module]:
-    """Linear modules by name. The output head is none: log-probs are computed from its weight alone."""
+def _targeted(
+    model: PreTrainedModel, targets: Sequence[str] | None, whole: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Linear modules by name, none of `whole`. Nor the output head: log-probs are of its weight alone."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     linear = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not _within(name, whole)
     }
     exist = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
     found = dict(linear) if targets is None else {}
@@ -174,6 +190,33 @@ def _targeted(model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str
         raise UsageError(f"update.lora.targets: nothing is targeted; of this model these can be: {exist}")
     _check_not_shared(model, found)
     return found
+
+
+def _whole(model: PreTrainedModel, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Modules that train whole, by their full names. Raises UsageError (exit 2) for one that cannot.
+
+    A weight used elsewhere too would change there: whoever shares it has to be named as well.
+    """
+    every = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters())}
+    found: dict[str, nn.Module] = {}
+    for wanted in names:
+        matching = {name: module for name, module in every.items() if f".{name}".endswith(f".{wanted}")}
+        if not matching:
+            exist = ", ".join(sorted({name.rpartition(".")[2] for name in every} - {""}))
+            message = f"update.lora.modules_to_save: {wanted!r} is no module with weights"
+            raise UsageError(f"{message}; of this model these are: {exist}")
+        found |= matching
+    inside = {id(parameter) for module in found.values() for parameter in module.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside and not _within(name, found):
+            owner = name.rpartition(".")[0]
+            message = f"update.lora.modules_to_save: {owner} has a weight of {', '.join(found)} too"
+            raise UsageError(f"{message}, which would change there; name {owner} as well")
+    return found
+
+
+def _within(name: str, modules: Mapping[str, object]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def _check_not_shared(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
@@ -192,12 +235,14 @@ def _layers(model: PreTrainedModel) -> "dict[str, LoraLayer]":
 
 
 def _weights(model: "PeftModel") -> dict[str, Tensor]:
-    """The adapter's own tensors under peft's names on disk; no copies."""
+    """The adapter's own tensors and those that train whole, under peft's names on disk; no copies."""
     from peft import get_peft_model_state_dict
 
     # Without the False, peft looks for the base's configuration on disk and on the hub.
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return weights
+    whole = dict.fromkeys(model.peft_config[_NAME].modules_to_save or ())
+    named = model.get_base_model().named_parameters(remove_duplicate=False)
+    return weights | {f"base_model.model.{name}": p.data for name, p in named if _within(name, whole)}
 
 
 def _config(model: "PeftModel") -> dict[str, Any]:

@@ -20,9 +20,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from grpo.artifacts import checkpoint_files, is_weight_file
 from grpo.errors import CorruptError
 from grpo.update.adapter import holds_adapted, merged, plain_state
+from grpo.update.optimizer import names_of, state_of, tensors_of
 
 _SHARD_BYTES = 2**31  # with an adapter, what is merged at a time and so what a checkpoint costs in memory
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 OPTIMIZER_FILE = "optimizer.safetensors"
 Chunks = Iterable[bytes | memoryview]  # a file's content in pieces
 
@@ -51,10 +51,10 @@ def optimizer_file(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> 
     """AdamW's moments as safetensors, named `<moment>.<parameter>`; empty before the first step."""
     return safetensors_file(
         {
-            f"{moment}.{name}": optimizer.state[parameter][moment]
+            f"{moment}.{name}": tensor
             for name, parameter in model.named_parameters()
             if parameter in optimizer.state
-            for moment in _MOMENTS
+            for moment, tensor in tensors_of(optimizer.state[parameter]).items()
         }
     )
 
@@ -86,13 +86,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel, pat
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        expected = {f"{moment}.{name}" for moment in _MOMENTS for name in parameters}
+        held = {name: names_of(optimizer, name, names) for name in parameters}
+        expected = {f"{moment}.{name}" for name, moments in held.items() for moment in moments}
         if names and names != expected:
             raise CorruptError(f"{path}: not the optimiser state of this model: see {min(names ^ expected)}")
         for name, parameter in parameters.items() if names else ():
-            moments = {moment: file.get_tensor(f"{moment}.{name}") for moment in _MOMENTS}
-            if moments["exp_avg"].shape != parameter.shape:
-                raise CorruptError(f"{path}: exp_avg.{name} has the shape {list(moments['exp_avg'].shape)}")
-            optimizer.state[parameter] = {
-                moment: tensor.to(parameter.device, copy=True) for moment, tensor in moments.items()
-            }
+            moments = {moment: file.get_tensor(f"{moment}.{name}") for moment in held[name]}
+            first = held[name][1]
+            if moments[first].shape != parameter.shape:
+                raise CorruptError(f"{path}: {first}.{name} has the shape {list(moments[first].shape)}")
+            copies = {moment: t.to(parameter.device, copy=True) for moment, t in moments.items()}
+            optimizer.state[parameter] = state_of(optimizer, copies)

@@ -23,6 +23,7 @@ from grpo.update.given import Step
 from grpo.update.layout import MicroBatch, build, longest_pair, plan, tree_of
 from grpo.update.network import TOLERANCE, Network
 from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys, objective_of
+from grpo.update.optimizer import make_optimizer, move_state
 from grpo.update.own_surrogate import NotFiniteError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Learner:
     memory is always what is on disk, so an interrupted run goes on with the same bits.
     """
 
-    optimizer: torch.optim.AdamW  # there once load() was called, as the policy's network is
+    optimizer: torch.optim.Optimizer  # there once load() was called, as the policy's network is
 
     def __init__(self, config: UpdateConfig, device: str, seed: int = 0, attention: str = "auto") -> None:
         self.config = config
@@ -51,7 +52,8 @@ class Learner:
         self.holds: tuple[str | None, str | None] = (None, None)
         self.adapter: PeftModel | None = None  # in training on the policy's frozen weights
         self._networks: dict[str, Network] = {}  # `policy`, and `reference` where that is no adapter's base
-        self._reference_differences: dict[tuple[int, int], float] = {}  # by what was compared; weights stay
+        self._reference: str | None = None  # its id
+        self._reference_differences: dict[tuple[int, int], float] = {}  # by what was compared
 
     @property
     def network(self) -> Network:
@@ -78,7 +80,10 @@ class Learner:
         if self.holds == ids:
             return
         self.holds = (None, None)
-        if "policy" not in self._networks:
+        lora = self.config.lora
+        # What trains whole has no other copy of what it was.
+        anew = lora is not None and bool(lora.modules_to_save) and adapter is None
+        if "policy" not in self._networks or anew:
             self._open_policy(policy)
         elif self.adapter is None:
             copy_weights(self.model, policy)
@@ -91,27 +96,30 @@ class Learner:
             load_optimizer(self.optimizer, self.model, optimizer)
         self.holds = ids
 
-    def load_reference(self, checkpoint: Path, *, is_start: bool = False) -> None:
-        """Load the frozen reference once. is_start: it is the starting policy, which an adapter's base is."""
-        if "reference" not in self._networks and not (is_start and self.adapter is not None):
+    def load_reference(self, checkpoint: Path, id_: str | None = None, *, is_start: bool = False) -> None:
+        """Take the frozen reference `id_` from disk, unless it is what is in memory.
+
+        is_start: it is the starting policy, which an adapter's base is where nothing else trains.
+        """
+        lora = self.config.lora
+        if is_start and lora is not None and not lora.modules_to_save:
+            self._networks.pop("reference", None)
+        elif "reference" not in self._networks:
             model = load_model(checkpoint, self.device, self.attention).requires_grad_(False)
             self._networks["reference"] = self._open(model)
+        elif id_ != self._reference:
+            copy_weights(self._networks["reference"].model, checkpoint)
+        if id_ != self._reference:
+            self._reference, self._reference_differences = id_, {}
 
     def _open_policy(self, checkpoint: Path) -> None:
         config, model = self.config, load_model(checkpoint, self.device, self.attention)
         if lora := config.lora:
-            self.adapter = add_adapter(model, lora.rank, lora.alpha, lora.targets, self.seed)
+            self.adapter = add_adapter(model, lora, self.seed)
         network = self._open(model)
         if config.gradient_checkpointing:
             network.checkpoint_gradients()
-        self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=config.learning_rate,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(config, model.parameters())
         self._networks["policy"] = network
 
     def _open(self, model: PreTrainedModel) -> Network:
@@ -127,9 +135,8 @@ class Learner:
         for network in self._networks.values():
             network.model.zero_grad(set_to_none=True)
             torch.nn.Module.to(network.model, device)
-        for moments in self.optimizer.state.values() if "policy" in self._networks else ():
-            for name, tensor in moments.items():
-                moments[name] = tensor.to(device)
+        if "policy" in self._networks:
+            move_state(self.optimizer, device)
 
     def check_layout(
         self, rollouts: Rollouts, longest: tuple[int, int], last: str | None = None
@@ -138,7 +145,7 @@ class Learner:
 
         Compared are the longest rollout and, unless the update before read in this layout (`last`, from its
         manifest: a process that resumes must decide the same), one of made-up tokens, as long as the run
-        allows: `longest` tokens of prompt and response. Of the reference, whose weights stay, that one alone.
+        allows: `longest` tokens of prompt and response. Of the reference that one alone.
         Returns the layout, and the largest difference of a log-prob.
         """
         limit = max(self.config.max_tokens_per_batch // 2, 1)  # no tree is larger than a micro-batch

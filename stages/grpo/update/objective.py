@@ -108,7 +108,7 @@ def needed(config: UpdateConfig, rollouts: Rollouts) -> np.ndarray:
 
     The others take no forward pass; they count in the denominators all the same.
     """
-    if config.kl_coefficient or config.entropy_coefficient:
+    if config.kl_coefficient or config.has_entropy_term:
         return np.ones(len(rollouts), dtype=bool)
     if rollouts.token_advantages is None:
         return np.asarray(rollouts.advantages != 0)

@@ -55,10 +55,11 @@ def write_outputs(
 
 
 def _updates(run: ActiveRun, rows: list[dict[str, Any]]) -> pa.Table:
-    """With the columns of those masks alone that are configured."""
+    """With the optional columns of those keys alone that are configured."""
     config = run.config.update
-    masks = {"off_policy_fraction": config.off_policy_mask, "low_entropy_fraction": config.top_entropy}
-    schema = tables.schema("updates", without=[name for name, key in masks.items() if key is None])
+    keys = (config.off_policy_mask, config.top_entropy, config.entropy_target)
+    optional = zip(tables.OPTIONAL["updates"], keys, strict=True)
+    schema = tables.schema("updates", without=[name for name, key in optional if key is None])
     return pa.Table.from_pylist(rows, schema=schema)
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from grpo.artifacts import ActiveRun, Plan
 from grpo.artifacts.files import sha256_of
+from grpo.config import UpdateConfig
 from grpo.config.named_files import named_file
+from grpo.errors import InputError
 
 NAME = "update"
 OUTPUT = "update"
@@ -28,8 +30,10 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         if run.config.update.lora:
             references.append(f"adapter@{iteration}")
     update = run.config.update
+    if update.entropy_target is not None and iteration > 0:
+        references.append(f"updates@{iteration - 1}")
     if update.kl_coefficient:
-        references.append("reference")
+        references.append(reference_of(update, iteration))
     config = {"seed": run.config.seed, "update": update.recorded(_NOT_RESULT), **run.config.loaded_with()}
     if update.schedule != "constant" or update.warmup_share:
         config["iterations"] = run.config.iterations  # over which the learning rate falls, or rises
@@ -44,6 +48,22 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         inputs={reference: run.id_of(reference) or "" for reference in references},
         user_files={_OWN: sha256_of(surrogate_file(run.imports, name))} if (name := update.own) else {},
     )
+
+
+def reference_of(config: UpdateConfig, iteration: int) -> str:
+    """The reference of the KL term in `iteration`, as an input: `reference`, or the policy it has become."""
+    number = config.moved_reference(iteration)
+    return f"policy@{number}" if number else "reference"
+
+
+def require_reference(run: ActiveRun, iteration: int) -> None:
+    """Raise InputError (exit 4) where the reference of `iteration` is a policy that was pruned."""
+    number = run.config.update.moved_reference(iteration)
+    try:
+        run.require_checkpoint(number)
+    except InputError as error:
+        what = f"update.reference_every: policy {number} is the reference of iteration {iteration}"
+        raise InputError(f"{what}; {error}") from None
 
 
 def surrogate_file(folder: Path, name: str) -> Path:

@@ -6,6 +6,7 @@ cannot disagree.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import numpy as np
 from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Run, Staging, id_of, prune_behind
 from grpo.errors import InputError
 from grpo.models.loading import best_device
-from grpo.update.adapter import check_targets, require_peft
+from grpo.update.adapter import check_modules, require_peft
 from grpo.update.batch import Rollouts, longest, max_new_tokens_of, minibatches, read_kept
+from grpo.update.entropy import entropy_weight
 from grpo.update.learner import Learner
 from grpo.update.mismatch import TOKEN_CAP, mismatch
 from grpo.update.objective import Stored, needed, objective_of, step_of
+from grpo.update.optimizer import require_optimizer
 from grpo.update.outputs import IDS, summary_of, write_outputs
 from grpo.update.own_surrogate import surrogate_of
-from grpo.update.plan import OUTPUT
+from grpo.update.plan import OUTPUT, reference_of, require_reference
 from grpo.update.schedule import check_schedule, learning_rate
 
 
@@ -29,13 +32,19 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
     """Check what iterations before `until` need; no weight is read.
 
     Raises UsageError (exit 2) for a schedule that ends before them, a surrogate that cannot be maximised or
-    targets the model has not, EngineError (exit 8) where update.lora has no peft.
+    targets the model has not, InputError (exit 4) where the next reference was pruned or the optimiser is
+    another one than before, EngineError (exit 8) where a library is missing.
     """
     check_schedule(run.config, until - 1)
     surrogate_of(run)
+    done = (run.manifest(OUTPUT, number) for number in reversed(run.iterations()))
+    if (last := next(filter(None, done), None)) is not None and last.iteration is not None:
+        _check_optimizer(run, last)
+        require_reference(run, last.iteration + 1)
+    require_optimizer(run.config.update)
     if lora := run.config.update.lora:
         require_peft()
-        check_targets(run.start["policy"], lora.targets)
+        check_modules(run.start["policy"], lora)
 
 
 @contextmanager
@@ -91,13 +100,24 @@ def _load(run: ActiveRun, iteration: int, plan: Plan, learner: Learner) -> None:
         if bool(weights) != bool(run.config.update.lora):
             trained = "an adapter" if weights else "all weights"
             raise InputError(f"update.lora: {run.name} trains {trained}; what trains is fixed for a run")
+        _check_optimizer(run, manifest)
         if weights:
             policy, adapter = run.start["policy"], weights[0].parent
     ids = (plan.inputs[f"policy@{iteration}"], plan.inputs.get(f"optimizer@{iteration}"))
     learner.load(policy, optimizer, ids, adapter)
     if run.config.update.kl_coefficient:
-        is_start = run.id_of("reference") == run.id_of("policy@0")
-        learner.load_reference(run.start["reference"], is_start=is_start)
+        require_reference(run, iteration)
+        number = run.config.update.moved_reference(iteration)
+        checkpoint = run.policy_folder(number) if number else run.start["reference"]
+        id_ = plan.inputs[reference_of(run.config.update, iteration)]
+        learner.load_reference(checkpoint, id_, is_start=id_ == run.id_of("policy@0"))
+
+
+def _check_optimizer(run: ActiveRun, last: Manifest) -> None:
+    """Raise InputError (exit 4) where the state that `last` left is of another optimiser."""
+    before, now = last.config["update"].get("optimizer", "adamw"), run.config.update.optimizer
+    if before != now:
+        raise InputError(f"update.optimizer: {run.name} has {before}, found {now}; it is fixed for a run")
 
 
 def _verified(run: Run, manifest: Manifest, part: str) -> list[Path]:
@@ -127,6 +147,7 @@ def _train(
     read_B = needed(config, rollouts)
     stored = _stored_before(run, iteration, rollouts, np.flatnonzero(read_B), learner, staging)
     table: list[dict[str, Any]] = []
+    before = _last_step(run, iteration) if config.entropy_target is not None else None
     with (
         staging.clock("train"),
         run.console.progress(f"update {iteration}", len(rollouts) * config.epochs, "rollouts") as advance,
@@ -143,6 +164,9 @@ def _train(
                 "tokens": int(rollouts.num_tokens[rows].sum()),
                 "skipped": len(read) == 0,
             }
+            if config.entropy_target is not None:
+                row["entropy_coefficient"], applied = entropy_weight(config, before)
+                learner.objective = replace(learner.objective, entropy_coefficient=applied)
             if len(read):
                 # One max_new_tokens, whichever iteration a rollout is of.
                 step = step_of(config, rollouts, rows, max_new_tokens, stored)
@@ -152,9 +176,17 @@ def _train(
                 stored.keep(logprobs, number)
                 if first:  # until the first step that is taken, the weights are pi_old's
                     row |= _mismatch(run, iteration, rollouts, read, stored)
-            table.append(row)
+            table.append(before := row)
             advance(len(rows))
     return table, stored
+
+
+def _last_step(run: Run, iteration: int) -> dict[str, Any] | None:
+    """The row of `updates` of the step before those of `iteration`; None: there is none."""
+    if iteration == 0:
+        return None
+    last: dict[str, Any] = run.read("updates", iteration - 1).to_pylist()[-1]
+    return last
 
 
 def _mismatch(

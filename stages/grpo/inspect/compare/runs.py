@@ -61,9 +61,9 @@ def shared(runs: Sequence[Run], wanted: str) -> tuple[list[int], list[int]]:
     common = sorted(set.intersection(*map(set, have.values())))
     first, last = parse_iterations(wanted) or (0, EVERY)
     chosen = [number for number in common if first <= number <= last]
-    if not chosen:
+    if not chosen or (last != EVERY and not {first, last} <= {*chosen}):
         ranges = ", ".join(f"{name} of {range_text(numbers)}" for name, numbers in have.items())
-        none = "have no iteration" if wanted == "all" else f"have none of --iteration {wanted}"
+        none = "have no iteration" if wanted == "all" else f"do not have all of --iteration {wanted}"
         raise UsageError(f"{' '.join(have)}: {none} in common; rollouts: {ranges}")
     return common, chosen
 

@@ -74,11 +74,14 @@ def chosen_iteration(run: Run, iteration: int | None) -> int:
 
 
 def check_sampled(run: Run, first: int, last: int, option: str) -> None:
-    """Raise UsageError (exit 2), naming the option, where a run has no rollouts of these iterations."""
+    """Raise UsageError (exit 2), naming the option, where a run lacks rollouts of one of these iterations.
+
+    last: EVERY asks for what is there.
+    """
     have = sampled(run)
     if not have:
         raise UsageError(f"run {run.name}: holds no rollouts yet")
-    if not any(first <= number <= last for number in have):
+    if last != EVERY and not {first, last} <= {*have}:
         raise UsageError(f"{option}: run {run.name} has rollouts of {range_text(have)}")
 
 

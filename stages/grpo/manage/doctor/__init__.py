@@ -6,15 +6,24 @@ from grpo.manage.doctor.inputs import (
     check_held_out,
     check_lora,
     check_model,
+    check_optimizer,
     check_prompts,
-    check_rewards,
     check_surrogate,
 )
 from grpo.manage.doctor.report import Report, print_report
+from grpo.manage.doctor.rewards import check_rewards, check_teachers
+from grpo.manage.doctor.settings import (
+    check_answers,
+    check_evaluation,
+    check_run,
+    check_signal,
+    check_sql,
+    check_track,
+)
 from grpo.manage.doctor.space import check_disk, check_memory
 from grpo.prompts.table import HELD_OUT
 
-__all__ = ["Report", "examine", "print_report"]
+__all__ = ["Report", "examine", "print_report", "refuse"]
 
 
 def examine(run: ActiveRun, with_model: bool) -> Report:
@@ -22,23 +31,46 @@ def examine(run: ActiveRun, with_model: bool) -> Report:
 
     with_model: also get the model as a run would, open the engine, and compare it with the learner.
     """
-    config, report = run.config, Report(run.name)
+    report = Report(run.name)
+    _look(run, report, with_model)
+    return report
+
+
+def refuse(run: ActiveRun) -> None:
+    """Raise the error of the first check that fails; room for all that is to come is not asked for."""
+    report = Report(run.name)
+    _look(run, report, with_model=False, room=False)
+    if report.errors:
+        raise report.errors[0]
+
+
+def _look(run: ActiveRun, report: Report, with_model: bool, room: bool = True) -> None:
+    config = run.config
+    check_run(run, report)
     check_engine(run, report)
+    check_sql(run, report)
+    check_signal(run, report)
     reference = policy = check_model(run, report, "model", config.model, with_model)
     check_lora(run, report, policy)
+    check_optimizer(run, report)
     check_surrogate(run, report)
     if config.update.reference is not None and config.update.kl_coefficient:
         reference = check_model(run, report, "reference", config.update.reference, with_model)
-    if ("engine options", "failed") not in {(check.name, check.level) for check in report.checks}:
-        check_memory(run, report, policy, reference)
-    check_disk(run, report, policy)
-    rows = check_prompts(run, report, policy, with_model)
+    if room:
+        if ("engine options", "failed") not in {(check.name, check.level) for check in report.checks}:
+            check_memory(run, report, policy, reference)
+        check_disk(run, report, policy)
+    found = [check_prompts(run, report, policy, with_model)]
+    check_answers(run, report, policy, found[0])
     if config.evaluate is not None:
-        check_held_out(run, report, rows, check_prompts(run, report, policy, with_model, HELD_OUT))
-    check_rewards(run, report, rows, with_model)
+        found.append(check_prompts(run, report, policy, with_model, HELD_OUT))
+        check_held_out(run, report, found[0].rows, found[1].rows)
+    check_rewards(run, report, policy, found, with_model)
+    check_teachers(run, report, policy, with_model)
+    check_evaluation(run, report)
+    check_track(run, report)
     if with_model and report.exit_code:
         with report.check("agreement", "not tried", AGREEMENT) as check:
             check.warn("what failed above comes first")
     elif with_model and policy.folder is not None:
-        check_agreement(run, report, policy.folder, rows)
-    return report
+        check_agreement(run, report, policy.folder, found[0].rows)

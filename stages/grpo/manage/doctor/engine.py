@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from grpo.artifacts import ActiveRun
-from grpo.errors import DataError, EngineError, ResourceError, UsageError, first_line
+from grpo.errors import DataError, EngineError, ResourceError, first_line
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Request, Sample, Sampling, group_seed
-from grpo.generate.engines.vllm_settings import check_version
 from grpo.generate.stage import make_engine
 from grpo.generate.weight_sync import FLOAT32_TOLERANCE, WeightSync
 from grpo.inspect.status import MISMATCH_WARNING, mismatch_says
@@ -26,6 +25,7 @@ from grpo.manage.doctor.report import Check, Report
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import NUM_PROMPTS as CHECK_PROMPTS
 from grpo.models.weight_check import weight_check_of
+from grpo.pipeline.ahead import usable_engine
 from grpo.prompts.chat import chat_of
 from grpo.prompts.rendering import encode
 from grpo.prompts.source import Row
@@ -44,11 +44,7 @@ def check_engine(run: ActiveRun, report: Report) -> None:
     is_vllm, options = name == "vllm", ", ".join(config.engine_options)
     needed = "a vLLM that works with this version" if is_vllm else ""
     with report.check("engine", f"{name} ({why})", needed) as engine:
-        if is_vllm:
-            check_version()
-        elif cut := config.truncation():
-            text = "needs engine: vllm; the built-in engine samples from all tokens"
-            raise UsageError(f"generate.{cut}: {text}")
+        usable_engine(run)
     if is_vllm and engine.level == "ok":
         with report.check("engine options", options or "none", "engine arguments of vLLM"):
             make_engine(config, name, "", None, longest_prompt=1)  # checks them; load() would open it

@@ -1,32 +1,38 @@
 """inputs: the models, the prompts and the rewards that the configuration names."""
 
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from grpo import tables
-from grpo.artifacts import ActiveRun, checkpoint_files, is_hub_id
+from grpo.artifacts import ActiveRun, checkpoint_files
 from grpo.errors import CorruptError, DataError
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.kv_cache import new_cache
 from grpo.manage.doctor.report import Report
 from grpo.models.bounds import shapes_in, weight_files
-from grpo.models.find import STARTER, TEACHER, resolve_model, starter_folder
+from grpo.models.find import STARTER, TEACHER, local_model, resolve_model
 from grpo.models.loading import check_model as check_checkpoint
 from grpo.models.loading import load_config, load_tokenizer
 from grpo.pipeline.begin import Look, room_of
 from grpo.prompts.held_out import compare, same_source
 from grpo.prompts.rows import normalised
 from grpo.prompts.source import Row
-from grpo.prompts.table import OUTPUT, config_of, is_on_hub, source_is_gone, usable
-from grpo.score.functions.pool import FunctionPool
-from grpo.score.judge.client import Judge
-from grpo.score.judge.rubric import rubric_of
-from grpo.update.adapter import check_targets, require_peft
+from grpo.prompts.table import (
+    OUTPUT,
+    check_no_template,
+    config_of,
+    is_on_hub,
+    source_is_gone,
+    usable,
+)
+from grpo.update.adapter import check_modules, require_peft
+from grpo.update.optimizer import require_optimizer
 from grpo.update.own_surrogate import surrogate_of
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
@@ -51,10 +57,10 @@ def check_model(
     """
     found = Checkpoint()
     with report.check(key, name, needed) as check:
-        folder = resolve_model(run, name) if fetch else _local(run, name)
+        folder = resolve_model(run, name) if fetch else local_model(run, name)
         if folder is not None:
             parameters = num_parameters(folder)
-            if key in ("model", "reference"):
+            if not key.startswith("reward"):
                 check_checkpoint(folder, run.config.model_options.attn_implementation)
             else:
                 load_config(folder)
@@ -83,7 +89,15 @@ def check_lora(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
     with report.check("lora targets", found, "linear layers that take an adapter"):
         require_peft()
         if policy.folder is not None:
-            check_targets(policy.folder, lora.targets)
+            check_modules(policy.folder, lora)
+
+
+def check_optimizer(run: ActiveRun, report: Report) -> None:
+    """Whether the library of update.optimizer can be imported, where that is not torch."""
+    optimizer = run.config.update.optimizer
+    if optimizer != "adamw":
+        with report.check("optimizer", optimizer, "bitsandbytes can be imported"):
+            require_optimizer(run.config.update)
 
 
 def check_surrogate(run: ActiveRun, report: Report) -> None:
@@ -105,56 +119,76 @@ def num_parameters(folder: Path) -> int:
     return total
 
 
-def _local(run: ActiveRun, name: str) -> Path | None:
-    if name in _STARTERS:
-        return starter_folder(run, name) if starter_folder(run, name).exists() else None
-    if not is_hub_id(name, run.imports):
-        return run.checkpoint_path(name)
-    from huggingface_hub import try_to_load_from_cache
+@dataclass
+class Prompts:
+    """Prompts that were looked at: the first rows, and of all of them the columns, and those without a value.
 
-    revision = run.config.model_options.revision if name == run.config.model else None
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(cached).parent if isinstance(cached, str) else None
+    `columns` None: not known yet.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    columns: set[str] | None = None
+    empty: set[str] = field(default_factory=set)
 
 
 def check_prompts(
     run: ActiveRun, report: Report, policy: Checkpoint, fetch: bool, output: str = OUTPUT
-) -> list[Row]:
-    """The first rows of prompts, or held-out ones, with their length where the tokenizer is there.
+) -> Prompts:
+    """Every row is read as a run reads it; the first are rendered, and counted where the tokenizer is there.
 
     fetch: get a data set from the hub where the run has not read it yet. No rows where they cannot be used.
     """
     config, rows, notes = config_of(run, output), list[Row](), list[str]()
+    looked = Prompts()
     needed = "prompts" if policy.folder is None else "prompts that leave room for max_new_tokens"
     name = "prompts" if output == OUTPUT else "held-out prompts"
     on_hub, there = is_on_hub(config, run.imports), run.manifest(output, None) is not None
     with report.check(name, config.source, needed) as check:
         if on_hub and not (fetch or there):
             check.warn(f"{config.source} is downloaded at the first run; --model downloads it now")
-            return rows
-        if there and (on_hub or source_is_gone(run, output)):  # a run would not ask for it again
-            held = run.read(output, None).slice(0, NUM_ROWS).to_pylist()
-            found = [(f"{config.source}: prompt {row['prompt_id']}", row) for row in held]
-        else:
-            found = list(islice(normalised(config, run.imports, notes), NUM_ROWS))
-        if not found:
-            raise DataError(f"prompts.source: {config.source}: holds no prompt")
-        more = "first " if len(found) == NUM_ROWS else ""
-        check.found = f"{config.source}: {more}{len(found):,} rows"
+            return looked
+        held = there and (on_hub or source_is_gone(run, output))  # a run would not ask for it again
+        found = _held(run, output) if held else normalised(config, run.imports, notes)
+        first = list(islice(found, NUM_ROWS))
+        count, columns, filled = _counted((row for _, row in chain(first, found)))
+        if "messages" not in filled:
+            check_no_template(config)
+        check.found = f"{config.source}: {count:,} rows"
         with closing(Look(run, policy.folder, output)) as look:
-            seen = look.render([row for _, row in found])
+            seen = look.render([row for _, row in first])
             if policy.folder is None:
                 rows += seen
             else:
-                room, places = room_of(run, policy.folder, output), [place for place, _ in found]
+                room, places = room_of(run, policy.folder, output), [place for place, _ in first]
                 kept = usable(list(zip(places, seen, strict=True)), look.num_tokens, room, config, set())
-                if not kept:
+                if not kept:  # or none was there
                     raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
-                check.found += f", the longest {max(length for *_, length in kept)} tokens"
+                of_first = f" of the first {len(first):,}" if count > len(first) else ""
+                check.found += f", the longest{of_first} {max(length for *_, length in kept)} tokens"
                 rows += [row for _, row, _ in kept]
             if lines := look.lines(notes):
                 check.warn("; ".join(lines))
-    return rows
+        looked.rows, looked.columns, looked.empty = rows, columns, columns - filled
+    return looked
+
+
+def _held(run: ActiveRun, output: str) -> Iterator[tuple[str, Row]]:
+    """(place, row) of the prompts that a run has of its own."""
+    source = config_of(run, output).source
+    rows = run.read(output, None).to_pylist()
+    yield from ((f"{source}: prompt {row['prompt_id']}", row) for row in rows)
+
+
+def _counted(rows: Iterable[Row]) -> tuple[int, set[str], set[str]]:
+    """How many there are, what columns they have, and those that have a value in one of them."""
+    count, columns, filled = 0, {"prompt_id", "answer"}, set[str]()
+    for row in rows:
+        count += 1
+        columns |= row.keys()
+        blank = {name for name in row.keys() - filled if isinstance(row[name], str) and not row[name].strip()}
+        filled |= {name for name in row.keys() - filled - blank if row[name] is not None}
+    own = {"prompt", "messages", tables.RENDERED}
+    return count, columns - own, filled
 
 
 def check_held_out(run: ActiveRun, report: Report, rows: list[Row], held_out: list[Row]) -> None:
@@ -163,26 +197,3 @@ def check_held_out(run: ActiveRun, report: Report, rows: list[Row], held_out: li
     if note := "; ".join(filter(None, lines)):
         with report.check("held out", "", "prompts that training does not draw") as check:
             check.warn(note)
-
-
-def check_rewards(run: ActiveRun, report: Report, rows: list[Row], fetch: bool) -> None:
-    """Import every reward function in a worker, as `score` does; look for every reward model and judge."""
-    names = {*tables.schema("prompts").names, *(name for row in rows for name in row)}
-    columns = sorted(names - {"prompt", "messages", tables.RENDERED}) if rows else None
-    with closing(FunctionPool(run.imports, 1)) as pool:
-        for reward in run.config.score.rewards:
-            name, judge = f"reward {reward.name}", reward.judge
-            if reward.function is not None:
-                needed = "a function that can be imported and takes its arguments"
-                with report.check(name, reward.function, needed):
-                    pool.check(reward, columns)
-            elif judge is not None:  # without a request: an answer may cost money
-                needed = "a judge with its rubric and its key (nothing is asked)"
-                with report.check(name, f"{judge.model} at {judge.url}", needed):
-                    Judge(reward, rubric_of(reward, run.imports, columns)).close()
-            else:
-                needed = "a sequence classifier with one label"
-                check_model(run, report, name, str(reward.model), fetch, needed)
-    for teacher in run.config.score.teachers:
-        needed = "a causal language model with the policy's tokenizer"
-        check_model(run, report, f"teacher {teacher.name}", teacher.model, fetch, needed)

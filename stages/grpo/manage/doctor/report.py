@@ -33,11 +33,12 @@ class Check:
 
 @dataclass
 class Report:
-    """What was found. `agreement`: the numbers of --model, empty without."""
+    """What was found. `agreement`: the numbers of --model, empty without; `errors`: of what failed."""
 
     run: str
     checks: list[Check] = field(default_factory=list)
     agreement: dict[str, Any] = field(default_factory=dict)
+    errors: list[GrpoError] = field(default_factory=list)
 
     @contextmanager
     def check(self, name: str, found: str, needed: str = "") -> Iterator[Check]:
@@ -47,6 +48,7 @@ class Report:
             yield check
         except GrpoError as error:
             check.level, check.note, check.exit_code = "failed", str(error), error.exit_code
+            self.errors.append(error)
         self.checks.append(check)
 
     @property
@@ -79,7 +81,11 @@ def print_report(report: Report) -> None:
         mark, style = ("note", "dim") if level == "ok" else (level, _STYLES[level])
         console.print(Text(mark, style=style) + Text(printable(f"  {name}: {note}")), soft_wrap=True)
     count = {level: sum(check.level == level for check in report.checks) for level in _STYLES}
-    found = f"{count['failed']} of {len(report.checks)} checks failed" if report.exit_code else ""
-    warnings = f", {count['warning']} warnings" if count["warning"] else ""
-    text = f"run {report.run}: {found or 'everything that it needs is here'}{warnings}"
-    console.print(text, style=_STYLES["failed" if report.exit_code else "ok"], highlight=False)
+    warned = f"{count['warning']} warning{'' if count['warning'] == 1 else 's'}" if count["warning"] else ""
+    found, level = "everything that it needs is here", "ok"
+    if report.exit_code:
+        found, level = f"{count['failed']} of {len(report.checks)} checks failed", "failed"
+        found += f", {warned}" if warned else ""
+    elif warned:
+        found, level = f"it can begin; read the {warned} first", "warning"
+    console.print(f"run {report.run}: {found}", style=_STYLES[level], highlight=False)

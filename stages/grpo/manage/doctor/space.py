@@ -18,9 +18,7 @@ from grpo.manage.doctor.report import Check, Report
 
 # Of a parameter, in bytes.
 FLOAT32 = 4
-LEARNER = 16  # float32 weights, gradients and AdamW's two moments
-RELEASED = 12  # the same in main memory while the engine has the GPU: no gradients then
-MOMENTS = 8  # beside the weights of a committed checkpoint
+MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # two, in the learner and beside the weights of a checkpoint
 LEFT_OUT = "left out: activations, the built-in engine's key-value cache, an adapter, the libraries"
 
 
@@ -28,14 +26,17 @@ def check_memory(run: ActiveRun, report: Report, policy: Checkpoint, reference: 
     """GPU and main memory, or main memory alone; nothing where a size is not known."""
     update = run.config.update
     # Under an adapter the weights have no gradient, and with it off they are the reference too.
-    shares_base = update.lora is not None and update.reference is None
+    alone = update.lora is not None and not update.lora.modules_to_save
+    shares_base = alone and update.reference is None and update.reference_every is None
     with_reference = bool(update.kl_coefficient) and not shares_base
     if policy.parameters is None or (with_reference and reference.parameters is None):
         return
     on_gpu = torch.cuda.is_available()
+    moments = 0 if update.lora else MOMENTS[update.optimizer]
+    gradients = 0 if update.lora else FLOAT32
     engine, share = _engine_bytes(run, policy.parameters, on_gpu)
     held = {
-        "learner": (FLOAT32 if update.lora else LEARNER) * policy.parameters,
+        "learner": (FLOAT32 + gradients + moments) * policy.parameters,
         "reference": FLOAT32 * (reference.parameters or 0) if with_reference else 0,
         "engine": engine,
     }
@@ -43,7 +44,7 @@ def check_memory(run: ActiveRun, report: Report, policy: Checkpoint, reference: 
         _check_main(report, sum(held.values()), _parts(held))
         return
     check_gpu(report, torch.cuda.get_device_name(), *torch.cuda.mem_get_info(), share, held)
-    waiting = (FLOAT32 if update.lora else RELEASED) * policy.parameters + held["reference"]
+    waiting = (FLOAT32 + moments) * policy.parameters + held["reference"]  # no gradients then
     _check_main(report, waiting, "learner and reference while the engine has the GPU")
 
 
@@ -118,9 +119,11 @@ def check_disk(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
         # One more than is kept: the oldest goes when the newest is committed.
         best = run.config.evaluate is not None and config.keep_best
         nth = left // config.keep_every if config.keep_every else 0
-        stay = min(left, config.keep_last + 1 + best + nth)
+        references = nth + 1 if run.config.update.reference_every else 0  # of the newest, and of every nth
+        stay = min(left, config.keep_last + 1 + best + nth + references)
     # The moments of an adapter are left out: they are a small part of the weights.
-    each = (FLOAT32 if run.config.update.lora else FLOAT32 + MOMENTS) * policy.parameters
+    moments = 0 if run.config.update.lora else MOMENTS[run.config.update.optimizer]
+    each = (FLOAT32 + moments) * policy.parameters
     need, found = stay * each, f"{_gib(free)} free at {place}"
     with report.check("disk space", found, f"{_gib(need)}: {left} iterations to come") as check:
         if need > free:

@@ -42,7 +42,7 @@ class Judge:
         try:
             import openai
 
-            from grpo.score.judge.transport import BoundedClient
+            from grpo.score.judge.transport import BoundedClient, CannotConnect
         except ImportError as error:
             how = "pip install 'grpo-stages[judge]'"
             raise UsageError(f"{place}: a judge needs the package openai ({error}); {how}") from None
@@ -59,13 +59,19 @@ class Judge:
             raise UsageError(f"{place}: api_key_env: {config.api_key_env} holds what no HTTP header can")
         self._interval_s = 60 / config.requests_per_minute if config.requests_per_minute else 0.0
         self._next_turn = 0.0
-        self._client = openai.AsyncOpenAI(
-            base_url=config.url,
-            api_key=self._key or "none",  # the package wants one
-            timeout=reward.timeout_s,
-            max_retries=config.retries,
-            http_client=BoundedClient(reward.timeout_s, self._take_turn),
-        )
+        key = self._key or "none"  # the package wants one
+        try:
+            http_client = BoundedClient(reward.timeout_s, self._take_turn, f"Bearer {key}")
+            self._client = openai.AsyncOpenAI(
+                base_url=config.url,
+                api_key=key,
+                timeout=reward.timeout_s,
+                max_retries=config.retries,
+                http_client=http_client,
+            )
+        except CannotConnect as error:
+            of = "HTTPS_PROXY, SSL_CERT_FILE and the like are taken from the environment"
+            raise UsageError(f"{place}: url {config.url} cannot be asked: {error} ({of})") from None
         self._loop = asyncio.Runner()
         self._thread = ThreadPoolExecutor(1)  # begins with the first call that is made in it
         self._failures = 0  # requests in a row that failed as any other would

@@ -1,0 +1,31 @@
+"""ahead: what a run would fail with whatever its prompts and its model are: found before either is read."""
+
+from grpo.artifacts import ActiveRun
+from grpo.errors import UsageError
+from grpo.generate.engines.choice import choose_engine
+from grpo.generate.engines.vllm_settings import check_version
+from grpo.pipeline.stages import ADVANTAGE, GENERATE
+from grpo.score.scorers import check_alone
+from grpo.update.adapter import require_peft
+from grpo.update.own_surrogate import surrogate_of
+
+
+def check_ahead(run: ActiveRun) -> None:
+    """Raise now what is wrong with engine, SQL, rewards, surrogate or adapter. Nothing is written."""
+    usable_engine(run)
+    for stage in (GENERATE, ADVANTAGE):  # SQL of the user's
+        stage.load().check(run, run.config.iterations, None)
+    check_alone(run)
+    surrogate_of(run)
+    if run.config.update.lora is not None:
+        require_peft()
+
+
+def usable_engine(run: ActiveRun) -> tuple[str, str]:
+    """The engine and why. Raises EngineError (exit 8) without it, UsageError (exit 2) for what it has not."""
+    name, why = choose_engine(run.config.generate.engine)
+    if name == "vllm":
+        check_version()
+    elif cut := run.config.generate.truncation():
+        raise UsageError(f"generate.{cut}: needs engine: vllm, but {name} is taken ({why})")
+    return name, why
