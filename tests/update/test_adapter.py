@@ -389,9 +389,9 @@ def test_modules_that_train_whole_go_on_with_the_same_bits(tmp_path: Path, name:
         (
             "untied",
             {"modules_to_save": ["head"]},
-            "'head' is no module with weights; of this model",
+            "'head' names no module with weights; of this model",
         ),
-        ("untied", {"modules_to_save": ["rotary_emb"]}, "'rotary_emb' is no module with weights"),
+        ("untied", {"modules_to_save": ["rotary_emb"]}, "'rotary_emb' names no module with weights"),
         (
             "tied",
             {"modules_to_save": ["lm_head"]},

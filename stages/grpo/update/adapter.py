@@ -203,7 +203,7 @@ def _whole(model: PreTrainedModel, names: Sequence[str]) -> dict[str, nn.Module]
         matching = {name: module for name, module in every.items() if f".{name}".endswith(f".{wanted}")}
         if not matching:
             exist = ", ".join(sorted({name.rpartition(".")[2] for name in every} - {""}))
-            message = f"update.lora.modules_to_save: {wanted!r} is no module with weights"
+            message = f"update.lora.modules_to_save: {wanted!r} names no module with weights"
             raise UsageError(f"{message}; of this model these are: {exist}")
         found |= matching
     inside = {id(parameter) for module in found.values() for parameter in module.parameters()}
