@@ -202,7 +202,7 @@ COMMANDS = [
     words(["run", "--until", "-1"], "--until -1: expected a number of iterations, 0 or more"),
     words(["run", "--until", "1.5"], "Invalid value for '--until': Input should be a valid integer"),
     words(["status", ".."], "artifacts/..: no such run; runs there: tiny"),
-    words(["status", "a\0b\x1b[31m"], r"a\x00b\x1b[31m: matches no run; runs there: tiny"),
+    words(["status", "a\0b\x1b[31m"], r"a\x00b\x1b[31m: no such run; runs there: tiny"),
     words(["status", "x" * 5000], "no such run; runs there: tiny"),
     words(["fork", "tiny", ".."], "--set run: expected at most 64 letters"),
     words(["fork", "tiny", "tiny"], "artifacts/tiny: is there already; give the fork another name"),

@@ -123,7 +123,7 @@ def test_a_pattern_names_runs_in_every_command_that_reads(in_swept: Path, grpo: 
         assert (code, f"*0.02*: means {NAMES[2]}, {NAMES[3]}; this command takes one run" in err) == (2, True)
     for reader in ("status", "report", "show", "compare"):
         code, _, err = grpo(reader, "nothing-*")
-        assert (code, "nothing-*: matches no run; runs there: tiny-learning_rate" in err) == (2, True)
+        assert (code, "nothing-*: no such run; runs there: tiny-learning_rate" in err) == (2, True)
 
 
 def test_runs_beside_each_other(in_swept: Path, grpo: Grpo) -> None:

@@ -43,7 +43,7 @@ def find_runs(given: str, root: Path = ARTIFACTS) -> list[str]:
     folder = root if is_name else path.parent
     found = [each for each in run_names(folder) if fnmatchcase(each, path.name)]
     if not found:
-        raise UsageError(f"{given}: matches no run; runs there: {', '.join(run_names(folder)) or 'none'}")
+        raise UsageError(f"{given}: no such run; runs there: {', '.join(run_names(folder)) or 'none'}")
     return found if is_name else [str(folder / each) for each in found]
 
 
