@@ -148,6 +148,7 @@ class _PromptsConfig(_Held):
 class _PromptsSummary(_Held):
     longest_prompt_tokens: Number = 0
     source: Text | None = None
+    policy: Text | None = None
 
 
 class _Prompts(_Held):

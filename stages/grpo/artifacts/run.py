@@ -280,10 +280,13 @@ class Run:
         for path in self.links():
             # One that leads nowhere stands where a folder may be wanted.
             if path.is_dir() or not path.exists():
-                own = path == self.path
-                way = "name that folder by its path" if own else "`grpo verify --discard` removes it"
-                to = os.path.realpath(path)
-                raise CorruptError(f"{path}: is a link to another folder ({to}), not the run's own; {way}")
+                way = "`grpo verify --discard` removes it"
+                if path.parent == self.path.parent:
+                    way = "name that folder by its path"
+                elif path.parent == self.path and path.name == ".lock":  # which --discard takes
+                    way = "remove it"
+                to = f"another folder ({os.path.realpath(path)})" if path.is_dir() else "nowhere"
+                raise CorruptError(f"{path}: is a link to {to}, not the run's own; {way}")
 
     @contextmanager
     def lock(self, linked: bool = False) -> Iterator[None]:

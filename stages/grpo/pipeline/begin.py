@@ -36,18 +36,19 @@ def commit_policy(run: ActiveRun, names: dict[str, str], ids: dict[str, str]) ->
 
 def normalise(run: ActiveRun, plan: Plan, expected: str | None = None) -> None:
     """Write prompts, or held-out ones, that leave room for max_new_tokens, and say what is odd about them."""
-    room = room_of(run, run.start["policy"], plan.output)
+    policy = run.start["policy"]
+    room, id_ = room_of(run, policy, plan.output), run.checkpoint_id(str(policy.absolute()))
     notes: list[str] = []
     key = "prompts" if plan.output == prompts.OUTPUT else "evaluate.prompts"
-    with closing(Look(run, run.start["policy"], plan.output)) as look:
+    with closing(Look(run, policy, plan.output)) as look:
         staging = Staging(run, plan, 0)
         try:
-            prompts.prepare(run, staging, look.num_tokens, room, expected, look.render, notes)
+            prompts.prepare(run, staging, look.num_tokens, room, expected, look.render, notes, id_)
         except InputError:
             if expected is None:
                 raise
             # The run may be of before texts were kept; what it holds is then known without them.
-            prompts.prepare(run, staging, look.num_tokens, room, expected)
+            prompts.prepare(run, staging, look.num_tokens, room, expected, policy=id_)
         for line in look.lines(notes):
             run.console.say(f"{key}: {line}")
 

@@ -29,11 +29,11 @@ def prepare(run: ActiveRun) -> None:
     manifest = run.manifest("policy", None)
     if begun:
         _check_models(run, ids)
-    # Before the run has begun, prompts of another model's template may be there.
-    are_its = begun or (manifest is not None and manifest.ids == ids)
+    # Before the run has begun, prompts in the words and tokens of another model may be there.
+    policy = None if begun else ids["policy"]
     before = run.id_of(prompts.OUTPUT)
-    _prompts(run, begun, created, are_its)
-    _held_out(run, are_its)
+    _prompts(run, begun, created, policy)
+    _held_out(run, policy)
     if manifest is None or manifest.ids != ids:
         from grpo.pipeline.begin import commit_policy
 
@@ -126,10 +126,10 @@ def _recorded(run: Run, reference: str) -> str | None:
     return next((id_ for id_ in found if id_), None)
 
 
-def _prompts(run: ActiveRun, begun: bool, created: bool, are_its: bool) -> None:
+def _prompts(run: ActiveRun, begun: bool, created: bool, policy: str | None) -> None:
     manifest = run.manifest(prompts.OUTPUT, None)
     plan = prompts.plan(run, kept=manifest if begun or created else None)
-    if manifest is not None and are_its and plan.same_as(manifest):
+    if manifest is not None and policy in (None, manifest.summary.get("policy")) and plan.same_as(manifest):
         if (begun or created) and prompts.source_is_gone(run):
             run.console.say(f"prompts.source: {run.config.prompts.source} is gone; the run has its own copy")
         return
@@ -139,14 +139,18 @@ def _prompts(run: ActiveRun, begun: bool, created: bool, are_its: bool) -> None:
     normalise(run, plan, expected)
 
 
-def _held_out(run: ActiveRun, are_its: bool) -> None:
+def _held_out(run: ActiveRun, policy: str | None) -> None:
     """Commit `eval_prompts` where `evaluate` is configured: others than before are for what comes next."""
     if run.config.evaluate is None:
         return
     manifest = run.manifest(prompts.HELD_OUT, None)
     try:
         plan = prompts.plan(run, prompts.HELD_OUT, manifest)
-        if manifest is not None and are_its and plan.same_as(manifest):
+        if (
+            manifest is not None
+            and policy in (None, manifest.summary.get("policy"))
+            and plan.same_as(manifest)
+        ):
             if prompts.source_is_gone(run, prompts.HELD_OUT):
                 source = run.config.evaluate.prompts.source
                 run.console.say(f"evaluate.prompts.source: {source} is gone; the run has its own copy")

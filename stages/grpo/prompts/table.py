@@ -100,11 +100,13 @@ def prepare(
     expected: str | None = None,
     render: Render = list,
     notes: list[str] | None = None,
+    policy: str = "",
 ) -> Manifest:
     """Write and commit `prompts`, or `eval_prompts`: the output of the plan that is staged.
 
     room: the most tokens of a prompt that leave space for a response. render: gives chats their text. notes:
-    as in normalised(). Raises DataError (exit 3) with file and line, InputError (4) for an id not `expected`.
+    as in normalised(). policy: id of the one whose tokens are counted. Raises DataError (exit 3) with file and
+    line, InputError (4) for an id not `expected`.
     """
     output = staging.plan.output
     config = config_of(run, output)
@@ -131,6 +133,8 @@ def prepare(
             " made from; put those back, or give a new `run:` name"
         )
     summary = {"skipped": skipped, "longest_prompt_tokens": longest, "source": config.source}
+    if policy:
+        summary["policy"] = policy
     return staging.commit(Product({output: id_of(records)}, records, summary))
 
 
