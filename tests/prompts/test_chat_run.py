@@ -99,14 +99,18 @@ def test_fields_of_messages_are_in_the_table_and_reach_a_reward(project: Path, g
 
 
 def test_doctor_says_what_is_odd(project: Path, grpo: Grpo) -> None:
-    row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}]}
+    row: dict[str, object] = {
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}]
+    }
+    row["answer"] = "2"
     (project / "chats.jsonl").write_text((json.dumps(row) + "\n") * 2)
     (project / "own.jinja").write_text("{{ messages[-1].content }}")
     settings = ["--set", "prompts.source=chats.jsonl", "--set", "prompts.chat_template=own.jinja"]
+    settings += ["--set", "score.rewards=[{function: exact_answer}]"]
     held_out = ["--set", "evaluate={prompts: {source: prompts.jsonl}}"]
     code, out, _ = grpo("doctor", "--json", *settings, *held_out)
     notes = {check["name"]: check["note"] for check in json.loads(out)["checks"]}
-    assert code == 0
+    assert code == 0, out
     assert notes["prompts"] == (
         "2 rows, 1 distinct prompts; the chat template leaves text of system messages out, in 2 of 2 chats;"
         " the chat template gives the same text with and without add_generation_prompt: nothing says that the"

@@ -105,8 +105,8 @@ def prepare(
     """Write and commit `prompts`, or `eval_prompts`: the output of the plan that is staged.
 
     room: the most tokens of a prompt that leave space for a response. render: gives chats their text. notes:
-    as in normalised(). policy: id of the one whose tokens are counted. Raises DataError (exit 3) with file and
-    line, InputError (4) for an id not `expected`.
+    as in normalised(). policy: id of the one whose tokens are counted. Raises DataError (exit 3) with file
+    and line, InputError (4) for an id not `expected`.
     """
     output = staging.plan.output
     config = config_of(run, output)
