@@ -253,7 +253,7 @@ def test_a_link_that_leads_nowhere_is_refused_too(finished: Path, grpo: Grpo, na
     for command in (["gc"], ["run", "--set", "iterations=3"]):
         code, _, err = grpo(*command)
         assert (code, len(err.splitlines())) == (6, 1), err
-        assert f"{path}: is a link to another folder" in err
+        assert f"{path}: is a link to nowhere" in err
     code, out, _ = grpo("verify", "--discard")
     assert (code, f"{path}: is a link to" in out) == (6, True)
     assert not os.path.lexists(path)

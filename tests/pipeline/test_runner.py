@@ -147,7 +147,10 @@ def test_stage_commands_give_the_bytes_of_run(project: Path, complete: Path, grp
 
 def test_until_stops_early_and_a_later_run_goes_on(project: Path, complete: Path, grpo: Grpo) -> None:
     code, out, _ = grpo("run", "--until", "1", "--json")
-    assert (code, json.loads(out)) == (0, {"run": "tiny", "iterations": 1, "worked": 1, "evaluations": []})
+    assert (code, json.loads(out)) == (
+        0,
+        {"run": "tiny", "iterations": 1, "worked": 1, "evaluations": [], "stopped": None},
+    )
     assert states(grpo) == DONE[:1]
     assert json.loads(grpo("run", "--json")[1])["worked"] == 1
     assert digests() == digests(complete / ARTIFACTS)

@@ -214,7 +214,7 @@ from grpo.console import Console
 
 folder = Path(sys.argv[1])
 run = ActiveRun(folder / "artifacts", Config.model_validate_json(sys.argv[2]), folder, Console(quiet=True))
-entry.app = lambda standalone_mode: work.run_stage(run, "score", "0", force=False)
+entry.app = lambda **_: work.run_stage(run, "score", "0", force=False)
 entry.main()
 """
 HANGS = """
