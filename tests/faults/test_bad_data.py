@@ -152,7 +152,9 @@ def test_a_long_prompt_may_be_skipped_and_is_counted(project: Path, grpo: Grpo) 
     code, _, err = grpo("generate")
     assert code == 0, err
     summary = json.loads(Path("artifacts/tiny/prompts/manifest.json").read_text())["summary"]
+    policy = json.loads(Path("artifacts/tiny/policy/manifest.json").read_text())["ids"]["policy"]
     assert summary == {
+        "policy": policy,
         "skipped": 1,
         "longest_prompt_tokens": 4,
         "source": "prompts.jsonl",
