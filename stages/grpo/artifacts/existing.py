@@ -76,6 +76,8 @@ def open_run(folder: Path) -> dict[str, Any]:
     except CorruptError as error:
         way = f"with its pipeline.yaml, `grpo verify -c FILE --set run={folder.name} --discard` sets it aside"
         raise CorruptError(f"{error}; {way}") from None
+    if not isinstance(data.get("config"), dict) or "schema_version" in data:  # a manifest in its place
+        raise CorruptError(f"{path}: holds no configuration of a run")
     versions = data.get("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(each, str) for each in versions.values()):
         raise CorruptError(f"{path}: versions: expected text by name")
