@@ -280,11 +280,9 @@ class Run:
         for path in self.links():
             # One that leads nowhere stands where a folder may be wanted.
             if path.is_dir() or not path.exists():
-                way = "`grpo verify --discard` removes it"
-                if path.parent == self.path.parent:
+                way = "remove it" if path.name == ".lock" else "`grpo verify --discard` removes it"
+                if path == self.path:
                     way = "name that folder by its path"
-                elif path.parent == self.path and path.name == ".lock":  # which --discard takes
-                    way = "remove it"
                 to = f"another folder ({os.path.realpath(path)})" if path.is_dir() else "nowhere"
                 raise CorruptError(f"{path}: is a link to {to}, not the run's own; {way}")
 

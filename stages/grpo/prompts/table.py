@@ -108,11 +108,10 @@ def prepare(
     as in normalised(). policy: id of the one whose tokens are counted. Raises DataError (exit 3) with file
     and line, InputError (4) for an id not `expected`.
     """
-    output = staging.plan.output
-    config = config_of(run, output)
+    output, config = staging.plan.output, config_of(run, staging.plan.output)
     _keep_template(run, staging, config)
-    records: list[FileRecord] = []
-    ids, skipped, longest, schema, chats = set[str](), 0, 0, None, False
+    records, ids = list[FileRecord](), set[str]()
+    skipped, longest, schema, chats = 0, 0, None, False
     rows = normalised(config, run.imports, notes)
     while chunk := list(islice(rows, _ROWS_PER_SHARD)):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
@@ -128,13 +127,12 @@ def prepare(
     if not chats:
         check_no_template(config)
     if expected is not None and id_of(records) != expected:
+        others = f"{config.source} holds others than its rollouts were made from"
         raise InputError(
-            f"prompts: fixed for the run {run.name}, but {config.source} holds others than its rollouts were"
-            " made from; put those back, or give a new `run:` name"
+            f"prompts: fixed for the run {run.name}, but {others}; put those back, or give a new `run:` name"
         )
     summary = {"skipped": skipped, "longest_prompt_tokens": longest, "source": config.source}
-    if policy:
-        summary["policy"] = policy
+    summary |= {"policy": policy} if policy else {}
     return staging.commit(Product({output: id_of(records)}, records, summary))
 
 
