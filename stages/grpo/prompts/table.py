@@ -127,13 +127,15 @@ def prepare(
     if not chats:
         check_no_template(config)
     if expected is not None and id_of(records) != expected:
-        others = f"{config.source} holds others than its rollouts were made from"
-        raise InputError(
-            f"prompts: fixed for the run {run.name}, but {others}; put those back, or give a new `run:` name"
-        )
+        raise InputError(_fixed(run, config))
     summary = {"skipped": skipped, "longest_prompt_tokens": longest, "source": config.source}
     summary |= {"policy": policy} if policy else {}
     return staging.commit(Product({output: id_of(records)}, records, summary))
+
+
+def _fixed(run: ActiveRun, config: PromptsConfig) -> str:
+    others = f"{config.source} holds others than its rollouts were made from"
+    return f"prompts: fixed for the run {run.name}, but {others}; put those back, or give a new `run:` name"
 
 
 def _keep_template(run: ActiveRun, staging: Staging, config: PromptsConfig) -> None:
