@@ -1,8 +1,12 @@
 import math
+import os
+import signal
+from typing import Any
 
+import pytest
 from rich.console import Console as RichConsole
 
-from grpo.console import finite, interval, iterations_text, number, table
+from grpo.console import Console, finite, interval, iterations_text, number, table
 
 
 def test_a_cell_is_text_and_never_markup() -> None:
@@ -26,3 +30,24 @@ def test_numbers_and_iterations_in_words() -> None:
 
 def test_what_is_not_finite_is_null() -> None:
     assert finite({"a": [1.0, math.nan], "b": math.inf, "c": "x"}) == {"a": [1.0, None], "b": None, "c": "x"}
+
+
+def test_a_signal_at_the_very_end_goes_to_the_handler_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sent while the handlers are being put back: neither lost, nor noted by work that has ended."""
+    heard: list[int] = []
+    real = signal.signal
+    before = real(signal.SIGTERM, lambda number, _: heard.append(number))
+
+    def late(number: signal.Signals, handler: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(number, handler)
+
+    try:
+        with Console().signals():
+            monkeypatch.setattr("grpo.console.signal.signal", late)
+        assert heard == [signal.SIGTERM]
+        assert capsys.readouterr().err == ""
+    finally:
+        real(signal.SIGTERM, before)

@@ -135,8 +135,12 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     try:
         yield
     finally:
+        # One that comes meanwhile waits, and goes to the handler before. Python drops a signal that was noted
+        # for a handler that is gone when it looks.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         for number, handler_before in before.items():
             signal.signal(number, handler_before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def stdout_console() -> "RichConsole":

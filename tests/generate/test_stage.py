@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from grpo import tables
 from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Run, Staging, choose_attempt
+from grpo.artifacts.checkpoint import checkpoint_id
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import DataError, InputError, Interrupted, UsageError
@@ -565,7 +566,8 @@ def test_a_prompt_without_room_for_its_response(checkpoint: Path, tmp_path: Path
     manifest = run.manifest("prompts", None)
     assert manifest is not None
     assert manifest.rows == 1
-    assert manifest.summary == {"skipped": 1, "longest_prompt_tokens": 56, "source": "p.jsonl"}
+    counted = {"skipped": 1, "longest_prompt_tokens": 56, "source": "p.jsonl"}
+    assert manifest.summary == {**counted, "policy": checkpoint_id(checkpoint)}
     assert generated(run).rows == K
 
 
