@@ -33,6 +33,7 @@ from grpo.artifacts.manifest import (
     FileRecord,
     Manifest,
     Plan,
+    Product,
     digest,
     id_of,
     read_json,
@@ -48,7 +49,6 @@ from grpo.artifacts.sampled import are_own, check_keys, read_rollouts
 from grpo.artifacts.sources import SOURCES, check_source, keep_source, kept_sources
 from grpo.artifacts.space import require_space
 from grpo.artifacts.staging import (
-    Product,
     Staging,
     check_staged,
     choose_attempt,

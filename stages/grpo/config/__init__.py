@@ -3,7 +3,7 @@
 from grpo.config.evaluate import EvaluateConfig, StopConfig
 from grpo.config.generate import GenerateConfig
 from grpo.config.loading import PIPELINE, differing_keys, flatten, load, overridden_keys, validated
-from grpo.config.model import AdvantageConfig, Config
+from grpo.config.model import AdvantageConfig, Config, ModelOptions
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import JudgeConfig, RewardConfig, TeacherConfig
 from grpo.config.sweep import points
@@ -17,6 +17,7 @@ __all__ = [
     "GenerateConfig",
     "JudgeConfig",
     "LoraConfig",
+    "ModelOptions",
     "PromptsConfig",
     "RewardConfig",
     "StopConfig",

@@ -22,13 +22,10 @@ def prepare(run: ActiveRun) -> None:
         from grpo.pipeline.ahead import check_ahead  # it imports torch: a complete run does without
 
         check_ahead(run)
-    run.start = {part: configured_model(run, key, name) for part, (key, name) in _start(run).items()}
+    ids = find_start(run)
     for teacher in run.config.score.teachers:
         configured_model(run, "score.teachers.model", teacher.model)
-    ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in run.start.items()}
     manifest = run.manifest("policy", None)
-    if begun:
-        _check_models(run, ids)
     # Before the run has begun, prompts in the words and tokens of another model may be there.
     policy = None if begun else ids["policy"]
     before = run.id_of(prompts.OUTPUT)
@@ -40,6 +37,18 @@ def prepare(run: ActiveRun) -> None:
         commit_policy(run, {part: name for part, (_, name) in _start(run).items()}, ids)
     if not (begun and created):
         _write_down(run, created, before not in (None, run.id_of(prompts.OUTPUT)))
+
+
+def find_start(run: ActiveRun) -> dict[str, str]:
+    """Find the checkpoints that the run stands on, `run.start`; their ids.
+
+    Raises InputError (exit 4) for one that is not there, and where a run that has begun stands on others.
+    """
+    run.start = {part: configured_model(run, key, name) for part, (key, name) in _start(run).items()}
+    ids = {part: run.checkpoint_id(str(path.absolute())) for part, path in run.start.items()}
+    if run.iterations():
+        _check_models(run, ids)
+    return ids
 
 
 def check_stand(run: ActiveRun) -> None:

@@ -4,7 +4,7 @@ In a torch.distributed group each process takes its share of every step, and all
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,13 @@ from grpo.errors import EngineError
 from grpo.models.loading import copy_weights, load_model
 from grpo.update import parallel
 from grpo.update.adapter import add_adapter, load_adapter, reset_adapter
-from grpo.update.batch import Rollouts, made_up_pair, room_for
+from grpo.update.batch import Rollouts, room_for
 from grpo.update.checkpoint import load_optimizer
 from grpo.update.given import Step
-from grpo.update.layout import MicroBatch, build, longest_pair, plan, tree_of
-from grpo.update.network import TOLERANCE, Network
+from grpo.update.layout import Layout, MicroBatch, build, plan, tree_of
+from grpo.update.network import Network, check_layouts
 from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys, objective_of
-from grpo.update.optimizer import make_optimizer, move_state
+from grpo.update.optimizer import make_optimizer, move_state, settings_of
 from grpo.update.own_surrogate import NotFiniteError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ ByRow = dict[int, np.ndarray]  # float32 [T_i] of some of the rollouts
 
 
 class Learner:
-    """Weights, AdamW and the reference. `config` is fixed for the life of the object.
+    """Weights, AdamW and the reference.
 
     `objective` is what it says, and a surrogate of the user's is set there.
 
@@ -64,6 +64,24 @@ class Learner:
     def model(self) -> PreTrainedModel:
         """The policy's model."""
         return self.network.model
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """The layout that each model is read in, by its name."""
+        return {name: network.layout for name, network in self._networks.items()}
+
+    def use(self, layouts: Mapping[str, Layout]) -> None:
+        """Read each model in the layout of its name from now on."""
+        for name, network in self._networks.items():
+            network.use(layouts.get(name, network.layout))
+
+    def configure(self, config: UpdateConfig) -> None:
+        """Go on under `config` with what is in memory; what trains and the optimiser stay."""
+        self.config, self.objective = config, objective_of(config)
+        self._networks = {name: self._open(each.model) for name, each in self._networks.items()}
+        if "policy" in self._networks:
+            self._checkpoint_gradients()
+            self.optimizer.param_groups[0].update(settings_of(config))
 
     def load(
         self,
@@ -116,11 +134,15 @@ class Learner:
         config, model = self.config, load_model(checkpoint, self.device, self.attention)
         if lora := config.lora:
             self.adapter = add_adapter(model, lora, self.seed)
-        network = self._open(model)
-        if config.gradient_checkpointing:
-            network.checkpoint_gradients()
+        self._networks["policy"] = self._open(model)
+        self._checkpoint_gradients()
         self.optimizer = make_optimizer(config, model.parameters())
-        self._networks["policy"] = network
+
+    def _checkpoint_gradients(self) -> None:
+        if self.config.gradient_checkpointing:
+            self.network.checkpoint_gradients()
+        elif self.model.is_gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
 
     def _open(self, model: PreTrainedModel) -> Network:
         return Network(model, self.config.precision, share_prompts=self.config.prompt_sharing == "auto")
@@ -150,25 +172,7 @@ class Learner:
         """
         limit = max(self.config.max_tokens_per_batch // 2, 1)  # no tree is larger than a micro-batch
         lengths = (min(longest[0], limit), min(longest[1], limit))
-        vocabulary = int(self.model.config.get_text_config(decoder=True).vocab_size)
-        made_up = (made_up_pair(*lengths, vocabulary), np.arange(2))
-        found: dict[str, Any] = {}
-        for name, network in self._networks.items():
-            if network.best == "rows":
-                continue
-            network.use(network.best)
-            if name == "policy":
-                pairs = [] if last == network.best else [made_up]
-                pairs += [(rollouts, longest_pair(rollouts))] if len(rollouts) else []
-                differences = [network.difference(*pair) for pair in pairs]
-            else:
-                if lengths not in self._reference_differences:
-                    self._reference_differences[lengths] = network.difference(*made_up)
-                differences = [self._reference_differences[lengths]]
-            found[f"{name}_layout_difference"] = max(differences, default=None)
-            if not all(difference <= TOLERANCE for difference in differences):  # NaN is not
-                found[f"{name}_layout_refused"] = network.best
-                network.use("rows")
+        found = check_layouts(self._networks, rollouts, lengths, last, self._reference_differences)
         return {"layout": self.network.layout, **found}
 
     def reference_logprobs(self, rollouts: Rollouts, rows: np.ndarray) -> ByRow:

@@ -4,6 +4,7 @@ Shapes: S sequences, L tokens of the longest, N counted response tokens, D hidde
 """
 
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,7 +20,7 @@ from grpo.models.attention import attending
 from grpo.models.reader import Reader
 from grpo.update import tree_attention
 from grpo.update.batch import Rollouts, made_up_pair
-from grpo.update.layout import PROMPT, Cost, Layout, MicroBatch, build, tree_of
+from grpo.update.layout import PROMPT, Cost, Layout, MicroBatch, build, longest_pair, tree_of
 
 # Largest |difference| of a log-prob between two layouts in float32. Rounding gives 1e-5; a mask that is not
 # the model's own gives 0.1 and more.
@@ -126,6 +127,36 @@ class Network:
             return nullcontext()
         function = tree_attention.tree_attention if attention == tree_attention.NAME else None
         return attending(self.model, attention, function)
+
+
+def check_layouts(
+    networks: Mapping[str, Network],
+    rollouts: Rollouts,
+    lengths: tuple[int, int],
+    last: str | None,
+    of_reference: dict[tuple[int, int], float],
+) -> dict[str, Any]:
+    """See Learner.check_layout(); of_reference: the differences that were found before, by their lengths."""
+    found: dict[str, Any] = {}
+    for name, network in networks.items():
+        if network.best == "rows":
+            continue
+        network.use(network.best)
+        vocabulary = int(network.model.config.get_text_config(decoder=True).vocab_size)
+        made_up = (made_up_pair(*lengths, vocabulary), np.arange(2))
+        if name == "policy":
+            pairs = [] if last == network.best else [made_up]
+            pairs += [(rollouts, longest_pair(rollouts))] if len(rollouts) else []
+            differences = [network.difference(*pair) for pair in pairs]
+        else:
+            if lengths not in of_reference:
+                of_reference[lengths] = network.difference(*made_up)
+            differences = [of_reference[lengths]]
+        found[f"{name}_layout_difference"] = max(differences, default=None)
+        if not all(difference <= TOLERANCE for difference in differences):  # NaN is not
+            found[f"{name}_layout_refused"] = network.best
+            network.use("rows")
+    return found
 
 
 def layout_of(model: PreTrainedModel, *, share_prompts: bool) -> Layout:

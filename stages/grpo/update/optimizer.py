@@ -46,15 +46,24 @@ def require_optimizer(config: UpdateConfig) -> None:
 
 def make_optimizer(config: UpdateConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The configured optimiser of what trains. Raises EngineError (exit 8) as require_optimizer does."""
-    values, betas = [p for p in parameters if p.requires_grad], (config.betas[0], config.betas[1])
-    rate, epsilon, decay = config.learning_rate, config.adam_epsilon, config.weight_decay
+    values, settings = [p for p in parameters if p.requires_grad], settings_of(config)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(values, rate, betas, epsilon, decay, fused=True)
+        return torch.optim.AdamW(values, **settings, fused=True)
     require_optimizer(config)
     from bitsandbytes.optim import AdamW8bit
 
-    optimizer: torch.optim.Optimizer = AdamW8bit(values, rate, betas, epsilon, decay)
+    optimizer: torch.optim.Optimizer = AdamW8bit(values, **settings)
     return optimizer
+
+
+def settings_of(config: UpdateConfig) -> dict[str, Any]:
+    """What both optimisers call their settings."""
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.betas[0], config.betas[1]),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
 
 
 def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -43,9 +43,9 @@ def write_outputs(
 
     read, model, adapter = sorted(stored.first_step), learner.model, learner.adapter
     starts = range(0, max(len(read), 1), ROWS_PER_SHARD)
-    parts = (_logprobs(iteration, rollouts, stored, read[n : n + ROWS_PER_SHARD]) for n in starts)
+    parts = (logprobs_table(iteration, rollouts, stored, read[n : n + ROWS_PER_SHARD]) for n in starts)
     return {
-        "updates": shards("updates", [_updates(run, rows)]),
+        "updates": shards("updates", [updates_table(run, rows)]),
         "logprobs": shards("logprobs", parts),
         "policy": files("policy", policy_files(model, run.policy_folder(0))),
         "adapter": files("adapter", adapter_files(adapter) if adapter is not None else ()),
@@ -54,8 +54,8 @@ def write_outputs(
     }
 
 
-def _updates(run: ActiveRun, rows: list[dict[str, Any]]) -> pa.Table:
-    """With the optional columns of those keys alone that are configured."""
+def updates_table(run: ActiveRun, rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows of `updates`, with the optional columns of those keys alone that are configured."""
     config = run.config.update
     keys = (config.off_policy_mask, config.top_entropy, config.entropy_target)
     optional = zip(tables.OPTIONAL["updates"], keys, strict=True)
@@ -63,7 +63,8 @@ def _updates(run: ActiveRun, rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _logprobs(iteration: int, rollouts: Rollouts, stored: Stored, read: list[int]) -> pa.Table:
+def logprobs_table(iteration: int, rollouts: Rollouts, stored: Stored, read: list[int]) -> pa.Table:
+    """Rows of `logprobs`, of the rollouts whose places are in `read`."""
     gaps = [
         float(np.abs(stored.policy[i].astype(np.float64) - rollouts.old_logprobs[i]).mean()) for i in read
     ]

@@ -136,15 +136,15 @@ class OwnSurrogate:
         return value
 
 
-def surrogate_of(run: ActiveRun) -> OwnSurrogate | None:
-    """The user's surrogate as its file is now; None: it is one of ours.
+def surrogate_of(run: ActiveRun, kept: Path | None = None) -> OwnSurrogate | None:
+    """The user's surrogate as its file is now, or as it was `kept`; None: it is one of ours.
 
     Raises UsageError (exit 2) as load() does, and where other keys do not fit it.
     """
     config = run.config.update
     if config.own is None:
         return None
-    own = load(run.imports, config.own)
+    own = load(run.imports, config.own, kept)
     by_token = config.sampler_correction != "none" and config.sampler_correction_level == "token"
     if own.per_rollout and (by_token or config.top_entropy is not None):
         way = "set sampler_correction_level: sequence_mean" if by_token else "leave top_entropy out"
@@ -160,12 +160,14 @@ def surrogate_of(run: ActiveRun) -> OwnSurrogate | None:
     return own
 
 
-def load(folder: Path, name: str) -> OwnSurrogate:
+def load(folder: Path, name: str, kept: Path | None = None) -> OwnSurrogate:
     """The function `module:function` of a file in the configuration's `folder`, tried on made-up rollouts.
+
+    kept: the file in place of that one.
 
     Raises UsageError (exit 2) for what cannot be imported, called or maximised.
     """
-    source = _Source(surrogate_file(folder, name))
+    source = _Source(kept or surrogate_file(folder, name))
     module_name, _, function_name = name.partition(":")
     spec = spec_from_loader(f"_own_surrogate.{module_name}", source, origin=str(source.file))
     assert spec is not None

@@ -13,12 +13,17 @@ T = TypeVar("T")
 
 def share() -> tuple[int, int]:
     """(rank, world size): which share of a step is this process's."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    return (distributed.get_rank(), distributed.get_world_size()) if _is_shared() else (0, 1)
+
+
+def _is_shared() -> bool:
+    # vLLM in this process makes a group of one, in which nothing may be other than without it.
+    return distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def add_up_gradients(model: torch.nn.Module) -> None:
     """Give every process the sum of their gradients."""
-    if not distributed.is_initialized():
+    if not _is_shared():
         return
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -29,7 +34,7 @@ def add_up_gradients(model: torch.nn.Module) -> None:
 
 def gathered(value: T) -> list[T]:
     """`value` of every process; without a group, of this one alone."""
-    if not distributed.is_initialized():
+    if not _is_shared():
         return [value]
     parts = [value] * distributed.get_world_size()
     distributed.all_gather_object(parts, value)

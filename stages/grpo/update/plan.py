@@ -14,7 +14,7 @@ STAGE_VERSION = 2  # 2: groups are read as trees, which rounds otherwise
 # Memory and time only, but for rounding; the reference counts by its id.
 _NOT_RESULT = {"max_tokens_per_batch", "gradient_checkpointing", "prompt_sharing", "reference"}
 
-_OWN = "update.surrogate"
+OWN = "update.surrogate"
 
 
 def plan(run: ActiveRun, iteration: int) -> Plan:
@@ -46,7 +46,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         iteration=iteration,
         config=config,
         inputs={reference: run.id_of(reference) or "" for reference in references},
-        user_files={_OWN: sha256_of(surrogate_file(run.imports, name))} if (name := update.own) else {},
+        user_files={OWN: sha256_of(surrogate_file(run.imports, name))} if (name := update.own) else {},
     )
 
 
@@ -68,7 +68,7 @@ def require_reference(run: ActiveRun, iteration: int) -> None:
 
 def surrogate_file(folder: Path, name: str) -> Path:
     """The file in `folder` that holds `module:function`. Raises UsageError (exit 2) where there is none."""
-    return named_file(folder, _OWN, f"{name.partition(':')[0].replace('.', '/')}.py")
+    return named_file(folder, OWN, f"{name.partition(':')[0].replace('.', '/')}.py")
 
 
 def iterations_of(run: ActiveRun, iteration: int) -> range:

@@ -1,0 +1,84 @@
+"""verify_replay: every update of a run made again from its tables, and held against what it left.
+
+The strongest check there is: what is on disk is not only what was written, it is what follows from the rest.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from grpo.artifacts import ActiveRun
+from grpo.console import stdout_console
+from grpo.errors import EngineError
+from grpo.pipeline.prepare import find_start
+from grpo.update.plan import OUTPUT
+from grpo.update.restore import Outcome, Replay
+
+
+@dataclass
+class ReplayReport:
+    """The updates that were made again, in order; the last is the only one that may not be accepted."""
+
+    updates: int
+    """Of the run."""
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def equal(self) -> int:
+        """Updates that gave the same bits."""
+        return sum(not outcome.differing for outcome in self.outcomes)
+
+    @property
+    def refused(self) -> Outcome | None:
+        """The first that is not what it left."""
+        return next((outcome for outcome in self.outcomes if not outcome.accepted), None)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 8 where one is refused."""
+        return EngineError.exit_code if self.refused else 0
+
+    def describe(self) -> dict[str, Any]:
+        """The report as plain data."""
+        found = self.refused
+        first = None
+        if found is not None:
+            first = {
+                "iteration": found.iteration,
+                "differing": found.differing,
+                "mean_difference": found.mean if found.mean < float("inf") else None,
+                "execution": found.execution,
+            }
+        return {
+            "updates": self.updates,
+            "replayed": len(self.outcomes),
+            "equal": self.equal,
+            "first_refused": first,
+        }
+
+
+def replay(run: ActiveRun) -> ReplayReport:
+    """Make the updates of a run again, up to the first that differs; errors as of Replay and find_start()."""
+    find_start(run)
+    report = ReplayReport(sum(run.manifest(OUTPUT, number) is not None for number in run.iterations()))
+    with run.console.progress("replay", report.updates, "updates") as advance:
+        for outcome in Replay(run):
+            report.outcomes.append(outcome)
+            advance(1)
+            if not outcome.accepted:
+                break
+            run.console.stop_requested()
+    return report
+
+
+def print_replay(report: ReplayReport) -> None:
+    """The report as a person reads it."""
+    say = partial(stdout_console().print, soft_wrap=True)
+    if found := report.refused:
+        but = f"; its execution here: {', '.join(found.execution)}" if found.execution else ""
+        what = f"{', '.join(found.differing)} are not what a replay gives"
+        say(f"differs  update {found.iteration}: {what} (log-probs {found.mean:.1e} nats off){but}")
+    close = len(report.outcomes) - report.equal - bool(report.refused)
+    count = f"{len(report.outcomes)} of {report.updates}"
+    text = f", {close} as close as they promise" if close else ""
+    say(f"replayed {count} updates from policy 0: {report.equal} byte-equal{text}")
