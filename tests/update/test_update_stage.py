@@ -38,7 +38,7 @@ from grpo import tables
 from grpo.artifacts import Run
 from grpo.config import Config
 from grpo.errors import EngineError, UsageError
-from grpo.update import outputs, stage
+from grpo.update import outputs, training
 from grpo.update.batch import kept_rollouts, minibatches
 from grpo.update.learner import Learner
 
@@ -241,7 +241,7 @@ def test_with_a_kl_term_advantages_of_zero_are_not_skipped(tmp_path: Path, untie
 def test_steps_are_made_as_they_are_taken(tmp_path: Path, untied: Path) -> None:
     # All of them at once would be 1,000 lists of rows, during which no signal is heard.
     config = configuration(kl_coefficient=0.0, steps_per_iteration=5, epochs=1000)
-    steps = stage._steps(make_run(tmp_path, config, untied, untied), 0, make_rollouts())
+    steps = training.steps(make_run(tmp_path, config, untied, untied), 0, make_rollouts())
     epoch, rows = next(steps)
     assert epoch == 0
     assert rows.tolist() == minibatches(make_rollouts().keys, 5, 0, 0, 0)[0].tolist()

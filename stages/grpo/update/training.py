@@ -37,18 +37,13 @@ def train(
         clock("train"),
         run.console.progress(f"update {iteration}", len(rollouts) * config.epochs, "rollouts") as advance,
     ):
-        for number, (epoch, rows) in enumerate(_steps(run, iteration, rollouts)):
+        for number, (epoch, rows) in enumerate(steps(run, iteration, rollouts)):
             run.console.stop_requested()
             read = rows[read_B[rows]]
-            row: dict[str, Any] = {
-                "iteration": iteration,
-                "epoch": epoch,
-                "step": number,
-                "learning_rate": learning_rate(run.config, iteration, number),
-                "rollouts": len(rows),
-                "tokens": int(rollouts.num_tokens[rows].sum()),
-                "skipped": len(read) == 0,
-            }
+            row: dict[str, Any] = {"iteration": iteration, "epoch": epoch, "step": number}
+            row["learning_rate"] = learning_rate(run.config, iteration, number)
+            row |= {"rollouts": len(rows), "tokens": int(rollouts.num_tokens[rows].sum())}
+            row["skipped"] = len(read) == 0
             if config.entropy_target is not None:
                 row["entropy_coefficient"], applied = entropy_weight(config, before)
                 learner.objective = replace(learner.objective, entropy_coefficient=applied)
@@ -87,7 +82,7 @@ def _mismatch(
     return mismatch(pairs, cap) if own else {}
 
 
-def _steps(run: ActiveRun, iteration: int, rollouts: Rollouts) -> Iterator[tuple[int, np.ndarray]]:
+def steps(run: ActiveRun, iteration: int, rollouts: Rollouts) -> Iterator[tuple[int, np.ndarray]]:
     """(epoch, rows) of each optimiser step of the iteration, an epoch at a time."""
     config, seed = run.config.update, run.config.seed
     for epoch in range(config.epochs):
