@@ -22,6 +22,8 @@ from grpo.models.logprobs import token_logprobs
 # Small beside the head's own weight and gradient (0.5 GB each at V = 151,936, D = 896), and wide enough at 8k
 # tokens (C = 2,048) for products at full speed: benchmarks/head.txt.
 CHUNK_BYTES = 2**26
+# Wider on a GPU: 2,048 columns are 75 rounds of small kernels there.
+CUDA_CHUNK_BYTES = 2**29
 # Stands for a log-prob of -inf beside its probability: exp() of it is 0 in every type, and times 0 it is 0.
 _NEVER = -1e4
 
@@ -37,12 +39,8 @@ class Head:
 
 
 def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
-    """Logits [..., V] of hidden states [..., D]: float32, or float64 where these are.
-
-    Under autocast the product is in its type, and all else, which it would not cast, is in float32.
-    """
-    product_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD)
-    logits_NV = product_NV.to(torch.promote_types(product_NV.dtype, torch.float32))
+    """Logits [..., V] of hidden states [..., D], in the type of these; not under autocast."""
+    logits_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD)
     if head.bias_V is not None:
         logits_NV = logits_NV + head.bias_V
     if head.scale != 1:
@@ -59,22 +57,26 @@ def head_logprobs(
     temperature_N: Tensor,
     *,
     with_entropy: bool,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What token_logprobs(head_logits(hidden_ND, head), ...) gives, to rounding, in value and gradient.
 
-    float32, or float64 where the hidden states are; under autocast the products are in its type, and all else
-    is in float32. An entropy that no loss uses costs the backward nothing. chunk_bytes: size of an [N, C]
-    tensor; up to three are alive at once. Logits that fit into one chunk are kept instead of computed twice.
+    float32, or float64 where the hidden states are; under autocast products are of values in its type, added
+    up in float32 as all else is: a logit of 16 in bfloat16 is 0.06 off. An entropy that no loss uses costs
+    the backward nothing. chunk_bytes: size of an [N, C] tensor, by default CHUNK_BYTES, on a GPU
+    CUDA_CHUNK_BYTES; up to three are alive at once. Without autocast, logits that fit into one chunk are kept
+    instead of computed twice.
     """
     num_tokens, width = hidden_ND.shape
     device, product_dtype = hidden_ND.device.type, hidden_ND.dtype
     if torch.is_autocast_enabled(device) and product_dtype != torch.float64:
         product_dtype = torch.get_autocast_dtype(device)
     dtype = torch.promote_types(product_dtype, torch.float32)
+    if chunk_bytes is None:
+        chunk_bytes = CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES
     # Not narrower than D: the hidden states are as large, and narrow products are slow.
     chunk = max(chunk_bytes // (max(num_tokens, 1) * dtype.itemsize), width)
-    if chunk >= len(head.weight_VD):
+    if chunk >= len(head.weight_VD) and product_dtype == dtype:
         logits_NV = head_logits(hidden_ND, head)
         return token_logprobs(logits_NV, targets_N, temperature_N, with_entropy=with_entropy)
     logits_of = partial(_Logits, head.scale, head.softcap, product_dtype, chunk)
@@ -101,8 +103,10 @@ class _Logits:
         else:
             self.inner_N = torch.full_like(temperature_N, scale / softcap)
             self.outer_N = softcap / temperature_N
-        # One factor per row of the hidden states is one per row of the product, for a fraction of the work.
-        self.scaled_ND = (hidden_ND.to(self.dtype) * self.inner_N[:, None]).to(product_dtype)
+        # One factor per row of the hidden states is one per row of the product, for a fraction of the work;
+        # but in a narrower type it would be rounded away.
+        self.is_narrow = product_dtype != self.dtype
+        self.hidden_ND = hidden_ND.to(product_dtype) if self.is_narrow else hidden_ND * self.inner_N[:, None]
         self._memory: dict[str, Tensor] = {}
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -110,20 +114,19 @@ class _Logits:
         for start in range(0, len(self.weight_VD), self.chunk):
             columns = slice(start, min(start + self.chunk, len(self.weight_VD)))
             weight_CD = self.weight_VD[columns].to(self.product_dtype)
-            product_NC = self.memory("product", columns, self.product_dtype)
-            torch.mm(self.scaled_ND, weight_CD.t(), out=product_NC)
-            same = self.product_dtype == self.dtype
-            logits_NC = product_NC if same else self.memory("logits", columns).copy_(product_NC)
+            logits_NC = _product(self.hidden_ND, weight_CD.t(), self.memory("logits", columns))
+            if self.is_narrow:
+                logits_NC.mul_(self.inner_N[:, None])
             if self.bias_V is not None:
                 logits_NC.addcmul_(self.inner_N[:, None], self.bias_V[columns].to(self.dtype))
             yield columns, weight_CD, logits_NC
 
     def memory(self, name: str, columns: slice, dtype: torch.dtype | None = None) -> Tensor:
         """[N, C] not set to anything; the same memory for the same name."""
-        num_tokens, num_columns = len(self.scaled_ND), columns.stop - columns.start
+        num_tokens, num_columns = len(self.hidden_ND), columns.stop - columns.start
         if name not in self._memory:
             size = num_tokens * self.chunk
-            self._memory[name] = self.scaled_ND.new_empty(size, dtype=dtype or self.dtype)
+            self._memory[name] = self.hidden_ND.new_empty(size, dtype=dtype or self.dtype)
         return self._memory[name][: num_tokens * num_columns].view(num_tokens, num_columns)
 
     def targets(self, columns: slice) -> tuple[Tensor, Tensor]:
@@ -193,13 +196,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_NC.mul_(logits_NC.square_().neg_().add_(1)).mul_(logits.outer_N[:, None])
             if grad_bias_V is not None:
                 torch.mv(grad_NC.t(), logits.inner_N, out=grad_bias_V[columns])
-            if logits.product_dtype != logits.dtype:
-                grad_NC = logits.memory("product", columns).copy_(grad_NC)
+            if logits.is_narrow:
+                grad_NC.mul_(logits.inner_N[:, None])
+                grad_NC = logits.memory("narrow", columns, logits.product_dtype).copy_(grad_NC)
             if grad_weight_VD is not None:
-                _add_product(grad_weight_VD[columns], grad_NC.t(), logits.scaled_ND)
+                _add_product(grad_weight_VD[columns], grad_NC.t(), logits.hidden_ND)
             if grad_hidden_ND is not None:
                 _add_product(grad_hidden_ND, grad_NC, weight_CD)
-        if grad_hidden_ND is not None:
+        if grad_hidden_ND is not None and not logits.is_narrow:
             grad_hidden_ND.mul_(logits.inner_N[:, None])
         return None, None, grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None
 
@@ -209,4 +213,13 @@ def _add_product(sum_: Tensor, left: Tensor, right: Tensor) -> None:
     if sum_.dtype == left.dtype:
         sum_.addmm_(left, right)
     else:
-        sum_.add_(left @ right)
+        sum_.add_(_product(left, right, torch.empty_like(sum_)))
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """left @ right into `out`, and in its type where that is wider than theirs."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if left.is_cuda:
+        return torch.mm(left, right, out.dtype, out=out)
+    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)

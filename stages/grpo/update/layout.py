@@ -26,11 +26,15 @@ PROMPT, PADDING = 0, -1  # branch of a prompt's tokens; tree of padding
 @dataclass(frozen=True)
 class Cost:
     """Relative cost of a forward pass: of a token, and of each position that its attention computes, if more
-    than what is seen. max_tokens: more at once are no faster, so that only a tree may be larger."""
+    than what is seen. max_tokens: more at once are no faster, so that only a tree may be larger; longest: the
+    same of a sequence. multiple: sequences come alone, and their lengths are multiples of it; 0: as they are.
+    """
 
     per_token: float
     per_position: float
     max_tokens: int = 2**31
+    longest: int = 2**31
+    multiple: int = 0
 
     def of(self, batch: "list[list[Tree]]") -> float:
         """Cost of a micro-batch, longest sequence first."""
@@ -84,7 +88,11 @@ def plan(
     trees = [tree for group in groups for tree in trees_of(rollouts, group, max_tokens)]
     trees = sorted(trees, key=lambda tree: -tree.num_tokens)[share[0] :: share[1]]
     at_once, largest = min(max_tokens, cost.max_tokens), max((tree.num_tokens for tree in trees), default=0)
-    capacities = {at_once, *(min(multiple * largest, at_once) for multiple in (1, 2, 4, 8))}
+    if cost.multiple:
+        capacity = at_once // cost.multiple * cost.multiple or at_once
+        return [[sequence] for sequence in sorted(first_fit(trees, capacity), key=_length, reverse=True)]
+    widest = min(at_once, cost.longest)
+    capacities = {widest, *(min(multiple * largest, widest) for multiple in (1, 2, 4, 8))}
     ways = [
         _batches(first_fit(trees, capacity), at_once)
         for capacity in (sorted(capacities) if layout != "rows" else [0])
@@ -161,10 +169,13 @@ def _length(sequence: Sequence[Tree]) -> int:
     return sum(tree.num_tokens for tree in sequence)
 
 
-def build(rollouts: Rollouts, sequences: Sequence[Sequence[Tree]], device: str) -> MicroBatch:
-    """The tensors of one micro-batch, on `device`."""
+def build(
+    rollouts: Rollouts, sequences: Sequence[Sequence[Tree]], device: str, multiple: int = 0
+) -> MicroBatch:
+    """The tensors of one micro-batch, on `device`; multiple: as for Cost."""
     rows = np.array([row for sequence in sequences for tree in sequence for row in tree.rows], dtype=np.int64)
     width = max(map(_length, sequences))
+    width += -width % multiple if multiple else 0
     grid = np.zeros((4, len(sequences), width), dtype=np.int64)  # one array: one transfer to the device
     input_ids_SL, position_ids_SL, tree_SL, branch_SL = grid
     tree_SL[:] = PADDING

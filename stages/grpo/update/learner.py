@@ -20,7 +20,7 @@ from grpo.update.adapter import add_adapter, load_adapter, reset_adapter
 from grpo.update.batch import Rollouts, room_for
 from grpo.update.checkpoint import load_optimizer
 from grpo.update.given import Step
-from grpo.update.layout import Layout, MicroBatch, build, plan, tree_of
+from grpo.update.layout import Layout, MicroBatch, plan, tree_of
 from grpo.update.network import Network, check_layouts
 from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys, objective_of
 from grpo.update.optimizer import make_optimizer, move_state, settings_of
@@ -211,7 +211,7 @@ class Learner:
     ) -> Iterator[MicroBatch]:
         max_tokens = self.config.max_tokens_per_batch
         for sequences in plan(rollouts, rows, max_tokens, network.layout, network.cost, share):
-            yield build(rollouts, sequences, self.device)
+            yield network.batch(rollouts, sequences)
 
     def step(
         self,
@@ -268,7 +268,7 @@ class Learner:
         """Log-probs of those rollouts of the batch that are not finite when each is read by itself."""
         room = room_for(rollouts, batch.rows)
         for row in room:
-            single = build(rollouts, [[tree_of(rollouts, [row])]], self.device)
+            single = self.network.batch(rollouts, [[tree_of(rollouts, [row])]])
             by_row(single, self.network.logprobs(single)[0], room)
         return {row: values for row, values in room.items() if not np.isfinite(values).all()}
 

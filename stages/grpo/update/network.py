@@ -4,7 +4,7 @@ Shapes: S sequences, L tokens of the longest, N counted response tokens, D hidde
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,9 +18,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from grpo.errors import UsageError
 from grpo.models.attention import attending
 from grpo.models.reader import Reader
-from grpo.update import tree_attention
+from grpo.update import flex_attention, tree_attention
 from grpo.update.batch import Rollouts, made_up_pair
-from grpo.update.layout import PROMPT, Cost, Layout, MicroBatch, build, longest_pair, tree_of
+from grpo.update.flex_attention import block_mask
+from grpo.update.layout import Cost, Layout, MicroBatch, Tree, build, longest_pair, tree_of
 
 # Largest |difference| of a log-prob between two layouts in float32. Rounding gives 1e-5; a mask that is not
 # the model's own gives 0.1 and more.
@@ -28,6 +29,14 @@ TOLERANCE = 1e-3
 # On a CPU more tokens at once are no faster, and what they compute is too large for the heap to keep: each
 # tensor is then new pages of the system's, which made a step 1.3 times as long.
 CPU_TOKENS = 4096
+# On a GPU rollouts one behind another have no kernel but that of a dense mask, [L, L].
+MASKED_TOKENS = 4096
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    tree_attention.NAME: tree_attention.tree_attention,
+    flex_attention.NAME: flex_attention.flex_tree_attention,
+}
 
 
 class Network:
@@ -38,6 +47,7 @@ class Network:
         self.precision = precision
         self.device = str(model.device)
         self.reader = Reader(model)
+        self.flex = model.device.type == "cuda"  # the kernel that trees are read with
         self._own_attention = model.config._attn_implementation
         self.use(layout_of(model, share_prompts=share_prompts))
         if self.layout == "shared" and not self._takes_trees():
@@ -47,14 +57,18 @@ class Network:
     def use(self, layout: Layout) -> None:
         """Read in `layout` from now on."""
         self.layout = layout
-        self.cost = cost_of(self.model, layout)
+        self.cost = cost_of(self.model, layout, flex=self.flex)
+
+    def batch(self, rollouts: Rollouts, sequences: Sequence[Sequence[Tree]]) -> MicroBatch:
+        """The sequences as tensors, as they are read."""
+        return build(rollouts, sequences, self.device, self.cost.multiple)
 
     @torch.no_grad()
     def _takes_trees(self) -> bool:
         """Whether the model hands trees on to its attention, and nothing that this does not compute."""
         pair = made_up_pair(1, 1, vocabulary=1)
         try:
-            self.logprobs(build(pair, [[tree_of(pair, [0, 1])]], self.device), exactly=True)
+            self.logprobs(self.batch(pair, [[tree_of(pair, [0, 1])]]), exactly=True)
         except TypeError:
             return False
         return True
@@ -82,11 +96,11 @@ class Network:
         """
         apart = [tree_of(rollouts, [row]) for row in rows.tolist()]
         together = [tree_of(rollouts, rows.tolist())] if self.layout == "shared" else [apart[-1], *apart]
-        found_N, _ = self.logprobs(build(rollouts, [together], self.device), exactly=True)
+        found_N, _ = self.logprobs(self.batch(rollouts, [together]), exactly=True)
         expected_T = torch.tensor(rollouts.old_logprobs[int(rows[-1])]).to(found_N)
         found_T = found_N[-len(expected_T) :]
         if not (found_T - expected_T).abs().max() <= TOLERANCE:  # NaN is not
-            expected_T, _ = self.logprobs(build(rollouts, [apart[-1:]], self.device), exactly=True)
+            expected_T, _ = self.logprobs(self.batch(rollouts, [apart[-1:]]), exactly=True)
         return float((found_T - expected_T).abs().max())
 
     def checkpoint_gradients(self) -> None:
@@ -117,16 +131,16 @@ class Network:
         inputs["position_ids"] = batch.position_ids_SL
         if self.layout == "packed":
             return self._own_attention, inputs
-        if self.model.device.type == "cuda":
-            return "flex_attention", inputs | {"attention_mask": block_mask(batch)}
+        if self.flex:
+            mask = block_mask(batch.trees, batch.input_ids_SL.shape[1], self.device)
+            return flex_attention.NAME, inputs | {"block_mask": mask}
         return tree_attention.NAME, inputs | {"trees": batch.trees}
 
     def _attending(self, attention: str) -> AbstractContextManager[Any]:
         """Within, the model has `attention`; after it, its own again, for whoever else reads with it."""
         if attention == self._own_attention:
             return nullcontext()
-        function = tree_attention.tree_attention if attention == tree_attention.NAME else None
-        return attending(self.model, attention, function)
+        return attending(self.model, attention, _FUNCTIONS[attention])
 
 
 def check_layouts(
@@ -175,7 +189,7 @@ def layout_of(model: PreTrainedModel, *, share_prompts: bool) -> Layout:
     return "shared" if full and share_prompts and model._supports_attention_backend else "packed"
 
 
-def cost_of(model: PreTrainedModel, layout: Layout) -> Cost:
+def cost_of(model: PreTrainedModel, layout: Layout, *, flex: bool = False) -> Cost:
     """In multiply-adds: a token meets each weight but the embeddings, and each position in each layer."""
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
@@ -187,18 +201,6 @@ def cost_of(model: PreTrainedModel, layout: Layout) -> Cost:
         per_token=weights,
         per_position=attention if layout == "packed" else 0,
         max_tokens=CPU_TOKENS if model.device.type == "cpu" else Cost.max_tokens,
+        longest=MASKED_TOKENS if layout == "packed" else Cost.longest,
+        multiple=flex_attention.MULTIPLE if flex and layout == "shared" else 0,
     )
-
-
-def block_mask(batch: MicroBatch) -> Any:
-    """Of flex_attention, which leaves out blocks with nothing to see; a token sees its prompt and past."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    tree, branch = batch.tree_SL, batch.branch_SL
-
-    def sees(s: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = (branch[s, key] == PROMPT) | (branch[s, key] == branch[s, query])
-        return (query >= key) & (tree[s, query] == tree[s, key]) & own
-
-    num_sequences, length = tree.shape
-    return create_block_mask(sees, num_sequences, None, length, length, device=str(tree.device))
