@@ -1,6 +1,5 @@
 """The layouts on tiny models of many kinds: what goes through together equals what goes through alone."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,12 @@ import transformers
 from tests import tiny
 from tests.update.examples import tree_mask
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from grpo.errors import UsageError
 from grpo.update.batch import Rollouts, made_up_pair
 from grpo.update.layout import Cost, MicroBatch, build, groups_of, plan, tree_of
-from grpo.update.network import CPU_TOKENS, TOLERANCE, Network, block_mask, cost_of
+from grpo.update.network import CPU_TOKENS, MASKED_TOKENS, TOLERANCE, Network, cost_of
 
 VOCAB = 50
 WINDOW = 8  # of the models that have one
@@ -321,54 +319,14 @@ def test_a_tree_mask_by_hand() -> None:
         assert ["".join("1" if sees else "." for sees in row) for row in found] == lines.split()
 
 
-def blocks_of(mask_SHLL: Tensor, size: int = 128) -> Tensor:
-    """Whether anything is seen in each block of size x size."""
-    blocks = -(-mask_SHLL.shape[-1] // size)
-    padded = torch.nn.functional.pad(mask_SHLL, 2 * (0, blocks * size - mask_SHLL.shape[-1]))
-    return padded.view(*mask_SHLL.shape[:2], blocks, size, blocks, size).any(dim=5).any(dim=3)
-
-
-def test_the_block_mask_is_the_tree_mask() -> None:
-    # 20 + 150 + 130 + 90 tokens: the last response sees its prompt (block 0) but not block 1.
-    rollouts = make_rollouts([(20, [150, 130, 90]), (140, [9, 7]), (100, [60])])
-    groups = groups_of(rollouts, np.arange(len(rollouts)))
-    first, second, third = (tree_of(rollouts, group) for group in groups)
-    batch = build(rollouts, [[first], [second, third]], "cpu")
-    dense, blocks = tree_mask(batch), block_mask(batch)
-    num_sequences, length = batch.tree_SL.shape
-    assert (num_sequences, length) == (2, 390)
-    again = create_mask(blocks.mask_mod, num_sequences, None, length, length, device="cpu")
-    assert torch.equal(again, dense)
-    found = blocks.to_dense().bool()
-    assert torch.equal(found, blocks_of(dense))
-    assert found[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
-
-
-def under_flex_attention(batch: MicroBatch) -> tuple[str, dict[str, Any]]:
-    """As on a GPU."""
-    inputs = {"input_ids": batch.input_ids_SL, "position_ids": batch.position_ids_SL, "use_cache": False}
-    return "flex_attention", inputs | {"attention_mask": block_mask(batch)}
-
-
-def test_flex_attention_under_the_block_mask_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Not compiled: the same in a second instead of twenty. On a CPU it has no backward pass.
-    network, rollouts = make_network("Qwen2", {}), make_rollouts(SHAPES)
-    batch = one_batch(rollouts, "shared")
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        expected_N, _ = network.logprobs(batch)
-        monkeypatch.setattr(network, "_inputs", under_flex_attention)
-        found_N, _ = network.logprobs(batch)
-    assert largest(found_N, expected_N) <= 5e-5
-
-
 def test_what_a_token_and_a_position_cost() -> None:
     # Qwen2, per layer: q 32 32 + 32, k and v 2 (32 16 + 16), o 32 32, MLP 3 32 48, two norms of 32; a norm.
     layer = 1056 + 1056 + 1024 + 4608 + 64
     tied, untied = (make_model("Qwen2", {"tie_word_embeddings": tie}) for tie in (True, False))
     # Scores and their sum over values: 2 products of 32 numbers a position, in 2 layers.
-    expected = Cost(per_token=2 * layer + 32, per_position=128, max_tokens=CPU_TOKENS)
+    expected = Cost(2 * layer + 32, per_position=128, max_tokens=CPU_TOKENS, longest=MASKED_TOKENS)
     assert cost_of(untied, "packed") == cost_of(tied, "packed") == expected
-    assert cost_of(untied, "shared") == replace(expected, per_position=0)
+    assert cost_of(untied, "shared") == Cost(2 * layer + 32, per_position=0, max_tokens=CPU_TOKENS)
 
 
 # ---- gradient checkpointing ----

