@@ -1,6 +1,8 @@
 """The stage on tiny real models: its tables against the plain restatement, and what it commits."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -245,6 +247,27 @@ def test_steps_are_made_as_they_are_taken(tmp_path: Path, untied: Path) -> None:
     epoch, rows = next(steps)
     assert epoch == 0
     assert rows.tolist() == minibatches(make_rollouts().keys, 5, 0, 0, 0)[0].tolist()
+
+
+def test_progress_is_that_of_micro_batches(
+    tmp_path: Path, untied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    @contextmanager
+    def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        assert (title, total, unit) == ("update 0", 2 * ROWS, "rollouts")
+        yield counts.append
+
+    config = configuration(kl_coefficient=0.0, epochs=2, max_tokens_per_batch=16)
+    rollouts = make_rollouts()
+    rollouts.advantages[0] = 0.0  # which is not read
+    run = make_run(tmp_path, config, untied, untied)
+    commit_rollouts(run, 0, rollouts)
+    monkeypatch.setattr(run.console, "progress", progress)
+    update(run, 0, Learner(config.update, "cpu"))
+    assert sum(counts) == 2 * ROWS
+    assert len(counts) > 2 * 2  # more often than once a step
 
 
 def with_iterations(config: Config, iterations: int) -> Config:

@@ -4,7 +4,7 @@ In a torch.distributed group each process takes its share of every step, and all
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,20 +220,20 @@ class Learner:
         step: Step,
         stored: Stored,
         learning_rate: float | None = None,
+        on_read: Callable[[int], object] = int,
     ) -> tuple[dict[str, Any], ByRow]:
         """One optimiser step that reads `rows`, of all that `step` counts.
 
         Returns its columns of `updates` but for the mismatch, and the policy's log-probs of what it read.
-        learning_rate: None is the configured one. Raises EngineError (exit 8) naming the rollouts when the
-        loss or the gradient is not finite; no step is taken.
+        learning_rate: None is the configured one. on_read: told how many rollouts a micro-batch had. Raises
+        EngineError (exit 8) naming the rollouts when loss or gradient are not finite; no step is taken.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        sums, room = Sums(), room_for(rollouts, rows)
-        logprobs: ByRow = {}
+        sums, logprobs, room = Sums(), ByRow(), room_for(rollouts, rows)
         for batch in self._micro_batches(self.network, rollouts, rows, parallel.share()):
             part, own = self._backward(rollouts, batch, step, stored, room)
-            sums += part
-            logprobs |= own
+            sums, logprobs = sums + part, logprobs | own
+            on_read(len(batch.rows))
         parallel.add_up_gradients(self.model)
         grad_norm = self._clip_gradient(rollouts, rows, step, stored)
         rate = self.config.learning_rate if learning_rate is None else learning_rate

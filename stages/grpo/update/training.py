@@ -50,14 +50,14 @@ def train(
             if len(read):
                 # One max_new_tokens, whichever iteration a rollout is of.
                 step = step_of(config, rollouts, rows, max_new_tokens, stored)
-                numbers, logprobs = learner.step(rollouts, read, step, stored, row["learning_rate"])
+                numbers, logprobs = learner.step(rollouts, read, step, stored, row["learning_rate"], advance)
                 row |= numbers
                 first = not stored.first_step
                 stored.keep(logprobs, number)
                 if first:  # until the first step that is taken, the weights are pi_old's
                     row |= _mismatch(run, iteration, rollouts, read, stored)
             table.append(before := row)
-            advance(len(rows))
+            advance(len(rows) - len(read))
     return table, stored
 
 
