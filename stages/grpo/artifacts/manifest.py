@@ -78,7 +78,7 @@ class Manifest(BaseModel):
     summary: dict[str, Any]
     """Numbers worth showing; they follow from the rows."""
     execution: dict[str, Any] = {}
-    """What its bits depend on beside all above, such as threads; recorded where they can be made again."""
+    """What its bits depend on beside all above, such as threads; recorded where they can be recomputed."""
     versions: dict[str, str]
     """Of this package, its git revision and the libraries; recorded, never compared."""
 

@@ -28,7 +28,7 @@ def verify(
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006
     discard: Annotated[bool, typer.Option("--discard", help="Move what is damaged to .trash.")] = False,
-    replay: Annotated[bool, typer.Option("--replay", help="Make every update again; compare.")] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="Recompute every update and compare.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
