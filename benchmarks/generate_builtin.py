@@ -79,7 +79,7 @@ def main() -> None:
 
 def cases(folder: Path) -> list[Case]:
     small, large = folder / "starter", folder / "qwen2"
-    starter_model.ensure(small, lambda _: None)
+    starter_model.ensure(small, lambda *_: None)
     write_qwen2(large)
     tokenizer = AutoTokenizer.from_pretrained(small)
     sums = [tokenizer.encode(row["prompt"]) for row in arithmetic.training_rows()]
@@ -174,5 +174,5 @@ def run_engine(engine: TransformersEngine, case: Case, seed: int) -> list[int]:
         Request(group, prompt, range(first[group], first[group] + NUM_SAMPLES))
         for group, prompt in enumerate(case.prompts)
     ]
-    groups = engine.sample([requests], Sampling(1.0, case.max_new_tokens), lambda _: None)
+    groups = engine.sample([requests], Sampling(1.0, case.max_new_tokens), lambda *_: None)
     return [len(sample.token_ids) for group in groups for sample in group.samples]

@@ -24,7 +24,7 @@ from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import DataError, InputError, Interrupted, UsageError
 from grpo.generate import stage
-from grpo.generate.engines.protocol import Engine, Group, Request, Sample, Sampling, group_seed
+from grpo.generate.engines.protocol import Engine, Group, OnProgress, Request, Sample, Sampling, group_seed
 from grpo.generate.plan import plan as planned
 from grpo.models import starter_model
 from grpo.pipeline import prepare
@@ -132,10 +132,10 @@ class Watched:
         self.engine.load(checkpoint)
 
     def sample(
-        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
+        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_progress: OnProgress
     ) -> Iterator[Group]:
         self.asked = [request.group_id for shard in shards for request in shard]
-        for number, group in enumerate(self.engine.sample(shards, sampling, on_tokens)):
+        for number, group in enumerate(self.engine.sample(shards, sampling, on_progress)):
             yield self.spoil(number, group)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -529,9 +529,9 @@ def test_an_empty_response_is_a_rollout(checkpoint: Path, tmp_path: Path) -> Non
 def test_groups_may_come_in_any_order(checkpoint: Path, undisturbed: Run, tmp_path: Path) -> None:
     class Backwards(Watched):
         def sample(
-            self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
+            self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_progress: OnProgress
         ) -> Iterator[Group]:
-            yield from reversed(list(super().sample(shards, sampling, on_tokens)))
+            yield from reversed(list(super().sample(shards, sampling, on_progress)))
 
     run = opened(tmp_path, checkpoint)
     generated(run, lambda engine: Backwards(engine, lambda _, group: group))

@@ -14,7 +14,7 @@ from tests import tiny
 from transformers import Qwen2ForCausalLM
 
 from grpo.errors import EngineError
-from grpo.generate.engines.protocol import Engine, Group, Request, Sampling
+from grpo.generate.engines.protocol import Engine, Group, OnProgress, Request, Sampling
 from grpo.generate.engines.transformers_engine import TransformersEngine
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import load_model
@@ -87,9 +87,9 @@ class Faulty:
         return [logprobs + np.float32(self.shift) for logprobs in self.engine.logprobs(sequences)]
 
     def sample(
-        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
+        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_progress: OnProgress
     ) -> Iterator[Group]:
-        return self.engine.sample(shards, sampling, on_tokens)
+        return self.engine.sample(shards, sampling, on_progress)
 
     def release(self) -> None:
         self.engine.release()

@@ -3,7 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -396,15 +396,15 @@ def test_an_engine_whose_logprobs_are_off(
     code: int,
 ) -> None:
     """An engine that follows every reload and yet records other log-probs than it sampled with."""
-    from grpo.generate.engines.protocol import Group, Request, Sampling
+    from grpo.generate.engines.protocol import Group, OnProgress, Request, Sampling
     from grpo.generate.engines.transformers_engine import TransformersEngine
     from grpo.manage.doctor import engine as sampling
 
     class Shifted(TransformersEngine):
         def sample(
-            self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
+            self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_progress: OnProgress
         ) -> Iterator[Group]:
-            for group in super().sample(shards, sampling, on_tokens):
+            for group in super().sample(shards, sampling, on_progress):
                 samples = [replace(s, logprobs=s.logprobs - shift) for s in group.samples]
                 yield replace(group, samples=samples)
 

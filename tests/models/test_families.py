@@ -52,7 +52,7 @@ def sampled(checkpoint: Path, attention: str = "auto") -> list[tuple[list[int], 
     requests = [Request(n, prompt, [100 * n + s for s in range(3)]) for n, prompt in enumerate(prompts)]
     engine = TransformersEngine("cpu", 64, attention)
     engine.load(checkpoint)
-    groups = engine.sample([requests], Sampling(TEMPERATURE, 14), lambda _: None)
+    groups = engine.sample([requests], Sampling(TEMPERATURE, 14), lambda *_: None)
     return [(prompts[group.group_id], sample) for group in groups for sample in group.samples]
 
 
@@ -104,7 +104,7 @@ def test_engine_learner_and_weight_check_compute_what_plain_transformers_does(
     expected = plain_logprobs(model, sequence[:1], sequence[1:], 1.0)
     assert np.abs(np.array(measured) - expected).max() <= TOLERANCE
     # The engine follows other weights, and the check shows it.
-    sync = WeightSync(TransformersEngine("cpu", 64), "cpu", lambda _: None)
+    sync = WeightSync(TransformersEngine("cpu", 64), "cpu", lambda *_: None)
     sync.open(checkpoint, WeightCheck([sequence], [measured]), tmp_path)
 
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -103,18 +102,17 @@ def _groups(
     tokens, started = 0, time.perf_counter()
     with run.console.progress(f"{staging.plan.stage} {task.iteration}", total, "rollouts") as advance:
 
-        def show(rollouts: int, new_tokens: int) -> None:
+        def show(new_tokens: int, rollouts: int) -> None:
             nonlocal tokens
             tokens += new_tokens
             advance(rollouts, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
 
-        source = tool.engine.sample(shards, task.sampling, partial(show, 0))
+        source = tool.engine.sample(shards, task.sampling, show)
         while True:
             with staging.clock("sample"):
                 group = next(source, None)
             if group is None:
                 return
-            show(len(group.samples), 0)
             yield group
 
 

@@ -80,7 +80,7 @@ def test_shared_prompts_give_the_samples_of_copied_ones(family: str, temperature
     assert takes_prefix(model)
     sampling, eos_ids = Sampling(temperature, 14), frozenset([3, 7, 11, 19])
     shared, copied = (
-        sample_batch(model, requests(), sampling, eos_ids, lambda _: None, shares_prompts)
+        sample_batch(model, requests(), sampling, eos_ids, lambda *_: None, shares_prompts)
         for shares_prompts in (True, False)
     )
     lengths = set()
@@ -125,7 +125,7 @@ def test_the_attention_of_the_model_is_restored() -> None:
     sequences = [[5, 6, 7], [8, 9]]
     before = [score(model, sequence).tolist() for sequence in sequences]
 
-    def interrupt(_: int) -> None:
+    def interrupt(*_: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

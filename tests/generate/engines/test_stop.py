@@ -110,7 +110,7 @@ REQUESTS = [
 def sampled(checkpoint: Path, **settings: Any) -> dict[int, Group]:
     engine = TransformersEngine("cpu", 64)
     engine.load(checkpoint)
-    groups = engine.sample([REQUESTS], Sampling(0.8, NEW, **settings), lambda _: None)
+    groups = engine.sample([REQUESTS], Sampling(0.8, NEW, **settings), lambda *_: None)
     return {group.group_id: group for group in groups}
 
 
@@ -155,7 +155,7 @@ def test_stop_texts_do_not_depend_on_the_batch(checkpoint: Path) -> None:
     together = sampled(checkpoint, stop=stop)
     engine = TransformersEngine("cpu", 1)  # a group is a batch
     engine.load(checkpoint)
-    for group in engine.sample([REQUESTS], Sampling(0.8, NEW, stop=stop), lambda _: None):
+    for group in engine.sample([REQUESTS], Sampling(0.8, NEW, stop=stop), lambda *_: None):
         for one, other in zip(group.samples, together[group.group_id].samples, strict=True):
             assert one.token_ids.tolist() == other.token_ids.tolist()
             assert one.finish_reason == other.finish_reason

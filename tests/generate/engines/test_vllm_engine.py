@@ -92,7 +92,7 @@ def sample(
     engine: vllm_engine.VllmEngine, wanted: Sequence[Request], temperature: float = 1.0, **truncation: Any
 ) -> list[Group]:
     sampling = Sampling(temperature, MAX_NEW_TOKENS, **truncation)
-    return sorted(engine.sample([wanted], sampling, lambda _: None), key=lambda group: group.group_id)
+    return sorted(engine.sample([wanted], sampling, lambda *_: None), key=lambda group: group.group_id)
 
 
 def tokens_of(groups: Sequence[Group]) -> list[list[list[int]]]:
@@ -244,15 +244,19 @@ def test_a_response_that_does_not_fit_is_refused_not_cut(engine: vllm_engine.Vll
 
 
 def test_groups_come_as_they_finish_and_tokens_are_counted(engine: vllm_engine.VllmEngine) -> None:
-    counted: list[int] = []
+    counted: list[tuple[int, int]] = []
     shards = [requests(SHORT)[:2], requests(SHORT)[2:]]
-    groups = list(engine.sample(shards, Sampling(1.0, MAX_NEW_TOKENS), counted.append))
+    groups = list(engine.sample(shards, Sampling(1.0, MAX_NEW_TOKENS), lambda *each: counted.append(each)))
     assert sorted(group.group_id for group in groups) == [0, 1, 2, 3]
-    assert sum(counted) == sum(len(one.token_ids) for group in groups for one in group.samples)
+    samples = [one for group in groups for one in group.samples]
+    assert [sum(each) for each in zip(*counted, strict=True)] == [
+        sum(len(one.token_ids) for one in samples),
+        len(samples),
+    ]
 
 
 def test_what_is_left_is_aborted_when_nobody_asks(engine: vllm_engine.VllmEngine) -> None:
-    groups = engine.sample([requests(SHORT)], Sampling(1.0, MAX_NEW_TOKENS), lambda _: None)
+    groups = engine.sample([requests(SHORT)], Sampling(1.0, MAX_NEW_TOKENS), lambda *_: None)
     next(groups)
     groups.close()  # type: ignore[attr-defined]
     assert not engine._llm.llm_engine.has_unfinished_requests()  # type: ignore[union-attr]

@@ -36,7 +36,7 @@ def engine(checkpoint: Path) -> Iterator[vllm_engine.VllmEngine]:
 
 
 def sampled(engine: vllm_engine.VllmEngine, wanted: list[Request] = WANTED, **settings: Any) -> list[Group]:
-    groups = engine.sample([wanted], Sampling(1.0, NEW, **settings), lambda _: None)
+    groups = engine.sample([wanted], Sampling(1.0, NEW, **settings), lambda *_: None)
     return sorted(groups, key=lambda group: group.group_id)
 
 

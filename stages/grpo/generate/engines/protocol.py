@@ -64,6 +64,10 @@ class Group:
     samples: Sequence[Sample]
 
 
+OnProgress = Callable[[int, int], object]
+"""Told how many tokens were sampled, and how many samples ended, since it was called last."""
+
+
 class Engine(Protocol):
     """A sampler. Calls come from one thread: load, score, sample, ..., release, load, ..., close."""
 
@@ -77,9 +81,9 @@ class Engine(Protocol):
         """Log-probs at temperature 1 of every token but the first, float32 [len(sequence) - 1] each."""
 
     def sample(
-        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
+        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_progress: OnProgress
     ) -> Iterator[Group]:
-        """Yield every group of every shard exactly once; on_tokens: tokens sampled since its last call.
+        """Yield every group of every shard exactly once; on_progress: as it goes.
 
         An engine that promises the same bytes on a resumed run samples each shard as a whole, so that a
         shard's bytes do not depend on which other shards are asked for.

@@ -11,7 +11,7 @@ Shapes: P prompts, B samples of a batch, N samples still in the batch (N <= B), 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from grpo.errors import EngineError, UnsupportedModelError
 from grpo.generate.engines.draw import draw, penalise, uniforms
 from grpo.generate.engines.kv_cache import Move, cache_name, move_rows, new_cache
 from grpo.generate.engines.prefix_attention import NAME, Prefix, prefix_attention, takes_prefix
-from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, check_requests
+from grpo.generate.engines.protocol import Group, OnProgress, Request, Sample, Sampling, check_requests
 from grpo.generate.engines.stop import StopWatches
 from grpo.models.attention import attending
 from grpo.models.loading import Blueprint, context_length, eos_token_ids, load_model
@@ -75,7 +75,7 @@ class TransformersEngine:
         return [score(self._model, sequence) for sequence in sequences]
 
     def sample(
-        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
+        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_progress: OnProgress
     ) -> Iterator[Group]:
         """Yield each group once, batch after batch. Raises DataError, EngineError."""
         assert self._model is not None, "load() comes before sample()"
@@ -93,7 +93,7 @@ class TransformersEngine:
                 # A sample that has its prompt to itself shares nothing.
                 shares = self._takes_prefix and min(len(request.seeds) for request in batch) > 1
                 yield from sample_batch(
-                    self._model, batch, sampling, self._eos_ids, on_tokens, shares, tokenizer
+                    self._model, batch, sampling, self._eos_ids, on_progress, shares, tokenizer
                 )
 
     def release(self) -> None:
@@ -133,7 +133,7 @@ def sample_batch(
     requests: Sequence[Request],
     sampling: Sampling,
     eos_ids: frozenset[int],
-    on_tokens: Callable[[int], None],
+    on_progress: OnProgress,
     shares_prompts: bool,
     tokenizer: Tokenizer | None = None,
 ) -> list[Group]:
@@ -154,9 +154,10 @@ def sample_batch(
             tokens_BT[rows.sample_N, step] = tokens_N
             logprobs_BT[rows.sample_N, step] = logprobs_N
             num_tokens_B[rows.sample_N] = step + 1
-            on_tokens(len(tokens_N))
             ended_N = watches.ended(torch.isin(tokens_N, eos_E), rows.sample_N, tokens_N)
-            if step + 1 == sampling.max_new_tokens or bool(ended_N.all()):
+            left = 0 if step + 1 == sampling.max_new_tokens else int((~ended_N).sum())
+            on_progress(len(tokens_N), len(tokens_N) - left)
+            if not left:
                 break
             rows.advance(rows.leave(ended_N, tokens_N))
     drawn_BT = torch.arange(sampling.max_new_tokens, device=model.device) < num_tokens_B[:, None]

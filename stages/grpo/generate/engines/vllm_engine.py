@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
@@ -23,7 +23,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from grpo.errors import EngineError, GrpoError, UsageError
 from grpo.generate.engines import vllm_settings
-from grpo.generate.engines.protocol import Group, Request, Sample, Sampling, check_requests
+from grpo.generate.engines.protocol import Group, OnProgress, Request, Sample, Sampling, check_requests
 from grpo.models.loading import eos_token_ids
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class VllmEngine:
         return [np.array(outputs[name].prompt_logprobs.logprobs, dtype=np.float32) for name, _, _ in requests]
 
     def sample(
-        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_tokens: Callable[[int], None]
+        self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_progress: OnProgress
     ) -> Iterator[Group]:
         """Yield each group once, as it finishes. Raises DataError, EngineError."""
         assert self._llm is not None, "load() comes before sample()"
@@ -113,7 +113,7 @@ class VllmEngine:
                 )
                 for completion in output.outputs
             ]
-            on_tokens(sum(len(sample.token_ids) for sample in samples))
+            on_progress(sum(len(sample.token_ids) for sample in samples), len(samples))
             yield Group(int(output.request_id), samples)
 
     def _finished(self, requests: Sequence[tuple[str, Sequence[int], Any]]) -> "Iterator[RequestOutput]":

@@ -113,7 +113,7 @@ def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any
         with TemporaryDirectory() as scratch:
             weight_sync.open(checkpoint, check, Path(scratch))
         difference = weight_sync.bring("starting policy", checkpoint, check)
-        groups = list(engine.sample([requests], Sampling(config.temperature, limit), lambda _: None))
+        groups = list(engine.sample([requests], Sampling(config.temperature, limit), lambda *_: None))
         weight_sync.release()
         taken = [(requests[group.group_id], sample) for group in groups for sample in group.samples]
         opened = {"engine": name, "device": device, "precision": engine.precision}
