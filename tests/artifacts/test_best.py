@@ -72,8 +72,8 @@ def test_the_best_policy_stays_and_one_that_was_goes(
     measured_project: Path, grpo: Grpo, moves: int | None
 ) -> None:
     """With the policies that are the reference of what stays, and no others."""
-    every = ("--set", "iterations=7", *KEEP, "--set", "stop.metric=reward")
-    every = (*every, "--set", f"update.reference_every={moves or 'null'}")
+    reference = ("--set", f"update.reference_every={moves or 'null'}")
+    every = ("--set", "iterations=7", *KEEP, "--set", "stop.metric=reward", *reference)
     for until in range(1, 8):
         # A step in a process of its own prunes twice: behind the update, and as the next begins.
         succeed(grpo, "run", "--until", str(until), *every)

@@ -185,7 +185,8 @@ def test_stopped_half_way_it_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_held", [False, True], ids=["it trains", "another process trains it"])
 def test_asked_to_stop_it_ends_at_once_and_leaves_nothing(tmp_path: Path, is_held: bool) -> None:
-    asked, said = [], []
+    asked: list[None] = []
+    said: list[str] = []
 
     def stop() -> None:
         asked.append(None)

@@ -276,18 +276,15 @@ class Run:
         return [path for path in (self.path, *found) if path.is_symlink()]
 
     def refuse_links(self, files_too: bool = False) -> None:
-        """Raise CorruptError (exit 6) for a folder that is a link: work there would be outside the run.
-
-        files_too: for a file that is one, as well.
-        """
+        """Raise CorruptError (exit 6) for a folder, or a file too, that is a link: it is outside the run."""
         for path in self.links():
             # One that leads nowhere stands where a folder may be wanted.
             if files_too or path.is_dir() or not path.exists():
                 way = "remove it" if path.name == ".lock" else "`grpo verify --discard` removes it"
                 if path == self.path:
                     way = "name that folder by its path"
-                kind = "folder" if path.is_dir() else "file"
-                to = f"another {kind} ({os.path.realpath(path)})" if path.exists() else "nowhere"
+                kind = "another folder" if path.is_dir() else "another file"
+                to = f"{kind} ({os.path.realpath(path)})" if path.exists() else "nowhere"
                 raise CorruptError(f"{path}: is a link to {to}, not the run's own; {way}")
 
     @contextmanager

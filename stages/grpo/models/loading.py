@@ -162,24 +162,6 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return length
 
 
-def attention_window(config: PreTrainedConfig) -> int | None:
-    """The largest window or chunk of the model's layers: a token sees none that is so many before it.
-
-    None where no sequence within the model's context is longer.
-    """
-    text = config.get_text_config(decoder=True)
-    sizes = {
-        "sliding_attention": getattr(text, "use_sliding_window", True)
-        and getattr(text, "sliding_window", None),
-        "chunked_attention": getattr(text, "attention_chunk_size", None),
-        "local": getattr(text, "window_size", None),
-    }
-    kinds = getattr(text, "layer_types", None) or getattr(text, "attention_layers", None) or sizes
-    largest = max((int(size) for kind, size in sizes.items() if size and kind in kinds), default=None)
-    context = context_length(config)
-    return None if largest is None or (context is not None and context <= largest) else largest
-
-
 def best_device() -> str:
     """`cuda` where a GPU is there, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -70,7 +70,7 @@ NUM_THREADS = 1
 IGNORED = -100  # the label that cross_entropy leaves out
 
 
-def ensure(directory: Path, say: Callable[[str], None], stop: Callable[[], None] = lambda: None) -> None:
+def ensure(directory: Path, say: Callable[[str], None], stop: Callable[[], object] = lambda: None) -> None:
     """Train the starter model of the name of `directory`, unless it is there; `say` gets lines of progress.
 
     The directory is complete or absent: it is written beside its place and renamed into it. A second
@@ -90,7 +90,7 @@ def ensure(directory: Path, say: Callable[[str], None], stop: Callable[[], None]
         )
 
 
-def _build(directory: Path, say: Callable[[str], None], stop: Callable[[], None]) -> None:
+def _build(directory: Path, say: Callable[[str], None], stop: Callable[[], object]) -> None:
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     files.remove(unfinished)  # of a process that was killed: we hold the lock
     tokenizer = build_tokenizer()
@@ -134,7 +134,7 @@ def train(
     num_steps: int,
     say: Callable[[str], None],
     size: Size = _TINY,
-    stop: Callable[[], None] = lambda: None,
+    stop: Callable[[], object] = lambda: None,
 ) -> Qwen3ForCausalLM:
     """The model after `num_steps` steps on all two hundred answers, each with its share.
 
@@ -181,7 +181,7 @@ def _fit(
     num_steps: int,
     say: Callable[[str], None],
     sum_share: float,
-    stop: Callable[[], None],
+    stop: Callable[[], object],
 ) -> None:
     ids_AT, labels_AU, share_A = _answers(tokenizer, sum_share)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)

@@ -22,13 +22,8 @@ from grpo.generate.weight_sync import FLOAT32_TOLERANCE, WeightSync
 from grpo.inspect.status import MISMATCH_WARNING, mismatch_says
 from grpo.manage.doctor.plain import plain_logprobs
 from grpo.manage.doctor.report import Check, Report
-from grpo.models.loading import (
-    attention_window,
-    best_device,
-    context_length,
-    load_config,
-    load_tokenizer,
-)
+from grpo.models.attention import attention_window
+from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import NUM_PROMPTS as CHECK_PROMPTS
 from grpo.models.weight_check import weight_check_of
 from grpo.pipeline.ahead import usable_engine
@@ -142,8 +137,8 @@ def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any
         opened = {"engine": name, "device": device, "precision": engine.precision}
         sampled = {"prompts": len(requests), "longest_prompt_tokens": longest, "rollouts": len(taken)}
         compared = _compare(run, checkpoint, taken)
-    sampled["temperature"] = config.temperature
-    return {**opened, **sampled, "weight_check_difference": difference, **compared}
+    at = {"temperature": config.temperature}
+    return {**opened, **sampled, **at, "weight_check_difference": difference, **compared}
 
 
 def _requests(
