@@ -75,7 +75,7 @@ class Look:
     def num_tokens(self, rows: list[Row]) -> list[int]:
         """Of each row."""
         assert self._encoder is not None, "there is no policy whose tokens could be counted"
-        return list(map(len, self._encoder.token_ids(self._encoder.rows(rows))))
+        return self._encoder.num_tokens(self._encoder.rows(rows))
 
     def lines(self, notes: list[str]) -> list[str]:
         """What is odd, behind what normalised() noted: a line each."""

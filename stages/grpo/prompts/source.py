@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from grpo.config import PromptsConfig
 from grpo.config.prompts import BUILT_IN
 from grpo.errors import DataError, UsageError, first_line
 from grpo.prompts.arithmetic import held_out_rows, training_rows
+from grpo.prompts.memory import within_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # of save_to_disk: of one table, and of several
 _ROWS_PER_BATCH = 1000
+_ROWS_PER_PIECE = 100  # as Python objects at once
 _WHOLE = re.compile(r"-?[0-9]+\.0")  # how pandas writes the whole numbers of a column with a gap
 
 
@@ -157,7 +160,11 @@ def _parquet(path: Path, answer: str) -> Iterator[tuple[str, Row]]:
     try:
         file = pq.ParquetFile(path)
         _check_names(str(path), file.schema_arrow.names)
-        yield from _arrow_rows(str(path), str(path), file.schema_arrow, file.iter_batches(), answer)
+        held = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+        if held != file.metadata.num_rows:
+            raise DataError(f"{path}: says that it has {file.metadata.num_rows} rows, and holds {held}")
+        batches = within_memory(str(path), file.iter_batches(_ROWS_PER_BATCH))
+        yield from _arrow_rows(str(path), str(path), file.schema_arrow, batches, answer)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8, say
         raise DataError(f"{path}: cannot be read as Parquet: {first_line(error)}") from None
 
@@ -189,7 +196,10 @@ def _arrow_rows(
                 f"{where}: column {field.name} holds images or other media (a struct of bytes and path), and"
                 " prompts are text only; leave the column out (in `datasets`: remove_columns)"
             )
-    rows = (row for batch in batches for row in batch.to_pylist())
+    pieces = (
+        batch.slice(at, _ROWS_PER_PIECE) for batch in batches for at in range(0, len(batch), _ROWS_PER_PIECE)
+    )
+    rows = chain.from_iterable(within_memory(where, (piece.to_pylist() for piece in pieces)))
     kind = schema.field(answer).type if answer in schema.names else None
     short = kind.to_pandas_dtype() if kind in (pa.float16(), pa.float32()) else None
     for number, row in enumerate(rows, start=1):
