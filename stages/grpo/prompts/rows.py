@@ -13,6 +13,7 @@ from grpo.tables import RENDERED
 # Keys of the tables, and what every reward function is passed: a column of the same name would be hidden.
 _PASSED = ("prompts", "completions", "completion_ids")
 _RESERVED = ("prompt_id", "iteration", "group_id", "sample_id", "run", RENDERED, *_PASSED)
+_MOST_COLUMNS = 10_000
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -49,6 +50,8 @@ def normalised(
 
 def _normalise(row: Row, config: PromptsConfig) -> Row:
     """The columns of the table but for prompt_id. Raises ValueError, saying what of the row is wrong."""
+    if len(row) > _MOST_COLUMNS:
+        raise ValueError(f"has {len(row):,} columns; {_MOST_COLUMNS:,} are the most")
     # SQL does not tell Run from run: the user's would be hidden behind the pipeline's.
     if reserved := [name for name in row if name.lower() in _RESERVED]:
         raise ValueError(f"column {reserved[0]} is the pipeline's own; give yours another name, such as id")

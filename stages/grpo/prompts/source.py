@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # of save_to_disk: of one table, and of several
 _ROWS_PER_BATCH = 1000
+_MOST_BYTES = 2**28  # of a line
 _ROWS_PER_PIECE = 100  # as Python objects at once
 _WHOLE = re.compile(r"-?[0-9]+\.0")  # how pandas writes the whole numbers of a column with a gap
 
@@ -68,7 +70,10 @@ def _existing(path: Path) -> Path:
 def _text(path: Path) -> Iterator[tuple[int, str]]:
     """Lines of a UTF-8 file; a byte order mark and CRLF line ends just work."""
     with path.open("rb") as file:  # a text file is decoded in blocks, and an error could not name its line
-        for number, content in enumerate(file, start=1):
+        lines = iter(lambda: file.readline(_MOST_BYTES), b"")
+        for number, content in enumerate(lines, start=1):
+            if len(content) == _MOST_BYTES:
+                raise DataError(f"{path}:{number}: more than {_MOST_BYTES >> 20} MiB in a line")
             try:
                 line = content.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
@@ -170,7 +175,7 @@ def _parquet(path: Path, answer: str) -> Iterator[tuple[str, Row]]:
 
 
 def _check_names(place: str, names: Sequence[str]) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{place}: two columns are named {twice[0]}; every column needs its own name")
 
 

@@ -1,7 +1,7 @@
 """table: the user's rows -> the `prompts` table, once per run; and which of them an iteration draws."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from grpo.prompts.source import Row, source_digest
 OUTPUT = "prompts"
 HELD_OUT = "eval_prompts"
 STAGE_VERSION = 2  # 2: the summary holds the longest prompt
-NumTokens = Callable[[list[Row]], list[int]]  # of each row's prompt, as the model sees it
+NumTokens = Callable[[list[Row]], Iterable[int]]  # of each row's prompt, as the model sees it
 Render = Callable[[list[Row]], list[Row]]  # the rows, each with its text as the model sees it
 _ROWS_PER_SHARD = 100_000
 _CHARACTERS_PER_SHARD = 2**29
