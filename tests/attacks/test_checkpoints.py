@@ -366,6 +366,6 @@ def test_a_reward_model_with_weights_that_are_no_numbers(checkpoint: Path, value
 
 @pytest.mark.parametrize("window", [0, -5])
 def test_a_window_that_sees_nothing(window: int) -> None:
-    kinds = {"use_sliding_window": True, "layer_types": ["sliding_attention"], "num_hidden_layers": 1}
+    kinds: Any = {"use_sliding_window": True, "layer_types": ["sliding_attention"], "num_hidden_layers": 1}
     with pytest.raises(UnsupportedModelError, match="sliding_window must be at least 1"):
         new_cache(Qwen3Config(sliding_window=window, **kinds), 1)

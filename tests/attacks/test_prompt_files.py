@@ -65,7 +65,7 @@ def write(table: pa.Table) -> Callable[[Path], object]:
 
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "dictionary": (write(same("x" * 10**6, 2000)), "takes more than 0.5 GiB of memory to read"),
+    "dictionary": (write(same("x" * 2**23, 400)), "takes more than 0.5 GiB of memory to read"),
     "long": (write(pa.table({"prompt": ["x" * 2 * 10**7]})), "has 20,000,000 characters; 16,777,216 are"),
     "messages": (
         write(pa.table({"messages": [[{"role": "user", "content": "x" * 10**7}] * 2]})),
@@ -87,7 +87,7 @@ def test_each_is_one_line_in_little_memory(tmp_path: Path) -> None:
         make(tmp_path / f"{name}.parquet")
     write(same("1+1=", 5000))(tmp_path / "sound.parquet")
     names = [path.name for path in sorted(tmp_path.glob("*.parquet"))]
-    assert all((tmp_path / name).stat().st_size < 2 * 10**6 for name in names)
+    assert all((tmp_path / name).stat().st_size < 2**23 for name in names)
     done = subprocess.run(
         [sys.executable, "-c", CHILD.replace("LIMIT, LIMIT", f"{LIMIT}, {LIMIT}"), *names],
         cwd=tmp_path,

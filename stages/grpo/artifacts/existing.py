@@ -27,7 +27,7 @@ def find_run(given: str, root: Path = ARTIFACTS) -> Path:
     if is_run(path):
         return path if path.name not in ("", "..") else path.resolve()
     for folder in [root / given, path] if is_name else [path]:
-        if folder.is_dir() and not os.access(folder, os.X_OK):
+        if folder.is_dir() and not os.access(folder, os.X_OK, effective_ids=True):
             raise ResourceError(f"{folder}: Permission denied; ask its owner for the right to read it")
     known = run_names(root)
     there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"

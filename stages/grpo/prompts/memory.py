@@ -23,7 +23,7 @@ def within_memory(where: str, items: Iterable[Item]) -> Iterator[Item]:
         except StopIteration:
             return
         except MemoryError:
-            message = f"takes more than {MEMORY_BYTES / 2**30:g} GiB of memory to read; its values are too large for prompts"
+            message = f"takes more than {MEMORY_BYTES / 2**30:g} GiB of memory to read; prompts are smaller"
             raise DataError(f"{where}: {message}") from None
         yield item
 
