@@ -384,6 +384,26 @@ def test_the_losses_on_the_page_are_what_it_says(tmp_path: Path, untied: Path, n
     assert deviation(gradient, expected) <= 1e-6
 
 
+def test_rollouts_of_advantage_0_are_read_too(tmp_path: Path, untied: Path) -> None:
+    """A function may have terms without the advantage, as dro.py of the page has."""
+    written(
+        tmp_path,
+        "def far(logprobs, old_logprobs, advantages):\n"
+        "    return advantages * logprobs - (logprobs - old_logprobs) ** 2\n",
+    )
+    rollouts = make_rollouts()
+    rollouts = replace(rollouts, old_logprobs=as_old(all_logprobs(in_double(untied), rollouts), 0.2))
+    advantages = rollouts.advantages.copy()
+    advantages[::2] = 0.0
+    config = settings(surrogate="my_loss:far", kl_coefficient=0.0, aggregate="sequence_mean")
+    found = [
+        gradient_of(untied, config, replace(rollouts, advantages=each), tmp_path)
+        for each in (advantages, np.where(advantages == 0, 1e-12, advantages))
+    ]
+    assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], rel=1e-6)
+    assert deviation(found[0][1], found[1][1]) <= 1e-6
+
+
 def test_gpg_is_what_all_come_down_to_on_policy(tmp_path: Path, untied: Path) -> None:
     written(tmp_path, "def gpg(logprobs, advantages):\n    return advantages * logprobs\n")
     rollouts = make_rollouts()

@@ -106,9 +106,10 @@ def step_of(
 def needed(config: UpdateConfig, rollouts: Rollouts) -> np.ndarray:
     """Which rollouts have a gradient, bool [B]: without KL and entropy term, an advantage of 0 has none.
 
-    The others take no forward pass; they count in the denominators all the same.
+    All of them under the user's own surrogate, which may have terms without the advantage. The others take no
+    forward pass; they count in the denominators all the same.
     """
-    if config.kl_coefficient or config.has_entropy_term:
+    if config.kl_coefficient or config.has_entropy_term or config.own is not None:
         return np.ones(len(rollouts), dtype=bool)
     if rollouts.token_advantages is None:
         return np.asarray(rollouts.advantages != 0)
