@@ -1,0 +1,33 @@
+"""benchmarks/gpu/check.sh on a CPU: each step of the first look at a GPU works, on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STEPS = ["env", "model", "learner", "doctor", "run", "kill", "replay"]
+
+
+def test_every_step_works(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "OUT": str(tmp_path / "out"),
+        "PYTHON": sys.executable,
+        "GRPO": f"{sys.executable} -m grpo",
+        "ENGINE": "transformers",
+        "OMP_NUM_THREADS": "1",
+    }
+    script = ROOT / "benchmarks" / "gpu" / "check.sh"
+    done = subprocess.run([script, "--dry"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "out" / "result.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["exit"]) for line in lines if "step" in line] == [(s, 0) for s in STEPS]
+    [summary] = [line for line in lines if line.get("what") == "summary"]
+    assert [number for number, found in summary["iterations"].items() if found["mismatch_mean"] < 1e-5] == [
+        *"012"
+    ]
+    assert all(line["same_gradient"] for line in lines if "same_gradient" in line)
+    assert "replayed 3 of 3 updates from policy 0: 3 byte-equal" in (tmp_path / "out/replay.log").read_text()
+    assert "committed shards kept" in (tmp_path / "out/kill.log").read_text()
