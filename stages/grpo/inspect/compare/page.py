@@ -146,6 +146,7 @@ def _print_runs(console: Console, data: Row) -> None:
         console.print(f"  {printable(text)}", soft_wrap=True)
     if data["last"]:
         _print_last(console, data["last"], data["measured_otherwise"])
+        _print_passing(console, data["passing"])
     else:
         same = "rollouts, rewards and advantages of these iterations are the same in both"
         console.print(f"\nno means: {same}")
@@ -185,6 +186,7 @@ def _print_many(console: Console, data: Row) -> None:
     spent = (
         f"rollouts, tokens and seconds: up to iteration {data['last']}; eval_: of the policy measured last"
     )
+    _print_passing(console, data["passing"])
     for text in (spent, *_otherwise(data["measured_otherwise"])):
         console.print(printable(text), style="dim", soft_wrap=True)
 
@@ -202,6 +204,13 @@ def _apart(names: list[str]) -> list[str]:
 
 def _value(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _print_passing(console: Console, found: dict[str, str]) -> None:
+    """What `pass_rate` counts, where that is the same in all; _otherwise() says where it is not."""
+    same = {*found.values()}
+    if len(same) == 1 and same != {""}:
+        console.print(printable(f"pass_rate counts {same.pop()}"), style="dim", soft_wrap=True)
 
 
 def _otherwise(found: dict[str, str]) -> list[str]:
