@@ -1,12 +1,14 @@
 """What stands beside newer rows that it was not made of is said in one line, wherever it is read."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.conftest import Grpo
 
 import grpo as door
+from grpo.inspect.rows import Rows
 
 OTHER = 'score.rewards=[{function: "reward:length"}]'
 BOTH = 'score.rewards=[{function: "reward:code"}, {function: "reward:length"}]'
@@ -114,7 +116,9 @@ def test_the_python_door_says_it(finished: Path, grpo: Grpo, capsys: pytest.Capt
     do(grpo, "score", "--iteration", "all", "--force", "--set", OTHER)
     run = door.open("tiny")
     capsys.readouterr()
-    for read in (lambda: run.samples, lambda: run.iterations, lambda: run.sql("select reward from samples")):
+    query = "select reward from samples"
+    reads: list[Callable[[], Rows]] = [lambda: run.samples, lambda: run.iterations, lambda: run.sql(query)]
+    for read in reads:
         assert len(read()) > 0
         assert capsys.readouterr().err == OLD_SUM
     assert len(run.table("rewards")) > 0

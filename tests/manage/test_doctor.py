@@ -365,7 +365,7 @@ ALIKE = "{function: length_penalty, arguments: {max_tokens: 90, buffer_tokens: 1
         ("{function: 'reward:code'}", []),
         ("{function: 'reward:code', weight: 0}", ["reward length_penalty"]),
         ("{function: 'reward:alike'}", ["reward length_penalty", "reward alike"]),
-        ("{function: 'reward:turned'}", ["reward length_penalty", "reward turned"]),
+        ("{function: 'reward:turned'}", ["reward length_penalty"]),  # which is warned of as such
         ("{function: 'reward:alike'}, {function: 'reward:code'}", []),
     ],
 )
@@ -376,7 +376,8 @@ def test_a_reward_that_tells_nothing_apart_beside_others(
         file.write("\n\ndef alike(completions):\n    return [1.0 for _ in completions]\n")
         file.write("\n\ndef turned(completions):\n    return [float(not each) for each in completions]\n")
     code, checks, _ = doctor(grpo, "--set", f"score.rewards=[{ALIKE}, {others}]")
-    assert (code, list(problems(checks))) == (0, warned)
+    found = [name for name, check in checks.items() if "teaches nothing" in check["note"]]
+    assert (code, found) == (0, warned)
     assert checks["reward length_penalty"]["found"] == "length_penalty: 0 where right, and where empty"
 
 

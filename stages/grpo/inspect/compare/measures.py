@@ -48,6 +48,12 @@ def passing(runs: Sequence[Run], iteration: int) -> dict[str, str]:
     return {run.name: texts.get(run.name, "") for run in runs}
 
 
+def counted(found: dict[str, str]) -> list[str]:
+    """What `pass_rate` counts, where that is the same in all; differing() says where it is not."""
+    same = {*found.values()}
+    return [f"pass_rate counts {text}" for text in same if text and len(same) == 1]
+
+
 def _differ(values: Sequence[Any]) -> bool:
     return any(value != values[0] for value in values)
 

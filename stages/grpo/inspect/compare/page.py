@@ -18,6 +18,7 @@ from grpo.console import (
     table,
     thinned,
 )
+from grpo.inspect.compare.measures import counted
 from grpo.inspect.show.page import response_of
 
 _REWARD_ROWS, _RUN_ROWS = 12, 10  # iterations in a table; a curve has more points than that
@@ -146,13 +147,14 @@ def _print_runs(console: Console, data: Row) -> None:
         console.print(f"  {printable(text)}", soft_wrap=True)
     if data["last"]:
         _print_last(console, data["last"], data["measured_otherwise"])
-        _print_passing(console, data["passing"])
     else:
         same = "rollouts, rewards and advantages of these iterations are the same in both"
         console.print(f"\nno means: {same}")
     for text in _otherwise(data["measured_otherwise"]):
         console.print(printable(f"* {text}"), style="dim", soft_wrap=True)
     _print_overview(console, data["curves"])
+    for text in counted(data["passing"]):
+        console.print(printable(text), style="dim", soft_wrap=True)
     _print_iterations(console, data)
 
 
@@ -186,8 +188,7 @@ def _print_many(console: Console, data: Row) -> None:
     spent = (
         f"rollouts, tokens and seconds: up to iteration {data['last']}; eval_: of the policy measured last"
     )
-    _print_passing(console, data["passing"])
-    for text in (spent, *_otherwise(data["measured_otherwise"])):
+    for text in (spent, *counted(data["passing"]), *_otherwise(data["measured_otherwise"])):
         console.print(printable(text), style="dim", soft_wrap=True)
 
 
@@ -204,13 +205,6 @@ def _apart(names: list[str]) -> list[str]:
 
 def _value(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
-def _print_passing(console: Console, found: dict[str, str]) -> None:
-    """What `pass_rate` counts, where that is the same in all; _otherwise() says where it is not."""
-    same = {*found.values()}
-    if len(same) == 1 and same != {""}:
-        console.print(printable(f"pass_rate counts {same.pop()}"), style="dim", soft_wrap=True)
 
 
 def _otherwise(found: dict[str, str]) -> list[str]:
