@@ -96,6 +96,8 @@ def main() -> None:
             raise
         # No rights, a file in a folder's place, a path too long: the user's to mend, wherever it shows.
         _fail(f"{error.filename or 'grpo'}: {error.strerror}", ResourceError.exit_code)
+    except MemoryError:
+        _fail("grpo: out of memory; free some, or take smaller inputs", ResourceError.exit_code)
     finally:
         threading.excepthook = threading.__excepthook__
 

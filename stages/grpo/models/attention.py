@@ -99,7 +99,7 @@ def is_causal(model: PreTrainedModel) -> bool:
     """Whether no token sees a later one: the last of a few tokens changes no logits before it."""
     ids_BL = torch.arange(_PROBE_TOKENS, device=model.device).repeat(2, 1)
     ids_BL[1, -1] = 0
-    one, other = model(input_ids=ids_BL % _vocabulary(model), use_cache=False).logits[:, :-1].unbind()
+    one, other = model(input_ids=ids_BL % vocabulary(model), use_cache=False).logits[:, :-1].unbind()
     return not bool((one - other).abs().max() > _TOLERANCE * one.abs().max())
 
 
@@ -122,12 +122,13 @@ def attention_window(config: PreTrainedConfig) -> int | None:
 
 
 def _logits(model: PreTrainedModel, attention: str) -> Tensor:
-    ids_1L = torch.arange(_PROBE_TOKENS, device=model.device)[None] % _vocabulary(model)
+    ids_1L = torch.arange(_PROBE_TOKENS, device=model.device)[None] % vocabulary(model)
     with attending(model, attention):
         logits: Tensor = model(input_ids=ids_1L, use_cache=False).logits
     return logits
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens the model knows."""
     size: int = model.config.get_text_config(decoder=True).vocab_size
     return size

@@ -28,7 +28,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from grpo.artifacts import files
 from grpo.errors import InputError
-from grpo.models.loading import quiet_transformers
+from grpo.models.refusals import quiet_transformers
 from grpo.prompts import arithmetic
 
 FILES = (
