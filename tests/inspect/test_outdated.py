@@ -16,7 +16,7 @@ WEIGHTED = 'score.rewards=[{function: "reward:code", weight: 2}]'
 UNWEIGHTED = 'score.rewards=[{function: "reward:code"}, {function: "reward:length", weight: 0}]'
 OLD_SUM = (
     "run tiny: advantages of iterations 0 to 1 are older than their rewards: `reward` is the old sum;"
-    " `grpo advantage tiny --iteration 0-1 --force` makes them again\n"
+    " `grpo advantage tiny --iteration 0-1 --force` reruns them\n"
 )
 
 
@@ -85,7 +85,7 @@ def test_two_runs_are_told_apart(finished: Path, grpo: Grpo) -> None:
         lines = said(grpo, *command)
         assert lines == (
             "run other: advantages of iteration 0 are older than their rewards: `reward` is the old sum;"
-            " `grpo advantage other --iteration 0 --force` makes them again\n"
+            " `grpo advantage other --iteration 0 --force` reruns them\n"
         )
 
 
@@ -93,7 +93,7 @@ def test_other_rollouts_under_old_rewards_and_log_probs(finished: Path, grpo: Gr
     do(grpo, "generate", "--iteration", "0", "--force", "--set", "generate.temperature=0.5")
     line = (
         "run tiny: rewards of iteration 0 are older than their rollouts: they are of other responses;"
-        " `grpo score tiny --iteration 0 --force` makes them again\n"
+        " `grpo score tiny --iteration 0 --force` reruns them\n"
     )
     assert said(grpo, "sql", "--json", "from samples") == line
     assert said(grpo, "compare", "--json", "code", "reward") == line
@@ -102,7 +102,7 @@ def test_other_rollouts_under_old_rewards_and_log_probs(finished: Path, grpo: Gr
     do(grpo, "advantage", "--iteration", "0")
     assert said(grpo, "sql", "--json", "from samples") == (
         "run tiny: log-probs of the learner of iteration 0 are older than their rollouts: they are of other"
-        " responses; `grpo update tiny --iteration 0 --force` makes them again\n"
+        " responses; `grpo update tiny --iteration 0 --force` reruns them\n"
     )
 
 

@@ -83,6 +83,6 @@ def _line(run: Run, output: str, numbers: list[int]) -> str:
     many = f"{len(numbers)} of " if len(numbers) <= numbers[-1] - numbers[0] else ""
     name = run.name if run.root == ARTIFACTS else run.path
     where = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else numbers[0]
-    way = f"`grpo {OUTPUTS[output]} {name} --iteration {where} --force` makes them again"
+    way = f"`grpo {OUTPUTS[output]} {name} --iteration {where} --force` reruns them"
     where_older = f"{what} of {many}{iterations_text(numbers)} are older than their {than}"
     return f"run {run.name}: {where_older}: {shows}; {way}"
