@@ -17,7 +17,7 @@ from grpo.artifacts import ARTIFACTS, ActiveRun, Best, best_of, find_run, own_co
 from grpo.config import Config, validated
 from grpo.console import Console, quieten_libraries
 from grpo.errors import UsageError
-from grpo.inspect import evaluations, log
+from grpo.inspect import evaluations, log, outdated
 from grpo.inspect.rows import Rows
 from grpo.pipeline import work
 from grpo.pipeline.opening import configured, working
@@ -88,6 +88,7 @@ class Run:
         """
         runs = [self.active, *(other.active for other in beside)]
         question = sql.Question(query, runs, parameters=dict(parameters or {}))
+        outdated.say(runs, outputs=outdated.read_by(query))
         return Rows(self._user_sql.rows(question, timeout_s=timeout_s).table())
 
     def table(self, name: str, iteration: int | None = None) -> Rows:
@@ -98,6 +99,7 @@ class Run:
         columns = sql.read([self.active], f"from {name} limit 0").column_names
         order = [column for column in (*_ORDER, "epoch", "step") if column in columns]
         query = f"from {name} order by {', '.join(order)}"
+        outdated.say([self.active], None if iteration is None else [iteration], outdated.read_by(name))
         return Rows(sql.read([self.active], query, iteration=iteration))
 
 

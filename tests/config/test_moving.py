@@ -11,6 +11,7 @@ from grpo.cli.entry import COMMANDS
 from grpo.config import flatten, load, moving
 from grpo.config.loading import all_keys
 from grpo.config.objectives import OBJECTIVES
+from grpo.config.yaml import parse
 from grpo.errors import UsageError
 from grpo.sql import own_text
 from grpo.tables import TABLES
@@ -60,6 +61,39 @@ def test_what_stands_in_backquotes_is_there() -> None:
             is_command = quoted.startswith("grpo ") and quoted.split()[1] in commands
             assert is_command or quoted in known, (trainer, name, quoted)
         assert "\n" not in text
+
+
+def test_no_row_advises_an_engine_option_that_is_refused() -> None:
+    engine_arguments = pytest.importorskip("vllm.engine.arg_utils").EngineArgs
+    from grpo.generate.engines.vllm_engine import _OURS  # "the pipeline sets it; leave it out"
+
+    advised = {
+        (trainer, name, key)
+        for trainer, name, text in ROWS
+        for options in re.findall(r"`generate\.engine_options`: (\{[^}]*\})", text)
+        for key in parse(options)
+    }
+    known = {field.name for field in dataclasses.fields(engine_arguments)}
+    assert len(advised) >= 8
+    assert {each for each in advised if each[2] in _OURS or each[2] not in known} == set()
+
+
+def test_what_cuts_the_distribution_is_said_to_need_vllm() -> None:
+    """As the configuration refuses it, in whichever words the key was given."""
+    cuts = {"top_p": 0.9, "top_k": 5, "min_p": 0.1}
+    rows = [(trainer, name, text) for trainer, name, text in ROWS if name.rpartition(".")[2] in cuts]
+    assert len(rows) >= 5
+    for trainer, name, text in rows:
+        key = name.rpartition(".")[2]
+        if text.startswith("no: "):
+            continue
+        refused = told(
+            f"generate.{key}={cuts[key]}",
+            "generate.allow_truncated_sampling=true",
+            "generate.engine=transformers",
+        )
+        assert "needs engine: vllm" in refused
+        assert "`generate.engine`: vllm" in text, (trainer, name)
 
 
 def test_every_row_says_where_it_is_or_why_not() -> None:
@@ -123,6 +157,41 @@ def test_every_value_is_of_a_key_that_is_there_and_is_refused() -> None:
         ),
         ("algorithm.kl_ctrl.kl_coef=0.1", "verl's algorithm.kl_ctrl.kl_coef: update.kl_coefficient"),
         ("data.train_files=a", "verl's data.train_files: prompts.source"),
+        ("data.dataloader_num_workers=8", "verl's data.dataloader_num_workers: not needed: prompts are a"),
+        (
+            "reward_model.reward_kwargs.overlong_buffer_cfg.len=9",
+            "verl's reward_model.reward_kwargs.overlong_buffer_cfg.len: score.rewards[].arguments: {buffer",
+        ),
+        (
+            "+reward.reward_kwargs.overlong_buffer_cfg.penalty_factor=1.0",
+            "verl's reward.reward_kwargs.overlong_buffer_cfg.penalty_factor: score.rewards[].weight, of len",
+        ),
+        (
+            "reward_model.reward_kwargs.max_resp_len=99",
+            "verl's reward_model.reward_kwargs.max_resp_len: score.rewards[].arguments: {max_tokens: ...} of",
+        ),
+        (
+            "custom_reward_function.reward_kwargs.strict=true",
+            "verl's custom_reward_function.reward_kwargs: score.rewards[].arguments: {strict: true}",
+        ),
+        (
+            "actor_rollout_ref.actor.fsdp_config.dtype=bfloat16",
+            "verl's actor_rollout_ref.actor.fsdp_config.dtype: update.precision: bfloat16 there",
+        ),
+        (
+            "actor_rollout_ref.actor.fsdp_config.param_offload=True",
+            "verl's actor_rollout_ref.actor.fsdp_config.param_offload: no: the policy stays",
+        ),
+        (
+            "actor_rollout_ref.actor.fsdp_config.fsdp_size=2",
+            "verl's actor_rollout_ref.actor.fsdp_config: no: one process, one device",
+        ),
+        (
+            "actor_rollout_ref.rollout.max_model_len=4096",
+            "verl's actor_rollout_ref.rollout.max_model_len: not needed: as long as the longest prompt and",
+        ),
+        ("generate.vllm_max_model_length=4096", "TRL's vllm_max_model_length: not needed: as long as the"),
+        ("generate.steps_per_generation=8", "TRL's steps_per_generation: update.steps_per_iteration, which"),
         # Our own keys, in another section or misspelt.
         ("update.max_new_tokens=3", "did you mean generate.max_new_tokens, or evaluate.max_new_tokens?"),
         ("epochs=2", "did you mean update.epochs?"),
@@ -156,6 +225,8 @@ def test_every_name_is_answered_at_the_top_level() -> None:
         ("update.optimizer=adamw_bnb_8bit", "adamw_8bit"),
         ("update.lora={rank: 8, alpha: 8, targets: q_proj}", "a list, such as [q_proj, v_proj]"),
         ("update.warmup_steps=0.1", "it as update.warmup_share: 0.1"),
+        ("update.warmup_steps=0.05", "it as update.warmup_share: 0.05"),
+        ("update.warmup_steps=0.00001", "it as update.warmup_share: 1e-05"),
         ("update.precision=bf16", "bfloat16"),
         ("update.precision=fp16", "bfloat16: float16 needs loss scaling, which is not here"),
         ("update.schedule=cosine_with_min_lr", "cosine, with min_learning_rate"),

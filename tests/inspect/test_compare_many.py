@@ -208,6 +208,39 @@ def test_what_is_not_one_measure_is_said(measured_project: Path, grpo: Grpo, cas
         assert "(a: code >= 1; b: code >= 2)" in text
 
 
+@pytest.mark.parametrize("setting", ["evaluate=null", "evaluate.pass_threshold=1"])
+def test_what_the_pass_rate_counts_is_named(measured_project: Path, grpo: Grpo, setting: str) -> None:
+    """Without an evaluation it counts the first reward at 1, whatever `evaluate` would have counted."""
+    settings = ["--set", "iterations=1", "--set", TWO]
+    passes = ["--set", "evaluate.pass_reward=length", "--set", "evaluate.pass_threshold=2"]
+    succeed(grpo, "run", "--set", "run=a", *settings, *passes)
+    other = ["--set", setting] if setting == "evaluate=null" else [*passes, "--set", setting]
+    succeed(grpo, "run", "--set", "run=b", *settings, *other)
+    counted = {"a": "length >= 2", "b": "code >= 1" if setting == "evaluate=null" else "length >= 1"}
+    told = f"a: {counted['a']}; b: {counted['b']}"
+    succeed(grpo, "run", "--set", "run=c", "--set", "seed=1", *settings, *passes)
+    for names in (["a", "b"], ["a", "b", "c"]):
+        found = document(grpo, "compare", *names)
+        assert found["passing"] == {name: {**counted, "c": counted["a"]}[name] for name in names}
+        assert found["measured_otherwise"]["pass_rate"].startswith(told)
+        assert f"({told}" in succeed(grpo, "compare", *names)
+    assert "pass_rate counts length >= 2\n" in succeed(grpo, "compare", "a", "c")
+
+
+def test_a_section_that_is_null_in_a_run_is_one_line(measured_project: Path, grpo: Grpo) -> None:
+    for name, settings in (("a", []), ("b", ["--set", "evaluate=null"]), ("c", ["--set", "evaluate=null"])):
+        succeed(grpo, "run", "--set", "iterations=1", "--set", f"run={name}", *settings)
+    found = document(grpo, "compare", "a", "b")["configuration"]
+    assert found == ["evaluate: {...} -> null"]
+    assert document(grpo, "compare", "b", "a")["configuration"] == ["evaluate: null -> {...}"]
+    found = document(grpo, "compare", "a", "b", "c")["configuration"]
+    assert found == {"evaluate": ["{...}", None, None]}
+    # What differs between those that have it is said too.
+    succeed(grpo, "run", "--set", "iterations=1", "--set", "run=d", "--set", "evaluate.every=2")
+    found = document(grpo, "compare", "a", "b", "d")["configuration"]
+    assert found == {"evaluate": ["{...}", None, "{...}"], "evaluate.every": [1, None, 2]}
+
+
 def test_another_file_of_a_reward_is_another_measure(measured_project: Path, grpo: Grpo) -> None:
     succeed(grpo, "run", "--set", "iterations=1", "--set", "run=a")
     path = Path("reward.py")

@@ -1,6 +1,7 @@
 """What `doctor` says of a configuration, what `run --dry-run` does, and what becomes of the run: the same."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +48,25 @@ def untemplated() -> None:
     Path("model/chat_template.jinja").unlink()
 
 
+def adapter(name: str, whole: bool = False) -> Build:
+    """What TRL saves of LoRA training; whole: with weights beside it, which transformers passes over."""
+
+    def build() -> None:
+        shutil.copytree("model", name)
+        if not whole:
+            Path(name, "config.json").unlink()
+            Path(name, "model.safetensors").rename(Path(name, "adapter_model.safetensors"))
+        Path(name, "adapter_config.json").write_text('{"base_model_name_or_path": "model", "r": 8}')
+
+    return build
+
+
 FAULTS = [
+    one("an adapter", "model=./lora", 4, "lora: is a peft adapter", adapter("lora")),
+    one("an adapter and weights", "model=./lora", 4, "lora: is a peft adapter", adapter("lora", whole=True)),
+    one("an adapter as reference", "update.reference=./lora", 4, "merge it first", adapter("lora")),
+    one("an adapter as teacher", "score.teachers=[{model: ./lora}]", 4, "merge it first", adapter("lora")),
+    one("an adapter as reward", "score.rewards=[{model: ./lora}]", 4, "merge it first", adapter("lora")),
     one("no model", "model=./none", 4, "none: no such directory; a Hugging Face checkpoint"),
     one("model: a file", "model=./reward.py", 4, "reward.py: no such directory"),
     one("no tokenizer", "model=./model", 4, "tokenizer", lambda: Path("model/tokenizer.json").unlink()),

@@ -356,7 +356,43 @@ def test_a_reward_model_that_is_not_there(project: Path, grpo: Grpo) -> None:
     assert "judge: no such directory" in checks["reward judge"]["note"]
 
 
+ALIKE = "{function: length_penalty, arguments: {max_tokens: 90, buffer_tokens: 1}, weight: 0.5}"
+
+
+@pytest.mark.parametrize(
+    ("others", "warned"),
+    [
+        ("{function: 'reward:code'}", []),
+        ("{function: 'reward:code', weight: 0}", ["reward length_penalty"]),
+        ("{function: 'reward:alike'}", ["reward length_penalty", "reward alike"]),
+        ("{function: 'reward:turned'}", ["reward length_penalty"]),  # which is warned of as such
+        ("{function: 'reward:alike'}, {function: 'reward:code'}", []),
+    ],
+)
+def test_a_reward_that_tells_nothing_apart_beside_others(
+    project: Path, grpo: Grpo, others: str, warned: list[str]
+) -> None:
+    with Path("reward.py").open("a") as file:
+        file.write("\n\ndef alike(completions):\n    return [1.0 for _ in completions]\n")
+        file.write("\n\ndef turned(completions):\n    return [float(not each) for each in completions]\n")
+    code, checks, _ = doctor(grpo, "--set", f"score.rewards=[{ALIKE}, {others}]")
+    found = [name for name, check in checks.items() if "teaches nothing" in check["note"]]
+    assert (code, found) == (0, warned)
+    assert checks["reward length_penalty"]["found"] == "length_penalty: 0 where right, and where empty"
+
+
 # Engine against learner
+
+
+def test_a_learner_of_another_type_than_the_engine_is_no_fault(project: Path, grpo: Grpo) -> None:
+    settings = ["--set", "update.precision=bfloat16", "--set", "generate.engine=transformers"]
+    code, checks, document = doctor(grpo, "--model", *settings)
+    assert (code, problems(checks)) == (0, {})
+    numbers = document["agreement"]
+    assert (numbers["precision"], numbers["learner_precision"]) == ("float32", "bfloat16")
+    assert 1e-4 < numbers["mismatch_mean"] < 0.05  # what float32 on both sides is refused for
+    assert checks["agreement"]["found"].endswith(" in float32 (engine) and bfloat16 (learner)")
+    assert checks["agreement"]["needed"] == "at most 0.05"
 
 
 def test_the_built_in_engine_agrees_with_the_learner(project: Path, grpo: Grpo) -> None:

@@ -16,7 +16,9 @@ PAGE = (DOCS / "from-verl.md").read_text()
 SCORE = """\
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     assert data_source == "sums"
-    return float(ground_truth in solution_str)
+    assert extra_info["split"] in ("train", "test")
+    score = float(ground_truth in solution_str)
+    return {"score": score, "acc": score > 0} if extra_info["index"] else score
 """
 
 

@@ -3,7 +3,13 @@
 from grpo.artifacts import files
 from grpo.artifacts.active import ActiveRun
 from grpo.artifacts.best import Best, Stop, best_of, note_stop, read_stop, require_best, stop_at, stopped_path
-from grpo.artifacts.checkpoint import checkpoint_files, checkpoint_id, is_hub_id, is_weight_file
+from grpo.artifacts.checkpoint import (
+    checkpoint_files,
+    checkpoint_id,
+    is_hub_id,
+    is_weight_file,
+    refuse_adapter,
+)
 from grpo.artifacts.existing import (
     ARTIFACTS,
     created_config,
@@ -117,6 +123,7 @@ __all__ = [
     "read_rollouts",
     "read_sealed",
     "read_stop",
+    "refuse_adapter",
     "refuse_inside_run",
     "replaced",
     "require_best",

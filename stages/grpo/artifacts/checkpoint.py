@@ -23,15 +23,23 @@ def is_weight_file(name: str) -> bool:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files that make up a checkpoint, by name. Raises InputError (exit 4) when there are no weights."""
+    """The files that make up a checkpoint, by name. InputError (exit 4) for an adapter or no weights."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory; a Hugging Face checkpoint directory is needed")
+    refuse_adapter(folder)
     found = [path for path in folder.iterdir() if path.suffix in _BELONGS and path.name not in _OURS]
     if not any(is_weight_file(path.name) for path in found):
         raise InputError(f"{folder}: holds no .safetensors weights; pickled weights are never read")
     for path in found:
         _check_link(folder, path)
     return sorted(path for path in found if path.is_file())
+
+
+def refuse_adapter(folder: Path) -> None:
+    """InputError (exit 4) for a peft adapter; beside weights too: transformers then loads its base."""
+    if (folder / "adapter_config.json").is_file():
+        way = "merge it first (`merge_and_unload`, `save_pretrained`)"
+        raise InputError(f"{folder}: is a peft adapter (adapter_config.json), no whole model: {way}")
 
 
 def _check_link(folder: Path, path: Path) -> None:

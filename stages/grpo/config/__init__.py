@@ -2,7 +2,7 @@
 
 from grpo.config.evaluate import EvaluateConfig, StopConfig
 from grpo.config.generate import GenerateConfig
-from grpo.config.loading import PIPELINE, differing_keys, flatten, load, overridden_keys, validated
+from grpo.config.loading import PIPELINE, SECTION, differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.model import AdvantageConfig, Config, ModelOptions
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import JudgeConfig, RewardConfig, TeacherConfig
@@ -11,6 +11,7 @@ from grpo.config.update import LoraConfig, UpdateConfig
 
 __all__ = [
     "PIPELINE",
+    "SECTION",
     "AdvantageConfig",
     "Config",
     "EvaluateConfig",

@@ -54,6 +54,11 @@ def validated(data: Any, path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(_explain(error, path, overrides)) from None
 
 
+SECTION = "{...}"
+"""What stands for the keys of a section, where that is null elsewhere."""
+_SHOWN = 80  # characters of a section
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one mapping with dotted keys; lists of mappings count as `rewards[0]`."""
     if isinstance(value, dict) and value:
@@ -75,8 +80,14 @@ def differing_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = 
         elif key not in before or key not in after:
             texts.append(f"{prefix}{key}: {'added' if key in after else 'removed'}")
         elif old != new:
-            texts.append(f"{prefix}{key}: {json.dumps(old)} -> {json.dumps(new)}")
+            texts.append(f"{prefix}{key}: {_short(old)} -> {_short(new)}")
     return texts
+
+
+def _short(value: Any) -> str:
+    """A value as JSON; of a section that is not there on the other side no more than fits on a line."""
+    text = json.dumps(value)
+    return SECTION if isinstance(value, dict) and len(text) > _SHOWN else text
 
 
 def overridden_keys(config: Config) -> list[str]:

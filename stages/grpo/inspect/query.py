@@ -15,9 +15,10 @@ from typing import Any
 import pyarrow as pa
 
 from grpo import sql
-from grpo.artifacts import Run, files, refuse_inside_run
+from grpo.artifacts import ActiveRun, files, refuse_inside_run
 from grpo.console import finite, printable, stdout_console, table
 from grpo.errors import ResourceError, UsageError
+from grpo.inspect import outdated
 
 _ROWS_SHOWN = 200
 _WIDE_COLUMNS = 12  # more than fit side by side: a row is shown as lines of name and value
@@ -27,7 +28,12 @@ _ROW_GROUP_BYTES, _CHUNK_BYTES = 2**26, 2**22  # of a Parquet file; of a copy
 
 
 def answer(
-    runs: Sequence[Run], query: str, out: Path | None, timeout_s: float, as_json: bool, as_csv: bool = False
+    runs: Sequence[ActiveRun],
+    query: str,
+    out: Path | None,
+    timeout_s: float,
+    as_json: bool,
+    as_csv: bool = False,
 ) -> None:
     """`grpo sql`: one query, of the command line or of stdin; at a terminal one after the other."""
     if as_csv and (as_json or out is not None):
@@ -39,6 +45,7 @@ def answer(
     def deliver(text: str) -> None:
         question = sql.Question(text, runs, rows=_ROWS_SHOWN + 1 if to_screen else None)
         rows = user_sql.rows(question, timeout_s=timeout_s)
+        outdated.say(runs, outputs=outdated.read_by(text))
         if out is not None:
             write(rows, out)
         elif to_screen:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grpo.artifacts import ActiveRun, Run, is_hub_id
+from grpo.artifacts import ActiveRun, Run, is_hub_id, refuse_adapter
 from grpo.errors import InputError, UsageError
 
 STARTER = "tiny-arithmetic"
@@ -34,6 +34,7 @@ def configured_model(run: ActiveRun, key: str, name: str) -> Path:
             f"{key}: {folder}: no such directory; a Hugging Face checkpoint directory is needed, or a hub id"
             f" (owner/name), or `{STARTER}`, the built-in starter model"
         )
+    refuse_adapter(folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
+from grpo.artifacts import refuse_adapter
 from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import EngineError, InputError
 from grpo.models.attention import settle, vocabulary
@@ -145,6 +146,7 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
 
 def _load_classifier(directory: Path, device: str) -> Any:
     where = f"reward model {directory}"
+    refuse_adapter(directory)
     with refusals(where, "cannot be loaded as a classifier"):
         if not any((directory / name).is_file() for name in WEIGHT_FILES):
             raise FileNotFoundError(f"there is no {' or '.join(WEIGHT_FILES)}")

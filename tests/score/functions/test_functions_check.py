@@ -188,6 +188,7 @@ def test_an_argument_that_nobody_reads(
         keywords.check(RewardConfig(function=function, arguments={argument: 1}), ["answer"])
     no_such = f"arguments.{argument}: the function takes no such keyword, but: {takes}"
     assert str(caught.value).startswith(f"reward function {function!r}: {no_such.removesuffix('answer')}")
+    assert str(caught.value).endswith("look up in its **kwargs changes nothing") == (":" in function)
 
 
 @pytest.mark.parametrize("name", ["looks_up", "hands_on", "lists", "wrapped", "an_object"])

@@ -14,8 +14,11 @@ from grpo.config.yaml import parse
 
 TRAINERS = ("TRL", "verl")
 _NEAR = 0.85  # of a name of theirs; a key of ours may be further off
-# Last parts of verl's keys that say nothing alone.
-_GENERAL = {"device", "enable", "metric", "mode", "name", "num_workers", "path", "strategy", "type"}
+# Last parts of names with dots that say nothing alone.
+_GENERAL = {
+    *("device", "enable", "filter", "json", "len", "map", "metric", "mode", "name", "num_workers", "path"),
+    *("select", "strategy", "type"),
+}
 
 
 def table(trainer: str) -> dict[str, dict[str, str]]:
@@ -32,7 +35,8 @@ def answer(name: str, value: Any, here: list[str], keys: list[str]) -> str:
     if name in here:  # what it was called before
         return f"did you mean {name}?"
     names = _names()
-    exact = next((each for each in (*_paths(name, value), name) if each in names), None)
+    name = name.lstrip("+")  # Hydra's, before a key that it is to add
+    exact = next((each for path in _paths(name, value) for each in _within(path) if each in names), None)
     if exact:
         return names[exact]
     elsewhere = [key for key in keys if key.rpartition(".")[2] == name][:2]
@@ -47,7 +51,8 @@ def answer_value(key: str, value: Any) -> str:
     """What to write for a value of theirs; empty where it is none."""
     text = json.dumps(value, default=str)
     patterns = _read("values").get(key, {})
-    return next((what for pattern, what in patterns.items() if re.fullmatch(pattern, text)), "")
+    fitting = ((re.fullmatch(pattern, text), what) for pattern, what in patterns.items())
+    return next((match.expand(what) for match, what in fitting if match), "")
 
 
 def _names() -> dict[str, str]:
@@ -64,11 +69,16 @@ def _names() -> dict[str, str]:
 
 
 def _paths(name: str, value: Any) -> list[str]:
-    """`name` and what is within it, with dots: verl's `actor_rollout_ref` holds sections."""
-    if not isinstance(value, dict):
-        return []
-    inner = [path for key, child in value.items() for path in _paths(str(key), child) or [str(key)]]
-    return [f"{name}.{path}" for path in inner]
+    """`name`, or what is within it, with dots: verl's `actor_rollout_ref` holds sections."""
+    if not isinstance(value, dict) or not value:
+        return [name]
+    return [f"{name}.{path}" for key, child in value.items() for path in _paths(str(key), child)]
+
+
+def _within(path: str) -> list[str]:
+    """A path and the sections that it is in, the innermost first: a section may have a row of its own."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
 def _likeness(a: str, b: str) -> float:

@@ -5,7 +5,8 @@ from typing import Any
 
 from grpo import sql
 from grpo.artifacts import ActiveRun, best_of, created_config
-from grpo.config import flatten
+from grpo.config import SECTION, flatten
+from grpo.inspect import outdated
 from grpo.inspect.compare import measures
 from grpo.inspect.compare.runs import KEY_OF, LAST, ORDER, shared
 
@@ -19,6 +20,7 @@ def describe(runs: list[ActiveRun], wanted: str) -> Row:
     last, of whichever policy.
     """
     common, chosen = shared(runs, wanted)
+    outdated.say(runs, chosen)
     names, last = [run.name for run in runs], chosen[-LAST:]
     values = {"runs": names, "first": last[0], "last": last[-1]}
     rows = sql.read(runs, sql.own_text("inspect/compare/many"), values).to_pylist(maps_as_pydicts="strict")
@@ -37,6 +39,7 @@ def describe(runs: list[ActiveRun], wanted: str) -> Row:
         "best": [
             each and {"policy": each.policy, "value": each.value, "measure": each.measure} for each in best
         ],
+        "passing": measures.passing(runs, last[-1]),
         "measured_otherwise": measures.differing(runs, last[-1]),
     }
 
@@ -50,7 +53,16 @@ def _configuration(runs: list[ActiveRun]) -> dict[str, list[Any]]:
         values["score"]["rewards"] = rewards
         every.append(flatten(values))
     keys = dict.fromkeys(key for values in every for key in values)
-    found = {key: [values.get(key) for values in every] for key in keys}
+    sections = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}  # null in a run
+    found = {}
+    for key in keys:
+        held = [values[key] for values in every if key in values]
+        if (
+            any(key.startswith(f"{section}.") for section in sections)
+            and len(set(map(json.dumps, held))) == 1
+        ):
+            continue  # the line of the section says it
+        found[key] = [values.get(key, SECTION if key in sections else None) for values in every]
     differing = {key: values for key, values in found.items() if len({json.dumps(v) for v in values}) > 1}
     for reference, key in KEY_OF.items():
         ids = [run.id_of(reference) or "" for run in runs]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from grpo import sql
 from grpo.artifacts import EVALUATION, Manifest, Run
 
 _NO_PART = ("weight", "timeout_s")  # of what a reward gives
@@ -23,6 +24,10 @@ def differing(runs: Sequence[Run], iteration: int) -> dict[str, str]:
                 found[f"rewards.{name}"] = f"{name} is not computed in the same way"
         if _differ([_sum(each) for each in held]):
             found["reward"] = _told(runs, [_sum_text(each) for each in held], "a sum of the same names")
+        counted = passing(runs, iteration)
+        names = [counted[run.name].rpartition(" >= ")[0] for run in runs]
+        if _differ([*counted.values()]) or _differ([_made(*each) for each in zip(held, names, strict=True)]):
+            found["pass_rate"] = _told(runs, [*counted.values()], "a reward of the same name")
     evaluated = [manifest for manifest in measured if manifest is not None]
     if len(evaluated) == len(runs):
         texts = [_passing(each) for each in evaluated]
@@ -32,9 +37,21 @@ def differing(runs: Sequence[Run], iteration: int) -> dict[str, str]:
         if _differ([_sum(each) for each in evaluated]):
             sums = [_sum_text(each) for each in evaluated]
             found["eval_reward"] = _told(runs, sums, "a sum of the same names")
-        if "eval_pass_at_1" in found:
-            found["pass_rate"] = found["eval_pass_at_1"]
     return found
+
+
+def passing(runs: Sequence[Run], iteration: int) -> dict[str, str]:
+    """Name of a run -> what `pass_rate` counts in it; an evaluation changes that, and so does having none."""
+    query = "select run, pass_reward, pass_threshold from _pass_settings"
+    rows = sql.read(runs, query, iteration=iteration).to_pylist()
+    texts = {row["run"]: f"{row['pass_reward']} >= {row['pass_threshold']:g}" for row in rows}
+    return {run.name: texts.get(run.name, "") for run in runs}
+
+
+def counted(found: dict[str, str]) -> list[str]:
+    """What `pass_rate` counts, where that is the same in all; differing() says where it is not."""
+    same = {*found.values()}
+    return [f"pass_rate counts {text}" for text in same if text and len(same) == 1]
 
 
 def _differ(values: Sequence[Any]) -> bool:

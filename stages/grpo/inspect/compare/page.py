@@ -18,6 +18,7 @@ from grpo.console import (
     table,
     thinned,
 )
+from grpo.inspect.compare.measures import counted
 from grpo.inspect.show.page import response_of
 
 _REWARD_ROWS, _RUN_ROWS = 12, 10  # iterations in a table; a curve has more points than that
@@ -152,6 +153,8 @@ def _print_runs(console: Console, data: Row) -> None:
     for text in _otherwise(data["measured_otherwise"]):
         console.print(printable(f"* {text}"), style="dim", soft_wrap=True)
     _print_overview(console, data["curves"])
+    for text in counted(data["passing"]):
+        console.print(printable(text), style="dim", soft_wrap=True)
     _print_iterations(console, data)
 
 
@@ -185,7 +188,7 @@ def _print_many(console: Console, data: Row) -> None:
     spent = (
         f"rollouts, tokens and seconds: up to iteration {data['last']}; eval_: of the policy measured last"
     )
-    for text in (spent, *_otherwise(data["measured_otherwise"])):
+    for text in (spent, *counted(data["passing"]), *_otherwise(data["measured_otherwise"])):
         console.print(printable(text), style="dim", soft_wrap=True)
 
 

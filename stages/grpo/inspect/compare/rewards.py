@@ -10,6 +10,7 @@ from grpo import sql
 from grpo.artifacts import ActiveRun, Run
 from grpo.artifacts.layout import parse_iterations
 from grpo.errors import InputError
+from grpo.inspect import outdated
 from grpo.inspect.compare import previous
 from grpo.inspect.show.choice import EVERY, check_sampled
 
@@ -25,6 +26,8 @@ def describe(run: ActiveRun, a: str, b: str, wanted: str, num_examples: int) -> 
     """
     first, last = parse_iterations(wanted) or (0, EVERY)
     check_sampled(run, first, last, f"--iteration {wanted}")
+    looked_at = [number for number in run.iterations() if first <= number <= last]
+    outdated.say([run], looked_at, ("rewards", "advantages") if SUM in (a, b) else ("rewards",))
     names = {"a": a, "b": b}
 
     def compared(connection: sql.Connection) -> dict[str, Any]:

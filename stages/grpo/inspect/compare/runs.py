@@ -9,6 +9,7 @@ from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config, tell_a
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import Config, differing_keys
 from grpo.errors import UsageError
+from grpo.inspect import outdated
 from grpo.inspect.compare import measures
 from grpo.inspect.show.choice import EVERY, range_text, sampled
 
@@ -27,6 +28,7 @@ def describe(a: ActiveRun, b: ActiveRun, wanted: str) -> dict[str, Any]:
     `wanted`: 3, 0-19 or all iterations. Errors as shared()'s.
     """
     common, chosen = shared([a, b], wanted)
+    outdated.say([a, b], chosen)
     first, last = parse_iterations(wanted) or (0, EVERY)
     parted = {output: _first_difference(a, b, output) for output in STAGE_OUTPUTS}
     firsts = {output: found["iteration"] for output, found in parted.items() if found}
@@ -44,6 +46,7 @@ def describe(a: ActiveRun, b: ActiveRun, wanted: str) -> dict[str, Any]:
         "configuration": _configuration(a, b),
         "curves": _read(a, b, "curves", first=first, last=last),
         "last": _last(a, b, own[0], own[-1]) if own else None,
+        "passing": measures.passing([a, b], chosen[-1]),
         "measured_otherwise": measures.differing([a, b], chosen[-1]),
     }
 

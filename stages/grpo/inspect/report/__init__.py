@@ -6,6 +6,7 @@ from typing import Any
 from grpo import sql
 from grpo.artifacts import ActiveRun, files, refuse_inside_run
 from grpo.errors import UsageError
+from grpo.inspect import outdated
 from grpo.inspect.report import curves, overview, rollouts
 from grpo.inspect.report.page import page
 from grpo.inspect.report.picture import picture
@@ -32,6 +33,7 @@ def write(
     for run in runs:
         if not any(run.manifest("rollouts", number) for number in run.iterations()):
             raise UsageError(f"run {run.name}: holds no rollouts yet")
+    outdated.say(runs)
     left_out: list[str] = []
     if as_picture:
         content = picture(charts(runs), [run.name for run in runs])

@@ -7,6 +7,7 @@ from functools import partial
 from grpo.artifacts import ActiveRun
 from grpo.console import paged
 from grpo.errors import UsageError
+from grpo.inspect import outdated
 from grpo.inspect.show import choice, page
 from grpo.inspect.show.choice import Draw, Opened, Options
 
@@ -27,6 +28,7 @@ def show(run: ActiveRun, options: Options, opened: Opened) -> None:
         without_use = ("where", "timeout_s", "group", "sample", "sort", "reverse", "groups", "page", *_LOOKS)
         _refuse(options, "--prompt without --iteration", without_use)
         draws, footer = choice.every_draw_of(run, options.prompt), ""
+        outdated.say([run], sorted({draw[0]["iteration"] for draw in draws}))
         printed = partial(page.print_over_time, draws=draws)
     else:
         if options.tokens:
@@ -52,6 +54,7 @@ def _refuse(options: Options, what: str, without_use: tuple[str, ...]) -> None:
 
 def _groups(run: ActiveRun, options: Options) -> _View:
     iteration = choice.chosen_iteration(run, options.iteration)
+    outdated.say([run], [iteration])
     known = choice.rewards_of(run, iteration)
     for name in options.reward:
         if name not in known:
@@ -69,6 +72,8 @@ def _groups(run: ActiveRun, options: Options) -> _View:
 def _against(run: ActiveRun, options: Options, opened: Opened) -> _View:
     iteration = choice.chosen_iteration(run, options.iteration)
     other, at = choice.moment(run, iteration, options.against, opened)
+    outdated.say([run], [iteration])
+    outdated.say([other], [at])
     draws = choice.draws_of(run, iteration, choice.ordered(run, iteration, options))
     others = choice.draws_of(other, at, choice.ordered(other, at, Options()))
     pairs = choice.pairs_of(draws, others)

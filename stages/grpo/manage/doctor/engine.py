@@ -35,6 +35,7 @@ from grpo.update.learner import Learner
 from grpo.update.mismatch import mismatch
 
 AGREEMENT = "engine and learner compute the same"
+_PRECISION = {"learner": "learner_precision", "engine": "precision"}  # who -> its key in the numbers
 NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS = 4, 4, 64  # at most
 _BEHIND_WINDOW = 256  # tokens that the prompt for a window is longer, where there is room
 _MOST_TOKENS = 4608  # of that prompt: eager attention takes the square; 4,096 is the window of many models
@@ -64,7 +65,7 @@ def check_agreement(run: ActiveRun, report: Report, checkpoint: Path, rows: list
     with report.check("plain transformers", "", "log-probs as in eager attention") as check:
         apart = {who: report.agreement[f"{who}_to_plain"] for who in ("learner", "engine")}
         check.found = ", ".join(f"{who} {mean:.1e}" for who, mean in apart.items()) + " nats per token apart"
-        computed_in = {"learner": run.config.update.precision, "engine": report.agreement["precision"]}
+        computed_in = {who: report.agreement[key] for who, key in _PRECISION.items()}
         for who, mean in apart.items():
             is_float32 = computed_in[who] == "float32"
             allowed = FLOAT32_TOLERANCE if is_float32 else MISMATCH_WARNING
@@ -94,20 +95,21 @@ def _check_engine_and_learner(run: ActiveRun, report: Report, checkpoint: Path, 
             raise ResourceError(f"the GPU ran out of memory: {first_line(error)}; {way}") from None
         found = f"{numbers['weight_check_difference']:.1e} nats per token apart; it follows a perturbed copy"
         report.checks.append(Check("weight sync", found, "the engine computes the weights it was given"))
-        # float32 must agree to rounding; other precisions are what they are, and are reported.
-        mean, precision = numbers["mismatch_mean"], numbers["precision"]
-        allowed = FLOAT32_TOLERANCE if precision == "float32" else MISMATCH_WARNING
-        check.found = f"mismatch {mean:.1e} nats per token in {precision}"
-        if precision != "float32":
+        # Both in float32 must agree to rounding; what is coarser is what it is, and is reported.
+        mean, engine, learner = (numbers[key] for key in ("mismatch_mean", "precision", "learner_precision"))
+        is_float32 = engine == learner == "float32"
+        allowed = FLOAT32_TOLERANCE if is_float32 else MISMATCH_WARNING
+        types = engine if engine == learner else f"{engine} (engine) and {learner} (learner)"
+        check.found = f"mismatch {mean:.1e} nats per token in {types}"
+        if not is_float32:
             check.note = mismatch_says(mean)
         check.needed = f"at most {allowed:g}"
-        right = f"{check.needed} is right in {precision}"
-        apart = f"engine and learner are {mean:.1e} nats per token apart, {right}"
-        if not mean <= allowed and (precision == "float32" or not np.isfinite(mean)):
+        apart = f"engine and learner are {mean:.1e} nats per token apart, {check.needed} is right in {types}"
+        if not mean <= allowed and (is_float32 or not np.isfinite(mean)):
             raise EngineError(f"{apart}; they do not compute the same model")
         if mean > allowed:
-            way = "set engine_options dtype: float32, or update.sampler_correction (docs/math.md)"
-            check.warn(f"{apart}; {way}")
+            finer = "update.precision" if engine == "float32" else "engine_options dtype"
+            check.warn(f"{apart}; set {finer}: float32, or update.sampler_correction (docs/math.md)")
 
 
 def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any
         opened = {"engine": name, "device": device, "precision": engine.precision}
         sampled = {"prompts": len(requests), "longest_prompt_tokens": longest, "rollouts": len(taken)}
         compared = _compare(run, checkpoint, taken)
-    at = {"temperature": config.temperature}
+    at = {"learner_precision": run.config.update.precision, "temperature": config.temperature}
     return {**opened, **sampled, **at, "weight_check_difference": difference, **compared}
 
 

@@ -5,6 +5,7 @@ A judge is not asked: an answer may cost money.
 
 from collections.abc import Collection, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -40,11 +41,20 @@ _QUICK = 200_000_000  # parameters of a reward model that is loaded without --mo
 _FAILED = ("error", "timeout", "nonfinite")
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """A reward that was asked. alike: its one value of right answers and of empty ones."""
+
+    check: Check
+    tells_apart: bool = False
+    alike: float | None = None
+
+
 def check_rewards(
     run: ActiveRun, report: Report, policy: Checkpoint, found: list[Prompts], with_model: bool
 ) -> None:
     """Every reward and teacher: whether it is there, does with the columns of `found`, and tells apart."""
-    rows = found[0].rows
+    rows, tried = found[0].rows, list[_Tried]()
     with closing(FunctionPool(run.imports, 1)) as pool:
         for reward in run.config.score.rewards:
             name, judge = f"reward {reward.name}", reward.judge
@@ -53,7 +63,8 @@ def check_rewards(
                 with report.check(name, reward.function, needed) as check:
                     for prompts in found:
                         pool.check(reward, _columns(prompts), prompts.empty)
-                    _try(run, check, reward, Scorers(pool, None, {}, {}, {}), rows, policy)
+                    scorers = Scorers(pool, None, {}, {}, {})
+                    tried.append(_try(run, check, reward, scorers, rows, policy))
             elif judge is not None:
                 needed = "a judge with its rubric and its key (nothing is asked)"
                 with report.check(name, f"{judge.model} at {judge.url}", needed):
@@ -67,7 +78,9 @@ def check_rewards(
                 if model.folder is not None and quick:
                     with report.check(f"{name}, asked", "", needed) as check:
                         models = {reward.name: RewardModel(model.folder, best_device())}
-                        _try(run, check, reward, Scorers(pool, None, models, {}, {}), rows, policy)
+                        scorers = Scorers(pool, None, models, {}, {})
+                        tried.append(_try(run, check, reward, scorers, rows, policy))
+    _warn_alike(tried)
 
 
 def check_teachers(run: ActiveRun, report: Report, policy: Checkpoint, with_model: bool) -> None:
@@ -95,7 +108,7 @@ def _try(
     scorers: Scorers,
     rows: list[Row],
     policy: Checkpoint,
-) -> None:
+) -> _Tried:
     """Say what the first prompts come to. Raises EngineError (exit 8) where nothing can be scored."""
     asked = reward.model_copy(update={"timeout_s": min(reward.timeout_s, _TIMEOUT_S)})
     answered = [row for row in rows if (row["answer"] or "").strip()] or rows
@@ -108,20 +121,28 @@ def _try(
             break
     else:
         if values := [outcome.value for outcome in outcomes if outcome.value is not None]:
-            check.warn(
-                f"gives {values[0]:g} to a right answer in {len(_FORMS)} forms, and to an empty response"
-                " too; a group whose rewards are all equal teaches nothing"
-            )
-        elif outcomes:
+            check.found += f": {values[0]:g} where right, and where empty"
+            return _Tried(check, alike=values[0])
+        if outcomes:
             check.warn(
                 "applies to none of the first prompts (it gave None); what is not scored teaches nothing"
             )
-        return
-    _say(run, check, reward, group)
+        return _Tried(check)
+    return _Tried(check, tells_apart=_say(run, check, reward, group) and reward.weight != 0)
 
 
-def _say(run: ActiveRun, check: Check, reward: RewardConfig, group: list[Outcome]) -> None:
-    """Say what one group came to: right answers, and an empty response at its end."""
+def _warn_alike(tried: list[_Tried]) -> None:
+    """Say which rewards tell nothing apart, unless another does: one of length or of form need not."""
+    for each in tried:
+        if each.alike is not None and not any(other.tells_apart for other in tried):
+            each.check.warn(
+                f"gives {each.alike:g} to a right answer in {len(_FORMS)} forms, and to an empty response"
+                " too; a group whose rewards are all equal teaches nothing"
+            )
+
+
+def _say(run: ActiveRun, check: Check, reward: RewardConfig, group: list[Outcome]) -> bool:
+    """Say what one group came to: right answers, and an empty response at its end; whether that is less."""
     failed = [outcome for outcome in group if outcome.status in _FAILED]
     if failed:
         text = f"{len(failed)} of {len(group)} made-up responses failed; first: {failed[0].error}"
@@ -131,12 +152,13 @@ def _say(run: ActiveRun, check: Check, reward: RewardConfig, group: list[Outcome
         if certain and len(failed) == len(group) and run.config.score.on_error == "stop":
             raise EngineError(text)
         check.warn(text)
-        return
+        return False
     *right, empty = [outcome.value for outcome in group]
     best = max(value for value in right if value is not None)
     check.found += f": {best:g} where right, {'none' if empty is None else f'{empty:g}'} where empty"
     if empty is not None and empty > best:
         check.warn(f"gives an empty response {empty:g}, and no form of a right answer more than {best:g}")
+    return empty is None or empty < best
 
 
 def _groups(rows: list[Row], policy: Checkpoint) -> Iterator[list[Rollout]]:

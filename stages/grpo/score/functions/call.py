@@ -181,7 +181,10 @@ def _name_problem(
             takes = (
                 sorted({*accepted, *read} - {*OURS, *(columns or ())}) if own else [*accepted, *sorted(read)]
             )
-            return f"arguments.{name}: the function takes no such keyword, but: {', '.join(takes)}"
+            why = (
+                "; what it does not look up in its **kwargs changes nothing" if takes_all and not own else ""
+            )
+            return f"arguments.{name}: the function takes no such keyword, but: {', '.join(takes)}{why}"
     return None
 
 
