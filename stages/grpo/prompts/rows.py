@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import PromptsConfig
+from grpo.config.depth import check_depth
 from grpo.errors import DataError
 from grpo.prompts.columns import ABSENT, find, paths, text_of
 from grpo.prompts.source import Row, read_rows
@@ -13,6 +14,7 @@ from grpo.tables import RENDERED
 # Keys of the tables, and what every reward function is passed: a column of the same name would be hidden.
 _PASSED = ("prompts", "completions", "completion_ids")
 _RESERVED = ("prompt_id", "iteration", "group_id", "sample_id", "run", RENDERED, *_PASSED)
+_MAX_DEPTH = 32  # of a column; a Parquet schema of more than 100 levels, two for each list, cannot be read
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -27,6 +29,7 @@ def normalised(
     found: dict[str, None] = {}
     held, texts, unused = set[str](), 0, 0
     for prompt_id, (place, row) in enumerate(read_rows(config, folder)):
+        _check_depth(place, row)
         found |= dict.fromkeys(paths(row))
         held |= {key for key in named.keys() - held if find(row, named[key]) is not ABSENT}
         try:
@@ -45,6 +48,15 @@ def normalised(
     if notes is not None and unused:
         way = "columns.messages: null turns it round"
         notes.append(f"{config.columns.prompt} is not used in {unused:,} rows that have messages; {way}")
+
+
+def _check_depth(place: str, row: Row) -> None:
+    for name, value in row.items():
+        try:
+            check_depth(value, _MAX_DEPTH)
+        except ValueError:
+            problem = f"column {name} holds lists or objects nested more than {_MAX_DEPTH} deep"
+            raise DataError(f"{place}: {problem}") from None
 
 
 def _normalise(row: Row, config: PromptsConfig) -> Row:

@@ -65,9 +65,13 @@ def check_rewards(
                 model = check_model(run, report, name, str(reward.model), with_model, needed)
                 quick = model.parameters is not None and (with_model or model.parameters <= _QUICK)
                 if model.folder is not None and quick:
-                    with report.check(f"{name}, asked", "", needed) as check:
-                        models = {reward.name: RewardModel(model.folder, best_device())}
-                        _try(run, check, reward, Scorers(pool, None, models, {}, {}), rows, policy)
+                    stop = run.console.stop_requested
+                    with (
+                        report.check(f"{name}, asked", "", needed) as check,
+                        closing(RewardModel(model.folder, best_device(), stop)) as asked,
+                    ):
+                        scorers = Scorers(pool, None, {reward.name: asked}, {}, {})
+                        _try(run, check, reward, scorers, rows, policy)
 
 
 def check_teachers(run: ActiveRun, report: Report, policy: Checkpoint, with_model: bool) -> None:
