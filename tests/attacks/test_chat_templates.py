@@ -149,7 +149,7 @@ def test_a_signal_is_heard_while_a_reward_model_s_template_loops(tmp_path: Path)
 
 def test_several_templates_of_which_none_is_the_default_are_refused(tmp_path: Path) -> None:
     tokenizer = starter_model.build_tokenizer()
-    tokenizer.chat_template = {"tool_use": "x", "rag": "y"}  # type: ignore[assignment]
+    tokenizer.chat_template = {"tool_use": "x", "rag": "y"}
     messages = [{"role": "user", "content": "Hi"}]
     with pytest.raises(InputError, match=r"chat template: .*multiple chat templates with no default"):
         encode([{"prompt_id": 0, "prompt": None, "messages": messages}], tokenizer, Chat())

@@ -1,6 +1,7 @@
 """Data and configurations nested deep: one line, with the place; never an error of Python's own."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def message(**fields: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": "Hi", **fields}]
 
 
-PLACES = {
+PLACES: dict[str, Callable[[Any], Any]] = {
     "a column": lambda deep: {"prompt": "a", "x": deep},
     "the answer": lambda deep: {"prompt": "a", "answer": deep},
     "the prompt": lambda deep: {"prompt": [deep]},
@@ -78,7 +79,7 @@ def test_parquet(tmp_path: Path, make: Any) -> None:
         assert str(caught.value) == f"{tmp_path / 'p.parquet'}: row 1: {message}"
 
 
-CONFIGURATIONS = {
+CONFIGURATIONS: dict[str, Callable[[Any], Any]] = {
     "a section": lambda deep: {"generate": deep},
     "a number": lambda deep: {"seed": deep},
     "arguments": lambda deep: {"score": {"rewards": [{"function": "exact_match", "arguments": {"x": deep}}]}},

@@ -53,11 +53,6 @@ def load_model(checkpoint: Path, device: str, attention: str = "auto") -> PreTra
     return model
 
 
-def move(model: PreTrainedModel, device: str) -> None:
-    """Its tensors to `device`, in place. torch's own: transformers wraps it for quantised models, untyped."""
-    torch.nn.Module.to(model, device)
-
-
 @torch.no_grad()
 def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """Have `model` compute, bit for bit, what load_model(checkpoint) would, of the same architecture.

@@ -20,8 +20,8 @@ from grpo.artifacts import ActiveRun, FileRecord, Manifest, Staging, digest
 from grpo.errors import DataError, EngineError
 from grpo.models.batches import batches
 from grpo.models.find import model_path
-from grpo.models.loading import best_device, context_length, load_model, load_tokenizer, move
-from grpo.models.reader import Reader
+from grpo.models.loading import best_device, context_length, load_model, load_tokenizer
+from grpo.models.reader import Reader, move
 from grpo.score.plan import STAGE_VERSION
 from grpo.score.shard import File, read
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from grpo.config import UpdateConfig
 from grpo.errors import EngineError
-from grpo.models.loading import copy_weights, load_model, move
+from grpo.models.loading import copy_weights, load_model
+from grpo.models.reader import move
 from grpo.update import parallel
 from grpo.update.adapter import add_adapter, load_adapter, reset_adapter
 from grpo.update.batch import Rollouts, made_up_pair, room_for
