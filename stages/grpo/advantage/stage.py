@@ -109,9 +109,11 @@ def _check_inputs(run: Run, iteration: int) -> None:
 
 def _say_why(run: ActiveRun, iteration: int, dropped: Counter[str]) -> None:
     """Say why no rollout is kept. DataError (exit 3) where, in iteration 0, no reward applies to any."""
-    why = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
-    text = f"advantage {iteration}: no rollout is kept ({why}), so update has nothing to learn from"
     rewards = run.require("rewards", iteration, "grpo score")
+    why = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
+    if not any(rewards.summary["weights"].values()):  # then the rewards that there are make no sum
+        why = "every reward has weight 0, and counts for nothing"
+    text = f"advantage {iteration}: no rollout is kept ({why}), so update has nothing to learn from"
     given = {status for status, number in rewards.summary.get("statuses", {}).items() if number}
     if given != {"not_applicable"}:
         run.console.say(text)
@@ -135,9 +137,9 @@ def _advantages(run: ActiveRun, iteration: int, opened: Tool) -> Iterator[pa.Tab
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config, connection = run.config.advantage, opened.connection
     rewards = run.require("rewards", iteration, "grpo score")
-    sql.turn_to(connection, iteration)
+    sql.show_iteration(connection, iteration)
     weights = rewards.summary["weights"]
-    sql.tell_weights(connection, weights.values(), unrewarded=run.config.unrewarded)
+    sql.set_weights(connection, weights.values(), unrewarded=run.config.unrewarded)
     sql.limit_scored(connection)
     values = config.model_dump(include={"scale", "epsilon", "pass_k"}) | {"batch_deviation": None}
     if config.scale == "batch":

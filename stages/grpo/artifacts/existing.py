@@ -10,7 +10,7 @@ from grpo.artifacts.layout import is_iteration
 from grpo.artifacts.manifest import read_sealed
 from grpo.artifacts.run import Run
 from grpo.config import PIPELINE, Config, load, validated
-from grpo.errors import CorruptError, InputError, UsageError
+from grpo.errors import CorruptError, InputError, UsageError, listed
 
 ARTIFACTS = Path("artifacts")
 
@@ -27,7 +27,9 @@ def find_run(given: str, root: Path = ARTIFACTS) -> Path:
     if is_run(path):
         return path if path.name not in ("", "..") else path.resolve()
     known = run_names(root)
-    there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
+    there = (
+        f"runs there: {listed(known, path.name)}" if known else "no run is there yet; `grpo run` makes one"
+    )
     raise UsageError(f"{root / given if is_name else path}: no such run; {there}")
 
 
@@ -43,7 +45,8 @@ def find_runs(given: str, root: Path = ARTIFACTS) -> list[str]:
     folder = root if is_name else path.parent
     found = [each for each in run_names(folder) if fnmatchcase(each, path.name)]
     if not found:
-        raise UsageError(f"{given}: no such run; runs there: {', '.join(run_names(folder)) or 'none'}")
+        there = listed(run_names(folder), path.name) or "none"
+        raise UsageError(f"{given}: no such run; runs there: {there}")
     return found if is_name else [str(folder / each) for each in found]
 
 

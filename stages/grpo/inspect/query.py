@@ -39,7 +39,7 @@ def answer(
         check_out(out, [])
     to_screen = out is None and not as_json and not as_csv
 
-    def deliver(text: str) -> None:
+    def run_query(text: str) -> None:
         question = sql.Question(text, runs, rows=_ROWS_SHOWN + 1 if to_screen else None)
         rows = user_sql.rows(question, timeout_s=timeout_s)
         if out is not None:
@@ -53,20 +53,20 @@ def answer(
 
     with sql.UserSql() as user_sql:
         if query:
-            deliver(query)
+            run_query(query)
         elif not sys.stdin.isatty():
-            deliver(sys.stdin.read())
+            run_query(sys.stdin.read())
         elif out is not None:
             raise UsageError("--out: give the query too")
         else:
-            _converse(deliver)
+            _converse(run_query)
 
 
-def _converse(deliver: Callable[[str], None]) -> None:
+def _converse(run_query: Callable[[str], None]) -> None:
     while (line := _ask()) not in (None, "exit", "quit"):
         try:
             if line:
-                deliver(line)
+                run_query(line)
         except (UsageError, ResourceError) as error:
             print(printable(str(error)), file=sys.stderr, flush=True)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from grpo.config import PromptsConfig
 from grpo.config.depth import check_depth
-from grpo.errors import DataError
+from grpo.errors import DataError, listed
 from grpo.prompts.columns import ABSENT, find, paths, text_of
 from grpo.prompts.source import Row, read_rows
 from grpo.tables import RENDERED
@@ -41,7 +41,7 @@ def normalised(
         unused += is_text and _has_messages(row, config)
         yield place, {"prompt_id": prompt_id, **own}
     for key in sorted(named.keys() - held if found else ()):
-        problem = f"no column {named[key]}; found {', '.join(found)} (prompts.columns.{key})"
+        problem = f"no column {named[key]}; found {listed(found, named[key])} (prompts.columns.{key})"
         raise DataError(f"prompts.source: {config.source}: {problem}")
     if notes is not None and config.chat and not texts:
         notes.append("chat: true has no effect: every prompt is a list of messages already")
@@ -88,7 +88,7 @@ def _prompt_and_messages(row: Row, config: PromptsConfig) -> tuple[str | None, l
     name = columns.prompt if is_prompt else str(columns.messages)
     found = find(row, name)
     if found is ABSENT:
-        raise ValueError(f"no column {name}; found {', '.join(paths(row))} (prompts.columns.prompt)")
+        raise ValueError(f"no column {name}; found {listed(paths(row), name)} (prompts.columns.prompt)")
     chosen = columns.model_fields_set
     ask_which = not is_prompt and "prompt" in chosen and "messages" not in chosen
     if ask_which and find(row, columns.prompt) not in (None, ABSENT):

@@ -94,7 +94,7 @@ def _reply(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     shown = request["iteration"]
     iteration = range(*shown) if isinstance(shown, list) else shown
     try:
-        return sql.consult(
+        return sql.snapshot(
             runs,
             lambda connection: _answer(connection, request, folder),
             iteration,

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from grpo.artifacts import find_runs, names_run, run_names
-from grpo.errors import UsageError
+from grpo.artifacts import find_run, find_runs, names_run, run_names
+from grpo.errors import UsageError, listed
 from grpo.inspect.compare import many, previous, rewards, runs
 from grpo.inspect.compare.page import print_comparison
 from grpo.inspect.show.choice import Opened, rewards_of
@@ -27,14 +27,17 @@ def describe(given: list[str], name: str, opened: Opened, wanted: str, num_examp
         raise UsageError(f"{' '.join(given)}: one thing alone; give two rewards, or two runs or more")
     are_runs = not name and all(map(names_run, things))
     if len(things) > 2 and not are_runs:
-        there = f"runs there: {', '.join(run_names()) or 'none'}"
+        none = next(each for each in things if not names_run(each))
+        there = f"{none} is no run; runs there: {listed(run_names(), none) or 'none'}"
         raise UsageError(f"{' '.join(things)}: more than two things are runs, and some are none; {there}")
     try:
         run = opened(name)
     except UsageError:  # no configuration here, or its run is not begun: no rewards are meant
-        if not are_runs:
-            raise
-        return _runs(things, opened, wanted)
+        if are_runs:
+            return _runs(things, opened, wanted)
+        if not name and any(map(names_run, things)):
+            find_run(next(each for each in things if not names_run(each)))
+        raise
     known = sorted({reward for number in run.iterations() for reward in rewards_of(run, number)})
     of_rewards = {each.removesuffix(previous.SUFFIX) for each in things}
     are_rewards = of_rewards <= {*known, rewards.SUM}
@@ -44,7 +47,8 @@ def describe(given: list[str], name: str, opened: Opened, wanted: str, num_examp
             wrong = "names of rewards and of runs; --run NAME says that the rewards of that run are meant"
         if rewards.SUM not in known:
             known.append(f"{rewards.SUM} (their weighted sum)")
-        there = f"rewards of {run.name}: {', '.join(known)}; runs: {', '.join(run_names()) or 'none'}"
+        there = f"rewards of {run.name}: {listed(known, things[0])}"
+        there += f"; runs: {listed(run_names(), things[0]) or 'none'}"
         raise UsageError(f"{' '.join(things)}: {wrong}; {there}")
     if are_rewards:
         return rewards.describe(run, things[0], things[1], wanted, num_examples)
