@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from grpo.console import Console, finite, interval, iterations_text, number, table
+from grpo.errors import listed
 
 
 def test_a_cell_is_text_and_never_markup() -> None:
@@ -51,3 +52,16 @@ def test_a_signal_at_the_very_end_goes_to_the_handler_before(
         assert capsys.readouterr().err == ""
     finally:
         real(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ([], ""),
+        (["b", "a"], "b, a"),
+        (list("jihgfedcba"), "j, i, h, g, f, e, d, c, b, a"),
+        ([*"abcdefghij", "near"], "near, a, b, c, d, e, f, g, h, i and 1 more"),
+    ],
+)
+def test_names_in_a_message(names: list[str], text: str) -> None:
+    assert listed(names, "neat") == text

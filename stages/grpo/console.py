@@ -106,6 +106,28 @@ class Console:
             yield
 
 
+@contextmanager
+def terminations() -> Iterator[None]:
+    """Outside of work, SIGTERM and SIGHUP are Interrupted too: no command ends without a word."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ignore_signals()
+        raise Interrupted(number)
+
+    of_ctrl_c = signal.getsignal(signal.SIGINT)
+    with _handled_by(end):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, of_ctrl_c)  # a KeyboardInterrupt, as ever
+        yield
+
+
+def ignore_signals() -> None:
+    """From here on the command ends: another signal would cut off what it has to say."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _bar(title: str, total: int, unit: str) -> "Progress":
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -210,7 +210,7 @@ COMMANDS = [
         ["fork", "tiny", "new", "--set", "model=x"],
         "model: a fork shares it with tiny; a new `run:` can have",
     ),
-    words(["run", "-c", "model"], "model: cannot be read: Is a directory"),
+    words(["run", "-c", "model"], "model: is a folder; a file is needed; give"),
     words(
         ["run", "--set", "a.b.c=1"], "pipeline.yaml with --set: a: unknown key; known keys: run, iterations"
     ),

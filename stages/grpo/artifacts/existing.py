@@ -105,7 +105,8 @@ def created_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
 def own_config(folder: Path, overrides: Sequence[str] = (), damaged: bool = False) -> Config:
     """The configuration of a run by its folder: of the pipeline.yaml in it, which a fork has, else run.json.
 
-    damaged: with a pipeline.yaml run.json is not looked at. Errors as created_config()'s and load()'s.
+    damaged: with a pipeline.yaml run.json is not looked at. Raises
+    UsageError (exit 2), InputError (4) for one of another version, CorruptError (6).
     """
     own = folder / PIPELINE
     if not own.is_file():

@@ -46,7 +46,7 @@ def _advice(path: Path) -> str:
 
 
 def validated(data: Any, path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that `data`, the content of `path`, is with `overrides`; errors as load()'s."""
+    """The configuration that `data`, the content of `path`, is with `overrides`. UsageError (exit 2)."""
     for override in overrides:
         data = _override(data, override)
     try:

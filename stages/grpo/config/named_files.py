@@ -24,7 +24,7 @@ def not_a_file(path: Path) -> str | None:
 
 
 def named_text(folder: Path, key: str, name: str) -> str:
-    """What the file holds; errors as read_text()'s."""
+    """What the file holds. Raises UsageError (exit 2) where it cannot be read as UTF-8."""
     return read_text(folder / name, f"{key}: {folder / name}")
 
 

@@ -97,7 +97,7 @@ def check_out(out: Path, nested: list[str]) -> None:
 
 
 def write(rows: sql.Rows, out: Path) -> None:
-    """Write a result in the format that the file's name says; errors as check_out's."""
+    """Write a result in the format that the file's name says. Raises UsageError (exit 2)."""
     check_out(out, _nested(rows.schema))
     _check_names(rows.schema, f"--out {out}")
     if out.suffix == ".parquet":

@@ -117,7 +117,7 @@ def shown(row: Row) -> str | None:
 def encode(
     rows: list[Row], tokenizer: "PreTrainedTokenizerBase", chat: Chat, stop: Callable[[], None] = lambda: None
 ) -> tuple[list[str], list[list[int]]]:
-    """Text and token ids of each prompt. Raises what Encoder.rows() does."""
+    """Text and token ids of each prompt. UsageError (exit 2), DataError (3)."""
     with closing(Encoder(tokenizer, chat, stop)) as encoder:
         found = encoder.rows(rows)
         return [str(shown(row)) for row in found], encoder.token_ids(found)

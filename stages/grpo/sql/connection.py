@@ -102,7 +102,10 @@ def show_iteration(connection: Connection, iteration: int) -> None:
 
 
 def query(connection: Connection, statement: str, parameters: dict[str, Any] | None = None) -> pa.Table:
-    """The rows of one statement, which may use any of `parameters`; errors as relation's and checked's."""
+    """The rows of one statement, which may use any of `parameters`.
+
+    Raises UsageError (exit 2) for what is no query or cannot be run, ResourceError (7), CorruptError (6).
+    """
     with checked(connection):
         return relation(connection, statement, parameters).to_arrow_table()
 
@@ -185,7 +188,10 @@ def read(
     parameters: dict[str, Any] | None = None,
     iteration: int | None = None,
 ) -> pa.Table:
-    """The rows of one statement over runs that may be worked on meanwhile; errors as query's."""
+    """The rows of one statement over runs that may be worked on meanwhile.
+
+    Raises UsageError (exit 2) for no query, ResourceError (7) over a limit, CorruptError (6) for damage.
+    """
     return snapshot(runs, lambda connection: query(connection, statement, parameters), iteration)
 
 

@@ -134,7 +134,7 @@ class UserSql:
         return Rows(schema, (_cast(reader.get_batch(number), schema) for number in numbers))
 
     def columns(self, question: Question, where: str = "") -> list[str]:
-        """The columns that it would give; nothing is computed. Errors as rows()'s."""
+        """The columns that it would give; nothing is computed. UsageError (exit 2) for no query."""
         found: list[str] = self._ask(question, 0, where, TIMEOUT_S)["columns"]
         return found
 

@@ -22,9 +22,7 @@ from grpo.console import printable
 
 PREFIX = "grpo-rewards-"
 OUTPUT, LOCK = "output", "lock"
-MAX_OUTPUT = (
-    2**16
-)  # characters of what functions print that are shown, from one reset_output_limit() to the next
+MAX_OUTPUT = 2**16  # characters shown of what functions print, until reset_output_limit()
 MAX_LINE = 2000
 POLL_S = 0.1
 DRAIN_S = 1.0  # what was printed before the end is shown, unless it never ends
