@@ -1,6 +1,6 @@
 import math
-import os
 import signal
+import threading
 from typing import Any
 
 import pytest
@@ -42,7 +42,8 @@ def test_a_signal_at_the_very_end_goes_to_the_handler_before(
     before = real(signal.SIGTERM, lambda number, _: heard.append(number))
 
     def late(number: signal.Signals, handler: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        # To this thread: of a process the system may take another, which libraries left behind.
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         return real(number, handler)
 
     try:

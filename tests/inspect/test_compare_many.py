@@ -255,7 +255,7 @@ def test_the_argument_that_is_no_run_is_named(finished: Path, grpo: Grpo) -> Non
         code, _, err = grpo("compare", *given)
         assert (code, err) == (2, "error: artifacts/nope: no such run; runs there: other, tiny\n")
     code, _, err = grpo("compare", "tiny", "nope", "other")
-    assert (code, "nope is no run; runs there: other, tiny" in err) == (2, True)
+    assert (code, "error: nope: more than two things are runs" in err) == (2, True)
     code, _, err = grpo("compare", "code", "length")
     assert (code, err) == (2, "error: artifacts/begun_later: no such run; runs there: other, tiny\n")
 

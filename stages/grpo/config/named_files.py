@@ -34,9 +34,11 @@ def read_text(path: Path, place: str, advice: str = "") -> str:
     place, advice: how a message begins, and how one of a missing file ends. Raises UsageError (exit 2).
     """
     try:
-        if problem := not_a_file(path):
-            raise UsageError(f"{place}: {problem}{advice}")
+        if path.exists() and (problem := not_a_file(path)):
+            raise UsageError(f"{place}: {problem}")
         return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError(f"{place}: no such file{advice}") from None
     except UnicodeDecodeError as error:
         lines = error.object[: error.start].split(b"\n")
         place = f"{place}:{len(lines)}:{len(lines[-1]) + 1}"
