@@ -61,7 +61,7 @@ def test_a_signal_at_the_very_end_goes_to_the_handler_before(
         ([], ""),
         (["b", "a"], "b, a"),
         (list("jihgfedcba"), "j, i, h, g, f, e, d, c, b, a"),
-        ([*"abcdefghij", "near"], "near, a, b, c, d, e, f, g, h, i and 1 more"),
+        ([*"abcdefghij", "near"], "near, a, e, b, c, d, f, g, h, i and 1 more"),
     ],
 )
 def test_names_in_a_message(names: list[str], text: str) -> None:

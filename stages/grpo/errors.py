@@ -5,6 +5,7 @@ A GrpoError is one line: where, what was found, what would be right. `main()` in
 
 import difflib
 from collections.abc import Iterable
+from os.path import commonprefix
 
 _MOST_NAMES = 10  # in a message: of hundreds of runs or columns it would show none
 
@@ -62,6 +63,16 @@ class Interrupted(GrpoError, exit_code=130):
         self.exit_code = 128 + signal_number
 
 
+def unreadable(path: object, error: OSError, what: str = "") -> GrpoError:
+    """What to raise for a file that cannot be read: it is damaged, unless it is somebody else's.
+
+    what: what it was read as.
+    """
+    if isinstance(error, PermissionError):
+        return ResourceError(f"{path}: Permission denied; ask its owner for the right to read it")
+    return CorruptError(f"{path}: cannot be read{what}: {error.strerror or first_line(error)}")
+
+
 def first_line(error: BaseException) -> str:
     """What a library says of its error, in one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -74,8 +85,8 @@ def listed(names: Iterable[str], nearest: str = "") -> str:
         return ", ".join(found)
     matcher = difflib.SequenceMatcher(b=nearest[:100])
 
-    def unlike(name: str) -> float:
+    def unlike(name: str) -> tuple[float, int]:
         matcher.set_seq1(name[:100])
-        return -matcher.ratio()
+        return -matcher.ratio(), -len(commonprefix([name, nearest]))
 
     return f"{', '.join(sorted(found, key=unlike)[:_MOST_NAMES])} and {len(found) - _MOST_NAMES} more"

@@ -86,8 +86,10 @@ def wait_for_work(folder: Path, child: crash.Child) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
-@pytest.mark.parametrize("times", [1, 5])
+@pytest.mark.parametrize(
+    ("number", "times"),
+    [*((number, 1) for number in CODES), (signal.SIGTERM, 5), (signal.SIGHUP, 5)],
+)
 def test_a_query_ends_at_once(finished: Path, number: signal.Signals, times: int) -> None:
     # A process of its own: DuckDB looks for signals in the thread that imported Python. What a
     # shell starts in the background ignores SIGINT, and so does what that starts, unless told.
@@ -105,3 +107,18 @@ def test_a_query_ends_at_once(finished: Path, number: signal.Signals, times: int
     assert (process.returncode, out) == (CODES[number], "")
     assert err.startswith("error: interrupted")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_the_starter_model_is_not_trained_to_its_end(tmp_path: Path, number: signal.Signals) -> None:
+    assert crash.in_child(tmp_path, ["init"])[0] == 0
+    command = [sys.executable, "-m", "grpo", "run"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "step 20/200" in process.stderr.readline()
+        process.send_signal(number)
+        started = time.monotonic()
+        said = process.stderr.read()
+        assert (process.wait(), time.monotonic() - started < 5) == (CODES[number], True), said
+    assert "step 100/" not in said
+    assert [path.name for path in (tmp_path / "artifacts/.models").iterdir()] == [".tiny-arithmetic.lock"]

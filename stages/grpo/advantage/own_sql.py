@@ -34,7 +34,7 @@ def keep(run: ActiveRun, staging: Staging) -> None:
 
 def check(run: ActiveRun) -> None:
     """Raise UsageError (exit 2) for SQL that cannot be run, whatever the tables will hold."""
-    with sql.UserSql() as user_sql:
+    with sql.UserSql(run.console.stop_requested) as user_sql:
         for place, question in _questions(run, None, {}, SETTINGS.empty_table()):
             _check_columns(user_sql.columns(question, place), place)
 
@@ -54,7 +54,7 @@ def apply(
     for place, question in _questions(run, iteration, weights, settings):
         # As `advantages` the query sees `data` itself.
         asked = replace(question, tables={**question.tables, "_advantages_0": data})
-        data = _chosen(data, user_sql.rows(asked, place).table(), place)
+        data = _chosen(data, user_sql.rows(asked, place, run.config.sql_timeout_s).table(), place)
     return data
 
 

@@ -10,7 +10,7 @@ from grpo.artifacts.layout import is_iteration
 from grpo.artifacts.manifest import read_sealed
 from grpo.artifacts.run import Run
 from grpo.config import PIPELINE, Config, load, validated
-from grpo.errors import CorruptError, InputError, UsageError, listed
+from grpo.errors import CorruptError, InputError, ResourceError, UsageError, listed
 
 ARTIFACTS = Path("artifacts")
 
@@ -18,7 +18,7 @@ ARTIFACTS = Path("artifacts")
 def find_run(given: str, root: Path = ARTIFACTS) -> Path:
     """The folder of a run: of that name below `root`, else at that path. It is the run, whatever it holds.
 
-    Raises UsageError (exit 2) naming the runs that are there.
+    Raises UsageError (exit 2) naming the runs that are there, ResourceError (7) without the right to look.
     """
     path = Path(given)
     is_name = path.name == given
@@ -26,6 +26,9 @@ def find_run(given: str, root: Path = ARTIFACTS) -> Path:
         return root / given
     if is_run(path):
         return path if path.name not in ("", "..") else path.resolve()
+    for folder in [root / given, path] if is_name else [path]:
+        if folder.is_dir() and not os.access(folder, os.X_OK, effective_ids=True):
+            raise ResourceError(f"{folder}: Permission denied; ask its owner for the right to read it")
     known = run_names(root)
     there = (
         f"runs there: {listed(known, path.name)}" if known else "no run is there yet; `grpo run` makes one"

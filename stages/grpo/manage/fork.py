@@ -37,10 +37,10 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
 
     Of that iteration too, what `new` would make in the same way. None: the one after those completed. Raises
     UsageError (exit 2) when `new` is there already or `source` has no such iteration, InputError (exit 4)
-    when the checkpoint to go on from was pruned.
+    when the checkpoint to go on from was pruned, CorruptError (exit 6) for a link in `source`.
     """
     _check_free(new)
-    source.refuse_links()
+    source.refuse_links(files_too=True)  # a second name of a link would lead there too
     _check_fixed(source, new)
     first = next(n for n in count() if n == iteration or source.manifest("update", n) is None)
     if iteration not in (None, first):

@@ -16,10 +16,11 @@ from transformers import AutoModelForSequenceClassification
 
 from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import DataError, EngineError, InputError
-from grpo.models.attention import settle
+from grpo.models.attention import settle, vocabulary
 from grpo.models.batches import batches
 from grpo.models.bounds import WEIGHT_FILES
-from grpo.models.loading import context_length, load_pretrained, load_tokenizer, read_config, refusals
+from grpo.models.loading import context_length, load_pretrained, load_tokenizer, read_config
+from grpo.models.refusals import refusals
 from grpo.prompts.renderer import TIMEOUT_S, Renderer, template_of
 from grpo.prompts.template_worker import Failure, Request
 from grpo.score.functions.built_in import Text, Texts
@@ -114,6 +115,8 @@ class RewardModel:
         token_ids: list[int] = self._tokenizer(text, add_special_tokens=self._template is None)["input_ids"]
         if not token_ids:
             return "prompt and response together are no tokens"
+        if max(token_ids) >= vocabulary(self._model):
+            return f"its tokenizer gives token {max(token_ids)}, which the reward model does not know"
         if len(token_ids) > self._max_tokens:
             context = f"the reward model's context is {self._max_tokens}"
             return f"prompt and response are {len(token_ids)} tokens, {context}"
