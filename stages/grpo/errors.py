@@ -5,7 +5,7 @@ A GrpoError is one line: where, what was found, what would be right. `main()` in
 
 import difflib
 from collections.abc import Iterable
-from os.path import commonprefix
+from itertools import takewhile
 
 _MOST_NAMES = 10  # in a message: of hundreds of runs or columns it would show none
 
@@ -87,6 +87,7 @@ def listed(names: Iterable[str], nearest: str = "") -> str:
 
     def unlike(name: str) -> tuple[float, int]:
         matcher.set_seq1(name[:100])
-        return -matcher.ratio(), -len(commonprefix([name, nearest]))
+        begun = takewhile(lambda pair: pair[0] == pair[1], zip(name, nearest, strict=False))
+        return -matcher.ratio(), -len([*begun])
 
     return f"{', '.join(sorted(found, key=unlike)[:_MOST_NAMES])} and {len(found) - _MOST_NAMES} more"
