@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -100,7 +100,14 @@ class Console:
             if self._signal is not None:
                 raise Interrupted(number)
             self._signal = number
-            self.say("stopping after the current shard; once more to stop now")
+            text = "stopping after the current shard; once more to stop now"
+            try:
+                self.say(text)
+            except (
+                RuntimeError
+            ):  # it came in the middle of a write to stderr, which Python does not begin anew
+                with suppress(OSError):
+                    os.write(2, f"{text}\n".encode())
 
         with _handled_by(note):
             yield
