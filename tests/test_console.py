@@ -1,12 +1,13 @@
 import math
-import os
 import signal
+import threading
 from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
 
 from grpo.console import Console, finite, interval, iterations_text, number, table
+from grpo.errors import listed
 
 
 def test_a_cell_is_text_and_never_markup() -> None:
@@ -41,7 +42,8 @@ def test_a_signal_at_the_very_end_goes_to_the_handler_before(
     before = real(signal.SIGTERM, lambda number, _: heard.append(number))
 
     def late(number: signal.Signals, handler: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        # To this thread: of a process the system may take another, which libraries left behind.
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         return real(number, handler)
 
     try:
@@ -51,3 +53,16 @@ def test_a_signal_at_the_very_end_goes_to_the_handler_before(
         assert capsys.readouterr().err == ""
     finally:
         real(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ([], ""),
+        (["b", "a"], "b, a"),
+        (list("jihgfedcba"), "j, i, h, g, f, e, d, c, b, a"),
+        ([*"abcdefghij", "near"], "near, a, e, b, c, d, f, g, h, i and 1 more"),
+    ],
+)
+def test_names_in_a_message(names: list[str], text: str) -> None:
+    assert listed(names, "neat") == text

@@ -191,4 +191,6 @@ def _texts(overrides: Settings | None) -> list[str]:
             raise UsageError(
                 f"overrides: {key}: {error}; expected text, numbers, lists or mappings"
             ) from None
+        except RecursionError:
+            raise UsageError(f"overrides: {key}: nested too deeply") from None
     return texts

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -100,10 +100,39 @@ class Console:
             if self._signal is not None:
                 raise Interrupted(number)
             self._signal = number
-            self.say("stopping after the current shard; once more to stop now")
+            text = "stopping after the current shard; once more to stop now"
+            try:
+                self.say(text)
+            except (
+                RuntimeError
+            ):  # it came in the middle of a write to stderr, which Python does not begin anew
+                with suppress(OSError):
+                    os.write(2, f"{text}\n".encode())
 
         with _handled_by(note):
             yield
+
+
+@contextmanager
+def terminations() -> Iterator[None]:
+    """Outside of work, SIGTERM and SIGHUP are Interrupted too: no command ends without a word."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ignore_signals()
+        raise Interrupted(number)
+
+    of_ctrl_c = signal.getsignal(signal.SIGINT)
+    with _handled_by(end):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, of_ctrl_c)  # a KeyboardInterrupt, as ever
+        yield
+
+
+def ignore_signals() -> None:
+    """From here on the command ends: another signal would cut off what it has to say."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _bar(title: str, total: int, unit: str) -> "Progress":

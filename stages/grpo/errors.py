@@ -3,6 +3,12 @@
 A GrpoError is one line: where, what was found, what would be right. `main()` in cli/entry.py ends with it.
 """
 
+import difflib
+from collections.abc import Iterable
+from itertools import takewhile
+
+_MOST_NAMES = 10  # in a message: of hundreds of runs or columns it would show none
+
 
 class GrpoError(Exception):
     """A fault with a one-line message for the user; `exit_code` is the exit status of the command."""
@@ -70,3 +76,18 @@ def unreadable(path: object, error: OSError, what: str = "") -> GrpoError:
 def first_line(error: BaseException) -> str:
     """What a library says of its error, in one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def listed(names: Iterable[str], nearest: str = "") -> str:
+    """Names for a message: `a, b, c`; of more than ten those most like `nearest`, and how many more."""
+    found = list(names)
+    if len(found) <= _MOST_NAMES:
+        return ", ".join(found)
+    matcher = difflib.SequenceMatcher(b=nearest[:100])
+
+    def unlike(name: str) -> tuple[float, int]:
+        matcher.set_seq1(name[:100])
+        begun = takewhile(lambda pair: pair[0] == pair[1], zip(name, nearest, strict=False))
+        return -matcher.ratio(), -len([*begun])
+
+    return f"{', '.join(sorted(found, key=unlike)[:_MOST_NAMES])} and {len(found) - _MOST_NAMES} more"

@@ -4,8 +4,9 @@ Key of every rollout-level table: (iteration, group_id, sample_id). Lists are ra
 never stand in a table: they would make equal results differ.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,12 @@ import pyarrow.parquet as pq
 from grpo.errors import CorruptError, first_line
 
 KEY = ("iteration", "group_id", "sample_id")
+
+
+def key_text(row: Mapping[str, Any]) -> str:
+    """The key of a row for a message: `(iteration, group_id, sample_id) (0, 3, 1)`."""
+    return f"({', '.join(KEY)}) {tuple(row[name] for name in KEY)}"
+
 
 # Column name -> (type, description with unit and range). The order is the order on disk.
 Columns = dict[str, tuple[pa.DataType, str]]

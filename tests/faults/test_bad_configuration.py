@@ -62,9 +62,7 @@ YAML = [
     text("YAML: a set", "run: !!set {a}\n", ":1:6: unknown tag tag:yaml.org,2002:set"),
     text("YAML: null as a key", f"{PIPELINE}null: 1\n", ":12:1: a key must be text; put it in quotes"),
     text("YAML: an escaped lone surrogate", 'run: "\\ud800"\n', ": run: expected valid Unicode text, found"),
-    Case(
-        "pipeline.yaml: a folder", folder("pipeline.yaml"), RUN, 2, "pipeline.yaml: cannot be read: Is a dir"
-    ),
+    Case("pipeline.yaml: a folder", folder("pipeline.yaml"), RUN, 2, "pipeline.yaml: is a folder; a file is"),
     Case("pipeline.yaml: a link to itself", loop("pipeline.yaml"), RUN, 2, "cannot be read: Too many levels"),
     Case(
         "pipeline.yaml: missing",
@@ -210,7 +208,7 @@ COMMANDS = [
         ["fork", "tiny", "new", "--set", "model=x"],
         "model: a fork shares it with tiny; a new `run:` can have",
     ),
-    words(["run", "-c", "model"], "model: cannot be read: Is a directory"),
+    words(["run", "-c", "model"], "model: is a folder; a file is needed"),
     words(
         ["run", "--set", "a.b.c=1"], "pipeline.yaml with --set: a: unknown key; known keys: run, iterations"
     ),

@@ -1,6 +1,7 @@
 """Sweeps, patterns of runs, three runs beside each other, and measures that are not one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,31 @@ def test_values_that_an_edit_replaced_are_compared(measured_project: Path, grpo:
     succeed(grpo, "gc", "--set", TWO)
     code, _, err = grpo("compare", "code", "code@previous")
     assert (code, "`grpo gc` removes them" in err) == (4, True)
+
+
+def test_the_argument_that_is_no_run_is_named(finished: Path, grpo: Grpo) -> None:
+    """Also where the configured run is not begun, which is not what was asked about."""
+    shutil.copytree("artifacts/tiny", "artifacts/other")
+    edit = Path("pipeline.yaml").read_text().replace("run: tiny", "run: begun_later")
+    Path("pipeline.yaml").write_text(edit)
+    for given in (["tiny", "nope"], ["nope", "tiny"]):
+        code, _, err = grpo("compare", *given)
+        assert (code, err) == (2, "error: artifacts/nope: no such run; runs there: other, tiny\n")
+    code, _, err = grpo("compare", "tiny", "nope", "other")
+    assert (code, "error: nope: more than two things are runs" in err) == (2, True)
+    code, _, err = grpo("compare", "code", "length")
+    assert (code, err) == (2, "error: artifacts/begun_later: no such run; runs there: other, tiny\n")
+
+
+@pytest.mark.parametrize("command", [["status"], ["show"], ["compare", "p00"], ["sql", "select 1", "--run"]])
+def test_of_many_runs_ten_are_listed_the_nearest_first(project: Path, grpo: Grpo, command: list[str]) -> None:
+    for number in range(45):
+        folder = Path("artifacts") / f"p{number:02}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text("{}")
+    code, _, err = grpo(*command, "p4x")
+    assert code == 2
+    names = err.partition("runs there: ")[2].strip().removesuffix(" and 35 more").split(", ")
+    assert err.endswith(" and 35 more\n")
+    assert names[:5] == ["p40", "p41", "p42", "p43", "p44"]
+    assert len(names) == 10

@@ -16,6 +16,7 @@ from tests.models.families import write_checkpoint
 from grpo.errors import CorruptError, InputError
 from grpo.manage.doctor import inputs, space
 from grpo.manage.doctor.report import Report
+from grpo.models import starter_model as starter
 
 GIB = 2**30
 
@@ -247,8 +248,57 @@ def test_the_starter_model_is_not_trained_to_look(project: Path, grpo: Grpo) -> 
     assert not Path("artifacts").exists()
 
 
-def test_the_size_of_the_starter_model_is_known(starter_model: Path) -> None:
-    assert inputs.num_parameters(starter_model) == inputs.STARTER_PARAMETERS
+def test_the_starter_model_untrained_is_as_it_will_be(starter_model: Path, tmp_path: Path) -> None:
+    """All but its weights: 427,136 numbers, of which 258 x 128 are of tokens."""
+    sketch = tmp_path / starter_model.name
+    starter.sketch(sketch)
+    assert sorted(path.name for path in sketch.iterdir()) == sorted(p.name for p in starter_model.iterdir())
+    for name in {*starter.FILES} - {"model.safetensors"}:
+        assert (sketch / name).read_bytes() == (starter_model / name).read_bytes()
+    assert inputs.num_parameters(sketch) == inputs.num_parameters(starter_model) == 427_136
+
+
+REFUSED = [
+    ["generate.max_new_tokens=100000"],
+    ["generate.max_new_tokens=2048"],
+    ["evaluate.prompts.source=arithmetic-held-out", "evaluate.max_new_tokens=2048"],
+    ["prompts.chat=true", "prompts.chat_template=nofile.jinja"],
+    ["prompts.chat=true", "prompts.chat_template=model"],
+    ["evaluate.prompts.source=arithmetic-held-out", "evaluate.prompts.chat_template=nofile.jinja"],
+    ["prompts.chat=true", "prompts.chat_template_arguments.enable_thinkin=true"],
+    ["prompts.source=nofile.jsonl"],
+    ["prompts.source=long.jsonl"],
+    ["prompts.chat=true", "prompts.chat_template=bad.jinja"],
+    ["model_options.revision=main"],
+    ["update.lora={rank: 4, alpha: 8, targets: [nothing]}"],
+    ["score.teachers=[{model: nowhere}]"],
+    ["update.reference=nowhere", "update.kl_coefficient=0.1"],
+    ["score.rewards=[{model: nowhere, name: r}]"],
+    ["score.rewards=[{model: tiny-arithmetic, name: r}]"],
+]
+
+
+@pytest.mark.parametrize("settings", REFUSED, ids=" ".join)
+def test_what_a_run_refuses_is_found_before_the_starter_model_is_trained(
+    project: Path, grpo: Grpo, settings: list[str]
+) -> None:
+    Path("long.jsonl").write_text('{"prompt": "' + "1" * 2048 + '"}\n')
+    Path("bad.jinja").write_text("{% for %}")
+    options = [option for each in ("model=tiny-arithmetic", *settings) for option in ("--set", each)]
+    code, _, err = grpo("run", "--dry-run", *options)
+    assert code in (2, 3, 4), err
+    assert not Path("artifacts").exists()
+    assert doctor(grpo, *options)[0] == code
+    assert not Path("artifacts").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [each for each in REFUSED if each[-1].endswith(("nofile.jinja", "=model"))]
+)
+def test_a_run_looks_for_a_template_before_it_trains(project: Path, grpo: Grpo, settings: list[str]) -> None:
+    options = [option for each in ("model=tiny-arithmetic", *settings) for option in ("--set", each)]
+    code, _, err = grpo("run", *options)
+    assert (code, "training the starter model" in err) == (2, False), err
 
 
 def test_a_model_of_the_hub_is_not_downloaded_to_look(project: Path, grpo: Grpo) -> None:
@@ -280,7 +330,7 @@ def test_a_response_longer_than_the_context(project: Path, grpo: Grpo) -> None:
     ],
 )
 def test_memory_of_a_gpu(billions: int, share: float, free: int, level: str, note: str) -> None:
-    report, size = Report("tiny"), billions * GIB
+    report, size = Report("tiny", Path()), billions * GIB
     held = {"learner": 16 * size, "reference": 4 * size, "engine": 2 * size}
     space.check_gpu(report, "H", free * GIB, 80 * GIB, share, held)
     [found] = report.checks

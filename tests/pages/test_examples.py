@@ -10,7 +10,6 @@ from tests.conftest import Grpo
 from tests.pages.pages import links
 
 from grpo.config import load
-from grpo.models import starter_model
 from grpo.models.find import BUILT_IN
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -63,11 +62,3 @@ def test_tokens_of_a_configuration_elsewhere(folder: Path, grpo: Grpo) -> None:
     code, out, err = grpo("show", *configuration, "--tokens")
     assert code == 0, err
     assert "=" in out
-
-
-def test_the_teacher_is_as_large_as_doctor_says() -> None:
-    from grpo.manage.doctor import inputs
-
-    size = starter_model.SIZES["small-arithmetic"]
-    model = starter_model._untrained(starter_model.build_tokenizer(), size)
-    assert sum(p.numel() for p in model.parameters()) == inputs._STARTERS["small-arithmetic"]

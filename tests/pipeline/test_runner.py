@@ -171,6 +171,13 @@ def test_another_reward_differs_and_is_refused_without_force(finished: Path, grp
     assert digests() == before
 
 
+def test_a_stage_forced_in_all_iterations_says_once_what_becomes_stale(finished: Path, grpo: Grpo) -> None:
+    edit("pipeline.yaml", '"reward:code"', '"reward:length"')
+    code, _, err = grpo("score", "--iteration", "all", "--force")
+    said = "score: if results change, these become stale: advantages@0, update@0, rollouts@1, advantages@1"
+    assert (code, err) == (0, f"{said} and 1 more\nscore 0: 6 rows\nscore 1: 6 rows\n")
+
+
 def test_a_forced_score_makes_what_follows_stale_and_from_does_it_again(finished: Path, grpo: Grpo) -> None:
     before = digests()
     edit("pipeline.yaml", '"reward:code"', '"reward:length"')

@@ -104,7 +104,7 @@ def test_what_is_replaced_while_it_is_read_is_read_again(run: ActiveRun) -> None
             put(path, data.slice(0, 1))
         return int(found[-1])
 
-    assert sql.consult([run], twice) == before - len(data) + 1
+    assert sql.snapshot([run], twice) == before - len(data) + 1
     assert found == [before, before - len(data) + 1]
 
 
@@ -119,5 +119,5 @@ def test_a_connection_turns_to_another_iteration(run: ActiveRun) -> None:
         )
         sql.register(connection, "_rewards_0", seven)
         assert sql.query(connection, statement)["iteration"].to_pylist() == [7]
-        sql.turn_to(connection, 1)
+        sql.show_iteration(connection, 1)
         assert sql.query(connection, statement)["iteration"].to_pylist() == [1]

@@ -47,7 +47,10 @@ def apply(
     settings: pa.Table,
     data: pa.Table,
 ) -> pa.Table:
-    """`data`, the rows of `advantages`, after the user's estimator and condition; errors as UserSql.rows."""
+    """`data`, the rows of `advantages`, after the user's estimator and condition.
+
+    Raises UsageError (exit 2) for what is no query, ResourceError (7) over a limit, DataError (3).
+    """
     for place, question in _questions(run, iteration, weights, settings):
         # As `advantages` the query sees `data` itself.
         asked = replace(question, tables={**question.tables, "_advantages_0": data})

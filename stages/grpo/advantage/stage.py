@@ -36,7 +36,7 @@ _QUERY = (
     "with scored as materialized (select * from _scored), estimated as (\n{estimator}\n)\n"
     f"select * from (\n{{kept}}) order by {_KEY}"
 )
-_CHOOSY = ("maxrl", "pass_at_k")  # estimators that refused.sql knows
+_RESTRICTED = ("maxrl", "pass_at_k")  # estimators that cannot take every reward: refused.sql says which
 _OVER_ALL = ("gdpo", "reinforce_pp")  # estimators with moments of the whole iteration
 
 
@@ -109,9 +109,11 @@ def _check_inputs(run: Run, iteration: int) -> None:
 
 def _say_why(run: ActiveRun, iteration: int, dropped: Counter[str]) -> None:
     """Say why no rollout is kept. DataError (exit 3) where, in iteration 0, no reward applies to any."""
-    why = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
-    text = f"advantage {iteration}: no rollout is kept ({why}), so update has nothing to learn from"
     rewards = run.require("rewards", iteration, "grpo score")
+    why = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common())
+    if not any(rewards.summary["weights"].values()):  # then the rewards that there are make no sum
+        why = "every reward has weight 0, and counts for nothing"
+    text = f"advantage {iteration}: no rollout is kept ({why}), so update has nothing to learn from"
     given = {status for status, number in rewards.summary.get("statuses", {}).items() if number}
     if given != {"not_applicable"}:
         run.console.say(text)
@@ -135,9 +137,9 @@ def _advantages(run: ActiveRun, iteration: int, opened: Tool) -> Iterator[pa.Tab
     """The rows of `advantages` in key order, a block of whole groups at a time: memory stays bounded."""
     config, connection = run.config.advantage, opened.connection
     rewards = run.require("rewards", iteration, "grpo score")
-    sql.turn_to(connection, iteration)
+    sql.show_iteration(connection, iteration)
     weights = rewards.summary["weights"]
-    sql.tell_weights(connection, weights.values(), unrewarded=run.config.unrewarded)
+    sql.set_weights(connection, weights.values(), unrewarded=run.config.unrewarded)
     sql.limit_scored(connection)
     values = config.model_dump(include={"scale", "epsilon", "pass_k"}) | {"batch_deviation": None}
     if config.scale == "batch":
@@ -165,19 +167,19 @@ def _estimated(connection: sql.Connection, config: AdvantageConfig, first: int, 
 
 def _refuse(connection: sql.Connection, estimator: str) -> None:
     """Raise DataError (exit 3) for the first rollout that the estimator cannot take."""
-    if estimator in _CHOOSY:
+    if estimator in _RESTRICTED:
         for refused in sql.rows(connection, "advantage/estimators/refused", estimator=estimator):
-            key = tuple(refused[column] for column in tables.KEY)
-            raise DataError(f"advantage: rollout ({_KEY}) {key} {refused['problem']}")
+            raise DataError(f"advantage: rollout {tables.key_text(refused)} {refused['problem']}")
 
 
 def _check_keys(data: pa.Table, last: int) -> int:
     """The last key of rows in key order, as a number; last: of those before. Raises CorruptError (exit 6)."""
     group, sample = (data[name].to_numpy() for name in ("group_id", "sample_id"))
+    # Both are int32, and no key is negative: the product of 2^62 at most leaves room for the sample.
     keys = np.concatenate([[last], group.astype(np.int64) * 2**31 + sample])
     if len(wrong := np.flatnonzero(np.diff(keys) <= 0)):
-        key = tuple(data[name][int(wrong[0])].as_py() for name in tables.KEY)
-        raise CorruptError(f"rollouts or rewards: rollout ({_KEY}) {key} occurs twice; see `grpo verify`")
+        [key] = map(tables.key_text, data.slice(int(wrong[0]), 1).to_pylist())
+        raise CorruptError(f"rollouts or rewards: rollout {key} occurs twice; see `grpo verify`")
     return int(keys[-1])
 
 
@@ -193,11 +195,8 @@ def _check_finite(data: pa.Table) -> None:
     for name in ("reward", "group_mean", "group_std", "advantage"):
         finite = pc.fill_null(pc.is_finite(data[name]), True)
         if not pc.all(finite).as_py():
-            wrong = data.filter(pc.invert(finite))
-            key = tuple(wrong[column][0].as_py() for column in tables.KEY)
-            raise DataError(
-                f"advantage: {name} of rollout ({_KEY}) {key} is not finite; scale the rewards down"
-            )
+            [key] = map(tables.key_text, data.filter(pc.invert(finite)).slice(0, 1).to_pylist())
+            raise DataError(f"advantage: {name} of rollout {key} is not finite; scale the rewards down")
 
 
 def _blocks(run: ActiveRun, iteration: int, connection: sql.Connection) -> Iterator[tuple[int, int]]:

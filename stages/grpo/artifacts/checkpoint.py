@@ -5,6 +5,7 @@ from pathlib import Path
 
 from grpo.artifacts.files import sha256_of
 from grpo.artifacts.manifest import digest
+from grpo.config.named_files import not_a_file
 from grpo.errors import InputError, UsageError, first_line
 
 _BELONGS = {
@@ -32,6 +33,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: holds no .safetensors weights; pickled weights are never read")
     for path in found:
         _check_link(folder, path)
+        if path.exists() and not path.is_dir() and (problem := not_a_file(path)):
+            raise InputError(f"{path}: {problem}")
     return sorted(path for path in found if path.is_file())
 
 

@@ -10,7 +10,7 @@ from grpo.artifacts.layout import is_iteration
 from grpo.artifacts.manifest import read_sealed
 from grpo.artifacts.run import Run
 from grpo.config import PIPELINE, Config, load, validated
-from grpo.errors import CorruptError, InputError, ResourceError, UsageError
+from grpo.errors import CorruptError, InputError, ResourceError, UsageError, listed
 
 ARTIFACTS = Path("artifacts")
 
@@ -30,7 +30,9 @@ def find_run(given: str, root: Path = ARTIFACTS) -> Path:
         if folder.is_dir() and not os.access(folder, os.X_OK, effective_ids=True):
             raise ResourceError(f"{folder}: Permission denied; ask its owner for the right to read it")
     known = run_names(root)
-    there = f"runs there: {', '.join(known)}" if known else "no run is there yet; `grpo run` makes one"
+    there = (
+        f"runs there: {listed(known, path.name)}" if known else "no run is there yet; `grpo run` makes one"
+    )
     raise UsageError(f"{root / given if is_name else path}: no such run; {there}")
 
 
@@ -46,7 +48,8 @@ def find_runs(given: str, root: Path = ARTIFACTS) -> list[str]:
     folder = root if is_name else path.parent
     found = [each for each in run_names(folder) if fnmatchcase(each, path.name)]
     if not found:
-        raise UsageError(f"{given}: no such run; runs there: {', '.join(run_names(folder)) or 'none'}")
+        there = listed(run_names(folder), path.name) or "none"
+        raise UsageError(f"{given}: no such run; runs there: {there}")
     return found if is_name else [str(folder / each) for each in found]
 
 
@@ -105,7 +108,8 @@ def created_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
 def own_config(folder: Path, overrides: Sequence[str] = (), damaged: bool = False) -> Config:
     """The configuration of a run by its folder: of the pipeline.yaml in it, which a fork has, else run.json.
 
-    damaged: with a pipeline.yaml run.json is not looked at. Errors as created_config()'s and load()'s.
+    damaged: with a pipeline.yaml run.json is not looked at. Raises
+    UsageError (exit 2), InputError (4) for one of another version, CorruptError (6).
     """
     own = folder / PIPELINE
     if not own.is_file():

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from grpo.artifacts.recorded import Count, Iteration, Number, Recorded, check_content, check_depth
+from grpo.artifacts.recorded import MAX_DEPTH, Count, Iteration, Number, Recorded, check_content
 from grpo.config import differing_keys
+from grpo.config.depth import check_depth
 from grpo.errors import CorruptError, InputError, unreadable
 from grpo.tables import TABLES
 
@@ -160,7 +161,7 @@ def unseal(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     if not same:
         raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
     try:
-        check_depth(held)
+        check_depth(held, MAX_DEPTH)
     except ValueError as error:
         raise CorruptError(f"{path}: {error}") from None
     return held

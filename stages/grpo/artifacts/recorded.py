@@ -256,12 +256,3 @@ def _check_labels(file: dict[str, Any]) -> None:
         isinstance(count, int) and count >= 0 for count in counts.values()
     ):
         raise ValueError(f"files: statuses of {file['name']} are no counts")
-
-
-def check_depth(value: Any, left: int = MAX_DEPTH) -> None:
-    """Raise ValueError for lists and mappings nested deeper: whoever walks them must come to an end."""
-    if left == 0:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    for child in value.values() if isinstance(value, dict) else value:
-        if isinstance(child, dict | list):
-            check_depth(child, left - 1)

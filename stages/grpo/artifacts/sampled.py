@@ -15,7 +15,7 @@ from grpo.artifacts.manifest import Manifest
 from grpo.artifacts.partial import num_rounds
 from grpo.artifacts.run import Run
 from grpo.errors import CorruptError
-from grpo.tables import KEY
+from grpo.tables import KEY, key_text
 
 _LISTS = ("response_token_ids", "old_logprobs", "response_mask")  # one value per token of the response
 CHECKED = [*KEY, "prompt_token_ids", *_LISTS, "response_tokens", "temperature"]
@@ -67,7 +67,7 @@ def check_keys(place: object, data: pa.Table, expected: pa.Table) -> None:
 
 
 def _key(data: pa.Table, row: int) -> str:
-    return f"({', '.join(KEY)}) {tuple(data[name][row].as_py() for name in KEY)}"
+    return key_text(data.select(list(KEY)).slice(row, 1).to_pylist()[0])
 
 
 def _expected(manifest: Manifest) -> pa.Table | None:

@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from grpo.cli import inspect, manage, streams, work
-from grpo.console import printable, quieten_libraries
+from grpo.console import ignore_signals, printable, quieten_libraries, terminations
 from grpo.errors import GrpoError, InputError, ResourceError
 
 app = typer.Typer(
@@ -75,6 +75,14 @@ def main() -> None:
     streams.prepare()
     _name_completion()
     try:
+        with terminations():
+            _run(usage_error)
+    finally:
+        threading.excepthook = threading.__excepthook__
+
+
+def _run(usage_error: Any) -> NoReturn:
+    try:
         code = app(standalone_mode=False, prog_name="grpo") or 0
         streams.flush()
         if code == _INTERRUPTED:  # typer makes this of a KeyboardInterrupt
@@ -98,8 +106,6 @@ def main() -> None:
         _fail(f"{error.filename or 'grpo'}: {error.strerror}", ResourceError.exit_code)
     except MemoryError:
         _fail("grpo: out of memory; free some, or take smaller inputs", ResourceError.exit_code)
-    finally:
-        threading.excepthook = threading.__excepthook__
 
 
 def _name_completion() -> None:
@@ -109,7 +115,8 @@ def _name_completion() -> None:
         os.environ[_COMPLETE] = f"{what}_{shell}"
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
+    ignore_signals()
     _report(message, code)
     with suppress(ResourceError, SystemExit):  # what went wrong first is said
         streams.flush()

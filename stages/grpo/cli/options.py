@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grpo.cli.lazy import artifacts, console, opening
-from grpo.errors import UsageError
+from grpo.errors import UsageError, listed
 
 if TYPE_CHECKING:
     from grpo.artifacts import ActiveRun
@@ -46,7 +46,7 @@ def reading(
     """
     given, (name, *others) = name, artifacts.find_runs(name) if name else [""]
     if others:
-        raise UsageError(f"{given}: means {name}, {', '.join(others)}; this command takes one run")
+        raise UsageError(f"{given}: means {listed([name, *others], given)}; this command takes one run")
     if not name and not path.exists():
         way = "name a run, or give a configuration with -c FILE"
         begin = "`grpo init` makes a project here; or " if path == CONFIG else ""

@@ -62,7 +62,7 @@ def prepare() -> None:
 
 
 def flush() -> None:
-    """Write what is still in memory; errors as Output's."""
+    """Write what is still in memory. Raises ResourceError (exit 7), SystemExit where nobody reads."""
     sys.stdout.flush()
     sys.stderr.flush()
 

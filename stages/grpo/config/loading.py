@@ -9,11 +9,12 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from grpo.config import moving, wording
+from grpo.config.depth import check_depth
 from grpo.config.model import Config
 from grpo.config.named_files import read_text
 from grpo.config.objectives import OBJECTIVES
 from grpo.config.score import secret_of
-from grpo.config.yaml import YamlError, parse
+from grpo.config.yaml import MAX_DEPTH, YamlError, parse
 from grpo.errors import UsageError
 
 PIPELINE = "pipeline.yaml"
@@ -45,9 +46,13 @@ def _advice(path: Path) -> str:
 
 
 def validated(data: Any, path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that `data`, the content of `path`, is with `overrides`; errors as load()'s."""
+    """The configuration that `data`, the content of `path`, is with `overrides`. UsageError (exit 2)."""
     for override in overrides:
         data = _override(data, override)
+    try:
+        check_depth(data, MAX_DEPTH)  # of a mapping from Python; files and overrides have been looked at
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -110,7 +115,9 @@ def _override(data: Any, override: str) -> Any:
     if not equals or not _KEY.fullmatch(key.strip()) or not text.strip():
         raise UsageError(f"--set {override}: expected key=value, such as --set update.learning_rate=1e-6")
     try:
-        return _replaced(data, _parts(key), parse(f"value: {text}")["value"])
+        if len(parts := _parts(key)) > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        return _replaced(data, parts, parse(f"value: {text}")["value"])
     except (YamlError, ValueError) as error:
         raise UsageError(f"--set {override}: {error}") from None
 

@@ -15,6 +15,7 @@ from grpo.config.prompts import PromptsConfig
 from grpo.config.score import ScoreConfig
 from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Section, wrong_at
 from grpo.config.update import UpdateConfig
+from grpo.errors import listed
 
 
 class AdvantageConfig(Section):
@@ -165,7 +166,9 @@ class Config(Section):
         name = self.evaluate.pass_reward if self.evaluate else None
         names = [reward.name for reward in self.score.rewards]
         if name is not None and name not in names:
-            raise ValueError(f"evaluate.pass_reward: no reward is named {name}; there are {', '.join(names)}")
+            raise ValueError(
+                f"evaluate.pass_reward: no reward is named {name}; there are {listed(names, name)}"
+            )
         self._check_stop()
         pass_k, samples = self.advantage.pass_k, self.generate.samples_per_prompt
         if pass_k is not None and pass_k > samples:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from io import StringIO
 from typing import Any
 
-_MAX_DEPTH = 100
+MAX_DEPTH = 100
 _MAX_VALUES = 100_000  # a configuration has hundreds; ten lines of aliases of aliases would make 9**9
 _TAGS = "tag:yaml.org,2002:"
 _DATA = ("str", "null", "bool", "int", "float", "seq", "map")
@@ -67,7 +67,7 @@ def _check(node: Any, depth: int, budget: Iterator[int], construct: Callable[[An
         node.tag = f"{_TAGS}str"
     elif kind not in _DATA:
         raise YamlError(f"unknown tag {node.tag}", node.start_mark)
-    if depth > _MAX_DEPTH:  # also an alias of itself
+    if depth > MAX_DEPTH:  # also an alias of itself
         raise YamlError("nested too deeply", node.start_mark)
     if next(budget, None) is None:
         raise YamlError(f"aliases that expand to more than {_MAX_VALUES:,} values", node.start_mark)

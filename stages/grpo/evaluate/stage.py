@@ -110,7 +110,7 @@ def measure(
     row = {"iteration": policy, "same_prompts": True, **settings(run)}
     views = {table: read(run, table, staged(staging, held, table)) for table in (ROLLOUTS, REWARDS)}
     views["_eval_settings"] = pa.Table.from_pylist([row], schema=sql.SETTINGS)
-    sql.turn_to(connection, policy)
+    sql.show_iteration(connection, policy)
     for view, data in views.items():
         sql.register(connection, f"_{view}_0", data)
     found = sql.query(connection, "select * exclude (run, iteration, pass_reward, pass_threshold) from evals")

@@ -10,7 +10,10 @@ from grpo.inspect.track import tracking
 
 @contextmanager
 def reporting(run: ActiveRun, until: int) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """What to call when an iteration is complete, and when a policy was evaluated; errors as tracking()'s."""
+    """What to call when an iteration is complete, and when a policy was evaluated.
+
+    Raises UsageError (exit 2) without the tracker, EngineError (exit 8) where it fails.
+    """
     with tracking(run, until) as tracked:
 
         def iteration(number: int) -> None:

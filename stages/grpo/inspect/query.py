@@ -42,7 +42,7 @@ def answer(
         check_out(out, [])
     to_screen = out is None and not as_json and not as_csv
 
-    def deliver(text: str) -> None:
+    def run_query(text: str) -> None:
         question = sql.Question(text, runs, rows=_ROWS_SHOWN + 1 if to_screen else None)
         rows = user_sql.rows(question, timeout_s=timeout_s)
         outdated.say(runs, outputs=outdated.read_by(text))
@@ -57,20 +57,20 @@ def answer(
 
     with sql.UserSql() as user_sql:
         if query:
-            deliver(query)
+            run_query(query)
         elif not sys.stdin.isatty():
-            deliver(sys.stdin.read())
+            run_query(sys.stdin.read())
         elif out is not None:
             raise UsageError("--out: give the query too")
         else:
-            _converse(deliver)
+            _converse(run_query)
 
 
-def _converse(deliver: Callable[[str], None]) -> None:
+def _converse(run_query: Callable[[str], None]) -> None:
     while (line := _ask()) not in (None, "exit", "quit"):
         try:
             if line:
-                deliver(line)
+                run_query(line)
         except (UsageError, ResourceError) as error:
             print(printable(str(error)), file=sys.stderr, flush=True)
 
@@ -101,7 +101,7 @@ def check_out(out: Path, nested: list[str]) -> None:
 
 
 def write(rows: sql.Rows, out: Path) -> None:
-    """Write a result in the format that the file's name says; errors as check_out's."""
+    """Write a result in the format that the file's name says. Raises UsageError (exit 2)."""
     check_out(out, _nested(rows.schema))
     _check_names(rows.schema, f"--out {out}")
     if out.suffix == ".parquet":

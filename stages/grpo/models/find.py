@@ -14,8 +14,7 @@ def resolve_model(run: ActiveRun, name: str) -> Path:
     """The local directory of a checkpoint; a starter model is trained when it is first asked for."""
     folder = model_path(run, name)
     if name in BUILT_IN:
-        if name == run.config.model and (revision := run.config.model_options.revision) is not None:
-            raise UsageError(f"model_options.revision: {revision}, but {name} is no hub id; leave it out")
+        _check_revision(run, name)
         if not folder.exists():  # it appears complete; training it imports torch
             from grpo.models import starter_model
 
@@ -46,6 +45,7 @@ def model_path(run: ActiveRun, name: str) -> Path:
 def local_model(run: ActiveRun, name: str) -> Path | None:
     """The directory of a checkpoint, where it need not be; None where it would be trained or downloaded."""
     if name in BUILT_IN:
+        _check_revision(run, name)
         return starter_folder(run, name) if starter_folder(run, name).exists() else None
     if not is_hub_id(name, run.imports):
         return run.checkpoint_path(name)
@@ -59,3 +59,9 @@ def local_model(run: ActiveRun, name: str) -> Path | None:
 def starter_folder(run: Run, name: str = STARTER) -> Path:
     """Where a starter model is, once it is trained: all runs share it."""
     return run.root / ".models" / name
+
+
+def _check_revision(run: ActiveRun, name: str) -> None:
+    """Raise UsageError (exit 2) for a revision of a starter model."""
+    if name == run.config.model and (revision := run.config.model_options.revision) is not None:
+        raise UsageError(f"model_options.revision: {revision}, but {name} is no hub id; leave it out")

@@ -64,6 +64,11 @@ class Reader(nn.Module):
         )
 
 
+def move(model: PreTrainedModel, device: str) -> None:
+    """Its tensors to `device`, in place. torch's own: transformers wraps it for quantised models, untyped."""
+    nn.Module.to(model, device)
+
+
 def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Head] | None:
     """The trunk of a causal language model, whose last_hidden_state the head reads, and that head.
 

@@ -90,19 +90,30 @@ def ensure(directory: Path, say: Callable[[str], None], stop: Callable[[], objec
         )
 
 
+def sketch(directory: Path) -> None:
+    """Write the model of the name of `directory` untrained: to see what holds whatever its weights are."""
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        _save(directory, _untrained(tokenizer, SIZES[directory.name]), tokenizer)
+
+
 def _build(directory: Path, say: Callable[[str], None], stop: Callable[[], object]) -> None:
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     files.remove(unfinished)  # of a process that was killed: we hold the lock
     tokenizer = build_tokenizer()
     model = train(tokenizer, STEPS, say, SIZES.get(directory.name, _TINY), stop)
-    with files.resource_errors(directory), quiet_transformers():
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+    _save(unfinished, model, tokenizer)
     for path in unfinished.iterdir():  # again: transformers does not sync, and gives no one else rights
         files.write_file(path, path.read_bytes())
     files.sync_folder(unfinished)
     files.move(unfinished, directory)
     files.sync_folder(directory.parent)
+
+
+def _save(directory: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with files.resource_errors(directory), quiet_transformers():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -5,14 +5,17 @@ from grpo.errors import UsageError
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.vllm_settings import check_version
 from grpo.pipeline.stages import ADVANTAGE, GENERATE
+from grpo.prompts import table as prompts
 from grpo.score.scorers import check_alone
 from grpo.update.adapter import require_peft
 from grpo.update.own_surrogate import surrogate_of
 
 
 def check_ahead(run: ActiveRun) -> None:
-    """Raise now what is wrong with engine, SQL, rewards, surrogate or adapter. Nothing is written."""
+    """Raise now what is wrong with engine, templates, SQL, rewards, surrogate or adapter. Writes nothing."""
     usable_engine(run)
+    for output in (prompts.OUTPUT, *([prompts.HELD_OUT] if run.config.evaluate is not None else [])):
+        prompts.check_template(run, output)
     for stage in (GENERATE, ADVANTAGE):  # SQL of the user's
         stage.load().check(run, run.config.iterations, None)
     check_alone(run)

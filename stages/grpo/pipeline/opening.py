@@ -21,7 +21,7 @@ def configured(path: Path, overrides: Sequence[str], quiet: bool = False) -> Act
 
 @contextmanager
 def working(run: ActiveRun) -> Iterator[ActiveRun]:
-    """The run, locked and prepared for work; errors as lock()'s and prepare()'s."""
+    """The run, locked and prepared for work. LockedError (exit 5); InputError (4) for one made otherwise."""
     with locked(run):
         prepare(run)
         finish_start_over(run)

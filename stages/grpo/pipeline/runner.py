@@ -64,7 +64,7 @@ def check_fresh(run: ActiveRun, until: int) -> tuple[list[Stage], int]:
 
 
 def say_differences(run: ActiveRun, until: int) -> None:
-    """Say what a plain run would say before it begins; errors as check_fresh()'s."""
+    """Say what a plain run would say before it begins. Raises InputError (exit 4) where none would."""
     todo, iteration = check_fresh(run, until)
     if iteration >= 0:
         _say_changes(run, todo, iteration)

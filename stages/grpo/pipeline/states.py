@@ -1,5 +1,6 @@
 """states: what is done, partial, stale, changed or missing, and why; read from manifests alone."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from grpo.artifacts import (
@@ -115,11 +116,11 @@ def nearest_policy(run: Run, iteration: int) -> int:
     return max(number for number in run.policies() if number <= iteration)
 
 
-def followers(run: Run, output: str, iteration: int) -> list[str]:
-    """Outputs on disk that read `output` of `iteration`, directly or not: `update@3`, in order."""
-    reached: set[tuple[str, int | None]] = {(output, iteration)}
+def followers(run: Run, output: str, iterations: Collection[int]) -> list[str]:
+    """Outputs on disk that read `output` of one of `iterations`, directly or not: `update@3`, in order."""
+    reached: set[tuple[str, int | None]] = {(output, iteration) for iteration in iterations}
     texts = []
-    for number in sorted(n for n in {*run.iterations(), *run.evaluations()} if n >= iteration):
+    for number in sorted(n for n in {*run.iterations(), *run.evaluations()} if n >= min(iterations)):
         for stage in (EVALUATE, *STAGES):
             manifest = run.manifest(stage.output, number)
             if manifest is None or (stage.output, number) in reached:

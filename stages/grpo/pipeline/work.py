@@ -99,6 +99,8 @@ def run_stage(
         raise UsageError(f"{name} --force: nothing is missing; say which to rerun with --iteration N")
     elif not iterations:
         opened.console.say(f"{name}: nothing to do; rerun it with --iteration N --force")
+    if force or only_failed:
+        _say_stale(opened, stage, iterations)
     with Resources(opened) as resources:
         for iteration in iterations:
             before = opened.manifest(stage.output, iteration)
@@ -122,19 +124,11 @@ def _rows_of(manifest: Manifest) -> tuple[int, int]:
 
 
 def _check_replace(opened: ActiveRun, stage: Stage, before: Manifest, force: bool, only_failed: bool) -> None:
-    """Refuse what differs without --force; with it, say what may become stale."""
+    """Refuse what differs without --force, and rows that --only-failed cannot keep."""
     iteration = before.iteration
-    assert iteration is not None
     if only_failed:
         _check_kept(opened, stage, before)
     if force or only_failed:
-        after = states.followers(opened, stage.output, iteration)
-        if after:
-            more = f" and {len(after) - 4} more" if len(after) > 4 else ""
-            listed = ", ".join(after[:4]) + more
-            opened.console.say(
-                f"{stage.name} {iteration}: if its result changes, these become stale: {listed}"
-            )
         return
     if states.inputs_changed(opened, before):
         return  # stale: it is done again without being asked twice
@@ -142,6 +136,18 @@ def _check_replace(opened: ActiveRun, stage: Stage, before: Manifest, force: boo
         place = opened.folder(stage.output, iteration)
         kept = ", `grpo status` shows what was measured" if stage is EVALUATE else ""
         raise InputError(f"{place}: changed ({'; '.join(changes)}); --force reruns it{kept}")
+
+
+def _say_stale(opened: ActiveRun, stage: Stage, iterations: list[int]) -> None:
+    """Say in one line what may become stale where a stage is done again in `iterations`."""
+    again = [number for number in iterations if opened.manifest(stage.output, number) is not None]
+    after = states.followers(opened, stage.output, again) if again else []
+    if after:
+        more = f" and {len(after) - 4} more" if len(after) > 4 else ""
+        what = f"{stage.name}: if results change"
+        if len(again) == 1:
+            what = f"{stage.name} {again[0]}: if its result changes"
+        opened.console.say(f"{what}, these become stale: {', '.join(after[:4])}{more}")
 
 
 def evaluate(opened: ActiveRun, policy: int | None, force: bool) -> int:
@@ -158,6 +164,8 @@ def evaluate(opened: ActiveRun, policy: int | None, force: bool) -> int:
     before = opened.manifest(evaluation.OUTPUT, number)
     if before is not None:
         _check_replace(opened, EVALUATE, before, force, only_failed=False)
+    if force:
+        _say_stale(opened, EVALUATE, [number])
     with Resources(opened) as resources:
         if force or before is None or not evaluation.plan(opened, number).same_as(before):
             EVALUATE.load().check(opened, number, resources.borrow)

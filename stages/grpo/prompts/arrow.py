@@ -9,7 +9,6 @@ import pyarrow as pa
 from grpo import tables
 from grpo.prompts.source import Row
 
-_MAX_DEPTH = 32  # of a column; a Parquet schema of more than 100 levels, two for each list, cannot be read
 _UNTYPED = (OverflowError, pa.ArrowInvalid, pa.ArrowTypeError)  # what Arrow raises where no type fits
 
 
@@ -29,8 +28,6 @@ def arrow_table(
     own = ((name, _type_of([row.get(name) for row in rows], f"column {name}", places)) for name in names)
     found = pa.schema([field if field.name != "messages" else ("messages", messages) for field in fixed])
     found = pa.schema([*found, *own])
-    if deep := [field.name for field in found if _depth(field.type) > _MAX_DEPTH]:
-        raise ValueError(f"column {deep[0]} holds lists or objects nested more than {_MAX_DEPTH} deep")
     if schema is None:
         return pa.Table.from_pylist(rows, schema=found)
     # from_pylist leaves out what the schema does not have, and makes 1 of 1.5 where it says integer.
@@ -83,8 +80,3 @@ def _have_type(values: list[Any]) -> bool:
     except _UNTYPED:
         return False
     return True
-
-
-def _depth(data_type: pa.DataType) -> int:
-    fields = [data_type.field(index) for index in range(data_type.num_fields)]
-    return max((1 + _depth(field.type) for field in fields), default=0)

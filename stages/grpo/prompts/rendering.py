@@ -7,18 +7,15 @@ or chance for is asked once, and no iteration and no resumed shard can see anoth
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import wait
 from contextlib import closing
 from itertools import accumulate, groupby, takewhile
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from pebble import ProcessExpired, ProcessPool
 
-from grpo.errors import DataError, InputError, ResourceError, UsageError
-from grpo.prompts import template_worker
+from grpo.errors import DataError, InputError, UsageError
 from grpo.prompts.chat import Chat
+from grpo.prompts.renderer import TIMEOUT_S, Renderer, template_of
 from grpo.prompts.source import Row
 from grpo.prompts.template_worker import Failure, Request
 from grpo.tables import RENDERED
@@ -26,11 +23,7 @@ from grpo.tables import RENDERED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHATS_PER_CALL = 1000
 _CHARACTERS_PER_CALL = 2**22  # of a tokenizer
-TIMEOUT_S = 10.0  # of a chat; a millisecond is usual
-_SPARE_S = 20.0  # of a call beside one chat that is slow
-_POLL_S = 0.1  # how soon a signal is heard meanwhile
 
 
 class Encoder:
@@ -49,9 +42,8 @@ class Encoder:
     ) -> None:
         self.chat = chat
         self._tokenizer = tokenizer
-        self._stop = stop
         self._timeout_s = timeout_s
-        self._pool: ProcessPool | None = None
+        self._renderer = Renderer(stop)
 
     @property
     def template(self) -> str:
@@ -61,7 +53,7 @@ class Encoder:
                 "prompts: are chat messages, but the model's tokenizer has no chat template; give one:"
                 " prompts.chat_template"
             )
-        return str(self._tokenizer.get_chat_template(self.chat.template, self.chat.arguments.get("tools")))
+        return template_of(self._tokenizer, self.chat.template, self.chat.arguments.get("tools"))
 
     def rows(self, rows: list[Row]) -> list[Row]:
         """The rows, each chat with its text; one that has its text keeps it.
@@ -97,19 +89,18 @@ class Encoder:
     def render(self, rows: list[Row], given: Mapping[str, Any] = {}, without: str = "") -> list[str]:
         """The text of each chat; given: variables in place of the usual, without: one that is left out."""
         texts: list[str] = []
-        while len(texts) < len(rows):
-            some = rows[len(texts) : len(texts) + _CHATS_PER_CALL]
-            found = self._call(some, [self._request(row["messages"], given, without) for row in some])
+        if not rows:
+            return texts
+        requests = (self._request(row["messages"], given, without) for row in rows)
+        for found in self._renderer.render(self.template, requests, self._timeout_s):
             if isinstance(found, Failure):
-                raise _cannot(some[found.place : found.place + 1], found.reason)
-            texts += found
+                raise _cannot(rows[len(texts) : len(texts) + found.among], found.reason)
+            texts.append(found)
         return texts
 
     def close(self) -> None:
         """End the process, busy or not."""
-        if self._pool is not None:
-            self._pool.stop()  # type: ignore[no-untyped-call]
-            self._pool.join()
+        self._renderer.close()
 
     def _request(self, messages: list[Row], given: Mapping[str, Any], without: str) -> Request:
         # An answer that is begun is continued, as TRL does (apply_chat_template in trl/data_utils.py).
@@ -117,28 +108,6 @@ class Encoder:
         turn = {"add_generation_prompt": not begun, "continue_final_message": begun}
         values = {**self._tokenizer.special_tokens_map, **self.chat.arguments, **turn, **given}
         return Request(messages, {name: value for name, value in values.items() if name != without})
-
-    def _call(self, rows: list[Row], requests: list[Request]) -> list[str] | Failure:
-        if self._pool is None:
-            # spawn: a fork of a process that has threads (torch, pyarrow) can deadlock.
-            context, start = get_context("spawn"), template_worker.start
-            self._pool = ProcessPool(max_workers=1, initializer=start, context=context)
-        what, limit = (self.template, requests, self._timeout_s), self._timeout_s + _SPARE_S
-        future = self._pool.schedule(template_worker.render, what, timeout=limit)
-        while self._pool.active and not future.done():
-            wait([future], timeout=_POLL_S)
-            self._stop()
-        if not future.done():
-            raise ResourceError("prompts: the process for the chat template cannot be started")
-        self._stop()  # a signal to all of a process group ends both
-        try:
-            found: list[str] | Failure = future.result()
-        except TimeoutError:
-            raise _cannot(rows, f"together they take more than {limit:g} s") from None
-        except ProcessExpired as error:
-            late = f"it takes more than {self._timeout_s:g} s, or ends its process (status {error.exitcode})"
-            raise _cannot(rows, late) from None
-        return found
 
     def _check_arguments(self) -> None:
         """Refuse a variable that the template does not know: it would do nothing."""
@@ -159,7 +128,7 @@ def shown(row: Row) -> str | None:
 def encode(
     rows: list[Row], tokenizer: "PreTrainedTokenizerBase", chat: Chat, stop: Callable[[], None] = lambda: None
 ) -> tuple[list[str], list[list[int]]]:
-    """Text and token ids of each prompt. Raises what Encoder.rows() does."""
+    """Text and token ids of each prompt. UsageError (exit 2), DataError (3)."""
     with closing(Encoder(tokenizer, chat, stop)) as encoder:
         found = encoder.rows(rows)
         return [str(shown(row)) for row in found], encoder.token_ids(found)

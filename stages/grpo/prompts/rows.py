@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import PromptsConfig
-from grpo.errors import DataError
+from grpo.config.depth import check_depth
+from grpo.errors import DataError, listed
 from grpo.prompts.columns import ABSENT, MAX_CHARACTERS, find, paths, text_of
 from grpo.prompts.source import Row, read_rows
 from grpo.tables import RENDERED
@@ -13,6 +14,7 @@ from grpo.tables import RENDERED
 # Keys of the tables, and what every reward function is passed: a column of the same name would be hidden.
 _PASSED = ("prompts", "completions", "completion_ids")
 _RESERVED = ("prompt_id", "iteration", "group_id", "sample_id", "run", RENDERED, *_PASSED)
+_MAX_DEPTH = 32  # of a column; a Parquet schema of more than 100 levels, two for each list, cannot be read
 _MOST_COLUMNS = 10_000
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -28,6 +30,7 @@ def normalised(
     found: dict[str, None] = {}
     held, texts, unused = set[str](), 0, 0
     for prompt_id, (place, row) in enumerate(read_rows(config, folder)):
+        _check_depth(place, row)
         found |= dict.fromkeys(paths(row))
         held |= {key for key in named.keys() - held if find(row, named[key]) is not ABSENT}
         try:
@@ -39,13 +42,22 @@ def normalised(
         unused += is_text and _has_messages(row, config)
         yield place, {"prompt_id": prompt_id, **own}
     for key in sorted(named.keys() - held if found else ()):
-        problem = f"no column {named[key]}; found {', '.join(found)} (prompts.columns.{key})"
+        problem = f"no column {named[key]}; found {listed(found, named[key])} (prompts.columns.{key})"
         raise DataError(f"prompts.source: {config.source}: {problem}")
     if notes is not None and config.chat and not texts:
         notes.append("chat: true has no effect: every prompt is a list of messages already")
     if notes is not None and unused:
         way = "columns.messages: null turns it round"
         notes.append(f"{config.columns.prompt} is not used in {unused:,} rows that have messages; {way}")
+
+
+def _check_depth(place: str, row: Row) -> None:
+    for name, value in row.items():
+        try:
+            check_depth(value, _MAX_DEPTH)
+        except ValueError:
+            problem = f"column {name} holds lists or objects nested more than {_MAX_DEPTH} deep"
+            raise DataError(f"{place}: {problem}") from None
 
 
 def _normalise(row: Row, config: PromptsConfig) -> Row:
@@ -79,7 +91,7 @@ def _prompt_and_messages(row: Row, config: PromptsConfig) -> tuple[str | None, l
     name = columns.prompt if is_prompt else str(columns.messages)
     found = find(row, name)
     if found is ABSENT:
-        raise ValueError(f"no column {name}; found {', '.join(paths(row))} (prompts.columns.prompt)")
+        raise ValueError(f"no column {name}; found {listed(paths(row), name)} (prompts.columns.prompt)")
     chosen = columns.model_fields_set
     ask_which = not is_prompt and "prompt" in chosen and "messages" not in chosen
     if ask_which and find(row, columns.prompt) not in (None, ABSENT):

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from grpo.artifacts import digest, is_hub_id
 from grpo.artifacts.files import sha256_of
 from grpo.config import PromptsConfig
+from grpo.config.named_files import not_a_file
 from grpo.config.prompts import BUILT_IN
-from grpo.errors import DataError, UsageError, first_line
+from grpo.errors import DataError, UsageError, first_line, listed
 from grpo.prompts.arithmetic import held_out_rows, training_rows
 from grpo.prompts.memory import within_memory
 
@@ -61,9 +62,8 @@ def source_digest(config: PromptsConfig, folder: Path) -> str | None:
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
-        found = "is a folder; a file is needed" if path.is_dir() else "no such file"
-        raise DataError(f"prompts.source: {path}: {found}")
+    if problem := not_a_file(path):
+        raise DataError(f"prompts.source: {path}: {problem}")
     return path
 
 
@@ -278,7 +278,9 @@ def _split_of(config: PromptsConfig, saved: Any) -> "Dataset":
     if config.split not in tables and not isinstance(saved, dict):
         raise ValueError(f"holds one table, not a split {config.split}; leave prompts.split out")
     if config.split not in tables:
-        raise ValueError(f"has no split {config.split}; there are {', '.join(tables)} (prompts.split)")
+        raise ValueError(
+            f"has no split {config.split}; there are {listed(tables, config.split)} (prompts.split)"
+        )
     return tables[config.split]
 
 

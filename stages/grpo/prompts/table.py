@@ -60,7 +60,7 @@ def plan(run: ActiveRun, output: str = OUTPUT, kept: Manifest | None = None) -> 
         found = source_digest(config, run.imports)
     sources = {"prompts.source": found} if found else {}
     if config.chat_template is not None:
-        chat_of(config, run.imports)  # says so where the file cannot be read
+        check_template(run, output)
         sources["prompts.chat_template"] = sha256_of(run.imports / config.chat_template)
     return Plan(output, STAGE_VERSION, output, None, {"prompts": described(run, output)}, {}, sources)
 
@@ -75,6 +75,11 @@ def described(run: ActiveRun, output: str = OUTPUT) -> dict[str, Any]:
 def is_on_hub(config: PromptsConfig, folder: Path) -> bool:
     """Whether the source is a data set on the hub."""
     return config.source not in BUILT_IN and not config.is_file and is_hub_id(config.source, folder)
+
+
+def check_template(run: ActiveRun, output: str = OUTPUT) -> None:
+    """Raise UsageError (exit 2) where the user's chat template cannot be read."""
+    chat_of(config_of(run, output), run.imports)
 
 
 def source_is_gone(run: ActiveRun, output: str = OUTPUT) -> bool:

@@ -7,6 +7,7 @@ part of a prompt. What it raises comes back as text.
 import faulthandler
 import os
 import random
+import re
 import resource
 import signal
 import time
@@ -23,6 +24,7 @@ from grpo.prompts.columns import MAX_CHARACTERS
 
 _SPARE_S = 2.0  # then the process is ended: within one long operation, Python hears no alarm
 MEMORY_GIB = 2  # address space; what is imported takes a tenth of it
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Request(NamedTuple):
@@ -33,10 +35,14 @@ class Request(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """What the template did instead of giving text."""
+    """What the template did instead of giving text: it raised something, or ran into a limit.
 
-    place: int
+    among: of how many requests it is one, where it is not known which.
+    """
+
     reason: str
+    at_limit: bool = False
+    among: int = 1
 
 
 def start() -> None:
@@ -52,25 +58,27 @@ def start() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, most))
 
 
-def render(template: str, requests: Sequence[Request], timeout_s: float) -> list[str] | Failure:
-    """The text of each request, or the first that has none and why; each within timeout_s."""
-    texts: list[str] = []
+def render(template: str, requests: Sequence[Request], timeout_s: float) -> list[str | Failure]:
+    """The text of each request or why it has none, each within timeout_s; one at a limit is the last."""
+    found: list[str | Failure] = []
     with Path(os.devnull).open("w") as nowhere:
         for request in requests:
             faulthandler.dump_traceback_later(timeout_s + _SPARE_S, exit=True, file=nowhere)
             signal.setitimer(signal.ITIMER_REAL, timeout_s)
             try:
-                texts.append(_text(template, request))
+                found.append(_text(template, request))
             except TimeoutError:
-                return Failure(len(texts), f"it takes more than {timeout_s:g} s")
+                found.append(Failure(f"it takes more than {timeout_s:g} s", at_limit=True))
             except MemoryError:
-                return Failure(len(texts), f"it takes more than {MEMORY_GIB} GiB of memory")
+                found.append(Failure(f"it takes more than {MEMORY_GIB} GiB of memory", at_limit=True))
             except Exception as error:  # noqa: BLE001 - a template can raise whatever code can
-                return Failure(len(texts), first_line(error))
+                found.append(Failure(first_line(error)))
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 faulthandler.cancel_dump_traceback_later()
-    return texts
+            if isinstance(found[-1], Failure) and found[-1].at_limit:
+                break
+    return found
 
 
 def _text(template: str, request: Request) -> str:
@@ -79,6 +87,8 @@ def _text(template: str, request: Request) -> str:
     [text], _ = call([request.messages], chat_template=template, **request.arguments)
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it writes {len(text):,} characters; {MAX_CHARACTERS:,} are the most")
+    if not text.isascii() and _SURROGATE.search(text):  # as "\ud800" is in a template
+        raise ValueError("it writes a lone surrogate (\\ud800-\\udfff), which is not text")
     return str(text)
 
 

@@ -38,7 +38,7 @@ def described(run: ActiveRun) -> dict[str, Any]:
 
 
 def user_files_of(run: ActiveRun) -> dict[str, str]:
-    """What computes each reward, as part of a plan; errors as source_sha256's and checkpoint_id's."""
+    """What computes each reward, as part of a plan. UsageError (exit 2), InputError (4) for none."""
     rewards = run.config.score.rewards
     return run.once(
         "score.rewards", lambda: {f"score.rewards.{reward.name}": _source(run, reward) for reward in rewards}
@@ -46,7 +46,7 @@ def user_files_of(run: ActiveRun) -> dict[str, str]:
 
 
 def teacher_files_of(run: ActiveRun) -> dict[str, str]:
-    """The id of each teacher's checkpoint, as part of a plan; errors as checkpoint_id's."""
+    """The id of each teacher's checkpoint, as part of a plan. Raises InputError (exit 4) for none."""
     paths = {each.name: model_path(run, each.model).absolute() for each in run.config.score.teachers}
     return {f"score.teachers.{name}": run.checkpoint_id(str(path)) for name, path in paths.items()}
 

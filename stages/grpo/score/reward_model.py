@@ -4,24 +4,26 @@ Texts go through its own tokenizer and chat template, never the policy's. B rows
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from grpo.artifacts import refuse_adapter
 from grpo.config.score import MODEL_TIMEOUT_S
-from grpo.errors import EngineError, InputError
+from grpo.errors import DataError, EngineError, InputError
 from grpo.models.attention import settle, vocabulary
+from grpo.models.batches import batches
 from grpo.models.bounds import WEIGHT_FILES
 from grpo.models.loading import context_length, load_pretrained, load_tokenizer, read_config
 from grpo.models.refusals import refusals
+from grpo.prompts.renderer import TIMEOUT_S, Renderer, template_of
+from grpo.prompts.template_worker import Failure, Request
 from grpo.score.functions.built_in import Text, Texts
 from grpo.score.outcome import Outcome, one_line, outcome_of
 
@@ -31,17 +33,21 @@ NO_LIMIT = 10**30  # as tokenizers say it
 class RewardModel:
     """A classifier in float32 on `device`, kept between iterations.
 
-    directory: a local checkpoint, safetensors. Raises InputError where it is not there, cannot be loaded
-    without code of its own, lacks weights, or does not have exactly one label; CorruptError where its
-    weights cannot be read.
+    directory: a local checkpoint, safetensors. stop: called while its chat template is waited for, and may
+    raise. To be closed. Raises InputError where it is not there, cannot be loaded without code of its own,
+    lacks weights, or does not have exactly one label; CorruptError where its weights cannot be read.
     """
 
-    def __init__(self, directory: Path, device: str) -> None:
+    def __init__(self, directory: Path, device: str, stop: Callable[[], None] = lambda: None) -> None:
         if not directory.is_dir():
             raise InputError(f"reward model {directory}: no such directory")
         self._where = f"reward model {directory}"
         self._model = _load_classifier(directory, device)
         self._tokenizer: Any = load_tokenizer(directory)  # Any: its calls return unions of everything
+        self._template: str | None = None
+        if self._tokenizer.chat_template is not None:
+            self._template = template_of(self._tokenizer)
+        self._renderer = Renderer(stop)
         self._device = device
         self._text_config = self._model.config.get_text_config()
         self._pad_token_id: int | None = self._text_config.pad_token_id
@@ -51,6 +57,10 @@ class RewardModel:
         """Leave the accelerator until the next score()."""
         self._model.to("cpu")
         torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """End the process of the chat template."""
+        self._renderer.close()
 
     def score(
         self,
@@ -62,13 +72,15 @@ class RewardModel:
         """Outcomes in the order of the rollouts.
 
         max_tokens_per_batch: rows x longest row, padding included; memory only, it never changes a value
-        beyond rounding. timeout_s: of one batch; one that takes longer ends the command.
+        beyond rounding. timeout_s: of one batch, and of the template on one rollout, which has 10 s at most;
+        what takes longer ends the command: EngineError (exit 8), DataError (exit 3).
         """
         self._model.to(self._device)
-        read = dict(enumerate(map(self._token_ids, prompts, completions)))
+        texts = self._texts(prompts, completions, min(timeout_s, TIMEOUT_S))
+        read = {place: self._token_ids(text) for place, text in enumerate(texts)}
         outcomes = {place: Outcome(None, "error", row) for place, row in read.items() if isinstance(row, str)}
         rows = {place: row for place, row in read.items() if not isinstance(row, str)}
-        for batch in _batches(rows, max_tokens_per_batch):
+        for batch in batches({place: len(row) for place, row in rows.items()}, max_tokens_per_batch):
             late = f"a batch of {len(batch)} rollouts took longer than timeout_s, {timeout_s:g} s"
             way_out = "allow it more, or fewer score.max_tokens_per_batch"
             with _deadline(timeout_s, f"{self._where}: {late}; {way_out}"):
@@ -77,22 +89,31 @@ class RewardModel:
                 outcomes[place] = outcome_of(value, "the reward model gave")
         return [outcomes[place] for place in read]
 
-    def _token_ids(self, prompt: Text, completion: Text) -> list[int] | str:
-        """The whole conversation through the chat template, or what is wrong with it; it is never cut.
+    def _texts(self, prompts: Texts, completions: Texts, timeout_s: float) -> Iterator[str | Failure]:
+        """Each whole conversation through the chat template; without one, the texts behind each other."""
+        chats = [
+            [*_messages(prompt, "user"), *_messages(completion, "assistant")]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        if self._template is None:
+            for prompt, chat in zip(prompts, chats, strict=True):
+                separator = "" if isinstance(prompt, str) else "\n"
+                yield separator.join(message["content"] or "" for message in chat)
+            return
+        special = self._tokenizer.special_tokens_map
+        for found in self._renderer.render(
+            self._template, (Request(chat, special) for chat in chats), timeout_s
+        ):
+            if isinstance(found, Failure) and found.at_limit:
+                raise DataError(f"{self._where}: its chat template cannot render a rollout: {found.reason}")
+            yield found
 
-        Without a template, the texts behind each other.
-        """
-        messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
-        if self._tokenizer.chat_template is None:
-            separator = "" if isinstance(prompt, str) else "\n"
-            text = separator.join(message["content"] or "" for message in messages)
-            token_ids = self._tokenizer(text)["input_ids"]
-        else:
-            try:
-                # It adds no special tokens to those that the template has written.
-                token_ids = self._tokenizer.apply_chat_template(messages)["input_ids"]
-            except TemplateError as error:
-                return one_line(f"the reward model's chat template refuses the messages: {error}")
+    def _token_ids(self, text: str | Failure) -> list[int] | str:
+        """Of a conversation, which is never cut; or what is wrong with it."""
+        if isinstance(text, Failure):
+            return one_line(f"the reward model's chat template refuses the messages: {text.reason}")
+        # A template has written its special tokens itself.
+        token_ids: list[int] = self._tokenizer(text, add_special_tokens=self._template is None)["input_ids"]
         if not token_ids:
             return "prompt and response together are no tokens"
         if max(token_ids) >= vocabulary(self._model):
@@ -100,7 +121,7 @@ class RewardModel:
         if len(token_ids) > self._max_tokens:
             context = f"the reward model's context is {self._max_tokens}"
             return f"prompt and response are {len(token_ids)} tokens, {context}"
-        return list(token_ids)
+        return token_ids
 
     @torch.inference_mode()
     def _values(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -175,17 +196,5 @@ def _max_tokens(model: Any, tokenizer: Any) -> int:
     return min(limit, int(tokenizer.model_max_length))
 
 
-def _messages(text: Text, role: str) -> list[Mapping[str, Any]]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
-
-
-def _batches(rows: Mapping[int, Sequence[int]], max_tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices of rows, the longest first; rows x longest row is within the budget, but for a single row."""
-    batch: list[int] = []
-    for index in sorted(rows, key=lambda index: -len(rows[index])):
-        if batch and len(rows[batch[0]]) * (len(batch) + 1) > max_tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+def _messages(text: Text, role: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else [dict(each) for each in text]

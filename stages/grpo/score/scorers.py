@@ -64,7 +64,10 @@ def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
             if reward.judge is not None:
                 judge = Judge(reward, rubric_of(reward, run.imports))
                 judges[reward.name] = stack.enter_context(closing(judge))
-        yield Scorers(pool, prompts, _open_models(run), judges, _open_teachers(run))
+        models = _open_models(run)
+        for model in models.values():
+            stack.enter_context(closing(model))
+        yield Scorers(pool, prompts, models, judges, _open_teachers(run))
 
 
 def check_alone(run: ActiveRun) -> None:
@@ -112,7 +115,8 @@ def _open_models(run: ActiveRun) -> "dict[str, RewardModel]":
     from grpo.models.loading import best_device
     from grpo.score.reward_model import RewardModel
 
-    return {name: RewardModel(run.checkpoint_path(model), best_device()) for name, model in wanted.items()}
+    device, stop = best_device(), run.console.stop_requested
+    return {name: RewardModel(run.checkpoint_path(model), device, stop) for name, model in wanted.items()}
 
 
 def _open_teachers(run: ActiveRun) -> "dict[str, Teacher]":

@@ -2,10 +2,11 @@
 
 A shard is one teacher over one rollout shard, committed at once and kept by a hard link while both are what
 they were. A teacher reads the policy's own tokens, so its tokenizer has to be the policy's.
-Shapes: S rollouts read at once, L tokens of the longest, N response tokens that count.
+Shapes: S rollouts read at once, L tokens of the longest, N response tokens of theirs that count, T tokens of
+one response.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from grpo import tables
 from grpo.artifacts import ActiveRun, FileRecord, Manifest, Staging, digest
 from grpo.errors import DataError, EngineError
+from grpo.models.batches import batches
 from grpo.models.find import model_path
 from grpo.models.loading import best_device, context_length, load_model, load_tokenizer
-from grpo.models.reader import Reader
+from grpo.models.reader import Reader, move
 from grpo.score.plan import STAGE_VERSION
 from grpo.score.shard import File, read
 
@@ -61,7 +63,7 @@ class Teacher:
     def release(self) -> None:
         """Leave the accelerator until the next commit()."""
         if self._device != "cpu":
-            torch.nn.Module.to(self._model, "cpu")
+            move(self._model, "cpu")
             torch.cuda.empty_cache()
 
     def commit(
@@ -72,7 +74,7 @@ class Teacher:
         Raises DataError (exit 3) for a token that is another for the policy, and for a rollout beyond the
         teacher's context; EngineError (exit 8) for log-probs that are not finite.
         """
-        torch.nn.Module.to(self._model, self._device)
+        move(self._model, self._device)
         records = []
         for name, file in rollouts.items():
             if (record := staging.committed(name)) is None:
@@ -98,7 +100,12 @@ class Teacher:
         title = f"score {staging.plan.iteration} {self.name}"
         with run.console.progress(title, len(rows), "rollouts") as advance:
             found = [np.zeros(len(row["response_mask"]), dtype=np.float32) for row in rows]
-            for batch in _batches(rows, run.config.score.max_tokens_per_batch):
+            lengths = {
+                place: len(row["prompt_token_ids"]) + len(row["response_token_ids"])
+                for place, row in enumerate(rows)
+                if any(row["response_mask"])  # of the others there is nothing to be read
+            }
+            for batch in batches(lengths, run.config.score.max_tokens_per_batch):
                 for place, logprobs_T in zip(batch, self._logprobs([rows[n] for n in batch]), strict=True):
                     found[place] = logprobs_T
                 advance(len(batch))
@@ -110,7 +117,7 @@ class Teacher:
 
     @torch.no_grad()
     def _logprobs(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Log-probs of all response tokens of each row, float32, 0 where they do not count."""
+        """logprobs_T of each of S rows: of every response token, float32 [T], 0 where it does not count."""
         ids = [torch.tensor(row["prompt_token_ids"] + row["response_token_ids"]) for row in rows]
         # Padding stands on the right, where no token that counts sees it.
         input_ids_SL = pad_sequence(ids, batch_first=True).to(self._device)
@@ -122,9 +129,9 @@ class Teacher:
         lengths = [len(at) for at in counted]
         temperatures = np.repeat([row["temperature"] for row in rows], lengths).astype(np.float32)
         arrays = (np.concatenate(places), np.concatenate(targets), temperatures)
-        given = [torch.from_numpy(array).to(self._device) for array in arrays]
+        places_N, targets_N, temperature_N = (torch.from_numpy(array).to(self._device) for array in arrays)
         inputs = {"input_ids": input_ids_SL, "use_cache": False}
-        logprobs_N, _ = self._reader(inputs, *given)
+        logprobs_N, _ = self._reader(inputs, places_N, targets_N, temperature_N)
         parts = np.split(logprobs_N.float().cpu().numpy(), np.cumsum(lengths)[:-1])
         found = [np.zeros(len(row["response_mask"]), dtype=np.float32) for row in rows]
         for values_T, at, part in zip(found, counted, parts, strict=True):
@@ -133,7 +140,9 @@ class Teacher:
 
     def _row(self, row: Row, logprobs_T: np.ndarray) -> Row:
         if not np.isfinite(logprobs_T).all():
-            raise EngineError(f"score: teacher {self.name}: a log-prob of rollout {_key(row)} is not finite")
+            raise EngineError(
+                f"score: teacher {self.name}: a log-prob of rollout {tables.key_text(row)} is not finite"
+            )
         counts = np.array(row["response_mask"], dtype=bool)
         gaps = logprobs_T.astype(np.float64)[counts] - np.array(row["old_logprobs"])[counts]
         gap = float(gaps.mean()) if len(gaps) else None
@@ -141,7 +150,7 @@ class Teacher:
 
     def _check(self, row: Row) -> None:
         ids = row["prompt_token_ids"] + row["response_token_ids"]
-        where = f"score: teacher {self.name}: rollout {_key(row)}"
+        where = f"score: teacher {self.name}: rollout {tables.key_text(row)}"
         limit = context_length(self._model.config)
         if limit is not None and len(ids) > limit:
             raise DataError(f"{where} is {len(ids)} tokens, and its context {limit}; take another teacher")
@@ -154,24 +163,3 @@ class Teacher:
                         " teacher; a teacher needs the policy's tokenizer"
                     )
                 self._agreed.add(number)
-
-
-def _key(row: Row) -> str:
-    return f"({', '.join(tables.KEY)}) {tuple(row[name] for name in tables.KEY)}"
-
-
-def _batches(rows: Sequence[Row], max_tokens: int) -> Iterator[list[int]]:
-    """Places of rows with a token that counts, the longest first; padded, a batch has at most max_tokens."""
-    lengths = {
-        place: len(row["prompt_token_ids"]) + len(row["response_token_ids"])
-        for place, row in enumerate(rows)
-        if any(row["response_mask"])
-    }
-    batch: list[int] = []
-    for place in sorted(lengths, key=lambda place: -lengths[place]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch

@@ -4,7 +4,6 @@ from grpo.sql.connection import (
     LAST_GROUP,
     Connection,
     connect,
-    consult,
     create_scored,
     limit_scored,
     own_text,
@@ -13,8 +12,9 @@ from grpo.sql.connection import (
     register,
     rows,
     seed_random,
-    tell_weights,
-    turn_to,
+    set_weights,
+    show_iteration,
+    snapshot,
 )
 from grpo.sql.guarded import TIMEOUT_S, Question, Rows, UserSql
 from grpo.sql.run_tables import SETTINGS
@@ -28,7 +28,6 @@ __all__ = [
     "Rows",
     "UserSql",
     "connect",
-    "consult",
     "create_scored",
     "limit_scored",
     "own_text",
@@ -37,6 +36,7 @@ __all__ = [
     "register",
     "rows",
     "seed_random",
-    "tell_weights",
-    "turn_to",
+    "set_weights",
+    "show_iteration",
+    "snapshot",
 ]

@@ -88,13 +88,14 @@ def _resident_bytes() -> int:
 
 
 def _reply(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    runs = [Run(Path(folder).parent, Path(folder).name) for folder, _ in request["runs"]]
+    paths = [Path(path) for path, _ in request["runs"]]
+    runs = [Run(path.parent, path.name) for path in paths]
     for run, (_, name) in zip(runs, request["runs"], strict=True):
         run.name = name  # its path, where two folders have one name
     shown = request["iteration"]
     iteration = range(*shown) if isinstance(shown, list) else shown
     try:
-        return sql.consult(
+        return sql.snapshot(
             runs,
             lambda connection: _answer(connection, request, folder),
             iteration,

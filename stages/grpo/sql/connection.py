@@ -92,9 +92,9 @@ def _register(database: duckdb.DuckDBPyConnection, shown: RunTables, view: str) 
         database.register(f"_{view}_{index}", shown.table(run, view))
 
 
-def turn_to(connection: Connection, iteration: int) -> None:
+def show_iteration(connection: Connection, iteration: int) -> None:
     """Show what the runs hold of another iteration now: a new connection takes 30 ms."""
-    connection.tables.turn_to(iteration)
+    connection.tables.show_iteration(iteration)
     for view in NAMES:
         if f"_{view}_0" in connection.replaced:
             _register(connection.duckdb, connection.tables, view)
@@ -102,7 +102,10 @@ def turn_to(connection: Connection, iteration: int) -> None:
 
 
 def query(connection: Connection, statement: str, parameters: dict[str, Any] | None = None) -> pa.Table:
-    """The rows of one statement, which may use any of `parameters`; errors as relation's and checked's."""
+    """The rows of one statement, which may use any of `parameters`.
+
+    Raises UsageError (exit 2) for what is no query or cannot be run, ResourceError (7), CorruptError (6).
+    """
     with checked(connection):
         return relation(connection, statement, parameters).to_arrow_table()
 
@@ -185,11 +188,14 @@ def read(
     parameters: dict[str, Any] | None = None,
     iteration: int | None = None,
 ) -> pa.Table:
-    """The rows of one statement over runs that may be worked on meanwhile; errors as query's."""
-    return consult(runs, lambda connection: query(connection, statement, parameters), iteration)
+    """The rows of one statement over runs that may be worked on meanwhile.
+
+    Raises UsageError (exit 2) for no query, ResourceError (7) over a limit, CorruptError (6) for damage.
+    """
+    return snapshot(runs, lambda connection: query(connection, statement, parameters), iteration)
 
 
-def consult(
+def snapshot(
     runs: Sequence[Run],
     work: Callable[[Connection], _Result],
     iteration: int | range | None = None,
@@ -232,7 +238,7 @@ def create_scored(connection: Connection, weights: Collection[float], *, unrewar
     scored.sql alone says what a reward is, which rollouts are compared, and which groups have no signal.
     unrewarded: without any reward of a weight, every rollout counts, for teachers to judge.
     """
-    tell_weights(connection, weights, unrewarded=unrewarded)
+    set_weights(connection, weights, unrewarded=unrewarded)
     limit_scored(connection)
     create = "create or replace temp view"
     connection.duckdb.execute(f"{create} _scored as {own_text('sql/views/scored')}")
@@ -244,7 +250,7 @@ def limit_scored(connection: Connection, first: int = 0, last: int = LAST_GROUP)
     connection.duckdb.execute(f"set variable first_group = {first}; set variable last_group = {last}")
 
 
-def tell_weights(connection: Connection, weights: Collection[float], *, unrewarded: bool = False) -> None:
+def set_weights(connection: Connection, weights: Collection[float], *, unrewarded: bool = False) -> None:
     """Have a view `scored` that exists go by other weights."""
     number = sum(weight != 0 for weight in weights)
     names = pa.table({"number": [number], "unrewarded": [unrewarded and number == 0]})

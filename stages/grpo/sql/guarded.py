@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from grpo import errors
 from grpo.artifacts import OUTPUTS, Run, files
-from grpo.errors import ResourceError
+from grpo.errors import ResourceError, UsageError
 from grpo.sql import child
 
 TIMEOUT_S = 600.0
@@ -135,7 +135,7 @@ class UserSql:
         return Rows(schema, (_cast(reader.get_batch(number), schema) for number in numbers))
 
     def columns(self, question: Question, where: str = "") -> list[str]:
-        """The columns that it would give; nothing is computed. Errors as rows()'s."""
+        """The columns that it would give; nothing is computed. UsageError (exit 2) for no query."""
         found: list[str] = self._ask(question, 0, where, TIMEOUT_S)["columns"]
         return found
 
@@ -180,8 +180,12 @@ class UserSql:
             "parameters": dict(question.parameters),
             "rows": rows,
         }
+        try:
+            text = json.dumps(request)
+        except RecursionError:
+            raise UsageError("query: a parameter is nested too deeply") from None
         with suppress(BrokenPipeError):  # it has ended: the reply says so
-            self._pipe.send_bytes(json.dumps(request).encode())
+            self._pipe.send_bytes(text.encode())
 
     def _reply(self, timeout_s: float, prefix: str) -> dict[str, Any]:
         end = time.monotonic() + timeout_s

@@ -70,9 +70,9 @@ class RunTables:
         """What went wrong as a table was opened: DuckDB passes on no more than its text."""
         self.outputs = outputs
         self.repeatable = repeatable
-        self.turn_to(iteration)
+        self.show_iteration(iteration)
 
-    def turn_to(self, iteration: int | range | None) -> None:
+    def show_iteration(self, iteration: int | range | None) -> None:
         """Show what the runs hold of `iteration` now, instead of what was shown."""
         wanted = [iteration] if isinstance(iteration, int) else iteration
         self._numbers = {

@@ -60,7 +60,7 @@ class Rollouts:
 
 
 def read_kept(run: ActiveRun, iteration: int, vocabulary_size: int | None = None) -> Rollouts:
-    """The kept rollouts of an iteration and of those it replays, in key order; errors as read_rollouts'.
+    """The kept rollouts of an iteration and of those it replays, in key order. Raises CorruptError (6).
 
     An older rollout keeps the log-probs that its own policy sampled it with, so its importance ratio is a
     true one, and the advantage that its group gave it.

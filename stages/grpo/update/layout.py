@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grpo.models.batches import batches
 from grpo.update.batch import Rollouts
 from grpo.update.tree_attention import Place
 
@@ -93,11 +94,12 @@ def plan(
         return [[sequence] for sequence in sorted(first_fit(trees, capacity), key=_length, reverse=True)]
     widest = min(at_once, cost.longest)
     capacities = {widest, *(min(multiple * largest, widest) for multiple in (1, 2, 4, 8))}
-    ways = [
-        _batches(first_fit(trees, capacity), at_once)
-        for capacity in (sorted(capacities) if layout != "rows" else [0])
-    ]
-    return min(ways, key=lambda batches: sum(map(cost.of, batches)))
+    ways = []
+    for capacity in sorted(capacities) if layout != "rows" else [0]:
+        sequences = first_fit(trees, capacity)
+        cut = batches(dict(enumerate(map(_length, sequences))), at_once)
+        ways.append([[sequences[place] for place in batch] for batch in cut])
+    return min(ways, key=lambda way: sum(map(cost.of, way)))
 
 
 def groups_of(rollouts: Rollouts, rows: np.ndarray) -> list[list[int]]:
@@ -153,16 +155,6 @@ def first_fit(trees: Sequence[Tree], capacity: int) -> list[list[Tree]]:
         sequences[place].append(tree)
         room[place] -= tree.num_tokens
     return sequences
-
-
-def _batches(sequences: list[list[Tree]], max_tokens: int) -> list[list[list[Tree]]]:
-    """Cut sequences, longest first, where one more would exceed max_tokens with its padding."""
-    batches: list[list[list[Tree]]] = []
-    for sequence in sorted(sequences, key=_length, reverse=True):  # stable
-        if not batches or (len(batches[-1]) + 1) * _length(batches[-1][0]) > max_tokens:
-            batches.append([])
-        batches[-1].append(sequence)
-    return batches
 
 
 def _length(sequence: Sequence[Tree]) -> int:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from grpo.config import UpdateConfig
 from grpo.errors import EngineError
 from grpo.models.loading import copy_weights, load_model
+from grpo.models.reader import move
 from grpo.update import parallel
 from grpo.update.adapter import add_adapter, load_adapter, reset_adapter
 from grpo.update.batch import Rollouts, room_for
@@ -156,7 +157,7 @@ class Learner:
     def _move(self, device: str) -> None:
         for network in self._networks.values():
             network.model.zero_grad(set_to_none=True)
-            torch.nn.Module.to(network.model, device)
+            move(network.model, device)
         if "policy" in self._networks:
             move_state(self.optimizer, device)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from grpo.artifacts import ActiveRun
-from grpo.errors import EngineError, UsageError
+from grpo.errors import EngineError, UsageError, listed
 from grpo.update.plan import surrogate_file
 
 OFFERED = ("logprobs", "old_logprobs", "advantages", "rollout", "mask")
@@ -87,7 +87,7 @@ class OwnSurrogate:
             raise NotFiniteError(self.name, sorted(set(rollouts.tolist())))
         return value
 
-    def probed(self) -> "OwnSurrogate":
+    def checked(self) -> "OwnSurrogate":
         """Itself, with what a call on two made-up rollouts, of 3 and 2 tokens, told of its value.
 
         Raises UsageError (exit 2) for a value that cannot be maximised.
@@ -181,7 +181,7 @@ def load(folder: Path, name: str, kept: Path | None = None) -> OwnSurrogate:
         if not callable(function):
             there = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
             raise _ProblemError(
-                f"no function {function_name} in {source.file.name}; it has: {', '.join(there)}"
+                f"no function {function_name} in {source.file.name}; it has: {listed(there, function_name)}"
             )
         keywords = _keywords(function)
     except _ProblemError as problem:
@@ -189,7 +189,7 @@ def load(folder: Path, name: str, kept: Path | None = None) -> OwnSurrogate:
     finally:
         sys.path.remove(str(folder))
     digest = sha256(source.content).hexdigest()
-    return OwnSurrogate(name, source.file, digest, function, keywords).probed()
+    return OwnSurrogate(name, source.file, digest, function, keywords).checked()
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:

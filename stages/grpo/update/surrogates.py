@@ -67,7 +67,7 @@ def vespo(ratio_N: Tensor, logprobs_N: Tensor, given: Given, objective: Objectiv
 
 
 def of_the_user(ratio_R: Tensor, logprobs_N: Tensor, given: Given, objective: Objective) -> Tensor:
-    """What the user's function makes of the micro-batch, [V]; errors as OwnSurrogate's."""
+    """What the user's function makes of the micro-batch, [V]. EngineError (exit 8) for no such tensor."""
     assert objective.own is not None
     return objective.own(logprobs_N, given.old_logprobs_N, given.advantages_N, given.rollouts())
 

@@ -110,7 +110,7 @@ def test_the_curves_of_an_evaluation(hand: ActiveRun) -> None:
         connection.duckdb.execute(f"create temp view evals as {view}")
         return [chart for chart in curves.read(connection, ["hand"]) if chart["section"] == "evaluation"]
 
-    found = sql.consult([hand], read)
+    found = sql.snapshot([hand], read)
     assert found[0]["title"] == "Held-out pass@k: right"
     passed, reward, length = (chart["series"] for chart in found)
     assert [each["name"] for each in passed] == ["pass@1", "pass@8"]

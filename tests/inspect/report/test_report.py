@@ -139,7 +139,7 @@ def test_what_a_model_wrote_never_stands_in_the_page_as_itself(tmp_path: Path) -
 
 
 def test_the_map_has_a_cell_for_each_prompt_and_iteration(hand: ActiveRun) -> None:
-    found = sql.consult([hand], lambda connection: overview.heat(connection, hand))
+    found = sql.snapshot([hand], lambda connection: overview.heat(connection, hand))
     assert (found["reward"], found["binary"], found["prompt_ids"]) == ("right", True, [0, 1, 2])
     columns = found["columns"]
     cells = zip(*(columns[name] for name in ("prompt", "iteration", "mean", "rollouts")), strict=True)

@@ -11,7 +11,9 @@ from grpo.inspect.report.rollouts import MAX_ROLLOUTS
 
 
 def read(run: ActiveRun, max_rollouts: int = MAX_ROLLOUTS, max_tokens: float = math.inf) -> dict[str, Any]:
-    block, _ = sql.consult([run], lambda connection: rollouts.read(connection, run, max_rollouts, max_tokens))
+    block, _ = sql.snapshot(
+        [run], lambda connection: rollouts.read(connection, run, max_rollouts, max_tokens)
+    )
     return block
 
 

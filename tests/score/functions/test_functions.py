@@ -199,6 +199,11 @@ def test_trl_s_own_keywords_are_there(pool: FunctionPool) -> None:
     pool.check(spec("needs_trl_keywords"), columns=[])
     (outcomes,) = pool.score(spec("needs_trl_keywords"), [call])
     assert [outcome.value for outcome in outcomes] == [41.0, 43.0]  # 10 x iteration + length, also one by one
+    (outcomes,) = pool.score(spec("logs_by_keyword"), [call])
+    assert [outcome.value for outcome in outcomes] == [1.0, 1.0]
+    (outcomes,) = pool.score(spec("logs_too_much"), [call])
+    error = "TypeError: log_metric() takes 2 positional arguments but 3 were given"
+    assert [error_of(outcome).startswith(error) for outcome in outcomes] == [True, True]
     (outcomes,) = pool.score(spec("needs_max_steps"), [call])
     error = "AttributeError: trainer_state has no max_steps here, only global_step: the iteration, from 0"
     assert [error_of(outcome).startswith(error) for outcome in outcomes] == [True, True]

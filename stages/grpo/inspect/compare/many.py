@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def describe(runs: list[ActiveRun], wanted: str) -> Row:
-    """Everything `grpo compare A B C ...` shows, as plain data. Errors as shared()'s.
+    """Everything `grpo compare A B C ...` shows, as plain data. UsageError (exit 2) for none shared.
 
     `numbers`: means over the last iterations that all have; what was spent up to them; and of evaluations the
     last, of whichever policy.

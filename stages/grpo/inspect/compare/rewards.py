@@ -50,7 +50,7 @@ def describe(run: ActiveRun, a: str, b: str, wanted: str, num_examples: int) -> 
             "examples": _examples(connection, num_examples),
         }
 
-    return sql.consult([run], compared)
+    return sql.snapshot([run], compared)
 
 
 def measured(connection: sql.Connection, both: pa.Table, epsilon: float) -> Rows:

@@ -25,7 +25,7 @@ KEY_OF = {"prompts": "prompts.source", "policy@0": "model", "reference": "update
 def describe(a: ActiveRun, b: ActiveRun, wanted: str) -> dict[str, Any]:
     """Everything `grpo compare A B` shows of two runs, as plain data; b - a in every difference.
 
-    `wanted`: 3, 0-19 or all iterations. Errors as shared()'s.
+    `wanted`: 3, 0-19 or all iterations. Raises UsageError (exit 2) where none is shared.
     """
     common, chosen = shared([a, b], wanted)
     outdated.say([a, b], chosen)

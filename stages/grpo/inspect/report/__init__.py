@@ -48,7 +48,7 @@ def write(
 
 def charts(runs: list[ActiveRun]) -> list[dict[str, Any]]:
     """The charts of curves.read, all runs in each."""
-    return sql.consult(runs, lambda connection: curves.read(connection, [run.name for run in runs]))
+    return sql.snapshot(runs, lambda connection: curves.read(connection, [run.name for run in runs]))
 
 
 def build(runs: list[ActiveRun], num_rollouts: int | None) -> tuple[bytes, list[str]]:
@@ -68,5 +68,5 @@ def build(runs: list[ActiveRun], num_rollouts: int | None) -> tuple[bytes, list[
         blocks = {f"rollouts-{index}": block for index, (block, _) in enumerate(chosen)}
         return {"data": data, **heats, **blocks}
 
-    blocks = sql.consult(runs, read)
+    blocks = sql.snapshot(runs, read)
     return page(", ".join(names), blocks), blocks["data"]["left_out"]

@@ -6,7 +6,7 @@ from functools import partial
 
 from grpo.artifacts import ActiveRun
 from grpo.console import paged
-from grpo.errors import UsageError
+from grpo.errors import UsageError, listed
 from grpo.inspect import outdated
 from grpo.inspect.show import choice, page
 from grpo.inspect.show.choice import Draw, Opened, Options
@@ -58,7 +58,9 @@ def _groups(run: ActiveRun, options: Options) -> _View:
     known = choice.rewards_of(run, iteration)
     for name in options.reward:
         if name not in known:
-            raise UsageError(f"--reward {name}: iteration {iteration} has {', '.join(known) or 'no rewards'}")
+            raise UsageError(
+                f"--reward {name}: iteration {iteration} has {listed(known, name) or 'no rewards'}"
+            )
     shown, footer = choice.turned(choice.ordered(run, iteration, options), options, "groups")
     draws = choice.draws_of(run, iteration, shown)
     if options.tokens:

@@ -68,7 +68,7 @@ def sampled(run: Run) -> list[int]:
 
 
 def chosen_iteration(run: Run, iteration: int | None) -> int:
-    """The iteration asked for, else the newest; errors as check_sampled's."""
+    """The iteration asked for, else the newest. UsageError (exit 2) for one without rollouts."""
     chosen = max(sampled(run), default=0) if iteration is None else iteration
     check_sampled(run, chosen, chosen, f"--iteration {chosen}")
     return chosen

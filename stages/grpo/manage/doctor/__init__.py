@@ -1,5 +1,8 @@
 """doctor: is everything here that a configuration needs? Looks and tries, makes no run and takes no lock."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 from grpo.artifacts import ActiveRun
 from grpo.manage.doctor.engine import AGREEMENT, check_agreement, check_engine
 from grpo.manage.doctor.inputs import (
@@ -31,15 +34,17 @@ def examine(run: ActiveRun, with_model: bool) -> Report:
 
     with_model: also get the model as a run would, open the engine, and compare it with the learner.
     """
-    report = Report(run.name)
-    _look(run, report, with_model)
+    with TemporaryDirectory(prefix="grpo-doctor-") as scratch:
+        report = Report(run.name, Path(scratch))
+        _look(run, report, with_model)
     return report
 
 
 def refuse(run: ActiveRun) -> None:
     """Raise the error of the first check that fails; room for all that is to come is not asked for."""
-    report = Report(run.name)
-    _look(run, report, with_model=False, room=False)
+    with TemporaryDirectory(prefix="grpo-doctor-") as scratch:
+        report = Report(run.name, Path(scratch))
+        _look(run, report, with_model=False, room=False)
     if report.errors:
         raise report.errors[0]
 

@@ -15,8 +15,9 @@ from grpo.errors import CorruptError, DataError
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.kv_cache import new_cache
 from grpo.manage.doctor.report import Report
+from grpo.models import starter_model
 from grpo.models.bounds import shapes_in, weight_files
-from grpo.models.find import STARTER, TEACHER, local_model, resolve_model
+from grpo.models.find import BUILT_IN, local_model, resolve_model
 from grpo.models.loading import check_model as check_checkpoint
 from grpo.models.loading import load_config, load_tokenizer
 from grpo.pipeline.begin import Look, room_of
@@ -26,6 +27,7 @@ from grpo.prompts.source import Row
 from grpo.prompts.table import (
     OUTPUT,
     check_no_template,
+    check_template,
     config_of,
     is_on_hub,
     source_is_gone,
@@ -36,13 +38,14 @@ from grpo.update.optimizer import require_optimizer
 from grpo.update.own_surrogate import surrogate_of
 
 NUM_ROWS = 1000  # of prompts, read of the source; a run reads and checks all
-STARTER_PARAMETERS = 427_136  # what training it will give; a test compares
-_STARTERS = {STARTER: STARTER_PARAMETERS, TEACHER: 1_341_504}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A configured checkpoint. `folder` None: not on this machine yet; `parameters` None: not known yet."""
+    """A configured checkpoint. `folder` None: not on this machine yet; `parameters` None: not known yet.
+
+    A starter that no run has trained yet is there untrained.
+    """
 
     folder: Path | None = None
     parameters: int | None = None
@@ -58,6 +61,11 @@ def check_model(
     found = Checkpoint()
     with report.check(key, name, needed) as check:
         folder = resolve_model(run, name) if fetch else local_model(run, name)
+        if folder is None and name in BUILT_IN:
+            check.needed = "the built-in starter model, trained at the first run"
+            folder = report.scratch / name
+            if not folder.exists():
+                starter_model.sketch(folder)
         if folder is not None:
             parameters = num_parameters(folder)
             if not key.startswith("reward"):
@@ -70,9 +78,6 @@ def check_model(
                 load_tokenizer(folder)
                 room_of(run, folder, OUTPUT)
             found = Checkpoint(folder, parameters)
-        elif name in _STARTERS:
-            found = Checkpoint(None, _STARTERS[name])
-            check.needed = "the built-in starter model, trained at the first run"
         else:
             check.warn(f"{name} is downloaded at the first run; --model does so now, and checks memory, disk")
         size = "size not known" if found.parameters is None else f"{found.parameters / 1e6:,.1f}M parameters"
@@ -144,6 +149,7 @@ def check_prompts(
     name = "prompts" if output == OUTPUT else "held-out prompts"
     on_hub, there = is_on_hub(config, run.imports), run.manifest(output, None) is not None
     with report.check(name, config.source, needed) as check:
+        check_template(run, output)
         if on_hub and not (fetch or there):
             check.warn(f"{config.source} is downloaded at the first run; --model downloads it now")
             return looked

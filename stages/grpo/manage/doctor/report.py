@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.text import Text
@@ -33,9 +34,13 @@ class Check:
 
 @dataclass
 class Report:
-    """What was found. `agreement`: the numbers of --model, empty without; `errors`: of what failed."""
+    """What was found. `agreement`: the numbers of --model, empty without; `errors`: of what failed.
+
+    `scratch`: a folder that is removed behind the report.
+    """
 
     run: str
+    scratch: Path
     checks: list[Check] = field(default_factory=list)
     agreement: dict[str, Any] = field(default_factory=dict)
     errors: list[GrpoError] = field(default_factory=list)

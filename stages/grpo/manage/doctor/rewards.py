@@ -76,9 +76,12 @@ def check_rewards(
                 model = check_model(run, report, name, str(reward.model), with_model, needed)
                 quick = model.parameters is not None and (with_model or model.parameters <= _QUICK)
                 if model.folder is not None and quick:
-                    with report.check(f"{name}, asked", "", needed) as check:
-                        models = {reward.name: RewardModel(model.folder, best_device())}
-                        scorers = Scorers(pool, None, models, {}, {})
+                    stop = run.console.stop_requested
+                    with (
+                        report.check(f"{name}, asked", "", needed) as check,
+                        closing(RewardModel(model.folder, best_device(), stop)) as asked,
+                    ):
+                        scorers = Scorers(pool, None, {reward.name: asked}, {}, {})
                         tried.append(_try(run, check, reward, scorers, rows, policy))
     _warn_alike(tried)
 

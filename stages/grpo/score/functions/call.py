@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo.errors import listed
 from grpo.score.functions.built_in import BUILT_IN, Text
 from grpo.score.outcome import Outcome, one_line, outcome_of
 
@@ -99,8 +100,8 @@ def run(function: Callable[..., Any], arguments: dict[str, Any], group: GroupCal
         "completions": group.completions,
         "completion_ids": group.completion_ids,
         "trainer_state": TrainerState(group.iteration),
-        "log_extra": _log_nothing,
-        "log_metric": _log_nothing,
+        "log_extra": log_extra,
+        "log_metric": log_metric,
         **arguments,
     }
     num_rollouts = len(group.completions)  # before the call: the function may change its arguments
@@ -136,8 +137,12 @@ def _event_loop() -> asyncio.Runner:
     return asyncio.Runner()
 
 
-def _log_nothing(name: str, values: Any) -> None:
-    """TRL's log_extra and log_metric: what a function reports besides its rewards is not kept."""
+def log_extra(column: str, values: list[Any]) -> None:
+    """As TRL passes it; what a function reports besides its rewards is not kept."""
+
+
+def log_metric(name: str, value: float) -> None:
+    """The same of a number."""
 
 
 def _module_problem(function: str, file: Path) -> str | None:
@@ -151,7 +156,7 @@ def _module_problem(function: str, file: Path) -> str | None:
         return f"{module_name} is also the name of {found or 'a part of Python'}; rename {file.name}"
     if not hasattr(module, name):
         own = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module_name]
-        return f"no {name!r} in {module_name}; it has: {', '.join(own) or 'no functions'}"
+        return f"no {name!r} in {module_name}; it has: {listed(own, name) or 'no functions'}"
     if not callable(getattr(module, name)):
         return f"{name} is not callable, it is {_kind(getattr(module, name))}"
     return None
@@ -232,7 +237,7 @@ def _keyword_problem(
     if "environments" in missing:
         return "needs environments, which TRL has for tools; there are no tools here, so it cannot be used"
     if missing:
-        there = ", ".join(columns)
+        there = listed(columns, missing[0])
         return f"needs {', '.join(missing)}: not in arguments, and no column; the columns are: {there}"
     for name in required:
         if name in empty:

@@ -60,11 +60,17 @@ _GOES_BEFORE = re.compile(
 _FRACTIONS = r"(?:half|third|quarter|fourth|fifth|tenth)"
 _PARTS = r"(?:third|fourth|fifth|sixth|seventh|eighth|ninth|(?:ten|hundred|thousand|million|billion)th)s?"
 _GOES_ON = re.compile(
-    rf"""\ ?[*×·÷^/+-]\ ?(?:[-+(√]|[nxyz]\b) | (?:[abinxyzT]|pi|sqrt)(?![A-Za-z]) | \ [nxyz]\b
-      | \.?[A-Za-z]{{1,12}}[^\sA-Za-z0-9=<>]*[0-9]
-      | \ ?[π√∛‰] | \((?=[-+0-9nxyz]) | [^\sA-Za-z0-9=<>]+[0-9] | \ [.,:;'_^/*+~·-]+[0-9]
-      | \ (?:squared|cubed|factorial|to\ the\ power) | \ and\ (?:a|an|one|two|three)\ {_FRACTIONS}
-      | [ -](?:halves|{_PARTS})\b(?!-)""",
+    rf"""\ ?[*×·÷^/+-]\ ?(?:[-+(√]|[nxyz]\b)  # 3*(4+1)  3 - x
+      | (?:[abinxyzT]|pi|sqrt)(?![A-Za-z])  # 3x  2pi  2sqrt
+      | \ [nxyz]\b  # 3 x
+      | \.?[A-Za-z]{{1,12}}[^\sA-Za-z0-9=<>]*[0-9]  # 3km2  2h30  7th-4
+      | \ ?[π√∛‰]  # 2π  2 √
+      | \((?=[-+0-9nxyz])  # 3(4)
+      | [^\sA-Za-z0-9=<>]+[0-9]  # 3;;4
+      | \ [.,:;'_^/*+~·-]+[0-9]  # 3 ,4
+      | \ (?:squared|cubed|factorial|to\ the\ power)  # 3 squared
+      | \ and\ (?:a|an|one|two|three)\ {_FRACTIONS}  # 3 and a half
+      | [ -](?:halves|{_PARTS})\b(?!-)  # 3 halves  2-thirds""",
     re.VERBOSE,
 )
 _SCALES = {
@@ -74,8 +80,11 @@ _SCALES = {
     **{"trillion": 10**12, "quadrillion": 10**15},
 }
 _SCALE = re.compile(
-    r"""(?P<word> [ -]?(?i:dozen|hundred|thousand|lakh|million|crore|milliard|(?:b|tr|quadr)illion)
-      | \ ?(?i:k|mn|mio|mrd|bn) | [MB] )(?:(?<=[a-z]{4})(?:s|e|en))?(?![A-Za-z0-9])""",
+    r"""(?P<word>
+        [ -]?(?i:dozen|hundred|thousand|lakh|million|crore|milliard|(?:b|tr|quadr)illion)  # 3 thousand
+      | \ ?(?i:k|mn|mio|mrd|bn)  # 3k  2 bn
+      | [MB]  # 3M; a small m is metres
+      )(?:(?<=[a-z]{4})(?:s|e|en))?(?![A-Za-z0-9])  # 2 millions  2 Millionen""",
     re.VERBOSE,
 )
 _AFTER_SCALE = re.compile(r",? (?:and )?(?:[0-9]|(?:a|one|two|three|four|five|six|seven|eight|nine|ten)\b)")
@@ -85,21 +94,23 @@ _SPACES = re.compile(r"[^\S\n\t]")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SUPERSCRIPT = re.compile(r"(?P<base>[0-9)\]}])?[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _LATEX = (
+    # \textbf{42}
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mathsf|boldsymbol)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\([$%#&])"), r"\1"),
-    (re.compile(r"\\[,;:!>]|\\(?:quad|qquad|left|right|displaystyle|approx)\b"), " "),
-    (re.compile(r"\^\s*(?:\{\s*)?\\circ\s*\}?"), "°"),
-    (re.compile(r"\\(?:times|cdot|ast)\b"), "×"),
-    (re.compile(r"\\div\b"), "÷"),
-    (re.compile(r"\\(?:pm|mp)\b"), "±"),
-    (re.compile(r"\\(?:leq?|geq?|neq?|lt|gt)\b"), "≤"),
+    (re.compile(r"\{,\}"), ","),  # 1{,}000
+    (re.compile(r"\\([$%#&])"), r"\1"),  # \$5
+    (re.compile(r"\\[,;:!>]|\\(?:quad|qquad|left|right|displaystyle|approx)\b"), " "),  # 1\,000  3\quad
+    (re.compile(r"\^\s*(?:\{\s*)?\\circ\s*\}?"), "°"),  # 90^\circ  90^{\circ}
+    (re.compile(r"\\(?:times|cdot|ast)\b"), "×"),  # 3 \times 4
+    (re.compile(r"\\div\b"), "÷"),  # 3 \div 4
+    (re.compile(r"\\(?:pm|mp)\b"), "±"),  # 3 \pm 1
+    (re.compile(r"\\(?:leq?|geq?|neq?|lt|gt)\b"), "≤"),  # x \geq 3
+    # 1\frac{3}{4}, \frac{3}{4}, 1\frac34, \frac34, \frac{x}{4}
     (re.compile(r"(?<=[0-9])\s*\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}"), r" \1/\2"),
     (re.compile(r"\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}"), r"\1/\2"),
     (re.compile(r"(?<=[0-9])\s*\\[dtc]?frac\s*([0-9])\s*([0-9])"), r" \1/\2"),
     (re.compile(r"\\[dtc]?frac\s*([0-9])\s*([0-9])"), r"\1/\2"),
     (re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"(\1)/(\2)"),
-    (re.compile(r"\^\s*\{([^{}]*)\}"), r"^(\1)"),
+    (re.compile(r"\^\s*\{([^{}]*)\}"), r"^(\1)"),  # 10^{-3}
     # Any other command beside a number is mathematics that is not read here: it stands for itself as a root.
     (
         re.compile(

@@ -86,7 +86,7 @@ class FunctionPool:
         UsageError as check() does, and EngineError when no worker can be started.
         """
         function = str(reward.function)
-        self._workspace.refill()
+        self._workspace.reset_output_limit()
         if self._sources.get(function) != source_sha256(function, self._import_root):
             self.check(reward)
         remaining = iter(groups)

@@ -22,7 +22,7 @@ from grpo.console import printable
 
 PREFIX = "grpo-rewards-"
 OUTPUT, LOCK = "output", "lock"
-MAX_OUTPUT = 2**16  # characters of what functions print that are shown, from one refill() to the next
+MAX_OUTPUT = 2**16  # characters shown of what functions print, until reset_output_limit()
 MAX_LINE = 2000
 POLL_S = 0.1
 DRAIN_S = 1.0  # what was printed before the end is shown, unless it never ends
@@ -45,7 +45,7 @@ class Workspace:
         self._thread = threading.Thread(target=self._show, name="reward output", daemon=True)
         self._thread.start()
 
-    def refill(self) -> None:
+    def reset_output_limit(self) -> None:
         """Show as much again of what is printed."""
         self._left = MAX_OUTPUT
 

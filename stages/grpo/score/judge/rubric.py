@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo.config import JudgeConfig, RewardConfig
 from grpo.config.named_files import read_text
-from grpo.errors import UsageError
+from grpo.errors import UsageError, listed
 from grpo.score.functions.built_in import Text
 from grpo.score.functions.call import no_values
 from grpo.score.outcome import Outcome, one_line, outcome_of
@@ -49,7 +49,7 @@ def rubric_of(
     known = ["prompt", "response", *(columns or ())]
     for name in sorted(names - set(known)) if columns is not None else ():
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {{{near[0]}}}?" if near else f"there are {', '.join(known)}"
+        hint = f"did you mean {{{near[0]}}}?" if near else f"there are {listed(known, name)}"
         raise UsageError(f"{place}: {{{name}}} is not a column; {hint} ({{{{{name}}}}} is the text itself)")
     for name in sorted(names & set(empty)):
         raise UsageError(f"{place}: asks for {{{name}}}, {no_values(name)}")

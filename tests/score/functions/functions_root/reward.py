@@ -162,6 +162,17 @@ def needs_trl_keywords(completions, trainer_state, log_extra, log_metric):
     return [10.0 * trainer_state.global_step + len(text) for text in completions]
 
 
+def logs_too_much(completions, log_metric):
+    log_metric(1, 2, 3)
+    return [1.0 for _ in completions]
+
+
+def logs_by_keyword(completions, log_extra, log_metric):
+    log_extra(column="length", values=[len(text) for text in completions])
+    log_metric(name="longest", value=3.0)
+    return [1.0 for _ in completions]
+
+
 def needs_max_steps(completions, trainer_state, **kwargs):
     return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
 
