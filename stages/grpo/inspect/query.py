@@ -6,7 +6,6 @@ A result is read batch by batch, so that it takes no more memory than a batch of
 import json
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from itertools import chain, islice
@@ -19,6 +18,7 @@ from grpo import sql
 from grpo.artifacts import Run, files, refuse_inside_run
 from grpo.console import finite, printable, stdout_console, table
 from grpo.errors import ResourceError, UsageError
+from grpo.tables import is_number
 
 _ROWS_SHOWN = 200
 _WIDE_COLUMNS = 12  # more than fit side by side: a row is shown as lines of name and value
@@ -31,8 +31,6 @@ def answer(
     runs: Sequence[Run], query: str, out: Path | None, timeout_s: float, as_json: bool, as_csv: bool = False
 ) -> None:
     """`grpo sql`: one query, of the command line or of stdin; at a terminal one after the other."""
-    if not 0 < timeout_s <= threading.TIMEOUT_MAX:  # NaN is not
-        raise UsageError(f"--timeout-s {timeout_s:g}: expected seconds, more than 0 and finite")
     if as_csv and (as_json or out is not None):
         raise UsageError("--csv: is for stdout; leave out --json and --out, or give --out FILE.csv alone")
     if out is not None:
@@ -199,7 +197,7 @@ def _print(rows: sql.Rows) -> None:
     if is_wide:
         _print_lines(names, found[:shown])
     else:
-        left = [field.name for field in rows.schema if not _is_number(field.type)]
+        left = [field.name for field in rows.schema if not is_number(field.type)]
         console.print(table(names, (map(_cell, row) for row in found[:shown]), left))
     if len(found) > shown:
         console.print(f"the first {shown} rows; --out FILE writes all", style="dim")
@@ -211,10 +209,6 @@ def _print_lines(names: list[str], rows: Iterable[list[Any]]) -> None:
         print(f"row {number}")
         for name, value in zip(names, row, strict=True):
             print(f"  {printable(name):<{width}}  {_cell(value)}")
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def _cell(value: Any) -> str:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from grpo.artifacts import read_json
-from grpo.errors import CorruptError, GrpoError, InputError, ResourceError
+from grpo.errors import CorruptError, GrpoError, InputError, ResourceError, UsageError
 from grpo.models.attention import is_causal, settle
 from grpo.models.bounds import WEIGHT_FILES, bounded, check_counts
 from grpo.models.families import check_family
@@ -242,7 +242,8 @@ def refusals(where: str, message: str) -> Iterator[None]:
                 "it needs code of its own, which never runs here (model_options.trust_remote_code stays"
                 " false); take a checkpoint of a model that transformers has"
             )
-        raise InputError(f"{where}: {message}: {text}") from error
+        kind = UsageError if isinstance(error, ImportError) else InputError  # a package that is missing
+        raise kind(f"{where}: {message}: {text}") from error
 
 
 def _one_line(error: Exception) -> str:
