@@ -57,6 +57,16 @@ class Interrupted(GrpoError, exit_code=130):
         self.exit_code = 128 + signal_number
 
 
+def unreadable(path: object, error: OSError, what: str = "") -> GrpoError:
+    """What to raise for a file that cannot be read: it is damaged, unless it is somebody else's.
+
+    what: what it was read as.
+    """
+    if isinstance(error, PermissionError):
+        return ResourceError(f"{path}: Permission denied; ask its owner for the right to read it")
+    return CorruptError(f"{path}: cannot be read{what}: {error.strerror or first_line(error)}")
+
+
 def first_line(error: BaseException) -> str:
     """What a library says of its error, in one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

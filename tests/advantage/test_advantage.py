@@ -605,7 +605,11 @@ def test_rollouts_that_own_sql_leaves_out_are_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], condition: str, said: str
 ) -> None:
     query = f"select iteration, group_id, sample_id, value as advantage from rewards where {condition}"
-    own(tmp_path, query, [rows_of(1, 0, 5), rows_of(7)])
+    (tmp_path / "my.sql").write_text(query)
+    run = make_run(tmp_path, sql="my.sql")
+    run.console = Console()
+    write_inputs(run, [rows_of(1, 0, 5), rows_of(7)])
+    compute(run)
     err = capfd.readouterr().err
     assert err.startswith(said) if said else not err
 

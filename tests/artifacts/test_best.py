@@ -57,14 +57,23 @@ def values_of(grpo: Grpo, metric: str = "reward") -> list[float]:
     return [row["value"] for row in found]
 
 
+def with_references(policies: set[int], moves: int | None) -> list[int]:
+    return sorted(policies | ({policy - policy % moves for policy in policies} - {0} if moves else set()))
+
+
 def checkpoints() -> list[int]:
     """Policies that an update wrote and whose weights are there."""
     paths = RUN.glob("iteration=*/update/policy/model.safetensors")
     return sorted(int(re.findall("=([0-9]+)", str(path))[0]) + 1 for path in paths)
 
 
-def test_the_best_policy_stays_and_one_that_was_goes(measured_project: Path, grpo: Grpo) -> None:
-    every = ("--set", "iterations=7", *KEEP, "--set", "stop.metric=reward")
+@pytest.mark.parametrize("moves", [None, 3, 4])
+def test_the_best_policy_stays_and_one_that_was_goes(
+    measured_project: Path, grpo: Grpo, moves: int | None
+) -> None:
+    """With the policies that are the reference of what stays, and no others."""
+    reference = ("--set", f"update.reference_every={moves or 'null'}")
+    every = ("--set", "iterations=7", *KEEP, "--set", "stop.metric=reward", *reference)
     for until in range(1, 8):
         # A step in a process of its own prunes twice: behind the update, and as the next begins.
         succeed(grpo, "run", "--until", str(until), *every)
@@ -72,7 +81,8 @@ def test_the_best_policy_stays_and_one_that_was_goes(measured_project: Path, grp
     values = values_of(grpo)
     trained = {policy: value for policy, value in enumerate(values) if policy}
     best = max(trained, key=lambda policy: (trained[policy], -policy))
-    assert checkpoints() == sorted({best, 6, 7})
+    stay = with_references({best, 6, 7}, moves)
+    assert checkpoints() == stay
     found = status(grpo, *every)["best"]
     top = max(range(8), key=lambda policy: (values[policy], -policy))
     assert (found["policy"], found["value"], found["measure"]) == (top, values[top], "reward")
@@ -80,9 +90,12 @@ def test_the_best_policy_stays_and_one_that_was_goes(measured_project: Path, grp
     shutil.rmtree(RUN)
     succeed(grpo, "run", *every)
     assert values_of(grpo) == values
-    assert checkpoints() == sorted({best, 6, 7})
+    assert checkpoints() == stay
+    # What goes on from the best has all that it takes.
+    succeed(grpo, "fork", "tiny", "other", *every, "--iteration", str(best))
+    succeed(grpo, "run", "other", *every, "--until", str(best + 1))
     succeed(grpo, "gc", *every, "--set", "checkpoints.keep_best=false")
-    assert checkpoints() == [6, 7]
+    assert checkpoints() == with_references({6, 7}, moves)
 
 
 def test_a_run_stops_says_why_and_goes_on_when_asked(measured_project: Path, grpo: Grpo) -> None:

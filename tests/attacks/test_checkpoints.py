@@ -17,12 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import Grpo
 from tests.models.families import write_checkpoint
+from transformers import Qwen3Config
 
-from grpo.errors import CorruptError, GrpoError, InputError
+from grpo.errors import CorruptError, GrpoError, InputError, UnsupportedModelError
+from grpo.generate.engines.kv_cache import new_cache
 from grpo.models.loading import eos_token_ids, load_config, load_model, load_tokenizer
+from grpo.models.tokenizer import tokenizer_at
 from grpo.score.reward_model import RewardModel
 
 DEEP = "[" * 200_000
+WIDTH = 32
 LIMIT = 6 * 2**30  # bytes of address space; torch alone maps 3 GiB
 
 
@@ -42,6 +46,16 @@ def weight(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         path = folder / "model.safetensors"
         save_file(load_file(path) | {name: tensor}, path, metadata={"format": "pt"})
+
+    return apply
+
+
+def header(length: int) -> Callable[[Path], None]:
+    """The length of a header, as the first eight bytes of a safetensors file say it."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
 
     return apply
 
@@ -87,6 +101,35 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "an index of numbers": (index({"weight_map": {"a": 5}}), 4, ""),
     "an index of other folders": (index({"weight_map": {"a": "../x.safetensors"}}), 6, "of another folder"),
     "an index that is a list": (index([]), 6, "expected a JSON object"),
+    "10**9 labels": (config(num_labels=10**9), 6, "num_labels is 1000000000; at most 65536"),
+    "a width of 81 bits": (config(hidden_size=2**80), 6, "hidden_size has 81 bits"),
+    "a large configuration": (
+        config(id2label=dict.fromkeys(map(str, range(400_000)), "x")),
+        6,
+        "at most 4 can",
+    ),
+    "a large index": (text("model.safetensors.index.json", " " * (65 * 2**20)), 6, "has 65 MiB; at most 64"),
+    **{
+        f"{kind} weights": (weight("model.norm.weight", torch.ones(WIDTH, dtype=kind)), 6, "real numbers")
+        for kind in (torch.complex64, torch.int8, torch.int64, torch.bool)
+    },
+    **{
+        f"a weight of {value}": (
+            weight("model.norm.weight", torch.full((WIDTH,), value)),
+            6,
+            "NaN or infinity",
+        )
+        for value in (float("nan"), float("inf"), float("-inf"))
+    },
+    "float64 beyond float32": (
+        weight("model.norm.weight", torch.full((WIDTH,), 1e300, dtype=torch.float64)),
+        6,
+        "NaN or infinity",
+    ),
+    **{
+        f"a header of {length} bytes": (header(length), 6, "weights cannot be read")
+        for length in (0, 2**60, 2**64 - 1)
+    },
     "weights of another kind": (text("model.safetensors", "x" * 99), 6, "its weights cannot be read"),
     "code of its own": (
         config(model_type="mine", auto_map={"AutoConfig": "a.B"}),
@@ -239,3 +282,90 @@ def test_a_state_that_cannot_be_batched_is_found_by_doctor_and_run(project: Path
         assert "generate: lfm2 keeps a" in said
         assert "which cannot be batched here; use engine: vllm" in said
         assert "Traceback" not in said
+
+
+# A part of tokenizer.json -> what it says of it. Each would fill the memory at the first text.
+GROWING: dict[str, dict[str, Any]] = {
+    "normalizer": {"type": "Replace", "pattern": {"String": "1"}, "content": "1" * 10**6},
+    "pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True},
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [{"type": "Replace", "pattern": {"String": "1"}, "content": "1" * 100}] * 2,
+    },
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}] * 10**4
+        + [{"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {"x": {"id": "x", "ids": [5], "tokens": ["x"]}},
+    },
+}
+
+
+@pytest.mark.parametrize("part", GROWING)
+def test_a_tokenizer_that_writes_far_more_than_it_reads(project: Path, grpo: Grpo, part: str) -> None:
+    path = project / "model/tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: GROWING[part]}))
+    if part == "pre_tokenizer":  # that of many models, which is sound
+        load_tokenizer(project / "model")
+        return
+    code, _, err = grpo("run", "--set", "run=growing")
+    assert (code, err.count("\n")) == (6, 1), err
+    assert f"its {part} may make a text" in err
+    with pytest.raises(CorruptError, match="may make a text"):
+        tokenizer_at(project / "model")
+
+
+@pytest.mark.parametrize("times", [1, 10])
+def test_parts_behind_each_other_multiply(checkpoint: Path, project: Path, times: int) -> None:
+    path = project / "model/tokenizer.json"
+    step = {"type": "Replace", "pattern": {"String": "="}, "content": "=="}
+    part = {"type": "Sequence", "normalizers": [step] * times}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": part}))
+    if times == 1:
+        assert tokenizer_at(project / "model").encode("=").ids
+    else:
+        with pytest.raises(CorruptError, match="1,024 times"):
+            tokenizer_at(project / "model")
+
+
+def test_a_tokenizer_whose_tokens_the_model_does_not_know(project: Path, grpo: Grpo) -> None:
+    path = project / "model/tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = {text: number + 5000 for text, number in content["model"]["vocab"].items()}
+    path.write_text(json.dumps(content))
+    code, _, err = grpo("run", "--set", "run=beyond")
+    assert code == 6
+    assert "its tokenizer gives token 5" in err
+    assert "its model knows those below" in err
+
+
+@pytest.mark.parametrize("content", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_of_hundreds_of_megabytes_is_not_read(checkpoint: Path, content: str) -> None:
+    (checkpoint / "tokenizer.json").write_text("{}")
+    with (checkpoint / content).open("wb") as file:
+        file.truncate(300 * 2**20)
+    with pytest.raises(CorruptError, match=f"{content}: has 300 MiB; at most"):
+        load_tokenizer(checkpoint)
+
+
+def test_a_tokenizer_that_fails_with_every_text(project: Path) -> None:
+    path = project / "model/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(project / "model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_model_with_weights_that_are_no_numbers(checkpoint: Path, value: float) -> None:
+    config(num_labels=1)(checkpoint)
+    weight("score.weight", torch.full((1, WIDTH), value))(checkpoint)
+    with pytest.raises(CorruptError, match=r"score\.weight holds NaN or infinity"):
+        RewardModel(checkpoint, "cpu")
+
+
+@pytest.mark.parametrize("window", [0, -5])
+def test_a_window_that_sees_nothing(window: int) -> None:
+    kinds: Any = {"use_sliding_window": True, "layer_types": ["sliding_attention"], "num_hidden_layers": 1}
+    with pytest.raises(UnsupportedModelError, match="sliding_window must be at least 1"):
+        new_cache(Qwen3Config(sliding_window=window, **kinds), 1)

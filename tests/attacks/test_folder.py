@@ -11,7 +11,9 @@ import pytest
 from tests.conftest import Grpo
 from tests.faults import crash
 
-from grpo.artifacts import seal
+from grpo.artifacts import files, seal
+from grpo.cli.entry import COMMANDS
+from grpo.errors import CorruptError
 
 RUN, COPY, FRIEND = Path("artifacts/tiny"), Path("artifacts/copy"), Path("friend/b c's")
 READERS = (
@@ -465,3 +467,71 @@ def test_a_full_disk_leaves_nothing_half_written(
         code, _, err = grpo(*command)
         assert (code, len(err.splitlines()), "No space left on device" in err) == (7, 1, True), err
     assert not list(Path().glob("*.tmp")) + list(Path("artifacts").rglob("*.tmp"))
+
+
+# ---- a file that is a link ----
+
+FILES = (
+    "iteration=000000/rollouts/manifest.json",
+    "iteration=000000/rollouts/part-*.parquet",
+    "iteration=000000/update/timings.json",
+    "iteration=000001/rewards/part-*.parquet",
+    "iteration=000001/update/policy/model.safetensors",
+    "prompts/manifest.json",
+    "policy/weight_check.json",
+    "sources/*",
+    "run.json",
+)
+
+
+def moved_out(name: str) -> Path:
+    """A file of the run, by a pattern, that lies elsewhere now, with a link in its place."""
+    path = next(iter(sorted(RUN.glob(name))))
+    away = Path("away").absolute()
+    shutil.move(path, away)
+    path.symlink_to(away)
+    return path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_fork_takes_no_link_before_anything_is_made(finished: Path, grpo: Grpo, name: str) -> None:
+    path = moved_out(name)
+    before = sorted(Path("artifacts").rglob("*"))
+    code, out, err = grpo("fork", "tiny", "new")
+    assert (code, out, len(err.splitlines())) == (6, "", 1), err
+    assert f"{path}: is a link to another file" in err
+    assert sorted(Path("artifacts").rglob("*")) == before
+    code, out, _ = grpo("verify")
+    assert (code, f"{path}: is a link to" in out) == (6, True)
+
+
+def test_rewards_that_are_kept_take_no_link(finished: Path, grpo: Grpo) -> None:
+    path = moved_out("iteration=000001/rewards/part-*.parquet")
+    more = "score.rewards=[{function: 'reward:code'}, {function: 'reward:length', weight: 0}]"
+    code, _, err = grpo("score", "--iteration", "1", "--force", "--set", more)
+    assert (code, f"{path}: is a link, and a run has none" in err) == (6, True), err
+
+
+def test_a_second_name_of_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(CorruptError, match="is a link"):
+        files.link_file(tmp_path / "link", tmp_path / "name")
+    assert not os.path.lexists(tmp_path / "name")
+
+
+# ---- a present folder that is gone ----
+
+
+@pytest.mark.parametrize("command", [command.__name__ for each in COMMANDS.values() for command in each])
+def test_a_folder_that_was_deleted_is_no_place_to_work_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grpo: Grpo, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    code, out, err = grpo(command)
+    assert (code, out) == (4, "")
+    assert err == "error: the present folder was deleted; go to one that is there\n"
+    assert grpo("--help")[0] == 0

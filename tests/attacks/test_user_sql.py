@@ -15,6 +15,8 @@ from tests.conftest import Grpo
 
 from grpo import sql
 from grpo.artifacts import Run
+from grpo.cli import options
+from grpo.config import Config
 from grpo.errors import GrpoError, ResourceError, UsageError
 
 # What DuckDB's own limits do not stop: memory of strings and lists, time within one function.
@@ -150,6 +152,49 @@ def test_every_place_of_a_users_sql_has_the_limits(finished: Path, grpo: Grpo) -
         assert (code, out) == (7, ""), arguments
         assert f"error: {place}needs more memory than its limit of 1.75 GiB; " in err, arguments
     assert not Path("x.parquet").exists()
+
+
+ENDLESS = "(select count(*) from range(10000000000) a, range(1000) b)"
+
+
+def test_every_place_of_a_users_sql_can_be_given_its_time(finished: Path, grpo: Grpo) -> None:
+    columns = f"iteration, group_id, sample_id, {ENDLESS} as advantage, {ENDLESS} as prompt_id"
+    Path("my.sql").write_text(f"select {columns} from rollouts")
+    force = ("--iteration", "1", "--force", "--set", "sql_timeout_s=1.5", "--set")
+    option, key = "give --timeout-s more", "or raise sql_timeout_s"
+    for arguments, way in (
+        (("sql", f"select {ENDLESS}", "--timeout-s", "1.5"), option),
+        (("show", "--where", f"{ENDLESS} > 0", "--timeout-s", "1.5"), option),
+        (("advantage", *force, f"advantage.where={ENDLESS} > 0"), key),
+        (("advantage", *force, "advantage.sql=my.sql"), key),
+        (("generate", *force, "generate.prompts_sql=my.sql"), key),
+    ):
+        code, out, err = grpo(*arguments)
+        assert (code, out) == (7, ""), (arguments, err)
+        assert "stopped after its limit of 1.5 s; " in err, arguments
+        assert err.endswith(f"{way}\n"), arguments
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "1e300"])
+@pytest.mark.parametrize("command", [("sql", "select 1"), ("show", "--where", "true")], ids=" ".join)
+def test_a_time_that_is_none(finished: Path, grpo: Grpo, command: tuple[str, ...], given: str) -> None:
+    code, out, err = grpo(*command, "--timeout-s", given)
+    assert (code, out) == (2, "")
+    assert "--timeout-s" in err
+    assert "expected seconds, more than 0 and finite" in err
+
+
+def test_a_time_of_no_query_is_refused(finished: Path, grpo: Grpo) -> None:
+    for arguments, message in (
+        ((), "--timeout-s: is of the query that --where makes; give both"),
+        (("--prompt", "0"), "--timeout-s: changes nothing of what --prompt without --iteration shows"),
+    ):
+        code, out, err = grpo("show", *arguments, "--timeout-s", "5")
+        assert (code, out, message in err) == (2, "", True), err
+
+
+def test_the_time_is_the_same_everywhere() -> None:
+    assert options.TIMEOUT_S == sql.TIMEOUT_S == Config.model_fields["sql_timeout_s"].default
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])

@@ -223,9 +223,15 @@ COMMANDS = [
     words(["sql", "selec 1"], "query: Parser Error: syntax error at or near"),
     words(["sql", ";"], "query: gives no rows; write a select"),
     words(["sql", "select '\ud800'"], "query: character 8 is a lone surrogate, no text; leave it out"),
-    words(["sql", "select 1", "--timeout-s", "inf"], "expected seconds, more than 0 and finite"),
-    words(["sql", "select 1", "--timeout-s", "nan"], "expected seconds, more than 0 and finite"),
-    words(["sql", "select 1", "--timeout-s", "-1"], "expected seconds, more than 0 and finite"),
+    words(
+        ["sql", "select 1", "--timeout-s", "inf"], "--timeout-s inf: expected seconds, more than 0 and finite"
+    ),
+    words(
+        ["sql", "select 1", "--timeout-s", "nan"], "--timeout-s nan: expected seconds, more than 0 and finite"
+    ),
+    words(
+        ["sql", "select 1", "--timeout-s", "-1"], "--timeout-s -1: expected seconds, more than 0 and finite"
+    ),
     words(["sql", "select 1", "--out", "."], "--out .: expected a file ending in .parquet, .csv or .json"),
     words(["show", "--where", "1;2"], "--where 1;2: syntax error at or near"),
     words(

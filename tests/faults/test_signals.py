@@ -98,3 +98,18 @@ def test_a_query_ends_at_once(finished: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_the_starter_model_is_not_trained_to_its_end(tmp_path: Path, number: signal.Signals) -> None:
+    assert crash.in_child(tmp_path, ["init"])[0] == 0
+    command = [sys.executable, "-m", "grpo", "run"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "step 20/200" in process.stderr.readline()
+        process.send_signal(number)
+        started = time.monotonic()
+        said = process.stderr.read()
+        assert (process.wait(), time.monotonic() - started < 5) == (CODES[number], True), said
+    assert "step 100/" not in said
+    assert [path.name for path in (tmp_path / "artifacts/.models").iterdir()] == [".tiny-arithmetic.lock"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import Grpo
+from tests.models.families import write_checkpoint
 
 from grpo.errors import CorruptError, InputError
 from grpo.manage.doctor import inputs, space
@@ -380,6 +381,65 @@ def test_the_built_in_engine_agrees_with_the_learner(project: Path, grpo: Grpo) 
     code, out, err = grpo("doctor", "--model", *settings)
     assert (code, err.count("\n")) == (0, 0)
     assert "effective_sample_size    1\n" in out
+
+
+WINDOWED = {"vocab_size": 258, "sliding_window": 64, "max_position_embeddings": 400}
+
+
+def windowed(project: Path, family: str, **changes: Any) -> tuple[str, ...]:
+    """Options of doctor for a model with a window of 64 tokens, of which a prompt of the project has 4."""
+    start = write_checkpoint(project / "start", family, WINDOWED | changes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(project / "model" / name, start / name)
+    return ("--model", "--set", "generate.engine=transformers", "--set", "model=./start")
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text", "cohere2"])
+def test_a_window_that_no_prompt_reaches_is_compared_all_the_same(
+    project: Path, grpo: Grpo, family: str
+) -> None:
+    code, checks, document = doctor(grpo, *windowed(project, family))
+    assert (code, problems(checks)) == (0, {})
+    assert checks["attention window"]["found"] == "64 tokens; the longest prompt has 320"  # 64 + 256
+    assert checks["attention window"]["level"] == "ok"
+    numbers = document["agreement"]
+    assert (numbers["prompts"], numbers["rollouts"]) == (5, 8 + 2)
+
+
+def test_an_engine_that_forgets_the_window_is_found(
+    project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grpo.generate.engines.transformers_engine import TransformersEngine
+    from grpo.manage.doctor import engine as sampling
+
+    class Forgetful(TransformersEngine):
+        def load(self, checkpoint: Path) -> None:
+            super().load(checkpoint)
+            assert self._model is not None
+            self._model.config.sliding_window = None
+
+    monkeypatch.setattr(sampling, "make_engine", lambda *_: Forgetful("cpu", 512))
+    code, checks, _ = doctor(grpo, *windowed(project, "mistral"))
+    assert (code, "they do not compute the same model" in checks["agreement"]["note"]) == (8, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "level"),
+    [
+        ({"sliding_window": 6000, "max_position_embeddings": 8000}, "warning"),  # eager takes its square
+        ({"sliding_window": 399}, "warning"),  # no room behind it for a response
+        ({"sliding_window": 400}, None),  # of what can be sampled nothing is longer
+        ({"sliding_window": None}, None),
+    ],
+)
+def test_a_window_that_is_not_met_is_named(
+    project: Path, grpo: Grpo, changes: dict[str, Any], level: str | None
+) -> None:
+    code, checks, _ = doctor(grpo, *windowed(project, "mistral", **changes))
+    assert code == 0
+    found = checks.get("attention window", {"level": None, "note": ""})
+    assert found["level"] == level
+    assert level is None or f"a window of {changes['sliding_window']:,} tokens was not met" in found["note"]
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,7 @@ AGAIN = "`grpo run -c FILE --set run=tiny` writes it again"
         ["sql", "select 1"],
         ["sql", "select 1", "--run", "t*"],
         ["report"],
-        ["compare", "tiny", "tiny"],
+        ["compare", "tiny", "other"],
         ["fork", "tiny", "other"],
         ["export", "tiny", "--out", "x"],
         ["gc"],

@@ -3,14 +3,17 @@ import math
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from grpo.errors import InputError
+from grpo.errors import InputError, Interrupted
 from grpo.models import starter_model
 from grpo.prompts.arithmetic import held_out_rows, training_rows
 
@@ -177,6 +180,23 @@ def test_stopped_half_way_it_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt, match=f"step 20/{starter_model.STEPS}"):
         starter_model.ensure(tmp_path / "model", stop)
+    assert [path.name for path in tmp_path.iterdir()] == [".model.lock"]
+
+
+@pytest.mark.parametrize("is_held", [False, True], ids=["it trains", "another process trains it"])
+def test_asked_to_stop_it_ends_at_once_and_leaves_nothing(tmp_path: Path, is_held: bool) -> None:
+    asked: list[None] = []
+    said: list[str] = []
+
+    def stop() -> None:
+        asked.append(None)
+        if len(asked) == 3:
+            raise Interrupted(15)
+
+    held = FileLock(tmp_path / ".model.lock") if is_held else nullcontext()
+    with ThreadPoolExecutor(1) as other, held, pytest.raises(Interrupted):
+        other.submit(starter_model.ensure, tmp_path / "model", said.append, stop).result()
+    assert said == []
     assert [path.name for path in tmp_path.iterdir()] == [".model.lock"]
 
 

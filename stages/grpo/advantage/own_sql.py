@@ -35,7 +35,7 @@ def keep(run: ActiveRun, staging: Staging) -> None:
 
 def check(run: ActiveRun) -> None:
     """Raise UsageError (exit 2) for SQL that cannot be run, whatever the tables will hold."""
-    with sql.UserSql() as user_sql:
+    with sql.UserSql(run.console.stop_requested) as user_sql:
         for place, question in _questions(run, None, {}, SETTINGS.empty_table()):
             _check_columns(user_sql.columns(question, place), place)
 
@@ -52,7 +52,7 @@ def apply(
     for place, question in _questions(run, iteration, weights, settings):
         # As `advantages` the query sees `data` itself.
         asked = replace(question, tables={**question.tables, "_advantages_0": data})
-        own = user_sql.rows(asked, place).table()
+        own = user_sql.rows(asked, place, run.config.sql_timeout_s).table()
         chosen = _chosen(data, own, place)
         left_out = question.condition_of is None and len(own) < len(data)  # which is what a condition is for
         if left_out and not chosen["keep"].equals(data["keep"]):

@@ -10,7 +10,7 @@ from grpo.artifacts.layout import is_iteration
 from grpo.artifacts.manifest import MANIFEST, read_sealed
 from grpo.artifacts.run import Run
 from grpo.config import PIPELINE, Config, load, validated
-from grpo.errors import CorruptError, InputError, UsageError
+from grpo.errors import CorruptError, InputError, ResourceError, UsageError
 
 ARTIFACTS = Path("artifacts")
 
@@ -18,13 +18,16 @@ ARTIFACTS = Path("artifacts")
 def find_run(given: str, root: Path = ARTIFACTS) -> Path:
     """The folder of a run: of that name below `root`, else at that path. It is the run, whatever it holds.
 
-    Raises UsageError (exit 2) naming the runs that are there, CorruptError (exit 6) for one without run.json.
+    Raises UsageError (exit 2) naming the runs that are there, CorruptError (exit 6) for one without run.json,
+    ResourceError (exit 7) without the right to look.
     """
     path = Path(given)
     is_name = path.name == given
     for folder in (root / given, path) if is_name else (path,):
         if is_run(folder):
             return folder if folder.name not in ("", "..") else folder.resolve()
+        if folder.is_dir() and not os.access(folder, os.X_OK, effective_ids=True):
+            raise ResourceError(f"{folder}: Permission denied; ask its owner for the right to read it")
         if lacks_run_json(folder):
             place, way = folder.resolve(), "restore it from a copy"
             if place.parent == ARTIFACTS.resolve():

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from grpo.artifacts.faults import operation
-from grpo.errors import ResourceError
+from grpo.errors import CorruptError, ResourceError
 
 _CHUNK_BYTES = 2**22
 _RESOURCE_ERRORS = {
@@ -86,7 +86,11 @@ def mark(path: Path) -> None:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Give the file `source` a second name; an existing target is replaced."""
+    """Give the file `source` a second name; an existing target is replaced. CorruptError for what is none."""
+    if source.is_symlink():  # its second name would lead there too
+        raise CorruptError(f"{source}: is a link, and a run has none; `grpo verify --discard` removes it")
+    if source.exists() and not source.is_file():  # a folder in its place, say
+        raise CorruptError(f"{source}: is no file; `grpo verify` says what makes it again")
     temporary = target.with_name(target.name + ".tmp")
     with resource_errors(target):
         temporary.unlink(missing_ok=True)

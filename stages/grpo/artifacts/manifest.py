@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from grpo.artifacts.recorded import Count, Iteration, Number, Recorded, check_content, check_depth
 from grpo.config import differing_keys
-from grpo.errors import CorruptError, InputError
+from grpo.errors import CorruptError, InputError, unreadable
 from grpo.tables import TABLES
 
 SCHEMA_VERSION = 2  # 2: inputs and user_files
@@ -157,7 +157,7 @@ def parse_json(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:  # a folder in its place, say
-        raise CorruptError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
 
 
 def read_json(path: Path, **keys: type) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:  # a link to itself, say
-        raise CorruptError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
 
 
 @lru_cache(maxsize=2**8)

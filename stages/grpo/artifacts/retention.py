@@ -20,7 +20,7 @@ def prunable(run: ActiveRun) -> list[int]:
     """Updates whose checkpoint `checkpoints` does not keep, oldest first. Never one of the newest two."""
     have = [iteration for iteration in run.iterations() if run.has_checkpoint(iteration)]
     best = _best(run, have)
-    return [iteration for iteration in have if iteration != best and not is_kept(run, iteration, have)]
+    return [iteration for iteration in have if iteration not in best and not is_kept(run, iteration, have)]
 
 
 def is_kept(run: ActiveRun, iteration: int, have: list[int]) -> bool:
@@ -47,12 +47,15 @@ def _outlives(run: ActiveRun, iteration: int, oldest: int) -> bool:
     return next_reference > oldest or next_nth < next_reference
 
 
-def _best(run: ActiveRun, have: Iterable[int]) -> int | None:
-    """The update of those given whose policy was measured to be the best; None: none was, or it may go."""
+def _best(run: ActiveRun, have: Iterable[int]) -> set[int]:
+    """The update of those given whose policy was measured to be the best, and that of its reference.
+
+    Empty: none was measured, or the best may go.
+    """
     if not run.config.checkpoints.keep_best:
-        return None
+        return set()
     found = best_of(run, [iteration + 1 for iteration in have if _is_measured(run, iteration + 1)])
-    return found.policy - 1 if found else None
+    return {found.policy - 1, run.config.update.moved_reference(found.policy) - 1} if found else set()
 
 
 def _is_measured(run: ActiveRun, policy: int) -> bool:
@@ -98,15 +101,17 @@ def prune_behind(run: ActiveRun, newest: int) -> None:
             break
         have.append(iteration)
     going = set(have[keep_last:])
-    oldest = have[:keep_last][-1]
+    oldest, best = have[:keep_last][-1], set[int]()
+    moves = run.config.update.reference_every  # then what goes may be the reference of the best
+    if moves or any(_is_measured(run, iteration + 1) for iteration in (newest, *going)):
+        there = {policy - 1 for policy in run.evaluations() if policy and run.has_checkpoint(policy - 1)}
+        going |= {number for number in there if number not in have and not _outlives(run, number, oldest)}
+        best = _best(run, sorted(there))
     for written in {run.config.update.moved_reference(iteration + 1) - 1 for iteration in going} - {-1}:
         # It may have been kept for these alone.
         if run.has_checkpoint(written) and not _outlives(run, written, oldest):
             going.add(written)
-    if any(_is_measured(run, iteration + 1) for iteration in (newest, *going)):
-        there = {policy - 1 for policy in run.evaluations() if policy and run.has_checkpoint(policy - 1)}
-        going |= {number for number in there if number not in have and not _outlives(run, number, oldest)}
-        going.discard(_best(run, sorted(there)))
+    going -= best
     _drop(run, sorted(going), [path for iteration in sorted(going) for path in _there(run, iteration)])
 
 

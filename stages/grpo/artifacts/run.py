@@ -275,15 +275,16 @@ class Run:
         ]
         return [path for path in (self.path, *found) if path.is_symlink()]
 
-    def refuse_links(self) -> None:
-        """Raise CorruptError (exit 6) for a folder that is a link: work there would be outside the run."""
+    def refuse_links(self, files_too: bool = False) -> None:
+        """Raise CorruptError (exit 6) for a folder, or a file too, that is a link: it is outside the run."""
         for path in self.links():
             # One that leads nowhere stands where a folder may be wanted.
-            if path.is_dir() or not path.exists():
+            if files_too or path.is_dir() or not path.exists():
                 way = "remove it" if path.name == ".lock" else "`grpo verify --discard` removes it"
                 if path == self.path:
                     way = "name that folder by its path"
-                to = f"another folder ({os.path.realpath(path)})" if path.is_dir() else "nowhere"
+                kind = "another folder" if path.is_dir() else "another file"
+                to = f"{kind} ({os.path.realpath(path)})" if path.exists() else "nowhere"
                 raise CorruptError(f"{path}: is a link to {to}, not the run's own; {way}")
 
     @contextmanager

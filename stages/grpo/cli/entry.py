@@ -7,13 +7,14 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from grpo.cli import inspect, manage, streams, work
 from grpo.console import printable, quieten_libraries
-from grpo.errors import GrpoError, ResourceError
+from grpo.errors import GrpoError, InputError, ResourceError
 
 app = typer.Typer(
     help="GRPO as a data pipeline: generate -> score -> advantage -> update, every stage a table on disk.",
@@ -56,7 +57,14 @@ _VERSION = typer.Option("--version", callback=_print_versions, is_eager=True, he
 
 @app.callback()
 def _options(version: Annotated[bool, _VERSION] = False) -> None:
-    """Options of `grpo` itself; typer shows the help of the application instead of this."""
+    """Options of `grpo` itself; typer shows the help of the application instead of this.
+
+    It is called before any command: none can begin in a folder that was deleted, which torch dies of.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise InputError("the present folder was deleted; go to one that is there") from None
 
 
 def main() -> None:
@@ -88,6 +96,8 @@ def main() -> None:
             raise
         # No rights, a file in a folder's place, a path too long: the user's to mend, wherever it shows.
         _fail(f"{error.filename or 'grpo'}: {error.strerror}", ResourceError.exit_code)
+    except MemoryError:
+        _fail("grpo: out of memory; free some, or take smaller inputs", ResourceError.exit_code)
     finally:
         threading.excepthook = threading.__excepthook__
 

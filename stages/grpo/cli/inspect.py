@@ -27,7 +27,7 @@ def sql(
     config: options.Config = options.CONFIG,
     names: Annotated[list[str], typer.Option("--run", help="A run to open; repeatable.")] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Write to a .parquet, .csv or .json file.")] = None,
-    timeout_s: Annotated[float, typer.Option(help="Seconds a query may take.")] = 600.0,
+    timeout_s: options.Timeout = options.TIMEOUT_S,
     as_json: options.Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout.")] = False,
 ) -> None:
@@ -51,6 +51,7 @@ def show(
     tokens: Annotated[bool, typer.Option("--tokens", help="Shade tokens by their probability.")] = False,
     against: Annotated[str, typer.Option(help="The same prompts at iteration 40, in a RUN, or RUN:40.")] = "",
     prompt: Annotated[int | None, typer.Option(help="One prompt_id, over all iterations.")] = None,
+    timeout_s: options.Timeout = options.TIMEOUT_S,
     no_pager: Annotated[bool, typer.Option("--no-pager", help="Print all at once.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -71,6 +72,7 @@ def show(
         against=against,
         pager=not no_pager,
         as_json=as_json,
+        timeout_s=timeout_s,
     )
     lazy.show.show(options.reading(name, config), chosen, lambda other: options.reading(other, config))
 

@@ -1,6 +1,7 @@
 """cli.options: what most commands begin with: their common options, and the run that these name."""
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,16 @@ Set = Annotated[list[str], typer.Option("--set", help="Override a key: --set upd
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Name = Annotated[str, typer.Argument(help="A run, or the path of one; default: that of the configuration.")]
 CONFIG = Path("pipeline.yaml")
+TIMEOUT_S = 600.0  # sql.TIMEOUT_S, whose import takes its time
+
+
+def _seconds(given: float) -> float:
+    if not 0 < given <= threading.TIMEOUT_MAX:  # NaN is not
+        raise UsageError(f"--timeout-s {given:g}: expected seconds, more than 0 and finite")
+    return given
+
+
+Timeout = Annotated[float, typer.Option(help="Seconds a query may take.", callback=_seconds)]
 
 
 def chosen(name: str, path: Path, overrides: Sequence[str], quiet: bool) -> "ActiveRun":

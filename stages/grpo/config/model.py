@@ -66,7 +66,8 @@ class CheckpointsConfig(Section):
     keep_every: Count | None = 10
     """Policies whose number is a multiple of this are kept too; null: none of the older ones."""
     keep_best: Annotated[bool, ADDED] = True
-    """The best of the policies measured, by `stop.metric`, is kept too."""
+    """The best of the policies measured, by `stop.metric`, is kept too, with the policy that is its reference
+    (update.reference_every)."""
 
 
 _NOT_LOADED = {
@@ -127,6 +128,9 @@ class Config(Section):
     stop: Annotated[StopConfig | None, ADDED] = None
     """When a run ends before its `iterations`, by what `evaluate` finds; null: never."""
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    sql_timeout_s: Annotated[float, Field(gt=0, le=1e6), ADDED] = 600.0
+    """Seconds, at most 1e6, that a query of the configuration may take: generate.prompts_sql, advantage.sql
+    and where. In no stage's fingerprint."""
     track: Literal["trackio", "wandb"] | None = None
     """Log each iteration to Trackio or Weights & Biases too; null: to neither. In no stage's fingerprint."""
 

@@ -63,7 +63,7 @@ def _asked_for(
                 run.verify(file, run.path_of(file, output, number))
     seed = (run.config.seed, iteration)
     question = replace(_question(run, name, iteration), iteration=range(iteration), outputs=_PAST, seed=seed)
-    found = user_sql.rows(question, f"{KEY}: {name}").table()
+    found = user_sql.rows(question, f"{KEY}: {name}", run.config.sql_timeout_s).table()
     _check_columns(name, found.column_names)
     return _rows_of(found["prompt_id"], prompt_ids, f"{KEY}: {name}")
 
@@ -71,7 +71,7 @@ def _asked_for(
 def check(run: ActiveRun) -> None:
     """Raise UsageError (exit 2) for a query that cannot be run, whatever the tables will hold."""
     if (name := run.config.generate.prompts_sql) is not None:
-        with sql.UserSql() as user_sql:
+        with sql.UserSql(run.console.stop_requested) as user_sql:
             _check_columns(name, user_sql.columns(_question(run, name, 0), f"{KEY}: {name}"))
 
 

@@ -7,8 +7,6 @@ import os
 from contextlib import suppress
 from itertools import count
 from operator import attrgetter
-from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 from grpo.artifacts import (
@@ -29,7 +27,7 @@ from grpo.artifacts import (
 from grpo.artifacts.manifest import check_size
 from grpo.config import PIPELINE
 from grpo.config.yaml import dump
-from grpo.errors import CorruptError, GrpoError, InputError, UsageError
+from grpo.errors import GrpoError, InputError, UsageError
 from grpo.pipeline.prepare import run_json
 from grpo.pipeline.stages import EVALUATE, STAGES
 from grpo.pipeline.states import differences_of
@@ -44,7 +42,7 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
     when the checkpoint to go on from was pruned, CorruptError (exit 6) for a file that verify would not take.
     """
     _check_free(new)
-    source.refuse_links()
+    source.refuse_links(files_too=True)  # a second name of a link would lead there too
     _check_fixed(source, new)
     first = next(n for n in count() if n == iteration or source.manifest("update", n) is None)
     if iteration not in (None, first):
@@ -102,7 +100,6 @@ def _link_all(source: ActiveRun, staged: ActiveRun, first: int) -> list[str]:
     if sources := kept_sources(source):
         files.make_folder(staged.path / SOURCES)
         for path in sources.values():
-            _check_file(path)
             files.link_file(path, staged.path / SOURCES / path.name)
         files.sync_folder(staged.path / SOURCES)
     for output in RUN_OUTPUTS:
@@ -141,17 +138,9 @@ def _link(run: Run, staged: Run, output: str, iteration: int | None) -> None:
     for file, path in zip(manifest.files, held, strict=True):
         if path in paths and path.exists():
             check_size(file, path)
-    for path in paths:
-        _check_file(path)
     places = [target / path.relative_to(source) for path in paths]
     for path, place in zip(paths, places, strict=True):
         files.make_folder(place.parent)
         files.link_file(path, place)
     for folder in {place.parent for place in places}:
         files.sync_folder(folder)
-
-
-def _check_file(path: Path) -> None:
-    """Raise CorruptError (exit 6) for a folder, say, in the place of a file: it has no second name."""
-    if not S_ISREG(path.stat().st_mode):
-        raise CorruptError(f"{path}: is no file; `grpo verify` says what makes it again")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from grpo.errors import InputError
 
@@ -99,17 +99,36 @@ def is_causal(model: PreTrainedModel) -> bool:
     """Whether no token sees a later one: the last of a few tokens changes no logits before it."""
     ids_BL = torch.arange(_PROBE_TOKENS, device=model.device).repeat(2, 1)
     ids_BL[1, -1] = 0
-    one, other = model(input_ids=ids_BL % _vocabulary(model), use_cache=False).logits[:, :-1].unbind()
+    one, other = model(input_ids=ids_BL % vocabulary(model), use_cache=False).logits[:, :-1].unbind()
     return not bool((one - other).abs().max() > _TOLERANCE * one.abs().max())
 
 
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """The largest window or chunk of the model's layers: a token sees none that is so many before it.
+
+    None where no sequence within the model's context is longer.
+    """
+    text = config.get_text_config(decoder=True)
+    sizes = {
+        "sliding_attention": getattr(text, "use_sliding_window", True)
+        and getattr(text, "sliding_window", None),
+        "chunked_attention": getattr(text, "attention_chunk_size", None),
+        "local": getattr(text, "window_size", None),
+    }
+    kinds = getattr(text, "layer_types", None) or getattr(text, "attention_layers", None) or sizes
+    largest = max((int(size) for kind, size in sizes.items() if size and kind in kinds), default=None)
+    context = getattr(text, "max_position_embeddings", None)
+    return None if largest is None or (context is not None and context <= largest) else largest
+
+
 def _logits(model: PreTrainedModel, attention: str) -> Tensor:
-    ids_1L = torch.arange(_PROBE_TOKENS, device=model.device)[None] % _vocabulary(model)
+    ids_1L = torch.arange(_PROBE_TOKENS, device=model.device)[None] % vocabulary(model)
     with attending(model, attention):
         logits: Tensor = model(input_ids=ids_1L, use_cache=False).logits
     return logits
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens the model knows."""
     size: int = model.config.get_text_config(decoder=True).vocab_size
     return size

@@ -22,7 +22,13 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _TIMES, _SPARE_NUMBERS = 4, 2**20
 _BUFFER_NUMBERS = 2**28  # 1 GiB of float32: causal masks of old models are the largest
 _MODULES_PER_WEIGHT, _SPARE_MODULES = 64, 1024
-_MOST_LAYERS = 4096  # some configurations make a list as long as that
+_MOST = {"layer": 4096, "labels": 2**16}  # some configurations make a list as long as that
+_MOST_BITS = 63  # of a number that torch takes as a size
+# The largest known are of 33 MiB (a tokenizer) and 10 MiB (an index of weights): what is larger takes minutes
+# and GiB to be read, whatever it says.
+_MOST_MIB = {"tokenizer.json": 64, "model.safetensors.index.json": 64, "vocab.json": 64}
+_MOST_MIB_OF_OTHERS, _TEXT_FILES = 16, {".json", ".jinja", ".txt"}
+_MOST_MIB |= {"config.json": 4, "generation_config.json": 4}
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
@@ -42,6 +48,18 @@ def weight_files(checkpoint: Path) -> list[Path]:
     return sorted(checkpoint / name for name in names)
 
 
+def check_kinds(checkpoint: Path, names: set[str]) -> None:
+    """Raise CorruptError where weights of these names are stored as other than real numbers.
+
+    transformers would take whole numbers as they are, and of complex ones the real part.
+    """
+    for path in weight_files(checkpoint):
+        with safe_open(path, framework="numpy") as file:
+            for name in names.intersection(file.keys()):
+                if not (kind := file.get_slice(name).get_dtype()).startswith(("F", "BF")):
+                    raise CorruptError(f"{path}: weight {name} is stored as {kind}; real numbers are right")
+
+
 def shapes_in(path: Path) -> list[tuple[int, ...]]:
     """The shapes in the header of a file of weights. Raises SafetensorError."""
     with safe_open(path, framework="numpy") as file:
@@ -49,14 +67,27 @@ def shapes_in(path: Path) -> list[tuple[int, ...]]:
 
 
 def check_counts(path: Path, values: Any) -> None:
-    """Raise CorruptError for a number of layers in `values`, the content of `path`, that no model has."""
+    """Raise CorruptError for a number in `values`, the content of `path`, that no model has."""
     stack = [values]
     while stack:
         section = stack.pop()
         for key, value in section.items() if isinstance(section, dict) else ():
             stack.append(value)
-            if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
-                raise CorruptError(f"{path}: {key} is {value}; at most {_MOST_LAYERS} can be right")
+            if not isinstance(value, int):
+                continue
+            for most in (most for word, most in _MOST.items() if word in key and value > most):
+                raise CorruptError(f"{path}: {key} is {value}; at most {most} can be right")
+            if value.bit_length() > _MOST_BITS:
+                raise CorruptError(f"{path}: {key} has {value.bit_length()} bits; no size is of more than 63")
+
+
+def check_sizes(checkpoint: Path) -> None:
+    """Raise CorruptError for a file of text that is larger than that of any model, before it is read."""
+    for path in sorted(checkpoint.iterdir()):
+        most = _MOST_MIB.get(path.name, _MOST_MIB_OF_OTHERS)
+        if path.suffix in _TEXT_FILES and path.is_file() and path.stat().st_size > most * 2**20:
+            found = f"{path.stat().st_size / 2**20:,.0f} MiB"
+            raise CorruptError(f"{path}: has {found}; at most {most} can be right")
 
 
 @contextmanager

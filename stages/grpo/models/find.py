@@ -19,7 +19,7 @@ def resolve_model(run: ActiveRun, name: str) -> Path:
         if not folder.exists():  # it appears complete; training it imports torch
             from grpo.models import starter_model
 
-            starter_model.ensure(folder, run.console.say)
+            starter_model.ensure(folder, run.console.say, run.console.stop_requested)
     return folder
 
 

@@ -4,8 +4,9 @@ Code that came with a checkpoint never runs, and pickled weights are never read.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
@@ -23,17 +24,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from grpo.artifacts import read_json
-from grpo.errors import CorruptError, GrpoError, InputError, ResourceError, UsageError
+from grpo.errors import CorruptError, InputError
 from grpo.models.attention import is_causal, settle
-from grpo.models.bounds import WEIGHT_FILES, bounded, check_counts
+from grpo.models.bounds import WEIGHT_FILES, bounded, check_counts, check_kinds, check_sizes
 from grpo.models.families import check_family
+from grpo.models.refusals import refusals
+from grpo.models.tokenizer import check_growth
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _NO_MODEL = "cannot be loaded as a causal language model"
-_UNREADABLE = "its weights cannot be read"
 
 
 def load_model(checkpoint: Path, device: str, attention: str = "auto") -> PreTrainedModel:
@@ -97,10 +98,15 @@ class Blueprint:
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of `checkpoint`, chat template included. Raises InputError."""
     _require_file(checkpoint, TOKENIZER_FILES, "a tokenizer")
+    check_sizes(checkpoint)
     with refusals(str(checkpoint), "its tokenizer cannot be loaded"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(checkpoint), local_files_only=True, trust_remote_code=False
         )
+        if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            check_growth(checkpoint, fast)
+        int(tokenizer.model_max_length)
+        tokenizer("0")  # some fail with every text
     return tokenizer
 
 
@@ -114,6 +120,7 @@ def load_config(checkpoint: Path) -> PreTrainedConfig:
 def read_config(checkpoint: Path) -> PreTrainedConfig:
     """The same; raises whatever transformers does."""
     path = checkpoint / "config.json"
+    check_sizes(checkpoint)
     check_counts(path, read_json(path))  # transformers' own messages do not say what is wrong in it
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         str(checkpoint), local_files_only=True, trust_remote_code=False
@@ -167,26 +174,14 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars or load reports on stderr: what matters in them is raised."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 def load_pretrained(auto_class: Any, checkpoint: Path, attention: str, **options: Any) -> Any:
     """(model, report) of transformers' `auto_class`, in float32: with no code that came with the checkpoint,
-    no pickle, no network, and no more memory than its weights ask for. Raises what from_pretrained does.
+    no pickle, no network, and no more memory than its weights ask for. Raises what from_pretrained does, and
+    GrpoError for weights that are no finite real numbers.
     """
-    with bounded(checkpoint):
-        return auto_class.from_pretrained(
+    with bounded(checkpoint), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters in them is raised
+        model, report = auto_class.from_pretrained(
             str(checkpoint),
             dtype=torch.float32,
             attn_implementation="eager" if attention == "eager" else "sdpa",
@@ -196,6 +191,9 @@ def load_pretrained(auto_class: Any, checkpoint: Path, attention: str, **options
             output_loading_info=True,
             **options,
         )
+    check_kinds(checkpoint, {name for name, _ in model.named_parameters()})
+    _check_weights(checkpoint, model)
+    return model, report
 
 
 def _read_model(checkpoint: Path, attention: str) -> PreTrainedModel:
@@ -215,43 +213,7 @@ def _read_model(checkpoint: Path, attention: str) -> PreTrainedModel:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             message = f"{problem} weight {names[0]}{more}; the weights must be exactly those of config.json"
             raise CorruptError(f"{checkpoint}: {message}")
-    _check_weights(checkpoint, model)
     return model
-
-
-@contextmanager
-def refusals(where: str, message: str) -> Iterator[None]:
-    """transformers without a word of its own: whatever it raises of a checkpoint is one line of ours.
-
-    Exception, because a checkpoint of others may make it raise any: its code trusts what it reads.
-    """
-    try:
-        with quiet_transformers():
-            yield
-    except GrpoError:
-        raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(f"{where}: out of memory: {_one_line(error)}") from error
-    except (SafetensorError, RuntimeError) as error:
-        what = "its files are nested too deep" if isinstance(error, RecursionError) else _UNREADABLE
-        raise CorruptError(f"{where}: {what}: {_one_line(error)}") from error
-    except Exception as error:
-        text = _one_line(error)
-        if "trust_remote_code" in str(error):
-            text = (
-                "it needs code of its own, which never runs here (model_options.trust_remote_code stays"
-                " false); take a checkpoint of a model that transformers has"
-            )
-        kind = UsageError if isinstance(error, ImportError) else InputError  # a package that is missing
-        raise kind(f"{where}: {message}: {text}") from error
-
-
-def _one_line(error: Exception) -> str:
-    kind, text = type(error).__name__, str(error)
-    # `KeyError: 'x'`: such texts say nothing by themselves.
-    named = isinstance(error, LookupError | AttributeError | ArithmeticError | AssertionError)
-    text = f"{kind}: {text}" if text and named else text or kind
-    return shorten(text, width=300, placeholder=" ...")
 
 
 def _check_weights(checkpoint: Path, model: PreTrainedModel) -> None:

@@ -28,7 +28,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from grpo.artifacts import files
 from grpo.errors import InputError
-from grpo.models.loading import quiet_transformers
+from grpo.models.refusals import quiet_transformers
 from grpo.prompts import arithmetic
 
 FILES = (
@@ -70,17 +70,19 @@ NUM_THREADS = 1
 IGNORED = -100  # the label that cross_entropy leaves out
 
 
-def ensure(directory: Path, say: Callable[[str], None]) -> None:
+def ensure(directory: Path, say: Callable[[str], None], stop: Callable[[], object] = lambda: None) -> None:
     """Train the starter model of the name of `directory`, unless it is there; `say` gets lines of progress.
 
     The directory is complete or absent: it is written beside its place and renamed into it. A second
-    process waits for the first. Raises InputError where the directory lacks some of its files.
+    process waits for the first. stop: called meanwhile; what it raises, such as Interrupted, ends either.
+    Raises InputError where the directory lacks some of its files.
     """
     if not directory.exists():
         files.make_folder(directory.parent)
-        with FileLock(directory.with_name(f".{directory.name}.lock")):
+        lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+        with lock.acquire(cancel_check=lambda: bool(stop())):
             if not directory.exists():
-                _build(directory, say)
+                _build(directory, say, stop)
     if missing := [name for name in FILES if not (directory / name).is_file()]:
         raise InputError(
             f"{directory}: not a complete starter model ({', '.join(missing)} missing); "
@@ -88,11 +90,11 @@ def ensure(directory: Path, say: Callable[[str], None]) -> None:
         )
 
 
-def _build(directory: Path, say: Callable[[str], None]) -> None:
+def _build(directory: Path, say: Callable[[str], None], stop: Callable[[], object]) -> None:
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     files.remove(unfinished)  # of a process that was killed: we hold the lock
     tokenizer = build_tokenizer()
-    model = train(tokenizer, STEPS, say, SIZES.get(directory.name, _TINY))
+    model = train(tokenizer, STEPS, say, SIZES.get(directory.name, _TINY), stop)
     with files.resource_errors(directory), quiet_transformers():
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -128,7 +130,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train(
-    tokenizer: PreTrainedTokenizerFast, num_steps: int, say: Callable[[str], None], size: Size = _TINY
+    tokenizer: PreTrainedTokenizerFast,
+    num_steps: int,
+    say: Callable[[str], None],
+    size: Size = _TINY,
+    stop: Callable[[], object] = lambda: None,
 ) -> Qwen3ForCausalLM:
     """The model after `num_steps` steps on all two hundred answers, each with its share.
 
@@ -141,7 +147,7 @@ def train(
         torch.set_num_threads(NUM_THREADS)
         try:
             model = _untrained(tokenizer, size)
-            _fit(model, tokenizer, num_steps, say, size.sum_share)
+            _fit(model, tokenizer, num_steps, say, size.sum_share, stop)
         finally:
             torch.set_num_threads(num_threads)
     model.eval()
@@ -175,10 +181,12 @@ def _fit(
     num_steps: int,
     say: Callable[[str], None],
     sum_share: float,
+    stop: Callable[[], object],
 ) -> None:
     ids_AT, labels_AU, share_A = _answers(tokenizer, sum_share)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step in range(1, num_steps + 1):
+        stop()
         # Linear warm-up times half a cosine down to almost 0: the shares settle only as the steps get small.
         decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / num_steps)
         optimizer.param_groups[0]["lr"] = PEAK_LEARNING_RATE * min(1.0, step / WARMUP_STEPS) * decay

@@ -1,11 +1,14 @@
 """tokenizer: the tokenizer of a run, from its own checkpoints, and the text that each token adds."""
 
+import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -14,6 +17,8 @@ from grpo.errors import CorruptError, InputError, first_line
 from grpo.models.find import BUILT_IN, starter_folder
 
 FILE = "tokenizer.json"
+_MOST_GROWTH = 1000
+_WRITTEN = ("content", "prepend", "replacement", "prefix", "suffix")  # what parts write, as they call it
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character yet
 _CHARACTER_BYTES = 4  # the longest character of UTF-8: what more tokens do not complete is none
 
@@ -37,9 +42,38 @@ def tokenizer_at(checkpoint: Path) -> Tokenizer:
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{checkpoint}: has no {FILE}, which is needed to read token by token") from None
     try:
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
         raise CorruptError(f"{checkpoint / FILE}: is no tokenizer: {first_line(error)}") from None
+    check_growth(checkpoint, tokenizer)
+    return tokenizer
+
+
+def check_growth(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Raise CorruptError for a tokenizer that may write far more than it reads: it would fill the memory."""
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        part = getattr(tokenizer, name)
+        growth = 1 if part is None else _growth(json.loads(part.__getstate__()))
+        if growth > _MOST_GROWTH:
+            found = f"{name} may make a text {growth:,} times as long"
+            raise CorruptError(
+                f"{checkpoint / FILE}: its {found}; {_MOST_GROWTH} times is the most that is taken"
+            )
+
+
+def _growth(part: Any) -> int:
+    """How many times as long a text may be behind a part of a tokenizer, by what the part writes."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part)) if all(map(_is_step, part)) else len(part)
+    if not isinstance(part, dict):
+        return 1
+    own = max([1, *(len(part[key]) for key in _WRITTEN if isinstance(part.get(key), str))])
+    return own * math.prod(_growth(inner) for inner in part.values() if isinstance(inner, dict | list))
+
+
+def _is_step(part: Any) -> bool:
+    """Whether it is one of several parts that work behind each other."""
+    return isinstance(part, dict) and "type" in part
 
 
 def starting_policy(run: ActiveRun) -> Path | None:

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo.artifacts import checkpoint_files, files, is_weight_file, read_json
 from grpo.errors import CorruptError, ResourceError
+from grpo.models.attention import vocabulary
 from grpo.models.loading import best_device, context_length, load_model, load_tokenizer
 from grpo.models.reader import Reader
 from grpo.prompts.chat import Chat
@@ -75,8 +76,15 @@ def weight_check_of(checkpoint: Path, rows: list[Row], chat: Chat, attention: st
     """
     device = best_device()
     reader = Reader(load_model(checkpoint, device, attention))
-    token_ids = encode(rows, load_tokenizer(checkpoint), chat)[1]
-    found = measure(reader, check_sequences(token_ids, context_length(reader.model.config)))
+    sequences = check_sequences(
+        encode(rows, load_tokenizer(checkpoint), chat)[1], context_length(reader.model.config)
+    )
+    most, size = max(chain.from_iterable(sequences), default=0), vocabulary(reader.model)
+    if most >= size:
+        raise CorruptError(
+            f"{checkpoint}: its tokenizer gives token {most}; its model knows those below {size}"
+        )
+    found = measure(reader, sequences)
     del reader
     torch.cuda.empty_cache()  # the engine asks for most of it
     if not found.is_finite():

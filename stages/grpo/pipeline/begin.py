@@ -1,5 +1,6 @@
 """begin: what a run commits once, and loads models for: its prompts, and the ids of what it starts from."""
 
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -72,10 +73,10 @@ class Look:
         self._oddities.add(found)
         return found
 
-    def num_tokens(self, rows: list[Row]) -> list[int]:
+    def num_tokens(self, rows: list[Row]) -> Iterator[int]:
         """Of each row."""
         assert self._encoder is not None, "there is no policy whose tokens could be counted"
-        return list(map(len, self._encoder.token_ids(self._encoder.rows(rows))))
+        return self._encoder.num_tokens(self._encoder.rows(rows))
 
     def lines(self, notes: list[str]) -> list[str]:
         """What is odd, behind what normalised() noted: a line each."""

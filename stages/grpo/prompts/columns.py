@@ -9,6 +9,7 @@ from typing import Any
 
 ABSENT = object()
 """What find() gives where there is no such column or field."""
+MAX_CHARACTERS = 2**24  # of a prompt: ten times the longest context there is
 _EXACT = 2**53  # above, not every whole number is a float
 
 

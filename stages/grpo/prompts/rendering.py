@@ -6,9 +6,10 @@ or chance for is asked once, and no iteration and no resumed shard can see anoth
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import closing
+from itertools import accumulate, groupby, takewhile
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHATS_PER_CALL = 1000
+_CHARACTERS_PER_CALL = 2**22  # of a tokenizer
 TIMEOUT_S = 10.0  # of a chat; a millisecond is usual
 _SPARE_S = 20.0  # of a call beside one chat that is slow
 _POLL_S = 0.1  # how soon a signal is heard meanwhile
@@ -75,14 +77,22 @@ class Encoder:
 
     def token_ids(self, rows: list[Row]) -> list[list[int]]:
         """Token ids of each prompt, whose text is there. A chat template writes its own special tokens."""
-        found: dict[int, list[int]] = {}
-        for is_text in (True, False):
-            places = [place for place, row in enumerate(rows) if (row["messages"] is None) == is_text]
-            if places:
-                texts = [str(shown(rows[place])) for place in places]
-                batch = self._tokenizer(texts, add_special_tokens=is_text, verbose=False)
-                found |= zip(places, batch.input_ids, strict=True)
-        return [found[place] for place in range(len(rows))]
+        return list(self._tokens(rows))
+
+    def num_tokens(self, rows: list[Row]) -> Iterator[int]:
+        """How many each has, counted as they are asked for: the tokens of many rows are not kept."""
+        return map(len, self._tokens(rows))
+
+    def _tokens(self, rows: list[Row]) -> Iterator[list[int]]:
+        """Of some rows at a time: a tokenizer takes twenty times the memory of a text."""
+        for is_text, members in groupby(rows, key=lambda row: row["messages"] is None):
+            texts = [str(shown(row)) for row in members]
+            while texts:
+                fit = takewhile(_CHARACTERS_PER_CALL.__ge__, accumulate(map(len, texts)))
+                count = max(1, sum(1 for _ in fit))
+                batch = self._tokenizer(texts[:count], add_special_tokens=is_text, verbose=False)
+                yield from batch.input_ids
+                texts = texts[count:]
 
     def render(self, rows: list[Row], given: Mapping[str, Any] = {}, without: str = "") -> list[str]:
         """The text of each chat; given: variables in place of the usual, without: one that is left out."""

@@ -6,13 +6,14 @@ from typing import Any
 
 from grpo.config import PromptsConfig
 from grpo.errors import DataError
-from grpo.prompts.columns import ABSENT, find, paths, text_of
+from grpo.prompts.columns import ABSENT, MAX_CHARACTERS, find, paths, text_of
 from grpo.prompts.source import Row, read_rows
 from grpo.tables import RENDERED
 
 # Keys of the tables, and what every reward function is passed: a column of the same name would be hidden.
 _PASSED = ("prompts", "completions", "completion_ids")
 _RESERVED = ("prompt_id", "iteration", "group_id", "sample_id", "run", RENDERED, *_PASSED)
+_MOST_COLUMNS = 10_000
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -49,6 +50,8 @@ def normalised(
 
 def _normalise(row: Row, config: PromptsConfig) -> Row:
     """The columns of the table but for prompt_id. Raises ValueError, saying what of the row is wrong."""
+    if len(row) > _MOST_COLUMNS:
+        raise ValueError(f"has {len(row):,} columns; {_MOST_COLUMNS:,} are the most")
     # SQL does not tell Run from run: the user's would be hidden behind the pipeline's.
     if reserved := [name for name in row if name.lower() in _RESERVED]:
         raise ValueError(f"column {reserved[0]} is the pipeline's own; give yours another name, such as id")
@@ -87,17 +90,24 @@ def _prompt_and_messages(row: Row, config: PromptsConfig) -> tuple[str | None, l
     if is_prompt and not isinstance(found, list):
         if not isinstance(found, str) or not found.strip():
             raise ValueError(f"{name} is {found!r}; a prompt must be text that is not empty")
+        _check_length(name, len(found))
         if not config.chat and config.system is None:
             return found, None
         found = [{"role": "user", "content": found}]
     if not isinstance(found, list) or not found:
         raise ValueError(f"{name} must be a list of {{role, content}} that is not empty")
     messages = [_message(message) for message in found]
+    _check_length(name, sum(len(message.get("content") or "") for message in messages))
     if config.system is None:
         return None, messages
     if messages[0]["role"] == "system":
         raise ValueError("begins with a system message of its own; leave prompts.system out")
     return None, [{"role": "system", "content": config.system}, *messages]
+
+
+def _check_length(name: str, found: int) -> None:
+    if found > MAX_CHARACTERS:
+        raise ValueError(f"{name} has {found:,} characters; {MAX_CHARACTERS:,} are the most")
 
 
 def _message(message: Any) -> Row:

@@ -8,7 +8,9 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from grpo.config import PromptsConfig
 from grpo.config.prompts import BUILT_IN
 from grpo.errors import DataError, UsageError, first_line
 from grpo.prompts.arithmetic import held_out_rows, training_rows
+from grpo.prompts.memory import within_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # of save_to_disk: of one table, and of several
 _ROWS_PER_BATCH = 1000
+_MOST_BYTES = 2**28  # of a line
+_ROWS_PER_PIECE = 100  # as Python objects at once
 _WHOLE = re.compile(r"-?[0-9]+\.0")  # how pandas writes the whole numbers of a column with a gap
 
 
@@ -65,7 +70,10 @@ def _existing(path: Path) -> Path:
 def _text(path: Path) -> Iterator[tuple[int, str]]:
     """Lines of a UTF-8 file; a byte order mark and CRLF line ends just work."""
     with path.open("rb") as file:  # a text file is decoded in blocks, and an error could not name its line
-        for number, content in enumerate(file, start=1):
+        lines = iter(lambda: file.readline(_MOST_BYTES), b"")
+        for number, content in enumerate(lines, start=1):
+            if len(content) == _MOST_BYTES:
+                raise DataError(f"{path}:{number}: more than {_MOST_BYTES >> 20} MiB in a line")
             try:
                 line = content.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
@@ -157,13 +165,17 @@ def _parquet(path: Path, answer: str) -> Iterator[tuple[str, Row]]:
     try:
         file = pq.ParquetFile(path)
         _check_names(str(path), file.schema_arrow.names)
-        yield from _arrow_rows(str(path), str(path), file.schema_arrow, file.iter_batches(), answer)
+        held = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+        if held != file.metadata.num_rows:
+            raise DataError(f"{path}: says that it has {file.metadata.num_rows} rows, and holds {held}")
+        batches = within_memory(str(path), file.iter_batches(_ROWS_PER_BATCH))
+        yield from _arrow_rows(str(path), str(path), file.schema_arrow, batches, answer)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8, say
         raise DataError(f"{path}: cannot be read as Parquet: {first_line(error)}") from None
 
 
 def _check_names(place: str, names: Sequence[str]) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{place}: two columns are named {twice[0]}; every column needs its own name")
 
 
@@ -189,7 +201,10 @@ def _arrow_rows(
                 f"{where}: column {field.name} holds images or other media (a struct of bytes and path), and"
                 " prompts are text only; leave the column out (in `datasets`: remove_columns)"
             )
-    rows = (row for batch in batches for row in batch.to_pylist())
+    pieces = (
+        batch.slice(at, _ROWS_PER_PIECE) for batch in batches for at in range(0, len(batch), _ROWS_PER_PIECE)
+    )
+    rows = chain.from_iterable(within_memory(where, (piece.to_pylist() for piece in pieces)))
     kind = schema.field(answer).type if answer in schema.names else None
     short = kind.to_pandas_dtype() if kind in (pa.float16(), pa.float32()) else None
     for number, row in enumerate(rows, start=1):
@@ -251,7 +266,7 @@ def _open(where: str, config: PromptsConfig, folder: Path) -> "Dataset":
         return datasets.load_dataset(found, config.subset, split=config.split, **given)
     except ImportError as error:  # of a library that reads what is in it, images say
         raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         subset = f" (subset {config.subset})" if config.subset else ""
         raise DataError(f"{where}{subset}: cannot be loaded: {reason}") from None

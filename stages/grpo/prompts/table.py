@@ -1,7 +1,7 @@
 """table: the user's rows -> the `prompts` table, once per run; and which of them an iteration draws."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ from grpo.prompts.source import Row, source_digest
 OUTPUT = "prompts"
 HELD_OUT = "eval_prompts"
 STAGE_VERSION = 2  # 2: the summary holds the longest prompt
-NumTokens = Callable[[list[Row]], list[int]]  # of each row's prompt, as the model sees it
+NumTokens = Callable[[list[Row]], Iterable[int]]  # of each row's prompt, as the model sees it
 Render = Callable[[list[Row]], list[Row]]  # the rows, each with its text as the model sees it
 _ROWS_PER_SHARD = 100_000
+_CHARACTERS_PER_SHARD = 2**29
 
 
 def config_of(run: ActiveRun, output: str = OUTPUT) -> PromptsConfig:
@@ -113,7 +114,7 @@ def prepare(
     records, ids = list[FileRecord](), set[str]()
     skipped, longest, schema, chats = 0, 0, None, False
     rows = normalised(config, run.imports, notes)
-    while chunk := list(islice(rows, _ROWS_PER_SHARD)):
+    while chunk := _shard(rows):
         chats = chats or any(row["messages"] is not None for _, row in chunk)
         seen = render([row for _, row in chunk])
         places = [place for place, _ in chunk]
@@ -131,6 +132,19 @@ def prepare(
     summary = {"skipped": skipped, "longest_prompt_tokens": longest, "source": config.source}
     summary |= {"policy": policy} if policy else {}
     return staging.commit(Product({output: id_of(records)}, records, summary))
+
+
+def _shard(rows: Iterator[tuple[str, Row]]) -> list[tuple[str, Row]]:
+    """The next rows, as many as one file and the memory hold."""
+    chunk, size = list[tuple[str, Row]](), 0
+    for place, row in islice(rows, _ROWS_PER_SHARD):
+        chunk.append((place, row))
+        size += len(row["prompt"] or "") + sum(
+            len(each.get("content") or "") for each in row["messages"] or ()
+        )
+        if size > _CHARACTERS_PER_SHARD:
+            break
+    return chunk
 
 
 def _fixed(run: ActiveRun, config: PromptsConfig) -> str:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from grpo.errors import first_line
+from grpo.prompts.columns import MAX_CHARACTERS
 
 _SPARE_S = 2.0  # then the process is ended: within one long operation, Python hears no alarm
 MEMORY_GIB = 2  # address space; what is imported takes a tenth of it
-MAX_CHARACTERS = 2**24  # of a prompt: ten times the longest context there is
 
 
 class Request(NamedTuple):

@@ -17,9 +17,10 @@ from transformers import AutoModelForSequenceClassification
 
 from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import EngineError, InputError
-from grpo.models.attention import settle
+from grpo.models.attention import settle, vocabulary
 from grpo.models.bounds import WEIGHT_FILES
-from grpo.models.loading import context_length, load_pretrained, load_tokenizer, read_config, refusals
+from grpo.models.loading import context_length, load_pretrained, load_tokenizer, read_config
+from grpo.models.refusals import refusals
 from grpo.score.functions.built_in import Text, Texts
 from grpo.score.outcome import Outcome, one_line, outcome_of
 
@@ -93,6 +94,8 @@ class RewardModel:
                 return one_line(f"the reward model's chat template refuses the messages: {error}")
         if not token_ids:
             return "prompt and response together are no tokens"
+        if max(token_ids) >= vocabulary(self._model):
+            return f"its tokenizer gives token {max(token_ids)}, which the reward model does not know"
         if len(token_ids) > self._max_tokens:
             context = f"the reward model's context is {self._max_tokens}"
             return f"prompt and response are {len(token_ids)} tokens, {context}"

@@ -28,8 +28,9 @@ from grpo.sql import child
 from grpo.sql.question import Question, to_json
 
 TIMEOUT_S = 600.0
-"""What a query of the configuration may take, and one of the command line where nothing else is said."""
+"""What a query may take where nothing else is said."""
 _MORE_TIME = "give --timeout-s more"
+_CONFIGURED = "ask for less of it at a time, or raise sql_timeout_s"
 _LESS = "ask for less of it at a time"
 _LOG = "stderr"  # of the process
 _START_S = 120.0  # of the process, on a cold disk
@@ -150,7 +151,7 @@ class UserSql:
             self._stop()
             if time.monotonic() >= end:
                 limit = f"query: stopped after its limit of {timeout_s:g} s"
-                raise ResourceError(f"{prefix}{limit}; {_LESS if prefix else _MORE_TIME}")
+                raise ResourceError(f"{prefix}{limit}; {_CONFIGURED if prefix else _MORE_TIME}")
         try:
             reply: dict[str, Any] = json.loads(self._pipe.recv_bytes())
         except (EOFError, ConnectionResetError):

@@ -17,7 +17,7 @@ from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, FileRecord, Manifest, Run, files
 from grpo.artifacts.manifest import check_size, read_sealed
 from grpo.config.evaluate import PASS_THRESHOLD
-from grpo.errors import CorruptError, GrpoError
+from grpo.errors import CorruptError, GrpoError, unreadable
 
 # What an evaluation counted as a pass, and whether `eval_prompts` are still those it was made with.
 SETTINGS = pa.schema(
@@ -164,7 +164,9 @@ def _fragment(table: str, file: FileRecord, path: Path, schema: pa.Schema | None
     fragment = _PARQUET.make_fragment(str(path), _DISK)
     try:
         found = fragment.physical_schema  # its footer is kept for the scan
-    except (pa.ArrowInvalid, OSError) as error:
+    except OSError as error:
+        raise unreadable(path, error, " as Parquet") from None
+    except pa.ArrowInvalid as error:
         raise CorruptError(f"{path}: cannot be read as Parquet: {error}") from None
     tables.check_schema(table, found, path)
     # The user's columns of two files of prompts.

@@ -1,10 +1,13 @@
 import json
 import time
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+from grpo.config import RewardConfig
+from grpo.score import rewards
 from grpo.score.functions.built_in import (
     BUILT_IN,
     Text,
@@ -15,6 +18,8 @@ from grpo.score.functions.built_in import (
     math_verify,
     regex_format,
 )
+from grpo.score.functions.call import GroupCall
+from grpo.score.functions.pool import FunctionPool
 
 GSM8K = Path(__file__).parents[2] / "data" / "gsm8k" / "train.jsonl"
 
@@ -273,3 +278,24 @@ def test_math_verify_pays_no_part_of_a_number(response: str, part: str) -> None:
 )
 def test_math_verify_pays_what_is_whole(response: str, answer: str) -> None:
     assert math_verify(["p"], [response], [answer]) == [1.0]
+
+
+# ---- called by functions of the user's ----
+
+
+def test_the_public_name_has_all_of_them_and_the_same() -> None:
+    assert {name: getattr(rewards, name) for name in rewards.__all__} == BUILT_IN
+
+
+def test_a_function_of_the_users_calls_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.py").write_text(
+        "from grpo.score.rewards import gsm8k\n\n\n"
+        "def half(prompts, completions, answer, **columns):\n"
+        "    return [value / 2 for value in gsm8k(prompts, completions, answer)]\n"
+    )
+    reward = RewardConfig.model_validate({"function": "own:half"})
+    group = GroupCall(["p"] * 2, ["#### 7", "#### 8"], [[1], [2]], {"answer": ["7", "7"]}, iteration=0)
+    with closing(FunctionPool(tmp_path, 1)) as pool:
+        pool.check(reward, ["answer"])
+        found = [outcome.value for outcomes in pool.score(reward, [group]) for outcome in outcomes]
+    assert found == [0.5, 0.0]

@@ -16,8 +16,12 @@ from tests.score.test_score_stage import PROMPTS, SCORE, calls, failed, opened, 
 
 from grpo import tables
 from grpo.artifacts import ActiveRun, Run
+from grpo.config import JudgeConfig
 from grpo.errors import InputError, Interrupted, ResourceError, UsageError
 from grpo.pipeline import work
+from grpo.score.judge import answers
+from grpo.score.judge.rubric import read_score
+from grpo.score.outcome import Outcome
 
 RUBRIC = "{prompt} should be {answer}, is {response}"
 LENGTHS = [1.0, 2.0, 1.0, 4.0, 0.0, 2.0]  # of the responses "7" "34" "5" "five" "" "10"
@@ -198,6 +202,28 @@ def test_a_signal_keeps_what_was_answered(tmp_path: Path) -> None:
         assert max(endpoint.answered().values()) == 1
         assert len(endpoint.asked) == 6
     assert values(again, "judge") == LENGTHS
+
+
+def test_a_signal_is_heard_before_the_next_answer_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pattern may take its second with each: the answers that are there are not all read first."""
+    seen: list[str] = []
+
+    def signalled(config: JudgeConfig, answer: str) -> Outcome:
+        seen.append(answer)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read_score(config, answer)
+
+    monkeypatch.setattr(answers, "read_score", signalled)
+    with serve(score_length) as endpoint:
+        run = opened(tmp_path, judge(endpoint))
+        with pytest.raises(Interrupted), run.console.signals():
+            scored(run)
+        assert len(seen) == 2  # of four in the first shard
+        scored(opened(tmp_path, judge(endpoint)))
+        assert len(endpoint.asked) == 6  # no question twice
 
 
 def test_a_killed_score_asks_only_what_was_under_way(tmp_path: Path) -> None:

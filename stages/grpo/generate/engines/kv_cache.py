@@ -94,6 +94,9 @@ def new_cache(config: PreTrainedConfig, max_new_tokens: int) -> DynamicCache:
         elif type(layer) is not DynamicSlidingWindowLayer:
             message = f"{config.model_type} keeps a {type(layer).__name__}, which cannot be batched here"
             raise UnsupportedModelError(f"generate: {message}; use engine: vllm")
+        elif layer.sliding_window < 1:
+            message = f"{config.model_type} sees {layer.sliding_window} tokens in layer {index}"
+            raise UnsupportedModelError(f"generate: {message}; sliding_window must be at least 1")
     return cache
 
 

@@ -24,7 +24,7 @@ def show(run: ActiveRun, options: Options, opened: Opened) -> None:
         _refuse(options, "--against", ("group", "sample", *_LOOKS))
         draws, printed, footer = _against(run, options, opened)
     elif options.prompt is not None and options.iteration is None:
-        without_use = ("where", "group", "sample", "sort", "reverse", "groups", "page", *_LOOKS)
+        without_use = ("where", "timeout_s", "group", "sample", "sort", "reverse", "groups", "page", *_LOOKS)
         _refuse(options, "--prompt without --iteration", without_use)
         draws, footer = choice.every_draw_of(run, options.prompt), ""
         printed = partial(page.print_over_time, draws=draws)

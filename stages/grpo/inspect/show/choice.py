@@ -47,6 +47,7 @@ class Options:
     against: str = ""
     pager: bool = True
     as_json: bool = False
+    timeout_s: float = sql.TIMEOUT_S
 
 
 def turned(items: list[_Item], options: Options, noun: str) -> tuple[list[_Item], str]:
@@ -109,10 +110,12 @@ def ordered(run: ActiveRun, iteration: int, options: Options) -> list[tuple[int,
     if options.sort and options.sort not in known:
         raise UsageError(f"--sort {options.sort}: expected one of {', '.join(known)}")
     if options.where is None:
+        if options.timeout_s != sql.TIMEOUT_S:
+            raise UsageError("--timeout-s: is of the query that --where makes; give both")
         every = "select {} from {}".format(*_GROUPS)
         matching = sql.read([run], every, {"prompt": options.prompt}, iteration)
     else:
-        matching = _meeting(run, iteration, options.where, options.prompt)
+        matching = _meeting(run, iteration, options.where, options.prompt, options.timeout_s)
     by = {"sort": options.sort, "sign": 1 if options.reverse else -1}
     values = {"groups": matching["group_id"].to_pylist(), **by}
     rows = sql.read([run], sql.own_text("inspect/show/keys"), values, iteration).to_pylist()
@@ -128,12 +131,12 @@ def ordered(run: ActiveRun, iteration: int, options: Options) -> list[tuple[int,
     return list(order.items())
 
 
-def _meeting(run: ActiveRun, iteration: int, where: str, prompt: int | None) -> pa.Table:
+def _meeting(run: ActiveRun, iteration: int, where: str, prompt: int | None, timeout_s: float) -> pa.Table:
     """`group_id` of the groups with a rollout that meets the user's condition."""
     question = sql.Question(where, [run], iteration, parameters={"prompt": prompt}, condition_of=_GROUPS)
     try:
         with sql.UserSql() as user_sql:
-            return user_sql.rows(question).table()
+            return user_sql.rows(question, timeout_s=timeout_s).table()
     except (UsageError, ResourceError) as error:
         raise type(error)(f"--where {where}: {str(error).removeprefix('query: ')}") from None
 

@@ -22,6 +22,7 @@ from grpo.generate.weight_sync import FLOAT32_TOLERANCE, WeightSync
 from grpo.inspect.status import MISMATCH_WARNING, mismatch_says
 from grpo.manage.doctor.plain import plain_logprobs
 from grpo.manage.doctor.report import Check, Report
+from grpo.models.attention import attention_window
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import NUM_PROMPTS as CHECK_PROMPTS
 from grpo.models.weight_check import weight_check_of
@@ -35,6 +36,8 @@ from grpo.update.mismatch import mismatch
 
 AGREEMENT = "engine and learner compute the same"
 NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS = 4, 4, 64  # at most
+_BEHIND_WINDOW = 256  # tokens that the prompt for a window is longer, where there is room
+_MOST_TOKENS = 4608  # of that prompt: eager attention takes the square; 4,096 is the window of many models
 
 
 def check_engine(run: ActiveRun, report: Report) -> None:
@@ -71,6 +74,15 @@ def check_agreement(run: ActiveRun, report: Report, checkpoint: Path, rows: list
                 raise EngineError(f"{found}, {right}; it does not compute this model: take another")
             if mean > allowed:
                 check.warn(f"{found}, {right}")
+    if (window := attention_window(load_config(checkpoint))) is not None:
+        met = report.agreement["longest_prompt_tokens"]
+        found, needed = f"{window:,} tokens; the longest prompt has {met:,}", "compared behind the window too"
+        with report.check("attention window", found, needed) as check:
+            if met <= window:
+                check.warn(
+                    f"a window of {window:,} tokens was not met: no prompt is longer, and one that is does"
+                    f" not fit into the model's context, or {_MOST_TOKENS:,} tokens"
+                )
 
 
 def _check_engine_and_learner(run: ActiveRun, report: Report, checkpoint: Path, rows: list[Row]) -> None:
@@ -103,8 +115,14 @@ def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any
     config, device = run.config.generate, best_device()
     name, _ = choose_engine(config.engine)
     attention = run.config.model_options.attn_implementation
-    limit, context = min(config.max_new_tokens, MAX_NEW_TOKENS), context_length(load_config(checkpoint))
+    model_config = load_config(checkpoint)
+    limit, context = min(config.max_new_tokens, MAX_NEW_TOKENS), context_length(model_config)
     requests = _requests(run, checkpoint, rows, limit, context)
+    shards, window = [requests], attention_window(model_config)
+    if window is not None and (
+        long := _behind(window, requests, None if context is None else context - limit)
+    ):
+        shards, requests = [requests, long], [*requests, *long]
     longest = max(len(request.prompt_token_ids) for request in requests)
     with closing(make_engine(config, name, device, context, longest, attention)) as engine:
         weight_sync = WeightSync(engine, device, run.console.say, attention)
@@ -113,13 +131,14 @@ def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any
         with TemporaryDirectory() as scratch:
             weight_sync.open(checkpoint, check, Path(scratch))
         difference = weight_sync.bring("starting policy", checkpoint, check)
-        groups = list(engine.sample([requests], Sampling(config.temperature, limit), lambda _: None))
+        groups = list(engine.sample(shards, Sampling(config.temperature, limit), lambda _: None))
         weight_sync.release()
         taken = [(requests[group.group_id], sample) for group in groups for sample in group.samples]
         opened = {"engine": name, "device": device, "precision": engine.precision}
-        sampled = {"prompts": len(requests), "rollouts": len(taken), "temperature": config.temperature}
+        sampled = {"prompts": len(requests), "longest_prompt_tokens": longest, "rollouts": len(taken)}
         compared = _compare(run, checkpoint, taken)
-    return {**opened, **sampled, "weight_check_difference": difference, **compared}
+    at = {"temperature": config.temperature}
+    return {**opened, **sampled, **at, "weight_check_difference": difference, **compared}
 
 
 def _requests(
@@ -133,6 +152,16 @@ def _requests(
     samples = range(min(run.config.generate.samples_per_prompt, NUM_SAMPLES))
     seed = run.config.seed
     return [Request(n, ids, [group_seed(seed, 0, n) + s for s in samples]) for n, ids in enumerate(fitting)]
+
+
+def _behind(window: int, requests: list[Request], room: int | None) -> list[Request]:
+    """A prompt longer than the window, of the others' tokens again and again; none where it has no room."""
+    token_ids = [token for request in requests for token in request.prompt_token_ids]
+    length = min(window + _BEHIND_WINDOW, _MOST_TOKENS, *([] if room is None else [room]))
+    if length <= window:
+        return []
+    times = -(-length // len(token_ids))
+    return [Request(len(requests), (token_ids * times)[:length], requests[0].seeds[:2])]  # two, that share it
 
 
 def _compare(run: ActiveRun, checkpoint: Path, taken: list[tuple[Request, Sample]]) -> dict[str, float]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.models.loading import best_device, refusals
+from grpo.models.loading import best_device
+from grpo.models.refusals import refusals
 
 
 @torch.inference_mode()

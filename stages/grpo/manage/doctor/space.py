@@ -119,7 +119,9 @@ def check_disk(run: ActiveRun, report: Report, policy: Checkpoint) -> None:
         # One more than is kept: the oldest goes when the newest is committed.
         best = run.config.evaluate is not None and config.keep_best
         nth = left // config.keep_every if config.keep_every else 0
-        references = nth + 1 if run.config.update.reference_every else 0  # of the newest, and of every nth
+        references = (
+            nth + 1 + best if run.config.update.reference_every else 0
+        )  # of the newest, every nth, the best
         stay = min(left, config.keep_last + 1 + best + nth + references)
     # The moments of an adapter are left out: they are a small part of the weights.
     moments = 0 if run.config.update.lora else MOMENTS[run.config.update.optimizer]
