@@ -306,8 +306,11 @@ def test_what_a_user_writes_is_typed(tmp_path: Path) -> None:
     assert 'has incompatible type "str"; expected "int | None"' in done.stdout
 
 
-def opened() -> door.Run:
-    return door.open("tiny")
+loose: Any = door  # as a script without types has it
+
+
+def opened() -> Any:
+    return loose.open("tiny")
 
 
 REFUSALS: dict[str, tuple[Callable[[], object], int, str]] = {
@@ -347,44 +350,48 @@ REFUSALS: dict[str, tuple[Callable[[], object], int, str]] = {
         2,
         "beside: expected a list of open",
     ),
-    "until: 1.5": (lambda: door.run("pipeline.yaml", until=1.5), 2, "--until 1.5: expected a number of iter"),
-    "until: text": (lambda: door.run("pipeline.yaml", until="x"), 2, "--until x: expected a number of iter"),
-    "until: True": (lambda: door.run("pipeline.yaml", until=True), 2, "--until True: expected a number of"),
-    "until: -1": (lambda: door.run("pipeline.yaml", until=-1), 2, "--until -1: expected a number of iterat"),
+    "until: 1.5": (
+        lambda: loose.run("pipeline.yaml", until=1.5),
+        2,
+        "--until 1.5: expected a number of iter",
+    ),
+    "until: text": (lambda: loose.run("pipeline.yaml", until="x"), 2, "--until x: expected a number of iter"),
+    "until: True": (lambda: loose.run("pipeline.yaml", until=True), 2, "--until True: expected a number of"),
+    "until: -1": (lambda: loose.run("pipeline.yaml", until=-1), 2, "--until -1: expected a number of iterat"),
     "run: a number": (
-        lambda: door.run(5),
+        lambda: loose.run(5),
         2,
         "config: expected the name of a pipeline.yaml, or what one holds",
     ),
     "run: a list": (
-        lambda: door.run([1]),
+        lambda: loose.run([1]),
         2,
         "config: expected the name of a pipeline.yaml, or what one hol",
     ),
     "run: None": (
-        lambda: door.run(None),
+        lambda: loose.run(None),
         2,
         "config: expected the name of a pipeline.yaml, or what one holds",
     ),
     "run: overrides": (
-        lambda: door.run("pipeline.yaml", overrides=["a=1"]),
+        lambda: loose.run("pipeline.yaml", overrides=["a=1"]),
         2,
         "overrides: expected a mapping",
     ),
-    "open: None": (lambda: door.open(None), 2, "run: expected the folder or the name of a run, found None"),
-    "open: a number": (lambda: door.open(5), 2, "run: expected the folder or the name of a run, found 5"),
-    "open: config": (lambda: door.open("tiny", config=5), 2, "config: expected the name of a pipeline.yaml"),
-    "open: overrides": (lambda: door.open("tiny", overrides=5), 2, "overrides: expected a mapping of keys"),
-    "stage: target": (lambda: door.stages.score(5), 2, "config: expected the name of a pipeline.yaml"),
-    "stage: iteration": (lambda: door.stages.score("pipeline.yaml", 1.5), 2, "--iteration 1.5: expected a"),
-    "stage: True": (lambda: door.stages.score("pipeline.yaml", True), 2, "--iteration True: expected a"),
+    "open: None": (lambda: loose.open(None), 2, "run: expected the folder or the name of a run, found None"),
+    "open: a number": (lambda: loose.open(5), 2, "run: expected the folder or the name of a run, found 5"),
+    "open: config": (lambda: loose.open("tiny", config=5), 2, "config: expected the name of a pipeline.yaml"),
+    "open: overrides": (lambda: loose.open("tiny", overrides=5), 2, "overrides: expected a mapping of keys"),
+    "stage: target": (lambda: loose.stages.score(5), 2, "config: expected the name of a pipeline.yaml"),
+    "stage: iteration": (lambda: loose.stages.score("pipeline.yaml", 1.5), 2, "--iteration 1.5: expected a"),
+    "stage: True": (lambda: loose.stages.score("pipeline.yaml", True), 2, "--iteration True: expected a"),
     "stage: policy": (
-        lambda: door.stages.evaluate("pipeline.yaml", "x"),
+        lambda: loose.stages.evaluate("pipeline.yaml", "x"),
         2,
         "--policy x: expected the number",
     ),
     "stage: policy 1.5": (
-        lambda: door.stages.evaluate("pipeline.yaml", 1.5),
+        lambda: loose.stages.evaluate("pipeline.yaml", 1.5),
         2,
         "--policy 1.5: expected the",
     ),

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_a_missing_package_is_exit_2(
     project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch, package: str, command: list[str]
 ) -> None:
     def missing(name: str) -> str:
-        raise vllm_settings.PackageNotFoundError(name)
+        raise PackageNotFoundError(name)
 
     Path("folder").mkdir()
     Path("rubric.txt").write_text("Rate {prompt} {response} {answer}")
