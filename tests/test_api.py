@@ -276,7 +276,7 @@ SNIPPET = """\
 import grpo
 
 run: grpo.Run = grpo.open("artifacts/x", overrides={"seed": 1})
-rows: grpo.Rows = run.sql("select 1 as one", {"n": 1}, beside=[run], timeout_s=5)
+rows: grpo.Rows = run.sql("select $n as one", {"n": 1}, beside=[run], timeout_s=5)
 names: list[str] = rows.columns
 count: int = len(run.table("rollouts", iteration=3))
 learning_rate: float = run.config.update.learning_rate
@@ -304,3 +304,122 @@ def test_what_a_user_writes_is_typed(tmp_path: Path) -> None:
     file.write_text(SNIPPET.replace("until=3", "until='3'"))
     done = subprocess.run([*command, str(file)], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert 'has incompatible type "str"; expected "int | None"' in done.stdout
+
+
+loose: Any = door  # as a script without types has it
+
+
+def opened() -> Any:
+    return loose.open("tiny")
+
+
+REFUSALS: dict[str, tuple[Callable[[], object], int, str]] = {
+    "time: nan": (lambda: opened().sql("select 1", timeout_s=float("nan")), 2, "timeout_s nan: expected sec"),
+    "time: -1": (lambda: opened().sql("select 1", timeout_s=-1), 2, "timeout_s -1: expected seconds, more"),
+    "time: 0": (lambda: opened().sql("select 1", timeout_s=0), 2, "timeout_s 0: expected seconds, more"),
+    "time: inf": (lambda: opened().sql("select 1", timeout_s=float("inf")), 2, "timeout_s inf: expected"),
+    "time: text": (lambda: opened().sql("select 1", timeout_s="5"), 2, "timeout_s 5: expected seconds"),
+    "time: None": (lambda: opened().sql("select 1", timeout_s=None), 2, "timeout_s None: expected seconds"),
+    "time: True": (lambda: opened().sql("select 1", timeout_s=True), 2, "timeout_s True: expected seconds"),
+    "query: None": (lambda: opened().sql(None), 2, "query: expected text, found None"),
+    "query: bytes": (lambda: opened().sql(b"select 1"), 2, "query: expected text, found b'select 1'"),
+    "parameter: an object": (
+        lambda: opened().sql("select $a", {"a": object()}),
+        2,
+        "query: parameter a: Object of type object is not JSON serializable; expected text, a number,",
+    ),
+    "parameter: not used": (
+        lambda: opened().sql("select 1", {"z": 1}),
+        2,
+        "query: parameter z: the query has no $z; leave it out",
+    ),
+    "parameter: not given": (lambda: opened().sql("select $a"), 2, "query: "),
+    "parameters: a list": (
+        lambda: opened().sql("select $1", [1]),
+        2,
+        "parameters: expected a mapping of nam",
+    ),
+    "beside: text": (lambda: opened().sql("select 1", beside="x"), 2, "beside: expected a list of open runs"),
+    "beside: names": (
+        lambda: opened().sql("select 1", beside=["x"]),
+        2,
+        "beside: expected open runs, as grpo",
+    ),
+    "beside: a run": (
+        lambda: opened().sql("select 1", beside=opened()),
+        2,
+        "beside: expected a list of open",
+    ),
+    "until: 1.5": (
+        lambda: loose.run("pipeline.yaml", until=1.5),
+        2,
+        "--until 1.5: expected a number of iter",
+    ),
+    "until: text": (lambda: loose.run("pipeline.yaml", until="x"), 2, "--until x: expected a number of iter"),
+    "until: True": (lambda: loose.run("pipeline.yaml", until=True), 2, "--until True: expected a number of"),
+    "until: -1": (lambda: loose.run("pipeline.yaml", until=-1), 2, "--until -1: expected a number of iterat"),
+    "run: a number": (
+        lambda: loose.run(5),
+        2,
+        "config: expected the name of a pipeline.yaml, or what one holds",
+    ),
+    "run: a list": (
+        lambda: loose.run([1]),
+        2,
+        "config: expected the name of a pipeline.yaml, or what one hol",
+    ),
+    "run: None": (
+        lambda: loose.run(None),
+        2,
+        "config: expected the name of a pipeline.yaml, or what one holds",
+    ),
+    "run: overrides": (
+        lambda: loose.run("pipeline.yaml", overrides=["a=1"]),
+        2,
+        "overrides: expected a mapping",
+    ),
+    "open: None": (lambda: loose.open(None), 2, "run: expected the folder or the name of a run, found None"),
+    "open: a number": (lambda: loose.open(5), 2, "run: expected the folder or the name of a run, found 5"),
+    "open: config": (lambda: loose.open("tiny", config=5), 2, "config: expected the name of a pipeline.yaml"),
+    "open: overrides": (lambda: loose.open("tiny", overrides=5), 2, "overrides: expected a mapping of keys"),
+    "stage: target": (lambda: loose.stages.score(5), 2, "config: expected the name of a pipeline.yaml"),
+    "stage: iteration": (lambda: loose.stages.score("pipeline.yaml", 1.5), 2, "--iteration 1.5: expected a"),
+    "stage: True": (lambda: loose.stages.score("pipeline.yaml", True), 2, "--iteration True: expected a"),
+    "stage: policy": (
+        lambda: loose.stages.evaluate("pipeline.yaml", "x"),
+        2,
+        "--policy x: expected the number",
+    ),
+    "stage: policy 1.5": (
+        lambda: loose.stages.evaluate("pipeline.yaml", 1.5),
+        2,
+        "--policy 1.5: expected the",
+    ),
+    "table: None": (lambda: opened().table(None), 2, "table None: no such table; there are prompts,"),
+    "table: iteration": (
+        lambda: opened().table("rollouts", iteration="x"),
+        2,
+        "iteration 'x': run tiny has it",
+    ),
+    "table: too late": (
+        lambda: opened().table("rollouts", iteration=99),
+        2,
+        "iteration 99: run tiny has iterations 0 to 1",
+    ),
+    "table: True": (lambda: opened().table("rollouts", iteration=True), 2, "iteration True: run tiny has"),
+    "table: -1": (lambda: opened().table("samples", iteration=-1), 2, "iteration -1: run tiny has iteration"),
+    "table: not made": (
+        lambda: opened().table("eval_rollouts", iteration=0),
+        4,
+        "artifacts/tiny/iteration=000000/evaluation: missing; run `grpo evaluate` first",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_is_no_argument_is_refused_in_one_line(project: Path, case: str) -> None:
+    call, code, message = REFUSALS[case]
+    with pytest.raises(door.GrpoError) as caught:
+        call()
+    assert (caught.value.exit_code, len(str(caught.value).splitlines())) == (code, 1)
+    assert str(caught.value).startswith(message), str(caught.value)

@@ -9,13 +9,16 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from numbers import Integral
+from os import PathLike
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from grpo import sql, tables
-from grpo.artifacts import ARTIFACTS, ActiveRun, Best, best_of, find_run, own_config
+from grpo.artifacts import ARTIFACTS, OUTPUTS, TABLES_OF, ActiveRun, Best, best_of, find_run, own_config
 from grpo.config import Config, validated
-from grpo.console import Console, quieten_libraries
+from grpo.console import Console, iterations_text, printable, quieten_libraries
 from grpo.errors import UsageError
 from grpo.inspect import evaluations, log, outdated
 from grpo.inspect.rows import Rows
@@ -26,6 +29,7 @@ Settings = Mapping[str, Any]
 """Keys with dots, as `--set` has them, and their values: {"update.learning_rate": 1e-6}."""
 Configuration = str | Path | Mapping[str, Any]
 """A pipeline.yaml, or what one holds."""
+_SHOWN = 80  # characters of what was found
 _VIEWS = ("samples", "iterations", "eval_samples", "evals", "timings", "manifests")
 _ORDER = (
     *("run", *tables.KEY, "prompt_id", "name", "update_iteration"),
@@ -86,21 +90,43 @@ class Run:
         beside: other runs whose rows the tables hold too, told apart by the column `run`. Raises UsageError
         with DuckDB's message, ResourceError over a limit, CorruptError for a damaged file.
         """
+        _expect("query", query, str, "text")
+        _expect(
+            "parameters", {} if parameters is None else parameters, Mapping, "a mapping of names to values"
+        )
+        _expect("beside", beside, list | tuple, "a list of open runs")
+        for other in beside:
+            _expect("beside", other, Run, "open runs, as grpo.open gives them")
         runs = [self.active, *(other.active for other in beside)]
-        question = sql.Question(query, runs, parameters=dict(parameters or {}))
+        question = sql.Question(query, runs, parameters=dict(parameters or {}), all_used=True)
         outdated.say(runs, outputs=outdated.read_by(query))
         return Rows(self._user_sql.rows(question, timeout_s=timeout_s).table())
 
     def table(self, name: str, iteration: int | None = None) -> Rows:
-        """A table or view, of one iteration or of all, in the order of its key. Raises UsageError."""
+        """A table or view, of one iteration or of all, in the order of its key.
+
+        Raises UsageError for one that is not known, InputError for an iteration that has none of it.
+        """
         known = (*tables.TABLES, *_VIEWS)
         if name not in known:
             raise UsageError(f"table {name}: no such table; there are {', '.join(known)}")
+        if iteration is not None:
+            self._check_held(name, iteration)
         columns = sql.read([self.active], f"from {name} limit 0").column_names
         order = [column for column in (*_ORDER, "epoch", "step") if column in columns]
         query = f"from {name} order by {', '.join(order)}"
         outdated.say([self.active], None if iteration is None else [iteration], outdated.read_by(name))
         return Rows(sql.read([self.active], query, iteration=iteration))
+
+    def _check_held(self, table: str, iteration: int) -> None:
+        """Raise UsageError, InputError for an iteration of which nothing is there, or not this table."""
+        have = sorted({*self.active.iterations(), *self.active.evaluations()})
+        if not is_count(iteration) or iteration not in have:
+            there = iterations_text(have) if have else "no iteration yet"
+            raise UsageError(f"iteration {iteration!r}: run {self.name} has {there}")
+        output = next((output for output, held in TABLES_OF.items() if table in held), table)
+        if output in OUTPUTS:
+            self.active.require(output, iteration, f"grpo {OUTPUTS[output]}")
 
 
 def open(run: str | Path, config: Configuration | None = None, overrides: Settings | None = None) -> Run:
@@ -109,6 +135,7 @@ def open(run: str | Path, config: Configuration | None = None, overrides: Settin
     config: the configuration in force, where it is not the one that the run was created with; either with
     `overrides`. Raises UsageError where no run is there, CorruptError where its run.json changed.
     """
+    _expect("run", run, str | PathLike, "the folder or the name of a run")
     folder = find_run(str(run))
     if config is not None:
         found = _configured(config, {**(overrides or {}), "run": folder.name}, False)
@@ -131,7 +158,7 @@ def run(
 
 def train(active: ActiveRun, until: int | None = None, start: int | None = None, yes: bool = False) -> Any:
     """Complete a run, and say how it came out. start, yes: of `--from`. What `grpo run` and run() both do."""
-    if until is not None and until < 0:
+    if until is not None and not is_count(until):
         raise UsageError(f"--until {until}: expected a number of iterations, 0 or more")
     with working(active):
         until = active.config.iterations if until is None else until
@@ -174,6 +201,7 @@ def _active_of(target: Run | Configuration, overrides: Settings | None, quiet: b
 
 
 def _configured(config: Configuration, overrides: Settings | None, quiet: bool) -> ActiveRun:
+    _expect("config", config, str | PathLike | Mapping, "the name of a pipeline.yaml, or what one holds")
     quieten_libraries()
     if not isinstance(config, Mapping):
         return configured(Path(config), _texts(overrides), quiet)
@@ -184,6 +212,7 @@ def _configured(config: Configuration, overrides: Settings | None, quiet: bool) 
 def _texts(overrides: Settings | None) -> list[str]:
     """Overrides as `--set` takes them: JSON is YAML. Raises UsageError for what is no JSON."""
     texts = []
+    _expect("overrides", {} if overrides is None else overrides, Mapping, "a mapping of keys to values")
     for key, value in (overrides or {}).items():
         try:
             texts.append(f"{key}={json.dumps(value, allow_nan=False)}")
@@ -194,3 +223,14 @@ def _texts(overrides: Settings | None) -> list[str]:
         except RecursionError:
             raise UsageError(f"overrides: {key}: nested too deeply") from None
     return texts
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number, 0 or more; True is none."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return is_whole and int(value) >= 0
+
+
+def _expect(name: str, value: object, kind: type | UnionType, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise UsageError(f"{name}: expected {expected}, found {printable(repr(value))[:_SHOWN]}")

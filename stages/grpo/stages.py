@@ -69,6 +69,8 @@ def evaluate(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure a policy, by default the newest, on held-out prompts: what `grpo evaluate --json` prints."""
+    if policy is not None and not api.is_count(policy):
+        raise UsageError(f"--policy {policy}: expected the number of a policy, 0 or more")
     with api.at_work(target, overrides, quiet) as active:
         number = work.evaluate(active, policy, force)
         return {"run": active.name, **evaluations.numbers_of(active, number)}
@@ -92,7 +94,7 @@ def _wanted(iteration: Iteration) -> str:
     if iteration is None:
         return ""
     if not isinstance(iteration, range):
-        return str(iteration)
+        return str(iteration)  # which is looked at as that of the command line is
     if not iteration or iteration.step != 1:
         raise UsageError(f"iteration: {iteration} has no iterations, or gaps; expected such as range(0, 20)")
     return f"{iteration[0]}-{iteration[-1]}"

@@ -282,3 +282,8 @@ def _with_usual_messages(found: pa.Schema) -> pa.Schema:
     message = found.field(place).type.value_type
     usual = list(message)[:2] if pa.types.is_struct(message) else []
     return found.set(place, pa.field("messages", pa.list_(pa.struct(usual))))
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column's type is one of numbers; truth values are none."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))

@@ -430,6 +430,26 @@ def test_where_leaves_other_reasons_as_they_are(tmp_path: Path) -> None:
     assert column(rows, "reason") == ["group_too_small", "filtered", "filtered"]
 
 
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        ("reward", "DOUBLE"),
+        ("response_tokens", "INTEGER"),
+        ("'true'", "VARCHAR"),
+        ("case when reward > 0 then 1 else 0 end", "INTEGER"),
+        ("rewards", "MAP(VARCHAR, DOUBLE)"),
+    ],
+)
+def test_where_is_true_or_false(tmp_path: Path, where: str, kind: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        advantages(tmp_path, [rows_of(1, 0)], where=where)
+    expected = "expected a condition, true or false, such as reward > 0"
+    assert str(caught.value) == f"advantage.where: query: is of type {kind}; {expected}"
+    run = make_run(tmp_path / "before", where=where)
+    with pytest.raises(UsageError, match=r"^advantage\.where: query: is of type "):  # before anything is made
+        stage.check(run, 1, None)
+
+
 def test_where_that_is_no_sql(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r'^advantage.where: query: .*"rewrad" not found') as caught:
         advantages(tmp_path, [rows_of(1, 0)], where="rewrad > 0")
@@ -540,6 +560,20 @@ def test_own_sql_and_where(tmp_path: Path) -> None:
             r"^advantage\.sql: my\.sql: returns no column advantage; it must return iteration, gr",
         ),
         ("select group_id, value as advantage from rewards", UsageError, "returns no column iteration"),
+        *(
+            (f"select {keys}, value as advantage from rewards", DataError, f"{wrong}, which is no rollout of")
+            for keys, wrong in (
+                ("iteration + 1 as iteration, group_id, sample_id", r"\(1, 0, 0\)"),
+                ("iteration, group_id + 7 as group_id, sample_id", r"\(0, 7, 0\)"),
+                ("iteration, group_id, sample_id - 1 as sample_id", r"\(0, 0, -1\)"),
+                ("iteration, group_id, nullif(sample_id, 1) as sample_id", r"\(0, 0, None\)"),
+            )
+        ),
+        (
+            "select iteration::varchar as iteration, group_id, sample_id, value as advantage from rewards",
+            DataError,
+            "must be integers and advantage a number: iteration is of type string$",
+        ),
         ("select * from nothing", UsageError, "^advantage.sql: my.sql: query: .*nothing does not exist"),
     ],
 )
@@ -548,7 +582,7 @@ def test_own_sql_errors(tmp_path: Path, query: str, error: type[GrpoError], mess
         own(tmp_path, query, [rows_of(1, 0)])
 
 
-@pytest.mark.parametrize("advantage", ["'high'", "[1.0]"])
+@pytest.mark.parametrize("advantage", ["'high'", "[1.0]", "'1.5'", "value > 0", "current_date"])
 def test_own_sql_of_another_type(tmp_path: Path, advantage: str) -> None:
     query = f"select iteration, group_id, sample_id, {advantage} as advantage from rewards"
     message = (
@@ -556,6 +590,28 @@ def test_own_sql_of_another_type(tmp_path: Path, advantage: str) -> None:
     )
     with pytest.raises(DataError, match=message):
         own(tmp_path, query, [rows_of(1, 0)])
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ("true", ""),
+        ("sample_id <> 1", "advantage.sql returned 3 of 4 rollouts; the others are not trained on\n"),
+        ("group_id = 0 and sample_id = 0", "advantage.sql returned 1 of 4 rollouts; the others are not t"),
+        ("group_id = 0", ""),  # the other rollout is alone in its group, and not trained on anyway
+    ],
+)
+def test_rollouts_that_own_sql_leaves_out_are_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], condition: str, said: str
+) -> None:
+    query = f"select iteration, group_id, sample_id, value as advantage from rewards where {condition}"
+    (tmp_path / "my.sql").write_text(query)
+    run = make_run(tmp_path, sql="my.sql")
+    run.console = Console()
+    write_inputs(run, [rows_of(1, 0, 5), rows_of(7)])
+    compute(run)
+    err = capfd.readouterr().err
+    assert err.startswith(said) if said else not err
 
 
 def test_own_sql_that_is_missing(tmp_path: Path) -> None:

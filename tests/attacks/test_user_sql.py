@@ -227,7 +227,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def ask(user_sql: sql.UserSql, run: Run, text: str, condition: bool) -> list[dict[str, object]]:
-    condition_of = "select count(*) as n from samples" if condition else None
+    condition_of = ("count(*) as n", "samples") if condition else None
     found: list[dict[str, object]] = (
         user_sql.rows(sql.Question(text, [run], condition_of=condition_of), "place: my.sql")
         .table()

@@ -137,7 +137,7 @@ DAMAGED = [
         4,
         "run.json: a: unknown key; known keys: run, iterat",
     ),
-    Case("run.json: gone", Path(RUN_JSON).unlink, ["status"], 2, "artifacts/tiny: no such run"),
+    Case("run.json: gone", Path(RUN_JSON).unlink, ["status"], 6, f"{RUN_JSON}: missing, though outputs of"),
     # manifests
     Case("a manifest: cut off", cut(MANIFEST, 50), RUN_ON, 6, NOT_JSON),
     Case("a manifest: empty", write(MANIFEST, ""), ["status"], 6, NOT_JSON),

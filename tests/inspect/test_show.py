@@ -196,6 +196,10 @@ def test_the_same_prompts_in_another_run(finished: Path, grpo: Grpo) -> None:
         (["--reward", "x"], "--reward x: iteration 1 has code"),
         (["--prompt", "6"], "--prompt 6: the run has prompts 0 to 5"),
         (["--against", "x"], "artifacts/x: no such run; runs there: tiny"),
+        (
+            ["--where", "reward"],
+            "--where reward: is of type DOUBLE; expected a condition, true or false, such as reward > 0",
+        ),
         (["--against", "x:y"], "--against x:y: expected an iteration 40, a run NAME, or NAME:40"),
         (["--against", "²"], "artifacts/²: no such run; runs there: tiny"),  # a digit, and no number
         (

@@ -366,3 +366,61 @@ def test_a_file_where_a_folder_belongs(finished: Path, grpo: Grpo, place: str) -
     (RUN / place).unlink()
     assert verify(grpo)[0] == 0
     assert grpo("run")[0] == 0
+
+
+# ---- a run whose run.json is gone ----
+
+REFUSED = (
+    "error: artifacts/tiny/run.json: missing, though outputs of the run are there; with its pipeline.yaml,"
+)
+AGAIN = "`grpo run -c FILE --set run=tiny` writes it again"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status"],
+        ["status", "tiny"],
+        ["status", "./artifacts/tiny"],
+        ["verify"],
+        ["show"],
+        ["sql", "select 1"],
+        ["sql", "select 1", "--run", "t*"],
+        ["report"],
+        ["compare", "tiny", "other"],
+        ["fork", "tiny", "other"],
+        ["export", "tiny", "--out", "x"],
+        ["gc"],
+        ["run", "tiny"],
+        ["evaluate", "tiny"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_without_its_run_json_is_damaged(finished: Path, grpo: Grpo, command: list[str]) -> None:
+    (RUN / "run.json").unlink()
+    assert grpo(*command) == (6, "", f"{REFUSED} {AGAIN}\n")
+
+
+def test_run_writes_run_json_again_and_says_so(finished: Path, grpo: Grpo) -> None:
+    before = (RUN / "run.json").read_bytes()
+    (RUN / "run.json").unlink()
+    code, _, err = grpo("run", "--set", "seed=5")
+    assert (code, "fixed for the run tiny" in err) == (4, True)
+    code, _, err = grpo("run", "--dry-run")
+    assert (code, "2 of 2 iterations are complete" in err, (RUN / "run.json").exists()) == (0, True, False)
+    code, _, err = grpo("run")
+    said = "run tiny: run.json was gone; it is written again, with what is configured now"
+    assert (code, said in err) == (0, True), err
+    assert (RUN / "run.json").read_bytes() == before
+    assert "was gone" not in grpo("run")[2]
+    assert grpo("verify")[0] == 0
+
+
+def test_what_is_elsewhere_is_restored_from_a_copy(finished: Path, grpo: Grpo) -> None:
+    RUN.rename("elsewhere")
+    Path("elsewhere/run.json").unlink()
+    code, _, err = grpo("status", "elsewhere")
+    assert (code, err.endswith("outputs of the run are there; restore it from a copy\n")) == (6, True), err
+    for other in ("nothing", "model"):  # folders that are no runs
+        Path(other).mkdir(exist_ok=True)
+        assert grpo("status", other)[0] == 2

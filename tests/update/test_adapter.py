@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3MoeConfig
 
 from grpo.config import LoraConfig
-from grpo.errors import CorruptError, EngineError, InputError, UsageError
+from grpo.errors import CorruptError, InputError, UsageError
 from grpo.models.loading import load_model
 from grpo.update import adapter as room
 from grpo.update.adapter import (
@@ -202,7 +202,7 @@ def test_a_weight_that_two_modules_share_is_refused() -> None:
 def test_without_peft_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     message = r"^update\.lora: peft cannot be imported: .*; pip install 'grpo-stages\[lora\]'$"
-    with pytest.raises(EngineError, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         adapted()
     assert "\n" not in str(caught.value)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from grpo.config import UpdateConfig
-from grpo.errors import CorruptError, EngineError, InputError
+from grpo.errors import CorruptError, InputError, UsageError
 from grpo.update import stage
 from grpo.update.checkpoint import OPTIMIZER_FILE
 from grpo.update.learner import Learner
@@ -183,7 +183,7 @@ def test_without_the_library_the_message_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     config = configuration(optimizer="adamw_8bit")
     run = make_run(tmp_path, config, untied, untied)
-    with pytest.raises(EngineError) as raised:
+    with pytest.raises(UsageError) as raised:
         stage.check(run, 1, None)
     message = r"update\.optimizer: adamw_8bit: bitsandbytes cannot be imported: .*; pip install "
     assert re.fullmatch(message + r"'grpo-stages\[8bit\]'", str(raised.value))

@@ -17,7 +17,8 @@ SETTINGS = pa.schema(
     {"scale": "string", "epsilon": "float64", "pass_k": "int64", "batch_deviation": "float64"}
 )
 _KEY = ", ".join(tables.KEY)
-_CONDITION_OF = f"select {_KEY}, advantage from samples"
+_EXPECTED = f"{_KEY} must be integers and advantage a number"
+_CONDITION_OF = (f"{_KEY}, advantage", "samples")
 
 
 def is_given(run: ActiveRun) -> bool:
@@ -54,7 +55,13 @@ def apply(
     for place, question in _questions(run, iteration, weights, settings):
         # As `advantages` the query sees `data` itself.
         asked = replace(question, tables={**question.tables, "_advantages_0": data})
-        data = _chosen(data, user_sql.rows(asked, place, run.config.sql_timeout_s).table(), place)
+        own = user_sql.rows(asked, place, run.config.sql_timeout_s).table()
+        chosen = _chosen(data, own, place)
+        left_out = question.condition_of is None and len(own) < len(data)  # which is what a condition is for
+        if left_out and not chosen["keep"].equals(data["keep"]):
+            rest = "the others are not trained on"
+            run.console.say(f"advantage.sql returned {len(own)} of {len(data)} rollouts; {rest}")
+        data = chosen
     return data
 
 
@@ -95,12 +102,19 @@ def _chosen(data: pa.Table, own: pa.Table, name: str) -> pa.Table:
     _check_columns(own.column_names, name)
     keys = list(tables.KEY)
     own = own.select([*keys, "advantage"]).rename_columns([*keys, "own"])
+    for column in own.schema:  # Arrow would make numbers of text and of true and false
+        if not tables.is_number(column.type):
+            named = "advantage" if column.name == "own" else column.name
+            raise DataError(f"{name}: {_EXPECTED}: {named} is of type {column.type}")
     if own.group_by(keys).aggregate([]).num_rows != own.num_rows:
         raise DataError(f"{name}: returns a rollout twice; it must return each ({_KEY}) once")
     try:
         own = own.cast(pa.schema([*((key, pa.int32()) for key in keys), ("own", pa.float64())]))
     except pa.ArrowException as error:
-        raise DataError(f"{name}: {_KEY} must be integers and advantage a number: {error}") from None
+        raise DataError(f"{name}: {_EXPECTED}: {error}") from None
+    if len(strange := own.join(data.select(keys), keys, join_type="left anti")):
+        key = tuple(strange[column][0].as_py() for column in keys)
+        raise DataError(f"{name}: returns ({_KEY}) {key}, which is no rollout of this iteration")
     joined = data.join(own, keys).sort_by([(key, "ascending") for key in keys])
     if not pc.all(pc.fill_null(pc.is_finite(joined["own"]), True)).as_py():
         raise DataError(f"{name}: returns an advantage that is nan or infinite")

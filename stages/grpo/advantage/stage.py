@@ -32,6 +32,7 @@ from grpo.errors import CorruptError, DataError
 
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
+# Filled with two files of this package, whose braces format() does not read: nothing of a user's gets here.
 _QUERY = (
     "with scored as materialized (select * from _scored), estimated as (\n{estimator}\n)\n"
     f"select * from (\n{{kept}}) order by {_KEY}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.artifacts.layout import is_iteration
-from grpo.artifacts.manifest import read_sealed
+from grpo.artifacts.manifest import MANIFEST, read_sealed
 from grpo.artifacts.run import Run
 from grpo.config import PIPELINE, Config, load, validated
 from grpo.errors import CorruptError, InputError, ResourceError, UsageError, listed
@@ -18,17 +18,21 @@ ARTIFACTS = Path("artifacts")
 def find_run(given: str, root: Path = ARTIFACTS) -> Path:
     """The folder of a run: of that name below `root`, else at that path. It is the run, whatever it holds.
 
-    Raises UsageError (exit 2) naming the runs that are there, ResourceError (7) without the right to look.
+    Raises UsageError (exit 2) naming the runs that are there, CorruptError (exit 6) for one without run.json,
+    ResourceError (exit 7) without the right to look.
     """
     path = Path(given)
     is_name = path.name == given
-    if is_name and is_run(root / given):
-        return root / given
-    if is_run(path):
-        return path if path.name not in ("", "..") else path.resolve()
-    for folder in [root / given, path] if is_name else [path]:
+    for folder in (root / given, path) if is_name else (path,):
+        if is_run(folder):
+            return folder if folder.name not in ("", "..") else folder.resolve()
         if folder.is_dir() and not os.access(folder, os.X_OK, effective_ids=True):
             raise ResourceError(f"{folder}: Permission denied; ask its owner for the right to read it")
+        if lacks_run_json(folder):
+            place, way = folder.resolve(), "restore it from a copy"
+            if place.parent == ARTIFACTS.resolve():
+                way = f"with its pipeline.yaml, `grpo run -c FILE --set run={place.name}` writes it again"
+            raise CorruptError(f"{folder / 'run.json'}: missing, though outputs of the run are there; {way}")
     known = run_names(root)
     there = (
         f"runs there: {listed(known, path.name)}" if known else "no run is there yet; `grpo run` makes one"
@@ -59,7 +63,7 @@ def same_folder(one: Path, other: Path) -> bool:
 
 
 def names_run(given: str) -> bool:
-    """Whether find_run() finds one."""
+    """Whether find_run() finds one; CorruptError as it raises."""
     try:
         return bool(find_run(given))
     except UsageError:
@@ -71,6 +75,17 @@ def is_run(folder: Path) -> bool:
     try:
         return (folder / "run.json").exists()
     except OSError:  # a name too long
+        return False
+
+
+def lacks_run_json(folder: Path) -> bool:
+    """Whether a folder holds what runs hold, but no run.json."""
+    try:
+        if folder.name.startswith(".") or not folder.is_dir() or is_run(folder):
+            return False
+        begun = (folder / "policy" / MANIFEST).exists()
+        return begun or any(is_iteration(path.name) and path.is_dir() for path in folder.iterdir())
+    except OSError:  # a name too long, or not ours to read
         return False
 
 
@@ -121,8 +136,10 @@ def own_config(folder: Path, overrides: Sequence[str] = (), damaged: bool = Fals
 
 def run_names(root: Path = ARTIFACTS) -> list[str]:
     """Names of the runs that are there."""
-    found = (path.parent.name for path in root.glob("*/run.json"))
-    return sorted(name for name in found if not name.startswith("."))  # a dot: a fork that was killed
+    found = (
+        path for path in root.glob("*") if not path.name.startswith(".")
+    )  # a dot: a fork that was killed
+    return sorted(path.name for path in found if is_run(path) or lacks_run_json(path))
 
 
 def tell_apart(runs: Sequence[Run]) -> None:
@@ -139,6 +156,7 @@ def refuse_inside_run(out: Path, option: str = "--out") -> None:
     for folder in (place, *place.parents):
         # Another run.json may lie in any folder: that of a run has a lock or a policy beside it.
         whole = is_run(folder) and any((folder / name).exists() for name in (".lock", "policy"))
+        whole = whole or lacks_run_json(folder)
         if whole or is_iteration(folder.name) or (folder != place and folder.parent == root):
             raise UsageError(
                 f"{option} {out}: lies in a run ({folder}), which only grpo writes; name another place"

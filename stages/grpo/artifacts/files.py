@@ -86,9 +86,11 @@ def mark(path: Path) -> None:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Give the file `source` a second name; an existing target is replaced. CorruptError for a link."""
+    """Give the file `source` a second name; an existing target is replaced. CorruptError for what is none."""
     if source.is_symlink():  # its second name would lead there too
         raise CorruptError(f"{source}: is a link, and a run has none; `grpo verify --discard` removes it")
+    if source.exists() and not source.is_file():  # a folder in its place, say
+        raise CorruptError(f"{source}: is no file; `grpo verify` says what to do")
     temporary = target.with_name(target.name + ".tmp")
     with resource_errors(target):
         temporary.unlink(missing_ok=True)

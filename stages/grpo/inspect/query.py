@@ -19,6 +19,7 @@ from grpo.artifacts import ActiveRun, files, refuse_inside_run
 from grpo.console import finite, printable, stdout_console, table
 from grpo.errors import ResourceError, UsageError
 from grpo.inspect import outdated
+from grpo.tables import is_number
 
 _ROWS_SHOWN = 200
 _WIDE_COLUMNS = 12  # more than fit side by side: a row is shown as lines of name and value
@@ -203,7 +204,7 @@ def _print(rows: sql.Rows) -> None:
     if is_wide:
         _print_lines(names, found[:shown])
     else:
-        left = [field.name for field in rows.schema if not _is_number(field.type)]
+        left = [field.name for field in rows.schema if not is_number(field.type)]
         console.print(table(names, (map(_cell, row) for row in found[:shown]), left))
     if len(found) > shown:
         console.print(f"the first {shown} rows; --out FILE writes all", style="dim")
@@ -215,10 +216,6 @@ def _print_lines(names: list[str], rows: Iterable[list[Any]]) -> None:
         print(f"row {number}")
         for name, value in zip(names, row, strict=True):
             print(f"  {printable(name):<{width}}  {_cell(value)}")
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def _cell(value: Any) -> str:

@@ -4,6 +4,7 @@ Committed files are never written again, only replaced, so that two runs can sha
 """
 
 import os
+from contextlib import suppress
 from itertools import count
 from operator import attrgetter
 from typing import Any
@@ -23,9 +24,10 @@ from grpo.artifacts import (
     kept_sources,
     lacking,
 )
+from grpo.artifacts.manifest import check_size
 from grpo.config import PIPELINE
 from grpo.config.yaml import dump
-from grpo.errors import InputError, UsageError
+from grpo.errors import GrpoError, InputError, UsageError
 from grpo.pipeline.prepare import run_json
 from grpo.pipeline.stages import EVALUATE, STAGES
 from grpo.pipeline.states import differences_of
@@ -37,7 +39,7 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
 
     Of that iteration too, what `new` would make in the same way. None: the one after those completed. Raises
     UsageError (exit 2) when `new` is there already or `source` has no such iteration, InputError (exit 4)
-    when the checkpoint to go on from was pruned, CorruptError (exit 6) for a link in `source`.
+    when the checkpoint to go on from was pruned, CorruptError (exit 6) for a file that verify would not take.
     """
     _check_free(new)
     source.refuse_links(files_too=True)  # a second name of a link would lead there too
@@ -55,7 +57,11 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
                 files.remove(leftover)
         try:
             taken = _link_all(source, staged, first)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, GrpoError) as error:
+            with suppress(GrpoError):  # nobody goes on with it; the next fork of this name would remove it
+                files.remove(staged.path)
+            if isinstance(error, GrpoError):
+                raise
             raise InputError(
                 f"{error.filename}: gone while it was linked; `grpo verify {source.name}` says whether it is"
                 " damaged, else try again"
@@ -129,6 +135,9 @@ def _link(run: Run, staged: Run, output: str, iteration: int | None) -> None:
     held = [run.path_of(file, output, iteration) for file in manifest.files]
     optional = notes + (held if (source / PRUNED).exists() else [])
     paths = [path for path in (*notes, *held, source / MANIFEST) if path not in optional or path.exists()]
+    for file, path in zip(manifest.files, held, strict=True):
+        if path in paths and path.exists():
+            check_size(file, path)
     places = [target / path.relative_to(source) for path in paths]
     for path, place in zip(paths, places, strict=True):
         files.make_folder(place.parent)

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from grpo.errors import CorruptError, GrpoError, InputError, ResourceError
+from grpo.errors import CorruptError, GrpoError, InputError, ResourceError, UsageError
 
 _UNREADABLE = "its weights cannot be read"
 
@@ -51,7 +51,8 @@ def refusals(where: str, message: str) -> Iterator[None]:
                 "it needs code of its own, which never runs here (model_options.trust_remote_code stays"
                 " false); take a checkpoint of a model that transformers has"
             )
-        raise InputError(f"{where}: {message}: {text}") from error
+        kind = UsageError if isinstance(error, ImportError) else InputError  # a package that is missing
+        raise kind(f"{where}: {message}: {text}") from error
 
 
 def _one_line(error: Exception) -> str:

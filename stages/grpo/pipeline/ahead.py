@@ -25,7 +25,7 @@ def check_ahead(run: ActiveRun) -> None:
 
 
 def usable_engine(run: ActiveRun) -> tuple[str, str]:
-    """The engine and why. Raises EngineError (exit 8) without it, UsageError (exit 2) for what it has not."""
+    """The engine and why. Raises UsageError (exit 2) without it, and for what it has not."""
     name, why = choose_engine(run.config.generate.engine)
     if name == "vllm":
         check_version()

@@ -111,6 +111,10 @@ def _check_models(run: ActiveRun, ids: dict[str, str]) -> None:
 def _write_down(run: ActiveRun, created: bool, other_prompts: bool) -> None:
     """Write run.json, and say what differs from the objective, or from what the run was begun with."""
     differs = overridden_keys(run.config)
+    if run.iterations():  # else it is a run's first
+        run.console.say(
+            f"run {run.name}: run.json was gone; it is written again, with what is configured now"
+        )
     if created:
         with suppress(CorruptError, InputError):  # damaged, or of another version: nothing stands on it
             were = created_config(run.path)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import ActiveRun, Manifest, Run, Stop, digest, note_stop, prune
+from grpo.artifacts import ActiveRun, Manifest, Run, Stop, digest, lacks_run_json, note_stop, prune
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import flatten
 from grpo.console import iterations_text
@@ -270,7 +270,7 @@ def show_configuration(opened: ActiveRun) -> None:
 def say_state(opened: ActiveRun, until: int) -> None:
     """Say what a run would begin with; InputError (exit 4) where it would not go on with what is there."""
     done = 0
-    if (opened.path / "run.json").exists():
+    if (opened.path / "run.json").exists() or lacks_run_json(opened.path):
         runner.say_differences(opened, until)
         done = sum(1 for number in opened.iterations() if opened.manifest("update", number))
     opened.console.say(f"{done} of {opened.config.iterations} iterations are complete")

@@ -264,6 +264,8 @@ def _open(where: str, config: PromptsConfig, folder: Path) -> "Dataset":
         found = name if on_hub else str(path.absolute())
         given = {"revision": config.revision} if on_hub else {}
         return datasets.load_dataset(found, config.subset, split=config.split, **given)
+    except ImportError as error:  # of a library that reads what is in it, images say
+        raise UsageError(f"{where}: {' '.join(str(error).split())}") from None
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         subset = f" (subset {config.subset})" if config.subset else ""

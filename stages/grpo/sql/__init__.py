@@ -16,7 +16,8 @@ from grpo.sql.connection import (
     show_iteration,
     snapshot,
 )
-from grpo.sql.guarded import TIMEOUT_S, Question, Rows, UserSql
+from grpo.sql.guarded import TIMEOUT_S, Rows, UserSql
+from grpo.sql.question import Question
 from grpo.sql.run_tables import SETTINGS
 
 __all__ = [

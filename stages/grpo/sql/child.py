@@ -23,11 +23,11 @@ from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 
-from grpo.artifacts import Run, files
+from grpo.artifacts import files
 from grpo.errors import GrpoError, ResourceError
 from grpo.sql import connection as sql
+from grpo.sql.question import Question, from_json
 
 PROCESS_GIB = 1.75
 """What the process may take of memory, with the GiB of DuckDB's tables and Arrow's buffers."""
@@ -59,7 +59,7 @@ def begin(pipe: "Connection[bytes, bytes]", folder: str, log: str) -> NoReturn:
             threading.Thread(target=work, daemon=True).start()
         pipe.send_bytes(b'{"ready": true}')
         while True:
-            pipe.send_bytes(json.dumps(_reply(json.loads(requests.get()), Path(folder))).encode())
+            pipe.send_bytes(json.dumps(_reply(from_json(requests.get()), Path(folder))).encode())
     finally:  # a copy of the process that asks must not go on as that one
         traceback.print_exc()
         os._exit(1)
@@ -87,48 +87,44 @@ def _resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _reply(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    paths = [Path(path) for path, _ in request["runs"]]
-    runs = [Run(path.parent, path.name) for path in paths]
-    for run, (_, name) in zip(runs, request["runs"], strict=True):
-        run.name = name  # its path, where two folders have one name
-    shown = request["iteration"]
-    iteration = range(*shown) if isinstance(shown, list) else shown
+def _reply(question: Question, folder: Path) -> dict[str, Any]:
     try:
         return sql.snapshot(
-            runs,
-            lambda connection: _answer(connection, request, folder),
-            iteration,
-            request["outputs"],
-            request["repeatable"],
+            question.runs,
+            lambda connection: _answer(connection, question, folder),
+            question.iteration,
+            question.outputs,
+            question.repeatable,
         )
     except GrpoError as error:
         message = str(error)
-        if request["condition_of"] is not None:  # the lines are of a query that the user did not write
+        if question.condition_of is not None:  # the lines are of a query that the user did not write
             message = message.partition(" LINE ")[0]
         return {"error": type(error).__name__, "message": message}
 
 
-def _answer(connection: sql.Connection, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _answer(connection: sql.Connection, question: Question, folder: Path) -> dict[str, Any]:
     """What one connection says: the columns of the statement, or the file that its rows are in."""
-    for name, path in request["tables"].items():
-        sql.register(connection, name, pa.dataset.dataset(path, format="ipc"))
-    if request["weights"] is not None:
-        sql.create_scored(connection, request["weights"], unrewarded=request["unrewarded"])
-    if request["seed"] is not None:
-        sql.seed_random(connection, *request["seed"])
-    statement = request["statement"]
-    if request["condition_of"] is not None:
-        sql.check_condition(connection, statement)
-        statement = f"{request['condition_of']} where (\n{statement}\n)"
+    for name, data in question.tables.items():
+        sql.register(connection, name, data)
+    if question.weights is not None:
+        sql.create_scored(connection, question.weights, unrewarded=question.unrewarded)
+    if question.seed is not None:
+        sql.seed_random(connection, *question.seed)
+    statement = question.statement
+    if question.condition_of is not None:
+        columns, table = question.condition_of
+        # Pasted, since SQL has no parameter for a condition: one expression cannot end its brackets.
+        sql.check_condition(connection, statement, table, question.parameters)
+        statement = f"select {columns} from {table} where (\n{statement}\n)"
     with sql.checked(connection):
-        found = sql.relation(connection, statement, request["parameters"])
-        if request["rows"] == 0:
+        found = sql.relation(connection, statement, question.parameters, question.all_used)
+        if question.rows == 0:
             return {"columns": found.columns}
         if _AS_TEXT.intersection(map(str, found.types)):
-            columns = zip(found.columns, map(str, found.types), strict=True)
-            found = found.project(", ".join(_column(at, *column) for at, column in enumerate(columns, 1)))
-        return _written(found.to_arrow_reader(_ROWS), folder / "rows.arrow", request["rows"])
+            each = zip(found.columns, map(str, found.types), strict=True)
+            found = found.project(", ".join(_column(at, *column) for at, column in enumerate(each, 1)))
+        return _written(found.to_arrow_reader(_ROWS), folder / "rows.arrow", question.rows)
 
 
 def _column(position: int, name: str, kind: str) -> str:

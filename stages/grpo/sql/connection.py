@@ -6,7 +6,7 @@ no sandbox, since a SELECT can write files.
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -134,9 +134,15 @@ def checked(connection: Connection) -> Iterator[None]:
 
 
 def relation(
-    connection: Connection, statement: str, parameters: dict[str, Any] | None = None
+    connection: Connection,
+    statement: str,
+    parameters: Mapping[str, Any] | None = None,
+    all_used: bool = False,
 ) -> duckdb.DuckDBPyRelation:
-    """What one query would give; nothing is computed yet. Raises UsageError (exit 2) for anything else."""
+    """What one query would give; nothing is computed yet. Raises UsageError (exit 2) for anything else.
+
+    all_used: a parameter that it does not name is refused too.
+    """
     _check_text(statement)
     parts = connection.duckdb.extract_statements(statement)
     if len(parts) > 1:  # DuckDB would run each and give the rows of the last
@@ -146,11 +152,19 @@ def relation(
         raise UsageError(f"query: {what}gives no rows; write a select")
     named = parts[0].named_parameters  # DuckDB refuses others
     used = {name: value for name, value in (parameters or {}).items() if name in named}
+    for name in parameters or {} if all_used else ():
+        if name not in named:
+            raise UsageError(f"query: parameter {name}: the query has no ${name}; leave it out")
     return connection.duckdb.sql(statement, params=used or None)
 
 
-def check_condition(connection: Connection, text: str) -> None:
-    """Raise UsageError (exit 2) where `text` is not one SQL expression; one is so in brackets too."""
+def check_condition(
+    connection: Connection, text: str, table: str, parameters: Mapping[str, Any] | None = None
+) -> None:
+    """Raise UsageError (exit 2) where `text` is not one SQL expression over `table` that is true or false.
+
+    One expression is one in brackets too.
+    """
     _check_text(text)
     own, plain = (_parsed(connection, f"select {written}") for written in (text, "true"))
     if own["error"]:
@@ -164,6 +178,10 @@ def check_condition(connection: Connection, text: str) -> None:
     [first, *others] = node.pop("select_list", None) or [{}]
     if others or first.get("alias") or first.get("class") == "STAR" or node != expected:
         raise UsageError("query: is more than one expression; expected one condition")
+    with checked(connection):
+        [kind] = relation(connection, f"select (\n{text}\n) from {table}", parameters).types
+    if str(kind) not in ("BOOLEAN", '"NULL"'):  # DuckDB would make one of it: 0.5 is true
+        raise UsageError(f"query: is of type {kind}; expected a condition, true or false, such as reward > 0")
 
 
 def _parsed(connection: Connection, statement: str) -> dict[str, Any]:

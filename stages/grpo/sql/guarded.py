@@ -11,19 +11,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from multiprocessing import Pipe
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import pyarrow as pa
 
 from grpo import errors
-from grpo.artifacts import OUTPUTS, Run, files
+from grpo.artifacts import files
 from grpo.errors import ResourceError, UsageError
 from grpo.sql import child
+from grpo.sql.question import Question, to_json
 
 TIMEOUT_S = 600.0
 """What a query may take where nothing else is said."""
@@ -35,29 +37,6 @@ _START_S = 120.0  # of the process, on a cold disk
 _LOOK_S = 0.1  # how often a request to stop is looked for
 # The first path: the same package as here, and nothing of the folder that happens to be the present one.
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from grpo.sql.child import main; main()"
-
-
-@dataclass(frozen=True)
-class Question:
-    """A statement of a user's, and what it may read; runs to repeatable as for connect().
-
-    weights, unrewarded: of the view `scored`, as for create_scored(). seed: of random(). tables: more rows,
-    as register() shows them. condition_of: the query that the statement is the condition of. rows: so many
-    are enough.
-    """
-
-    statement: str
-    runs: Sequence[Run]
-    iteration: int | range | None = None
-    outputs: Collection[str] = tuple(OUTPUTS)
-    repeatable: bool = False
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    weights: Collection[float] | None = None
-    unrewarded: bool = False
-    seed: Sequence[int] | None = None
-    tables: Mapping[str, pa.Table] = field(default_factory=dict)
-    condition_of: str | None = None
-    rows: int | None = None
 
 
 class Rows(NamedTuple):
@@ -121,10 +100,12 @@ class UserSql:
     def rows(self, question: Question, where: str = "", timeout_s: float = TIMEOUT_S) -> Rows:
         """What a query gives. where: `advantage.sql: my.sql`, with which an error begins.
 
-        Raises UsageError (exit 2) for what is no query or condition, ResourceError (exit 7) over a limit of
-        memory or time, CorruptError (exit 6) for a damaged file.
+        Raises UsageError (exit 2) for what is no query, condition or time, ResourceError (exit 7) over a
+        limit of memory or time, CorruptError (exit 6) for a damaged file.
         """
-        reply = self._ask(question, question.rows, where, timeout_s)
+        if not _is_time(timeout_s):
+            raise UsageError(f"timeout_s {timeout_s}: expected seconds, more than 0 and finite")
+        reply = self._ask(question, where, timeout_s)
         path = Path(reply["file"])
         reader = pa.ipc.open_file(pa.OSFile(str(path)))
         files.remove_file(path)  # it is open
@@ -136,10 +117,10 @@ class UserSql:
 
     def columns(self, question: Question, where: str = "") -> list[str]:
         """The columns that it would give; nothing is computed. UsageError (exit 2) for no query."""
-        found: list[str] = self._ask(question, 0, where, TIMEOUT_S)["columns"]
+        found: list[str] = self._ask(replace(question, rows=0), where, TIMEOUT_S)["columns"]
         return found
 
-    def _ask(self, question: Question, rows: int | None, where: str, timeout_s: float) -> dict[str, Any]:
+    def _ask(self, question: Question, where: str, timeout_s: float) -> dict[str, Any]:
         prefix = f"{where}: " if where else ""
         answered = False
         if self._pid is None:
@@ -148,7 +129,7 @@ class UserSql:
             if not self._ready:
                 self._reply(_START_S, prefix)
                 self._ready = True
-            self._send(question, rows)
+            self._send(question)
             reply = self._reply(timeout_s, prefix)
             answered = True
         finally:
@@ -159,33 +140,10 @@ class UserSql:
             raise kind(f"{prefix}{message}" if message.startswith("query: ") else message)
         return reply
 
-    def _send(self, question: Question, rows: int | None) -> None:
-        tables = {}
-        for name, data in question.tables.items():
-            path = tables[name] = str(Path(self._folder.name, f"{name}.arrow"))
-            with files.resource_errors(Path(path)), pa.ipc.new_file(path, data.schema) as file:
-                file.write_table(data)
-        iteration = question.iteration
-        request = {
-            "runs": [[str(run.path), run.name] for run in question.runs],
-            "iteration": [iteration.start, iteration.stop] if isinstance(iteration, range) else iteration,
-            "outputs": list(question.outputs),
-            "repeatable": question.repeatable,
-            "weights": None if question.weights is None else list(question.weights),
-            "unrewarded": question.unrewarded,
-            "seed": question.seed,
-            "tables": tables,
-            "condition_of": question.condition_of,
-            "statement": question.statement,
-            "parameters": dict(question.parameters),
-            "rows": rows,
-        }
-        try:
-            text = json.dumps(request)
-        except RecursionError:
-            raise UsageError("query: a parameter is nested too deeply") from None
+    def _send(self, question: Question) -> None:
+        request = to_json(question, Path(self._folder.name))
         with suppress(BrokenPipeError):  # it has ended: the reply says so
-            self._pipe.send_bytes(text.encode())
+            self._pipe.send_bytes(request)
 
     def _reply(self, timeout_s: float, prefix: str) -> dict[str, Any]:
         end = time.monotonic() + timeout_s
@@ -215,6 +173,12 @@ class UserSql:
 def _may_fork() -> bool:
     """Whether a copy of this process is a safe start: it does one thing only. A new one takes 0.4 s."""
     return sys.platform == "linux" and threading.active_count() == 1 and "torch" not in sys.modules
+
+
+def _is_time(value: Any) -> bool:
+    """Whether a value is seconds that can be waited for; NaN is none."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and bool(0 < value <= threading.TIMEOUT_MAX)
 
 
 def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

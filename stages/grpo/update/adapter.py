@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grpo.config import LoraConfig
-from grpo.errors import CorruptError, EngineError, InputError, UsageError
+from grpo.errors import CorruptError, InputError, UsageError
 from grpo.models.loading import load_skeleton
 from grpo.update.optimizer import quiet
 
@@ -40,8 +40,8 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> "PeftMod
     """A trainable adapter on `model`: W + scale B A for each targeted weight W (arXiv 2106.09685).
 
     Layers of `model` are replaced in place: it computes with the adapter however it is called. All is in eval
-    mode and frozen, but A_RI, B_OR and what trains whole. Raises EngineError (exit 8) without peft,
-    UsageError (exit 2) for a target or module not to be had.
+    mode and frozen, but A_RI, B_OR and what trains whole. Raises UsageError (exit 2) without peft and
+    for a target or module not to be had.
     """
     require_peft()
     from peft import LoraConfig as PeftConfig
@@ -77,13 +77,13 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> "PeftMod
 
 
 def require_peft() -> None:
-    """Raise EngineError (exit 8) where peft cannot be imported."""
+    """Raise UsageError (exit 2) where peft cannot be imported."""
     try:
         with quiet():
             importlib.import_module("peft")
     except ImportError as error:
         message = f"update.lora: peft cannot be imported: {error}"
-        raise EngineError(f"{message}; pip install 'grpo-stages[lora]'") from error
+        raise UsageError(f"{message}; pip install 'grpo-stages[lora]'") from error
 
 
 def check_modules(checkpoint: Path, lora: LoraConfig) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.config import UpdateConfig
-from grpo.errors import EngineError
+from grpo.errors import UsageError
 
 _ADAMW = ("step", "exp_avg", "exp_avg_sq")
 _SMALL = ("step", "state1", "state2")  # the two moments; float32 below 4,096 values
@@ -33,7 +33,7 @@ def quiet() -> Iterator[None]:
 
 
 def require_optimizer(config: UpdateConfig) -> None:
-    """Raise EngineError (exit 8) where its library cannot be imported."""
+    """Raise UsageError (exit 2) where its library cannot be imported."""
     if config.optimizer == "adamw":
         return
     try:
@@ -41,11 +41,11 @@ def require_optimizer(config: UpdateConfig) -> None:
             importlib.import_module("bitsandbytes")
     except ImportError as error:
         message = f"update.optimizer: {config.optimizer}: bitsandbytes cannot be imported: {error}"
-        raise EngineError(f"{message}; pip install 'grpo-stages[8bit]'") from error
+        raise UsageError(f"{message}; pip install 'grpo-stages[8bit]'") from error
 
 
 def make_optimizer(config: UpdateConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The configured optimiser of what trains. Raises EngineError (exit 8) as require_optimizer does."""
+    """The configured optimiser of what trains. Raises UsageError (exit 2) as require_optimizer does."""
     values, settings = [p for p in parameters if p.requires_grad], settings_of(config)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(values, **settings, fused=True)

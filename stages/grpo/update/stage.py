@@ -28,9 +28,9 @@ from grpo.update.training import train
 def check(run: ActiveRun, until: int, resources: object) -> None:
     """Check what iterations before `until` need; no weight is read.
 
-    Raises UsageError (exit 2) for a schedule that ends before them, a surrogate that cannot be maximised or
-    targets the model has not, InputError (exit 4) where the next reference was pruned or the optimiser is
-    another one than before, EngineError (exit 8) where a library is missing.
+    Raises UsageError (exit 2) for a schedule that ends before them, a surrogate that cannot be maximised,
+    targets the model has not or a library that is missing, InputError (exit 4) where the next reference was
+    pruned or the optimiser is another one than before.
     """
     check_schedule(run.config, until - 1)
     surrogate_of(run)

@@ -385,11 +385,11 @@ def test_a_missing_or_unfit_vllm_names_the_command(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(vllm_settings, "version", missing)
     with pytest.raises(
-        EngineError, match=r"vllm is not installed; pip install 'grpo-stages\[vllm\]' on a machine"
+        UsageError, match=r"vllm is not installed; pip install 'grpo-stages\[vllm\]' on a machine"
     ):
         vllm_settings.check_version()
     monkeypatch.setattr(vllm_settings, "version", lambda name: "0.23.1")
-    with pytest.raises(EngineError, match=r"vllm 0.23.1 is installed, 0.24 to 0.33 is right; pip install"):
+    with pytest.raises(UsageError, match=r"vllm 0.23.1 is installed, 0.24 to 0.33 is right; pip install"):
         vllm_settings.check_version()
     monkeypatch.setattr(vllm_settings, "version", lambda name: "0.25.1+cu130")
     vllm_settings.check_version()

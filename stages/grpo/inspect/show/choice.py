@@ -19,8 +19,10 @@ Opened = Callable[[str], ActiveRun]  # opens a run by its name
 EVERY = 2**31 - 1  # above any iteration
 SORTS = ("reward", "advantage", "tokens", "mismatch", "spread")
 _NONE = "no rollout meets the condition"
-_MATCHING = """select distinct group_id
-from (select * from samples where coalesce(prompt_id = $prompt, true)) as samples"""
+_GROUPS = (
+    "distinct group_id",
+    "(select * from samples where coalesce(prompt_id = $prompt, true)) as samples",
+)
 # [0-9]: int() refuses ², which is a digit, and thousands of digits.
 _MOMENT = re.compile("(?P<own>[0-9]{1,9})|(?P<name>[^:]+)(:(?P<at>[0-9]{1,9}))?")
 _Item = TypeVar("_Item")
@@ -110,7 +112,8 @@ def ordered(run: ActiveRun, iteration: int, options: Options) -> list[tuple[int,
     if options.where is None:
         if options.timeout_s != sql.TIMEOUT_S:
             raise UsageError("--timeout-s: is of the query that --where makes; give both")
-        matching = sql.read([run], _MATCHING, {"prompt": options.prompt}, iteration)
+        every = "select {} from {}".format(*_GROUPS)
+        matching = sql.read([run], every, {"prompt": options.prompt}, iteration)
     else:
         matching = _meeting(run, iteration, options.where, options.prompt, options.timeout_s)
     by = {"sort": options.sort, "sign": 1 if options.reverse else -1}
@@ -130,7 +133,7 @@ def ordered(run: ActiveRun, iteration: int, options: Options) -> list[tuple[int,
 
 def _meeting(run: ActiveRun, iteration: int, where: str, prompt: int | None, timeout_s: float) -> pa.Table:
     """`group_id` of the groups with a rollout that meets the user's condition."""
-    question = sql.Question(where, [run], iteration, parameters={"prompt": prompt}, condition_of=_MATCHING)
+    question = sql.Question(where, [run], iteration, parameters={"prompt": prompt}, condition_of=_GROUPS)
     try:
         with sql.UserSql() as user_sql:
             return user_sql.rows(question, timeout_s=timeout_s).table()

@@ -1,6 +1,6 @@
 """settings: what else a configuration asks for: the run that is there, SQL, room for answers, a tracker."""
 
-from grpo.artifacts import ActiveRun
+from grpo.artifacts import ActiveRun, lacks_run_json
 from grpo.evaluate import plan as evaluation
 from grpo.inspect.track import check_tracker
 from grpo.manage.doctor.inputs import Checkpoint, Prompts
@@ -14,7 +14,7 @@ from grpo.pipeline.stages import ADVANTAGE, GENERATE, Stage
 
 def check_run(run: ActiveRun, report: Report) -> None:
     """Whether the run that is there, if one is, can be gone on with."""
-    if not (run.path / "run.json").exists():
+    if not ((run.path / "run.json").exists() or lacks_run_json(run.path)):
         return
     found = f"{len(run.iterations())} of {run.config.iterations} iterations begun"
     with report.check("run", found, "what it stands on is still what is configured"):
