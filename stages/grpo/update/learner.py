@@ -36,10 +36,9 @@ ByRow = dict[int, np.ndarray]  # float32 [T_i] of some of the rollouts
 class Learner:
     """Weights, AdamW and the reference.
 
-    `objective` is what it says, and a surrogate of the user's is set there.
-
-    `holds` names the ids of what was last loaded or saved, and anything else is loaded again: what is in
-    memory is always what is on disk, so an interrupted run goes on with the same bits.
+    `objective` is what the configuration says, and a surrogate of the user's is set there. `holds` names the
+    ids of what was last loaded or saved, and anything else is loaded again: what is in memory is always what
+    is on disk, so an interrupted run goes on with the same bits.
     """
 
     optimizer: torch.optim.Optimizer  # there once load() was called, as the policy's network is

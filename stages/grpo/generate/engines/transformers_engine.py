@@ -151,8 +151,7 @@ def sample_batch(
     with attending(model, NAME, prefix_attention) if shares_prompts else nullcontext():
         for step in range(sampling.max_new_tokens):
             tokens_N, logprobs_N = rows.draw(step, sampling.temperature)
-            tokens_BT[rows.sample_N, step] = tokens_N
-            logprobs_BT[rows.sample_N, step] = logprobs_N
+            tokens_BT[rows.sample_N, step], logprobs_BT[rows.sample_N, step] = tokens_N, logprobs_N
             num_tokens_B[rows.sample_N] = step + 1
             ended_N = watches.ended(torch.isin(tokens_N, eos_E), rows.sample_N, tokens_N)
             left = 0 if step + 1 == sampling.max_new_tokens else int((~ended_N).sum())
