@@ -26,7 +26,7 @@ def find_run(given: str, root: Path = ARTIFACTS) -> Path:
     for folder in (root / given, path) if is_name else (path,):
         if is_run(folder):
             return folder if folder.name not in ("", "..") else folder.resolve()
-        if folder.is_dir() and not os.access(folder, os.X_OK, effective_ids=True):
+        if _is_closed(folder):
             raise ResourceError(f"{folder}: Permission denied; ask its owner for the right to read it")
         if lacks_run_json(folder):
             place, way = folder.resolve(), "restore it from a copy"
@@ -74,6 +74,14 @@ def is_run(folder: Path) -> bool:
     """Whether a folder is a run's."""
     try:
         return (folder / "run.json").exists()
+    except OSError:  # a name too long
+        return False
+
+
+def _is_closed(folder: Path) -> bool:
+    """Whether a folder is another user's, who gave no right to look into it."""
+    try:
+        return folder.is_dir() and not os.access(folder, os.X_OK, effective_ids=True)
     except OSError:  # a name too long
         return False
 
