@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.artifacts.layout import is_iteration
-from grpo.artifacts.manifest import MANIFEST, read_sealed
+from grpo.artifacts.manifest import read_sealed
 from grpo.artifacts.run import Run
 from grpo.config import PIPELINE, Config, load, validated
 from grpo.errors import CorruptError, InputError, ResourceError, UsageError, listed
@@ -87,12 +87,15 @@ def _is_closed(folder: Path) -> bool:
 
 
 def lacks_run_json(folder: Path) -> bool:
-    """Whether a folder holds what runs hold, but no run.json."""
+    """Whether a folder holds what runs hold, but no run.json.
+
+    An iteration, that is: what is there before the first may have lost it with the power, and `grpo run`
+    begins again.
+    """
     try:
         if folder.name.startswith(".") or not folder.is_dir() or is_run(folder):
             return False
-        begun = (folder / "policy" / MANIFEST).exists()
-        return begun or any(is_iteration(path.name) and path.is_dir() for path in folder.iterdir())
+        return any(is_iteration(path.name) and path.is_dir() for path in folder.iterdir())
     except OSError:  # a name too long, or not ours to read
         return False
 
