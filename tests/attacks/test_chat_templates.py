@@ -82,7 +82,7 @@ LIMITS = {
     "{{ 'x' * 6000000000 }}": "it takes more than 2 GiB of memory",
     "{{ messages[0].content * 3000000000 }}": "it takes more than 2 GiB of memory",
     LOOP: "it takes more than 1 s",
-    "{{ (messages | length + 6) ** (7 ** 9) }}": "it takes more than 1 s",
+    "{{ (messages | length + 6) ** (7 ** 11) }}": "it takes more than 1 s",
 }
 REFUSALS = {
     "{{ raise_exception('no') }}": "no",
