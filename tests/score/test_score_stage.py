@@ -30,6 +30,7 @@ from grpo.pipeline import work
 from grpo.prompts import table as prompts_module
 from grpo.score.functions.built_in import gsm8k
 from grpo.score.plan import plan as planned
+from grpo.score.reward_model import RewardModel
 
 K = 2
 # Two groups a shard, three groups: shards of 4 and 2 rollouts.
@@ -650,13 +651,19 @@ def test_another_reward_model_in_its_place_differs(tmp_path: Path) -> None:
     assert values(run, "rm")[0] == pytest.approx(value(shown("3+4=", "7")), abs=1e-5)
 
 
-def test_a_reward_model_goes_on_at_the_next_shard(tmp_path: Path) -> None:
+def test_a_reward_model_goes_on_at_the_next_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     value = write_classifier(tmp_path / "rm")
     run = opened(tmp_path, {"model": "./rm"})
-    with run.console.signals():
-        os.kill(os.getpid(), signal.SIGTERM)  # which ends it behind the first shard
-        with pytest.raises(Interrupted):
-            scored(run)
+    compute = RewardModel._values
+
+    def signalled(model: RewardModel, rows: Sequence[Sequence[int]]) -> list[float]:
+        os.kill(os.getpid(), signal.SIGTERM)  # which ends it behind the shard
+        monkeypatch.undo()
+        return compute(model, rows)
+
+    monkeypatch.setattr(RewardModel, "_values", signalled)
+    with run.console.signals(), pytest.raises(Interrupted):
+        scored(run)
     [staged] = (run.path / ".staging").rglob("part-*.parquet")
     before = staged.stat().st_ino
     run = opened(tmp_path, {"model": "./rm"})

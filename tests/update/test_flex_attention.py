@@ -127,7 +127,9 @@ def test_few_graphs_are_compiled_whatever_comes(monkeypatch: pytest.MonkeyPatch)
         graphs += 1
         return graph
 
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)  # which vLLM on a CPU sets
+    # Which vLLM on a CPU sets.
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     torch._dynamo.reset()
     compiled = torch.compile(kernel, backend=count, dynamic=True)
     monkeypatch.setattr(flex_attention, "compiled", lambda: compiled)

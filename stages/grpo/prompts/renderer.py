@@ -51,6 +51,7 @@ class Renderer:
         if self._pool is not None:
             self._pool.stop()  # type: ignore[no-untyped-call]
             self._pool.join()
+            self._pool = None
 
     def _call(self, template: str, requests: list[Request], timeout_s: float) -> list[str | Failure]:
         if self._pool is None:

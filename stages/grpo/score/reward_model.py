@@ -3,6 +3,7 @@
 Texts go through its own tokenizer and chat template, never the policy's. B rows, T tokens.
 """
 
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ class RewardModel:
         for batch in batches({place: len(row) for place, row in rows.items()}, max_tokens_per_batch):
             late = f"a batch of {len(batch)} rollouts took longer than timeout_s, {timeout_s:g} s"
             way_out = "allow it more, or fewer score.max_tokens_per_batch"
-            with _deadline(timeout_s, f"{self._where}: {late}; {way_out}"):
+            with _deadline(timeout_s, f"{self._where}: {late}; {way_out}", self.close):
                 values = self._values([rows[place] for place in batch])
             for place, value in zip(batch, values, strict=True):
                 outcomes[place] = outcome_of(value, "the reward model gave")
@@ -147,13 +148,16 @@ class RewardModel:
 
 
 @contextmanager
-def _deadline(seconds: float, message: str) -> Iterator[None]:
+def _deadline(seconds: float, message: str, close: Callable[[], None]) -> Iterator[None]:
     """Raise EngineError (exit 8) in a thread beside this one when the block takes longer than `seconds`.
 
-    Nothing interrupts what hangs in C or on a GPU: cli/entry.py ends the process when a thread raises.
+    Nothing interrupts what hangs in C or on a GPU: cli/entry.py ends the process when a thread raises. What
+    close() ends, and what it held, would outlive that.
     """
 
     def end() -> None:
+        close()
+        gc.collect()
         raise EngineError(message)
 
     timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
