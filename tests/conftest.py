@@ -7,7 +7,9 @@ layer, a token is a byte), small enough that an iteration takes a fraction of a 
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,6 +164,7 @@ def run_cli(*arguments: str) -> tuple[int, str, str]:
 
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     sys.argv = ["grpo", *arguments]
     try:
         with redirect_stdout(out), redirect_stderr(err):
@@ -170,6 +173,11 @@ def run_cli(*arguments: str) -> tuple[int, str, str]:
         code = ended.code
     finally:
         sys.argv = before
+        # A command that ends with an error leaves them ignored. Only the main thread may set them.
+        for number, handler in (
+            handlers.items() if threading.current_thread() is threading.main_thread() else ()
+        ):
+            signal.signal(number, handler)
     assert isinstance(code, int)
     return code, out.getvalue(), err.getvalue()
 

@@ -168,7 +168,8 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
         # for a handler that is gone when it looks.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         for number, handler_before in before.items():
-            signal.signal(number, handler_before)
+            if signal.getsignal(number) != signal.SIG_IGN:  # else the command ends, and so says its exit code
+                signal.signal(number, handler_before)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 

@@ -88,7 +88,7 @@ def wait_for_work(folder: Path, child: crash.Child) -> None:
 
 @pytest.mark.parametrize(
     ("number", "times"),
-    [*((number, 1) for number in CODES), (signal.SIGTERM, 5), (signal.SIGHUP, 5)],
+    [*((number, 1) for number in CODES), (signal.SIGTERM, 100), (signal.SIGHUP, 100)],
 )
 def test_a_query_ends_at_once(finished: Path, number: signal.Signals, times: int) -> None:
     # A process of its own: DuckDB looks for signals in the thread that imported Python. What a
@@ -102,7 +102,7 @@ def test_a_query_ends_at_once(finished: Path, number: signal.Signals, times: int
         time.sleep(5)  # it is in the query by now; on a slow machine it imports, and ends in the same way
         for _ in range(times):
             process.send_signal(number)
-            time.sleep(0.001)
+            time.sleep(0.002)  # also while Python ends
         out, err = process.communicate()
     assert (process.returncode, out) == (CODES[number], "")
     assert err.startswith("error: interrupted")
