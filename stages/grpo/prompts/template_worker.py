@@ -48,6 +48,7 @@ class Failure(NamedTuple):
 def start() -> None:
     """Prepare the process. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as reward workers (score/functions/worker.py)
     signal.signal(signal.SIGALRM, _alarm)
     os.environ["TZ"] = "UTC"
     time.tzset()

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,14 @@ def test_pool_survives_a_worker_killed_between_calls(tmp_path: Path) -> None:
     assert second.status == "ok"
     assert second.value != first.value
     pool.close()
+
+
+def test_a_worker_ends_by_a_signal_without_a_word(tmp_path: Path) -> None:
+    """A handler of Python's is gone when Python ends, and a signal then is a traceback on stderr."""
+    source = "import signal\ndef f(completions): return [float(signal.getsignal(15) == signal.SIG_DFL)]\n"
+    (tmp_path / "reward.py").write_text(source)
+    with closing(FunctionPool(tmp_path, num_workers=1)) as pool:
+        assert score_one(pool, spec("f"), "a") == [Outcome(1.0, "ok")]
 
 
 def test_a_slow_import_is_not_counted(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ What the user's code raises comes back as plain data: an exception that cannot b
 import faulthandler
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ def start(import_root: str, folder: str) -> None:
     """Prepare a new worker: a process group of its own, the user's modules first on the path, and what it and
     its children print for the command to show."""
     os.setpgid(0, 0)
+    # Pebble's handler is gone when Python ends, and a signal then is a traceback among what is shown.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     Path(folder, f"{os.getpid()}.group").touch()
     sys.path.insert(0, import_root)
     # A pyc is matched by size and whole seconds: one written now would hide an edit made in the same second.
