@@ -26,6 +26,7 @@ from grpo.artifacts.existing import (
     tell_apart,
 )
 from grpo.artifacts.layout import (
+    CHECKPOINT,
     EVALUATION,
     OUTPUTS,
     RUN_OUTPUTS,
@@ -49,9 +50,22 @@ from grpo.artifacts.manifest import (
     seal,
 )
 from grpo.artifacts.partial import lacking, num_rounds, unscored_rounds
+from grpo.artifacts.policies import (
+    ADAPTER,
+    OPTIMIZER,
+    POLICY,
+    Origin,
+    can_be_had,
+    checkpoint_of,
+    durable_policies,
+    held_part,
+    is_durable,
+    newest_policy,
+    origin_of,
+)
 from grpo.artifacts.replaced import replaced
-from grpo.artifacts.retention import droppable, is_kept, prune, prune_behind
-from grpo.artifacts.run import PRUNED, TIMINGS, Run
+from grpo.artifacts.retention import drop, droppable, kept, prune, prune_known
+from grpo.artifacts.run import TIMINGS, Run
 from grpo.artifacts.sampled import are_own, check_keys, read_rollouts
 from grpo.artifacts.sources import SOURCES, check_source, keep_source, kept_sources
 from grpo.artifacts.space import require_space
@@ -65,13 +79,17 @@ from grpo.artifacts.staging import (
     staging_folders,
     versions,
 )
+from grpo.artifacts.writer import Writer
 
 __all__ = [
+    "ADAPTER",
     "ARTIFACTS",
+    "CHECKPOINT",
     "EVALUATION",
     "MANIFEST",
+    "OPTIMIZER",
     "OUTPUTS",
-    "PRUNED",
+    "POLICY",
     "RUN_OUTPUTS",
     "SOURCES",
     "STAGE_OUTPUTS",
@@ -81,45 +99,55 @@ __all__ = [
     "Best",
     "FileRecord",
     "Manifest",
+    "Origin",
     "Plan",
     "Product",
     "Run",
     "Staging",
     "Stop",
+    "Writer",
     "are_own",
     "best_of",
+    "can_be_had",
     "check_keys",
     "check_source",
     "check_staged",
     "checkpoint_files",
     "checkpoint_id",
+    "checkpoint_of",
     "choose_attempt",
     "created_config",
     "digest",
     "discard",
+    "drop",
     "droppable",
+    "durable_policies",
     "files",
     "find_run",
     "find_runs",
+    "held_part",
     "holder_of",
     "id_of",
+    "is_durable",
     "is_hub_id",
-    "is_kept",
     "is_run",
     "is_weight_file",
     "iterations_in",
     "keep_source",
+    "kept",
     "kept_sources",
     "lacking",
     "lacks_run_json",
     "names_run",
+    "newest_policy",
     "note_stop",
     "num_rounds",
     "open_run",
+    "origin_of",
     "own_config",
     "policy_of",
     "prune",
-    "prune_behind",
+    "prune_known",
     "read_json",
     "read_manifest",
     "read_rollouts",

@@ -23,10 +23,6 @@ class ActiveRun(Run):
         self.start: dict[str, Path] = {}
         self._checkpoint_ids: dict[str, str] = {}
 
-    def policy_folder(self, iteration: int) -> Path:
-        """The checkpoint of policy `iteration`, verified."""
-        return self.trained_policy(iteration) if iteration else self.start["policy"]
-
     def checkpoint_path(self, name: str) -> Path:
         """Directory of a configured checkpoint: relative to the configuration's folder, or from the hub."""
         revision = self.config.model_options.revision if name == self.config.model else None

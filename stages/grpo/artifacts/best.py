@@ -69,14 +69,13 @@ def best_of(run: ActiveRun, policies: Iterable[int]) -> Best | None:
 
 
 def require_best(run: ActiveRun) -> Best:
-    """The best of a run. Raises InputError (exit 4) where no policy was measured, or the best was pruned."""
+    """The best of a run. Raises InputError (exit 4) where no policy was measured."""
     best = best_of(run, run.evaluations())
     if best is None:
         raise InputError(
             f"run {run.name}: no policy was measured by {_metric(run)}; configure `evaluate` and"
             " `grpo evaluate --policy N`"
         )
-    run.require_checkpoint(best.policy)
     return best
 
 

@@ -7,6 +7,8 @@ from grpo.errors import UsageError
 
 STAGE_OUTPUTS = {"rollouts": "generate", "rewards": "score", "advantages": "advantage", "update": "update"}
 """Outputs of an iteration in order, and the stage that makes each."""
+CHECKPOINT = "checkpoint"
+"""Of a policy, beside the update that made it: weights and optimiser state, where they are on disk."""
 EVALUATION = "evaluation"
 OUTPUTS = {**STAGE_OUTPUTS, EVALUATION: "evaluate"}
 """All that `iteration=i` may hold: also what policy i was measured to be, which no stage reads."""
@@ -39,7 +41,7 @@ def is_iteration(name: str) -> bool:
 def holder_of(reference: str) -> tuple[str, int | None]:
     """The output that holds `name@iteration` or `name`, and its iteration.
 
-    Policy, optimiser and adapter of iteration i are of update i-1; the tables of update i are its own.
+    Policy i is of update i-1; the tables of update i are its own.
     """
     name, _, at = reference.partition("@")
     iteration = int(at) if at else None
@@ -47,7 +49,7 @@ def holder_of(reference: str) -> tuple[str, int | None]:
         return ("policy" if name == "reference" else name), None
     if iteration is None:
         raise AssertionError(f"{name} belongs to an iteration")
-    if name in ("policy", "optimizer", "adapter"):
+    if name == "policy":
         return ("policy", None) if iteration == 0 else ("update", iteration - 1)
     if name in TABLES_OF["update"]:
         return "update", iteration

@@ -20,7 +20,7 @@ from grpo.config.depth import check_depth
 from grpo.errors import CorruptError, InputError, unreadable
 from grpo.tables import TABLES
 
-SCHEMA_VERSION = 2  # 2: inputs and user_files
+SCHEMA_VERSION = 3  # 2: inputs and user_files; 3: checkpoints are an output of their own
 MANIFEST = "manifest.json"
 _PARTS = ("ids", "config", "user_files", "summary", "execution")
 

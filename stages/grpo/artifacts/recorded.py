@@ -184,11 +184,16 @@ class _Policy(_Held):
     summary: _Start
 
 
+class _Checkpoint(_Held):
+    """Nothing but its files is read."""
+
+
 _MODELS: dict[str, type[_Held]] = {
     "generate": _Rollouts,
     "score": _Rewards,
     "advantage": _Advantages,
     "update": _Updates,
+    "checkpoint": _Checkpoint,
     "evaluate": _Evaluation,
     "prompts": _Prompts,
     "eval_prompts": _Prompts,
@@ -223,8 +228,10 @@ def check_content(manifest: dict[str, Any]) -> None:
     if model is None:
         raise ValueError(f"stage: no stage is called {manifest['stage'][:80]}")
     model.model_validate(manifest)
+    # A checkpoint is of the policy that its update made: the one after.
+    latest = manifest["iteration"] + 1 if manifest["stage"] == "checkpoint" else manifest["iteration"]
     for reference in manifest["inputs"]:
-        _check_reference(reference, manifest["iteration"])
+        _check_reference(reference, latest)
     for file in manifest["files"]:
         _check_labels(file)
     names = [(file.get("part", ""), file["name"]) for file in manifest["files"]]
@@ -235,15 +242,15 @@ def check_content(manifest: dict[str, Any]) -> None:
         raise ValueError(f"summary.rounds: {rounds}, but it has {len(manifest['files'])} files")
 
 
-def _check_reference(reference: str, iteration: int | None) -> None:
-    """What an output read is of its own iteration or an earlier one; of a run as a whole, nothing is."""
+def _check_reference(reference: str, latest: int | None) -> None:
+    """What an output read is of iteration `latest` or an earlier one; of a run as a whole, nothing is."""
     found = re.fullmatch(r"[^@]{1,256}(@(?P<at>[0-9]{1,9}))?", reference)
     at = int(found["at"]) if found and found["at"] else None
     of_run = at is None and reference in ("prompts", "eval_prompts", "reference")
-    earlier = at is not None and iteration is not None and at <= iteration
+    earlier = at is not None and latest is not None and at <= latest
     if found and (of_run or (earlier and holder_of(reference)[0] in (*OUTPUTS, *RUN_OUTPUTS))):
         return
-    raise ValueError(f"inputs: {reference[:80]} is nothing that iteration {iteration} can have read")
+    raise ValueError(f"inputs: {reference[:80]} is nothing that can have been read up to iteration {latest}")
 
 
 def _check_labels(file: dict[str, Any]) -> None:

@@ -29,9 +29,7 @@ from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, check_size, 
 from grpo.console import printable
 from grpo.errors import CorruptError, InputError
 
-PRUNED, TIMINGS = "pruned.json", "timings.json"
-_CHECKPOINT = ("policy", "adapter", "optimizer")
-_KEPT = "weight_check.json"  # a few kilobytes that say what a policy computed
+TIMINGS = "timings.json"
 _Found = TypeVar("_Found")
 _LONGEST_S = 1e10  # 300 years
 _LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
@@ -174,15 +172,6 @@ class Run:
         """Where a file of an output is."""
         return self.folder(output, iteration) / file.part / file.name
 
-    def trained_policy(self, iteration: int) -> Path:
-        """The checkpoint of policy `iteration` >= 1, which an update wrote; verified."""
-        manifest = self.require("update", iteration - 1, f"grpo update --iteration {iteration - 1}")
-        self.require_checkpoint(iteration)
-        for file in manifest.files:
-            if file.part == "policy":
-                self.verify(file, self.path_of(file, "update", iteration - 1))
-        return self.folder("update", iteration - 1) / "policy"
-
     def weight_check_path(self, iteration: int) -> Path:
         """The weight check of policy `iteration`, verified: log-probs that whoever loads it must come to."""
         output, before = holder_of(f"policy@{iteration}")
@@ -194,45 +183,6 @@ class Run:
         path = self.path_of(file, output, before)
         self.verify(file, path)
         return path
-
-    def checkpoint_records(self, iteration: int) -> list[FileRecord]:
-        """Files that update wrote in `iteration` for its successor: what retention may drop."""
-        manifest = self.manifest("update", iteration)
-        held = manifest.files if manifest else []
-        return [file for file in held if file.part in _CHECKPOINT and file.name != _KEPT]
-
-    def is_pruned(self, iteration: int) -> bool:
-        """Whether the weights and the optimiser state that update wrote in `iteration` were dropped.
-
-        Where all of them are gone they were, though the note of it may be gone too.
-        """
-        if (self.folder("update", iteration) / PRUNED).exists():
-            return True
-        try:
-            records = self.checkpoint_records(iteration)
-        except CorruptError:  # whoever needs the output says so
-            return False
-        paths = [self.path_of(file, "update", iteration) for file in records]
-        return bool(paths) and not any(path.exists() for path in paths)
-
-    def has_checkpoint(self, iteration: int) -> bool:
-        """Whether update wrote weights and optimiser state in `iteration` and they were not dropped."""
-        return (self.folder("update", iteration) / MANIFEST).exists() and not self.is_pruned(iteration)
-
-    def policies(self) -> list[int]:
-        """Policies that were not pruned, in order; policy 0 always is there."""
-        return [0, *(number + 1 for number in self.iterations() if self.has_checkpoint(number))]
-
-    def require_checkpoint(self, iteration: int) -> None:
-        """Raise InputError (exit 4) when policy `iteration`, once there, was pruned."""
-        if iteration == 0 or not self.is_pruned(iteration - 1):
-            return
-        folder, have = self.folder("update", iteration - 1), self.policies()
-        nearest = min(have, key=lambda number: (abs(number - iteration), number))
-        raise InputError(
-            f"{folder}: policy {iteration} was pruned (checkpoints.keep_last, keep_every); there are policies"
-            f" {', '.join(map(str, have))}, the nearest is {nearest}"
-        )
 
     def verify(self, file: FileRecord, path: Path) -> None:
         """Raise CorruptError (exit 6) unless `path` has the recorded size and sha256.

@@ -176,10 +176,10 @@ def _finish(run: Run, staged: Path, manifest: Manifest, output: str) -> Path:
     return target
 
 
-def discard(run: Run, path: Path) -> None:
-    """Move an output or a staging folder to .trash, if it is there."""
+def discard(run: Run, path: Path) -> Path | None:
+    """Move an output or a staging folder to .trash, if it is there; returns where it is then."""
     if not os.path.lexists(path):
-        return
+        return None
     files.make_folder(run.trash)
     name = "-".join(path.relative_to(run.path).parts).lstrip(".")
     taken = {found.name for found in run.trash.iterdir()}
@@ -187,6 +187,7 @@ def discard(run: Run, path: Path) -> None:
     files.move(path, target)
     files.sync_folder(run.trash)  # first: it is in one place or the other, or in both
     files.sync_folder(path.parent)
+    return target
 
 
 def staged_attempts(run: Run, plan: Plan) -> dict[int, str]:

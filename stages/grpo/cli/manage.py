@@ -57,12 +57,16 @@ def gc(
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option(help="List without removing.")] = False,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Keep the newest checkpoint only.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Remove the trash, abandoned staging, and checkpoints no longer kept."""
     opened = options.reading(name, config, set_)
+    keep_last = 1 if checkpoints else None
     with nullcontext() if dry_run else lazy.opening.locked(opened):
-        found = lazy.gc.garbage(opened) if dry_run else lazy.gc.collect(opened)
+        found = lazy.gc.garbage(opened, keep_last) if dry_run else lazy.gc.collect(opened, keep_last)
     document = {**found, "dry_run": dry_run}
     options.answer(as_json, document, lambda: lazy.gc.print_garbage(found, opened, dry_run))
 

@@ -4,9 +4,10 @@ Every field says its unit, range and what an extreme value means; a field withou
 `null` is a value described at its field, never "default". The longer sections have a file each.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from grpo.config.evaluate import PASS_THRESHOLD, EvaluateConfig, StopConfig
 from grpo.config.generate import GenerateConfig
@@ -59,18 +60,31 @@ def _check_estimator(given: dict[str, Any], usual: dict[str, Any]) -> None:
         raise ValueError(f"advantage.{changed[0]}: the estimator {name} has none; leave the key out")
 
 
-class CheckpointsConfig(Section):
-    """What stays on disk. In no stage's fingerprint."""
+def _often(value: Any) -> Any:
+    """Raise ValueError for what says in no way how often."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < _MOST_OFTEN
+    is_time = isinstance(value, str) and re.fullmatch("[1-9][0-9]{0,5}m", value)
+    if not (is_count or is_time or value == "auto"):
+        raise ValueError("expected auto, a number of iterations from 1, or minutes such as 15m")
+    return value
 
-    keep_last: Annotated[int, Field(ge=2)] | None = 3
+
+class CheckpointsConfig(Section):
+    """Which policies are on disk; the others are rebuilt when they are needed. In no stage's fingerprint."""
+
+    every: Annotated[int | str, BeforeValidator(_often)] = "auto"
+    """When a policy is written: `auto`, as often as takes 2 % of the time, and every 30 minutes; a number:
+    each policy whose number is a multiple of it; minutes, as `15m`. The last of a command always is."""
+    keep_last: Annotated[int, Field(ge=1)] | None = 2
     """Checkpoints kept, the newest ones, each with its optimiser state; null: all."""
-    keep_every: Count | None = 10
-    """Policies whose number is a multiple of this are kept too; null: none of the older ones."""
+    keep_every: Count | None = None
+    """Policies whose number is a multiple of this are written and kept too; null: none of the older ones."""
     keep_best: Annotated[bool, ADDED] = True
     """The best of the policies measured, by `stop.metric`, is kept too, with the policy that is its reference
     (update.reference_every)."""
 
 
+_MOST_OFTEN = 2**31
 _NOT_LOADED = {
     **dict.fromkeys(("dtype", "torch_dtype"), "weights are float32; say update.precision, or engine_options"),
     **dict.fromkeys(

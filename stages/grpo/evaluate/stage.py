@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from grpo import sql
 from grpo.advantage import plan as advantage
-from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, id_of, lacking, prune_behind
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Product, Staging, best_of, id_of, lacking
 from grpo.evaluate.plan import JUDGEMENTS, OUTPUT, REWARDS, ROLLOUTS, SEEDS, config_of, settings
 from grpo.generate import plan as generate
 from grpo.generate import sampling
@@ -44,12 +44,15 @@ def release(opened: Resources) -> None:
 
 
 def after(run: ActiveRun, manifest: Manifest, opened: Resources) -> None:
-    """Drop the checkpoint that was the best before, where this one is better.
+    """Have the policy on disk where it is the best so far, which `checkpoints.keep_best` keeps.
 
     Raises EngineError (exit 8) for committed rows that failed, unless `score.on_error` is drop.
     """
-    if manifest.iteration:
-        prune_behind(run, manifest.iteration - 1)
+    policy = manifest.iteration
+    if policy and run.config.checkpoints.keep_best:
+        best = best_of(run, run.evaluations())
+        if best is not None and best.policy == policy:
+            opened("update", beside=True).keep(policy)
     scoring.raise_for_failed(run, f"evaluate: policy {manifest.iteration}", REWARDS, manifest)
 
 

@@ -142,7 +142,7 @@ def _bring_policy(run: ActiveRun, staging: Staging, sync: WeightSync, policy: in
     if not sync.is_open:
         with staging.clock("open"):
             check = read_weight_check(run.weight_check_path(0))
-            sync.open(run.policy_folder(0), check, run.staging_root(None))
+            sync.open(run.start["policy"], check, run.staging_root(None))
     with staging.clock("load"):
         check = read_weight_check(run.weight_check_path(policy))
         return sync.bring(staging.plan.inputs[f"policy@{policy}"], run.policy_folder(policy), check)

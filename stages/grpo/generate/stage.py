@@ -55,7 +55,7 @@ def open_resource(run: ActiveRun) -> Iterator[Sampler]:
     run.console.say(f"engine: {name} on {device} ({why})")
     if name != "vllm" and settings.engine_options:
         run.console.say("generate.engine_options: are vLLM's; the built-in engine has none")
-    start = run.policy_folder(0)
+    start = run.start["policy"]
     config, attention = load_config(start), run.config.model_options.attn_implementation
     engine = make_engine(settings, name, device, context_length(config), _longest_prompt(run), attention)
     vocabulary = config.get_text_config().vocab_size

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from grpo.artifacts import ActiveRun, best_of, read_stop
+from grpo.artifacts import ActiveRun, best_of, is_durable, read_stop
 from grpo.console import interval, iterations_text, number, printable, stdout_console, table
 from grpo.inspect import metrics
 from grpo.inspect.evaluations import numbers_of
@@ -52,7 +52,7 @@ def describe(run: ActiveRun) -> dict[str, Any]:
                 if state.name != "missing"
             ],
             "configured": run.config.iterations,
-            "best": None if best is None else {**asdict(best), "kept": best.policy in run.policies()},
+            "best": None if best is None else {**asdict(best), "kept": is_durable(run, best.policy)},
             "stopped": None if stop is None else {**asdict(stop), "why": str(stop)},
         }
 
@@ -111,7 +111,7 @@ def print_status(data: dict[str, Any], every: bool) -> None:
 def _print_best(console: Any, data: dict[str, Any]) -> None:
     """The best policy, and what ended the run."""
     if best := data["best"]:
-        kept = "" if best["kept"] else "; its checkpoint was pruned"
+        kept = "" if best["kept"] else "; it is not on disk"
         text = f"best: policy {best['policy']}, {best['value']:.3f} {best['measure']}{kept}"
         console.print(printable(text), soft_wrap=True)
     if stop := data["stopped"]:

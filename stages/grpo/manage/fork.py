@@ -10,19 +10,22 @@ from operator import attrgetter
 from typing import Any
 
 from grpo.artifacts import (
+    CHECKPOINT,
     EVALUATION,
     MANIFEST,
-    PRUNED,
     RUN_OUTPUTS,
     SOURCES,
     STAGE_OUTPUTS,
     TIMINGS,
     ActiveRun,
+    Origin,
     Run,
     created_config,
     files,
+    is_durable,
     kept_sources,
     lacking,
+    origin_of,
 )
 from grpo.artifacts.manifest import check_size
 from grpo.config import PIPELINE
@@ -39,7 +42,7 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
 
     Of that iteration too, what `new` would make in the same way. None: the one after those completed. Raises
     UsageError (exit 2) when `new` is there already or `source` has no such iteration, InputError (exit 4)
-    when the checkpoint to go on from was pruned, CorruptError (exit 6) for a file that verify would not take.
+    when the policy to go on from can be had no more, CorruptError (exit 6) for a file that verify would not take.
     """
     _check_free(new)
     source.refuse_links(files_too=True)  # a second name of a link would lead there too
@@ -47,7 +50,7 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
     first = next(n for n in count() if n == iteration or source.manifest("update", n) is None)
     if iteration not in (None, first):
         raise UsageError(f"--iteration {iteration}: run {source.name} has completed {first} iterations")
-    source.require_checkpoint(first)
+    origin = origin_of(source, first)
     config = new.config.model_copy(update={"run": f".fork-{new.name}"})
     staged = ActiveRun(new.root, config, new.imports, new.console)
     with staged.lock():  # two forks of one name: the other is exit 5
@@ -56,7 +59,7 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
             if leftover.name != ".lock":
                 files.remove(leftover)
         try:
-            taken = _link_all(source, staged, first)
+            taken = _link_all(source, staged, origin)
         except (FileNotFoundError, GrpoError) as error:
             with suppress(GrpoError):  # nobody goes on with it; the next fork of this name would remove it
                 files.remove(staged.path)
@@ -95,8 +98,9 @@ def _check_fixed(source: ActiveRun, new: ActiveRun) -> None:
             raise UsageError(f"{key}: a fork shares it with {source.name}; a new `run:` can have another")
 
 
-def _link_all(source: ActiveRun, staged: ActiveRun, first: int) -> list[str]:
-    """Link what comes before iteration `first`, and of it what can be taken over; returns those stages."""
+def _link_all(source: ActiveRun, staged: ActiveRun, origin: Origin) -> list[str]:
+    """Link what policy `origin` came from, and of its iteration what can be taken over; those stages."""
+    first = origin.policy
     if sources := kept_sources(source):
         files.make_folder(staged.path / SOURCES)
         for path in sources.values():
@@ -108,6 +112,9 @@ def _link_all(source: ActiveRun, staged: ActiveRun, first: int) -> list[str]:
     for number in range(first):
         for output in STAGE_OUTPUTS:
             _link(source, staged, output, number)
+    for policy in {origin.durable, source.config.update.moved_reference(first)}:
+        if policy and is_durable(source, policy):
+            _link(source, staged, CHECKPOINT, policy - 1)
     taken = []
     for stage in STAGES:
         manifest = source.manifest(stage.output, first)
@@ -131,12 +138,11 @@ def _link(run: Run, staged: Run, output: str, iteration: int | None) -> None:
     """Link a committed output; its manifest last, as a commit would have it."""
     manifest = run.require(output, iteration, "grpo run")
     source, target = run.folder(output, iteration), staged.folder(output, iteration)
-    notes = [source / TIMINGS, source / PRUNED]
     held = [run.path_of(file, output, iteration) for file in manifest.files]
-    optional = notes + (held if (source / PRUNED).exists() else [])
-    paths = [path for path in (*notes, *held, source / MANIFEST) if path not in optional or path.exists()]
+    timings = [path for path in [source / TIMINGS] if path.exists()]
+    paths = [*timings, *held, source / MANIFEST]
     for file, path in zip(manifest.files, held, strict=True):
-        if path in paths and path.exists():
+        if path.exists():
             check_size(file, path)
     places = [target / path.relative_to(source) for path in paths]
     for path, place in zip(paths, places, strict=True):

@@ -22,27 +22,28 @@ from grpo.pipeline.stages import EVALUATE, STAGES
 _SMALL = 2**20 // 10  # bytes; what a person reads is in tenths of a MiB
 
 
-def garbage(run: ActiveRun) -> dict[str, Any]:
-    """All that `grpo gc` would remove, in order; of a checkpoint, `path` is the folder of its update.
+def garbage(run: ActiveRun, keep_last: int | None = None) -> dict[str, Any]:
+    """All that `grpo gc` would remove, in order.
 
+    keep_last: keep so many checkpoints, and no others; None: as configured.
     Raises CorruptError (exit 6) where a folder of the run is a link.
     """
     run.refuse_links()
     found = [("trash", path, [path]) for path in _entries(run.trash)]
     found += [("abandoned staging", path, [path]) for path in _abandoned(run)]
-    for iteration, paths in droppable(run).items():
-        found.append(("checkpoint", run.folder("update", iteration), paths))
+    for paths in droppable(run, keep_last).values():
+        found += [("checkpoint", path, [path]) for path in paths]
     rows = [{"what": what, "path": path, "bytes": sum(map(_size, paths))} for what, path, paths in found]
     return {"run": run.name, "garbage": rows, "bytes": sum(row["bytes"] for row in rows)}
 
 
-def collect(run: ActiveRun) -> dict[str, Any]:
+def collect(run: ActiveRun, keep_last: int | None = None) -> dict[str, Any]:
     """Remove it, and return what was removed. Needs the lock."""
-    found = garbage(run)
+    found = garbage(run, keep_last)
     for row in found["garbage"]:
         if row["what"] != "checkpoint":
             files.remove(row["path"])
-    prune(run)
+    prune(run, keep_last)
     for folder in _folders(run).values():
         if not _entries(folder):
             files.remove(folder)

@@ -4,7 +4,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, ActiveRun, Run, holder_of, is_kept, read_manifest
+from grpo.artifacts import (
+    CHECKPOINT,
+    EVALUATION,
+    OUTPUTS,
+    RUN_OUTPUTS,
+    ActiveRun,
+    Run,
+    holder_of,
+    origin_of,
+    read_manifest,
+)
 from grpo.errors import CorruptError, InputError
 from grpo.models.find import resolve_model
 from grpo.prompts.table import HELD_OUT, config_of, source_is_gone
@@ -22,6 +32,9 @@ _READS = {
 }
 
 
+_REPLAYED = ("rollouts", "advantages", "update")
+
+
 @dataclass(frozen=True)
 class Damage:
     """Something that is not what was committed, or is gone though something else was made from it."""
@@ -36,7 +49,7 @@ class Damage:
 def damages(run: ActiveRun, wrong: dict[Place, str]) -> list[Damage]:
     """What is damaged and what to do, in the order of the outputs. wrong: what was found at each place."""
     lost: dict[Place, str] = {}
-    order = [*RUN_OUTPUTS, *OUTPUTS]  # what an output is made from comes before it
+    order = [*RUN_OUTPUTS, *OUTPUTS, CHECKPOINT]  # what an output is made from comes before it
     for place in sorted(wrong, key=lambda place: (place[1] or 0, order.index(place[0]))):
         lost[place] = _reason_lost(run, place, wrong, lost)
     return [_damage(run, place, wrong, lost) for place in lost]
@@ -44,6 +57,9 @@ def damages(run: ActiveRun, wrong: dict[Place, str]) -> list[Damage]:
 
 def _damage(run: Run, place: Place, wrong: dict[Place, str], lost: dict[Place, str]) -> Damage:
     folder, iteration = run.folder(*place), place[1] or 0
+    if place[0] == CHECKPOINT:
+        what = f"{wrong[place]}; without it policy {iteration + 1} is rebuilt when it is needed"
+        return Damage(what, "grpo run", folder)
     if moved := _moved(folder, place):
         return Damage(f"{wrong[place]}; move it to {run.folder(*moved)}", "")
     if not lost[place]:
@@ -51,9 +67,21 @@ def _damage(run: Run, place: Place, wrong: dict[Place, str], lost: dict[Place, s
         return Damage(wrong[place], command_for(*place), aside)
     way = "restore it from a copy"
     if not any(lost.get((output, None)) for output in RUN_OUTPUTS):
-        whole = [policy for policy in run.policies() if ("update", policy - 1) not in wrong]
-        way += f", or `grpo run --from {max(policy for policy in whole if policy <= iteration)}`"
+        way += f", or `grpo run --from {_nearest_whole(run, iteration, wrong)}`"
     return Damage(f"{wrong[place]}; cannot be rebuilt ({lost[place]}): {way}", "")
+
+
+def _nearest_whole(run: Run, iteration: int, wrong: dict[Place, str]) -> int:
+    """The newest policy up to `iteration` that can be had without what is wrong."""
+    for policy in range(iteration, 0, -1):
+        with suppress(CorruptError, InputError):
+            origin = origin_of(run, policy)
+            needed = {("update", policy - 1), (CHECKPOINT, origin.durable - 1)} | {
+                (output, number) for number in range(origin.durable, policy) for output in _REPLAYED
+            }
+            if not needed & wrong.keys():
+                return policy
+    return 0
 
 
 def command_for(output: str, iteration: int | None) -> str:
@@ -95,14 +123,15 @@ def _reason_lost(run: ActiveRun, place: Place, wrong: dict[Place, str], lost: di
     """Why an output cannot be made again; empty where it can. lost: the same of those before it."""
     if place[1] is None:
         return _source_lost(run, place[0])
-    have = [number for number in run.iterations() if run.has_checkpoint(number)]
     for read in read_by(run, place):
         output, iteration = read
-        if output == "update" and iteration is not None:
-            if read in wrong and not is_kept(run, iteration, have):
-                return f"policy {iteration + 1} would be pruned as soon as it is made"
-            if read not in wrong and run.is_pruned(iteration):
-                return f"policy {iteration + 1} was pruned"
+        if output == "update" and iteration is not None and read not in wrong:
+            try:
+                origin_of(run, iteration + 1)
+            except InputError as error:
+                return str(error)
+            except CorruptError:  # of what has to be rebuilt first
+                pass
         if lost.get(read):
             return lost[read]
     return ""

@@ -11,9 +11,10 @@ from typing import Any
 
 from grpo import sql, tables
 from grpo.artifacts import (
+    CHECKPOINT,
     MANIFEST,
     OUTPUTS,
-    PRUNED,
+    POLICY,
     RUN_OUTPUTS,
     ActiveRun,
     FileRecord,
@@ -22,6 +23,7 @@ from grpo.artifacts import (
     check_source,
     check_staged,
     discard,
+    durable_policies,
     files,
     holder_of,
     kept_sources,
@@ -35,13 +37,14 @@ from grpo.console import printable, stdout_console
 from grpo.errors import CorruptError
 from grpo.inspect.track import note_path, read_note
 from grpo.manage.repair import Damage, Place, command_for, damages, read_by
+from grpo.models.tokenizer import starting_policy
 from grpo.pipeline.restart import intent_path, read_intent
 from grpo.pipeline.states import evaluation_states, states
 from grpo.prompts.table import HELD_OUT
 
 _MOST_GONE = 1000  # iterations that were lost: each of their outputs is looked for and reported
 _MOST_TOKENS = 2**31
-_COUNTS = ("outputs", "files", "bytes", "rows", "pruned")  # pruned: files that retention dropped
+_COUNTS = ("outputs", "files", "bytes", "rows")
 
 
 @dataclass
@@ -78,7 +81,7 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
     if strange := _of_another_run(run, numbers):
         report.damages.append(strange)
         return report
-    places += [(output, iteration) for iteration in numbers for output in OUTPUTS]
+    places += [(output, iteration) for iteration in numbers for output in (*OUTPUTS, CHECKPOINT)]
     wrong: dict[Place, str] = {}
     readers: dict[Place, Place] = {}
     with run.console.progress("verify", len(places), "outputs") as advance:
@@ -108,10 +111,11 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
     return report
 
 
-def _vocabulary_size(run: Run) -> int:
-    """Of the newest policy that is there, by its configuration; as many as a column holds where none says."""
-    for policy in reversed(run.policies()[1:]):
-        path = run.folder("update", policy - 1) / "policy" / "config.json"
+def _vocabulary_size(run: ActiveRun) -> int:
+    """Of the newest policy that is on disk, or the starting one, by its configuration; as many as a column holds where none says."""
+    held = [run.folder(CHECKPOINT, policy - 1) / POLICY for policy in durable_policies(run)[:0:-1]]
+    for folder in filter(None, [*held, starting_policy(run)]):
+        path = folder / "config.json"
         if path.is_file():
             config = read_json(path)
             text = config.get("text_config")
@@ -158,10 +162,9 @@ def print_report(run: Run, report: Report, discarded: bool) -> None:
         say(f"broken   {invariant}: {rows} rows")
     for text in report.stale:
         say(f"stale    {text}")
-    pruned = f", {counts['pruned']:,} pruned" if counts["pruned"] else ""
     say(
         f"run {run.name}: {counts['outputs']:,} outputs, {counts['files']:,} files"
-        f" ({counts['bytes'] / 2**20:,.1f} MiB) and {counts['rows']:,} rows read{pruned};"
+        f" ({counts['bytes'] / 2**20:,.1f} MiB) and {counts['rows']:,} rows read;"
         f" {len(found)} damaged, {len(report.broken)} broken, {len(report.stale)} stale"
     )
     if any(each.aside for each in found):
@@ -201,32 +204,21 @@ def _check_output(run: Run, place: Place, counts: Counter[str]) -> Manifest | No
     """Its manifest; raises the first thing that is wrong with it: all of it is made again together."""
     with suppress(CorruptError, FileNotFoundError):
         return _look_at(run, place, counts)
-    return _look_at(run, place, counts)  # once more: a writer may have replaced or pruned it meanwhile
+    return _look_at(run, place, counts)  # once more: a writer may have replaced or dropped it meanwhile
 
 
 def _look_at(run: Run, place: Place, counts: Counter[str]) -> Manifest | None:
     manifest = run.manifest(*place)
     if manifest is None:
         return None
-    dropped = _dropped(run, place)
-    held = [file for file in manifest.files if file not in dropped]
+    held = manifest.files
     run.timings(*place)
     run.period(*place)
     for file in held:
         _check_file(run, manifest, file, run.path_of(file, *place))
     sizes = {"bytes": sum(file.bytes for file in held), "rows": sum(file.rows or 0 for file in held)}
-    counts.update(outputs=1, files=len(held), pruned=len(manifest.files) - len(held), **sizes)
+    counts.update(outputs=1, files=len(held), **sizes)
     return manifest
-
-
-def _dropped(run: Run, place: Place) -> list[FileRecord]:
-    """Files that retention removed. Where its note is gone too, that is not believed of the newest two."""
-    output, iteration = place
-    if output != "update" or iteration is None or not run.is_pruned(iteration):
-        return []
-    newest = [number for number in run.iterations() if run.folder(output, number).exists()][-2:]
-    noted = (run.folder(*place) / PRUNED).exists()  # a fork may begin with one that was
-    return run.checkpoint_records(iteration) if noted or iteration not in newest else []
 
 
 def _check_file(run: Run, manifest: Manifest, file: FileRecord, path: Path) -> None:

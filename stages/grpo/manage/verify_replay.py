@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from grpo.artifacts import ActiveRun
+from grpo.artifacts import ActiveRun, newest_policy
 from grpo.console import stdout_console
 from grpo.errors import EngineError
 from grpo.pipeline.prepare import find_start
 from grpo.update.plan import OUTPUT
-from grpo.update.restore import Outcome, Replay
+from grpo.update.policies import Policies
+from grpo.update.restore import Outcome
 
 
 @dataclass
@@ -58,12 +59,14 @@ class ReplayReport:
 
 
 def replay(run: ActiveRun) -> ReplayReport:
-    """Make the updates of a run again, up to the first that differs; errors as of Replay and find_start()."""
+    """Make the updates of a run again, up to the first that differs; errors as of Policies.redo() and find_start()."""
     find_start(run)
     report = ReplayReport(sum(run.manifest(OUTPUT, number) is not None for number in run.iterations()))
     with run.console.progress("replay", report.updates, "updates") as advance:
-        for outcome in Replay(run):
-            report.outcomes.append(outcome)
+        policies = Policies(run)
+        for number in range(newest_policy(run)):
+            manifest = run.require(OUTPUT, number, f"grpo update --iteration {number}")
+            report.outcomes.append(outcome := policies.redo(manifest))
             advance(1)
             if not outcome.accepted:
                 break

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from grpo.artifacts import ActiveRun
+from grpo.artifacts import CHECKPOINT, POLICY, ActiveRun, durable_policies
 from grpo.errors import CorruptError, InputError, first_line
 from grpo.models.find import BUILT_IN, starter_folder
 
@@ -28,9 +28,10 @@ def tokenizer_of(run: ActiveRun) -> Tokenizer | None:
 
     None where none of the folders has a tokenizer.json. Raises CorruptError (exit 6) for one that is none.
     """
-    folders = [run.folder("update", number - 1) / "policy" for number in reversed(run.policies()) if number]
+    held = durable_policies(run)[:0:-1]
+    folders = [run.folder(CHECKPOINT, number - 1) / POLICY for number in held]
     for folder in filter(None, [*folders, starting_policy(run)]):
-        with suppress(InputError):  # pruned meanwhile, moved, or of an old format
+        with suppress(InputError):  # dropped meanwhile, moved, or of an old format
             return tokenizer_at(folder)
     return None
 

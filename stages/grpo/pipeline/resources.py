@@ -3,8 +3,8 @@
 from contextlib import ExitStack
 from typing import Any
 
-from grpo.artifacts import ActiveRun
-from grpo.pipeline.stages import BY_NAME, Stage
+from grpo.artifacts import ActiveRun, is_durable, newest_policy
+from grpo.pipeline.stages import BY_NAME, UPDATE, Stage
 
 
 class Resources:
@@ -31,6 +31,12 @@ class Resources:
         stage = BY_NAME[name]
         return self._opened(stage) if beside else self._turn_of(stage)
 
+    def keep_newest(self) -> None:
+        """Have the newest policy on disk, rebuilt where it must be: a command that was killed may lack it."""
+        newest = newest_policy(self._run)
+        if not is_durable(self._run, newest):
+            self.borrow(UPDATE.name).make_durable(newest)
+
     def _turn_of(self, stage: Stage) -> Any:
         """That of the stage before leaves the accelerator first: they take turns."""
         if self._working is not None and self._working is not stage:
@@ -40,5 +46,7 @@ class Resources:
 
     def _opened(self, stage: Stage) -> Any:
         if stage.name not in self._open:
+            if UPDATE.name in self._open:  # an engine that opens, on a GPU, allows no other work there
+                self._open[UPDATE.name].settle()
             self._open[stage.name] = self._stack.enter_context(stage.load().open_resource(self._run))
         return self._open[stage.name]

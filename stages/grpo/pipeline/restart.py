@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grpo.artifacts import ActiveRun, Run, discard, files, read_sealed, seal
+from grpo.artifacts import ActiveRun, Run, discard, files, origin_of, read_sealed, seal
 from grpo.errors import CorruptError, InputError
 from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage
 from grpo.pipeline.states import State, evaluation_states, nearest_policy, states
@@ -12,7 +12,7 @@ from grpo.update.plan import require_reference
 def start_over(run: ActiveRun, iteration: int) -> None:
     """`--from N`: note the intent, then clear the way; a killed one is finished by the next run.
 
-    Raises InputError (exit 4), with nothing moved, when the checkpoint to go on from was pruned or something
+    Raises InputError (exit 4), with nothing moved, when the policy to go on from can be had no more or something
     before `iteration` is missing or stale: a plain run could not go on from there.
     """
     present = states(run, iteration)  # what is later goes, however damaged it is
@@ -28,7 +28,7 @@ def start_over(run: ActiveRun, iteration: int) -> None:
                 )
     _, redone = done_again(run, iteration)
     if redone or run.manifest(UPDATE.output, iteration) is None:
-        run.require_checkpoint(iteration)
+        origin_of(run, iteration)
         require_reference(run, iteration)
     files.write_file(intent_path(run), seal({"from": iteration}))
     files.sync_folder(run.path)
@@ -72,13 +72,9 @@ def read_intent(run: Run) -> int | None:
 
 
 def done_again(run: ActiveRun, first: int) -> tuple[list[int], list[Stage]]:
-    """What `--from` does again: later iterations, and stages of `first` from a stale or differing one on.
-
-    Also its update where that was pruned: the policy to go on from is made once more.
-    """
+    """What `--from` does again: later iterations, and stages of `first` from a stale or differing one on."""
     by_stage = states(run, first).get(first, {})
     old = {name for name, state in by_stage.items() if state.name in ("stale", "changed")}
-    old |= {UPDATE.name} if run.is_pruned(first) else set()
     changed = [stage.name in old for stage in STAGES]
     stages = [*(STAGES[changed.index(True) :] if any(changed) else ())]
     again = [stage for stage in stages if stage.name in by_stage]
@@ -91,7 +87,7 @@ def done_again(run: ActiveRun, first: int) -> tuple[list[int], list[Stage]]:
 
 def _measured_otherwise(run: ActiveRun, policy: int) -> bool:
     """Whether a policy that is still there was measured in another way than configured now, or stale."""
-    if policy not in run.evaluations() or (policy and run.is_pruned(policy - 1)):
+    if policy not in run.evaluations():
         return False
     if run.config.evaluate is None:
         return False

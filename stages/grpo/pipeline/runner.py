@@ -32,6 +32,7 @@ def run_iterations(
             trained = False
             while todo := what_to_do(run, iteration, until):
                 if todo[0] is not EVALUATE and not trained and (ended := stop_at(run, iteration)):
+                    resources.keep_newest()
                     return worked, evaluated, ended
                 if not begun:
                     _say_changes(run, todo, iteration)
@@ -49,6 +50,7 @@ def run_iterations(
             if trained:
                 worked += 1
                 report(iteration)
+        resources.keep_newest()
     if not begun and until:
         _say_changes(run, [], until - 1)  # all is history: what differs is for what may come next
     return worked, evaluated, None
@@ -137,9 +139,8 @@ def _way_out(run: ActiveRun, iteration: int, name: str) -> str:
     again = missing[0] if missing else name
     needs_policy = not missing or again in (GENERATE.name, UPDATE.name)  # --from goes on to the update
     if needs_policy and (nearest := nearest_policy(run, iteration)) < iteration:
-        gone = "was pruned" if run.is_pruned(iteration - 1) else "is gone"
         return (
-            f"policy {iteration} {gone}: `grpo run --from {nearest}` reruns it and everything after;"
+            f"policy {iteration} is gone: `grpo run --from {nearest}` reruns it and everything after;"
             f" `grpo fork {run.name} NEW --iteration {nearest}` does so in a new run"
         )
     if missing:

@@ -10,7 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from grpo.advantage import plan as advantage
-from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Staging, choose_attempt, require_space
+from grpo.artifacts import (
+    ActiveRun,
+    Manifest,
+    Plan,
+    Product,
+    Staging,
+    can_be_had,
+    choose_attempt,
+    is_durable,
+    newest_policy,
+    require_space,
+)
 from grpo.evaluate import plan as evaluate
 from grpo.generate import plan as generate
 from grpo.score import plan as score
@@ -94,8 +105,24 @@ def perform(
     attempt = choose_attempt(run, plan, committed, force, only_failed)
     if committed is not None and committed.fingerprint == plan.fingerprint(attempt):
         return committed
+    if committed is not None:
+        _keep_newest(run, stage, iteration, resources)
     require_space(run, stage.output, iteration)
     return make(run, stage, Staging(run, plan, attempt, only_failed), resources.get(stage))
+
+
+def _keep_newest(run: ActiveRun, stage: Stage, iteration: int, resources: "Resources") -> None:
+    """Before an output is replaced that later policies came from: have the newest of them on disk.
+
+    Unless the result is the same, those between can be rebuilt no more.
+    """
+    is_read = stage in (GENERATE, ADVANTAGE, UPDATE) or (stage is SCORE and run.config.score.teachers)
+    newest = newest_policy(run)
+    if is_read and newest > iteration and not is_durable(run, newest) and can_be_had(run, newest):
+        run.console.say(
+            f"{stage.name} {iteration}: policy {newest} came from what is replaced: it is written"
+        )
+        resources.keep_newest()
 
 
 def make(run: ActiveRun, stage: Stage, staging: Staging, resource: Any) -> Manifest:

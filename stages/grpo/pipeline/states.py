@@ -8,6 +8,7 @@ from grpo.artifacts import (
     Manifest,
     Plan,
     Run,
+    can_be_had,
     holder_of,
     lacking,
     staged_attempts,
@@ -112,8 +113,8 @@ def inputs_changed(run: Run, manifest: Manifest) -> bool:
 
 
 def nearest_policy(run: Run, iteration: int) -> int:
-    """The newest policy on disk that is not after `iteration`: what `--from` can go on from."""
-    return max(number for number in run.policies() if number <= iteration)
+    """The newest policy that can be had and is not after `iteration`: what `--from` can go on from."""
+    return next(number for number in range(iteration, -1, -1) if not number or can_be_had(run, number))
 
 
 def followers(run: Run, output: str, iterations: Collection[int]) -> list[str]:

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.artifacts import ActiveRun, Manifest, Run, Stop, digest, lacks_run_json, note_stop, prune
+from grpo.artifacts import (
+    ActiveRun,
+    Manifest,
+    Run,
+    Stop,
+    digest,
+    lacks_run_json,
+    newest_policy,
+    note_stop,
+    prune,
+)
 from grpo.artifacts.layout import parse_iterations
 from grpo.config import flatten
 from grpo.console import iterations_text
@@ -157,10 +167,10 @@ def evaluate(opened: ActiveRun, policy: int | None, force: bool) -> int:
     not `force`.
     """
     evaluation.config_of(opened)  # or there is nothing to do it with
-    have = opened.policies()
-    number = max(have) if policy is None else policy
+    newest = newest_policy(opened)
+    number = newest if policy is None else policy
     if not 0 <= number <= max(opened.iterations(), default=-1) + 1:
-        raise UsageError(f"--policy {number}: run {opened.name} has policies 0 to {max(have)}")
+        raise UsageError(f"--policy {number}: run {opened.name} has policies 0 to {newest}")
     before = opened.manifest(evaluation.OUTPUT, number)
     if before is not None:
         _check_replace(opened, EVALUATE, before, force, only_failed=False)

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 def open_teachers(run: ActiveRun) -> "dict[str, Teacher]":
     """The configured teachers by name. Raises InputError, CorruptError as load_model()."""
-    own = load_tokenizer(run.policy_folder(0))
+    own = load_tokenizer(run.start["policy"])
     return {
         each.name: Teacher(each.name, model_path(run, each.model), own, best_device())
         for each in run.config.score.teachers

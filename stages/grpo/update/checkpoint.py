@@ -65,6 +65,11 @@ def safetensors_file(tensors: Mapping[str, Tensor]) -> Chunks:
     Its own save() makes two copies of everything, which took longer than writing it to disk: it is asked for
     the header of empty tensors alone, whose order and types are those of the full ones.
     """
+    # Eagerly: what is on a GPU may move before the pieces are asked for. On a CPU nothing is copied.
+    return _pieces({name: tensor.detach().cpu() for name, tensor in tensors.items()})
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> Chunks:
     empty = {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}
     header: dict[str, Any] = json.loads(save(empty, metadata={"format": "pt"})[8:])
     names, end = list(header)[1:], 0  # the first is __metadata__
@@ -75,7 +80,7 @@ def safetensors_file(tensors: Mapping[str, Tensor]) -> Chunks:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        yield tensors[name].contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel, path: Path) -> None:

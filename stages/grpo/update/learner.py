@@ -36,9 +36,8 @@ ByRow = dict[int, np.ndarray]  # float32 [T_i] of some of the rollouts
 class Learner:
     """Weights, AdamW and the reference.
 
-    `objective` is what the configuration says, and a surrogate of the user's is set there. `holds` names the
-    ids of what was last loaded or saved, and anything else is loaded again: what is in memory is always what
-    is on disk, so an interrupted run goes on with the same bits.
+    `objective` is what the configuration says, and a surrogate of the user's is set there. `holds` is
+    the id of the policy in memory, as it was committed; None while it is ahead of that.
     """
 
     optimizer: torch.optim.Optimizer  # there once load() was called, as the policy's network is
@@ -49,7 +48,7 @@ class Learner:
         self.device = device
         self.seed = seed  # of a new adapter
         self.attention = attention  # as load_model takes it
-        self.holds: tuple[str | None, str | None] = (None, None)
+        self.holds: str | None = None
         self.adapter: PeftModel | None = None  # in training on the policy's frozen weights
         self._networks: dict[str, Network] = {}  # `policy`, and `reference` where that is no adapter's base
         self._reference: str | None = None  # its id
@@ -87,17 +86,15 @@ class Learner:
         self,
         policy: Path,
         optimizer: Path | None,
-        ids: tuple[str | None, str | None],
+        id_: str | None = None,
         adapter: Path | None = None,
     ) -> None:
-        """Take the policy and optimiser state `ids` from disk, unless they are what is in memory.
+        """Take the policy `id_` and its optimiser state from disk.
 
         With update.lora, `policy` is the starting policy, and `adapter` what was trained on it since.
         """
-        self._move(self.device)
-        if self.holds == ids:
-            return
-        self.holds = (None, None)
+        self.resume()
+        self.holds = None
         lora = self.config.lora
         # What trains whole has no other copy of what it was.
         anew = lora is not None and bool(lora.modules_to_save) and adapter is None
@@ -112,7 +109,12 @@ class Learner:
         self.optimizer.state.clear()
         if optimizer is not None:
             load_optimizer(self.optimizer, self.model, optimizer)
-        self.holds = ids
+        self.holds = id_
+
+    @property
+    def reference_id(self) -> str | None:
+        """Of the reference in memory."""
+        return self._reference
 
     def load_reference(self, checkpoint: Path, id_: str | None = None, *, is_start: bool = False) -> None:
         """Take the frozen reference `id_` from disk, unless it is what is in memory.
@@ -146,6 +148,10 @@ class Learner:
 
     def _open(self, model: PreTrainedModel) -> Network:
         return Network(model, self.config.precision, share_prompts=self.config.prompt_sharing == "auto")
+
+    def resume(self) -> None:
+        """Take the accelerator again, with what release() left in main memory."""
+        self._move(self.device)
 
     def release(self) -> None:
         """Leave the accelerator until the next load(); what is held stays as it is, in main memory."""

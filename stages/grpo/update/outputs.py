@@ -1,4 +1,4 @@
-"""outputs: what an update leaves: tables, next policy, optimiser state, and the policy's weight check."""
+"""outputs: what an update leaves: its tables, and the weight check of the policy that it made."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,14 +10,12 @@ from grpo import tables
 from grpo.artifacts import ActiveRun, FileRecord, Run, Staging
 from grpo.errors import EngineError
 from grpo.models.weight_check import FILE, measure, read_weight_check
-from grpo.update.adapter import adapter_files
 from grpo.update.batch import Rollouts
-from grpo.update.checkpoint import OPTIMIZER_FILE, Chunks, optimizer_file, policy_files
 from grpo.update.learner import Learner
 from grpo.update.objective import Stored
 
 ROWS_PER_SHARD = 2048  # of `logprobs`, one Parquet file and row group each
-IDS = ("policy", "optimizer", "updates", "logprobs", "adapter")  # what others may read by its id
+IDS = ("updates", "logprobs")  # what others may read by its id, beside the policy
 
 
 def write_outputs(
@@ -29,7 +27,7 @@ def write_outputs(
     learner: Learner,
     staging: Staging,
 ) -> dict[str, list[FileRecord]]:
-    """Write the files of an update, by what they hold; no adapter where none trains.
+    """Write the files of an update, by what they hold.
 
     `logprobs` is in key order, a shard without rows where nothing was read. Raises EngineError (exit 8) when
     the new policy has no finite log-probs: then the steps have ruined it.
@@ -38,19 +36,13 @@ def write_outputs(
     def shards(table: str, data: Iterable[pa.Table]) -> list[FileRecord]:
         return [staging.write_table(table, staging.file_name(table, n), each) for n, each in enumerate(data)]
 
-    def files(part: str, contents: Iterable[tuple[str, bytes | Chunks]]) -> list[FileRecord]:
-        return [staging.write_bytes(part, name, content) for name, content in contents]
-
-    read, model, adapter = sorted(stored.first_step), learner.model, learner.adapter
+    read = sorted(stored.first_step)
     starts = range(0, max(len(read), 1), ROWS_PER_SHARD)
     parts = (logprobs_table(iteration, rollouts, stored, read[n : n + ROWS_PER_SHARD]) for n in starts)
     return {
         "updates": shards("updates", [updates_table(run, rows)]),
         "logprobs": shards("logprobs", parts),
-        "policy": files("policy", policy_files(model, run.policy_folder(0))),
-        "adapter": files("adapter", adapter_files(adapter) if adapter is not None else ()),
-        "weight_check": files("policy", [(FILE, _weight_check(run, learner))]),
-        "optimizer": files("optimizer", [(OPTIMIZER_FILE, optimizer_file(learner.optimizer, model))]),
+        "weight_check": [staging.write_bytes("", FILE, _weight_check(run, learner))],
     }
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grpo.artifacts import ActiveRun, Plan
+from grpo.artifacts import ActiveRun, Plan, digest, origin_of
 from grpo.artifacts.files import sha256_of
 from grpo.config import UpdateConfig
 from grpo.config.named_files import named_file
@@ -25,10 +25,6 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         run.require("advantages", number, f"grpo advantage --iteration {number}")
         references += [f"rollouts@{number}", f"advantages@{number}"]
         references += [f"teacher/{each.name}@{number}" for each in run.config.score.teachers]
-    if iteration > 0:
-        references.append(f"optimizer@{iteration}")
-        if run.config.update.lora:
-            references.append(f"adapter@{iteration}")
     update = run.config.update
     if update.entropy_target is not None and iteration > 0:
         references.append(f"updates@{iteration - 1}")
@@ -50,6 +46,14 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     )
 
 
+def policy_id(plan: Plan, weights: str) -> str:
+    """Id of the policy that an update made: of what it depends on and of its weights, by their digest.
+
+    Not of the inputs alone: where a rerun gives other bits, as a GPU may, what was made from it is stale.
+    """
+    return digest([plan.fingerprint(0), weights])
+
+
 def reference_of(config: UpdateConfig, iteration: int) -> str:
     """The reference of the KL term in `iteration`, as an input: `reference`, or the policy it has become."""
     number = config.moved_reference(iteration)
@@ -57,10 +61,10 @@ def reference_of(config: UpdateConfig, iteration: int) -> str:
 
 
 def require_reference(run: ActiveRun, iteration: int) -> None:
-    """Raise InputError (exit 4) where the reference of `iteration` is a policy that was pruned."""
+    """Raise InputError (exit 4) where the reference of `iteration` is a policy that can be had no more."""
     number = run.config.update.moved_reference(iteration)
     try:
-        run.require_checkpoint(number)
+        origin_of(run, number)
     except InputError as error:
         what = f"update.reference_every: policy {number} is the reference of iteration {iteration}"
         raise InputError(f"{what}; {error}") from None

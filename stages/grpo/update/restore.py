@@ -1,4 +1,4 @@
-"""restore: updates done again from what is on disk and held against what they left. Nothing is written.
+"""restore: an update done again from what is on disk and held against what it left. Nothing is written.
 
 Rollouts, advantages and manifests are a redo log: configuration and execution are those of each manifest,
 whatever pipeline.yaml and this process would choose now, and no layout is decided anew.
@@ -9,26 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import ValidationError
 
-from grpo.artifacts import ActiveRun, Manifest, check_source, files, kept_sources
+from grpo.artifacts import ActiveRun, Manifest, check_source, kept_sources
 from grpo.config import ModelOptions, TeacherConfig, UpdateConfig, differing_keys
 from grpo.errors import InputError
-from grpo.models.loading import best_device
-from grpo.update import inputs
 from grpo.update.batch import read_kept
-from grpo.update.checkpoint import policy_files
 from grpo.update.execution import execution_of, weights_digest
 from grpo.update.learner import Learner
-from grpo.update.objective import objective_of
 from grpo.update.outputs import logprobs_table, updates_table
-from grpo.update.own_surrogate import surrogate_of
-from grpo.update.plan import OUTPUT, OWN
+from grpo.update.plan import OWN
 from grpo.update.training import train
 
 # What `checked` allows: no farther from the recorded policy than its sampler was, or than rounding.
@@ -50,93 +44,36 @@ class Outcome:
     """What of the execution is another here: `threads: 2 -> 1`."""
 
 
-class Replay:
-    """The updates of a run one after another, beginning with policy 0.
+def compare(run: ActiveRun, manifest: Manifest, recorded: ActiveRun, learner: Learner) -> Outcome:
+    """Do an update again, which `learner` holds the policy and the reference for; hold it against the first.
 
-    Raises InputError (exit 4) where an update cannot be done again: what it read was replaced, or an older
-    grpo made it.
+    recorded: the run as_recorded(). Afterwards the learner holds the policy that the update made.
     """
-
-    def __init__(self, run: ActiveRun) -> None:
-        self.run = run
-        self.learner: Learner | None = None
-        self.attention = ""
-        self._moved: tuple[int, TemporaryDirectory[str]] | None = None
-
-    def __iter__(self) -> Iterator[Outcome]:
-        iteration = 0
-        while (manifest := self.run.manifest(OUTPUT, iteration)) is not None:
-            yield self.outcome(iteration, manifest)
-            iteration += 1
-
-    def outcome(self, iteration: int, manifest: Manifest) -> Outcome:
-        """Do the next update again; compare."""
-        _require_inputs(self.run, manifest)
-        recorded = as_recorded(self.run, manifest)
-        learner = self._learner(recorded, manifest)
-        with _threads(manifest.execution["threads"]):
-            self._load(recorded, manifest, learner)
-            learner.use(manifest.execution["layouts"])
-            vocabulary = learner.model.config.get_text_config().vocab_size
-            rollouts = read_kept(recorded, iteration, vocabulary)
-            rows, stored = train(recorded, iteration, rollouts, learner, lambda part: nullcontext())
-            execution = execution_of(learner)
-        learner.holds = (manifest.ids["policy"], manifest.ids["optimizer"])
-        read = sorted(stored.first_step)
-        found = {
-            "updates": updates_table(recorded, rows),
-            "logprobs": logprobs_table(iteration, rollouts, stored, read),
-        }
-        held = {name: self.run.read(name, iteration) for name in found}
-        differing = [] if weights_digest(learner.model) == manifest.summary["weights"] else ["weights"]
-        # Read back, a table has every optional column.
-        differing += [n for n, table in found.items() if not table.equals(held[n].select(table.column_names))]
-        mean = _mean_difference(found["logprobs"], held["logprobs"])
-        close = mean <= max(manifest.summary["mismatch_mean"] or 0.0, _LEAST_NATS)
-        close = close and _close(found["updates"], held["updates"])
-        accepted = not differing or (manifest.execution["determinism"] == "checked" and close)
-        return Outcome(iteration, differing, mean, accepted, differing_keys(manifest.execution, execution))
-
-    def _learner(self, recorded: ActiveRun, manifest: Manifest) -> Learner:
-        config, attention = recorded.config.update, recorded.config.model_options.attn_implementation
-        if self.learner is None:
-            self.learner = Learner(config, best_device(), recorded.config.seed, attention)
-            self.attention = attention
-        elif attention != self.attention:
-            change = f"{self.attention} -> {attention}"
-            raise InputError(
-                f"update {manifest.iteration}: model_options.attn_implementation changed ({change}), and a"
-                " replay goes no further"
-            )
-        elif config != self.learner.config:
-            self.learner.configure(config)
-        if recorded.config.update.own is not None:
-            own = surrogate_of(recorded, _kept(self.run, manifest))
-            self.learner.objective = objective_of(config, own)
-        return self.learner
-
-    def _load(self, recorded: ActiveRun, manifest: Manifest, learner: Learner) -> None:
-        """What is in memory is the policy, but before the first; the reference may be one on the way."""
-        assert manifest.iteration is not None
-        at, read = manifest.iteration, manifest.inputs
-        if learner.holds == (None, None):
-            inputs.load_policy(recorded, at, read, learner)
-        if not recorded.config.update.kl_coefficient:
-            return
-        number = recorded.config.update.moved_reference(at)
-        if number and number == at:
-            self._keep(at, learner)
-        if number and self._moved is not None and self._moved[0] == number:
-            inputs.load_reference(recorded, at, read, learner, Path(self._moved[1].name))
-        else:
-            inputs.load_reference(recorded, at, read, learner, recorded.start["reference"])
-
-    def _keep(self, number: int, learner: Learner) -> None:
-        """Write the policy to a temporary folder: it is the reference from now on."""
-        folder = TemporaryDirectory(prefix="grpo-replay-")
-        for name, chunks in policy_files(learner.model, self.run.start["policy"]):
-            files.write_chunks(Path(folder.name, name), chunks)
-        self._moved = number, folder
+    assert manifest.iteration is not None
+    iteration = manifest.iteration
+    with _threads(manifest.execution["threads"]):
+        learner.use(manifest.execution["layouts"])
+        vocabulary = learner.model.config.get_text_config().vocab_size
+        rollouts = read_kept(recorded, iteration, vocabulary)
+        learner.holds = None
+        rows, stored = train(recorded, iteration, rollouts, learner, lambda part: nullcontext())
+        execution = execution_of(learner)
+    learner.holds = manifest.ids["policy"]
+    read = sorted(stored.first_step)
+    found = {
+        "updates": updates_table(recorded, rows),
+        "logprobs": logprobs_table(iteration, rollouts, stored, read),
+    }
+    held = {name: run.read(name, iteration) for name in found}
+    differing = [] if weights_digest(learner.model) == manifest.summary["weights"] else ["weights"]
+    # Read back, a table has every optional column.
+    differing += [n for n, table in found.items() if not table.equals(held[n].select(table.column_names))]
+    mean = _mean_difference(found["logprobs"], held["logprobs"])
+    close = mean <= max(manifest.summary["mismatch_mean"] or 0.0, _LEAST_NATS)
+    close = close and _close(found["updates"], held["updates"])
+    accepted = not differing or (manifest.execution["determinism"] == "checked" and close)
+    before = {key: value for key, value in manifest.execution.items() if key in execution}
+    return Outcome(iteration, differing, mean, accepted, differing_keys(before, execution))
 
 
 def as_recorded(run: ActiveRun, manifest: Manifest) -> ActiveRun:
@@ -172,7 +109,7 @@ def as_recorded(run: ActiveRun, manifest: Manifest) -> ActiveRun:
     return found
 
 
-def _require_inputs(run: ActiveRun, manifest: Manifest) -> None:
+def require_inputs(run: ActiveRun, manifest: Manifest) -> None:
     """Raise InputError (exit 4) unless all that the update read is there as it was."""
     if not manifest.execution or "weights" not in manifest.summary:
         raise InputError(
@@ -187,7 +124,8 @@ def _require_inputs(run: ActiveRun, manifest: Manifest) -> None:
             )
 
 
-def _kept(run: ActiveRun, manifest: Manifest) -> Path:
+def kept_surrogate(run: ActiveRun, manifest: Manifest) -> Path:
+    """The file of the surrogate that an update was made with. Raises InputError (exit 4) without a copy."""
     digest = manifest.user_files[OWN]
     found = kept_sources(run).get(digest)
     if found is None:

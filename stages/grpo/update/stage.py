@@ -1,26 +1,26 @@
 """update: policy + rollouts + advantages -> next policy, updates, logprobs.
 
-The clipped objective on stored old log-probs. Weights, optimiser state and tables are one output: they
-cannot disagree.
+The clipped objective on stored old log-probs. What is committed are the tables and the new policy's id: its
+weights are in memory, and on disk now and then (durable.py). They follow from the tables (policies.py).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from grpo.artifacts import ActiveRun, Manifest, Product, Staging, id_of, keep_source, prune_behind
-from grpo.errors import InputError
-from grpo.models.loading import best_device
+from grpo.artifacts import ActiveRun, Manifest, Product, Staging, id_of, keep_source
+from grpo.errors import InputError, Interrupted
 from grpo.update.adapter import check_modules, require_peft
 from grpo.update.batch import longest, read_kept
+from grpo.update.durable import Checkpoints
 from grpo.update.execution import execution_of, weights_digest
-from grpo.update.inputs import check_optimizer, load
-from grpo.update.learner import Learner
+from grpo.update.inputs import check_same_training
 from grpo.update.objective import objective_of
 from grpo.update.optimizer import require_optimizer
 from grpo.update.outputs import IDS, summary_of, write_outputs
 from grpo.update.own_surrogate import surrogate_of
-from grpo.update.plan import OUTPUT, OWN, require_reference
+from grpo.update.plan import OUTPUT, OWN, policy_id, require_reference
+from grpo.update.policies import Policies
 from grpo.update.schedule import check_schedule
 from grpo.update.training import train
 
@@ -29,14 +29,14 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
     """Check what iterations before `until` need; no weight is read.
 
     Raises UsageError (exit 2) for a schedule that ends before them, a surrogate that cannot be maximised,
-    targets the model has not or a library that is missing, InputError (exit 4) where the next reference was
-    pruned or the optimiser is another one than before.
+    targets the model has not or a library that is missing, InputError (exit 4) where the next reference can
+    be had no more, or what trains or the optimiser is another than before.
     """
     check_schedule(run.config, until - 1)
     surrogate_of(run)
     done = (run.manifest(OUTPUT, number) for number in reversed(run.iterations()))
     if (last := next(filter(None, done), None)) is not None and last.iteration is not None:
-        check_optimizer(run, last)
+        check_same_training(run, last)
         require_reference(run, last.iteration + 1)
     require_optimizer(run.config.update)
     if lora := run.config.update.lora:
@@ -45,29 +45,40 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 
 
 @contextmanager
-def open_resource(run: ActiveRun) -> Iterator[Learner]:
-    """The learner, with nothing loaded yet."""
-    attention = run.config.model_options.attn_implementation
-    yield Learner(run.config.update, best_device(), run.config.seed, attention)
+def open_resource(run: ActiveRun) -> Iterator[Policies]:
+    """The policies of the run, with nothing loaded yet. What is in memory at the end is on disk then."""
+    checkpoints = Checkpoints(run)
+    policies = Policies(run, checkpoints)
+    try:
+        yield policies
+        _write_made(policies)
+        checkpoints.settle()
+    except Interrupted:
+        _write_made(policies)
+        raise
+    finally:
+        checkpoints.close()
 
 
-def release(learner: Learner) -> None:
+def release(policies: Policies) -> None:
     """Leave the accelerator to the next stage."""
-    learner.release()
+    policies.learner.release()
 
 
-def after(run: ActiveRun, manifest: Manifest, learner: Learner) -> None:
-    """What is in memory is what was just committed; checkpoints that are no longer kept go."""
-    learner.holds = (manifest.ids["policy"], manifest.ids["optimizer"])
+def after(run: ActiveRun, manifest: Manifest, policies: Policies) -> None:
+    """What is in memory is what was just committed; it is written where it is due."""
+    policies.learner.holds = manifest.ids["policy"]
     assert manifest.iteration is not None
-    prune_behind(run, manifest.iteration)
+    assert policies.checkpoints is not None
+    policies.made = manifest.iteration + 1
+    policies.checkpoints.consider(policies.made, policies.learner)
 
 
-def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) -> Product:
-    """Train on the kept rollouts of one iteration: policy, optimiser state and tables."""
-    clock = staging.clock
+def produce(run: ActiveRun, iteration: int, staging: Staging, policies: Policies) -> Product:
+    """Train on the kept rollouts of one iteration: the next policy, in memory, and tables."""
+    clock, learner = staging.clock, policies.learner
     with clock("load"):
-        load(run, iteration, staging.plan.inputs, learner)
+        policies.begin(iteration, staging.plan.inputs)
         vocabulary = learner.model.config.get_text_config().vocab_size
         rollouts = read_kept(run, iteration, vocabulary)
     with clock("check"):
@@ -80,13 +91,25 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) 
             raise InputError(f"{OWN}: {own.file} changed as the update began; run it again")
         keep_source(run, own.sha256, own.file.name, own.file.read_bytes)
         learner.objective = objective_of(run.config.update, own)
-    learner.holds = (None, None)  # until the commit has happened, memory is ahead of the disk
+    learner.holds = None  # until the commit has happened, memory is ahead of the disk
     rows, stored = train(run, iteration, rollouts, learner, clock)
     with clock("write"):
         held = write_outputs(run, iteration, rows, rollouts, stored, learner, staging)
-    ids = {name: id_of(sorted(held[name], key=lambda file: file.name)) for name in IDS if held[name]}
-    summary = {**summary_of(rows), **layout, "weights": weights_digest(learner.model)}
-    return Product(ids, [file for files in held.values() for file in files], summary, execution_of(learner))
+        weights = weights_digest(learner.model)
+    ids = {name: id_of(sorted(held[name], key=lambda file: file.name)) for name in IDS}
+    ids["policy"] = policy_id(staging.plan, weights)
+    summary = {**summary_of(rows), **layout, "weights": weights}
+    execution = execution_of(learner)
+    if policies.rebuilt:
+        execution["rebuilt"], policies.rebuilt = policies.rebuilt, None
+    return Product(ids, [file for files in held.values() for file in files], summary, execution)
+
+
+def _write_made(policies: Policies) -> None:
+    """Write the policy that this command made last, where that is what is in memory and not on disk."""
+    made = policies.made
+    if made is not None and policies.learner.holds == policies.run.id_of(f"policy@{made}"):
+        policies.make_durable(made)
 
 
 def _say_refused(run: ActiveRun, iteration: int, layout: dict[str, Any]) -> None:

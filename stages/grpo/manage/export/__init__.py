@@ -5,22 +5,28 @@ Copies, not hard links: whoever saves over an exported file would write into the
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from grpo.artifacts import (
+    ADAPTER,
+    POLICY,
     ActiveRun,
     checkpoint_files,
     files,
+    held_part,
     is_hub_id,
     is_weight_file,
+    newest_policy,
     read_json,
     refuse_inside_run,
 )
 from grpo.errors import CorruptError, GrpoError, InputError, ResourceError, UsageError, first_line
 from grpo.manage.export.card import card_of
 from grpo.models.find import resolve_model
+from grpo.pipeline.prepare import find_start
 from grpo.prompts.chat import chat_of
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,7 +41,8 @@ def export(run: ActiveRun, policy: int | None, out: Path, dtype: str | None, ada
 
     dtype: cast the weights; None: as the run has them, float32, and those of the start as they came. adapter:
     only what LoRA trained, in peft's form. Raises UsageError (exit 2) for an argument that makes no sense,
-    InputError (4) for a policy that was pruned, CorruptError (6) for one that is damaged.
+    InputError (4) for a policy that can be had no more, CorruptError (6) for one that is damaged, EngineError
+    (8) where a replay gives another.
     """
     if dtype is not None and (adapter or dtype not in DTYPES):
         right = f"expected {', '.join(DTYPES)}, and no --adapter: that stays as it is"
@@ -43,19 +50,22 @@ def export(run: ActiveRun, policy: int | None, out: Path, dtype: str | None, ada
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is there already and not empty; name another folder")
     refuse_inside_run(out)
-    there = [0, *(number + 1 for number in run.iterations() if run.manifest("update", number))]
-    if policy is not None and policy not in there:
-        raise UsageError(f"--policy {policy}: run {run.name} has policies 0 to {max(there)}")
-    number = max(run.policies()) if policy is None else policy
+    newest = newest_policy(run)
+    number = newest if policy is None else policy
+    if not 0 <= number <= newest:
+        raise UsageError(f"--policy {policy}: run {run.name} has policies 0 to {newest}")
     dtype = dtype or ("float32" if number else None)
-    content = _adapter_files(run, number) if adapter else _policy_files(run, number, dtype)
+    part = _part_of(run, number, adapter)
+    _find_start(run, number, part)
     card = card_of(run, number, dtype, adapter).encode()
     unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
     files.remove(unfinished)  # of a process that was killed
     try:
         files.make_folder(unfinished)
-        for name, pieces in chain(content, [("README.md", [card])]):
-            files.write_chunks(unfinished / name, pieces)
+        with _on_disk(run, number, part, out.absolute().parent) as folder:
+            content = _adapter_files(run, folder) if adapter else _policy_files(run, folder, number, dtype)
+            for name, pieces in chain(content, [("README.md", [card])]):
+                files.write_chunks(unfinished / name, pieces)
         files.sync_folder(unfinished)
     except GrpoError:
         files.remove(unfinished)
@@ -67,18 +77,51 @@ def export(run: ActiveRun, policy: int | None, out: Path, dtype: str | None, ada
     return {**told, "files": sorted(sizes), "bytes": sum(sizes.values())}
 
 
-def _policy_files(run: ActiveRun, number: int, dtype: str | None) -> Iterator[tuple[str, Content]]:
-    if number == 0:
-        start = run.start["policy"] = resolve_model(run, run.config.model)
-        if run.checkpoint_id(str(start.absolute())) != run.id_of("policy@0"):
-            what = f"not the checkpoint that run {run.name} started from"
-            raise InputError(f"{start}: {what}; put that one back")
+def _part_of(run: ActiveRun, number: int, adapter: bool) -> str:
+    """The part of a checkpoint to export. Raises UsageError (exit 2) for an adapter that is not there."""
+    update = run.manifest("update", number - 1) if number else None
+    if adapter and (update is None or not update.config["update"].get("lora")):
+        why = "update.lora is null, or it is the start"
+        raise UsageError(f"--adapter: policy {number} of run {run.name} has none: {why}")
+    return ADAPTER if adapter else POLICY
+
+
+def _find_start(run: ActiveRun, number: int, part: str) -> None:
+    """Find the starting checkpoint where it is read. Raises InputError (exit 4) for another one."""
+    held = held_part(run, number, part) if number else None
+    if held is not None and part == POLICY:
+        return  # the run has all of it
+    if number and held is None:
+        find_start(run)
+        return
+    start = run.start["policy"] = resolve_model(run, run.config.model)
+    if run.checkpoint_id(str(start.absolute())) != run.id_of("policy@0"):
+        what = f"not the checkpoint that run {run.name} started from"
+        raise InputError(f"{start}: {what}; put that one back")
+
+
+@contextmanager
+def _on_disk(run: ActiveRun, number: int, part: str, scratch: Path) -> Iterator[Path]:
+    """The folder of a part of a policy; rebuilt where the run does not have it."""
+    folder = held_part(run, number, part) if number else run.start["policy"]
+    if folder is not None:
+        yield folder
+        return
+    from grpo.update.policies import rebuilt_part  # it imports torch: what is there is copied without
+
+    with rebuilt_part(run, number, part, scratch) as folder:
+        yield folder
+
+
+def _policy_files(
+    run: ActiveRun, folder: Path, number: int, dtype: str | None
+) -> Iterator[tuple[str, Content]]:
     template = chat_of(run.config.prompts, run.imports).template  # None: the prompts used the tokenizer's
     if template is not None:
         yield _TEMPLATE, [template.encode()]
     cast_to = None if number and dtype == "float32" else dtype  # what an update writes is that
     sizes: dict[str, int] = {}
-    paths = checkpoint_files(run.policy_folder(number))
+    paths = checkpoint_files(folder)
     for path in sorted(paths, key=lambda path: path.name.endswith(_INDEX)):  # last: it holds their size
         if cast_to and path.suffix == ".safetensors":
             weights, sizes[path.name] = _cast(path, cast_to)
@@ -94,21 +137,13 @@ def _policy_files(run: ActiveRun, number: int, dtype: str | None) -> Iterator[tu
             yield path.name, _pieces(path)
 
 
-def _adapter_files(run: ActiveRun, number: int) -> Iterator[tuple[str, Content]]:
-    manifest = run.manifest("update", number - 1) if number else None
-    held = [file for file in (manifest.files if manifest else []) if file.part == "adapter"]
-    if not held:
-        why = "update.lora is null, or it is the start"
-        raise UsageError(f"--adapter: policy {number} of run {run.name} has none: {why}")
-    run.require_checkpoint(number)
+def _adapter_files(run: ActiveRun, folder: Path) -> Iterator[tuple[str, Content]]:
     on_hub = is_hub_id(run.config.model, run.imports)
     base = {"base_model_name_or_path": run.config.model} if on_hub else {}
-    for file in held:
-        path = run.path_of(file, "update", number - 1)
-        run.verify(file, path)
-        is_config = file.name == "adapter_config.json"
-        yield file.name, _json({**read_json(path), **base}) if is_config else _pieces(path)
-    for path in checkpoint_files(run.policy_folder(number)):
+    for path in sorted(folder.iterdir()):
+        is_config = path.name == "adapter_config.json"
+        yield path.name, _json({**read_json(path), **base}) if is_config else _pieces(path)
+    for path in checkpoint_files(run.start["policy"]):
         if not is_weight_file(path.name) and path.name not in ("config.json", "generation_config.json"):
             yield path.name, _pieces(path)
 

@@ -1,0 +1,136 @@
+"""durable: when a policy is written to disk, and the writing, beside whatever comes next.
+
+While rollouts are sampled and scored the learner's tensors rest, so that nothing is copied on a CPU. Before
+they change, settle() waits.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from grpo.artifacts import (
+    ADAPTER,
+    CHECKPOINT,
+    OPTIMIZER,
+    POLICY,
+    ActiveRun,
+    Plan,
+    Product,
+    Staging,
+    Writer,
+    drop,
+    durable_policies,
+    id_of,
+    is_durable,
+    prune_known,
+    require_space,
+)
+from grpo.errors import GrpoError
+from grpo.update.adapter import adapter_files
+from grpo.update.checkpoint import OPTIMIZER_FILE, Chunks, optimizer_file, policy_files
+from grpo.update.learner import Learner
+from grpo.update.optimizer import tensors_of
+
+STAGE_VERSION = 1
+_SHARE, _LONGEST_S = 0.02, 1800.0  # of `auto`: the most of the time that writing takes, and a policy waits
+_BYTES_PER_S = 2e8  # of a disk nobody has measured yet
+
+
+class Checkpoints:
+    """Of one run, while a learner works on it. Nothing is written where the policy is on disk already."""
+
+    def __init__(self, run: ActiveRun) -> None:
+        self._run, self._writer = run, Writer()
+        self._have: list[int] | None = None  # durable, from 1 on, in order
+        self._seconds: float | None = None  # that the last one took
+        self._since = time.monotonic()
+
+    def consider(self, policy: int, learner: Learner) -> None:
+        """Begin to write the policy that the learner holds, where it is due."""
+        if self._is_due(policy, learner):
+            self.write(policy, learner)
+
+    def write(self, policy: int, learner: Learner) -> None:
+        """Begin to write the policy that the learner holds; settle() says when it is done."""
+        if policy == 0 or is_durable(self._run, policy):
+            return
+        self.settle()
+        require_space(self._run, CHECKPOINT, policy - 1, _bytes_of(learner))
+        contents = [*_contents(self._run.start["policy"], learner)]
+        self._writer.start(partial(self._write, policy, contents))
+
+    def settle(self) -> None:
+        """Wait until nothing is being written. Raises ResourceError (exit 7) where it failed."""
+        self._writer.wait()
+
+    def close(self) -> None:
+        """The same at the end of the work, when something else may have failed already."""
+        with suppress(GrpoError):
+            self._writer.wait()
+        self._writer.close()
+
+    def _is_due(self, policy: int, learner: Learner) -> bool:
+        config, update = self._run.config.checkpoints, self._run.config.update
+        moves = update.reference_every if update.kl_coefficient else None
+        if any(number and policy % number == 0 for number in (config.keep_every, moves)):
+            return True
+        if isinstance(config.every, int):
+            return policy % config.every == 0
+        waited = time.monotonic() - self._since
+        if config.every != "auto":
+            return waited >= 60 * int(config.every.removesuffix("m"))
+        seconds = self._seconds
+        if seconds is None:
+            seconds = _bytes_of(learner) / _BYTES_PER_S
+        return waited >= min(seconds / _SHARE, _LONGEST_S)
+
+    def _write(self, policy: int, contents: list[tuple[str, str, bytes | Chunks]]) -> None:
+        """In the writer's thread: commit it, then drop those that are kept no longer."""
+        started = time.monotonic()
+        run, number = self._run, policy - 1
+        drop(run, run.folder(CHECKPOINT, number))  # of another policy, which its update made before
+        staging = Staging(run, plan(run, policy), 0)
+        with staging.clock("write"):
+            files = [staging.write_bytes(part, name, content) for part, name, content in contents]
+        staging.commit(Product({CHECKPOINT: id_of(files)}, files, {}))
+        if self._have is None:
+            self._have = durable_policies(run)[1:]
+        self._have = prune_known(run, sorted({*self._have, number + 1}))
+        self._since = time.monotonic()
+        self._seconds = self._since - started
+
+
+def plan(run: ActiveRun, policy: int) -> Plan:
+    """The checkpoint of a policy. It depends on that policy alone, and under an adapter on its base."""
+    lora = run.config.update.lora
+    references = [f"policy@{policy}", *(["policy@0"] if lora else [])]
+    return Plan(
+        stage=CHECKPOINT,
+        stage_version=STAGE_VERSION,
+        output=CHECKPOINT,
+        iteration=policy - 1,
+        config={},
+        inputs={reference: run.id_of(reference) or "" for reference in references},
+    )
+
+
+def _bytes_of(learner: Learner) -> int:
+    """About what a checkpoint takes: what trains, and its optimiser state."""
+    trained = [p for p in learner.model.parameters() if p.requires_grad]
+    states = (learner.optimizer.state.get(p, {}) for p in trained)
+    moments = sum(tensor.nbytes for state in states for tensor in tensors_of(state).values())
+    return sum(p.nbytes for p in trained) + moments
+
+
+def _contents(start: Path, learner: Learner) -> Iterator[tuple[str, str, bytes | Chunks]]:
+    """(part, name, content) of each file of a checkpoint; what is on a GPU is copied here and now."""
+    model, adapter = learner.model, learner.adapter
+    trained: Iterable[tuple[str, Any]] = (
+        policy_files(model, start) if adapter is None else adapter_files(adapter)
+    )
+    part = POLICY if adapter is None else ADAPTER
+    yield from ((part, name, content) for name, content in trained)
+    yield OPTIMIZER, OPTIMIZER_FILE, optimizer_file(learner.optimizer, model)

@@ -1,0 +1,200 @@
+"""policies: the policies of a run, held by a learner: from memory, from disk, or rebuilt by replaying updates."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from grpo.artifacts import (
+    POLICY,
+    ActiveRun,
+    Manifest,
+    files,
+    held_part,
+    is_durable,
+    origin_of,
+)
+from grpo.errors import EngineError, InputError
+from grpo.models.loading import best_device
+from grpo.update.adapter import adapter_files
+from grpo.update.checkpoint import policy_files
+from grpo.update.durable import Checkpoints
+from grpo.update.inputs import load_policy
+from grpo.update.learner import Learner
+from grpo.update.objective import objective_of
+from grpo.update.own_surrogate import surrogate_of
+from grpo.update.plan import OUTPUT, reference_of, require_reference
+from grpo.update.restore import Outcome, as_recorded, compare, kept_surrogate, require_inputs
+
+
+class Policies:
+    """A learner and the policies that it can come to hold.
+
+    checkpoints: told of each policy that it holds on the way; None: nothing is written into the run.
+    """
+
+    def __init__(self, run: ActiveRun, checkpoints: Checkpoints | None = None) -> None:
+        attention = run.config.model_options.attn_implementation
+        self.run = run
+        self.learner = Learner(run.config.update, best_device(), run.config.seed, attention)
+        self.checkpoints = checkpoints
+        self.made: int | None = None
+        """The policy that an update of this command made last."""
+        self.rebuilt: dict[str, object] | None = None
+        """Of the last replay that was accepted without the same bits: what the next update records."""
+        self._copy: tuple[str | None, TemporaryDirectory[str]] | None = None  # of the reference, by its id
+
+    def begin(self, iteration: int, inputs: Mapping[str, str]) -> None:
+        """Hold what the update of `iteration` begins with: policy, optimiser state, reference.
+
+        inputs: as its plan has them. Raises InputError (exit 4) for what can be had no more or is of another
+        kind than is configured, CorruptError (exit 6) for what changed, EngineError (exit 8) where a replay
+        gives another policy.
+        """
+        self.settle()
+        self.hold(iteration)
+        require_reference(self.run, iteration)
+        self._hold_reference(self.run, iteration, inputs)
+
+    def hold(self, policy: int) -> None:
+        """Have the learner hold a policy under the run's configuration. Raises as begin()."""
+        run, learner = self.run, self.learner
+        if learner.holds != run.id_of(f"policy@{policy}"):
+            self._restore(policy)
+        else:
+            learner.resume()
+        if learner.config != run.config.update:
+            learner.configure(run.config.update)
+
+    def settle(self) -> None:
+        """Wait for what is being written, before what the learner holds changes."""
+        if self.checkpoints is not None:
+            self.checkpoints.settle()
+
+    def keep(self, policy: int) -> None:
+        """Begin to write a policy, rebuilt where need be, unless it is on disk. Raises as begin()."""
+        assert self.checkpoints is not None
+        self.settle()
+        if not is_durable(self.run, policy):
+            self.hold(policy)
+            self.checkpoints.write(policy, self.learner)
+
+    def make_durable(self, policy: int) -> None:
+        """The same; it is on disk when this returns. Raises ResourceError (exit 7) too."""
+        self.keep(policy)
+        self.settle()
+
+    def redo(self, manifest: Manifest) -> Outcome:
+        """Do an update again, with its own configuration; the learner holds what it made, as far as equal."""
+        assert manifest.iteration is not None
+        at = manifest.iteration
+        require_inputs(self.run, manifest)
+        recorded = as_recorded(self.run, manifest)
+        self._configure(recorded, manifest)
+        if self.learner.holds != self.run.id_of(f"policy@{at}"):
+            load_policy(recorded, at, self.learner)
+        self._hold_reference(recorded, at, manifest.inputs)
+        return compare(self.run, manifest, recorded, self.learner)
+
+    def _restore(self, policy: int) -> None:
+        self.settle()
+        run, learner, origin = self.run, self.learner, origin_of(self.run, policy)
+        between = range(policy - 1, origin.durable, -1)
+        first = next((n for n in between if learner.holds == run.id_of(f"policy@{n}")), origin.durable)
+        if first == policy:
+            load_policy(run, policy, learner)
+            return
+        updates = [run.require(OUTPUT, number, "grpo run") for number in range(first, policy)]
+        seconds = sum(sum(run.timings(OUTPUT, number).values()) for number in range(first, policy))
+        count = f"{len(updates)} update{'' if len(updates) == 1 else 's'}"
+        what = f"policy {policy} is not on disk: rebuilding it from policy {first}"
+        run.console.say(f"{what} ({count}, about {_duration(seconds)})")
+        with run.console.progress(f"rebuild {policy}", len(updates), "updates") as advance:
+            for manifest in updates:
+                run.console.stop_requested()
+                outcome = self.redo(manifest)
+                self._accept(outcome)
+                advance(1)
+                if self.checkpoints is not None:
+                    self.checkpoints.consider(outcome.iteration + 1, learner)
+                    self.settle()
+
+    def _accept(self, outcome: Outcome) -> None:
+        """Raise EngineError (exit 8) for an outcome that is not as equal as its execution promises."""
+        if not outcome.accepted:
+            self.learner.holds = None
+            but = f"; its execution here: {', '.join(outcome.execution)}" if outcome.execution else ""
+            raise EngineError(
+                f"update {outcome.iteration}: a replay gives other {', '.join(outcome.differing)} (log-probs"
+                f" {outcome.mean:.1e} nats off){but}; policy {outcome.iteration + 1} is not rebuilt: run it as"
+                f" it was run, or `grpo run --from {outcome.iteration}` makes another"
+            )
+        if outcome.differing:
+            self.rebuilt = {"policy": outcome.iteration + 1, "mean_difference": outcome.mean}
+
+    def _configure(self, recorded: ActiveRun, manifest: Manifest) -> None:
+        learner, config = self.learner, recorded.config.update
+        attention = recorded.config.model_options.attn_implementation
+        if attention != learner.attention:
+            change = f"{attention} -> {learner.attention}"
+            raise InputError(
+                f"update {manifest.iteration}: model_options.attn_implementation changed ({change}), and a"
+                " replay needs it as it was"
+            )
+        if config != learner.config:
+            learner.configure(config)
+        if config.own is not None:
+            own = surrogate_of(recorded, kept_surrogate(self.run, manifest))
+            learner.objective = objective_of(config, own)
+
+    def _hold_reference(self, run: ActiveRun, iteration: int, inputs: Mapping[str, str]) -> None:
+        config = run.config.update
+        if not config.kl_coefficient:
+            return
+        id_ = inputs[reference_of(config, iteration)]
+        number, is_start = config.moved_reference(iteration), id_ == run.id_of("policy@0")
+        folder = run.start["reference"]
+        if number and id_ != self.learner.reference_id:
+            folder = self._folder_of(number, id_)
+        self.learner.load_reference(folder, id_, is_start=is_start)
+
+    def _folder_of(self, number: int, id_: str) -> Path:
+        """A plain checkpoint of a policy; one that is not on disk as such is written for the while."""
+        if (folder := held_part(self.run, number, POLICY)) is not None:
+            return folder
+        if self._copy is None or self._copy[0] != id_:
+            other = self if self.learner.holds == id_ else Policies(self.run)
+            if other is not self:
+                other.hold(number)
+            self._copy = id_, TemporaryDirectory(prefix="grpo-reference-")
+            _write(other, POLICY, Path(self._copy[1].name))
+        return Path(self._copy[1].name)
+
+
+@contextmanager
+def rebuilt_part(run: ActiveRun, policy: int, part: str, scratch: Path) -> Iterator[Path]:
+    """A whole policy, or its adapter, as files below `scratch`, under the configuration it was made with.
+
+    Nothing is written into the run. Raises as begin().
+    """
+    update = run.require(OUTPUT, policy - 1, f"grpo update --iteration {policy - 1}")
+    with TemporaryDirectory(dir=scratch, prefix=".policy-") as name:
+        policies = Policies(as_recorded(run, update))
+        policies.hold(policy)
+        _write(policies, part, Path(name))
+        del policies  # its memory is not needed by whoever reads the files
+        yield Path(name)
+
+
+def _write(policies: Policies, part: str, folder: Path) -> None:
+    model, adapter = policies.learner.model, policies.learner.adapter
+    if part == POLICY:
+        for name, chunks in policy_files(model, policies.run.start["policy"]):
+            files.write_chunks(folder / name, chunks)
+    elif adapter is not None:
+        for name, content in adapter_files(adapter):
+            files.write_chunks(folder / name, [content])
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
