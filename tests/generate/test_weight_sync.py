@@ -136,13 +136,13 @@ def rounded(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
 def weight_sync(load: Load = right, precision: str = "float32") -> tuple[WeightSync, Faulty]:
     engine = Faulty(load, precision)
     as_engine: Engine = engine
-    return WeightSync(as_engine, "cpu", lambda _: None), engine
+    return WeightSync(as_engine, lambda _: None), engine
 
 
 def opened(start: Path, load: Load = right, precision: str = "float32") -> tuple[WeightSync, Faulty]:
     """Opened, and holding the starting policy, as an iteration 0 leaves it: after three loads."""
     given, engine = weight_sync(load, precision)
-    given.open(start, check(start), start.parent)
+    given.open(start, check(start))
     given.bring("p0", start, check(start))
     return given, engine
 
@@ -209,8 +209,8 @@ def test_a_policy_may_come_back(start: Path, later: Path) -> None:
 def test_small_steps_pass_in_an_engine_that_rounds(start: Path, tmp_path: Path) -> None:
     said: list[str] = []
     engine = Faulty(rounded, "bfloat16")
-    given = WeightSync(engine, "cpu", said.append)
-    given.open(start, check(start), start.parent)
+    given = WeightSync(engine, said.append)
+    given.open(start, check(start))
     assert len(said) == 1
     pattern = (
         r"engine: bfloat16, (\d\.\de-0\d) nats per token from the learner's float32 on the starting policy"
@@ -229,7 +229,7 @@ def test_small_steps_pass_in_an_engine_that_rounds(start: Path, tmp_path: Path) 
 
 def test_float32_says_nothing(start: Path) -> None:
     said: list[str] = []
-    WeightSync(Faulty(right, "float32"), "cpu", said.append).open(start, check(start), start.parent)
+    WeightSync(Faulty(right, "float32"), said.append).open(start, check(start))
     assert said == []
 
 
@@ -241,7 +241,7 @@ def test_a_load_that_only_works_once_is_found_when_the_engine_opens(start: Path,
     precision = "float32" if load is right else "bfloat16"
     given, _ = weight_sync(stale_after(1, load), precision)
     with pytest.raises(EngineError, match="the engine does not compute a perturbed copy as the") as caught:
-        given.open(start, check(start), start.parent)
+        given.open(start, check(start))
     assert caught.value.exit_code == 8
     if load is right:
         assert re.fullmatch(too_far("a perturbed copy"), str(caught.value))
@@ -257,12 +257,12 @@ def test_an_engine_too_far_from_the_learner_to_tell_stale_weights_is_refused(sta
         r" change of every weight by 10% moves it by \d\.\de[+-]\d\d: too far apart to tell stale weights; .*"
     )
     with pytest.raises(EngineError, match=pattern):
-        given.open(start, check(start), start.parent)
+        given.open(start, check(start))
 
 
 def test_a_load_that_only_works_twice_is_found_before_iteration_0_is_sampled(start: Path) -> None:
     given, _ = weight_sync(stale_after(2))
-    given.open(start, check(start), start.parent)
+    given.open(start, check(start))
     with pytest.raises(EngineError, match=too_far("the policy")):  # it still has the perturbed copy
         given.bring("p0", start, check(start))
 
@@ -306,7 +306,7 @@ def test_an_output_head_that_stays_behind_is_found_when_the_engine_opens(tmp_pat
     start = write_policy(tmp_path / "p0", tied)
     given, _ = weight_sync(stale_head_after(1))
     with pytest.raises(EngineError, match=too_far("a perturbed copy")):
-        given.open(start, check(start), start.parent)
+        given.open(start, check(start))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -362,7 +362,7 @@ def test_the_tolerance(
 ) -> None:
     given, engine = weight_sync(precision=precision)
     engine.shift = fresh
-    given.open(start, check(start), start.parent)
+    given.open(start, check(start))
     engine.shift = passes
     difference = given.bring("p1", later, check(later))
     assert difference is not None
@@ -378,7 +378,7 @@ def test_float32_that_is_not_the_learner_s_model_is_refused_at_once(start: Path)
     given, engine = weight_sync()
     engine.shift = 2e-4
     with pytest.raises(EngineError, match=too_far("the starting policy")):
-        given.open(start, check(start), start.parent)
+        given.open(start, check(start))
     assert engine.num_loads == 1
 
 
@@ -387,7 +387,7 @@ def test_scores_that_are_no_numbers_are_an_error(start: Path, later: Path, preci
     given, engine = weight_sync(precision=precision)
     engine.shift = float("nan")
     with pytest.raises(EngineError, match=too_far("the starting policy", precision)):
-        given.open(start, check(start), start.parent)
+        given.open(start, check(start))
     given, engine = opened(start, precision=precision)
     engine.shift = float("nan")
     with pytest.raises(EngineError, match=too_far("the policy", precision)):

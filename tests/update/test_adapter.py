@@ -66,15 +66,15 @@ def adapted(config: Any = QWEN2, seed: int = SEED, targets: list[str] | None = N
 
 
 def plain_state(model: PeftModel) -> dict[str, Tensor]:
-    return room.plain_state(base_of(model))
+    return weights.plain_state(base_of(model))
 
 
 def merged(model: PeftModel, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    return room.merged(base_of(model), state)
+    return weights.merged(base_of(model), state)
 
 
 def holds_adapted(model: PeftModel, state: dict[str, Tensor]) -> bool:
-    return room.holds_adapted(base_of(model), state)
+    return weights.holds_adapted(base_of(model), state)
 
 
 def base_of(model: PeftModel) -> Any:

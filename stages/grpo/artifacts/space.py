@@ -1,4 +1,4 @@
-"""artifacts.space: whether the disk has room for what is about to be written, before anything works for it."""
+"""artifacts.space: whether the disk has room for what is about to be written, before it is worked for."""
 
 import shutil
 

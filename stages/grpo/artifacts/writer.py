@@ -1,4 +1,4 @@
-"""artifacts.writer: one thread that writes while other work goes on, and tells of its failure at the next wait."""
+"""artifacts.writer: one thread that writes beside other work; where it failed, the next wait says so."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

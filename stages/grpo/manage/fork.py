@@ -42,7 +42,7 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
 
     Of that iteration too, what `new` would make in the same way. None: the one after those completed. Raises
     UsageError (exit 2) when `new` is there already or `source` has no such iteration, InputError (exit 4)
-    when the policy to go on from can be had no more, CorruptError (exit 6) for a file that verify would not take.
+    when the policy to go on from can be had no more, CorruptError (exit 6) for a file verify would not take.
     """
     _check_free(new)
     source.refuse_links(files_too=True)  # a second name of a link would lead there too
@@ -131,6 +131,8 @@ def _link_all(source: ActiveRun, staged: ActiveRun, origin: Origin) -> list[str]
         # Policy `first` only as the fork would measure it, unless it was sampled from and so is history too.
         if policy < first or taken or not differences_of(staged, EVALUATE, manifest):
             _link(source, staged, EVALUATION, policy)
+    if "update" in taken and is_durable(source, first + 1):
+        _link(source, staged, CHECKPOINT, first)
     return taken
 
 

@@ -112,7 +112,10 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
 
 
 def _vocabulary_size(run: ActiveRun) -> int:
-    """Of the newest policy that is on disk, or the starting one, by its configuration; as many as a column holds where none says."""
+    """Of the newest policy on disk or the starting one, by its configuration.
+
+    As many as a column holds where none says.
+    """
     held = [run.folder(CHECKPOINT, policy - 1) / POLICY for policy in durable_policies(run)[:0:-1]]
     for folder in filter(None, [*held, starting_policy(run)]):
         path = folder / "config.json"

@@ -59,7 +59,10 @@ class ReplayReport:
 
 
 def replay(run: ActiveRun) -> ReplayReport:
-    """Make the updates of a run again, up to the first that differs; errors as of Policies.redo() and find_start()."""
+    """Make the updates of a run again, up to the first that differs.
+
+    Raises as Policies.redo() and find_start().
+    """
     find_start(run)
     report = ReplayReport(sum(run.manifest(OUTPUT, number) is not None for number in run.iterations()))
     with run.console.progress("replay", report.updates, "updates") as advance:

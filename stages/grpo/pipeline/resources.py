@@ -1,10 +1,15 @@
 """resources: what the stages keep open between iterations, and whose turn it is on the accelerator."""
 
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from grpo.artifacts import ActiveRun, is_durable, newest_policy
+from grpo.artifacts import POLICY, ActiveRun, held_part, is_durable, newest_policy
 from grpo.pipeline.stages import BY_NAME, UPDATE, Stage
+
+if TYPE_CHECKING:
+    from grpo.models.weights import Weights
 
 
 class Resources:
@@ -31,6 +36,25 @@ class Resources:
         stage = BY_NAME[name]
         return self._opened(stage) if beside else self._turn_of(stage)
 
+    @contextmanager
+    def lend(self, number: int) -> "Iterator[Path | Weights]":
+        """Policy `number` for an engine: a whole one from disk, else the learner's own weights.
+
+        Those it has in memory, else those of an adapter, or of a replay.
+        """
+        run, policies = self._run, self._open.get(UPDATE.name)
+        if policies is None or policies.learner.holds != run.id_of(f"policy@{number}"):
+            folder = held_part(run, number, POLICY) if number else run.start["policy"]
+            if folder is not None:
+                yield folder
+                return
+            policies = self._opened(UPDATE)
+            policies.hold(number)
+        try:
+            yield policies.learner.lend(run.start["policy"])
+        finally:
+            policies.learner.release()
+
     def keep_newest(self) -> None:
         """Have the newest policy on disk, rebuilt where it must be: a command that was killed may lack it."""
         newest = newest_policy(self._run)
@@ -48,5 +72,7 @@ class Resources:
         if stage.name not in self._open:
             if UPDATE.name in self._open:  # an engine that opens, on a GPU, allows no other work there
                 self._open[UPDATE.name].settle()
-            self._open[stage.name] = self._stack.enter_context(stage.load().open_resource(self._run))
+            self._open[stage.name] = self._stack.enter_context(
+                stage.load().open_resource(self._run, self.lend)
+            )
         return self._open[stage.name]

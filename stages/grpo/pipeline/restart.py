@@ -12,8 +12,8 @@ from grpo.update.plan import require_reference
 def start_over(run: ActiveRun, iteration: int) -> None:
     """`--from N`: note the intent, then clear the way; a killed one is finished by the next run.
 
-    Raises InputError (exit 4), with nothing moved, when the policy to go on from can be had no more or something
-    before `iteration` is missing or stale: a plain run could not go on from there.
+    Raises InputError (exit 4), with nothing moved, when the policy to go on from can be had no more or what
+    is before `iteration` is missing or stale: a plain run could not go on from there.
     """
     present = states(run, iteration)  # what is later goes, however damaged it is
     for number in range(iteration):

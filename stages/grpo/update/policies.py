@@ -1,4 +1,4 @@
-"""policies: the policies of a run, held by a learner: from memory, from disk, or rebuilt by replaying updates."""
+"""policies: the policies of a run, held by a learner: from memory, from disk, or rebuilt by a replay."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

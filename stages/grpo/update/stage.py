@@ -14,6 +14,7 @@ from grpo.update.adapter import check_modules, require_peft
 from grpo.update.batch import longest, read_kept
 from grpo.update.durable import Checkpoints
 from grpo.update.execution import execution_of, weights_digest
+from grpo.update.first_read import FirstRead
 from grpo.update.inputs import check_same_training
 from grpo.update.objective import objective_of
 from grpo.update.optimizer import require_optimizer
@@ -45,7 +46,7 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 
 
 @contextmanager
-def open_resource(run: ActiveRun) -> Iterator[Policies]:
+def open_resource(run: ActiveRun, lend: object) -> Iterator[Policies]:
     """The policies of the run, with nothing loaded yet. What is in memory at the end is on disk then."""
     checkpoints = Checkpoints(run)
     policies = Policies(run, checkpoints)
@@ -92,7 +93,8 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, policies: Policies
         keep_source(run, own.sha256, own.file.name, own.file.read_bytes)
         learner.objective = objective_of(run.config.update, own)
     learner.holds = None  # until the commit has happened, memory is ahead of the disk
-    rows, stored = train(run, iteration, rollouts, learner, clock)
+    first_read = FirstRead(run, iteration, rollouts, learner.network.precision)
+    rows, stored = train(run, iteration, rollouts, learner, clock, first_read)
     with clock("write"):
         held = write_outputs(run, iteration, rows, rollouts, stored, learner, staging)
         weights = weights_digest(learner.model)
