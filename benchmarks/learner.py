@@ -161,7 +161,7 @@ def whole() -> None:
         form = learner.network.reader.form
         seconds: dict[str, list[float]] = {"in chunks": [], "at once": []}
         for _ in range(3):
-            for head, given in (("in chunks", form), ("at once", None)):
+            for head, given in (("in chunks", form), "at once"):
                 learner.network.reader.form = given
                 started = time.perf_counter()
                 step(learner, rollouts)
@@ -187,7 +187,7 @@ def open_learner(model: Path, *, with_reference: bool, max_tokens_per_batch: int
     kl_coefficient = 0.01 if with_reference else 0.0
     config = UpdateConfig(kl_coefficient=kl_coefficient, max_tokens_per_batch=max_tokens_per_batch)
     learner = Learner(config, "cpu")
-    learner.load(model, None, ("start", None))
+    learner.load(model, None, "start")
     if with_reference:
         learner.load_reference(model)
     return learner

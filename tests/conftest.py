@@ -34,6 +34,8 @@ score:
   rewards:
     - {function: "reward:code"}
 update: {learning_rate: 0.01}
+# Each policy on disk: what a test finds there must not depend on the time.
+checkpoints: {every: 1, keep_last: 3, keep_every: 10}
 """
 # Random responses: what a reward needs is to differ within a group.
 REWARD = """\

@@ -119,7 +119,7 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("prompts.columns.promt=q", "unknown key; did you mean prompt?"),
         ("score.rewards[0].weigth=1", "unknown key; did you mean weight?"),
         ("generate.resample=null", "unknown key; did you mean dynamic_sampling?"),  # its former name
-        ("checkpoints.zzz=1", "unknown key; known keys: keep_last, keep_every, keep_best"),
+        ("checkpoints.zzz=1", "unknown key; known keys: every, keep_last, keep_every, keep_best"),
         ("update=null", "expected a section with keys, found null"),
         ("score.rewards={a: 1}", "expected a list"),
         ("generate.samples_per_prompt=true", "expected a whole number, found true"),
@@ -183,7 +183,7 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ),
         ("update.lora=8", "expected a section with keys, found 8"),
         ("update.betas=[0.9]", "expected at least 2 items, found 1"),
-        ("checkpoints.keep_last=1", "expected at least 2, found 1"),
+        ("checkpoints.keep_last=0", "expected at least 1, found 0"),
         ("iterations=-1", "expected at least 1, found -1"),
         ("iterations=2147483648", "expected less than 2147483648, found 2147483648"),
         ("seed=-1", "expected at least 0, found -1"),

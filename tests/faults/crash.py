@@ -28,7 +28,7 @@ RUN = Path("artifacts/tiny")
 NEW_REWARD = "score.rewards=[{function: 'reward:length'}]"
 EVALUATE = "evaluate={prompts: {source: prompts.jsonl}, samples_per_prompt: 2}"
 ROUNDS = "generate.dynamic_sampling={min_groups: 5, max_rounds: 3}"  # the tiny project takes all three
-KEEP_2 = "checkpoints={keep_last: 2, keep_every: null}"
+KEEP_2 = "checkpoints={every: 1, keep_last: 2}"
 
 
 @dataclass(frozen=True)

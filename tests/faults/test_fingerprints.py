@@ -218,6 +218,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "stop.metric": (["stop.metric=reward"], NOTHING),
     "stop.patience": (["stop.patience=1"], NOTHING),
     "stop.min_delta": (["stop.min_delta=0.5"], NOTHING),
+    "checkpoints.every": (["checkpoints.every=2"], NOTHING),
     "checkpoints.keep_last": (["checkpoints.keep_last=2"], NOTHING),
     "checkpoints.keep_every": (["checkpoints.keep_every=null"], NOTHING),
     "checkpoints.keep_best": (["checkpoints.keep_best=false"], NOTHING),

@@ -13,13 +13,13 @@ from tests.faults.tally import extent
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled]
 KILLS = extent("SIGKILL at a random time")
-RUN = ["run", "--until", "6", "--set", "checkpoints={keep_last: null}"]
+RUN = ["run", "--until", "6", "--set", "checkpoints={every: 1, keep_last: null}"]
 LONG_RUN = [
     "run",
     "--until",
     str(extent("iterations of a long run")),
     "--set",
-    "checkpoints={keep_last: 3, keep_every: null}",
+    "checkpoints={every: 1, keep_last: 3}",
 ]
 
 

@@ -32,7 +32,7 @@ CONFIGURATIONS: tuple[list[str], ...] = (
     ["--set", "update.learning_rate=0.02"],
     ["--set", "advantage.scale=none"],
     ["--set", "generate.temperature=0.8"],
-    ["--set", "checkpoints={keep_last: 2, keep_every: null}"],
+    ["--set", "checkpoints={every: 1, keep_last: 2}"],
 )
 configurations = st.sampled_from(CONFIGURATIONS)
 iterations = st.integers(0, 3)

@@ -29,7 +29,7 @@ from grpo.update.learner import Learner
 TEMPERATURE = 0.8
 TOLERANCE = 2e-5  # nats, of one token
 # Their code does not tell the mask where a packed rollout begins: the learner finds it, and reads each alone.
-APART = {("falcon", "auto"), ("falcon", "off"), ("opt", "off")}
+APART = {"falcon", "falcon", ("opt", "off")}
 
 
 def plain(checkpoint: Path) -> Any:
@@ -77,7 +77,7 @@ def learned(
         temperatures=np.full(len(taken), TEMPERATURE),
     )
     learner = Learner(UpdateConfig.model_validate({"prompt_sharing": sharing}), "cpu", 0, attention)
-    learner.load(checkpoint, None, ("start", None))
+    learner.load(checkpoint, None, "start")
     # As the stage does it: a layout in which the model computes something else is left.
     layout = learner.check_layout(rollouts, (11, 14))
     assert ("policy_layout_refused" in layout) == is_refused, layout

@@ -80,7 +80,7 @@ def configuration(objective: str = "grpo", **update: Any) -> Config:
 
 def make_learner(checkpoint: Path, config: UpdateConfig, *, double: bool = False) -> Learner:
     learner = Learner(config, "cpu")
-    learner.load(checkpoint, None, ("start", None))
+    learner.load(checkpoint, None, "start")
     if double:
         learner.model.double()
     return learner

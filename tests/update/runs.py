@@ -16,8 +16,10 @@ from grpo.models.loading import load_model
 from grpo.models.reader import Reader
 from grpo.pipeline.stages import UPDATE, make
 from grpo.update.batch import Rollouts
+from grpo.update.durable import Checkpoints
 from grpo.update.learner import Learner
 from grpo.update.plan import plan as planned
+from grpo.update.policies import Policies
 
 
 def commit_table(
@@ -72,6 +74,8 @@ def commit_rollouts(run: Run, iteration: int, kept: Rollouts, unkept: Rollouts |
 
 
 def update(run: ActiveRun, iteration: int, learner: Learner) -> list[dict[str, Any]]:
-    make(run, UPDATE, Staging(run, planned(run, iteration), 0), learner)
+    policies = Policies(run, learner, Checkpoints(run))
+    make(run, UPDATE, Staging(run, planned(run, iteration), 0), policies)
+    policies.make_durable(iteration + 1)
     rows: list[dict[str, Any]] = run.read("updates", iteration).to_pylist()
     return rows

@@ -225,12 +225,12 @@ def test_stopping_and_going_on_gives_the_same_bytes(
     never_stopped = save_learner(through, start, tmp_path / "never")
 
     resumed = Learner(config, "cpu")
-    resumed.load(first / "policy", first / OPTIMIZER_FILE, ("a", "b"))
+    resumed.load(first / "policy", first / OPTIMIZER_FILE, "a")
     again = save_learner(resumed, start, tmp_path / "again")
     step(resumed)
     stopped = save_learner(resumed, start, tmp_path / "stopped")
     # A learner that goes back to the state in memory before is the same too.
-    through.load(first / "policy", first / OPTIMIZER_FILE, ("a", "b"))
+    through.load(first / "policy", first / OPTIMIZER_FILE, "a")
     step(through)
     rewound = save_learner(through, start, tmp_path / "rewound")
 
@@ -248,5 +248,5 @@ def test_a_learner_that_never_stepped_has_no_moments(tmp_path: Path, tied: Path)
     learner = make_learner(tied, settings())
     folder = save_learner(learner, tied, tmp_path / "saved")
     fresh = Learner(settings(), "cpu")
-    fresh.load(folder / "policy", folder / OPTIMIZER_FILE, ("a", "b"))
+    fresh.load(folder / "policy", folder / OPTIMIZER_FILE, "a")
     assert not fresh.optimizer.state

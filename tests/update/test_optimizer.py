@@ -131,7 +131,7 @@ def test_stopping_and_going_on_gives_the_same_bytes(library: None, tmp_path: Pat
     step(through)
     never = save_learner(through, wide, tmp_path / "never")
     resumed = Learner(packed(), "cpu")
-    resumed.load(first / "policy", first / OPTIMIZER_FILE, ("a", "b"))
+    resumed.load(first / "policy", first / OPTIMIZER_FILE, "a")
     again = save_learner(resumed, wide, tmp_path / "again")
     step(resumed)
     stopped = save_learner(resumed, wide, tmp_path / "stopped")
@@ -159,7 +159,7 @@ def test_a_state_that_is_not_this_models_is_refused(library: None, tmp_path: Pat
     for config in (packed(), settings(kl_coefficient=0.0)):
         fresh = Learner(config, "cpu")
         with pytest.raises(CorruptError, match="not the optimiser state of this model: see "):
-            fresh.load(folder / "policy", folder / OPTIMIZER_FILE, ("a", "b"))
+            fresh.load(folder / "policy", folder / OPTIMIZER_FILE, "a")
 
 
 def test_it_is_fixed_for_a_run(library: None, tmp_path: Path, untied: Path) -> None:

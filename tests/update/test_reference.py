@@ -53,7 +53,7 @@ def test_the_reference_is_the_newest_policy_of_a_multiple(
     run = trained(tmp_path, config, untied, other)
     rollouts, found = make_rollouts(), []
     for iteration, number in enumerate((0, 0, 2, 2, 4)):
-        folder = run.policy_folder(number) if number else other
+        folder = held_part(run, number, POLICY) if number else other
         expected = all_logprobs(load(folder, torch.float32), rollouts)
         stored = run.read("logprobs", iteration)["reference_logprobs"].to_pylist()
         for row, values in zip(stored, expected, strict=True):

@@ -12,7 +12,7 @@ from grpo.console import stdout_console
 from grpo.errors import EngineError
 from grpo.pipeline.prepare import find_start
 from grpo.update.plan import OUTPUT
-from grpo.update.policies import Policies
+from grpo.update.policies import Policies, new_learner
 from grpo.update.restore import Outcome
 
 
@@ -66,7 +66,7 @@ def replay(run: ActiveRun) -> ReplayReport:
     find_start(run)
     report = ReplayReport(sum(run.manifest(OUTPUT, number) is not None for number in run.iterations()))
     with run.console.progress("replay", report.updates, "updates") as advance:
-        policies = Policies(run)
+        policies = Policies(run, new_learner(run))
         for number in range(newest_policy(run)):
             manifest = run.require(OUTPUT, number, f"grpo update --iteration {number}")
             report.outcomes.append(outcome := policies.redo(manifest))

@@ -33,10 +33,8 @@ class Policies:
     checkpoints: told of each policy that it holds on the way; None: nothing is written into the run.
     """
 
-    def __init__(self, run: ActiveRun, checkpoints: Checkpoints | None = None) -> None:
-        attention = run.config.model_options.attn_implementation
-        self.run = run
-        self.learner = Learner(run.config.update, best_device(), run.config.seed, attention)
+    def __init__(self, run: ActiveRun, learner: Learner, checkpoints: Checkpoints | None = None) -> None:
+        self.run, self.learner = run, learner
         self.checkpoints = checkpoints
         self.made: int | None = None
         """The policy that an update of this command made last."""
@@ -163,12 +161,18 @@ class Policies:
         if (folder := held_part(self.run, number, POLICY)) is not None:
             return folder
         if self._copy is None or self._copy[0] != id_:
-            other = self if self.learner.holds == id_ else Policies(self.run)
+            other = self if self.learner.holds == id_ else Policies(self.run, new_learner(self.run))
             if other is not self:
                 other.hold(number)
             self._copy = id_, TemporaryDirectory(prefix="grpo-reference-")
             _write(other, POLICY, Path(self._copy[1].name))
         return Path(self._copy[1].name)
+
+
+def new_learner(run: ActiveRun) -> Learner:
+    """One of the run's configuration, with nothing loaded yet."""
+    attention = run.config.model_options.attn_implementation
+    return Learner(run.config.update, best_device(), run.config.seed, attention)
 
 
 @contextmanager
@@ -179,7 +183,8 @@ def rebuilt_part(run: ActiveRun, policy: int, part: str, scratch: Path) -> Itera
     """
     update = run.require(OUTPUT, policy - 1, f"grpo update --iteration {policy - 1}")
     with TemporaryDirectory(dir=scratch, prefix=".policy-") as name:
-        policies = Policies(as_recorded(run, update))
+        recorded = as_recorded(run, update)
+        policies = Policies(recorded, new_learner(recorded))
         policies.hold(policy)
         _write(policies, part, Path(name))
         del policies  # its memory is not needed by whoever reads the files

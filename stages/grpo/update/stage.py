@@ -21,7 +21,7 @@ from grpo.update.optimizer import require_optimizer
 from grpo.update.outputs import IDS, summary_of, write_outputs
 from grpo.update.own_surrogate import surrogate_of
 from grpo.update.plan import OUTPUT, OWN, policy_id, require_reference
-from grpo.update.policies import Policies
+from grpo.update.policies import Policies, new_learner
 from grpo.update.schedule import check_schedule
 from grpo.update.training import train
 
@@ -49,7 +49,7 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 def open_resource(run: ActiveRun, lend: object) -> Iterator[Policies]:
     """The policies of the run, with nothing loaded yet. What is in memory at the end is on disk then."""
     checkpoints = Checkpoints(run)
-    policies = Policies(run, checkpoints)
+    policies = Policies(run, new_learner(run), checkpoints)
     try:
         yield policies
         _write_made(policies)

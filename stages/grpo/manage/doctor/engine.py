@@ -179,7 +179,7 @@ def _compare(run: ActiveRun, checkpoint: Path, taken: list[tuple[Request, Sample
     learner = Learner(
         run.config.update, best_device(), attention=run.config.model_options.attn_implementation
     )
-    learner.load(checkpoint, None, ("starting policy", None))
+    learner.load(checkpoint, None, "starting policy")
     lengths = [(len(request.prompt_token_ids), len(sample.token_ids)) for request, sample in taken]
     longest_prompt, longest_response = map(max, zip(*lengths, strict=True))
     learner.check_layout(rollouts, (longest_prompt, longest_response))  # as an update begins
