@@ -57,7 +57,7 @@ def _in_process(folder: Path, attempt: int) -> tuple[float, float]:
 def _run_stage(folder: Path, attempt: int) -> tuple[float, float]:
     run = _run(folder)
     started = time.perf_counter()
-    with stage.open_resource(run) as connection:
+    with stage.open_resource(run, None) as connection:
         make(run, ADVANTAGE, Staging(run, planned(run, 0), attempt), connection)
     seconds = time.perf_counter() - started
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

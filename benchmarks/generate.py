@@ -34,6 +34,7 @@ from grpo.models.loading import eos_token_ids
 from grpo.models.reader import Reader
 from grpo.models.weight_check import measure, read_weight_check
 from grpo.pipeline import prepare
+from grpo.pipeline.resources import Resources
 from grpo.pipeline.stages import GENERATE, make
 from grpo.prompts.chat import Chat
 from grpo.prompts.rendering import encode
@@ -86,7 +87,7 @@ def open_run(folder: Path, name: str, model: Path, options: dict[str, Any]) -> A
 
 def compare_stage(folder: Path, title: str, model: Path, options: dict[str, Any]) -> None:
     run = open_run(folder, title.partition(" ")[0], model, options)
-    with stage.open_resource(run) as tool:
+    with stage.open_resource(run, Resources(run).lend) as tool:
         attempts = iter(range(10**6))
 
         def ours() -> int:
@@ -155,7 +156,7 @@ def compare_weight_sync(folder: Path, model: Path) -> None:
         (other / name).write_bytes(b"".join(content))
     sequences = read_weight_check(run.weight_check_path(0)).sequences
     policies = [(path, measure(Reader(load_model(path, "cpu")), sequences)) for path in (other, model)]
-    with stage.open_resource(run) as tool:
+    with stage.open_resource(run, Resources(run).lend) as tool:
         make(run, GENERATE, Staging(run, planned(run, 0), 0), tool)
         raw = raw_generate(run, tool)
         llm: Any = tool.engine._llm  # type: ignore[attr-defined]

@@ -110,7 +110,7 @@ def _print_parts(run: Run, clocks: Clocks, iterations: int) -> None:
 def _print_advantage(run: ActiveRun, iteration: int) -> None:
     """The stage, its query alone, and numpy in its place, on the tables of one iteration."""
     manifest = run.require("advantages", iteration, "")
-    with open_resource(run) as connection:
+    with open_resource(run, None) as connection:
 
         def stage() -> None:
             plan = Plan("advantage", 0, "advantages", iteration, {}, {}, {}, time.perf_counter())

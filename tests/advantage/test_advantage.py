@@ -137,7 +137,7 @@ def write_inputs(run: Run, groups: list[list[Row]], answers: list[str | None] | 
 
 def compute(run: ActiveRun) -> list[dict[str, Any]]:
     staging = Staging(run, planned(run, 0), 0)
-    with stage.open_resource(run) as connection:
+    with stage.open_resource(run, None) as connection:
         make(run, ADVANTAGE, staging, connection)
     found: list[dict[str, Any]] = run.read("advantages", 0).to_pylist()
     return found

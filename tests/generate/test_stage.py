@@ -27,7 +27,9 @@ from grpo.generate import stage
 from grpo.generate.engines.protocol import Engine, Group, OnProgress, Request, Sample, Sampling, group_seed
 from grpo.generate.plan import plan as planned
 from grpo.models import starter_model
+from grpo.models.weights import Weights
 from grpo.pipeline import prepare
+from grpo.pipeline.resources import Resources
 from grpo.pipeline.stages import GENERATE, make
 from grpo.prompts.table import draw
 
@@ -99,7 +101,7 @@ def generated(run: ActiveRun, wrap: Wrap | None = None, iteration: int = 0) -> M
     """One iteration, from where it was left."""
     plan = planned(run, iteration)
     attempt = choose_attempt(run, plan, run.manifest("rollouts", iteration), force=False)
-    with stage.open_resource(run) as tool:
+    with stage.open_resource(run, Resources(run).lend) as tool:
         if wrap is not None:
             tool.engine = tool.weight_sync.engine = wrap(tool.engine)
         return make(run, GENERATE, Staging(run, plan, attempt), tool)
@@ -123,13 +125,17 @@ class Watched:
     def __init__(self, engine: Engine, spoil: Callable[[int, Group], Group]) -> None:
         self.engine = engine
         self.spoil = spoil
-        self.precision = engine.precision
+        self.precision, self.device = engine.precision, engine.device
         self.asked: list[int] = []
         self.num_loads = 0
 
     def load(self, checkpoint: Path) -> None:
         self.num_loads += 1
         self.engine.load(checkpoint)
+
+    def take(self, weights: Weights) -> None:
+        self.num_loads += 1
+        self.engine.take(weights)
 
     def sample(
         self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_progress: OnProgress
@@ -430,7 +436,7 @@ def test_a_signal_ends_the_work_after_the_current_shard(
 def test_the_engine_keeps_its_weights_while_the_policy_is_the_same(checkpoint: Path, tmp_path: Path) -> None:
     run = opened(tmp_path, checkpoint)
     plan = planned(run, 0)
-    with stage.open_resource(run) as tool:
+    with stage.open_resource(run, Resources(run).lend) as tool:
         engine = Watched(tool.engine, lambda _, group: group)
         tool.engine = tool.weight_sync.engine = engine
         first = make(run, GENERATE, Staging(run, plan, 0), tool)

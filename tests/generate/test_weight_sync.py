@@ -1,5 +1,6 @@
 """The real engine, wrapped so that it fails as engines do: weights that stay behind a reload."""
 
+import copy
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import load_model
 from grpo.models.reader import Reader
 from grpo.models.weight_check import WeightCheck, check_sequences, measure
+from grpo.models.weights import Weights
 
 SEQUENCES = check_sequences([list(b"3+4=7;"), list(b"What is 12 - 5? 7.")], None)
 LARGE, SMALL = 1e-2, 5e-7  # of one optimiser step: AdamW's first moves every weight by the learning rate
@@ -66,11 +68,14 @@ def nudged(start: Path) -> Path:
     return stepped(start, start.parent / "nudged", SMALL)
 
 
-Load = Callable[[TransformersEngine, Path, int], None]  # (engine, checkpoint, which load this is, from 1)
+Source = Path | Weights
+Load = Callable[[TransformersEngine, Source, int], None]  # (engine, what is brought, which time, from 1)
 
 
 class Faulty:
-    """The real engine; `load` is called in place of its own, `shift` is added to its scores."""
+    """The real engine; `load` is called in place of its load and take, `shift` is added to its scores."""
+
+    device = "cpu"
 
     def __init__(self, load: Load, precision: str) -> None:
         self.engine = TransformersEngine("cpu", max_rows_per_batch=64)
@@ -82,6 +87,11 @@ class Faulty:
     def load(self, checkpoint: Path) -> None:
         self.num_loads += 1
         self._load(self.engine, checkpoint, self.num_loads)
+
+    def take(self, weights: Weights) -> None:
+        """Of a copy: what stays behind must not follow because it is the learner's own tensors."""
+        self.num_loads += 1
+        self._load(self.engine, Weights(copy.deepcopy(weights.model), weights.folder), self.num_loads)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         return [logprobs + np.float32(self.shift) for logprobs in self.engine.logprobs(sequences)]
@@ -98,16 +108,19 @@ class Faulty:
         self.engine.close()
 
 
-def right(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
-    engine.load(checkpoint)
+def right(engine: TransformersEngine, source: Source, number: int) -> None:
+    if isinstance(source, Weights):
+        engine.take(source)
+    else:
+        engine.load(source)
 
 
 def stale_after(num_loads: int, load: Load = right) -> Load:
     """A load that from then on reports success and does nothing."""
 
-    def stale(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
+    def stale(engine: TransformersEngine, source: Source, number: int) -> None:
         if number <= num_loads:
-            load(engine, checkpoint, number)
+            load(engine, source, number)
 
     return stale
 
@@ -115,9 +128,9 @@ def stale_after(num_loads: int, load: Load = right) -> Load:
 def stale_head_after(num_loads: int) -> Load:
     """A load that from then on brings everything but the output head, as vLLM 0.24's does on a CPU."""
 
-    def stale(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
+    def stale(engine: TransformersEngine, source: Source, number: int) -> None:
         head = None if engine._model is None else engine._model.lm_head
-        engine.load(checkpoint)
+        right(engine, source, number)
         if number > num_loads:
             assert engine._model is not None
             engine._model.lm_head = head  # where it is tied, no longer the embeddings' weights
@@ -125,9 +138,9 @@ def stale_head_after(num_loads: int) -> Load:
     return stale
 
 
-def rounded(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
+def rounded(engine: TransformersEngine, source: Source, number: int) -> None:
     """Weights in bfloat16, computed with in float32."""
-    engine.load(checkpoint)
+    right(engine, source, number)
     assert engine._model is not None
     for parameter in engine._model.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -136,13 +149,13 @@ def rounded(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
 def weight_sync(load: Load = right, precision: str = "float32") -> tuple[WeightSync, Faulty]:
     engine = Faulty(load, precision)
     as_engine: Engine = engine
-    return WeightSync(as_engine, "cpu", lambda _: None), engine
+    return WeightSync(as_engine, lambda _: None), engine
 
 
 def opened(start: Path, load: Load = right, precision: str = "float32") -> tuple[WeightSync, Faulty]:
     """Opened, and holding the starting policy, as an iteration 0 leaves it: after three loads."""
     given, engine = weight_sync(load, precision)
-    given.open(start, check(start), start.parent)
+    given.open(start, check(start))
     given.bring("p0", start, check(start))
     return given, engine
 
@@ -209,8 +222,8 @@ def test_a_policy_may_come_back(start: Path, later: Path) -> None:
 def test_small_steps_pass_in_an_engine_that_rounds(start: Path, tmp_path: Path) -> None:
     said: list[str] = []
     engine = Faulty(rounded, "bfloat16")
-    given = WeightSync(engine, "cpu", said.append)
-    given.open(start, check(start), start.parent)
+    given = WeightSync(engine, said.append)
+    given.open(start, check(start))
     assert len(said) == 1
     pattern = (
         r"engine: bfloat16, (\d\.\de-0\d) nats per token from the learner's float32 on the starting policy"
@@ -229,7 +242,7 @@ def test_small_steps_pass_in_an_engine_that_rounds(start: Path, tmp_path: Path) 
 
 def test_float32_says_nothing(start: Path) -> None:
     said: list[str] = []
-    WeightSync(Faulty(right, "float32"), "cpu", said.append).open(start, check(start), start.parent)
+    WeightSync(Faulty(right, "float32"), said.append).open(start, check(start))
     assert said == []
 
 
@@ -241,7 +254,7 @@ def test_a_load_that_only_works_once_is_found_when_the_engine_opens(start: Path,
     precision = "float32" if load is right else "bfloat16"
     given, _ = weight_sync(stale_after(1, load), precision)
     with pytest.raises(EngineError, match="the engine does not compute a perturbed copy as the") as caught:
-        given.open(start, check(start), start.parent)
+        given.open(start, check(start))
     assert caught.value.exit_code == 8
     if load is right:
         assert re.fullmatch(too_far("a perturbed copy"), str(caught.value))
@@ -257,12 +270,12 @@ def test_an_engine_too_far_from_the_learner_to_tell_stale_weights_is_refused(sta
         r" change of every weight by 10% moves it by \d\.\de[+-]\d\d: too far apart to tell stale weights; .*"
     )
     with pytest.raises(EngineError, match=pattern):
-        given.open(start, check(start), start.parent)
+        given.open(start, check(start))
 
 
 def test_a_load_that_only_works_twice_is_found_before_iteration_0_is_sampled(start: Path) -> None:
     given, _ = weight_sync(stale_after(2))
-    given.open(start, check(start), start.parent)
+    given.open(start, check(start))
     with pytest.raises(EngineError, match=too_far("the policy")):  # it still has the perturbed copy
         given.bring("p0", start, check(start))
 
@@ -289,8 +302,8 @@ def test_a_small_step_that_hides_under_the_tolerance_is_found_by_its_bits(
 def test_the_bits_of_the_policy_before_are_remembered_over_a_release(start: Path, nudged: Path) -> None:
     held = load_model(start, "cpu")
 
-    def back_to_the_start(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
-        engine.load(checkpoint)
+    def back_to_the_start(engine: TransformersEngine, source: Source, number: int) -> None:
+        right(engine, source, number)
         if number > 3:
             engine._model = held
 
@@ -306,7 +319,7 @@ def test_an_output_head_that_stays_behind_is_found_when_the_engine_opens(tmp_pat
     start = write_policy(tmp_path / "p0", tied)
     given, _ = weight_sync(stale_head_after(1))
     with pytest.raises(EngineError, match=too_far("a perturbed copy")):
-        given.open(start, check(start), start.parent)
+        given.open(start, check(start))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -362,7 +375,7 @@ def test_the_tolerance(
 ) -> None:
     given, engine = weight_sync(precision=precision)
     engine.shift = fresh
-    given.open(start, check(start), start.parent)
+    given.open(start, check(start))
     engine.shift = passes
     difference = given.bring("p1", later, check(later))
     assert difference is not None
@@ -378,7 +391,7 @@ def test_float32_that_is_not_the_learner_s_model_is_refused_at_once(start: Path)
     given, engine = weight_sync()
     engine.shift = 2e-4
     with pytest.raises(EngineError, match=too_far("the starting policy")):
-        given.open(start, check(start), start.parent)
+        given.open(start, check(start))
     assert engine.num_loads == 1
 
 
@@ -387,7 +400,7 @@ def test_scores_that_are_no_numbers_are_an_error(start: Path, later: Path, preci
     given, engine = weight_sync(precision=precision)
     engine.shift = float("nan")
     with pytest.raises(EngineError, match=too_far("the starting policy", precision)):
-        given.open(start, check(start), start.parent)
+        given.open(start, check(start))
     given, engine = opened(start, precision=precision)
     engine.shift = float("nan")
     with pytest.raises(EngineError, match=too_far("the policy", precision)):

@@ -104,8 +104,8 @@ def test_engine_learner_and_weight_check_compute_what_plain_transformers_does(
     expected = plain_logprobs(model, sequence[:1], sequence[1:], 1.0)
     assert np.abs(np.array(measured) - expected).max() <= TOLERANCE
     # The engine follows other weights, and the check shows it.
-    sync = WeightSync(TransformersEngine("cpu", 64), "cpu", lambda *_: None)
-    sync.open(checkpoint, WeightCheck([sequence], [measured]), tmp_path)
+    sync = WeightSync(TransformersEngine("cpu", 64), lambda *_: None)
+    sync.open(checkpoint, WeightCheck([sequence], [measured]))
 
 
 def test_attention_with_sinks_is_right_where_eager_is_asked_for(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_the_resource_of_the_stage_before_leaves_when_the_next_one_starts(projec
             stages.STAGES[0],
             name=name,
             load=lambda: fake(
-                open_resource=lambda _: opened(name),
+                open_resource=lambda *_: opened(name),
                 release=lambda resource: happened.append(f"release {resource}"),
             ),
         )
@@ -80,7 +80,7 @@ def test_an_evaluation_leaves_the_engine_where_it_is_unless_a_reward_needs_the_r
         return replace(
             stage,
             load=lambda: fake(
-                open_resource=lambda _: opened(stage.name),
+                open_resource=lambda *_: opened(stage.name),
                 release=lambda resource: happened.append(f"release {resource}"),
             ),
         )

@@ -49,7 +49,7 @@ class Tool(NamedTuple):
 
 
 @contextmanager
-def open_resource(run: ActiveRun) -> Iterator[Tool]:
+def open_resource(run: ActiveRun, lend: object) -> Iterator[Tool]:
     """A connection for all iterations: it is opened in 30 ms, and used in 10."""
     reading = sql.connect([run], range(0), own_sql.READ)
     with reading as connection, sql.UserSql(run.console.stop_requested) as user:

@@ -34,7 +34,7 @@ def check(run: ActiveRun, until: int, resources: Resources) -> None:
     check_columns(run, resources(score.NAME).pool, run.read(HELD_OUT, None))
 
 
-def open_resource(run: ActiveRun) -> AbstractContextManager[None]:
+def open_resource(run: ActiveRun, lend: object) -> AbstractContextManager[None]:
     """Nothing of its own: it is given what the stages keep open."""
     return nullcontext()
 

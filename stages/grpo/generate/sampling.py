@@ -14,6 +14,7 @@ from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, gro
 from grpo.generate.rollouts import SamplingTask, rollouts_table
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.weight_check import read_weight_check
+from grpo.models.weights import Lend
 from grpo.prompts.chat import Chat
 from grpo.prompts.rendering import encode
 from grpo.prompts.source import Row
@@ -41,7 +42,7 @@ def sampling_of(config: GenerateConfig, temperature: float, max_new_tokens: int)
 class Sampler:
     """What stays open between iterations: engine, weight_sync of policies to it, tokenizer, prompts.
 
-    user_sql: the process of `generate.prompts_sql`, started where there is one.
+    user_sql: the process of `generate.prompts_sql`, started where there is one. lend: gives policies.
     """
 
     engine: Engine
@@ -50,6 +51,7 @@ class Sampler:
     vocabulary_size: int
     prompts: pa.Table
     user_sql: UserSql
+    lend: Lend
 
 
 def sample(
@@ -59,7 +61,7 @@ def sample(
     todo = [name for name in task.shards if staging.committed(name) is None]
     engine: dict[str, Any] = {"precision": None, "weight_check_difference": None}
     if todo:  # else all is committed but the manifest, and no engine is loaded
-        difference = _bring_policy(run, staging, tool.weight_sync, task.policy)
+        difference = _bring_policy(run, staging, tool, task.policy)
         engine = {"precision": tool.engine.precision, "weight_check_difference": difference}
         _sample_shards(run, staging, tool, task, todo)
     held = [record for name in task.shards if (record := staging.committed(name)) is not None]
@@ -137,12 +139,13 @@ def requests_of(
     return texts, requests
 
 
-def _bring_policy(run: ActiveRun, staging: Staging, sync: WeightSync, policy: int) -> float | None:
+def _bring_policy(run: ActiveRun, staging: Staging, tool: Sampler, policy: int) -> float | None:
     """Put a policy into the engine, opening it the first time; see weight_sync.py."""
+    sync, policy_id = tool.weight_sync, staging.plan.inputs[f"policy@{policy}"]
     if not sync.is_open:
         with staging.clock("open"):
-            check = read_weight_check(run.weight_check_path(0))
-            sync.open(run.policy_folder(0), check, run.staging_root(None))
-    with staging.clock("load"):
-        check = read_weight_check(run.weight_check_path(policy))
-        return sync.bring(staging.plan.inputs[f"policy@{policy}"], run.policy_folder(policy), check)
+            sync.open(run.policy_folder(0), read_weight_check(run.weight_check_path(0)))
+    if sync.holds == policy_id:
+        return None
+    with staging.clock("load"), tool.lend(policy) as source:
+        return sync.bring(policy_id, source, read_weight_check(run.weight_check_path(policy)))

@@ -31,6 +31,7 @@ from grpo.generate.sampling import Sampler, keep_shards, requests_of, sample, sa
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import LENGTH
+from grpo.models.weights import Lend
 from grpo.prompts.chat import chat_of
 from grpo.prompts.rendering import with_texts
 from grpo.prompts.table import HELD_OUT
@@ -45,8 +46,8 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 
 
 @contextmanager
-def open_resource(run: ActiveRun) -> Iterator[Sampler]:
-    """Choose the engine; it is opened when the first iteration needs it."""
+def open_resource(run: ActiveRun, lend: Lend) -> Iterator[Sampler]:
+    """Choose the engine; it is opened when the first iteration needs it. lend: gives it its policies."""
     settings = run.config.generate
     name, why = choose_engine(settings.engine)
     if name != "vllm" and (truncated := settings.truncation()):
@@ -59,12 +60,12 @@ def open_resource(run: ActiveRun) -> Iterator[Sampler]:
     config, attention = load_config(start), run.config.model_options.attn_implementation
     engine = make_engine(settings, name, device, context_length(config), _longest_prompt(run), attention)
     vocabulary = config.get_text_config().vocab_size
-    weight_sync = WeightSync(engine, device, run.console.say, attention)
+    weight_sync = WeightSync(engine, run.console.say, attention)
     tokenizer, chat = load_tokenizer(start), chat_of(run.config.prompts, run.imports)
     prompts = with_texts(run.read("prompts", None), tokenizer, chat, run.console.stop_requested)
     try:
         with UserSql(run.console.stop_requested) as user_sql:
-            yield Sampler(engine, weight_sync, tokenizer, vocabulary, prompts, user_sql)
+            yield Sampler(engine, weight_sync, tokenizer, vocabulary, prompts, user_sql, lend)
     finally:
         engine.close()
 

@@ -76,22 +76,42 @@ class Blueprint:
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path) -> None:
-        """Of `model`, just loaded from `checkpoint`: nothing has been computed with it yet."""
+        """Of `model`, a plain one that was loaded from `checkpoint`."""
         empty = {id(weight): torch.nn.Parameter(weight.detach().to("meta")) for weight in model.parameters()}
         self._model = copy.deepcopy(model, memo=empty)
+        torch.nn.Module.eval(
+            self._model
+        )  # layers whose gradients are checkpointed are in training, and keep no cache
         self._config = (checkpoint / "config.json").read_bytes()
+
+    def is_of(self, checkpoint: Path) -> bool:
+        """Whether `checkpoint` has the configuration that these modules were built from."""
+        with suppress(OSError):  # load_model says what it is
+            return (checkpoint / "config.json").read_bytes() == self._config
+        return False
 
     def load_model(self, checkpoint: Path, device: str) -> PreTrainedModel | None:
         """load_model(), bit for bit; None where the checkpoint is not of this model. Raises CorruptError."""
-        own, found = dict(self._model.named_parameters()), {}
-        with suppress(OSError, SafetensorError):  # load_model says what it is
-            if (checkpoint / "config.json").read_bytes() == self._config:
+        found: dict[str, Tensor] = {}
+        with suppress(OSError, SafetensorError):
+            if self.is_of(checkpoint):
                 found = load_file(checkpoint / WEIGHT_FILES[0])
-        if _kinds(found) != _kinds(own):
+        if _kinds(found) != _kinds(dict(self._model.named_parameters())):
             return None
-        fresh = {id(own[name]): torch.nn.Parameter(_copied(found[name], device)) for name in own}
-        model = copy.deepcopy(self._model, memo=fresh)
+        model = self.holding({name: _copied(tensor, device) for name, tensor in found.items()})
         _check_weights(checkpoint, model)
+        return model
+
+    @torch.no_grad()
+    def holding(self, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+        """The model with these very tensors as its parameters, by name; buffers among them are copied."""
+        own = self._model.named_parameters()
+        model = copy.deepcopy(
+            self._model, memo={id(empty): torch.nn.Parameter(tensors[name]) for name, empty in own}
+        )
+        for name, buffer in model.named_buffers():
+            if name in tensors:
+                buffer.copy_(tensors[name])
         return model
 
 

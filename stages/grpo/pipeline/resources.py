@@ -1,10 +1,15 @@
 """resources: what the stages keep open between iterations, and whose turn it is on the accelerator."""
 
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import ActiveRun
-from grpo.pipeline.stages import BY_NAME, Stage
+from grpo.pipeline.stages import BY_NAME, UPDATE, Stage
+
+if TYPE_CHECKING:
+    from grpo.models.weights import Weights
 
 
 class Resources:
@@ -31,6 +36,19 @@ class Resources:
         stage = BY_NAME[name]
         return self._opened(stage) if beside else self._turn_of(stage)
 
+    @contextmanager
+    def lend(self, number: int) -> "Iterator[Path | Weights]":
+        """Policy `number` for an engine: the learner's own weights where it has them, else from disk."""
+        learner = self._open.get(UPDATE.name)
+        policy = self._run.id_of(f"policy@{number}")
+        if learner is None or policy is None or learner.holds[0] != policy:
+            yield self._run.policy_folder(number)
+            return
+        try:
+            yield learner.lend(self._run.policy_folder(0))
+        finally:
+            learner.release()
+
     def _turn_of(self, stage: Stage) -> Any:
         """That of the stage before leaves the accelerator first: they take turns."""
         if self._working is not None and self._working is not stage:
@@ -40,5 +58,7 @@ class Resources:
 
     def _opened(self, stage: Stage) -> Any:
         if stage.name not in self._open:
-            self._open[stage.name] = self._stack.enter_context(stage.load().open_resource(self._run))
+            self._open[stage.name] = self._stack.enter_context(
+                stage.load().open_resource(self._run, self.lend)
+            )
         return self._open[stage.name]

@@ -29,8 +29,8 @@ class StageModule(Protocol):
     def check(self, run: ActiveRun, until: int, resources: Any, /) -> None:
         """Raise now what iterations before `until` would fail with, as far as it can be known."""
 
-    def open_resource(self, run: ActiveRun, /) -> AbstractContextManager[Any]:
-        """The stage's resource, until the end of the run."""
+    def open_resource(self, run: ActiveRun, lend: Any, /) -> AbstractContextManager[Any]:
+        """The stage's resource, until the end of the run; lend: gives policies to an engine."""
 
     def produce(self, run: ActiveRun, iteration: int, staging: Staging, resource: Any, /) -> Product:
         """Make the output of one iteration, shard by shard; what is committed of it already is kept."""

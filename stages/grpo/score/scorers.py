@@ -50,7 +50,7 @@ class Rollout(NamedTuple):
 
 
 @contextmanager
-def open_scorers(run: ActiveRun) -> Iterator[Scorers]:
+def open_scorers(run: ActiveRun, lend: object) -> Iterator[Scorers]:
     """Start the workers, open the judges, load the reward models and the teachers.
 
     Raises UsageError (exit 2) for a function that is no use, and a judge without key, package or rubric.

@@ -1,7 +1,5 @@
-"""adapter: a LoRA adapter in training on a frozen base, and the plain model that the two make together.
+"""adapter: a LoRA adapter in training on a frozen base. What the two make together: models/weights.py.
 
-The base is never merged in place: what is added to a weight and taken away again leaves another weight
-behind, in bfloat16 soon a visible one (trl#6688). Every merged weight is a fresh tensor.
 Shapes: R rank, I and O the features a linear module takes and gives.
 """
 
@@ -10,9 +8,8 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -23,15 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from grpo.config import LoraConfig
 from grpo.errors import CorruptError, InputError, UsageError
 from grpo.models.loading import load_skeleton
+from grpo.models.weights import ADAPTER, adapted_layers
 from grpo.update.optimizer import quiet
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_NAME = "default"  # what peft calls an adapter without a name
 # Other values make another policy of the same tensors.
 _FIXED = ("r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save")
 
@@ -60,14 +56,14 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> "PeftMod
     # peft draws too; and it warns of how it calls transformers, which no user can change.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"), quiet():
         try:
-            adapter: PeftModel = get_peft_model(model, config, adapter_name=_NAME)
+            adapter: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
         except ValueError as error:
             raise UsageError(f"update.lora: peft refuses this model: {error}") from error
-    if others := sorted(modules.keys() - _layers(model).keys()):
+    if others := sorted(modules.keys() - adapted_layers(model).keys()):
         # In some mixtures of experts peft takes the names of a dense layer for those of the fused experts.
         message = f"update.lora.targets: peft would adapt the fused experts in place of {others[0]}"
         raise UsageError(f"{message}; name only modules that no expert has, such as q_proj")
-    assert _layers(model).keys() == modules.keys()
+    assert adapted_layers(model).keys() == modules.keys()
     if whole:  # not told before: peft would train copies, which are in the way of whoever reads the head
         config.modules_to_save = list(whole)
         for module in whole.values():
@@ -99,42 +95,11 @@ def reset_adapter(model: PreTrainedModel, seed: int) -> None:
     Modules that train whole stay as they are.
     """
     generator = torch.Generator().manual_seed(seed)
-    for layer in _layers(model).values():
-        A_RI, B_OR = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+    for layer in adapted_layers(model).values():
+        A_RI, B_OR = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         drawn_RI = torch.empty(A_RI.shape)  # in main memory: the same on every device
         A_RI.copy_(nn.init.kaiming_uniform_(drawn_RI, a=math.sqrt(5), generator=generator))
         B_OR.zero_()
-
-
-def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights under the names of the model without an adapter, tied ones once; no copies."""
-    own, layers = dict(chain(model.named_parameters(), model.named_buffers())), _layers(model)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        layer, _, rest = name.rpartition(".base_layer.")
-        if layer in layers:
-            state[f"{layer}.{rest}"] = tensor
-        elif name in own and name.rpartition(".lora_")[0] not in layers:
-            state[name] = tensor
-    return state
-
-
-@torch.no_grad()
-def merged(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """`state` one by one, each weight of the base that has an adapter as a fresh tensor W + scale B A.
-
-    `state` holds tensors of plain_state() under any names; others pass as they are.
-    """
-    layers = {_address(layer.get_base_layer().weight): layer for layer in _layers(model).values()}
-    for name, tensor in state.items():
-        layer = layers.get(_address(tensor))
-        yield name, tensor if layer is None else tensor + layer.get_delta_weight(_NAME)
-
-
-def holds_adapted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> bool:
-    """Whether every weight that has an adapter is in `state`, itself and whole, so that merged() finds it."""
-    found = {_address(tensor) for tensor in state.values()}
-    return all(_address(layer.get_base_layer().weight) in found for layer in _layers(model).values())
 
 
 def adapter_files(model: "PeftModel") -> Iterator[tuple[str, bytes]]:
@@ -229,28 +194,19 @@ def _check_not_shared(model: PreTrainedModel, modules: Mapping[str, nn.Module]) 
             raise UsageError(f"{message}, which cannot take an adapter; name other targets")
 
 
-def _layers(model: PreTrainedModel) -> "dict[str, LoraLayer]":
-    """Layers with an adapter, by their names in the base and in its order; peft may not be there."""
-    return {name: cast("LoraLayer", each) for name, each in model.named_modules() if hasattr(each, "lora_A")}
-
-
 def _weights(model: "PeftModel") -> dict[str, Tensor]:
     """The adapter's own tensors and those that train whole, under peft's names on disk; no copies."""
     from peft import get_peft_model_state_dict
 
     # Without the False, peft looks for the base's configuration on disk and on the hub.
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    whole = dict.fromkeys(model.peft_config[_NAME].modules_to_save or ())
+    whole = dict.fromkeys(model.peft_config[ADAPTER].modules_to_save or ())
     named = model.get_base_model().named_parameters(remove_duplicate=False)
     return weights | {f"base_model.model.{name}": p.data for name, p in named if _within(name, whole)}
 
 
 def _config(model: "PeftModel") -> dict[str, Any]:
     """adapter_config.json: the same on every machine, in every process."""
-    config = model.peft_config[_NAME].to_dict()
+    config = model.peft_config[ADAPTER].to_dict()
     config |= {"base_model_name_or_path": None, "inference_mode": True}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-
-
-def _address(tensor: Tensor) -> tuple[int, torch.Size]:
-    return tensor.data_ptr(), tensor.shape

@@ -15,11 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from grpo.artifacts import checkpoint_files, is_weight_file
 from grpo.errors import CorruptError
-from grpo.update.adapter import holds_adapted, merged, plain_state
+from grpo.models.weights import merged, published_state
 from grpo.update.optimizer import names_of, state_of, tensors_of
 
 _SHARD_BYTES = 2**31  # with an adapter, what is merged at a time and so what a checkpoint costs in memory
@@ -35,9 +34,7 @@ def policy_files(model: PreTrainedModel, start: Path) -> Iterator[tuple[str, Chu
     for path in checkpoint_files(start):
         if not is_weight_file(path.name):
             yield path.name, [path.read_bytes()]
-    state = revert_weight_conversion(model, plain_state(model))
-    if not holds_adapted(model, state):  # the published form splits or fuses them
-        state = revert_weight_conversion(model, dict(merged(model, plain_state(model))))
+    state = published_state(model)
     split = split_torch_state_dict_into_shards(state, max_shard_size=_SHARD_BYTES)
     for name, members in split.filename_to_tensors.items():
         shard = {member: state[member] for member in members}

@@ -16,12 +16,13 @@ from grpo.config import UpdateConfig
 from grpo.errors import EngineError
 from grpo.models.loading import copy_weights, load_model
 from grpo.models.reader import move
+from grpo.models.weights import Weights
 from grpo.update import parallel
 from grpo.update.adapter import add_adapter, load_adapter, reset_adapter
 from grpo.update.batch import Rollouts, room_for
 from grpo.update.checkpoint import load_optimizer
 from grpo.update.given import Step
-from grpo.update.layout import Layout, MicroBatch, plan, tree_of
+from grpo.update.layout import ByRow, Layout, MicroBatch, by_row, plan, tree_of
 from grpo.update.network import Network, check_layouts
 from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys, objective_of
 from grpo.update.optimizer import make_optimizer, move_state, settings_of
@@ -29,8 +30,6 @@ from grpo.update.own_surrogate import NotFiniteError
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-ByRow = dict[int, np.ndarray]  # float32 [T_i] of some of the rollouts
 
 
 class Learner:
@@ -147,6 +146,10 @@ class Learner:
     def _open(self, model: PreTrainedModel) -> Network:
         return Network(model, self.config.precision, share_prompts=self.config.prompt_sharing == "auto")
 
+    def lend(self, start: Path) -> Weights:
+        """The policy's weights themselves, for an engine; `start` is the checkpoint that it started from."""
+        return Weights(self.model, start)
+
     def release(self) -> None:
         """Leave the accelerator until the next load(); what is held stays as it is, in main memory."""
         if self.device != "cpu":
@@ -220,20 +223,21 @@ class Learner:
         step: Step,
         stored: Stored,
         learning_rate: float | None = None,
-        on_read: Callable[[int], object] = int,
+        on_read: Callable[[ByRow], object] = dict,
     ) -> tuple[dict[str, Any], ByRow]:
         """One optimiser step that reads `rows`, of all that `step` counts.
 
         Returns its columns of `updates` but for the mismatch, and the policy's log-probs of what it read.
-        learning_rate: None is the configured one. on_read: told how many rollouts a micro-batch had. Raises
+        learning_rate: None is the configured one. on_read: told log-probs before their gradient. Raises
         EngineError (exit 8) naming the rollouts when loss or gradient are not finite; no step is taken.
         """
         self.optimizer.zero_grad(set_to_none=True)
         sums, logprobs, room = Sums(), ByRow(), room_for(rollouts, rows)
         for batch in self._micro_batches(self.network, rollouts, rows, parallel.share()):
-            part, own = self._backward(rollouts, batch, step, stored, room)
+            loss, part, own = self._forward(rollouts, batch, step, stored, room)
+            on_read(own)
+            loss.backward()  # type: ignore[no-untyped-call]
             sums, logprobs = sums + part, logprobs | own
-            on_read(len(batch.rows))
         parallel.add_up_gradients(self.model)
         grad_norm = self._clip_gradient(rollouts, rows, step, stored)
         rate = self.config.learning_rate if learning_rate is None else learning_rate
@@ -242,10 +246,10 @@ class Learner:
         whole = sum(parallel.gathered(sums), Sums())
         return {**whole.row(self.objective), "grad_norm": grad_norm}, logprobs
 
-    def _backward(
+    def _forward(
         self, rollouts: Rollouts, batch: MicroBatch, step: Step, stored: Stored, room: ByRow
-    ) -> tuple[Sums, ByRow]:
-        """Add this micro-batch's gradient; its part of the step's numbers, and the policy's log-probs."""
+    ) -> tuple[torch.Tensor, Sums, ByRow]:
+        """This micro-batch's loss, its part of the step's numbers, and the policy's log-probs."""
         logprobs_N, entropy_N = self.network.logprobs(batch, with_entropy=True)
         assert entropy_N is not None
         own = by_row(batch, logprobs_N, room)
@@ -260,8 +264,7 @@ class Learner:
             raise EngineError(f"{found} on {name_keys(rollouts, broken)}") from None
         if not math.isfinite(loss.item()):
             raise EngineError(f"update: the loss is {loss.item()} on {name_keys(rollouts, list(own))}")
-        loss.backward()  # type: ignore[no-untyped-call]
-        return part, own
+        return loss, part, own
 
     @torch.no_grad()
     def _broken_alone(self, rollouts: Rollouts, batch: MicroBatch) -> ByRow:
@@ -287,14 +290,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         alone = np.array([row])
         for batch in self._micro_batches(self.network, rollouts, alone, (0, 1)):
-            self._backward(rollouts, batch, step, stored, room_for(rollouts, alone))
+            loss, _, _ = self._forward(rollouts, batch, step, stored, room_for(rollouts, alone))
+            loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return all(bool(gradient.isfinite().all()) for gradient in gradients)
-
-
-def by_row(batch: MicroBatch, values_N: torch.Tensor, room: ByRow) -> ByRow:
-    """Copy the values of a micro-batch to the places of its rollouts in `room`; returns those."""
-    parts = np.split(values_N.detach().float().cpu().numpy(), np.cumsum(batch.lengths_B.cpu().numpy())[:-1])
-    for row, values_T in zip(batch.rows.tolist(), parts, strict=True):
-        room[row][:] = values_T
-    return {row: room[row] for row in batch.rows.tolist()}

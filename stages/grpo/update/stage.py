@@ -14,6 +14,7 @@ from grpo.models.loading import best_device
 from grpo.update.adapter import check_modules, require_peft
 from grpo.update.batch import longest, read_kept
 from grpo.update.execution import execution_of, weights_digest
+from grpo.update.first_read import FirstRead
 from grpo.update.inputs import check_optimizer, load
 from grpo.update.learner import Learner
 from grpo.update.objective import objective_of
@@ -45,7 +46,7 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 
 
 @contextmanager
-def open_resource(run: ActiveRun) -> Iterator[Learner]:
+def open_resource(run: ActiveRun, lend: object) -> Iterator[Learner]:
     """The learner, with nothing loaded yet."""
     attention = run.config.model_options.attn_implementation
     yield Learner(run.config.update, best_device(), run.config.seed, attention)
@@ -81,7 +82,8 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, learner: Learner) 
         keep_source(run, own.sha256, own.file.name, own.file.read_bytes)
         learner.objective = objective_of(run.config.update, own)
     learner.holds = (None, None)  # until the commit has happened, memory is ahead of the disk
-    rows, stored = train(run, iteration, rollouts, learner, clock)
+    first_read = FirstRead(run, iteration, rollouts, learner.network.precision)
+    rows, stored = train(run, iteration, rollouts, learner, clock, first_read)
     with clock("write"):
         held = write_outputs(run, iteration, rows, rollouts, stored, learner, staging)
     ids = {name: id_of(sorted(held[name], key=lambda file: file.name)) for name in IDS if held[name]}

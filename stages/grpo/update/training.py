@@ -13,6 +13,7 @@ import numpy as np
 from grpo.artifacts import ActiveRun, Run
 from grpo.update.batch import Rollouts, max_new_tokens_of, minibatches
 from grpo.update.entropy import entropy_weight
+from grpo.update.layout import ByRow
 from grpo.update.learner import Learner
 from grpo.update.mismatch import TOKEN_CAP, mismatch
 from grpo.update.objective import Stored, needed, step_of
@@ -22,11 +23,17 @@ Clock = Callable[[str], AbstractContextManager[None]]
 
 
 def train(
-    run: ActiveRun, iteration: int, rollouts: Rollouts, learner: Learner, clock: Clock
+    run: ActiveRun,
+    iteration: int,
+    rollouts: Rollouts,
+    learner: Learner,
+    clock: Clock,
+    compare: Callable[[ByRow], object] = dict,
 ) -> tuple[list[dict[str, Any]], Stored]:
     """All optimiser steps of the iteration: their rows of `updates`, and the log-probs met on the way.
 
-    clock: times a part of it by name, in a `with` block. Raises as Learner.step() does.
+    clock: times a part of it by name, in a `with` block. compare: told log-probs of what the first step
+    reads, before their gradient. Raises as Learner.step() and `compare` do.
     """
     config, max_new_tokens = run.config.update, max_new_tokens_of(run, iteration)
     read_B = needed(config, rollouts)
@@ -37,6 +44,12 @@ def train(
         clock("train"),
         run.console.progress(f"update {iteration}", len(rollouts) * config.epochs, "rollouts") as advance,
     ):
+
+        def on_read(logprobs: ByRow) -> None:
+            if not stored.first_step:  # until the first step that is taken, the weights are pi_old's
+                compare(logprobs)
+            advance(len(logprobs))
+
         for number, (epoch, rows) in enumerate(steps(run, iteration, rollouts)):
             run.console.stop_requested()
             read = rows[read_B[rows]]
@@ -50,11 +63,11 @@ def train(
             if len(read):
                 # One max_new_tokens, whichever iteration a rollout is of.
                 step = step_of(config, rollouts, rows, max_new_tokens, stored)
-                numbers, logprobs = learner.step(rollouts, read, step, stored, row["learning_rate"], advance)
+                numbers, logprobs = learner.step(rollouts, read, step, stored, row["learning_rate"], on_read)
                 row |= numbers
                 first = not stored.first_step
                 stored.keep(logprobs, number)
-                if first:  # until the first step that is taken, the weights are pi_old's
+                if first:
                     row |= _mismatch(run, iteration, rollouts, read, stored)
             table.append(before := row)
             advance(len(rows) - len(read))

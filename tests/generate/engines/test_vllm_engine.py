@@ -297,10 +297,10 @@ def test_the_weight_check_catches_a_stale_output_head_and_the_cure_passes(
         with pytest.raises(
             EngineError, match="does not compute a perturbed copy as the learner does"
         ) as stale:
-            WeightSync(engine, "cpu", print).open(checkpoint, policy_check, checkpoint.parent)
+            WeightSync(engine, print).open(checkpoint, policy_check)
     assert stale.value.exit_code == 8
-    weight_sync = WeightSync(engine, "cpu", print)
-    weight_sync.open(checkpoint, policy_check, checkpoint.parent)
+    weight_sync = WeightSync(engine, print)
+    weight_sync.open(checkpoint, policy_check)
     difference = weight_sync.bring("policy 0", checkpoint, policy_check)
     assert difference is not None
     assert difference < 1e-5
@@ -319,8 +319,8 @@ def test_a_small_step_is_followed(engine: vllm_engine.VllmEngine, checkpoint: Pa
     models = {path: load_model(path, "cpu") for path in (checkpoint, small)}
     sequences = weight_check.check_sequences(LONG, 512)
     checks = {path: weight_check.measure(Reader(model), sequences) for path, model in models.items()}
-    weight_sync = WeightSync(engine, "cpu", print)
-    weight_sync.open(checkpoint, checks[checkpoint], checkpoint.parent)
+    weight_sync = WeightSync(engine, print)
+    weight_sync.open(checkpoint, checks[checkpoint])
     weight_sync.bring("0", checkpoint, checks[checkpoint])
     assert weight_sync.bring("1", small, checks[small]) is not None
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from grpo.errors import DataError
+
+if TYPE_CHECKING:
+    from grpo.models.weights import Weights
 
 MAX_SAMPLES = 2**20  # samples of one group; their seeds are consecutive, so the group's leaves this room
 
@@ -69,13 +72,18 @@ OnProgress = Callable[[int, int], object]
 
 
 class Engine(Protocol):
-    """A sampler. Calls come from one thread: load, score, sample, ..., release, load, ..., close."""
+    """A sampler. Calls come from one thread: load, score, sample, ..., release, take, ..., close."""
 
     precision: str
-    """What the engine computes in, known once weights are loaded: `float32`, `bfloat16`, `fp8`, ..."""
+    """What the engine computes in, known once weights are there: `float32`, `bfloat16`, `fp8`, ..."""
+    device: str
+    """Where it takes weights from without another copy there, as torch names it."""
 
     def load(self, checkpoint: Path) -> None:
         """Take the weights of `checkpoint`, a Hugging Face directory; drop everything cached before."""
+
+    def take(self, weights: "Weights") -> None:
+        """The same of weights in memory, where they may stay: until release() they must not change."""
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs at temperature 1 of every token but the first, float32 [len(sequence) - 1] each."""
@@ -90,7 +98,7 @@ class Engine(Protocol):
         """
 
     def release(self) -> None:
-        """Leave the accelerator's memory to others. load() comes before the next use."""
+        """Leave the accelerator's memory to others. load() or take() comes before the next use."""
 
     def close(self) -> None:
         """Give back memory and processes."""

@@ -33,6 +33,7 @@ from grpo.models.attention import attending
 from grpo.models.loading import Blueprint, context_length, eos_token_ids, load_model
 from grpo.models.logprobs import token_logprobs
 from grpo.models.tokenizer import tokenizer_at
+from grpo.models.weights import Weights
 
 
 class TransformersEngine:
@@ -59,26 +60,43 @@ class TransformersEngine:
         model = self._blueprint.load_model(checkpoint, self.device) if self._blueprint else None
         if model is None:
             model = load_model(checkpoint, self.device, self.attention)
-            self._blueprint = Blueprint(model, checkpoint)
-            accepted = inspect.signature(model.forward).parameters
-            for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
-                if name not in accepted:
-                    message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
-                    raise UnsupportedModelError(f"generate: {message}")
-            self._takes_prefix = takes_prefix(model)
-        self._eos_ids = eos_token_ids(checkpoint)
+            self._build_like(model, checkpoint)
         self._model, self._checkpoint = model, checkpoint
+        self._eos_ids = eos_token_ids(checkpoint)
+
+    def take(self, weights: Weights) -> None:
+        """Compute with these tensors themselves, in modules of its own; with merged ones under an adapter.
+
+        In modules of its own: what training leaves in those of the learner changes nothing here.
+        """
+        self.release()
+        if self._blueprint is None or not self._blueprint.is_of(weights.folder):
+            model = weights.plain or load_model(weights.folder, self.device, self.attention)
+            self._build_like(model, weights.folder)
+        assert self._blueprint is not None
+        tensors = {name: tensor.to(self.device) for name, tensor in weights.own()}
+        self._model, self._checkpoint = self._blueprint.holding(tensors), weights.folder
+        self._eos_ids = eos_token_ids(weights.folder)
+
+    def _build_like(self, model: PreTrainedModel, checkpoint: Path) -> None:
+        accepted = inspect.signature(model.forward).parameters
+        for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
+            if name not in accepted:
+                message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
+                raise UnsupportedModelError(f"generate: {message}")
+        self._takes_prefix = takes_prefix(model)
+        self._blueprint = Blueprint(model, checkpoint)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs at temperature 1 of every token but the first, by the learner's formula."""
-        assert self._model is not None, "load() comes before logprobs()"
+        assert self._model is not None, "load() or take() comes before logprobs()"
         return [score(self._model, sequence) for sequence in sequences]
 
     def sample(
         self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_progress: OnProgress
     ) -> Iterator[Group]:
         """Yield each group once, batch after batch. Raises DataError, EngineError."""
-        assert self._model is not None, "load() comes before sample()"
+        assert self._model is not None, "load() or take() comes before sample()"
         if sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0:
             message = "the transformers engine samples from the whole distribution; top_p, top_k and min_p"
             raise EngineError(f"generate: {message} need engine: vllm")

@@ -2,7 +2,7 @@
 
 Different from `LLM.generate`: all requests are in flight at once, groups come out as they finish, log-probs
 are those after temperature, sampling settings come from the pipeline alone. vLLM's reload is made whole here
-(see `load`), and nobody takes its word: weight_sync.py compares what it computes.
+(see `_reload`), and nobody takes its word: weight_sync.py compares what it computes.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from grpo.errors import EngineError, GrpoError, UsageError
 from grpo.generate.engines import vllm_settings
 from grpo.generate.engines.protocol import Group, OnProgress, Request, Sample, Sampling, check_requests
 from grpo.models.loading import eos_token_ids
+from grpo.models.weights import Weights
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -44,6 +45,8 @@ class VllmEngine:
     reads_text: responses are read as text while they are sampled, for stop texts or structured outputs.
     """
 
+    device = "cpu"  # it copies them into its own from anywhere
+
     def __init__(self, options: dict[str, Any], max_model_len: int, *, reads_text: bool = False) -> None:
         vllm_settings.check_version()
         vllm_settings.set_environment()
@@ -60,19 +63,41 @@ class VllmEngine:
     def load(self, checkpoint: Path) -> None:
         """Open the engine at `checkpoint`, or give the open one its weights. Raises EngineError."""
         self._stop_ids = sorted(eos_token_ids(checkpoint))
+        if self._llm is None:
+            self._open(checkpoint)
+        else:
+            self._reload(weights_path=str(checkpoint))
+
+    def take(self, weights: Weights) -> None:
+        """Give the engine these weights one by one; its own are copies. One that is not open opens first.
+
+        Workers in processes of their own read them from a folder, which is in memory where there is room.
+        """
+        if self._llm is None:
+            self.load(weights.folder)
+        if self._settings["distributed_executor_backend"] == "uni":
+            self._reload(weights_iterator=weights.published())
+            return
+        with weights.written() as folder:
+            self._reload(weights_path=str(folder))
+
+    def _open(self, checkpoint: Path) -> None:
         with self._failures("loading"):
-            if self._llm is None:
-                others = set(active_children())
-                self._llm = _open(checkpoint, self._settings)
-                gc.collect()
-                gc.freeze()  # as in vLLM's own engine process: the collector then skips its million objects
-                self._workers = [child for child in active_children() if child not in others]
-                config = self._llm.llm_engine.model_config
-                self.precision = config.quantization or str(config.dtype).removeprefix("torch.")
-                return
+            others = set(active_children())
+            self._llm = _open(checkpoint, self._settings)
+            gc.collect()
+            gc.freeze()  # as in vLLM's own engine process: the collector then skips its million objects
+            self._workers = [child for child in active_children() if child not in others]
+            config = self._llm.llm_engine.model_config
+            self.precision = config.quantization or str(config.dtype).removeprefix("torch.")
+
+    def _reload(self, **source: Any) -> None:
+        """Replace all weights, as vLLM's reload_weights takes them; this makes it whole."""
+        assert self._llm is not None
+        with self._failures("loading"):
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])  # level 2 discarded them: what is there now is garbage
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint)})
+            self._llm.collective_rpc("reload_weights", kwargs=source)
             self._llm.apply_model(_repack_head)
             if self._asleep:
                 self._llm.wake_up(tags=["kv_cache"])
@@ -96,7 +121,7 @@ class VllmEngine:
         self, shards: Sequence[Sequence[Request]], sampling: Sampling, on_progress: OnProgress
     ) -> Iterator[Group]:
         """Yield each group once, as it finishes. Raises DataError, EngineError."""
-        assert self._llm is not None, "load() comes before sample()"
+        assert self._llm is not None, "load() or take() comes before sample()"
         model = self._llm.llm_engine.model_config
         for shard in shards:  # vLLM would cut a response that does not fit
             check_requests(shard, sampling, model.get_vocab_size(), model.max_model_len)
@@ -120,8 +145,8 @@ class VllmEngine:
         """Put all requests in flight; yield each when it is done. If nobody asks on, the rest is aborted."""
         from vllm.sampling_params import RequestOutputKind
 
-        assert self._llm is not None, "load() comes before use"
-        assert not self._asleep, "load() comes before use"
+        assert self._llm is not None, "load() or take() comes before use"
+        assert not self._asleep, "load() or take() comes before use"
         engine = self._llm.llm_engine
         open_requests = set()
         try:

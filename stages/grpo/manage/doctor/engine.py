@@ -7,7 +7,6 @@ are compared with plain transformers too: what they share could be wrong in both
 
 from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,14 @@ from grpo.errors import DataError, EngineError, ResourceError, first_line
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Request, Sample, Sampling, group_seed
 from grpo.generate.stage import make_engine
-from grpo.generate.weight_sync import FLOAT32_TOLERANCE, WeightSync
+from grpo.generate.weight_sync import WeightSync
 from grpo.inspect.status import MISMATCH_WARNING, mismatch_says
 from grpo.manage.doctor.plain import plain_logprobs
 from grpo.manage.doctor.report import Check, Report
 from grpo.models.attention import attention_window
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
+from grpo.models.weight_check import FLOAT32_TOLERANCE, weight_check_of
 from grpo.models.weight_check import NUM_PROMPTS as CHECK_PROMPTS
-from grpo.models.weight_check import weight_check_of
 from grpo.pipeline.ahead import usable_engine
 from grpo.prompts.chat import chat_of
 from grpo.prompts.rendering import encode
@@ -127,11 +126,10 @@ def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any
         shards, requests = [requests, long], [*requests, *long]
     longest = max(len(request.prompt_token_ids) for request in requests)
     with closing(make_engine(config, name, device, context, longest, attention)) as engine:
-        weight_sync = WeightSync(engine, device, run.console.say, attention)
+        weight_sync = WeightSync(engine, run.console.say, attention)
         chat = chat_of(run.config.prompts, run.imports)
         check = weight_check_of(checkpoint, rows[:CHECK_PROMPTS], chat, attention)
-        with TemporaryDirectory() as scratch:
-            weight_sync.open(checkpoint, check, Path(scratch))
+        weight_sync.open(checkpoint, check)
         difference = weight_sync.bring("starting policy", checkpoint, check)
         groups = list(engine.sample(shards, Sampling(config.temperature, limit), lambda *_: None))
         weight_sync.release()

@@ -1,0 +1,92 @@
+"""first_read: the first log-probs that an update computes, against those that its rollouts were sampled with.
+
+The weight check scores a few tokens before anything is sampled. This meets thousands, after it: an expert
+that did not arrive, keys of an older policy in a prefix cache, rollouts of other weights than their manifest
+says. It costs nothing, for both are there.
+"""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from grpo.artifacts import ActiveRun, Manifest
+from grpo.errors import EngineError
+from grpo.models.weight_check import FLOAT32_TOLERANCE, ROUNDED_TOLERANCE
+from grpo.update.batch import Rollouts
+from grpo.update.layout import ByRow
+from grpo.update.plan import OUTPUT
+
+# Times what the weight check lets pass, and what was usual: sampled tokens may be far less likely.
+_OF_TOLERANCE, _OF_USUAL, _NUM_USUAL = 10.0, 5.0, 20
+
+
+class FirstRead:
+    """Compares once, where the rollouts were sampled from the policy in memory and from its own distribution.
+
+    precision: what the learner reads in.
+    """
+
+    def __init__(self, run: ActiveRun, iteration: int, rollouts: Rollouts, precision: str) -> None:
+        self._run, self._iteration, self._rollouts, self._precision = run, iteration, rollouts, precision
+        self._sampled = run.require("rollouts", iteration, f"grpo generate --iteration {iteration}")
+        policy = f"policy@{iteration}"
+        is_of_policy = self._sampled.inputs.get(policy) == run.id_of(policy)
+        self._is_due = is_of_policy and not changes_distribution(self._sampled.config["generate"])
+
+    def __call__(self, logprobs: ByRow) -> None:
+        """Take a micro-batch's log-probs of the policy. Raises EngineError (exit 8) where they are others.
+
+        Older rollouts are passed over: their ratios have moved for good reason.
+        """
+        old, keys = self._rollouts.old_logprobs, self._rollouts.keys
+        own = [row for row in logprobs if keys[row, 0] == self._iteration]
+        if not self._is_due or not own:
+            return
+        self._is_due = False
+        apart_N = np.concatenate([logprobs[row].astype(np.float64) - old[row] for row in own])
+        difference = float(np.abs(apart_N).mean())
+        tolerance = tolerance_of(self._sampled, self._precision)
+        if tolerance is not None and difference <= _OF_TOLERANCE * tolerance:
+            return  # as nearly always: no manifest of an earlier update is read
+        usual = _usual(self._run, self._iteration)
+        if tolerance is None and usual is None:
+            return  # nothing says yet what is right where both round
+        limit = max(_OF_TOLERANCE * (tolerance or FLOAT32_TOLERANCE), _OF_USUAL * (usual or 0.0))
+        if not difference <= limit:  # NaN is not
+            raise EngineError(
+                f"update {self._iteration}: the first log-probs are {difference:.1e} nats per token from what"
+                f" the rollouts were sampled with, at most {limit:.1e} is right: the engine had other"
+                " weights, or kept a cache of them; `grpo doctor --model` measures it, `grpo generate"
+                f" --iteration {self._iteration} --force` samples again; nothing was committed"
+            )
+
+
+def changes_distribution(generate: Mapping[str, Any]) -> bool:
+    """Whether sampling cuts or changes the policy's distribution, by the `generate` of a manifest."""
+    return (
+        generate.get("top_p", 1) < 1
+        or generate.get("top_k") is not None
+        or generate.get("min_p", 0) > 0
+        or generate.get("repetition_penalty", 1) != 1
+        or generate.get("structured_outputs") is not None
+    )
+
+
+def tolerance_of(sampled: Manifest, precision: str) -> float | None:
+    """What the weight check let pass, in nats per token; None where that says nothing of what is read."""
+    found, apart = sampled.summary.get("precision"), sampled.summary.get("weight_check_difference")
+    if precision != "float32":
+        return None  # the weight check reads in float32
+    if found == "float32":
+        return FLOAT32_TOLERANCE
+    return None if apart is None else max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * apart)
+
+
+def _usual(run: ActiveRun, iteration: int) -> float | None:
+    """Median of mismatch_mean over the last updates; None: there is none."""
+    before = range(max(0, iteration - _NUM_USUAL), iteration)
+    updates = (run.manifest(OUTPUT, number) for number in before)
+    known = [found.summary.get("mismatch_mean") for found in updates if found is not None]
+    return statistics.median(values) if (values := [mean for mean in known if mean is not None]) else None
