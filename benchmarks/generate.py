@@ -34,6 +34,7 @@ from grpo.models.loading import eos_token_ids
 from grpo.models.reader import Reader
 from grpo.models.weight_check import measure, read_weight_check
 from grpo.pipeline import prepare
+from grpo.pipeline.resources import Resources
 from grpo.pipeline.stages import GENERATE, make
 from grpo.prompts.chat import Chat
 from grpo.prompts.rendering import encode

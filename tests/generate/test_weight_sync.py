@@ -1,5 +1,6 @@
 """The real engine, wrapped so that it fails as engines do: weights that stay behind a reload."""
 
+import copy
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import load_model
 from grpo.models.reader import Reader
 from grpo.models.weight_check import WeightCheck, check_sequences, measure
+from grpo.models.weights import Weights
 
 SEQUENCES = check_sequences([list(b"3+4=7;"), list(b"What is 12 - 5? 7.")], None)
 LARGE, SMALL = 1e-2, 5e-7  # of one optimiser step: AdamW's first moves every weight by the learning rate
@@ -66,11 +68,14 @@ def nudged(start: Path) -> Path:
     return stepped(start, start.parent / "nudged", SMALL)
 
 
-Load = Callable[[TransformersEngine, Path, int], None]  # (engine, checkpoint, which load this is, from 1)
+Source = Path | Weights
+Load = Callable[[TransformersEngine, Source, int], None]  # (engine, what is brought, which time, from 1)
 
 
 class Faulty:
-    """The real engine; `load` is called in place of its own, `shift` is added to its scores."""
+    """The real engine; `load` is called in place of its load and take, `shift` is added to its scores."""
+
+    device = "cpu"
 
     def __init__(self, load: Load, precision: str) -> None:
         self.engine = TransformersEngine("cpu", max_rows_per_batch=64)
@@ -82,6 +87,11 @@ class Faulty:
     def load(self, checkpoint: Path) -> None:
         self.num_loads += 1
         self._load(self.engine, checkpoint, self.num_loads)
+
+    def take(self, weights: Weights) -> None:
+        """Of a copy: what stays behind must not follow because it is the learner's own tensors."""
+        self.num_loads += 1
+        self._load(self.engine, Weights(copy.deepcopy(weights.model), weights.folder), self.num_loads)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         return [logprobs + np.float32(self.shift) for logprobs in self.engine.logprobs(sequences)]
@@ -98,16 +108,19 @@ class Faulty:
         self.engine.close()
 
 
-def right(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
-    engine.load(checkpoint)
+def right(engine: TransformersEngine, source: Source, number: int) -> None:
+    if isinstance(source, Weights):
+        engine.take(source)
+    else:
+        engine.load(source)
 
 
 def stale_after(num_loads: int, load: Load = right) -> Load:
     """A load that from then on reports success and does nothing."""
 
-    def stale(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
+    def stale(engine: TransformersEngine, source: Source, number: int) -> None:
         if number <= num_loads:
-            load(engine, checkpoint, number)
+            load(engine, source, number)
 
     return stale
 
@@ -115,9 +128,9 @@ def stale_after(num_loads: int, load: Load = right) -> Load:
 def stale_head_after(num_loads: int) -> Load:
     """A load that from then on brings everything but the output head, as vLLM 0.24's does on a CPU."""
 
-    def stale(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
+    def stale(engine: TransformersEngine, source: Source, number: int) -> None:
         head = None if engine._model is None else engine._model.lm_head
-        engine.load(checkpoint)
+        right(engine, source, number)
         if number > num_loads:
             assert engine._model is not None
             engine._model.lm_head = head  # where it is tied, no longer the embeddings' weights
@@ -125,9 +138,9 @@ def stale_head_after(num_loads: int) -> Load:
     return stale
 
 
-def rounded(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
+def rounded(engine: TransformersEngine, source: Source, number: int) -> None:
     """Weights in bfloat16, computed with in float32."""
-    engine.load(checkpoint)
+    right(engine, source, number)
     assert engine._model is not None
     for parameter in engine._model.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -289,8 +302,8 @@ def test_a_small_step_that_hides_under_the_tolerance_is_found_by_its_bits(
 def test_the_bits_of_the_policy_before_are_remembered_over_a_release(start: Path, nudged: Path) -> None:
     held = load_model(start, "cpu")
 
-    def back_to_the_start(engine: TransformersEngine, checkpoint: Path, number: int) -> None:
-        engine.load(checkpoint)
+    def back_to_the_start(engine: TransformersEngine, source: Source, number: int) -> None:
+        right(engine, source, number)
         if number > 3:
             engine._model = held
 

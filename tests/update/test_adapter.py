@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3MoeConfig
 
 from grpo.config import LoraConfig
 from grpo.errors import CorruptError, InputError, UsageError
+from grpo.models import weights as in_memory
 from grpo.models.loading import load_model
 from grpo.update import adapter as room
 from grpo.update.adapter import (
@@ -66,15 +67,15 @@ def adapted(config: Any = QWEN2, seed: int = SEED, targets: list[str] | None = N
 
 
 def plain_state(model: PeftModel) -> dict[str, Tensor]:
-    return weights.plain_state(base_of(model))
+    return in_memory.plain_state(base_of(model))
 
 
 def merged(model: PeftModel, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    return weights.merged(base_of(model), state)
+    return in_memory.merged(base_of(model), state)
 
 
 def holds_adapted(model: PeftModel, state: dict[str, Tensor]) -> bool:
-    return weights.holds_adapted(base_of(model), state)
+    return in_memory.holds_adapted(base_of(model), state)
 
 
 def base_of(model: PeftModel) -> Any:

@@ -117,5 +117,5 @@ def perturb(model: PreTrainedModel) -> None:
     noise_N = 1 + PERTURBATION * torch.randn(_NUM_NOISE, generator=generator)
     for parameter in model.parameters():
         factors_N = noise_N.to(parameter.device)
-        for part_N in parameter.view(-1).split(_NUM_NOISE):
+        for part_N in torch.split(parameter.view(-1), _NUM_NOISE):
             part_N.mul_(factors_N[: len(part_N)]).clamp_(-largest, largest)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,9 +22,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from grpo.artifacts import checkpoint_files, files, is_weight_file
 from grpo.errors import ResourceError
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"  # what peft calls an adapter without a name
 _IN_MEMORY = Path("/dev/shm")
@@ -120,9 +117,9 @@ def holds_adapted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> bool:
     return all(_address(layer.get_base_layer().weight) in found for layer in adapted_layers(model).values())
 
 
-def adapted_layers(model: PreTrainedModel) -> "dict[str, LoraLayer]":
+def adapted_layers(model: PreTrainedModel) -> dict[str, Any]:
     """Layers with an adapter, by their names in the base and in its order; peft may not be there."""
-    return {name: cast("LoraLayer", each) for name, each in model.named_modules() if hasattr(each, "lora_A")}
+    return {name: each for name, each in model.named_modules() if hasattr(each, "lora_A")}
 
 
 def _address(tensor: Tensor) -> tuple[int, torch.Size]:

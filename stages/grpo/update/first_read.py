@@ -18,7 +18,7 @@ from grpo.update.batch import Rollouts
 from grpo.update.layout import ByRow
 from grpo.update.plan import OUTPUT
 
-# Times what the weight check lets pass, and what was usual: single tokens are far less likely than a prompt's.
+# Times what the weight check lets pass, and what was usual: sampled tokens may be far less likely.
 _OF_TOLERANCE, _OF_USUAL, _NUM_USUAL = 10.0, 5.0, 20
 
 
@@ -56,8 +56,8 @@ class FirstRead:
         limit = max(_OF_TOLERANCE * (tolerance or FLOAT32_TOLERANCE), _OF_USUAL * (usual or 0.0))
         if not difference <= limit:  # NaN is not
             raise EngineError(
-                f"update {self._iteration}: the first log-probs are {difference:.1e} nats per token from those"
-                f" that the rollouts were sampled with, at most {limit:.1e} is right: the engine had other"
+                f"update {self._iteration}: the first log-probs are {difference:.1e} nats per token from what"
+                f" the rollouts were sampled with, at most {limit:.1e} is right: the engine had other"
                 " weights, or kept a cache of them; `grpo doctor --model` measures it, `grpo generate"
                 f" --iteration {self._iteration} --force` samples again; nothing was committed"
             )

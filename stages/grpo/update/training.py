@@ -20,20 +20,16 @@ from grpo.update.objective import Stored, needed, step_of
 from grpo.update.schedule import learning_rate
 
 Clock = Callable[[str], AbstractContextManager[None]]
+Told = Callable[[ByRow], object]
 
 
 def train(
-    run: ActiveRun,
-    iteration: int,
-    rollouts: Rollouts,
-    learner: Learner,
-    clock: Clock,
-    compare: Callable[[ByRow], object] = dict,
+    run: ActiveRun, iteration: int, rollouts: Rollouts, learner: Learner, clock: Clock, compare: Told = dict
 ) -> tuple[list[dict[str, Any]], Stored]:
     """All optimiser steps of the iteration: their rows of `updates`, and the log-probs met on the way.
 
-    clock: times a part of it by name, in a `with` block. compare: told log-probs of what the first step
-    reads, before their gradient. Raises as Learner.step() and `compare` do.
+    clock: times a part of it by name, in a `with` block. compare: told what the first step reads, before its
+    gradient. Raises as Learner.step() and `compare` do.
     """
     config, max_new_tokens = run.config.update, max_new_tokens_of(run, iteration)
     read_B = needed(config, rollouts)
@@ -44,18 +40,11 @@ def train(
         clock("train"),
         run.console.progress(f"update {iteration}", len(rollouts) * config.epochs, "rollouts") as advance,
     ):
-
-        def on_read(logprobs: ByRow) -> None:
-            if not stored.first_step:  # until the first step that is taken, the weights are pi_old's
-                compare(logprobs)
-            advance(len(logprobs))
-
+        on_read = _reading(stored, compare, advance)
         for number, (epoch, rows) in enumerate(steps(run, iteration, rollouts)):
             run.console.stop_requested()
             read = rows[read_B[rows]]
-            row: dict[str, Any] = {"iteration": iteration, "epoch": epoch, "step": number}
-            row["learning_rate"] = learning_rate(run.config, iteration, number)
-            row |= {"rollouts": len(rows), "tokens": int(rollouts.num_tokens[rows].sum())}
+            row = _begun(run, (iteration, epoch, number), rollouts, rows)
             row["skipped"] = len(read) == 0
             if config.entropy_target is not None:
                 row["entropy_coefficient"], applied = entropy_weight(config, before)
@@ -72,6 +61,28 @@ def train(
             table.append(before := row)
             advance(len(rows) - len(read))
     return table, stored
+
+
+def _reading(stored: Stored, compare: Told, advance: Callable[[int], object]) -> Told:
+    """What a micro-batch's log-probs are told to."""
+
+    def on_read(logprobs: ByRow) -> None:
+        if not stored.first_step:  # until the first step that is taken, the weights are pi_old's
+            compare(logprobs)
+        advance(len(logprobs))
+
+    return on_read
+
+
+def _begun(run: ActiveRun, at: tuple[int, int, int], rollouts: Rollouts, rows: np.ndarray) -> dict[str, Any]:
+    """What a row of `updates` says before the step; at: its iteration, epoch and step."""
+    iteration, _, number = at
+    return {
+        **dict(zip(("iteration", "epoch", "step"), at, strict=True)),
+        "learning_rate": learning_rate(run.config, iteration, number),
+        "rollouts": len(rows),
+        "tokens": int(rollouts.num_tokens[rows].sum()),
+    }
 
 
 def _last_step(run: Run, iteration: int) -> dict[str, Any] | None:
