@@ -230,6 +230,13 @@ def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
     return "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min` or `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def iterations_text(numbers: Sequence[int]) -> str:
     """`iteration 3`, or `iterations 3 to 5` for the first and the last of several."""
     first, last = numbers[0], numbers[-1]

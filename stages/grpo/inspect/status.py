@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo.artifacts import ActiveRun, best_of, is_durable, read_stop
 from grpo.console import interval, iterations_text, number, printable, stdout_console, table
-from grpo.inspect import metrics
+from grpo.inspect import metrics, policies
 from grpo.inspect.evaluations import numbers_of
 from grpo.pipeline.stages import STAGES
 from grpo.pipeline.states import State, evaluation_states, states, unfinished
@@ -53,6 +53,7 @@ def describe(run: ActiveRun) -> dict[str, Any]:
             ],
             "configured": run.config.iterations,
             "best": None if best is None else {**asdict(best), "kept": is_durable(run, best.policy)},
+            "policies": policies.describe(run),
             "stopped": None if stop is None else {**asdict(stop), "why": str(stop)},
         }
 
@@ -100,6 +101,8 @@ def print_status(data: dict[str, Any], every: bool) -> None:
         console.print(f"{len(rows) - _ROWS_SHOWN} earlier iterations not shown (--all)", style="dim")
     _print_reasons(console, rows)
     _print_mismatch(console, rows)
+    if data["policies"]["newest"]:
+        console.print(policies.line_of(data["policies"]), soft_wrap=True)
     if measured:
         columns = ["policy", "evaluate", "pass", "pass@1", "95 % interval", "pass@n", "n", "reward", "length"]
         console.print(table(columns, map(_measured_cells, measured[first:]), title="policies, measured"))

@@ -35,6 +35,7 @@ from grpo.artifacts import (
 )
 from grpo.console import printable, stdout_console
 from grpo.errors import CorruptError
+from grpo.inspect import policies
 from grpo.inspect.track import note_path, read_note
 from grpo.manage.repair import Damage, Place, command_for, damages, read_by
 from grpo.models.tokenizer import starting_policy
@@ -56,6 +57,8 @@ class Report:
     broken: dict[str, int] = field(default_factory=dict)
     """Invariant -> rows that break it; only looked at where nothing is damaged."""
     stale: list[str] = field(default_factory=list)
+    policies: dict[str, Any] = field(default_factory=dict)
+    """Which are on disk, and what the newest would be rebuilt from."""
 
     @property
     def exit_code(self) -> int:
@@ -65,7 +68,7 @@ class Report:
     def describe(self) -> dict[str, Any]:
         """The report as plain data."""
         damaged = [{"found": each.found, "redo": each.redo or None} for each in self.damages]
-        rest = {"broken": self.broken, "stale": self.stale, "exit": self.exit_code}
+        rest = {"broken": self.broken, "stale": self.stale, "policies": self.policies, "exit": self.exit_code}
         return {**self.counts, "damaged": damaged, **rest}
 
 
@@ -107,6 +110,8 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
             rows = sql.read([run], sql.own_text(f"sql/views/{name}"), known).to_pylist()
             report.broken |= {row["invariant"]: row["rows"] for row in rows}
         report.stale = _stale(run)
+    if not report.damages:
+        report.policies = policies.describe(run)
     _set_aside(run, report, set_aside)
     return report
 
@@ -170,6 +175,8 @@ def print_report(run: Run, report: Report, discarded: bool) -> None:
         f" ({counts['bytes'] / 2**20:,.1f} MiB) and {counts['rows']:,} rows read;"
         f" {len(found)} damaged, {len(report.broken)} broken, {len(report.stale)} stale"
     )
+    if report.policies and report.policies["newest"]:
+        say(policies.line_of(report.policies))
     if any(each.aside for each in found):
         first = "moved to .trash" if discarded else "`grpo verify --discard` moves it to .trash"
         say(first if all(each.redo for each in found) else f"what can be rebuilt: {first}")

@@ -14,6 +14,7 @@ from grpo.artifacts import (
     is_durable,
     origin_of,
 )
+from grpo.console import duration
 from grpo.errors import EngineError, InputError
 from grpo.models.loading import best_device
 from grpo.update.adapter import adapter_files
@@ -106,7 +107,7 @@ class Policies:
         seconds = sum(sum(run.timings(OUTPUT, number).values()) for number in range(first, policy))
         count = f"{len(updates)} update{'' if len(updates) == 1 else 's'}"
         what = f"policy {policy} is not on disk: rebuilding it from policy {first}"
-        run.console.say(f"{what} ({count}, about {_duration(seconds)})")
+        run.console.say(f"{what} ({count}, about {duration(seconds)})")
         with run.console.progress(f"rebuild {policy}", len(updates), "updates") as advance:
             for manifest in updates:
                 run.console.stop_requested()
@@ -199,7 +200,3 @@ def _write(policies: Policies, part: str, folder: Path) -> None:
     elif adapter is not None:
         for name, content in adapter_files(adapter):
             files.write_chunks(folder / name, [content])
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
