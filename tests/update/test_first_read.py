@@ -39,7 +39,8 @@ def test_the_first_log_probs_may_be_ten_tolerances_apart(run: ActiveRun) -> None
     assert (str(caught.value), caught.value.exit_code) == (
         "update 1: the first log-probs are 1.1e-03 nats per token from what the rollouts were sampled with,"
         " at most 1.0e-03 is right: the engine had other weights, or kept a cache of them; `grpo doctor"
-        " --model` measures it, `grpo generate --iteration 1 --force` samples again; nothing was committed",
+        " --model` measures it; `grpo generate --iteration 1 --force` and `grpo run --from 1` sample again;"
+        " nothing was committed",
         8,
     )
     with pytest.raises(EngineError, match=r"the first log-probs are nan nats per token"):

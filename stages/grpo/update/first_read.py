@@ -56,8 +56,9 @@ class FirstRead:
             raise EngineError(
                 f"update {self._iteration}: the first log-probs are {difference:.1e} nats per token from what"
                 f" the rollouts were sampled with, at most {limit:.1e} is right: the engine had other"
-                " weights, or kept a cache of them; `grpo doctor --model` measures it, `grpo generate"
-                f" --iteration {self._iteration} --force` samples again; nothing was committed"
+                " weights, or kept a cache of them; `grpo doctor --model` measures it; `grpo generate"
+                f" --iteration {self._iteration} --force` and `grpo run --from {self._iteration}` sample again;"
+                " nothing was committed"
             )
 
 
