@@ -51,14 +51,13 @@ class FirstRead:
         tolerance = tolerance_of(self._sampled, self._precision)
         if tolerance is not None and difference <= _OF_TOLERANCE * tolerance:
             return  # as nearly always: no manifest of an earlier update is read
-        limit = limit_of(tolerance, _usual(self._run, self._iteration))
+        at, limit = self._iteration, limit_of(tolerance, _usual(self._run, self._iteration))
         if not difference <= limit:  # NaN is not
             raise EngineError(
-                f"update {self._iteration}: the first log-probs are {difference:.1e} nats per token from what"
-                f" the rollouts were sampled with, at most {limit:.1e} is right: the engine had other"
-                " weights, or kept a cache of them; `grpo doctor --model` measures it; `grpo generate"
-                f" --iteration {self._iteration} --force` and `grpo run --from {self._iteration}` sample again;"
-                " nothing was committed"
+                f"update {at}: the first log-probs are {difference:.1e} nats per token from what the rollouts"
+                f" were sampled with, at most {limit:.1e} is right: the engine had other weights, or kept a"
+                f" cache of them; `grpo doctor --model` measures it; `grpo generate --iteration {at} --force`"
+                f" and `grpo run --from {at}` sample again; nothing was committed"
             )
 
 
