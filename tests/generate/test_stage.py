@@ -271,10 +271,11 @@ def test_another_iteration_has_other_seeds_and_draws(
     # Iteration 1 samples from policy 1. A stand-in for its update commits the starting policy again.
     run = opened(tmp_path, checkpoint)
     staging = Staging(run, Plan("update", 1, "update", 0, {}, {}), 0)
-    contents = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    contents["weight_check.json"] = run.weight_check_path(0).read_bytes()
-    records = [staging.write_bytes("policy", name, content) for name, content in contents.items()]
-    staging.commit(Product({"policy": "p1"}, records, {}))
+    record = staging.write_bytes("", "weight_check.json", run.weight_check_path(0).read_bytes())
+    staging.commit(Product({"policy": "p1"}, [record], {"moved": True}))
+    staging = Staging(run, Plan("checkpoint", 1, "checkpoint", 0, {}, {"policy@1": "p1"}), 0)
+    files = [staging.write_bytes("policy", path.name, path.read_bytes()) for path in checkpoint.iterdir()]
+    staging.commit(Product({}, files, {}))
     manifest = generated(run, iteration=1)
     later = run.read("rollouts", 1)
     assert manifest.iteration == 1

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from tests import tiny
 from transformers import Qwen2ForCausalLM
 
 from grpo.errors import EngineError
+from grpo.generate import weight_sync as room
+from grpo.generate.engines import transformers_engine as engine_room
 from grpo.generate.engines.protocol import Engine, Group, OnProgress, Request, Sampling
 from grpo.generate.engines.transformers_engine import TransformersEngine
 from grpo.generate.weight_sync import WeightSync
@@ -169,9 +172,9 @@ def too_far(what: str, precision: str = "float32", tolerance: str = "1.0e-04") -
     )
 
 
-def very_logprobs(checkpoint: Path) -> str:
+def very_logprobs(policy: object) -> str:
     return (
-        f"generate: the engine gives {checkpoint} the very log-probs of the policy before: its weights are"
+        f"generate: the engine gives {policy} the very log-probs of the policy before: its weights are"
         " stale; nothing was sampled"
     )
 
@@ -355,6 +358,82 @@ def test_what_failed_is_loaded_and_checked_again(start: Path, later: Path) -> No
     engine.shift = 0.0
     assert given.bring("p1", later, check(later)) is not None
     assert engine.num_loads == 3 + 3
+
+
+# In memory
+
+
+def in_memory(policy: Path) -> Weights:
+    return Weights(load_model(policy, "cpu"), policy)
+
+
+def without(name: str) -> Load:
+    """Brings everything but one weight, which stays as it was before."""
+
+    def lacking(engine: TransformersEngine, source: Source, number: int) -> None:
+        before = None if engine._model is None else engine._model.get_parameter(name).detach().clone()
+        right(engine, source, number)
+        if before is not None:
+            assert engine._model is not None
+            engine._model.get_parameter(name).data = before
+
+    return lacking
+
+
+def late(load: Load) -> Load:
+    """As it should be until the engine is open and has the starting policy."""
+    return lambda engine, source, number: (right if number <= 3 else load)(engine, source, number)
+
+
+@pytest.mark.parametrize("source", [in_memory, Path])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(stale_after(3), id="stale by one update"),
+        pytest.param(stale_head_after(3), id="a stale head, tied"),
+        pytest.param(late(without("model.layers.0.mlp.up_proj.weight")), id="one layer not sent"),
+    ],
+)
+def test_what_did_not_arrive_is_found(
+    start: Path, later: Path, fault: Load, source: Callable[[Path], Source]
+) -> None:
+    given, _ = opened(start)
+    assert given.bring("p1", source(later), check(later)) is not None
+    given, _ = opened(start, fault)
+    with pytest.raises(EngineError, match=too_far("the policy")):
+        given.bring("p1", source(later), check(later))
+
+
+def test_one_layer_that_is_not_sent_is_found_when_the_engine_opens(start: Path) -> None:
+    given, _ = weight_sync(without("model.layers.0.mlp.up_proj.weight"))
+    with pytest.raises(EngineError, match=too_far("a perturbed copy")):
+        given.open(start, check(start))
+
+
+def test_bits_that_did_not_move_are_found_in_memory_too(start: Path, nudged: Path) -> None:
+    given, _ = opened(start, stale_after(3))
+    with pytest.raises(EngineError) as caught:
+        given.bring("p1", in_memory(nudged), check(nudged))
+    assert str(caught.value) == very_logprobs("the learner's policy")
+
+
+def test_opening_loads_the_model_once(start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+    for module in (room, engine_room):
+
+        def noting(checkpoint: Path, *arguments: Any) -> Any:
+            loaded.append(checkpoint)
+            return load_model(checkpoint, *arguments)
+
+        monkeypatch.setattr(module, "load_model", noting)
+    engine = TransformersEngine("cpu", max_rows_per_batch=64)
+    given, right_check = WeightSync(engine, print), check(start)
+    before = sorted(start.parent.rglob("*"))
+    given.open(start, right_check)
+    assert loaded == [start]
+    assert sorted(start.parent.rglob("*")) == before  # and writes nothing
+    given.bring("p0", start, right_check)
+    assert loaded == [start]  # the modules are there: only weights are read
 
 
 # What is close enough

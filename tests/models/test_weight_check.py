@@ -166,7 +166,7 @@ def test_noise_that_is_used_again_is_another_in_each_row() -> None:
     torch.nn.init.ones_(linear.weight)
     perturb(linear)  # type: ignore[arg-type]
     rows, flat = linear.weight.detach(), linear.weight.detach().view(-1)
-    assert len(rows.unique(dim=0)) == 65_537
+    assert len(torch.unique(rows, dim=0)) == 65_537
     assert torch.equal(flat[:65_537], flat[65_537:131_074])
     assert abs(float(flat.std()) - 0.1) < 1e-3
     assert abs(float(flat.mean()) - 1) < 1e-3

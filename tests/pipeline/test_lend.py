@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from tests.conftest import Grpo
@@ -11,6 +12,8 @@ from tests.conftest import Grpo
 from grpo.generate.engines.transformers_engine import TransformersEngine
 from grpo.models.weights import Weights
 from grpo.pipeline.resources import Resources
+from grpo.pipeline.stages import UPDATE
+from grpo.update.checkpoint import policy_files
 
 ITERATIONS = "iterations=3"
 LORA = "update.lora={rank: 4, alpha: 8}"
@@ -19,7 +22,15 @@ WHOLE = "update.lora={rank: 4, alpha: 8, modules_to_save: [norm]}"
 
 @contextmanager
 def from_disk(resources: Resources, number: int) -> Iterator[Path]:
-    yield resources._run.policy_folder(number)
+    policies = resources.borrow(UPDATE.name, beside=True)
+    if number == 0:
+        yield resources._run.start["policy"]
+        return
+    policies.hold(number)
+    with TemporaryDirectory() as name:
+        for file, chunks in policy_files(policies.learner.model, resources._run.start["policy"]):
+            Path(name, file).write_bytes(b"".join(chunks))
+        yield Path(name)
 
 
 def digests(run: Path) -> dict[str, dict[str, str]]:
@@ -65,7 +76,7 @@ def test_what_is_sampled_from_memory_is_what_is_sampled_from_disk(
     wanted = [part for each in (ITERATIONS, "evaluate.every=3", *changes) for part in ("--set", each)]
     code, _, err = grpo("run", *wanted)
     assert code == 0, err
-    # Opening takes the start and its perturbed copy; then policies 1, 2 and, measured, 3 come from the learner.
+    # Opening takes the start and its perturbed copy; policies 1, 2 and, measured, 3 come from the learner.
     assert lent == [False, False, has_adapter, has_adapter, has_adapter]
     in_memory = digests(Path("artifacts/tiny"))
     Path("artifacts/tiny").rename("artifacts/in_memory")
@@ -74,4 +85,4 @@ def test_what_is_sampled_from_memory_is_what_is_sampled_from_disk(
     assert code == 0, err
     assert len(lent) == 5 + 2  # opening alone
     assert digests(Path("artifacts/tiny")) == in_memory
-    assert len(in_memory) == 3 * 4 + 2
+    assert len(in_memory) == 3 * 5 + 2

@@ -1,5 +1,6 @@
 """The pipeline end to end on a tiny project: what is done, what is stale, what runs again."""
 
+import copy
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import pytest
 from tests.conftest import Grpo
 
 from grpo.artifacts import seal
+from grpo.models.weights import Weights
 
 ARTIFACTS = Path("artifacts/tiny")
 STAGES = ("generate", "score", "advantage", "update")
@@ -88,9 +90,12 @@ def test_a_run_makes_what_the_design_says(finished: Path, grpo: Grpo) -> None:
     update = ARTIFACTS / "iteration=000001" / "update"
     tables = sorted(path.name.partition("-")[0] for path in update.glob("*.parquet"))
     assert tables == ["logprobs", "updates"]
-    assert (update / "policy" / "model.safetensors").exists()
-    assert manifest(0, "update")["ids"]["policy"] == manifest(1, "rollouts")["inputs"]["policy@1"]
-    assert manifest(0, "update")["ids"]["optimizer"] == manifest(1, "update")["inputs"]["optimizer@1"]
+    assert (update.parent / "checkpoint" / "policy" / "model.safetensors").exists()
+    policy = manifest(0, "update")["ids"]["policy"]
+    assert (
+        policy == manifest(1, "rollouts")["inputs"]["policy@1"] == manifest(1, "update")["inputs"]["policy@1"]
+    )
+    assert manifest(0, "checkpoint")["inputs"] == {"policy@1": policy}
     assert not list(ARTIFACTS.glob(".staging/**/*.json"))
 
 
@@ -209,7 +214,7 @@ def test_a_forced_score_makes_what_follows_stale_and_from_does_it_again(finished
         name for name in before if "=000000/rollouts" in name
     ]
     assert [name for name in kept if "/advantages/" in name or "/updates-" in name] == []
-    weights = "iteration=000001/update/policy/model.safetensors"
+    weights = "iteration=000001/checkpoint/policy/model.safetensors"
     assert after[weights] != before[weights]
 
 
@@ -401,7 +406,7 @@ def test_failed_rewards_are_committed_refused_and_scored_again(
     assert len(Path("calls").read_text().splitlines()) == 1 + 3
     assert states(grpo) == DONE
     # A reward that failed at first leaves no trace in the result.
-    weights = "iteration=000001/update/policy/model.safetensors"
+    weights = "iteration=000001/checkpoint/policy/model.safetensors"
     assert digests()[weights] == digests(complete / ARTIFACTS)[weights]
 
 
@@ -423,7 +428,7 @@ def test_a_repaired_function_is_another_function_and_scores_everything(
     assert after["user_files"] != before["user_files"]
     assert {f["unit"] for f in after["files"]}.isdisjoint(f["unit"] for f in before["files"])
     assert states(grpo) == DONE
-    weights = "iteration=000001/update/policy/model.safetensors"
+    weights = "iteration=000001/checkpoint/policy/model.safetensors"
     assert digests()[weights] == digests(complete / ARTIFACTS)[weights]
 
 
@@ -561,7 +566,7 @@ def test_from_moves_later_iterations_and_what_changed_to_the_trash(finished: Pat
     same = {name for name in before if after.get(name) == before[name] and name.endswith(".parquet")}
     assert {name.split("/")[1] for name in same if "=000000" in name} == {"rollouts", "rewards", "advantages"}
     assert {name for name in same if "=000001" in name} == set()
-    assert after["iteration=000001/update/policy/model.safetensors"] not in before.values()
+    assert after["iteration=000001/checkpoint/policy/model.safetensors"] not in before.values()
 
 
 @pytest.mark.parametrize("moved", [[], ["iteration=000001"], ["iteration=000001", "iteration=000000/update"]])
@@ -582,48 +587,62 @@ def test_from_killed_half_way_is_finished_by_the_next_run(
     assert rates == [0.02, 0.02]
 
 
-PRUNING = ["--set", "iterations=4", "--set", "checkpoints={keep_last: 2, keep_every: null}"]
+FEW = ["--set", "iterations=4", "--set", "checkpoints={every: 1, keep_last: 1}"]
 
 
-def test_a_pruned_checkpoint_is_named_with_those_that_are_there(finished: Path, grpo: Grpo) -> None:
-    assert grpo("run", *PRUNING)[0] == 0
-    place = ARTIFACTS / "iteration=000000/update"
-    code, _, err = grpo("update", "--iteration", "1", "--force", *PRUNING)
-    message = (
-        f"{place}: policy 1 was pruned (checkpoints.keep_last, keep_every); there are policies 0, 3, 4,"
-        " the nearest is 0"
-    )
-    assert (code, err.splitlines()[-1]) == (4, f"error: {message}")
-    assert states(grpo, *PRUNING) == DONE * 2
+def on_disk(grpo: Grpo, *options: str) -> list[int]:
+    found: list[int] = json.loads(grpo("status", "--json", *options)[1])["policies"]["on_disk"]
+    return found
 
 
-def test_from_refuses_before_it_moves_anything_when_the_checkpoint_is_pruned(
+def test_a_policy_that_is_not_on_disk_is_rebuilt_and_said(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", *FEW)[0] == 0
+    assert on_disk(grpo) == [0, 4]
+    before = manifest(3, "update")["ids"]
+    code, _, err = grpo("update", "--iteration", "3", "--force", *FEW)
+    assert code == 0, err
+    line = r"policy 3 is not on disk: rebuilding it from policy 0 \(3 updates, about \d+ s\)"
+    assert any(re.fullmatch(line, each) for each in err.splitlines()), err
+    assert manifest(3, "update")["ids"] == before
+    assert states(grpo, *FEW) == DONE * 2
+
+
+def test_the_newest_policy_is_on_disk_before_what_it_came_from_is_replaced(
     finished: Path, grpo: Grpo
 ) -> None:
-    assert grpo("run", *PRUNING)[0] == 0
-    before = digests()
-    # With another learning rate update 1 is done again; as it is, to have policy 2, which was pruned too.
-    for options in (["--set", "update.learning_rate=0.02"], []):
-        place = ARTIFACTS / "iteration=000000/update"
-        code, out, err = grpo("run", "--from", "1", "--yes", *PRUNING, *options)
-        assert (code, out) == (4, "")
-        assert err.startswith(f"error: {place}: policy 1 was pruned")
-        assert err.endswith("the nearest is 0\n")
-    assert digests() == before
-    code, _, err = grpo("run", "--from", "2", "--yes", *PRUNING)
+    assert grpo("run", *FEW)[0] == 0
+    shutil.rmtree(ARTIFACTS / "iteration=000003/checkpoint")
+    before = manifest(3, "update")["ids"]["policy"]
+    code, _, err = grpo("advantage", "--iteration", "1", "--force", *FEW, "--set", "advantage.scale=none")
     assert code == 0, err
-    assert digests() == before
+    assert "advantage 1: policy 4 came from what is replaced: it is written\n" in err
+    assert on_disk(grpo, *FEW) == [0, 4]
+    assert manifest(3, "checkpoint")["inputs"]["policy@4"] == before
+    code, out, err = grpo("export", "--policy", "3", "--out", "three")
+    assert (code, out) == (4, "")
+    gone = "policy 3 is not on disk, and cannot be rebuilt: update 1 was made from another advantages@1 than"
+    assert err == f"error: {gone} the one that is there; `grpo run --from 1` makes another\n"
+    assert grpo("export", "--policy", "4", "--out", "four")[0] == 0
 
 
-def test_advice_leads_to_a_policy_that_is_there(finished: Path, grpo: Grpo) -> None:
-    assert grpo("run", *PRUNING)[0] == 0
+def test_from_goes_on_from_any_policy(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", *FEW)[0] == 0
+    before = {name: each for name, each in digests().items() if "checkpoint" not in name}
+    code, _, err = grpo("run", "--from", "2", "--yes", *FEW)
+    assert code == 0, err
+    assert {name: each for name, each in digests().items() if "checkpoint" not in name} == before
+    assert on_disk(grpo, *FEW) == [0, 4]
+
+
+def test_advice_leads_to_a_policy_that_can_be_had(finished: Path, grpo: Grpo) -> None:
+    assert grpo("run", *FEW)[0] == 0
     before = digests()
     shutil.rmtree(ARTIFACTS / "iteration=000001")
-    code, _, err = grpo("run", *PRUNING)
-    assert (code, "policy 2 is gone: `grpo run --from 0`" in err) == (4, True), err
-    code, _, err = grpo("run", "--from", "2", "--yes", *PRUNING)  # policy 1, to rebuild 2 from, was pruned
-    assert (code, err.endswith("nothing was moved; begin with that: --from 0\n")) == (4, True), err
-    assert grpo("run", "--from", "0", "--yes", *PRUNING)[0] == 0
+    code, _, err = grpo("run", *FEW)
+    assert (code, "policy 2 is gone: `grpo run --from 1`" in err) == (4, True), err
+    code, _, err = grpo("run", "--from", "2", "--yes", *FEW)
+    assert (code, err.endswith("nothing was moved; begin with that: --from 1\n")) == (4, True), err
+    assert grpo("run", "--from", "1", "--yes", *FEW)[0] == 0
     assert digests() == before
 
 
@@ -635,19 +654,19 @@ def test_a_stale_engine_stops_the_run_and_costs_nothing(
 ) -> None:
     from grpo.generate.engines.transformers_engine import TransformersEngine
 
-    load = TransformersEngine.load
+    take = TransformersEngine.take
     held: list[Any] = []
 
-    def stale(self: TransformersEngine, checkpoint: Path) -> None:
-        """From the 4th time on, back to what was held: three loads open the engine and bring policy 0."""
-        if len(held) < 3:
-            load(self, checkpoint)
-            held.append(self._model)
-        else:
-            self._model = held[-1]
+    def stale(self: TransformersEngine, weights: Weights) -> None:
+        """The third is the first of the learner's: what is held is policy 0, loaded before."""
+        if len(held) == 2:
+            return
+        take(self, weights)
+        held.append(self._model)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersEngine, "load", stale)
+        patch.setattr(TransformersEngine, "take", stale)
+        patch.setattr(TransformersEngine, "release", lambda self: None)
         code, out, err = grpo("run")
     assert (code, out) == (8, "")
     assert re.fullmatch(
@@ -673,14 +692,16 @@ def test_a_stale_engine_stops_a_stage_command_too(
 ) -> None:
     from grpo.generate.engines.transformers_engine import TransformersEngine
 
-    load = TransformersEngine.load
+    take = TransformersEngine.take
 
-    def stale(self: TransformersEngine, checkpoint: Path) -> None:
+    def stale(self: TransformersEngine, weights: Weights) -> None:
+        """What is held is a copy, as an engine on another device has one."""
         if self._model is None:
-            load(self, checkpoint)
+            take(self, weights)
+            self._model = copy.deepcopy(self._model)
 
     before = digests()
-    monkeypatch.setattr(TransformersEngine, "load", stale)
+    monkeypatch.setattr(TransformersEngine, "take", stale)
     code, _, err = grpo("generate", "--iteration", "1", "--force")
     assert code == 8
     assert "the engine does not compute a perturbed copy as the learner does" in err.splitlines()[-1]
@@ -705,9 +726,12 @@ def test_a_learning_rate_of_0_leaves_policy_and_weight_check_as_they_are(project
     ids = [manifest(iteration, "update")["ids"]["policy"] for iteration in (0, 1)]
     checks = [
         (ARTIFACTS / folder / "weight_check.json").read_bytes()
-        for folder in ("policy", "iteration=000000/update/policy", "iteration=000001/update/policy")
+        for folder in ("policy", "iteration=000000/update", "iteration=000001/update")
     ]
-    assert ids[0] == ids[1]
+    assert ids[0] != ids[1]  # they came from other rollouts
+    weights = [manifest(iteration, "update")["summary"]["weights"] for iteration in (0, 1)]
+    assert weights[0] == weights[1]
+    assert [manifest(iteration, "update")["summary"]["moved"] for iteration in (0, 1)] == [False, False]
     assert checks[0] == checks[1] == checks[2]
     query = "select mismatch_mean, ratio_max from updates order by iteration"
     for row in json.loads(grpo("sql", query, "--json")[1]):

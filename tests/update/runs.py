@@ -1,5 +1,7 @@
 """runs: a run on disk from rollouts in memory, without the stages before."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pyarrow as pa
 from tests.update.examples import MAX_NEW_TOKENS
 
 from grpo import tables
-from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Plan, Product, Run, Staging, id_of
+from grpo.artifacts import POLICY, STAGE_OUTPUTS, ActiveRun, Plan, Product, Run, Staging, held_part, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.models import weight_check
@@ -19,7 +21,7 @@ from grpo.update.batch import Rollouts
 from grpo.update.durable import Checkpoints
 from grpo.update.learner import Learner
 from grpo.update.plan import plan as planned
-from grpo.update.policies import Policies
+from grpo.update.policies import Policies, rebuilt_part
 
 
 def commit_table(
@@ -71,6 +73,16 @@ def commit_rollouts(run: Run, iteration: int, kept: Rollouts, unkept: Rollouts |
     schema = tables.schema
     commit_table(run, "rollouts", iteration, pa.Table.from_pylist(rows, schema=schema("rollouts")), config)
     commit_table(run, "advantages", iteration, pa.Table.from_pylist(advantages, schema=schema("advantages")))
+
+
+@contextmanager
+def whole(run: ActiveRun, policy: int, scratch: Path) -> Iterator[Path]:
+    """A policy as an ordinary checkpoint, on disk or not."""
+    if (folder := held_part(run, policy, POLICY)) is not None:
+        yield folder
+        return
+    with rebuilt_part(run, policy, POLICY, scratch) as folder:
+        yield folder
 
 
 def update(run: ActiveRun, iteration: int, learner: Learner) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A reference that moves, on tiny real models: which policy it is, and that stopping changes nothing."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from tests.update.examples import all_logprobs, as_old, configuration, in_double, load, make_rollouts
-from tests.update.runs import commit_rollouts, make_run, update
+from tests.update.runs import commit_rollouts, make_run, update, whole
 
-from grpo.artifacts import ActiveRun, prune
+from grpo.artifacts import ActiveRun, durable_policies, prune
 from grpo.config import Config
 from grpo.errors import InputError
 from grpo.update import stage
@@ -24,7 +25,9 @@ LORA = {"rank": 4, "alpha": 8.0}
 
 def contents(run: ActiveRun) -> dict[str, bytes]:
     """Every file of every update but manifests and times; without what the fingerprint adds to a name."""
-    files = [path for path in run.path.glob("iteration=*/update/**/*") if path.is_file()]
+    outputs = ("update", "checkpoint")
+    found = [path for output in outputs for path in run.path.glob(f"iteration=*/{output}/**/*")]
+    files = [path for path in found if path.is_file()]
     own = [path for path in files if path.name not in ("manifest.json", "timings.json")]
     names = [re.sub("-[0-9a-f]{8}[.]", ".", str(path.relative_to(run.path))) for path in own]
     assert len(set(names)) == len(own) > ITERATIONS
@@ -53,8 +56,8 @@ def test_the_reference_is_the_newest_policy_of_a_multiple(
     run = trained(tmp_path, config, untied, other)
     rollouts, found = make_rollouts(), []
     for iteration, number in enumerate((0, 0, 2, 2, 4)):
-        folder = held_part(run, number, POLICY) if number else other
-        expected = all_logprobs(load(folder, torch.float32), rollouts)
+        with whole(run, number, tmp_path) if number else nullcontext(other) as folder:
+            expected = all_logprobs(load(folder, torch.float32), rollouts)
         stored = run.read("logprobs", iteration)["reference_logprobs"].to_pylist()
         for row, values in zip(stored, expected, strict=True):
             np.testing.assert_allclose(row, values, atol=2e-5)
@@ -92,18 +95,37 @@ def test_with_a_period_of_the_whole_run_it_is_as_if_it_stayed(tmp_path: Path, un
     assert contents(runs[0]) == contents(runs[1])
 
 
-def test_a_reference_that_was_pruned_is_said_before_anything_is_sampled(tmp_path: Path, untied: Path) -> None:
+def test_a_reference_that_is_not_on_disk_is_rebuilt(tmp_path: Path, untied: Path) -> None:
     config = configuration(kl_coefficient=0.2, learning_rate=0.01)
-    checkpoints = config.checkpoints.model_copy(update={"keep_last": 2, "keep_every": None})
-    run = trained(tmp_path, config.model_copy(update={"checkpoints": checkpoints}), untied, untied)
-    prune(run)
+    run = trained(tmp_path, config, untied, untied)
+    prune(run, keep_last=1)
+    assert durable_policies(run) == [0, ITERATIONS]
     moving = config.update.model_copy(update={"reference_every": 3})
     run.config = run.config.model_copy(update={"update": moving})
-    commit_rollouts(run, ITERATIONS, make_rollouts())
+    rollouts = make_rollouts()
+    commit_rollouts(run, ITERATIONS, rollouts)
     assert "policy@3" in plan(run, ITERATIONS).inputs
+    stage.check(run, 9, None)
+    update(run, ITERATIONS, Learner(moving, "cpu"))
+    stored = run.read("logprobs", ITERATIONS)["reference_logprobs"].to_pylist()
+    with whole(run, 3, tmp_path) as folder:
+        expected = all_logprobs(load(folder, torch.float32), rollouts)
+    for row, values in zip(stored, expected, strict=True):
+        np.testing.assert_allclose(row, values, atol=2e-5)
+
+
+def test_a_reference_that_can_be_had_no_more_is_said_before_anything_is_sampled(
+    tmp_path: Path, untied: Path
+) -> None:
+    config = configuration(kl_coefficient=0.2, learning_rate=0.01)
+    run = trained(tmp_path, config, untied, untied)
+    prune(run, keep_last=1)
+    commit_rollouts(run, 1, make_rollouts(seed=7))
+    moving = config.update.model_copy(update={"reference_every": 3})
+    run.config = run.config.model_copy(update={"update": moving})
     message = (
-        "^update.reference_every: policy 3 is the reference of iteration 5; .*: policy 3 was pruned"
-        r" \(checkpoints.keep_last, keep_every\); there are policies 0, 4, 5, the nearest is 4$"
+        "^update.reference_every: policy 3 is the reference of iteration 5; policy 3 is not on disk, and"
+        " cannot be rebuilt: update 1 was made from another rollouts@1 than the one that is there"
     )
     with pytest.raises(InputError, match=message):
         stage.check(run, 9, None)

@@ -77,7 +77,7 @@ def test_replay_equals_the_plain_restatement_over_both_iterations(
     config = configuration(objective, steps_per_iteration=steps, **SETTINGS)
     run = after(tmp_path, config, untied, other, parts)
     learner = make_learner(untied, config.update, double=True)
-    learner.holds = (run.id_of("policy@1"), run.id_of("optimizer@1"))
+    learner.holds = run.id_of("policy@1")
     table = update(run, 1, learner)
 
     both, model = joined(parts), in_double(untied)

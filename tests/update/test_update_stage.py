@@ -37,7 +37,7 @@ from tests.update.examples import (
 from tests.update.runs import commit_rollouts, make_run, update
 
 from grpo import tables
-from grpo.artifacts import Run
+from grpo.artifacts import CHECKPOINT, Run
 from grpo.config import Config
 from grpo.errors import EngineError, UsageError
 from grpo.update import outputs, training
@@ -178,11 +178,9 @@ def test_a_sampler_equal_to_the_learner_has_nothing_to_correct(
 
 
 def bytes_of(run: Run, iteration: int) -> dict[str, bytes]:
-    """Policy and optimiser files of an update."""
-    manifest = run.require("update", iteration, "")
-    return {
-        file.name: run.path_of(file, "update", iteration).read_bytes() for file in manifest.files if file.part
-    }
+    """Policy and optimiser files of the checkpoint of what an update made."""
+    manifest = run.require(CHECKPOINT, iteration, "")
+    return {file.name: run.path_of(file, CHECKPOINT, iteration).read_bytes() for file in manifest.files}
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -369,7 +367,7 @@ def test_nothing_is_committed_after_an_error(tmp_path: Path, untied: Path) -> No
     with pytest.raises(EngineError, match=r"\(0, 1, 1\); nothing was committed$"):
         update(run, 0, learner)
     assert run.manifest("update", 0) is None
-    assert learner.holds == (None, None)
+    assert learner.holds is None
     [row] = update(run, 0, learner)  # loaded again from disk
     assert row["skipped"] is False
 

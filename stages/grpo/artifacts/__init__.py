@@ -62,6 +62,7 @@ from grpo.artifacts.policies import (
     is_durable,
     newest_policy,
     origin_of,
+    same_weights_since,
 )
 from grpo.artifacts.replaced import replaced
 from grpo.artifacts.retention import drop, droppable, kept, prune, prune_known
@@ -161,6 +162,7 @@ __all__ = [
     "roll_forward",
     "run_names",
     "same_folder",
+    "same_weights_since",
     "seal",
     "staged_attempts",
     "staging_folders",

@@ -61,6 +61,16 @@ def origin_of(run: Run, policy: int) -> Origin:
     return Origin(policy, number)
 
 
+def same_weights_since(run: Run, policy: int) -> int:
+    """The first policy that has the weights of this one: some updates move none."""
+    while policy:
+        update = run.manifest("update", policy - 1)
+        if update is None or update.summary["moved"]:
+            break
+        policy -= 1
+    return policy
+
+
 def newest_policy(run: Run) -> int:
     """The newest policy that was made, and not lost with its update; 0 before the first."""
     return next((n + 1 for n in reversed(run.iterations()) if run.manifest("update", n) is not None), 0)

@@ -90,6 +90,7 @@ class _UpdateSummary(_Held):
     mismatch_mean: Share = None
     layout: Text | None = None
     weights: Text | None = None
+    moved: bool = True
 
 
 class _Execution(_Held):

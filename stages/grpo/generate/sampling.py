@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from grpo.artifacts import ActiveRun, FileRecord, Staging
+from grpo.artifacts import ActiveRun, FileRecord, Staging, same_weights_since
 from grpo.config import GenerateConfig
 from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.rollouts import SamplingTask, rollouts_table
@@ -141,7 +141,7 @@ def requests_of(
 
 def _bring_policy(run: ActiveRun, staging: Staging, tool: Sampler, policy: int) -> float | None:
     """Put a policy into the engine, opening it the first time; see weight_sync.py."""
-    sync, policy_id = tool.weight_sync, staging.plan.inputs[f"policy@{policy}"]
+    sync, policy_id = tool.weight_sync, run.id_of(f"policy@{same_weights_since(run, policy)}") or ""
     if not sync.is_open:
         with staging.clock("open"):
             sync.open(run.start["policy"], read_weight_check(run.weight_check_path(0)))

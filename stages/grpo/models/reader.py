@@ -27,12 +27,15 @@ _PROOF_TOLERANCE = 1e-4
 
 
 class Reader(nn.Module):
-    """`model` and its head; nothing is copied. The model is in eval mode, in float32 or float64."""
+    """`model` and its head; nothing is copied. The model is in eval mode, in float32 or float64.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    few: all logits at once, which needs no proof of a head: less for whoever reads a few tokens once.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, few: bool = False) -> None:
         super().__init__()
         self.model = model
-        split = split_head(model)
+        split = None if few else split_head(model)
         # Not the head itself: sharding replaces its parameters.
         self.form = None if split is None else (split[1].scale, split[1].softcap)
 

@@ -5,6 +5,7 @@ that did not arrive, keys of an older policy in a prefix cache, rollouts of othe
 says. It costs nothing, for both are there.
 """
 
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -50,16 +51,13 @@ class FirstRead:
         tolerance = tolerance_of(self._sampled, self._precision)
         if tolerance is not None and difference <= _OF_TOLERANCE * tolerance:
             return  # as nearly always: no manifest of an earlier update is read
-        usual = _usual(self._run, self._iteration)
-        if tolerance is None and usual is None:
-            return  # nothing says yet what is right where both round
-        limit = max(_OF_TOLERANCE * (tolerance or FLOAT32_TOLERANCE), _OF_USUAL * (usual or 0.0))
+        at, limit = self._iteration, limit_of(tolerance, _usual(self._run, self._iteration))
         if not difference <= limit:  # NaN is not
             raise EngineError(
-                f"update {self._iteration}: the first log-probs are {difference:.1e} nats per token from what"
-                f" the rollouts were sampled with, at most {limit:.1e} is right: the engine had other"
-                " weights, or kept a cache of them; `grpo doctor --model` measures it, `grpo generate"
-                f" --iteration {self._iteration} --force` samples again; nothing was committed"
+                f"update {at}: the first log-probs are {difference:.1e} nats per token from what the rollouts"
+                f" were sampled with, at most {limit:.1e} is right: the engine had other weights, or kept a"
+                f" cache of them; `grpo doctor --model` measures it; `grpo generate --iteration {at} --force`"
+                f" and `grpo run --from {at}` sample again; nothing was committed"
             )
 
 
@@ -82,6 +80,13 @@ def tolerance_of(sampled: Manifest, precision: str) -> float | None:
     if found == "float32":
         return FLOAT32_TOLERANCE
     return None if apart is None else max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * apart)
+
+
+def limit_of(tolerance: float | None, usual: float | None) -> float:
+    """The most that is right, in nats per token; without either, anything: none says what rounding does."""
+    if tolerance is None and usual is None:
+        return math.inf
+    return max(_OF_TOLERANCE * (tolerance or FLOAT32_TOLERANCE), _OF_USUAL * (usual or 0.0))
 
 
 def _usual(run: ActiveRun, iteration: int) -> float | None:

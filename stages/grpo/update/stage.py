@@ -92,6 +92,7 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, policies: Policies
             raise InputError(f"{OWN}: {own.file} changed as the update began; run it again")
         keep_source(run, own.sha256, own.file.name, own.file.read_bytes)
         learner.objective = objective_of(run.config.update, own)
+    weights_before = before.summary["weights"] if before is not None else weights_digest(learner.model)
     learner.holds = None  # until the commit has happened, memory is ahead of the disk
     first_read = FirstRead(run, iteration, rollouts, learner.network.precision)
     rows, stored = train(run, iteration, rollouts, learner, clock, first_read)
@@ -100,7 +101,7 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, policies: Policies
         weights = weights_digest(learner.model)
     ids = {name: id_of(sorted(held[name], key=lambda file: file.name)) for name in IDS}
     ids["policy"] = policy_id(staging.plan, weights)
-    summary = {**summary_of(rows), **layout, "weights": weights}
+    summary = {**summary_of(rows), **layout, "weights": weights, "moved": weights != weights_before}
     execution = execution_of(learner)
     if policies.rebuilt:
         execution["rebuilt"], policies.rebuilt = policies.rebuilt, None

@@ -20,10 +20,15 @@ from transformers import (
     Qwen2Config,
 )
 
+from grpo.artifacts import files
+from grpo.config import LoraConfig
 from grpo.errors import DataError, EngineError
 from grpo.generate.engines.protocol import Group, Request, Sampling, group_seed
 from grpo.generate.engines.transformers_engine import TransformersEngine, plan_batches
 from grpo.models.loading import load_model
+from grpo.models.weights import Weights
+from grpo.update.adapter import add_adapter
+from grpo.update.checkpoint import policy_files
 
 VOCABULARY = 40
 SIZES: dict[str, Any] = {
@@ -171,6 +176,58 @@ def test_a_reloaded_engine_gives_the_bytes_of_a_fresh_one(qwen2: Path, tmp_path:
     assert digest(sampled(engine, [REQUESTS])) == digest(sampled(opened(later), [REQUESTS])) != before
     engine.load(qwen2)
     assert digest(sampled(engine, [REQUESTS])) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_memory_give_the_bytes_of_a_checkpoint(family: str, tmp_path: Path) -> None:
+    one = write_checkpoint(tmp_path / "one", FAMILIES[family])
+    two = write_checkpoint(tmp_path / "two", FAMILIES[family], seed=1)
+    model = load_model(two, "cpu")
+    engine = TransformersEngine("cpu", 64)
+    engine.take(Weights(load_model(one, "cpu"), one))
+    assert digest(sampled(engine, [REQUESTS])) == digest(sampled(opened(one), [REQUESTS]))
+    # Of the learner's model only the tensors are used: not its modules, which are in training in part.
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    engine.take(Weights(model, two))
+    assert digest(sampled(engine, [REQUESTS])) == digest(sampled(opened(two), [REQUESTS]))
+    assert engine._model is not None
+    pairs = zip(engine._model.parameters(), model.parameters(), strict=True)
+    assert all(own.data_ptr() == given.data_ptr() for own, given in pairs)  # nothing was copied
+    alone = TransformersEngine("cpu", 64)
+    alone.take(Weights(model, two))  # an engine that has not been opened before
+    assert digest(sampled(alone, [REQUESTS])) == digest(sampled(opened(two), [REQUESTS]))
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_an_adapter_is_merged_and_the_learner_s_weights_stay(
+    qwen2: Path, tmp_path: Path, is_open: bool
+) -> None:
+    pytest.importorskip("peft")
+    model = load_model(qwen2, "cpu")
+    adapter = add_adapter(model, LoraConfig(rank=4, alpha=8, modules_to_save=["norm"]), seed=0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    for name, content in policy_files(model, qwen2):
+        files.write_chunks(tmp_path / name, content)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = opened(qwen2) if is_open else TransformersEngine("cpu", 64)
+    for _ in range(2):
+        engine.take(Weights(model, qwen2))
+        assert digest(sampled(engine, [REQUESTS])) == digest(sampled(opened(tmp_path), [REQUESTS]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_engine_that_leaves_lets_go_of_the_learner_s_weights(qwen2: Path) -> None:
+    engine, model = TransformersEngine("cpu", 64), load_model(qwen2, "cpu")
+    engine.take(Weights(model, qwen2))
+    engine.release()
+    held = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model
+    gc.collect()
+    assert all(each() is None for each in held)
 
 
 def test_any_of_several_eos_ids_ends_a_response(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ class TransformersEngine:
         model = self._blueprint.load_model(checkpoint, self.device) if self._blueprint else None
         if model is None:
             model = load_model(checkpoint, self.device, self.attention)
-            self._build_like(model, checkpoint)
+            self._blueprint = Blueprint(model, checkpoint)
+            self._look_at(model)
         self._model, self._checkpoint = model, checkpoint
         self._eos_ids = eos_token_ids(checkpoint)
 
@@ -70,22 +71,25 @@ class TransformersEngine:
         In modules of its own: what training leaves in those of the learner changes nothing here.
         """
         self.release()
-        if self._blueprint is None or not self._blueprint.is_of(weights.folder):
+        blueprint = self._blueprint
+        if blueprint is None or not blueprint.is_of(weights.folder):
             model = weights.plain or load_model(weights.folder, self.device, self.attention)
-            self._build_like(model, weights.folder)
-        assert self._blueprint is not None
-        tensors = {name: tensor.to(self.device) for name, tensor in weights.own()}
-        self._model, self._checkpoint = self._blueprint.holding(tensors), weights.folder
+            blueprint = Blueprint(model, weights.folder)
+        model = blueprint.holding({name: tensor.to(self.device) for name, tensor in weights.own()})
+        if blueprint is not self._blueprint:
+            self._blueprint = blueprint
+            self._look_at(model)
+        self._model, self._checkpoint = model, weights.folder
         self._eos_ids = eos_token_ids(weights.folder)
 
-    def _build_like(self, model: PreTrainedModel, checkpoint: Path) -> None:
+    def _look_at(self, model: PreTrainedModel) -> None:
+        """See what a model that is not like the one before can do. Raises UnsupportedModelError."""
         accepted = inspect.signature(model.forward).parameters
         for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
             if name not in accepted:
                 message = f"{type(model).__name__} takes no {name}, which the transformers engine needs"
                 raise UnsupportedModelError(f"generate: {message}")
         self._takes_prefix = takes_prefix(model)
-        self._blueprint = Blueprint(model, checkpoint)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs at temperature 1 of every token but the first, by the learner's formula."""
