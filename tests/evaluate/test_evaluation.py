@@ -353,12 +353,8 @@ def test_checkpoints_go_and_evaluations_stay(measured: Path, grpo: Grpo) -> None
 
 
 FEW = [
-    "--set",
-    "checkpoints={every: 9, keep_last: 1}",
-    "--set",
-    "iterations=4",
-    "--set",
-    "stop.metric=reward",
+    *("--set", "checkpoints={every: 9, keep_last: 1}"),
+    *("--set", "iterations=4", "--set", "stop.metric=reward"),
 ]
 
 

@@ -83,8 +83,19 @@ def test_a_checkpoint_without_its_manifest_is_none(few: Path, grpo: Grpo) -> Non
     assert verify(grpo)[1]["policies"]["on_disk"] == [0, 3, 6]
 
 
-def test_weights_that_are_not_those_of_their_update_are_not_taken(few: Path, grpo: Grpo) -> None:
-    """A whole checkpoint with all its digests, and of another policy: only the update can tell."""
+@pytest.mark.parametrize(("command", "code"), [(["update", "--iteration", "5"], 6), (["run"], 8)])
+def test_weights_that_are_not_those_of_their_update_are_not_taken(
+    few_once: Path, few: Path, grpo: Grpo, command: list[str], code: int
+) -> None:
+    """A whole checkpoint with all its digests, and of another policy: only the update can tell.
+
+    Before anything is sampled, the engine does, by what the update recorded of the weights.
+    """
+    if command[0] == "update":
+        shutil.rmtree("artifacts")
+        shutil.copytree(few_once / "six", "artifacts")
+        for output in ("update", "checkpoint"):
+            shutil.rmtree(RUN / "iteration=000005" / output)
     shutil.copyfile(RUN / "iteration=000002/checkpoint" / WEIGHTS, CHECKPOINT / WEIGHTS)
     path = CHECKPOINT / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -94,9 +105,27 @@ def test_weights_that_are_not_those_of_their_update_are_not_taken(few: Path, grp
     del manifest["sha256"]
     path.write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
     assert verify(grpo)[0] == 0
-    code, _, err = grpo("run", *FEW, "--set", "iterations=6")
-    line = f"error: {CHECKPOINT}: its weights are not those that update 4 made"
-    assert (code, err.splitlines()[-1][: len(line)]) == (6, line), err
+    found, _, err = grpo(*command, *FEW, "--set", "iterations=6")
+    line = {
+        6: f"error: {CHECKPOINT}: its weights are not those that update 4 made",
+        8: "error: generate: the engine does not compute the policy as the learner does: ",
+    }[code]
+    assert (found, err.splitlines()[-1][: len(line)]) == (code, line), err
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "manifest.json"])
+def test_a_damaged_checkpoint_of_a_policy_that_is_gone_stays(few: Path, grpo: Grpo, name: str) -> None:
+    force = ["--iteration", "4", "--force", "--set", "advantage.scale=none"]
+    assert grpo("advantage", *force)[0] == 0
+    flip(CHECKPOINT / name)
+    code, found = verify(grpo, "--discard")
+    [told] = found["damaged"]
+    assert (code, told["redo"], CHECKPOINT.exists()) == (6, None, True)
+    assert (
+        "cannot be rebuilt (policy 5 is not on disk, and cannot be rebuilt: update 4 was made"
+        in told["found"]
+    )
+    assert told["found"].endswith("restore it from a copy, or `grpo run --from 4`")
 
 
 FEW = ["--set", "checkpoints={every: 3, keep_last: 9}"]
