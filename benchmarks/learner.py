@@ -161,7 +161,7 @@ def whole() -> None:
         form = learner.network.reader.form
         seconds: dict[str, list[float]] = {"in chunks": [], "at once": []}
         for _ in range(3):
-            for head, given in (("in chunks", form), "at once"):
+            for head, given in (("in chunks", form), ("at once", None)):
                 learner.network.reader.form = given
                 started = time.perf_counter()
                 step(learner, rollouts)

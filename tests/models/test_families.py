@@ -29,7 +29,7 @@ from grpo.update.learner import Learner
 TEMPERATURE = 0.8
 TOLERANCE = 2e-5  # nats, of one token
 # Their code does not tell the mask where a packed rollout begins: the learner finds it, and reads each alone.
-APART = {"falcon", ("opt", "off")}
+APART = {("falcon", "auto"), ("falcon", "off"), ("opt", "off")}
 
 
 def plain(checkpoint: Path) -> Any:

@@ -76,7 +76,7 @@ def test_what_is_sampled_from_memory_is_what_is_sampled_from_disk(
     wanted = [part for each in (ITERATIONS, "evaluate.every=3", *changes) for part in ("--set", each)]
     code, _, err = grpo("run", *wanted)
     assert code == 0, err
-    # Opening takes the start and its perturbed copy; policies 1, 2 and, measured, 3 come from the learner.
+    # Opening takes the start and its perturbed copy; policies 1, 2 and, measured, 3 are the learner's.
     assert lent == [False, False, has_adapter, has_adapter, has_adapter]
     in_memory = digests(Path("artifacts/tiny"))
     Path("artifacts/tiny").rename("artifacts/in_memory")

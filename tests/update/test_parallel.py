@@ -112,7 +112,7 @@ Results = dict[str, dict[str, Any]]
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, list[Results]]:
     """Of every case: what one process found, and what each of the group did."""
     folder = tmp_path_factory.mktemp("parallel")
-    for seed, name in enumerate("policy"):
+    for seed, name in enumerate(("policy", "reference")):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             Qwen2ForCausalLM(tiny.qwen2(initializer_range=0.1)).save_pretrained(folder / name)

@@ -130,8 +130,8 @@ class Policies:
             but = f"; its execution here: {', '.join(outcome.execution)}" if outcome.execution else ""
             raise EngineError(
                 f"update {outcome.iteration}: a replay gives other {', '.join(outcome.differing)} (log-probs"
-                f" {outcome.mean:.1e} nats off){but}; policy {outcome.iteration + 1} is not rebuilt: run it as"
-                f" it was run, or `grpo run --from {outcome.iteration}` makes another"
+                f" {outcome.mean:.1e} nats off){but}; policy {outcome.iteration + 1} is not rebuilt: run it"
+                f" as it was run, or `grpo run --from {outcome.iteration}` makes another"
             )
         if outcome.differing:
             self.rebuilt = {"policy": outcome.iteration + 1, "mean_difference": outcome.mean}
