@@ -1,8 +1,8 @@
 """age: what an iteration and a command cost late in a run, against early; CPU, of a tiny project.
 
 The old iterations are made up: each is a copy of a real one (tables and checkpoint hard-linked) whose
-manifests say what that iteration's would, fingerprints and ids of what it read included; all but the newest
-are marked as pruned. Real iterations are run on top of them. Each age is a process of its own, and they take
+manifests say what that iteration's would, fingerprints and ids of what it read included; the newest policies
+are on disk. Real iterations are run on top of them. Each age is a process of its own, and they take
 turns, an iteration each, so that what else the machine does meets all alike. CPU is of the process itself:
 the worker that scores is another.
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from machine import describe
 
-from grpo.artifacts import MANIFEST, PRUNED, TIMINGS, ActiveRun, seal
+from grpo.artifacts import CHECKPOINT, MANIFEST, TIMINGS, ActiveRun, seal
 from grpo.config import load
 from grpo.console import Console
 from grpo.pipeline.stages import STAGES
@@ -143,19 +143,23 @@ def _make_old(folder: Path, num_iterations: int) -> None:
     for iteration in range(REAL, num_iterations):
         for stage in STAGES:
             plan = stage.plan(run, iteration)
-            model = run.require(stage.output, REAL - 1, "grpo run")
-            changes = {"iteration": iteration, "fingerprint": plan.fingerprint(0), "inputs": plan.inputs}
-            source, target = run.folder(stage.output, REAL - 1), run.folder(stage.output, iteration)
-            pruned = stage.output == "update" and iteration < num_iterations - NEWEST
-            target.mkdir(parents=True)
-            for file in model.files:
-                if not pruned or file.part == "":
-                    (target / file.part).mkdir(exist_ok=True)
-                    os.link(source / file.part / file.name, target / file.part / file.name)
-            if pruned:
-                (target / PRUNED).touch()
-            (target / TIMINGS).write_bytes((source / TIMINGS).read_bytes())
-            (target / MANIFEST).write_bytes(seal(model.model_copy(update=changes).model_dump()))
+            _copy(run, stage.output, iteration, {"fingerprint": plan.fingerprint(0), "inputs": plan.inputs})
+        if iteration >= num_iterations - NEWEST:
+            reference = f"policy@{iteration + 1}"
+            _copy(run, CHECKPOINT, iteration, {"inputs": {reference: run.id_of(reference)}})
+
+
+def _copy(run: ActiveRun, output: str, iteration: int, changes: dict[str, Any]) -> None:
+    """An output of the last real iteration as that of another: files by hard links, the manifest changed."""
+    model = run.require(output, REAL - 1, "grpo run")
+    source, target = run.folder(output, REAL - 1), run.folder(output, iteration)
+    target.mkdir(parents=True)
+    for file in model.files:
+        (target / file.part).mkdir(exist_ok=True)
+        os.link(source / file.part / file.name, target / file.part / file.name)
+    (target / TIMINGS).write_bytes((source / TIMINGS).read_bytes())
+    manifest = model.model_copy(update={"iteration": iteration, **changes})
+    (target / MANIFEST).write_bytes(seal(manifest.recorded()))
 
 
 def _iterations(projects: dict[int, Path]) -> dict[int, list[float]]:

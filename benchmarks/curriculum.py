@@ -27,7 +27,7 @@ from machine import describe
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from grpo.artifacts import ActiveRun
+from grpo.artifacts import POLICY, ActiveRun, held_part
 from grpo.config import Config
 from grpo.console import Console
 from grpo.models import starter_model
@@ -179,7 +179,7 @@ def measured(folder: Path, arm: str, rate: float, seed: int, products: tuple[lis
             },
             "score": {"rewards": [{"function": "exact_answer"}], "workers": 1},
             "update": {"objective": "dapo", "learning_rate": rate, "betas": [0.9, 0.95]},
-            "checkpoints": {"keep_last": 2, "keep_every": None},
+            "checkpoints": {"every": 1, "keep_last": 2},
         }
     )
     run = ActiveRun(folder / "artifacts", config, folder, Console(quiet=True))
@@ -187,7 +187,9 @@ def measured(folder: Path, arm: str, rate: float, seed: int, products: tuple[lis
 
     def note(iteration: int) -> None:
         sampled = run.require("rollouts", iteration, "grpo run").rows
-        curve.append((curve[-1][0] + sampled, *accuracy(run.policy_folder(iteration + 1), products)))
+        while (policy := held_part(run, iteration + 1, POLICY)) is None:
+            time.sleep(0.01)  # it is written beside the work
+        curve.append((curve[-1][0] + sampled, *accuracy(policy, products)))
         if curve[-1][0] >= BUDGET:
             raise Enough
 

@@ -114,7 +114,7 @@ def raw_generate(run: ActiveRun, tool: Sampler) -> Callable[[], int]:
     config = run.config.generate
     rows = draw(len(tool.prompts), run.config.seed, 0, config.prompts_per_iteration)
     token_ids = encode(tool.prompts.take(rows).to_pylist(), tool.tokenizer, Chat())[1]
-    stop_ids = sorted(eos_token_ids(run.policy_folder(0)))
+    stop_ids = sorted(eos_token_ids(run.start["policy"]))
     llm: Any = tool.engine._llm  # type: ignore[attr-defined]
 
     def call() -> int:

@@ -41,7 +41,6 @@ SHARED: dict[str, Any] = {
     "evaluate.samples_per_prompt": 8,
     "evaluate.temperature": 1.0,
     "checkpoints.keep_last": 2,
-    "checkpoints.keep_every": None,
 }
 OBJECTIVES: tuple[str, ...] = get_args(UpdateConfig.model_fields["objective"].annotation)
 ESTIMATORS: tuple[str, ...] = get_args(AdvantageConfig.model_fields["estimator"].annotation)

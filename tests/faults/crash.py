@@ -62,6 +62,8 @@ SCENARIOS = {
         ["run", "--set", NEW_REWARD],
     ),
     "rounds": Scenario(["run", "--until", "1", "--set", ROUNDS], None),
+    # Policies between are rebuilt; what was written goes as the next is.
+    "every 3": Scenario(["run", "--until", "5", "--set", "checkpoints={every: 3, keep_last: 1}"], None),
     "prune": Scenario(["run", "--until", "3", "--set", KEEP_2], None),
 }
 

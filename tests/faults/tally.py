@@ -15,12 +15,12 @@ SAMPLED = LONG or bool(os.environ.get("GRPO_FAULTS"))
 if os.environ.get("GRPO_FAULTS", "") not in ("", "sampled"):
     raise ValueError(f"GRPO_FAULTS={os.environ['GRPO_FAULTS']}: expected sampled, or nothing")
 ONE_OF_EACH = "one of each kind"
-COMMANDS = ("run", "next", "from", "score", "evaluate", "gc", "fork")
+COMMANDS = ("run", "next", "from", "every 3", "score", "evaluate", "gc", "fork")
 ERRORS = ("ENOSPC", "EIO", "EACCES")
-CUT_OFF = ("run", "next", "from 0", "prune", "gc", "fork")
+CUT_OFF = ("run", "next", "from 0", "every 3", "prune", "gc", "fork")
 # How much `make test`, `make test-faults` and `make test-long` try. Of operations: each n-th.
 EXTENTS: dict[str, tuple[Any, Any, Any]] = {
-    "commands with a fault at an operation": (("run", "from"), COMMANDS, COMMANDS),
+    "commands with a fault at an operation": (("run", "from", "every 3"), COMMANDS, COMMANDS),
     "operations with SIGKILL": (ONE_OF_EACH, 9, 1),
     "operations with SIGKILL in `rounds`": (ONE_OF_EACH, 36, 1),
     "errors": (ERRORS[:1], ERRORS, ERRORS),
@@ -134,6 +134,7 @@ _COMMANDS = {
     "gc": "`grpo gc` behind a third iteration and a `--from`",
     "fork": "`grpo fork` from iteration 1",
     "rounds": "`grpo run`, the first iteration of a new run with dynamic sampling",
+    "every 3": "`grpo run`, five iterations of a new run whose every third policy is written",
     "prune": "`grpo run`, three iterations of a new run that keeps two checkpoints",
 }
 

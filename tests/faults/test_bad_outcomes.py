@@ -164,7 +164,7 @@ def test_a_checkpoint_that_cannot_be_used(project: Path, grpo: Grpo, case: Case)
     check(grpo, case)
 
 
-POLICY = "artifacts/tiny/iteration=000001/update/policy"
+POLICY = "artifacts/tiny/iteration=000001/checkpoint/policy"
 LATER = [
     # another tokenizer than the rollouts were sampled with; and what an update wrote
     Case(

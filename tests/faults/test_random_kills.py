@@ -13,7 +13,7 @@ from tests.faults.tally import extent
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled]
 KILLS = extent("SIGKILL at a random time")
-RUN = ["run", "--until", "6", "--set", "checkpoints={every: 1, keep_last: null}"]
+RUN = ["run", "--until", "6", "--set", "checkpoints={every: 3, keep_last: null}"]
 LONG_RUN = [
     "run",
     "--until",

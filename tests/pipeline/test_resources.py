@@ -1,7 +1,7 @@
 """Resources are opened once, and those of two stages take turns on the accelerator."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ from tests.conftest import Grpo
 from grpo.artifacts import ActiveRun
 from grpo.config import load as load_config
 from grpo.console import Console
+from grpo.errors import EngineError
 from grpo.pipeline import stages
 from grpo.pipeline.resources import Resources
 from grpo.pipeline.stages import Stage, StageModule
@@ -116,3 +117,41 @@ def test_every_stage_releases_its_resource_once_an_iteration(
     iteration = ["generate", "-generate", "score", "-score", "advantage", "-advantage", "update"]
     # The rewards are looked at before anything is sampled; what is last has nobody to leave for.
     assert happened == ["-score", *iteration, "-update", *iteration]
+
+
+@pytest.mark.parametrize(
+    ("holds", "number", "expected"),
+    [
+        ("policy@2", 2, ["lend", "taken", "release"]),
+        ("policy@2", 1, []),  # an earlier one is on disk
+        (None, 2, []),  # memory is ahead of the disk, or nothing is loaded
+        ("not open", 2, []),
+    ],
+)
+def test_a_policy_is_lent_by_the_learner_that_holds_it(
+    finished: Path, holds: str | None, number: int, expected: list[str]
+) -> None:
+    """finished: two iterations, so policies 0, 1 and 2."""
+    happened: list[str] = []
+    run = ActiveRun(Path("artifacts"), load_config(Path("pipeline.yaml")), Path(), Console(quiet=True))
+
+    run.start = {"policy": Path("model")}
+
+    def lend(start: Path) -> str:
+        assert start == run.policy_folder(0)
+        happened.append("lend")
+        return "weights"
+
+    held = run.id_of(holds) if holds and "@" in holds else None
+    learner = SimpleNamespace(holds=(held, None), lend=lend, release=lambda: happened.append("release"))
+    with Resources(run) as resources:
+        if holds != "not open":
+            resources._open["update"] = learner
+        with suppress(EngineError), resources.lend(number) as source:
+            if source == run.policy_folder(number):
+                assert not expected
+            else:
+                assert source == "weights"  # type: ignore[comparison-overlap]
+                happened.append("taken")
+            raise EngineError("it fails")  # the learner leaves all the same
+    assert happened == expected
