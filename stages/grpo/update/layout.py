@@ -22,6 +22,7 @@ from grpo.update.tree_attention import Place
 # are respected. rows: one rollout a sequence, padded on the right: right for every causal model.
 Layout = Literal["shared", "packed", "rows"]
 PROMPT, PADDING = 0, -1  # branch of a prompt's tokens; tree of padding
+ByRow = dict[int, np.ndarray]  # float32 [T_i] of some of the rollouts
 
 
 @dataclass(frozen=True)
@@ -195,3 +196,11 @@ def build(
     arrays = (grid, np.concatenate(places), np.concatenate(targets), lengths, temperatures)
     grid_4SL, *others = [torch.from_numpy(array).to(device) for array in arrays]
     return MicroBatch(rows, trees, *grid_4SL.unbind(), *others)
+
+
+def by_row(batch: MicroBatch, values_N: Tensor, room: ByRow) -> ByRow:
+    """Copy the values of a micro-batch to the places of its rollouts in `room`; returns those."""
+    parts = np.split(values_N.detach().float().cpu().numpy(), np.cumsum(batch.lengths_B.cpu().numpy())[:-1])
+    for row, values_T in zip(batch.rows.tolist(), parts, strict=True):
+        room[row][:] = values_T
+    return {row: room[row] for row in batch.rows.tolist()}

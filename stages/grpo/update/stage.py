@@ -11,6 +11,7 @@ from typing import Any
 from grpo.artifacts import ActiveRun, Manifest, Product, Staging, id_of, keep_source, prune_behind
 from grpo.errors import InputError
 from grpo.models.loading import best_device
+from grpo.models.turns import share_of
 from grpo.update.adapter import check_modules, require_peft
 from grpo.update.batch import longest, read_kept
 from grpo.update.execution import execution_of, weights_digest
@@ -47,8 +48,9 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 @contextmanager
 def open_resource(run: ActiveRun) -> Iterator[Learner]:
     """The learner, with nothing loaded yet."""
-    attention = run.config.model_options.attn_implementation
-    yield Learner(run.config.update, best_device(), run.config.seed, attention)
+    config, share = run.config, share_of(run.config.generate.engine_options)
+    attention = config.model_options.attn_implementation
+    yield Learner(config.update, best_device(), config.seed, attention, share)
 
 
 def release(learner: Learner) -> None:
