@@ -12,6 +12,7 @@ from tests.update.examples import (
     ROWS,
     all_logprobs,
     as_old,
+    configuration,
     in_double,
     make_learner,
     make_rollouts,
@@ -20,11 +21,13 @@ from tests.update.examples import (
     weights_of,
     whole_step,
 )
+from tests.update.runs import make_run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.config import UpdateConfig
 from grpo.models.turns import SPARE_BYTES
+from grpo.update import stage
 from grpo.update.checkpoint import OPTIMIZER_FILE
 from grpo.update.learner import Learner
 from grpo.update.objective import Stored
@@ -154,6 +157,17 @@ def test_what_waits_can_be_written_and_other_weights_are_loaded_into_it(tmp_path
     again = save_learner(learner, untied, tmp_path / "again")
     for name in ("policy/model.safetensors", OPTIMIZER_FILE):
         assert (again / name).read_bytes() == (here / name).read_bytes()
+
+
+def test_others_share_is_what_the_engine_is_given(tmp_path: Path, untied: Path) -> None:
+    config = configuration()
+    for options, share in (({}, 0.85), ({"gpu_memory_utilization": 0.4}, 0.4)):
+        generate = config.generate.model_copy(update={"engine_options": options})
+        run = make_run(
+            tmp_path / str(share), config.model_copy(update={"generate": generate}), untied, untied
+        )
+        with stage.open_resource(run) as learner:
+            assert learner.residence.share == share
 
 
 def test_on_a_cpu_nothing_moves_and_gradients_go(untied: Path) -> None:
