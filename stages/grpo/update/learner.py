@@ -103,8 +103,7 @@ class Learner:
 
         With update.lora, `policy` is the starting policy, and `adapter` what was trained on it since.
         """
-        if self.residence.arrive(self._tensors()) and "policy" in self._networks:
-            self.network.refresh()
+        self.resume()
         if self.holds == ids:
             return
         self.holds = (None, None)
@@ -148,11 +147,15 @@ class Learner:
         self._networks["policy"] = open_policy(model, config)
         self.optimizer = make_optimizer(config, model.parameters())
 
-    def release(self) -> None:
-        """Leave the accelerator until the next load(), unless others have their share of it as it is.
+    def resume(self) -> None:
+        """Take the accelerator again, with what release() left in main memory."""
+        if self.residence.is_away:
+            self.residence.arrive(self._tensors())
+            for network in self._networks.values():
+                network.refresh()
 
-        What is held stays as it is; gradients go, on a CPU too.
-        """
+    def release(self) -> None:
+        """Leave the accelerator until resume(), unless others have their share of it; gradients go anyway."""
         for network in self._networks.values():
             network.model.zero_grad(set_to_none=True)
         if self.device != "cpu" and not self.residence.may_stay():

@@ -52,15 +52,12 @@ class Residence:
             torch.cuda.empty_cache()
         self.is_away = True
 
-    def arrive(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Move back what left(); whether anything did. Main memory stays, for the next time."""
-        if not self.is_away:
-            return False
+    def arrive(self, tensors: Mapping[str, Tensor]) -> None:
+        """Move back what left. Its main memory stays, for the next time."""
         for tensor in _once(tensors).values():
             here = torch.empty_like(tensor, device=self.device)
             tensor.data = here.copy_(tensor.detach(), non_blocking=True)
         self.is_away = False
-        return True
 
 
 def tensors_of(models: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
