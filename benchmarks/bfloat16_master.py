@@ -22,6 +22,7 @@ import grpo
 
 HERE = Path(__file__).parent
 SEEDS = range(8)
+CLIPPED = ("clip_fraction_low", "clip_fraction_high")
 ITERATIONS, EVERY = 24, 6
 T_8 = 2.365  # 97.5 % of Student's distribution with 7 degrees of freedom
 SHARED: dict[str, Any] = {
@@ -42,6 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+Pair = tuple[dict[str, Any], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Found:
     """Of one run: `updates` of its first iteration, mean mismatch of all, pass@1 of policies 0, EVERY, ..."""
@@ -58,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {case: [measured(case, seed) for seed in SEEDS] for case in CASES}
     lines = table(found)
-    (HERE / "bfloat16_master.txt").write_text("\n".join([*lines, ""]))
+    (HERE / "bfloat16_master.txt").write_text("\n".join([*map(str.rstrip, lines), ""]))
     print(*lines, sep="\n")
 
 
@@ -78,13 +82,16 @@ def table(found: dict[str, list[Found]]) -> list[str]:
         f"quickstart, {ITERATIONS} iterations of {SHARED['update.steps_per_iteration']} steps,"
         f" {len(SEEDS)} seeds; {describe()}",
         "",
-        "four steps on the same rollouts: mean |difference| to float32's",
-        f"{'':<16} {'loss':>9} {'entropy':>9} {'kl':>9} {'grad_norm':>10}   grad_norm of it is relative",
+        "first iteration, the same rollouts: mean |difference| to float32's, of its steps that clip as many",
+        "tokens as that; where it clips others, the gradient is another (grad_norm: relative)",
+        f"{'':<16} {'steps':>8} {'loss':>9} {'entropy':>9} {'grad_norm':>10}   {'of all':>6}",
     ]
     for case in list(CASES)[1:]:
-        values = [_apart(found[case], found["float32"], name) for name in ("loss", "entropy", "kl")]
-        norm = _apart(found[case], found["float32"], "grad_norm", relative=True)
-        lines.append(f"{case:<16}" + "".join(f" {value:>9.1e}" for value in values) + f" {norm:>10.2%}")
+        every = _pairs(found[case], found["float32"])
+        alike = [pair for pair in every if all(pair[0][name] == pair[1][name] for name in CLIPPED)]
+        apart = f"{_apart(alike, 'loss'):>9.1e} {_apart(alike, 'entropy'):>9.1e}"
+        norm, of_all = (_apart(pairs, "grad_norm", relative=True) for pairs in (alike, every))
+        lines.append(f"{case:<16} {f'{len(alike)}/{len(every)}':>8} {apart} {norm:>10.2%}   {of_all:>6.2%}")
     policies = range(0, ITERATIONS + 1, EVERY)
     lines += [
         "",
@@ -104,14 +111,16 @@ def table(found: dict[str, list[Found]]) -> list[str]:
     return lines
 
 
-def _apart(runs: list[Found], exact: list[Found], name: str, *, relative: bool = False) -> float:
-    """Mean |difference| of a column of `updates` over seeds and steps."""
-    pairs = [
-        (one[name], other[name])
-        for run, right in zip(runs, exact, strict=True)
-        for one, other in zip(run.first, right.first, strict=True)
-    ]
-    return statistics.fmean(abs(one - other) / (abs(other) if relative else 1) for one, other in pairs)
+def _pairs(runs: list[Found], exact: list[Found]) -> list[Pair]:
+    """Rows of `updates` of the same seed and step."""
+    both = zip(runs, exact, strict=True)
+    return [pair for run, right in both for pair in zip(run.first, right.first, strict=True)]
+
+
+def _apart(pairs: list[Pair], name: str, *, relative: bool = False) -> float:
+    """Mean |difference| of a column."""
+    values = ((one[name], other[name]) for one, other in pairs)
+    return statistics.fmean(abs(one - other) / (abs(other) if relative else 1) for one, other in values)
 
 
 def _difference(runs: list[Found], exact: list[Found]) -> str:
