@@ -455,6 +455,14 @@ def test_a_surrogate_that_does_not_clip_needs_no_word_about_it(load_text: Load, 
             ["sampler_correction_floor=0.5"],
             "sampler_correction_floor: 0.5 bounds the weight of a sampler_corr",
         ),
+        (
+            ["weights=bfloat16_master", "precision=float32"],
+            "weights: bfloat16_master computes in bfloat16, found precision: float32; set",
+        ),
+        (
+            ["weights=bfloat16_master", "precision=bfloat16", "lora={rank: 2, alpha: 4}"],
+            "weights: bfloat16_master is for weights that train, and under lora they do not; leave one",
+        ),
     ],
 )
 def test_a_bound_without_effect_is_refused(refusal: Refuse, overrides: list[str], message: str) -> None:

@@ -4,6 +4,7 @@ Code that came with a checkpoint never runs, and pickled weights are never read.
 """
 
 import copy
+import operator
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -58,11 +59,14 @@ def load_model(checkpoint: Path, device: str, attention: str = "auto") -> PreTra
 def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """Have `model` compute, bit for bit, what load_model(checkpoint) would, of the same architecture.
 
+    Where its tensors are of a narrower type, what that would after rounding to it.
+
     Nothing is copied when the checkpoint is refused, by load_model or because its tensors are others.
     """
     source = _tensors(_read_model(checkpoint, model.config._attn_implementation))
     target = _tensors(model)
-    if differing := sorted(name for name, _ in _kinds(source).items() ^ _kinds(target).items()):
+    shapes = ({(name, tensor.shape) for name, tensor in each.items()} for each in (source, target))
+    if differing := sorted(name for name, _ in operator.xor(*shapes)):
         message = f"weight {differing[0]} differs in shape or tying from the model in memory"
         raise InputError(f"{checkpoint}: {message}; both must have the same architecture")
     for name, tensor in target.items():

@@ -17,6 +17,7 @@ from grpo.artifacts import (
 from grpo.console import duration
 from grpo.errors import EngineError, InputError
 from grpo.models.loading import best_device
+from grpo.models.turns import share_of
 from grpo.update.adapter import adapter_files
 from grpo.update.checkpoint import policy_files
 from grpo.update.durable import Checkpoints
@@ -172,8 +173,8 @@ class Policies:
 
 def new_learner(run: ActiveRun) -> Learner:
     """One of the run's configuration, with nothing loaded yet."""
-    attention = run.config.model_options.attn_implementation
-    return Learner(run.config.update, best_device(), run.config.seed, attention)
+    config, share = run.config, share_of(run.config.generate.engine_options)
+    return Learner(config.update, best_device(), config.seed, config.model_options.attn_implementation, share)
 
 
 @contextmanager
