@@ -26,6 +26,7 @@ from grpo.update.network import Network, check_layouts
 from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys, objective_of
 from grpo.update.optimizer import make_optimizer, move_state, settings_of
 from grpo.update.own_surrogate import NotFiniteError
+from grpo.update.plan import settled
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,9 +45,8 @@ class Learner:
     optimizer: torch.optim.Optimizer  # there once load() was called, as the policy's network is
 
     def __init__(self, config: UpdateConfig, device: str, seed: int = 0, attention: str = "auto") -> None:
-        self.config = config
-        self.objective = objective_of(config)
         self.device = device
+        self.config, self.objective = settled(config, on_gpu=device != "cpu"), objective_of(config)
         self.seed = seed  # of a new adapter
         self.attention = attention  # as load_model takes it
         self.holds: tuple[str | None, str | None] = (None, None)
@@ -77,7 +77,7 @@ class Learner:
 
     def configure(self, config: UpdateConfig) -> None:
         """Go on under `config` with what is in memory; what trains and the optimiser stay."""
-        self.config, self.objective = config, objective_of(config)
+        self.config, self.objective = settled(config, on_gpu=self.device != "cpu"), objective_of(config)
         self._networks = {name: self._open(each.model) for name, each in self._networks.items()}
         if "policy" in self._networks:
             self._checkpoint_gradients()

@@ -7,6 +7,7 @@ from grpo.artifacts.files import sha256_of
 from grpo.config import UpdateConfig
 from grpo.config.named_files import named_file
 from grpo.errors import InputError
+from grpo.models.device import gpu_is_there
 
 NAME = "update"
 OUTPUT = "update"
@@ -34,7 +35,8 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         references.append(f"updates@{iteration - 1}")
     if update.kl_coefficient:
         references.append(reference_of(update, iteration))
-    config = {"seed": run.config.seed, "update": update.recorded(_NOT_RESULT), **run.config.loaded_with()}
+    recorded = settled(update, on_gpu=gpu_is_there()).recorded(_NOT_RESULT)
+    config = {"seed": run.config.seed, "update": recorded, **run.config.loaded_with()}
     if update.schedule != "constant" or update.warmup_share:
         config["iterations"] = run.config.iterations  # over which the learning rate falls, or rises
     if teachers := run.config.score.teachers:
@@ -48,6 +50,12 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         inputs={reference: run.id_of(reference) or "" for reference in references},
         user_files={OWN: sha256_of(surrogate_file(run.imports, name))} if (name := update.own) else {},
     )
+
+
+def settled(update: UpdateConfig, *, on_gpu: bool, checkpointing: bool = False) -> UpdateConfig:
+    """With what is computed in place of `auto`; checkpointing: what whoever asks found for it."""
+    on = {"precision": "bfloat16" if on_gpu else "float32", "gradient_checkpointing": checkpointing}
+    return update.model_copy(update={key: on[key] for key in on if getattr(update, key) == "auto"})
 
 
 def reference_of(config: UpdateConfig, iteration: int) -> str:

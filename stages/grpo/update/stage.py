@@ -11,6 +11,7 @@ from typing import Any
 from grpo.artifacts import ActiveRun, Manifest, Product, Staging, id_of, keep_source, prune_behind
 from grpo.errors import InputError
 from grpo.models.loading import best_device
+from grpo.update import checkpointing
 from grpo.update.adapter import check_modules, require_peft
 from grpo.update.batch import longest, read_kept
 from grpo.update.execution import execution_of, weights_digest
@@ -48,7 +49,7 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 def open_resource(run: ActiveRun) -> Iterator[Learner]:
     """The learner, with nothing loaded yet."""
     attention = run.config.model_options.attn_implementation
-    yield Learner(run.config.update, best_device(), run.config.seed, attention)
+    yield Learner(checkpointing.settle(run), best_device(), run.config.seed, attention)
 
 
 def release(learner: Learner) -> None:
