@@ -1,7 +1,7 @@
 """What `grpo doctor` tells of memory, against what `grpo run` takes: the peak of its process, on a CPU.
 
-Two iterations each of the starter model, and of a Llama of 30M parameters with random weights: two micro-batches
-an update, so that gradients, moments and activations are there at once.
+Two iterations each of the starter model, and of a Llama of 30M parameters with random weights: two
+micro-batches an update, so that gradients, moments and activations are there at once.
 
 OMP_NUM_THREADS=1 python benchmarks/memory.py > benchmarks/memory.txt
 """

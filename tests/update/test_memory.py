@@ -168,3 +168,43 @@ def test_no_micro_batch_is_longer(still: Path) -> None:
         )
         told = longest_batch(config.model_copy(update={"update": update}), 10, on_gpu=False)
         assert largest <= told <= max(most, 50)
+
+
+QWEN = {
+    "0.5B": Shape(24, 896, 4864, 896, 128, 151936, tied=True),
+    "1.5B": Shape(28, 1536, 8960, 1536, 256, 151936, tied=True),
+    "7B": Shape(28, 3584, 18944, 3584, 512, 152064, tied=False),
+}
+
+
+def row(name: str, lora: bool) -> str:
+    """A row of the table in docs/scaling.md."""
+    shape, adapter = QWEN[name], {"lora": {"rank": 16, "alpha": 32.0}} if lora else {}
+    kept, again = (
+        needs(
+            shape,
+            shape.parameters,
+            configuration(precision="bfloat16", gradient_checkpointing=checkpointing, **adapter).update,
+            8192,
+            0 if lora else shape.parameters,
+            on_gpu=True,
+        )
+        for checkpointing in (False, True)
+    )
+    rest = sum(kept.batch.values()) - kept.batch["activations"]
+    numbers = (
+        sum(kept.held.values()),
+        kept.batch["activations"],
+        again.batch["activations"],
+        rest,
+        kept.total,
+        again.total,
+    )
+    cells = [name, "LoRA" if lora else "all", *(f"{number / 2**30:,.1f}" for number in numbers)]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_table_of_the_page_is_computed() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    rows = [row(name, lora) for name in QWEN for lora in (False, True)]
+    assert "\n".join(rows) in page, "\n".join(rows)

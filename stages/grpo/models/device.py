@@ -1,4 +1,4 @@
-"""device: whether a GPU is there, how busy the processor is, main memory. Asked for every plan: without torch."""
+"""device: whether a GPU is there, how busy the machine is, main memory. Asked for every plan: no torch."""
 
 import ctypes
 import os

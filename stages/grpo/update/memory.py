@@ -79,7 +79,8 @@ def needs(
         backward += each  # one layer at a time is computed again
     head = _head_bytes(shape, update, tokens, on_gpu=on_gpu)
     batch = {"activations": kept, "head": max(head, backward)}
-    if update.precision == "bfloat16":
+    # Autocast keeps a copy of each weight that trains, and a layer of each that it needs backwards.
+    if update.precision == "bfloat16" and not (update.lora and update.gradient_checkpointing):
         batch["bfloat16 weights"] = 2 * (parameters - shape.vocabulary * shape.hidden)
     if not on_gpu:
         batch["heap"] = int(_HEAP * shape.layers * each)

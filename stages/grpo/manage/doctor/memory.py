@@ -28,7 +28,7 @@ from grpo.update.plan import settled
 LIBRARIES = int(0.6 * 2**30)  # torch, transformers, DuckDB and Arrow once they have worked
 _DRAWN = 24  # bytes of a logit as a token is drawn: itself, scaled, log-softmax, its exponential, cumulative
 _SHOWN = 0.01  # of the whole, at least
-_LEAST = {"max_tokens_per_batch": 256, "max_rows_per_batch": 8}  # what is proposed is no less
+_LEAST = {"update.max_tokens_per_batch": 256, "generate.max_rows_per_batch": 8}  # what is proposed is no less
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def _check(report: Report, what: str, name: str, config: Config, facts: Facts, t
     large = {part: size for part, size in peak.parts.items() if size >= _SHOWN * peak.total}
     parts = ", ".join(f"{part} {gib(size)}" for part, size in large.items())
     with report.check(what, found if what == "memory" else f"{name}: {found}", "") as check:
-        check.needed = f"{gib(peak.total)}: {parts}; micro-batches of {tokens:,} tokens"
+        again = ", computed again backwards" if config.update.gradient_checkpointing else ""
+        check.needed = f"{gib(peak.total)}: {parts}; micro-batches of {tokens:,} tokens{again}"
         if not facts.longest_prompt:
             check.note = "left out: prompts, which are not known yet"
         way = way_out(config, facts, min(free, total)) if peak.total > min(free, total) else ""
@@ -189,12 +190,16 @@ def _vllm(config: Config, facts: Facts) -> dict[str, int]:
     weights = width * facts.parameters // int(options.get("tensor_parallel_size", 1))
     if not facts.on_gpu:
         return {"engine": weights, "key-value cache": _cpu_cache()}
-    share = int(options.get("gpu_memory_utilization", 1.0) * facts.total)
-    return {"engine": weights, "key-value cache": max(share - weights, 0)}
+    return {"engine": weights, "key-value cache": max(int(_share(options) * facts.total) - weights, 0)}
 
 
 def _options(config: Config) -> dict[str, Any]:
     return {**defaults(max_model_len=1), **config.generate.engine_options}
+
+
+def _share(options: dict[str, Any]) -> float:
+    """Of the GPU, that vLLM takes."""
+    return float(options.get("gpu_memory_utilization", 1.0))
 
 
 def _cpu_cache() -> int:
@@ -207,7 +212,7 @@ def _check_cache(check: Check, config: Config, facts: Facts) -> None:
     length = facts.longest_prompt + config.generate.max_new_tokens
     width = 4 if options.get("dtype") in ("float32", "float") else 2
     sequence = 2 * facts.shape.layers * facts.shape.keys * width * length
-    fitting, share = found["key-value cache"] // sequence, sum(found.values())
+    fitting = found["key-value cache"] // sequence
     asked = min(
         int(options.get("max_num_seqs", 2**31)),
         config.generate.prompts_per_iteration * config.generate.samples_per_prompt,
@@ -216,8 +221,8 @@ def _check_cache(check: Check, config: Config, facts: Facts) -> None:
     if not fitting:
         raise ResourceError(
             f"GPU memory: {gib(found['engine'])} of engine weights and {gib(sequence)} of a sequence,"
-            f" {gib(share)} for them; raise gpu_memory_utilization or tensor_parallel_size in"
-            " generate.engine_options"
+            f" {gib(_share(options) * facts.total)} for them; raise gpu_memory_utilization or"
+            " tensor_parallel_size in generate.engine_options"
         )
     if fitting < asked:
         check.note = (
@@ -227,15 +232,21 @@ def _check_cache(check: Check, config: Config, facts: Facts) -> None:
 
 
 def way_out(config: Config, facts: Facts, there: int) -> str:
-    """The keys that make it fit into `there` bytes, fewest first; else what more could be done."""
+    """The keys that make it fit into `there` bytes, each no further than it has to; else what else may."""
     changes: dict[str, Any] = {}
-    for key, changed in _smaller(config):
-        if (found := peak_of(changed, facts).total) < peak_of(config, facts).total:
-            changes[key], config = changed_value(changed, key), changed
-            if found <= there:
-                given = " and ".join(f"{name}: {str(value).lower()}" for name, value in changes.items())
-                return f"set {given}, which takes {gib(found)}"
-    return "use update.lora, a smaller model, or one with more memory"
+    while (taken := peak_of(config, facts).total) > there:
+        smaller = ((key, less) for key, less in _smaller(config) if peak_of(less, facts).total < taken)
+        if (found := next(smaller, None)) is None:
+            break
+        key, config = found
+        changes[key] = changed_value(config, key)
+    else:
+        given = " and ".join(f"{name}: {str(value).lower()}" for name, value in changes.items())
+        return f"set {given}, which takes {gib(taken)}"
+    if choose_engine(config.generate.engine)[0] == "vllm" and sum(_vllm(config, facts).values()) > there:
+        key = "generate.engine_options.gpu_memory_utilization" if facts.on_gpu else "VLLM_CPU_KVCACHE_SPACE"
+        return f"lower {key}"
+    return "use update.lora, a smaller model, or a machine with more"
 
 
 def changed_value(config: Config, key: str) -> Any:
@@ -245,14 +256,12 @@ def changed_value(config: Config, key: str) -> Any:
 
 
 def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
-    """Configurations that take less, each with the key that is another one in it, on top of those before."""
+    """The key that is another one, and the configuration in which it is: a step towards less memory each."""
     if not config.update.gradient_checkpointing:
-        config = _with(config, "update.gradient_checkpointing", True)
-        yield "update.gradient_checkpointing", config
-    for key in ("update.max_tokens_per_batch", "generate.max_rows_per_batch"):
-        while (value := changed_value(config, key) // 2) >= _LEAST[key.partition(".")[2]]:
-            config = _with(config, key, value)
-            yield key, config
+        yield "update.gradient_checkpointing", _with(config, "update.gradient_checkpointing", True)
+    for key, least in _LEAST.items():
+        if (value := changed_value(config, key) // 2) >= least:
+            yield key, _with(config, key, value)
 
 
 def _with(config: Config, key: str, value: Any) -> Config:
