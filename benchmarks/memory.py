@@ -3,14 +3,16 @@
 Two iterations each of the starter model, and of a Llama of 30M parameters with random weights: two
 micro-batches an update, so that gradients, moments and activations are there at once.
 
-OMP_NUM_THREADS=1 python benchmarks/memory.py > benchmarks/memory.txt
+OMP_NUM_THREADS=1 python benchmarks/memory.py [CASE]... > benchmarks/memory.txt
 """
 
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import describe
@@ -56,7 +58,8 @@ def make_project(folder: Path) -> None:
     starter_model.sketch(folder / "tiny-arithmetic")
     (folder / "tiny-arithmetic").rename(folder / "llama")
     torch.manual_seed(0)
-    LlamaForCausalLM(LLAMA).save_pretrained(folder / "llama")
+    model: Any = LlamaForCausalLM
+    model(LLAMA).save_pretrained(folder / "llama")
     rows = (json.dumps({"prompt": f"{number:04}" * (PROMPT // 4), "answer": "0"}) for number in range(16))
     (folder / "prompts.jsonl").write_text("\n".join(rows))
     code = "def spread(completions, **others):\n    return [float(len(set(text))) for text in completions]\n"
@@ -76,7 +79,8 @@ def main() -> None:
     """One line a case: what doctor tells, what was measured, and the ratio."""
     print(describe(), "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS"), flush=True)
     print(f"{'MiB':<28} {'told':>7} {'measured':>9} {'ratio':>6}   told of", flush=True)
-    for name, (project, update) in CASES.items():
+    for name in sys.argv[1:] or CASES:
+        project, update = CASES[name]
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             make_project(folder)

@@ -21,7 +21,7 @@ from grpo.models.size import Shape
 GIB = 2**30
 SMALL = Shape(24, 896, 4864, 896, 128, 151936, tied=True)
 LARGE = Shape(28, 3584, 18944, 3584, 512, 152064, tied=False)
-LORA = {"lora": {"rank": 16, "alpha": 32.0}}
+LORA: dict[str, Any] = {"lora": {"rank": 16, "alpha": 32.0}}
 
 
 def config_of(share: float = 0.85, engine: str = "vllm", **update: Any) -> Config:
@@ -86,7 +86,7 @@ def test_what_the_engine_has_room_for() -> None:
     check = report.checks[1]
     assert check.found.endswith(" of weights, 38 sequences of 1,536 tokens beside them")
     assert "256 are asked for at once" in check.note
-    assert check.note.endswith("generate.engine_options: {max_num_seqs: 38} keeps them from it")
+    assert check.note.endswith("generate.engine_options: {max_num_seqs: 38} avoids that")
 
 
 @pytest.mark.parametrize("there", [4, 6, 8, 12, 16, 24])

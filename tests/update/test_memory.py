@@ -100,7 +100,7 @@ def test_an_update_by_hand() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_of_a_shape(tied: bool) -> None:
     config = transformers.LlamaConfig(num_hidden_layers=2, tie_word_embeddings=tied, **NUMBERS)
-    model = transformers.LlamaForCausalLM(config)
+    model: PreTrainedModel = transformers.LlamaForCausalLM(config)
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     shape = shape_of(config)
     assert shape is not None
@@ -170,6 +170,7 @@ def test_no_micro_batch_is_longer(still: Path) -> None:
         assert largest <= told <= max(most, 50)
 
 
+LORA: dict[str, Any] = {"lora": {"rank": 16, "alpha": 32.0}}
 QWEN = {
     "0.5B": Shape(24, 896, 4864, 896, 128, 151936, tied=True),
     "1.5B": Shape(28, 1536, 8960, 1536, 256, 151936, tied=True),
@@ -179,7 +180,7 @@ QWEN = {
 
 def row(name: str, lora: bool) -> str:
     """A row of the table in docs/scaling.md."""
-    shape, adapter = QWEN[name], {"lora": {"rank": 16, "alpha": 32.0}} if lora else {}
+    shape, adapter = QWEN[name], LORA if lora else {}
     kept, again = (
         needs(
             shape,

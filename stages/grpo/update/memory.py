@@ -17,9 +17,9 @@ MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # of a parameter, two of them
 # two gradients of their size (models/logprobs.py).
 _KEPT_LOGITS = 5.5
 _CHUNKS = 3  # of logits that do not fit, at once (models/head.py)
-# Of what the layers keep, that part again: on a CPU the C library does not give back all that was freed.
-# Measured: 0.1 to 0.45 (benchmarks/memory.txt).
-_HEAP = 0.3
+# On a CPU the C library does not give back all that was freed: of what the layers keep, that part, and more
+# under an adapter, whose matrices make more that is freed at once. Fitted to benchmarks/memory.txt.
+_HEAP, _HEAP_OF_ADAPTER = 0.3, 0.8
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def needs(
     if update.precision == "bfloat16" and not (update.lora and update.gradient_checkpointing):
         batch["bfloat16 weights"] = 2 * (parameters - shape.vocabulary * shape.hidden)
     if not on_gpu:
-        batch["heap"] = int(_HEAP * shape.layers * each)
+        batch["heap"] = int((_HEAP_OF_ADAPTER if update.lora else _HEAP) * shape.layers * each)
     return Needs(held, batch)
 
 

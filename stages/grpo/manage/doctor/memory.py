@@ -226,8 +226,8 @@ def _check_cache(check: Check, config: Config, facts: Facts) -> None:
         )
     if fitting < asked:
         check.note = (
-            f"{asked:,} are asked for at once, and {fitting:,} at their longest fit: others wait, or begin"
-            f" anew; generate.engine_options: {{max_num_seqs: {fitting}}} keeps them from it"
+            f"{asked:,} are asked for at once, and {fitting:,} at their longest fit: the others wait, or"
+            f" are restarted; generate.engine_options: {{max_num_seqs: {fitting}}} avoids that"
         )
 
 
