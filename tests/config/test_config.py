@@ -155,7 +155,7 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("update.entropy_coefficient=-1", "expected at least 0, found -1"),
         ("update.warmup_steps=-1", "expected at least 0, found -1"),
         ("update.schedule=step", 'expected one of constant, linear, cosine, found "step"'),
-        ("update.precision=float16", 'expected one of float32, bfloat16, found "float16"'),
+        ("update.precision=float16", 'expected one of auto, float32, bfloat16, found "float16"'),
         ("update.prompt_sharing=on", 'expected one of auto, off, found "on"'),
         (
             "update.surrogate=clp",

@@ -137,13 +137,15 @@ class UpdateConfig(Section):
     max_tokens_per_batch: Count = 16384
     """Tokens of a micro-batch, padding included. Bounds memory, never changes the result. On a CPU more than
     4,096 go through together only where one group with its prompt is longer."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the model's matrix products. bfloat16: autocast; weights and optimiser state stay float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the model's matrix products; never TF32. bfloat16: autocast; weights and optimiser state stay
+    float32. auto: bfloat16 where a GPU is, else float32."""
     weights: Annotated[Literal["float32", "bfloat16_master"], ADDED] = "float32"
     """bfloat16_master: what is computed with is a copy in bfloat16; AdamW, sums of gradients and checkpoints
-    are in float32. 18 bytes a parameter instead of 16, no casts. Needs precision: bfloat16; not with lora."""
-    gradient_checkpointing: bool = False
-    """true: activations are computed again in the backward pass: less memory, more time, the same result."""
+    are in float32. 18 bytes a parameter instead of 16, no casts. Not with precision: float32, nor lora."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """true: activations are computed again in the backward pass: less memory, more time, the same result.
+    auto: where those of the longest micro-batch would not fit into the memory that is free."""
     prompt_sharing: Literal["auto", "off"] = "auto"
     """auto: a group's prompt goes through the model once for its K responses, if that works. off: K times."""
     lora: LoraConfig | None = None

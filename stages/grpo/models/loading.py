@@ -203,6 +203,9 @@ def load_pretrained(auto_class: Any, checkpoint: Path, attention: str, **options
     no pickle, no network, and no more memory than its weights ask for. Raises what from_pretrained does, and
     GrpoError for weights that are no finite real numbers.
     """
+    # No TF32: it is 1e-3 off, as much as another mask, and whoever shares the process may have asked for it.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     with bounded(checkpoint), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters in them is raised
         model, report = auto_class.from_pretrained(

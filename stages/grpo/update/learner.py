@@ -28,6 +28,7 @@ from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys,
 from grpo.update.opening import open_policy, open_reference
 from grpo.update.optimizer import make_optimizer, settings_of
 from grpo.update.own_surrogate import NotFiniteError
+from grpo.update.plan import settled
 from grpo.update.residence import Residence, tensors_of
 
 if TYPE_CHECKING:
@@ -51,9 +52,8 @@ class Learner:
         attention: str = "auto",
         others_share: float = SHARE,
     ) -> None:
-        self.config = config
-        self.objective = objective_of(config)
         self.device = device
+        self.config, self.objective = settled(config, on_gpu=device != "cpu"), objective_of(config)
         self.residence = Residence(device, others_share)
         self.seed = seed  # of a new adapter
         self.attention = attention  # as load_model takes it
@@ -85,11 +85,11 @@ class Learner:
 
     def configure(self, config: UpdateConfig) -> None:
         """Go on under `config` with what is in memory; what trains and the optimiser stay."""
-        self.config, self.objective = config, objective_of(config)
+        self.config, self.objective = settled(config, on_gpu=self.device != "cpu"), objective_of(config)
         policy = self._networks.pop("policy", None)
         self._networks, self.reference_id = {}, None  # its weights may be of another type now
         if policy is not None:
-            self._networks["policy"] = open_policy(policy.model, config)
+            self._networks["policy"] = open_policy(policy.model, self.config)
             self.optimizer.param_groups[0].update(settings_of(config))
 
     def load(

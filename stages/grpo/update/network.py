@@ -172,13 +172,11 @@ class Network:
 
     def checkpoint_gradients(self) -> None:
         """Compute each layer again in the backward pass instead of keeping what it computed."""
-        for name, value in self.model.config.get_text_config(decoder=True).to_dict().items():
-            is_dropout = ("dropout" in name or "pdrop" in name) and not name.startswith("summary_")
-            if is_dropout and isinstance(value, float) and value > 0:
-                raise UsageError(
-                    f"update.gradient_checkpointing: the model has {name} {value}, which transformers would"
-                    " switch on with it; set it to 0 in the checkpoint's config.json"
-                )
+        for name, value in dropouts_of(self.model.config).items():
+            raise UsageError(
+                f"update.gradient_checkpointing: the model has {name} {value}, which transformers would"
+                " switch on with it; set it to 0 in the checkpoint's config.json"
+            )
         model: Any = self.model
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -256,6 +254,16 @@ def compare(network: Network, rollouts: Rollouts, rows: np.ndarray, exactly: boo
     """Network.difference(), and whether it is rounding."""
     difference = network.difference(rollouts, rows, exactly=exactly)
     return difference, difference <= network.tolerance(exactly=exactly)  # NaN is not
+
+
+def dropouts_of(config: PreTrainedConfig) -> dict[str, float]:
+    """What a model would leave out at random in training, by the key of its configuration."""
+    return {
+        name: value
+        for name, value in config.get_text_config(decoder=True).to_dict().items()
+        if ("dropout" in name or "pdrop" in name) and not name.startswith("summary_")
+        if isinstance(value, float) and value > 0
+    }
 
 
 def layout_of(model: PreTrainedModel, *, share_prompts: bool) -> Layout:
