@@ -83,9 +83,8 @@ class Blueprint:
         """Of `model`, a plain one that was loaded from `checkpoint`."""
         empty = {id(weight): torch.nn.Parameter(weight.detach().to("meta")) for weight in model.parameters()}
         self._model = copy.deepcopy(model, memo=empty)
-        torch.nn.Module.eval(
-            self._model
-        )  # layers whose gradients are checkpointed are in training, and keep no cache
+        # Layers whose gradients are checkpointed are in training, and would keep no cache.
+        torch.nn.Module.eval(self._model)
         self._config = (checkpoint / "config.json").read_bytes()
 
     def is_of(self, checkpoint: Path) -> bool:
