@@ -1,9 +1,10 @@
 """What an iteration of a real model, of 135M parameters, costs: processor seconds by part, bytes, opening.
 
 Runs examples/capitals without `evaluate`, all weights and then a LoRA, in this process and in one thread.
-Work is sampling (`sample`) and forward, backward and optimiser (`train`); `between` is what the main thread
-does outside of every timed part (plans, commits, the loop), `threads` what others do. Bytes are what the
-kernel counts as written to disks by this process: nothing, where the temporary folder is in memory.
+Work is sampling (`sample`) and forward, backward and optimiser (`train`; with a reference, its forward);
+`between` is what the main thread does outside of every timed part (plans, commits, the loop), `threads` what
+others do. Bytes are what the kernel counts as written to disks by this process: nothing, where the temporary
+folder is in memory.
 
 Last, opening: what the first iteration does to have an engine with the policy in it, before it samples,
 against loading the model once.
@@ -43,11 +44,11 @@ from grpo.pipeline import runner
 from grpo.pipeline.stages import perform
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "capitals"
-WORK = ("sample", "train")
+WORK = ("sample", "train", "reference", "recompute")
 WARM = 2  # iterations that are not counted: what is opened, and what is met for the first time
 SETTINGS = {"full": [], "lora": ["update.lora={rank: 16, alpha: 32}", "update.learning_rate=2.0e-4"]}
 LOADS = 3
-BEFORE_SAMPLING = ("open", "load")  # parts of `generate`
+NOT_OPENING = ("prompts", "sample", "write")  # parts of `generate`; all others are there to have an engine
 
 
 class Moment(NamedTuple):
@@ -134,8 +135,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("iterations", nargs="?", type=int, default=8)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         model = (given.model or folder / "model").absolute()
         if not model.exists():
             subprocess.run([sys.executable, EXAMPLE / "model.py", model], check=True)
@@ -146,6 +147,7 @@ def main() -> None:
         for name, meter in meters.items():
             print_parts(name, meter)
         print_opening(meters["full"], model)
+        print(f"peak memory with all weights trained: {meters['full'].peak_kib / 2**20:.1f} GiB")
         os.chdir("/")
 
 
@@ -183,12 +185,15 @@ def print_parts(name: str, meter: Meter) -> None:
     print(f"MB to disk, by iteration: {' '.join(f'{size:,.1f}' for size in each)}")
     last = meter.ends[-1].since(meter.ends[-2])
     print(f"median {median(each):,.1f} MB; after the last iteration {last.written / 1e6:,.1f} MB")
-    print(f"peak memory of the process until then {meter.peak_kib / 2**20:.1f} GiB")
 
 
 def print_opening(meter: Meter, model: Path) -> None:
     """Processor seconds that the first iteration spends before it samples, against one load of the model."""
-    opening = sum(meter.parts.get((0, "generate", part), 0.0) for part in BEFORE_SAMPLING)
+    opening = sum(
+        seconds
+        for (number, stage, part), seconds in meter.parts.items()
+        if (number, stage) == (0, "generate") and part not in NOT_OPENING
+    )
     loads = []
     for _ in range(LOADS):
         started = time.thread_time()
