@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo.artifacts import read_json
+from grpo.artifacts import read_json, require_checkpoint
 from grpo.errors import CorruptError, InputError
 from grpo.models.attention import is_causal, settle
 from grpo.models.bounds import WEIGHT_FILES, bounded, check_counts, check_kinds, check_sizes
@@ -281,7 +281,6 @@ def _eos_of(path: Path) -> frozenset[int]:
 
 
 def _require_file(checkpoint: Path, names: tuple[str, ...], what: str) -> None:
-    if not checkpoint.is_dir():
-        raise InputError(f"{checkpoint}: no such directory; a Hugging Face checkpoint directory is needed")
+    require_checkpoint(checkpoint)
     if not any((checkpoint / name).is_file() for name in names):
         raise InputError(f"{checkpoint}: has no {' or '.join(names)}; {what} cannot be loaded without")

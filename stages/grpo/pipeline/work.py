@@ -183,7 +183,7 @@ def checkpoint_run(opened: ActiveRun, checkpoint: str) -> ActiveRun:
     It is named by all it depends on, so that a killed evaluation is gone on with, and removed when it is
     done. Raises UsageError (exit 2) without `evaluate`.
     """
-    path = Path(checkpoint) if Path(checkpoint).is_dir() else resolve_model(opened, checkpoint)
+    path = Path(checkpoint) if Path(checkpoint).exists() else resolve_model(opened, checkpoint)
     model, config = str(path.absolute()), opened.config
     changes = {
         "model": model,
