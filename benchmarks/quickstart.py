@@ -15,14 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from curves import draw
 from machine import describe
 from process import GRPO, answer
-
-from grpo.artifacts import ActiveRun
-from grpo.config import load
-from grpo.console import Console
-from grpo.inspect import report
-from grpo.inspect.report.picture import picture
 
 ROOT = Path(__file__).parents[1]
 PARTS = "select stage, part, seconds from timings where iteration is not null"
@@ -38,7 +33,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         parts = answer(Path(folder), "sql", PARTS)
         if len(sys.argv) > 1:
-            _draw(Path(folder), Path(sys.argv[1]))
+            draw(Path(folder), Path(folder) / "pipeline.yaml", Path(sys.argv[1]), DRAWN)
     print(f"quickstart; {describe()}")
     print(f"preparation and training: {seconds:.1f} s; {last}")
     wall = (moments[-1] - moments[0]) / (len(moments) - 1)
@@ -65,12 +60,6 @@ def _run(folder: Path) -> tuple[list[float], str]:
     if process.returncode:
         sys.exit(f"grpo run failed: {line}")
     return moments, line.strip()
-
-
-def _draw(folder: Path, file: Path) -> None:
-    run = ActiveRun(folder / "artifacts", load(folder / "pipeline.yaml"), folder, Console(quiet=True))
-    drawn = [chart for chart in report.charts([run]) if chart["title"] in DRAWN]
-    file.write_bytes(picture(drawn, [run.name], columns=len(DRAWN)))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,13 @@ def test_only_one_file_imports_duckdb_and_only_one_may_import_vllm() -> None:
     assert set(importers("vllm")) <= {"generate/engines/vllm_engine.py"}
 
 
+def test_no_thread_computes() -> None:
+    """While a CUDA graph is captured, or an engine falls asleep, no other thread may touch the device."""
+    threads = set(importers("threading")) | set(importers("concurrent"))
+    # Its thread ends the process when a batch is late.
+    assert threads & set(importers("torch")) == {"score/reward_model.py"}
+
+
 def test_nothing_unpickles_and_nothing_evaluates_text() -> None:
     for package in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"):
         assert importers(package) == []

@@ -29,5 +29,7 @@ def test_every_step_works(tmp_path: Path) -> None:
         *"012"
     ]
     assert all(line["same_gradient"] for line in lines if "same_gradient" in line)
+    assert sum(line.get("weights") == "bfloat16_master" for line in lines) == 3
+    assert [line["move"] for line in lines if "move" in line] == ["leave", "arrive"] * 2
     assert "replayed 3 of 3 updates from policy 0: 3 byte-equal" in (tmp_path / "out/replay.log").read_text()
     assert "committed shards kept" in (tmp_path / "out/kill.log").read_text()

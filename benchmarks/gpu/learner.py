@@ -14,6 +14,7 @@ from grpo.models.loading import best_device, load_model
 from grpo.update.batch import Rollouts
 from grpo.update.layout import MicroBatch, tree_of
 from grpo.update.network import Network
+from grpo.update.residence import Residence, tensors_of
 
 DEVICE, DRY = best_device(), os.environ["DRY"] == "1"
 PROMPT, RESPONSE, SAMPLES = (16, 8, 4) if DRY else (128, 512, 8)
@@ -24,9 +25,13 @@ GIB = 2**30
 def main() -> None:
     network = Network(load_model(Path("model"), DEVICE), "bfloat16", share_prompts=True)
     note(layout=network.best, peak_gib=peak())
-    speed(network)
+    speed(network, GROUPS)
     agreement(network)
     determinism(network)
+    network.work_in_copy()
+    speed(network, GROUPS[-1:], weights="bfloat16_master")
+    network.drop_copy()
+    moves(network)
     from torch._dynamo.utils import counters
 
     note(graphs=counters["stats"].get("unique_graphs"), frames=dict(counters["frames"]))
@@ -76,10 +81,10 @@ def backward(network: Network, batch: MicroBatch) -> None:
     finish()
 
 
-def speed(network: Network) -> None:
+def speed(network: Network, shapes: tuple[int, ...], **named: str) -> None:
     """Three steps on each of several micro-batches: a shape that is new may compile."""
     flop = json.loads(Path("model.json").read_text())["flop_per_token"]
-    for number, groups in enumerate(GROUPS):
+    for number, groups in enumerate(shapes):
         batch = batch_of(network, groups, seed=number)
         tokens = int((batch.tree_SL >= 0).sum())
         for turn in range(3):
@@ -95,7 +100,23 @@ def speed(network: Network) -> None:
                 raise
             seconds = time.perf_counter() - started
             rate = {"tokens_per_s": round(tokens / seconds), "tflops": flop * tokens / seconds / 1e12}
-            note(groups=groups, turn=turn, tokens=tokens, step_s=seconds, **rate, peak_gib=peak())
+            note(groups=groups, turn=turn, tokens=tokens, step_s=seconds, **rate, peak_gib=peak(), **named)
+
+
+def moves(network: Network) -> None:
+    """The weights to main memory and back, twice: pinned memory is taken the first time."""
+    network.model.zero_grad(set_to_none=True)
+    residence = Residence(DEVICE, share=1.0, allocate=None if DEVICE == "cuda" else torch.empty_like)
+    tensors = tensors_of({"policy": network.model}, None)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    for turn in range(2):
+        for move in (residence.leave, residence.arrive):
+            finish()
+            started = time.perf_counter()
+            move(tensors)
+            finish()
+            rate = size / (time.perf_counter() - started) / GIB
+            note(move=move.__name__, turn=turn, gib=size / GIB, gib_per_s=round(rate, 2))
 
 
 def agreement(network: Network) -> None:

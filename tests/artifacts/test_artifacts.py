@@ -573,7 +573,7 @@ def test_a_checkpoint_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(InputError) as caught:
         checkpoint_id(tmp_path)
-    message = f"{tmp_path}: holds no .safetensors weights; pickled weights are never read"
+    message = f"{tmp_path}: holds no .safetensors weights; pickled weights and GGUF are never read"
     assert str(caught.value) == message
 
 

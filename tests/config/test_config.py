@@ -155,7 +155,7 @@ def test_a_byte_order_mark_and_crlf_just_work(load_text: Load, text: str | bytes
         ("update.entropy_coefficient=-1", "expected at least 0, found -1"),
         ("update.warmup_steps=-1", "expected at least 0, found -1"),
         ("update.schedule=step", 'expected one of constant, linear, cosine, found "step"'),
-        ("update.precision=float16", 'expected one of float32, bfloat16, found "float16"'),
+        ("update.precision=float16", 'expected one of auto, float32, bfloat16, found "float16"'),
         ("update.prompt_sharing=on", 'expected one of auto, off, found "on"'),
         (
             "update.surrogate=clp",
@@ -454,6 +454,14 @@ def test_a_surrogate_that_does_not_clip_needs_no_word_about_it(load_text: Load, 
         (
             ["sampler_correction_floor=0.5"],
             "sampler_correction_floor: 0.5 bounds the weight of a sampler_corr",
+        ),
+        (
+            ["weights=bfloat16_master", "precision=float32"],
+            "weights: bfloat16_master computes in bfloat16, found precision: float32; set",
+        ),
+        (
+            ["weights=bfloat16_master", "precision=bfloat16", "lora={rank: 2, alpha: 4}"],
+            "weights: bfloat16_master is for weights that train, and under lora they do not; leave one",
         ),
     ],
 )

@@ -96,6 +96,17 @@ def test_a_reward_that_cannot_do_with_the_prompts_is_found_before_they_are_sampl
     assert (code, "level" in err, "engine:" in err) == (2, True, False), err
 
 
+@pytest.mark.parametrize("checkpoint", ["only", "only/m.gguf"])
+def test_a_gguf_is_no_checkpoint(measured: Path, grpo: Grpo, checkpoint: str) -> None:
+    Path("only").mkdir()
+    Path("only/m.gguf").write_bytes(b"GGUF\3\0\0\0")
+    code, out, err = grpo("evaluate", checkpoint)
+    assert (code, out) == (4, "")
+    assert err.startswith(
+        f"error: {measured}/only/m.gguf: GGUF is not read; take the checkpoint that it was made from, or"
+    ), err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -61,14 +61,36 @@ def adapter(name: str, whole: bool = False) -> Build:
     return build
 
 
+def gguf(path: str) -> Build:
+    """A GGUF file, in a folder of its own or not."""
+
+    def build() -> None:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(b"GGUF\3\0\0\0")
+
+    return build
+
+
+TAKES_A_MODEL = {  # every key that names a checkpoint
+    "model": "model={}",
+    "update.reference": "update.reference={}",
+    "score.teachers": "score.teachers=[{{model: {}}}]",
+    "score.rewards": "score.rewards=[{{model: {}}}]",
+}
+GGUFS = [
+    one(f"{key}: {name}", setting.format(name), 4, "m.Q4.gguf: GGUF is not read; take the", gguf(path))
+    for key, setting in TAKES_A_MODEL.items()
+    for name, path in (("./m.Q4.gguf", "m.Q4.gguf"), ("./only", "only/m.Q4.gguf"))
+]
 FAULTS = [
+    *GGUFS,
     one("an adapter", "model=./lora", 4, "lora: is a peft adapter", adapter("lora")),
     one("an adapter and weights", "model=./lora", 4, "lora: is a peft adapter", adapter("lora", whole=True)),
     one("an adapter as reference", "update.reference=./lora", 4, "merge it first", adapter("lora")),
     one("an adapter as teacher", "score.teachers=[{model: ./lora}]", 4, "merge it first", adapter("lora")),
     one("an adapter as reward", "score.rewards=[{model: ./lora}]", 4, "merge it first", adapter("lora")),
     one("no model", "model=./none", 4, "none: no such directory; a Hugging Face checkpoint"),
-    one("model: a file", "model=./reward.py", 4, "reward.py: no such directory"),
+    one("model: a file", "model=./reward.py", 4, "reward.py: is no directory; a Hugging Face checkpoint"),
     one("no tokenizer", "model=./model", 4, "tokenizer", lambda: Path("model/tokenizer.json").unlink()),
     one("no reference", "update.reference=./none", 4, "none: no such directory"),
     one("no prompts", "prompts.source=none.jsonl", 3, "none.jsonl: no such file"),

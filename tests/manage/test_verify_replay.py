@@ -38,6 +38,12 @@ SETTINGS = {
     "moved reference": ["update.reference_every=2", "update.kl_coefficient=0.1"],
     "adapter, moved reference": ["update.lora={rank: 2, alpha: 4}", "update.reference_every=2"],
     "bfloat16": ["update.precision=bfloat16", "update.gradient_checkpointing=true"],
+    "bfloat16, moved reference": ["update.precision=bfloat16", "update.reference_every=2"],
+    "float32 master": [
+        *("update.precision=bfloat16", "update.weights=bfloat16_master", "update.reference_every=2"),
+        *("update.kl_coefficient=0.1", "update.gradient_checkpointing=true"),
+        "update.max_tokens_per_batch=64",
+    ],
 }
 
 
@@ -53,8 +59,8 @@ def replay(grpo: Grpo) -> tuple[int, dict[str, Any]]:
     return code, json.loads(out)["replay"]
 
 
-def manifest(output: str, iteration: int) -> tuple[Path, dict[str, Any]]:
-    path = RUN / f"iteration={iteration:06d}" / output / "manifest.json"
+def manifest(output: str, iteration: int, root: Path = RUN) -> tuple[Path, dict[str, Any]]:
+    path = root / f"iteration={iteration:06d}" / output / "manifest.json"
     return path, json.loads(path.read_text())
 
 
@@ -84,6 +90,24 @@ def test_each_update_is_made_as_its_manifest_says(project: Path, grpo: Grpo) -> 
     assert replay(grpo)[1]["equal"] == 5
     code, out, _ = grpo("verify", "--replay")
     assert (code, out.splitlines()[-1]) == (0, "replayed 5 of 5 updates from policy 0: 5 byte-equal")
+
+
+def test_the_weights_computed_with_may_change_in_the_middle(project: Path, grpo: Grpo) -> None:
+    """And a run that was left and gone on with has the bits of one that was not."""
+    precise = ("update.kl_coefficient=0.1",)
+    master = (*precise, "update.precision=bfloat16", "update.weights=bfloat16_master")
+    run(grpo, *precise, until=1)
+    run(grpo, *master, until=3)
+    run(grpo, *precise, "update.precision=bfloat16", until=4)
+    run(grpo, *master, until=5)
+    assert replay(grpo)[1]["equal"] == 5
+    run(grpo, *master, "run=once", until=3)
+    for until in (1, 2, 3):
+        run(grpo, *master, "run=thrice", until=until)
+    digests = [
+        manifest("update", 2, Path("artifacts", name))[1]["summary"]["weights"] for name in ("once", "thrice")
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_the_users_surrogate_is_the_one_that_was_kept(project: Path, grpo: Grpo) -> None:

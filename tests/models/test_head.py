@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grpo.models.head import Head, head_logits, head_logprobs
 from grpo.models.logprobs import token_logprobs
@@ -260,3 +261,23 @@ def test_large_logits_of_bfloat16_values_lose_nothing() -> None:
             assert entropy_N is not None
             assert (found_N - right_N).abs().max() <= 3e-5
             assert (entropy_N - right_entropy_N).abs().max() <= 3e-5
+
+
+def test_a_gpu_has_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[str, int] = {}
+
+    def apply(logits_of: Any, *others: object) -> tuple[None, None]:
+        taken[others[1].device.type] = logits_of.args[3]  # type: ignore[attr-defined]
+        return None, None
+
+    monkeypatch.setattr("grpo.models.head._ChunkedLogprobs.apply", apply)
+    num_tokens, width, vocabulary = 8192, 16, 151_936
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode():  # shapes alone: no GPU, no memory
+            hidden_ND = torch.empty(num_tokens, width, device=device)
+            weight_VD = torch.empty(vocabulary, width, device=device)
+            targets_N = torch.empty(num_tokens, dtype=torch.int64, device=device)
+            temperature_N = torch.empty(num_tokens, device=device)
+            head_logprobs(hidden_ND, Head(weight_VD), targets_N, temperature_N, with_entropy=True)
+    # 2 ** 26 and 2 ** 29 bytes over 8,192 rows of 4: 75 rounds, and 10.
+    assert taken == {"cpu": 2048, "cuda": 16_384}

@@ -1,6 +1,8 @@
 """Each configuration of examples/ is one; those on the starter model run as their heads say, an iteration."""
 
+import json
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -13,7 +15,7 @@ from grpo.config import load
 from grpo.models.find import BUILT_IN
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CONFIGURATIONS = sorted(path for path in EXAMPLES.glob("*.yaml"))
+CONFIGURATIONS = sorted(EXAMPLES.rglob("*.yaml"))
 ON_THE_STARTER = [path.stem for path in CONFIGURATIONS if load(path).model in BUILT_IN]
 
 
@@ -27,14 +29,15 @@ def folder(tmp_path: Path, starter_model: Path, monkeypatch: pytest.MonkeyPatch)
     return tmp_path
 
 
-@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_it_is_a_configuration(path: Path) -> None:
     assert load(path).run
 
 
 def test_the_readme_has_every_file() -> None:
-    named = set(links((EXAMPLES / "README.md").read_text()))
-    assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".yaml", ".sql", ".ipynb")} <= named
+    named = {link.partition("#")[0] for link in links((EXAMPLES / "README.md").read_text())}
+    files = [*CONFIGURATIONS, *EXAMPLES.glob("*.sql"), *EXAMPLES.glob("*.ipynb")]
+    assert {str(path.relative_to(EXAMPLES)) for path in files} <= named
     assert [name for name in named if not (EXAMPLES / name).exists()] == []
     assert {"distil", "gdpo", "pass_at_k", "scalerl"} <= set(ON_THE_STARTER)
 
@@ -62,3 +65,27 @@ def test_tokens_of_a_configuration_elsewhere(folder: Path, grpo: Grpo) -> None:
     code, out, err = grpo("show", *configuration, "--tokens")
     assert code == 0, err
     assert "=" in out
+
+
+def test_capitals_holds_out_what_it_asks() -> None:
+    train, held_out = (
+        [json.loads(line) for line in (EXAMPLES / "capitals" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "held_out")
+    )
+    assert (len(train), len(held_out)) == (60, 20)
+    assert len({row["prompt"] for row in [*train, *held_out]}) == 80
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"),
+    [
+        ("The capital of Brazil is Brasilia.", "Brasília", 1.0),
+        ("BRASÍLIA", "Brasília", 1.0),
+        ("It is Rio de Janeiro.", "Brasília", 0.0),
+        ("The capital is N'Djamena", "N'Djamena", 1.0),
+        ("", "Oslo", 0.0),
+    ],
+)
+def test_the_reward_of_capitals(response: str, answer: str, reward: float) -> None:
+    names_city = runpy.run_path(str(EXAMPLES / "capitals" / "reward.py"))["names_city"]
+    assert names_city(completions=[[{"role": "assistant", "content": response}]], answer=[answer]) == [reward]

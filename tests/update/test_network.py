@@ -13,8 +13,16 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from grpo.errors import UsageError
 from grpo.update.batch import Rollouts, made_up_pair
-from grpo.update.layout import Cost, MicroBatch, build, groups_of, plan, tree_of
-from grpo.update.network import CPU_TOKENS, MASKED_TOKENS, TOLERANCE, Network, cost_of
+from grpo.update.layout import Cost, MicroBatch, build, groups_of, longest_pair, plan, tree_of
+from grpo.update.network import (
+    CPU_TOKENS,
+    MASKED_TOKENS,
+    ROUNDED_TOLERANCE,
+    TOLERANCE,
+    Network,
+    check_layouts,
+    cost_of,
+)
 
 VOCAB = 50
 WINDOW = 8  # of the models that have one
@@ -413,7 +421,48 @@ def test_bfloat16_is_for_products_alone() -> None:
     assert 1e-5 < deviation(found, expected) < 0.1
     again_N, _ = rounded.logprobs(batch, exactly=True)
     assert torch.equal(again_N, exact_N)
-    # The check of the layout is in float32: rounding to bfloat16 would hide what it looks for.
-    assert rounded.difference(rollouts, np.array([2, 0, 1])) == exact.difference(
-        rollouts, np.array([2, 0, 1])
-    )
+
+
+def test_layouts_are_compared_in_the_precision_in_use_and_made_up_tokens_in_float32() -> None:
+    model, rollouts = Qwen2ForCausalLM(tiny.qwen2(initializer_range=0.1)).eval(), make_rollouts(SHAPES)
+    exact, rounded = (Network(model, name, share_prompts=True) for name in ("float32", "bfloat16"))
+    rows = np.array([2, 0, 1])
+    assert rounded.difference(rollouts, rows, exactly=True) == exact.difference(rollouts, rows) <= 1e-5
+    assert 1e-5 < rounded.difference(rollouts, rows) <= ROUNDED_TOLERANCE / 4
+    assert (exact.tolerance(), rounded.tolerance(exactly=True)) == (TOLERANCE, TOLERANCE)
+    assert rounded.tolerance() == ROUNDED_TOLERANCE
+
+
+def test_what_the_sampler_stored_in_bfloat16_is_compared_with_and_nothing_is_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, rollouts = Qwen2ForCausalLM(tiny.qwen2(initializer_range=0.1)).eval(), make_rollouts(SHAPES)
+    network, passes = Network(model, "bfloat16", share_prompts=True), []
+    read, longest = network.logprobs, int(longest_pair(rollouts)[-1])
+
+    def counted(batch: MicroBatch, **how: Any) -> Any:
+        passes.append(how)
+        return read(batch, **how)
+
+    monkeypatch.setattr(network, "logprobs", counted)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        rollouts.old_logprobs[longest][:] = alone(model, rollouts, longest).float().numpy()
+    found = check_layouts({"policy": network}, rollouts, (5, 8), "shared", {})
+    assert 0 < found.pop("policy_layout_difference") <= ROUNDED_TOLERANCE / 4
+    assert found == {}
+    assert passes == [{"exactly": False}]
+    rollouts.old_logprobs[longest][:] -= 2 * ROUNDED_TOLERANCE  # not what this policy gives
+    check_layouts({"policy": network}, rollouts, (5, 8), "shared", {})
+    assert passes[1:] == [{"exactly": False}, {"exactly": False}]
+
+
+def test_a_wrong_layout_shows_in_bfloat16_too() -> None:
+    # As in test_sharing_in_spite_of_a_window_shows_only_beyond_it.
+    network = Network(make_model("Llama4Text", WINDOWED["Llama4Text"]), "bfloat16", share_prompts=True)
+    network.use("shared")
+    assert network.difference(made_up_pair(3, 6, VOCAB), np.arange(2)) <= ROUNDED_TOLERANCE / 3
+    assert network.difference(made_up_pair(3, 12, VOCAB), np.arange(2)) > 10 * ROUNDED_TOLERANCE
+    network.best = "shared"
+    found = check_layouts({"policy": network}, make_rollouts(BEYOND), (5, 31), "shared", {})
+    assert found["policy_layout_refused"] == "shared"
+    assert network.layout == "rows"

@@ -8,7 +8,7 @@ from grpo.artifacts.checkpoint import (
     checkpoint_id,
     is_hub_id,
     is_weight_file,
-    refuse_adapter,
+    require_checkpoint,
 )
 from grpo.artifacts.existing import (
     ARTIFACTS,
@@ -154,10 +154,10 @@ __all__ = [
     "read_rollouts",
     "read_sealed",
     "read_stop",
-    "refuse_adapter",
     "refuse_inside_run",
     "replaced",
     "require_best",
+    "require_checkpoint",
     "require_space",
     "roll_forward",
     "run_names",

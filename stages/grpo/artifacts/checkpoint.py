@@ -24,13 +24,11 @@ def is_weight_file(name: str) -> bool:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files that make up a checkpoint, by name. InputError (exit 4) for an adapter or no weights."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such directory; a Hugging Face checkpoint directory is needed")
-    refuse_adapter(folder)
+    """The files that make up a checkpoint, by name. InputError (exit 4) for what is none, or no weights."""
+    require_checkpoint(folder)
     found = [path for path in folder.iterdir() if path.suffix in _BELONGS and path.name not in _OURS]
     if not any(is_weight_file(path.name) for path in found):
-        raise InputError(f"{folder}: holds no .safetensors weights; pickled weights are never read")
+        raise InputError(f"{folder}: holds no .safetensors weights; pickled weights and GGUF are never read")
     for path in found:
         _check_link(folder, path)
         if path.exists() and not path.is_dir() and (problem := not_a_file(path)):
@@ -38,8 +36,19 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def refuse_adapter(folder: Path) -> None:
-    """InputError (exit 4) for a peft adapter; beside weights too: transformers then loads its base."""
+def require_checkpoint(folder: Path, others: str = "") -> None:
+    """Raise InputError (exit 4) unless it is a directory, neither a peft adapter nor of GGUF alone.
+
+    An adapter beside weights too: transformers then loads its base. others: what else may stand there.
+    """
+    paths = list(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
+    ggufs = [path for path in paths if path.suffix.lower() == ".gguf"]
+    if ggufs and not any(is_weight_file(path.name) for path in paths):
+        way = "take the checkpoint that it was made from, or convert it as examples/capitals/model.py does"
+        raise InputError(f"{min(ggufs)}: GGUF is not read; {way}")
+    if not folder.is_dir():
+        problem = "is no directory" if folder.exists() else "no such directory"
+        raise InputError(f"{folder}: {problem}; a Hugging Face checkpoint directory is needed{others}")
     if (folder / "adapter_config.json").is_file():
         way = "merge it first (`merge_and_unload`, `save_pretrained`)"
         raise InputError(f"{folder}: is a peft adapter (adapter_config.json), no whole model: {way}")

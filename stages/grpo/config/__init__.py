@@ -3,11 +3,12 @@
 from grpo.config.evaluate import EvaluateConfig, StopConfig
 from grpo.config.generate import GenerateConfig
 from grpo.config.loading import PIPELINE, SECTION, differing_keys, flatten, load, overridden_keys, validated
+from grpo.config.lora import LoraConfig
 from grpo.config.model import AdvantageConfig, Config, ModelOptions
 from grpo.config.prompts import PromptsConfig
 from grpo.config.score import JudgeConfig, RewardConfig, TeacherConfig
 from grpo.config.sweep import points
-from grpo.config.update import LoraConfig, UpdateConfig
+from grpo.config.update import UpdateConfig
 
 __all__ = [
     "PIPELINE",

@@ -2,41 +2,18 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from grpo.config.lora import LARGEST, LoraConfig
 from grpo.config.section import ADDED, Count, NonEmpty, NonNegative, Positive, Section
 from grpo.config.surrogates import READ_BY, SURROGATES, known_surrogate
 
 # The cap of the sampler correction by its level, unless one is given: a mean over tokens strays far less.
 SAMPLER_CORRECTION_CAPS = {"token": 2.0, "sequence_mean": 1.01}
 
-# Far above what anyone means by a bound of a ratio or a weight in the loss, and far below where float32 ends
-# (3e38): beyond that a bound cannot be compared, and a weight times 0 is not a number.
-LARGEST = 1e6
 Weight = Annotated[float, Field(ge=0, le=LARGEST)]
 Temperature = Annotated[float, Field(ge=1e-6, le=LARGEST)]
-Targets = Annotated[
-    Annotated[list[NonEmpty], Field(min_length=1)] | None,
-    BeforeValidator(lambda given: None if given == "all-linear" else given),
-]
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
-
-
-class LoraConfig(Section):
-    """Low-rank adapters that are trained in place of the weights (arXiv 2106.09685)."""
-
-    rank: Annotated[int, Field(ge=1, le=2**14)]
-    """Rank of an adapter's two matrices, 1 to 16,384; above a weight's smaller side more adds nothing."""
-    alpha: Annotated[float, Field(gt=0, le=LARGEST)]
-    """An adapter's output is scaled by alpha / rank; > 0, at most 1e6."""
-    rslora: Annotated[bool, ADDED] = False
-    """true: it is scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
-    targets: Targets = None
-    """Names of the modules that get an adapter, such as q_proj; null or all-linear: every linear layer but
-    the output's."""
-    modules_to_save: Annotated[list[NonEmpty], ADDED] = Field([])
-    """Names of modules that train whole beside the adapters, such as lm_head; the reference is then a model
-    of its own."""
 
 
 class UpdateConfig(Section):
@@ -160,10 +137,15 @@ class UpdateConfig(Section):
     max_tokens_per_batch: Count = 16384
     """Tokens of a micro-batch, padding included. Bounds memory, never changes the result. On a CPU more than
     4,096 go through together only where one group with its prompt is longer."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the model's matrix products. bfloat16: autocast; weights and optimiser state stay float32."""
-    gradient_checkpointing: bool = False
-    """true: activations are computed again in the backward pass: less memory, more time, the same result."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the model's matrix products; never TF32. bfloat16: autocast; weights and optimiser state stay
+    float32. auto: bfloat16 where a GPU is, else float32."""
+    weights: Annotated[Literal["float32", "bfloat16_master"], ADDED] = "float32"
+    """bfloat16_master: what is computed with is a copy in bfloat16; AdamW, sums of gradients and checkpoints
+    are in float32. 18 bytes a parameter instead of 16, no casts. Not with precision: float32, nor lora."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """true: activations are computed again in the backward pass: less memory, more time, the same result.
+    auto: where those of the longest micro-batch would not fit into the memory that is free."""
     prompt_sharing: Literal["auto", "off"] = "auto"
     """auto: a group's prompt goes through the model once for its K responses, if that works. off: K times."""
     lora: LoraConfig | None = None
@@ -193,6 +175,7 @@ class UpdateConfig(Section):
     def model_post_init(self, context: Any, /) -> None:
         """Raise ValueError where one key does not fit another."""
         self._check_surrogate()
+        self._check_weights()
         if self.replay_iterations and self.old_logprobs == "recomputed":
             raise ValueError(
                 f"replay_iterations: {self.replay_iterations} needs old_logprobs: sampled; recomputed takes"
@@ -222,6 +205,21 @@ class UpdateConfig(Section):
             raise ValueError(
                 f"ratio: {self.ratio} has one surrogate value per rollout, of which no token can be left out;"
                 " leave top_entropy out, or set ratio: token"
+            )
+
+    def _check_weights(self) -> None:
+        """Raise ValueError for a copy of the weights that nothing would compute with."""
+        if self.weights == "float32":
+            return
+        if self.precision == "float32":
+            raise ValueError(
+                f"weights: {self.weights} computes in bfloat16, found precision: float32; set precision:"
+                " bfloat16, or leave weights out"
+            )
+        if self.lora is not None:
+            raise ValueError(
+                f"weights: {self.weights} is for weights that train, and under lora they do not; leave one of"
+                " the two out"
             )
 
     def _check_regularisers(self) -> None:

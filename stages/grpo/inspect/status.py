@@ -78,9 +78,9 @@ def line_of(run: ActiveRun, iteration: int) -> str:
         "length": number(numbers["response_tokens"], ".1f"),
     }
     known = "  ".join(f"{name} {text}" for name, text in texts.items() if text)
-    tokens, generating = numbers["tokens"], times["stage_seconds"]["generate"]
-    speed = f"  {tokens / generating:,.0f} tok/s" if tokens and generating else ""
-    return f"iteration {iteration:>4}  {known}  {times['seconds'] or 0:.2f} s{speed}"
+    tokens, seconds = numbers["tokens"], times["seconds"]
+    speed = f"  {tokens / seconds:,.0f} tok/s" if tokens and seconds else ""
+    return f"iteration {iteration:>4}  {known}  {seconds or 0:.2f} s{speed}"
 
 
 def print_all(every_run: list[dict[str, Any]], every: bool) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grpo.artifacts import ActiveRun, Run, is_hub_id, refuse_adapter
+from grpo.artifacts import ActiveRun, Run, is_hub_id, require_checkpoint
 from grpo.errors import InputError, UsageError
 
 STARTER = "tiny-arithmetic"
@@ -26,14 +26,9 @@ def configured_model(run: ActiveRun, key: str, name: str) -> Path:
     """The same of the checkpoint that `key` names; InputError (exit 4) says what may stand there."""
     try:
         folder = resolve_model(run, name)
+        require_checkpoint(folder, f", or a hub id (owner/name), or `{STARTER}`, the built-in starter model")
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
-    if not folder.is_dir():
-        raise InputError(
-            f"{key}: {folder}: no such directory; a Hugging Face checkpoint directory is needed, or a hub id"
-            f" (owner/name), or `{STARTER}`, the built-in starter model"
-        )
-    refuse_adapter(folder)
     return folder
 
 

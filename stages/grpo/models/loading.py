@@ -4,6 +4,7 @@ Code that came with a checkpoint never runs, and pickled weights are never read.
 """
 
 import copy
+import operator
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo.artifacts import read_json
+from grpo.artifacts import read_json, require_checkpoint
 from grpo.errors import CorruptError, InputError
 from grpo.models.attention import is_causal, settle
 from grpo.models.bounds import WEIGHT_FILES, bounded, check_counts, check_kinds, check_sizes
@@ -58,11 +59,14 @@ def load_model(checkpoint: Path, device: str, attention: str = "auto") -> PreTra
 def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """Have `model` compute, bit for bit, what load_model(checkpoint) would, of the same architecture.
 
+    Where its tensors are of a narrower type, what that would after rounding to it.
+
     Nothing is copied when the checkpoint is refused, by load_model or because its tensors are others.
     """
     source = _tensors(_read_model(checkpoint, model.config._attn_implementation))
     target = _tensors(model)
-    if differing := sorted(name for name, _ in _kinds(source).items() ^ _kinds(target).items()):
+    shapes = ({(name, tensor.shape) for name, tensor in each.items()} for each in (source, target))
+    if differing := sorted(name for name, _ in operator.xor(*shapes)):
         message = f"weight {differing[0]} differs in shape or tying from the model in memory"
         raise InputError(f"{checkpoint}: {message}; both must have the same architecture")
     for name, tensor in target.items():
@@ -79,9 +83,8 @@ class Blueprint:
         """Of `model`, a plain one that was loaded from `checkpoint`."""
         empty = {id(weight): torch.nn.Parameter(weight.detach().to("meta")) for weight in model.parameters()}
         self._model = copy.deepcopy(model, memo=empty)
-        torch.nn.Module.eval(
-            self._model
-        )  # layers whose gradients are checkpointed are in training, and keep no cache
+        # Layers whose gradients are checkpointed are in training, and would keep no cache.
+        torch.nn.Module.eval(self._model)
         self._config = (checkpoint / "config.json").read_bytes()
 
     def is_of(self, checkpoint: Path) -> bool:
@@ -199,6 +202,9 @@ def load_pretrained(auto_class: Any, checkpoint: Path, attention: str, **options
     no pickle, no network, and no more memory than its weights ask for. Raises what from_pretrained does, and
     GrpoError for weights that are no finite real numbers.
     """
+    # No TF32: it is 1e-3 off, as much as another mask, and whoever shares the process may have asked for it.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     with bounded(checkpoint), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters in them is raised
         model, report = auto_class.from_pretrained(
@@ -275,7 +281,6 @@ def _eos_of(path: Path) -> frozenset[int]:
 
 
 def _require_file(checkpoint: Path, names: tuple[str, ...], what: str) -> None:
-    if not checkpoint.is_dir():
-        raise InputError(f"{checkpoint}: no such directory; a Hugging Face checkpoint directory is needed")
+    require_checkpoint(checkpoint)
     if not any((checkpoint / name).is_file() for name in names):
         raise InputError(f"{checkpoint}: has no {' or '.join(names)}; {what} cannot be loaded without")

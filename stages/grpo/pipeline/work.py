@@ -1,7 +1,6 @@
 """work: what a command that works does once its run is open. The command line itself is in cli/."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from grpo.config import flatten
 from grpo.console import iterations_text
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import plan as evaluation
-from grpo.generate.engines.choice import gpu_is_there
+from grpo.models.device import busy
 from grpo.models.find import resolve_model
 from grpo.pipeline import restart, runner, states
 from grpo.pipeline.resources import Resources
@@ -62,13 +61,8 @@ def restart_from(opened: ActiveRun, first: int, yes: bool) -> None:
 
 
 def _say_busy(opened: ActiveRun) -> None:
-    """With more to do than there are cores, torch's threads wait on each other: 30 times slower was seen."""
-    cores = os.cpu_count() or 1
-    if os.getloadavg()[0] > cores and "OMP_NUM_THREADS" not in os.environ and not gpu_is_there():
-        opened.console.say(
-            f"this machine is busy (load {os.getloadavg()[0]:.0f} on {cores} cores): OMP_NUM_THREADS=1 may be"
-            " many times faster"
-        )
+    if how := busy():
+        opened.console.say(f"this machine is busy ({how}): OMP_NUM_THREADS=1 may be many times faster")
 
 
 def _confirm(opened: ActiveRun, first: int) -> None:
@@ -189,7 +183,7 @@ def checkpoint_run(opened: ActiveRun, checkpoint: str) -> ActiveRun:
     It is named by all it depends on, so that a killed evaluation is gone on with, and removed when it is
     done. Raises UsageError (exit 2) without `evaluate`.
     """
-    path = Path(checkpoint) if Path(checkpoint).is_dir() else resolve_model(opened, checkpoint)
+    path = Path(checkpoint) if Path(checkpoint).exists() else resolve_model(opened, checkpoint)
     model, config = str(path.absolute()), opened.config
     changes = {
         "model": model,

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from grpo.artifacts import refuse_adapter
+from grpo.artifacts import require_checkpoint
 from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import DataError, EngineError, InputError
 from grpo.models.attention import settle, vocabulary
@@ -40,8 +40,10 @@ class RewardModel:
     """
 
     def __init__(self, directory: Path, device: str, stop: Callable[[], None] = lambda: None) -> None:
-        if not directory.is_dir():
-            raise InputError(f"reward model {directory}: no such directory")
+        try:
+            require_checkpoint(directory)
+        except InputError as error:
+            raise InputError(f"reward model {error}") from None
         self._where = f"reward model {directory}"
         self._model = _load_classifier(directory, device)
         self._tokenizer: Any = load_tokenizer(directory)  # Any: its calls return unions of everything
@@ -171,7 +173,6 @@ def _deadline(seconds: float, message: str, close: Callable[[], None]) -> Iterat
 
 def _load_classifier(directory: Path, device: str) -> Any:
     where = f"reward model {directory}"
-    refuse_adapter(directory)
     with refusals(where, "cannot be loaded as a classifier"):
         if not any((directory / name).is_file() for name in WEIGHT_FILES):
             raise FileNotFoundError(f"there is no {' or '.join(WEIGHT_FILES)}")

@@ -35,7 +35,7 @@ from grpo.update.learner import Learner
 from grpo.update.optimizer import tensors_of
 
 STAGE_VERSION = 1
-_SHARE, _LONGEST_S = 0.02, 1800.0  # of `auto`: the most of the time that writing takes, and a policy waits
+SHARE, LONGEST_S = 0.02, 1800.0  # of `auto`: the most of the time that writing takes, and a policy waits
 _BYTES_PER_S = 2e8  # of a disk nobody has measured yet
 
 
@@ -90,7 +90,7 @@ class Checkpoints:
         seconds = self._seconds
         if seconds is None:
             seconds = _bytes_of(learner) / _BYTES_PER_S
-        return waited >= min(seconds / _SHARE, _LONGEST_S)
+        return waited >= min(seconds / SHARE, LONGEST_S)
 
     def _write(self, policy: int, contents: list[tuple[str, str, bytes | Chunks]]) -> None:
         """In the writer's thread: commit it, then drop those that are kept no longer."""

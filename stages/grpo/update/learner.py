@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from grpo.config import UpdateConfig
 from grpo.errors import EngineError
 from grpo.models.loading import copy_weights, load_model
-from grpo.models.reader import move
+from grpo.models.turns import SHARE
 from grpo.models.weights import Weights
 from grpo.update import parallel
 from grpo.update.adapter import add_adapter, load_adapter, reset_adapter
@@ -23,10 +23,13 @@ from grpo.update.batch import Rollouts, room_for
 from grpo.update.checkpoint import load_optimizer
 from grpo.update.given import Step
 from grpo.update.layout import ByRow, Layout, MicroBatch, by_row, plan, tree_of
-from grpo.update.network import Network, check_layouts
+from grpo.update.network import Compared, Network, check_layouts
 from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys, objective_of
-from grpo.update.optimizer import make_optimizer, move_state, settings_of
+from grpo.update.opening import open_policy, open_reference
+from grpo.update.optimizer import make_optimizer, settings_of
 from grpo.update.own_surrogate import NotFiniteError
+from grpo.update.plan import settled
+from grpo.update.residence import Residence, tensors_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,17 +44,24 @@ class Learner:
 
     optimizer: torch.optim.Optimizer  # there once load() was called, as the policy's network is
 
-    def __init__(self, config: UpdateConfig, device: str, seed: int = 0, attention: str = "auto") -> None:
-        self.config = config
-        self.objective = objective_of(config)
+    def __init__(
+        self,
+        config: UpdateConfig,
+        device: str,
+        seed: int = 0,
+        attention: str = "auto",
+        others_share: float = SHARE,
+    ) -> None:
         self.device = device
+        self.config, self.objective = settled(config, on_gpu=device != "cpu"), objective_of(config)
+        self.residence = Residence(device, others_share)
         self.seed = seed  # of a new adapter
         self.attention = attention  # as load_model takes it
         self.holds: str | None = None
         self.adapter: PeftModel | None = None  # in training on the policy's frozen weights
         self._networks: dict[str, Network] = {}  # `policy`, and `reference` where that is no adapter's base
-        self._reference: str | None = None  # its id
-        self._reference_differences: dict[tuple[int, int], float] = {}  # by what was compared
+        self.reference_id: str | None = None  # of what is in memory
+        self._reference_differences: dict[tuple[int, int], Compared] = {}  # by what was compared
 
     @property
     def network(self) -> Network:
@@ -75,18 +85,15 @@ class Learner:
 
     def configure(self, config: UpdateConfig) -> None:
         """Go on under `config` with what is in memory; what trains and the optimiser stay."""
-        self.config, self.objective = config, objective_of(config)
-        self._networks = {name: self._open(each.model) for name, each in self._networks.items()}
-        if "policy" in self._networks:
-            self._checkpoint_gradients()
+        self.config, self.objective = settled(config, on_gpu=self.device != "cpu"), objective_of(config)
+        policy = self._networks.pop("policy", None)
+        self._networks, self.reference_id = {}, None  # its weights may be of another type now
+        if policy is not None:
+            self._networks["policy"] = open_policy(policy.model, self.config)
             self.optimizer.param_groups[0].update(settings_of(config))
 
     def load(
-        self,
-        policy: Path,
-        optimizer: Path | None,
-        id_: str | None = None,
-        adapter: Path | None = None,
+        self, policy: Path, optimizer: Path | None, id_: str | None = None, adapter: Path | None = None
     ) -> None:
         """Take the policy `id_` and its optimiser state from disk.
 
@@ -108,12 +115,8 @@ class Learner:
         self.optimizer.state.clear()
         if optimizer is not None:
             load_optimizer(self.optimizer, self.model, optimizer)
+        self.network.refresh()
         self.holds = id_
-
-    @property
-    def reference_id(self) -> str | None:
-        """Of the reference in memory."""
-        return self._reference
 
     def load_reference(self, checkpoint: Path, id_: str | None = None, *, is_start: bool = False) -> None:
         """Take the frozen reference `id_` from disk, unless it is what is in memory.
@@ -124,50 +127,43 @@ class Learner:
         if is_start and lora is not None and not lora.modules_to_save:
             self._networks.pop("reference", None)
         elif "reference" not in self._networks:
-            model = load_model(checkpoint, self.device, self.attention).requires_grad_(False)
-            self._networks["reference"] = self._open(model)
-        elif id_ != self._reference:
+            model = load_model(checkpoint, self.device, self.attention)
+            self._networks["reference"] = open_reference(model, self.config)
+        elif id_ != self.reference_id:
             copy_weights(self._networks["reference"].model, checkpoint)
-        if id_ != self._reference:
-            self._reference, self._reference_differences = id_, {}
+        if id_ != self.reference_id:
+            self.reference_id, self._reference_differences = id_, {}
 
     def _open_policy(self, checkpoint: Path) -> None:
         config, model = self.config, load_model(checkpoint, self.device, self.attention)
         if lora := config.lora:
             self.adapter = add_adapter(model, lora, self.seed)
-        self._networks["policy"] = self._open(model)
-        self._checkpoint_gradients()
+        self._networks["policy"] = open_policy(model, config)
         self.optimizer = make_optimizer(config, model.parameters())
-
-    def _checkpoint_gradients(self) -> None:
-        if self.config.gradient_checkpointing:
-            self.network.checkpoint_gradients()
-        elif self.model.is_gradient_checkpointing:
-            self.model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
-
-    def _open(self, model: PreTrainedModel) -> Network:
-        return Network(model, self.config.precision, share_prompts=self.config.prompt_sharing == "auto")
 
     def resume(self) -> None:
         """Take the accelerator again, with what release() left in main memory."""
-        self._move(self.device)
+        if self.residence.is_away:
+            self.residence.arrive(self._tensors())
+            for network in self._networks.values():
+                network.refresh()
 
     def lend(self, start: Path) -> Weights:
         """The policy's weights themselves, for an engine; `start` is the checkpoint that it started from."""
         return Weights(self.model, start)
 
     def release(self) -> None:
-        """Leave the accelerator until the next load(); what is held stays as it is, in main memory."""
-        if self.device != "cpu":
-            self._move("cpu")
-            torch.cuda.empty_cache()
-
-    def _move(self, device: str) -> None:
+        """Leave the accelerator until resume(), unless others have their share of it; gradients go anyway."""
         for network in self._networks.values():
             network.model.zero_grad(set_to_none=True)
-            move(network.model, device)
-        if "policy" in self._networks:
-            move_state(self.optimizer, device)
+        if self.device != "cpu" and not self.residence.may_stay():
+            for network in self._networks.values():
+                network.drop_copy()
+            self.residence.leave(self._tensors())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        models = {name: network.model for name, network in self._networks.items()}
+        return tensors_of(models, self.optimizer if "policy" in models else None)
 
     def check_layout(
         self, rollouts: Rollouts, longest: tuple[int, int], last: str | None = None
@@ -249,6 +245,7 @@ class Learner:
         rate = self.config.learning_rate if learning_rate is None else learning_rate
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
+        self.network.refresh()
         whole = sum(parallel.gathered(sums), Sums())
         return {**whole.row(self.objective), "grad_norm": grad_norm}, logprobs
 

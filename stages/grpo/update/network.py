@@ -4,8 +4,10 @@ Shapes: S sequences, L tokens of the longest, N counted response tokens, D hidde
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,13 @@ from grpo.update import flex_attention, tree_attention
 from grpo.update.batch import Rollouts, made_up_pair
 from grpo.update.flex_attention import block_mask
 from grpo.update.layout import Cost, Layout, MicroBatch, Tree, build, longest_pair, tree_of
+from grpo.update.working_copy import WorkingCopy, narrow
 
 # Largest |difference| of a log-prob between two layouts in float32. Rounding gives 1e-5; a mask that is not
 # the model's own gives 0.1 and more.
 TOLERANCE = 1e-3
+# The mean in bfloat16, where rounding gives 1e-2, and 0.1 at some token among thousands.
+ROUNDED_TOLERANCE = 0.05
 # On a CPU more tokens at once are no faster, and what they compute is too large for the heap to keep: each
 # tensor is then new pages of the system's, which made a step 1.3 times as long.
 CPU_TOKENS = 4096
@@ -33,6 +38,7 @@ CPU_TOKENS = 4096
 MASKED_TOKENS = 4096
 
 
+Compared = tuple[float, bool]  # a difference between two layouts, and whether it is rounding
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     tree_attention.NAME: tree_attention.tree_attention,
     flex_attention.NAME: flex_attention.flex_tree_attention,
@@ -40,11 +46,19 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 class Network:
-    """A model, what it consists of, and the layout it is read in. Nothing is copied."""
+    """A model in float32, what it consists of, and the layout it is read in. Nothing is copied.
+
+    precision: float32, or bfloat16, in which it computes under autocast until work_in_copy() or narrow().
+    """
 
     def __init__(self, model: PreTrainedModel, precision: str, *, share_prompts: bool) -> None:
         self.model = model
         self.precision = precision
+        self.copy: WorkingCopy | None = None  # that it computes with
+        self.is_narrow = False  # whether float32 weights are left nowhere
+        self._rounding: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if precision == "bfloat16":
+            self._rounding = partial(torch.autocast, model.device.type, dtype=torch.bfloat16)
         self.device = str(model.device)
         self.reader = Reader(model)
         self.flex = model.device.type == "cuda"  # the kernel that trees are read with
@@ -66,62 +80,124 @@ class Network:
     @torch.no_grad()
     def _takes_trees(self) -> bool:
         """Whether the model hands trees on to its attention, and nothing that this does not compute."""
-        pair = made_up_pair(1, 1, vocabulary=1)
         try:
-            self.logprobs(self.batch(pair, [[tree_of(pair, [0, 1])]]), exactly=True)
+            self.logprobs(self._two_tokens(), exactly=True)
         except TypeError:
             return False
         return True
 
+    def _two_tokens(self) -> MicroBatch:
+        pair = made_up_pair(1, 1, vocabulary=1)
+        return self.batch(pair, [[tree_of(pair, [0, 1] if self.layout == "shared" else [0])]])
+
+    def work_in_copy(self) -> None:
+        """Compute with bfloat16 copies of the weights from now on, without autocast.
+
+        Raises UsageError (exit 2) for a model that cannot: some keep a part of what they compute in float32.
+        """
+        self.copy = WorkingCopy(self.model)
+        self._rounding = self.copy.in_place
+        try:
+            self.logprobs(self._two_tokens())[0].sum().backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            message = (
+                f"update.weights: bfloat16_master: {self.model.config.model_type} cannot compute with it"
+            )
+            raise UsageError(f"{message}: {shorten(str(error), 200)}; set weights: float32") from error
+        self.model.zero_grad(set_to_none=True)
+
+    def refresh(self) -> None:
+        """The weights have changed: a copy of them does too."""
+        if self.copy is not None:
+            self.copy.refresh()
+
+    def drop_copy(self) -> None:
+        """Free its memory until refresh()."""
+        if self.copy is not None:
+            self.copy.drop()
+
+    def narrow(self, *, whole: bool) -> None:
+        """Have no float32 weights, of a model that does not train: half the memory, and no casts.
+
+        whole: all in bfloat16, and computing as in a copy. Else only what autocast rounds at each use, so
+        that no bit of a log-prob changes.
+        """
+        narrow(self.model, whole=whole)
+        self.is_narrow = True
+        if whole:
+            self._rounding = nullcontext
+
     def logprobs(
         self, batch: MicroBatch, *, with_entropy: bool = False, exactly: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and entropy of the counted tokens, float32 [N]. exactly: without autocast."""
+        """Log-probs and entropy of the counted tokens, float32 [N]. exactly: in float32."""
+        assert not (exactly and self.is_narrow)
         attention, inputs = self._inputs(batch)
-        low = self.precision == "bfloat16" and not exactly
-        autocast = torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=low)
-        with self._attending(attention), autocast:
+        with self._attending(attention), nullcontext() if exactly else self._rounding():
             found: tuple[Tensor, Tensor | None] = self.reader(
                 inputs, batch.places_N, batch.targets_N, batch.temperature_N, with_entropy=with_entropy
             )
         return found
 
     @torch.no_grad()
-    def difference(self, rollouts: Rollouts, rows: np.ndarray) -> float:
-        """Largest |difference| of the last of `rows`, all of one group, read with the others and read alone.
+    def difference(self, rollouts: Rollouts, rows: np.ndarray, *, exactly: bool = False) -> float:
+        """|difference| of the last of `rows`, all of one group, read with the others and read alone, in nats.
 
-        In float32; the last is the longest. A window that the configuration does not name would be ignored
-        under the mask of a tree. The sampler read the last alone too, on-policy with the same weights: where
-        its stored log-probs agree, the difference is to those, for reading it alone would only say the same.
+        exactly: in float32; else in the precision in use, as what comes next. The largest of a token in
+        float32, the mean in bfloat16; see tolerance(). The last is the longest: a window that the
+        configuration does not name would be ignored under the mask of a tree. The sampler read the last alone
+        too, on-policy with the same weights: where its stored log-probs agree, the difference is to those,
+        for reading it alone would only say the same.
         """
+        over = torch.max if self._is_exact(exactly) else torch.mean
         apart = [tree_of(rollouts, [row]) for row in rows.tolist()]
         together = [tree_of(rollouts, rows.tolist())] if self.layout == "shared" else [apart[-1], *apart]
-        found_N, _ = self.logprobs(self.batch(rollouts, [together]), exactly=True)
+        found_N, _ = self.logprobs(self.batch(rollouts, [together]), exactly=exactly)
         expected_T = torch.tensor(rollouts.old_logprobs[int(rows[-1])]).to(found_N)
         found_T = found_N[-len(expected_T) :]
-        if not (found_T - expected_T).abs().max() <= TOLERANCE:  # NaN is not
-            expected_T, _ = self.logprobs(self.batch(rollouts, [apart[-1:]]), exactly=True)
-        return float((found_T - expected_T).abs().max())
+        difference = float(over((found_T - expected_T).abs()))
+        if not difference <= self.tolerance(exactly=exactly):  # NaN is not
+            expected_T, _ = self.logprobs(self.batch(rollouts, [apart[-1:]]), exactly=exactly)
+            difference = float(over((found_T - expected_T).abs()))
+        return difference
+
+    def tolerance(self, *, exactly: bool = False) -> float:
+        """The largest difference() that is rounding."""
+        return TOLERANCE if self._is_exact(exactly) else ROUNDED_TOLERANCE
+
+    def _is_exact(self, exactly: bool) -> bool:
+        return exactly or self.precision == "float32"
 
     def checkpoint_gradients(self) -> None:
         """Compute each layer again in the backward pass instead of keeping what it computed."""
-        for name, value in self.model.config.get_text_config(decoder=True).to_dict().items():
-            is_dropout = ("dropout" in name or "pdrop" in name) and not name.startswith("summary_")
-            if is_dropout and isinstance(value, float) and value > 0:
-                raise UsageError(
-                    f"update.gradient_checkpointing: the model has {name} {value}, which transformers would"
-                    " switch on with it; set it to 0 in the checkpoint's config.json"
-                )
+        for name, value in dropouts_of(self.model.config).items():
+            raise UsageError(
+                f"update.gradient_checkpointing: the model has {name} {value}, which transformers would"
+                " switch on with it; set it to 0 in the checkpoint's config.json"
+            )
         model: Any = self.model
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            # Computed again with the attention that it is computed with now.
-            return nullcontext(), self._attending(model.config._attn_implementation)
+            return nullcontext(), self._as_now()
 
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # transformers checkpoints only then; its parts stay in eval mode
+
+    def _as_now(self) -> AbstractContextManager[None]:
+        """A context in which a layer is computed again with the attention and the weights that it has now."""
+        attention = self._attending(self.model.config._attn_implementation)
+        weights = self.copy.in_place() if self.copy is not None and self.copy.is_in_place else nullcontext()
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with attention, weights:
+                yield
+
+        return again()
 
     def _inputs(self, batch: MicroBatch) -> tuple[str, dict[str, Any]]:
         """The attention to read the batch with, and the arguments of forward()."""
@@ -148,7 +224,7 @@ def check_layouts(
     rollouts: Rollouts,
     lengths: tuple[int, int],
     last: str | None,
-    of_reference: dict[tuple[int, int], float],
+    of_reference: dict[tuple[int, int], Compared],
 ) -> dict[str, Any]:
     """See Learner.check_layout(); of_reference: the differences that were found before, by their lengths."""
     found: dict[str, Any] = {}
@@ -157,20 +233,37 @@ def check_layouts(
             continue
         network.use(network.best)
         vocabulary = int(network.model.config.get_text_config(decoder=True).vocab_size)
-        made_up = (made_up_pair(*lengths, vocabulary), np.arange(2))
+        # Made up, once a run: in float32, which shows most. The rollouts, each time: as they are read.
+        made_up = (made_up_pair(*lengths, vocabulary), np.arange(2), not network.is_narrow)
         if name == "policy":
             pairs = [] if last == network.best else [made_up]
-            pairs += [(rollouts, longest_pair(rollouts))] if len(rollouts) else []
-            differences = [network.difference(*pair) for pair in pairs]
+            pairs += [(rollouts, longest_pair(rollouts), False)] if len(rollouts) else []
+            compared = [compare(network, *pair) for pair in pairs]
         else:
             if lengths not in of_reference:
-                of_reference[lengths] = network.difference(*made_up)
-            differences = [of_reference[lengths]]
-        found[f"{name}_layout_difference"] = max(differences, default=None)
-        if not all(difference <= TOLERANCE for difference in differences):  # NaN is not
+                of_reference[lengths] = compare(network, *made_up)
+            compared = [of_reference[lengths]]
+        found[f"{name}_layout_difference"] = max((difference for difference, _ in compared), default=None)
+        if not all(fits for _, fits in compared):
             found[f"{name}_layout_refused"] = network.best
             network.use("rows")
     return found
+
+
+def compare(network: Network, rollouts: Rollouts, rows: np.ndarray, exactly: bool) -> Compared:
+    """Network.difference(), and whether it is rounding."""
+    difference = network.difference(rollouts, rows, exactly=exactly)
+    return difference, difference <= network.tolerance(exactly=exactly)  # NaN is not
+
+
+def dropouts_of(config: PreTrainedConfig) -> dict[str, float]:
+    """What a model would leave out at random in training, by the key of its configuration."""
+    return {
+        name: value
+        for name, value in config.get_text_config(decoder=True).to_dict().items()
+        if ("dropout" in name or "pdrop" in name) and not name.startswith("summary_")
+        if isinstance(value, float) and value > 0
+    }
 
 
 def layout_of(model: PreTrainedModel, *, share_prompts: bool) -> Layout:

@@ -84,9 +84,11 @@ def state_of(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) ->
     return {**tensors, "step": tensors["step"] if counts else int(tensors["step"].item())}
 
 
-def move_state(optimizer: torch.optim.Optimizer, device: str) -> None:
-    """Put the state of every parameter on `device`, where it is not there."""
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                state[name] = value.to(device)
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Those of all parameters' states, by the parameter's place and their name; no copies."""
+    return {
+        f"{place}.{name}": value
+        for place, state in enumerate(optimizer.state.values())
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }

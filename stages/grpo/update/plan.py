@@ -7,6 +7,7 @@ from grpo.artifacts.files import sha256_of
 from grpo.config import UpdateConfig
 from grpo.config.named_files import named_file
 from grpo.errors import InputError
+from grpo.models.device import gpu_is_there
 
 NAME = "update"
 OUTPUT = "update"
@@ -30,7 +31,8 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         references.append(f"updates@{iteration - 1}")
     if update.kl_coefficient:
         references.append(reference_of(update, iteration))
-    config = {"seed": run.config.seed, "update": update.recorded(_NOT_RESULT), **run.config.loaded_with()}
+    recorded = settled(update, on_gpu=gpu_is_there()).recorded(_NOT_RESULT)
+    config = {"seed": run.config.seed, "update": recorded, **run.config.loaded_with()}
     if update.schedule != "constant" or update.warmup_share:
         config["iterations"] = run.config.iterations  # over which the learning rate falls, or rises
     if teachers := run.config.score.teachers:
@@ -52,6 +54,13 @@ def policy_id(plan: Plan, weights: str) -> str:
     Not of the inputs alone: where a rerun gives other bits, as a GPU may, what was made from it is stale.
     """
     return digest([plan.fingerprint(0), weights])
+
+
+def settled(update: UpdateConfig, *, on_gpu: bool, checkpointing: bool = False) -> UpdateConfig:
+    """With what is computed in place of `auto`; checkpointing: what whoever asks found for it."""
+    narrow = on_gpu or update.weights == "bfloat16_master"
+    on = {"precision": "bfloat16" if narrow else "float32", "gradient_checkpointing": checkpointing}
+    return update.model_copy(update={key: on[key] for key in on if getattr(update, key) == "auto"})
 
 
 def reference_of(config: UpdateConfig, iteration: int) -> str:

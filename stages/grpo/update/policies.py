@@ -17,6 +17,8 @@ from grpo.artifacts import (
 from grpo.console import duration
 from grpo.errors import EngineError, InputError
 from grpo.models.loading import best_device
+from grpo.models.turns import share_of
+from grpo.update import checkpointing
 from grpo.update.adapter import adapter_files
 from grpo.update.checkpoint import policy_files
 from grpo.update.durable import Checkpoints
@@ -36,6 +38,8 @@ class Policies:
 
     def __init__(self, run: ActiveRun, learner: Learner, checkpoints: Checkpoints | None = None) -> None:
         self.run, self.learner = run, learner
+        self.config = learner.config
+        """The run's, as this machine computes it; a replay has that of each manifest."""
         self.checkpoints = checkpoints
         self.made: int | None = None
         """The policy that an update of this command made last."""
@@ -62,8 +66,8 @@ class Policies:
             self._restore(policy)
         else:
             learner.resume()
-        if learner.config != run.config.update:
-            learner.configure(run.config.update)
+        if learner.config != self.config:
+            learner.configure(self.config)
 
     def settle(self) -> None:
         """Wait for what is being written, before what the learner holds changes."""
@@ -177,8 +181,9 @@ class Policies:
 
 def new_learner(run: ActiveRun) -> Learner:
     """One of the run's configuration, with nothing loaded yet."""
+    share = share_of(run.config.generate.engine_options)
     attention = run.config.model_options.attn_implementation
-    return Learner(run.config.update, best_device(), run.config.seed, attention)
+    return Learner(checkpointing.settle(run), best_device(), run.config.seed, attention, share)
 
 
 @contextmanager

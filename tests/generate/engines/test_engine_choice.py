@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from grpo.generate.engines import choice as engine_choice
-from grpo.generate.engines.choice import choose_engine, gpu_is_there
+from grpo.generate.engines.choice import choose_engine
+from grpo.models.device import gpu_is_there
 
 
 @pytest.fixture(autouse=True)

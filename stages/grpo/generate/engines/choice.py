@@ -1,10 +1,9 @@
 """choice: which engine samples, and why. Asked for every plan: imports neither torch nor vllm."""
 
-import ctypes
-import os
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
+
+from grpo.models.device import gpu_is_there
 
 
 @cache
@@ -22,20 +21,3 @@ def choose_engine(wanted: str) -> tuple[str, str]:
 def default_dtype() -> str:
     """What vLLM computes in unless told: the learner's own type where nothing is gained by a shorter one."""
     return "bfloat16" if gpu_is_there() else "float32"
-
-
-@cache
-def gpu_is_there() -> bool:
-    """Whether this process may use a GPU, asked of the driver: torch would take seconds to say the same."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("HIP_VISIBLE_DEVICES"))
-    if visible is not None and visible.strip() in ("", "-1"):
-        return False
-    if Path("/dev/kfd").exists():  # AMD's compute driver
-        return True
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_uint(0)
-    failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    return not failed and count.value > 0

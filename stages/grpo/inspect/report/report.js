@@ -66,7 +66,7 @@ function head(page) {
   const value = (key) => JSON.parse(runs[0].config[key] ?? "null");
   const told = [
     value("model"), value("update.objective"), `${value("generate.prompts_per_iteration")} prompts × ${value("generate.samples_per_prompt")} samples an iteration`,
-    `learning rate ${value("update.learning_rate")}`,
+    `learning rate ${number(value("update.learning_rate"))}`,
   ];
   $("subtitle").textContent = runs.length === 1 ? told.join(" · ") : `${runs.length} runs; what differs between them is marked under Configuration`;
   $("summary").replaceChildren(runs.length === 1 ? tiles(page) : overview(page));
@@ -107,7 +107,7 @@ function tiles(page) {
     truncated && [number(truncated.last, "share"), "cut off"],
     [number(run.rollouts), `rollouts in ${number(run.iterations)} iterations`],
     [number(run.prompts), "different prompts"],
-    run.seconds === null ? null : [duration(run.seconds), `${number(Math.round(run.tokens / run.seconds))} response tokens a second`],
+    run.seconds === null ? null : [duration(run.seconds), `in iterations, ${number(Math.round(run.tokens / run.seconds))} response tokens a second`],
   ];
   return make("div", "tiles", ...list.filter(Boolean).map(([value, text]) => make("div", "tile", make("b", "", value), make("span", "", text))));
 }

@@ -1,9 +1,10 @@
--- Grain: one row: how much run $run did. seconds: null where nothing was timed;
--- first_passed, last_passed: the pass rates of the iterations that have one.
+-- Grain: one row: how much run $run did. seconds: of the four stages, as in the
+-- lines of `grpo run`, null where nothing was timed; first_passed, last_passed:
+-- the pass rates of the iterations that have one.
 with timed as (
     select sum(seconds) as seconds
     from timings
-    where run = $run and iteration is not null
+    where run = $run and iteration is not null and stage <> 'evaluate'
 ),
 
 passes as (

@@ -13,6 +13,8 @@ from grpo.manage.doctor.inputs import (
     check_prompts,
     check_surrogate,
 )
+from grpo.manage.doctor.machine import check_compiler, check_threads
+from grpo.manage.doctor.memory import check_memory
 from grpo.manage.doctor.report import Report, print_report
 from grpo.manage.doctor.rewards import check_rewards, check_teachers
 from grpo.manage.doctor.settings import (
@@ -23,7 +25,7 @@ from grpo.manage.doctor.settings import (
     check_sql,
     check_track,
 )
-from grpo.manage.doctor.space import check_disk, check_memory
+from grpo.manage.doctor.space import check_disk
 from grpo.prompts.table import HELD_OUT
 
 __all__ = ["Report", "examine", "print_report", "refuse"]
@@ -32,10 +34,11 @@ __all__ = ["Report", "examine", "print_report", "refuse"]
 def examine(run: ActiveRun, with_model: bool) -> Report:
     """Check the machine for the configuration of `run`, in the order in which a run would meet what is wrong.
 
-    with_model: also get the model as a run would, open the engine, and compare it with the learner.
+    with_model: also get the model as a run would, open the engine, and compare it with the learner; that may
+    take minutes, so each step is said as it begins.
     """
     with TemporaryDirectory(prefix="grpo-doctor-") as scratch:
-        report = Report(run.name, Path(scratch))
+        report = Report(run.name, Path(scratch), say=run.console.say if with_model else str)
         _look(run, report, with_model)
     return report
 
@@ -53,6 +56,8 @@ def _look(run: ActiveRun, report: Report, with_model: bool, room: bool = True) -
     config = run.config
     check_run(run, report)
     check_engine(run, report)
+    check_compiler(run, report)
+    check_threads(report)
     check_sql(run, report)
     check_signal(run, report)
     reference = policy = check_model(run, report, "model", config.model, with_model)
@@ -61,10 +66,6 @@ def _look(run: ActiveRun, report: Report, with_model: bool, room: bool = True) -
     check_surrogate(run, report)
     if config.update.reference is not None and config.update.kl_coefficient:
         reference = check_model(run, report, "reference", config.update.reference, with_model)
-    if room:
-        if ("engine options", "failed") not in {(check.name, check.level) for check in report.checks}:
-            check_memory(run, report, policy, reference)
-        check_disk(run, report, policy)
     found = [check_prompts(run, report, policy, with_model)]
     check_answers(run, report, policy, found[0])
     if config.evaluate is not None:
@@ -74,6 +75,10 @@ def _look(run: ActiveRun, report: Report, with_model: bool, room: bool = True) -
     check_teachers(run, report, policy, with_model)
     check_evaluation(run, report)
     check_track(run, report)
+    if room:
+        if ("engine options", "failed") not in {(check.name, check.level) for check in report.checks}:
+            check_memory(run, report, policy, reference, found[0].longest)
+        check_disk(run, report, policy)
     if with_model and report.exit_code:
         with report.check("agreement", "not tried", AGREEMENT) as check:
             check.warn("what failed above comes first")

@@ -32,6 +32,7 @@ from grpo.prompts.source import Row
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner
 from grpo.update.mismatch import mismatch
+from grpo.update.plan import settled
 
 AGREEMENT = "engine and learner compute the same"
 _PRECISION = {"learner": "learner_precision", "engine": "precision"}  # who -> its key in the numbers
@@ -88,7 +89,7 @@ def check_agreement(run: ActiveRun, report: Report, checkpoint: Path, rows: list
 def _check_engine_and_learner(run: ActiveRun, report: Report, checkpoint: Path, rows: list[Row]) -> None:
     with report.check("agreement", "", AGREEMENT) as check:
         try:
-            numbers = report.agreement = _measure(run, checkpoint, rows)
+            numbers = report.agreement = _measure(run, report, checkpoint, rows)
         except torch.OutOfMemoryError as error:
             way = "lower gpu_memory_utilization, or end other processes"
             raise ResourceError(f"the GPU ran out of memory: {first_line(error)}; {way}") from None
@@ -111,7 +112,7 @@ def _check_engine_and_learner(run: ActiveRun, report: Report, checkpoint: Path, 
             check.warn(f"{apart}; set {finer}: float32, or update.sampler_correction (docs/math.md)")
 
 
-def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any]:
+def _measure(run: ActiveRun, report: Report, checkpoint: Path, rows: list[Row]) -> dict[str, Any]:
     """The numbers of the comparison. Raises EngineError (exit 8) where a reload is not followed."""
     config, device = run.config.generate, best_device()
     name, _ = choose_engine(config.engine)
@@ -129,15 +130,18 @@ def _measure(run: ActiveRun, checkpoint: Path, rows: list[Row]) -> dict[str, Any
         weight_sync = WeightSync(engine, run.console.say, attention)
         chat = chat_of(run.config.prompts, run.imports)
         check = weight_check_of(checkpoint, rows[:CHECK_PROMPTS], chat, attention)
+        report.say(f"doctor: opening {name} on {device}, with the model and a perturbed copy")
         weight_sync.open(checkpoint, check)
         difference = weight_sync.bring("starting policy", checkpoint, check)
+        report.say(f"doctor: sampling {sum(len(each.seeds) for each in requests)} responses")
         groups = list(engine.sample(shards, Sampling(config.temperature, limit), lambda *_: None))
         weight_sync.release()
         taken = [(requests[group.group_id], sample) for group in groups for sample in group.samples]
         opened = {"engine": name, "device": device, "precision": engine.precision}
         sampled = {"prompts": len(requests), "longest_prompt_tokens": longest, "rollouts": len(taken)}
-        compared = _compare(run, checkpoint, taken)
-    at = {"learner_precision": run.config.update.precision, "temperature": config.temperature}
+        compared = _compare(run, report, checkpoint, taken)
+    learner = settled(run.config.update, on_gpu=device != "cpu").precision
+    at = {"learner_precision": learner, "temperature": config.temperature}
     return {**opened, **sampled, **at, "weight_check_difference": difference, **compared}
 
 
@@ -164,7 +168,9 @@ def _behind(window: int, requests: list[Request], room: int | None) -> list[Requ
     return [Request(len(requests), (token_ids * times)[:length], requests[0].seeds[:2])]  # two, that share it
 
 
-def _compare(run: ActiveRun, checkpoint: Path, taken: list[tuple[Request, Sample]]) -> dict[str, float]:
+def _compare(
+    run: ActiveRun, report: Report, checkpoint: Path, taken: list[tuple[Request, Sample]]
+) -> dict[str, float]:
     """The learner's log-probs of what was sampled, against the sampler's."""
     old = [sample.logprobs for _, sample in taken]
     rollouts = Rollouts(
@@ -176,6 +182,7 @@ def _compare(run: ActiveRun, checkpoint: Path, taken: list[tuple[Request, Sample
         advantages=np.zeros(len(taken)),
         temperatures=np.full(len(taken), run.config.generate.temperature),
     )
+    report.say("doctor: reading them with the learner")
     learner = Learner(
         run.config.update, best_device(), attention=run.config.model_options.attn_implementation
     )
@@ -186,6 +193,7 @@ def _compare(run: ActiveRun, checkpoint: Path, taken: list[tuple[Request, Sample
     found = learner.policy_logprobs(rollouts, np.arange(len(taken)))
     own = [found[row] for row in range(len(taken))]
     del learner  # the memory is for another copy of the model
+    report.say("doctor: reading them with plain transformers")
     responses = [sample.token_ids.tolist() for _, sample in taken]
     pairs = zip([list(request.prompt_token_ids) for request, _ in taken], responses, strict=True)
     plain_N = np.concatenate(plain_logprobs(checkpoint, pairs, run.config.generate.temperature))

@@ -1,25 +1,22 @@
 """inputs: the models, the prompts and the rewards that the configuration names."""
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from grpo import tables
-from grpo.artifacts import ActiveRun, checkpoint_files
-from grpo.errors import CorruptError, DataError
+from grpo.artifacts import ActiveRun
+from grpo.errors import DataError
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.kv_cache import new_cache
 from grpo.manage.doctor.report import Report
 from grpo.models import starter_model
-from grpo.models.bounds import shapes_in, weight_files
 from grpo.models.find import BUILT_IN, local_model, resolve_model
 from grpo.models.loading import check_model as check_checkpoint
 from grpo.models.loading import load_config, load_tokenizer
+from grpo.models.size import num_parameters
 from grpo.pipeline.begin import Look, room_of
 from grpo.prompts.held_out import compare, same_source
 from grpo.prompts.rows import normalised
@@ -78,6 +75,7 @@ def check_model(
                 load_tokenizer(folder)
                 room_of(run, folder, OUTPUT)
             found = Checkpoint(folder, parameters)
+            report.parameters[key] = parameters
         else:
             check.warn(f"{name} is downloaded at the first run; --model does so now, and checks memory, disk")
         size = "size not known" if found.parameters is None else f"{found.parameters / 1e6:,.1f}M parameters"
@@ -112,18 +110,6 @@ def check_surrogate(run: ActiveRun, report: Report) -> None:
             surrogate_of(run)
 
 
-def num_parameters(folder: Path) -> int:
-    """Of a checkpoint, from the headers of what transformers reads. Raises InputError, CorruptError."""
-    checkpoint_files(folder)
-    total = 0
-    for path in weight_files(folder):
-        try:
-            total += sum(map(math.prod, shapes_in(path)))
-        except SafetensorError as error:
-            raise CorruptError(f"{path}: is not safetensors: {error}") from error
-    return total
-
-
 @dataclass
 class Prompts:
     """Prompts that were looked at: the first rows, and of all of them the columns, and those without a value.
@@ -134,6 +120,8 @@ class Prompts:
     rows: list[Row] = field(default_factory=list)
     columns: set[str] | None = None
     empty: set[str] = field(default_factory=set)
+    longest: int = 0
+    """Tokens of the longest of the first; 0: not known."""
 
 
 def check_prompts(
@@ -143,7 +131,7 @@ def check_prompts(
 
     fetch: get a data set from the hub where the run has not read it yet. No rows where they cannot be used.
     """
-    config, rows, notes = config_of(run, output), list[Row](), list[str]()
+    config, notes = config_of(run, output), list[str]()
     looked = Prompts()
     needed = "prompts" if policy.folder is None else "prompts that leave room for max_new_tokens"
     name = "prompts" if output == OUTPUT else "held-out prompts"
@@ -161,17 +149,16 @@ def check_prompts(
             check_no_template(config)
         check.found = f"{config.source}: {count:,} rows"
         with closing(Look(run, policy.folder, output)) as look:
-            seen = look.render([row for _, row in first])
-            if policy.folder is None:
-                rows += seen
-            else:
+            rows = look.render([row for _, row in first])
+            if policy.folder is not None:
                 room, places = room_of(run, policy.folder, output), [place for place, _ in first]
-                kept = usable(list(zip(places, seen, strict=True)), look.num_tokens, room, config, set())
+                kept = usable(list(zip(places, rows, strict=True)), look.num_tokens, room, config, set())
                 if not kept:  # or none was there
                     raise DataError(f"prompts.source: {config.source}: holds no prompt that can be used")
                 of_first = f" of the first {len(first):,}" if count > len(first) else ""
-                check.found += f", the longest{of_first} {max(length for *_, length in kept)} tokens"
-                rows += [row for _, row, _ in kept]
+                looked.longest = max(length for *_, length in kept)
+                check.found += f", the longest{of_first} {looked.longest} tokens"
+                rows = [row for _, row, _ in kept]
             if lines := look.lines(notes):
                 check.warn("; ".join(lines))
         looked.rows, looked.columns, looked.empty = rows, columns, columns - filled

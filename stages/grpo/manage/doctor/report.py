@@ -1,6 +1,6 @@
 """report: what `grpo doctor` looked at and found, as a table or as plain data."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,11 +44,16 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     agreement: dict[str, Any] = field(default_factory=dict)
     errors: list[GrpoError] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)
+    """Of the models that were found, by the name of their check."""
+    say: Callable[[str], object] = str
+    """Told what is looked at now, as it is begun."""
 
     @contextmanager
     def check(self, name: str, found: str, needed: str = "") -> Iterator[Check]:
         """A check that fails with the GrpoError of its `with` block, which says what would be right."""
         check = Check(name, found, needed)
+        self.say(f"doctor: {name}")
         try:
             yield check
         except GrpoError as error:
