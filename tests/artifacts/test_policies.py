@@ -13,6 +13,9 @@ from grpo.artifacts import (
     POLICY,
     ActiveRun,
     Origin,
+    Plan,
+    Product,
+    Staging,
     can_be_had,
     checkpoint_of,
     discard,
@@ -75,15 +78,15 @@ def test_a_policy_whose_inputs_were_replaced_is_gone(tmp_path: Path) -> None:
 def lose_execution(run: ActiveRun) -> None:
     manifest = run.require("update", 1, "")
     discard(run, run.folder("update", 1))
-    plan = redo.Plan("update", 1, "update", 1, {}, manifest.inputs)
-    redo.Staging(run, plan, 0).commit(redo.Product(manifest.ids, [], manifest.summary))
+    plan = Plan("update", 1, "update", 1, {}, manifest.inputs)
+    Staging(run, plan, 0).commit(Product(manifest.ids, [], manifest.summary))
 
 
 def lose_digest(run: ActiveRun) -> None:
     manifest = run.require("update", 1, "")
     discard(run, run.folder("update", 1))
-    plan = redo.Plan("update", 1, "update", 1, {}, manifest.inputs)
-    redo.Staging(run, plan, 0).commit(redo.Product(manifest.ids, [], {}, manifest.execution))
+    plan = Plan("update", 1, "update", 1, {}, manifest.inputs)
+    Staging(run, plan, 0).commit(Product(manifest.ids, [], {}, manifest.execution))
 
 
 @pytest.mark.parametrize("lose", [lose_execution, lose_digest])

@@ -11,9 +11,11 @@ from grpo.artifacts import (
     CHECKPOINT,
     ActiveRun,
     Plan,
+    Product,
     Staging,
     droppable,
     durable_policies,
+    id_of,
     kept,
     origin_of,
     prune,
@@ -113,7 +115,7 @@ def test_an_unfinished_one_goes_and_a_finished_one_is_left_to_be_moved_in(tmp_pa
     record = begun.write_bytes("policy", "model.safetensors", b"half")
     assert droppable(run) == {1: [begun.folder]}
     with killed_at("move", 1):
-        begun.commit(redo.Product({CHECKPOINT: redo.id_of([record])}, [record], {}))
+        begun.commit(Product({CHECKPOINT: id_of([record])}, [record], {}))
     assert droppable(run) == {}  # complete but for being moved to its place
     other = Staging(run, plan, 1)
     prune(run)
