@@ -114,7 +114,8 @@ def inputs_changed(run: Run, manifest: Manifest) -> bool:
 
 def nearest_policy(run: Run, iteration: int) -> int:
     """The newest policy that can be had and is not after `iteration`: what `--from` can go on from."""
-    return next(number for number in range(iteration, -1, -1) if not number or can_be_had(run, number))
+    made = [number + 1 for number in run.iterations() if number < iteration]
+    return next((policy for policy in reversed(made) if can_be_had(run, policy)), 0)
 
 
 def followers(run: Run, output: str, iterations: Collection[int]) -> list[str]:
