@@ -154,7 +154,8 @@ def test_rewards_are_what_the_functions_give_the_stored_responses(done: tuple[Ac
 
 def test_policy_two_is_there_and_loads(done: tuple[ActiveRun, str], starter_model: Path) -> None:
     run, _ = done
-    folder = run.policy_folder(2)
+    folder = held_part(run, 2, POLICY)
+    assert folder is not None
     trained, before = load_model(folder, "cpu"), load_model(starter_model, "cpu")
     assert load_tokenizer(folder).chat_template == starter.CHAT_TEMPLATE
     pairs = list(zip(trained.state_dict().values(), before.state_dict().values(), strict=True))
@@ -233,7 +234,9 @@ def test_two_iterations_with_a_reward_model(
         assert mean(advantages["reward"]) == pytest.approx(0.5 * sum(expected) / 16, abs=1e-5)
         assert run.read("updates", iteration)["skipped"].to_pylist() == [False]
     # At a learning rate of 1e-3, AdamW's first step moves each weight that has a gradient by about 1e-3.
-    trained, before = load_model(run.policy_folder(2), "cpu"), load_model(starter_model, "cpu")
+    folder = held_part(run, 2, POLICY)
+    assert folder is not None
+    trained, before = load_model(folder, "cpu"), load_model(starter_model, "cpu")
     moved = [
         float((a - b).detach().abs().max())
         for a, b in zip(trained.parameters(), before.parameters(), strict=True)
