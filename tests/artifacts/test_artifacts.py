@@ -27,18 +27,16 @@ from grpo.artifacts import (
     choose_attempt,
     digest,
     discard,
-    droppable,
     files,
     find_run,
     id_of,
     lacking,
     open_run,
-    prune,
-    prune_behind,
     roll_forward,
     seal,
     staged_attempts,
 )
+from grpo.artifacts.manifest import SCHEMA_VERSION
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import CorruptError, InputError, LockedError, ResourceError, UsageError
@@ -428,7 +426,10 @@ def test_a_manifest_that_was_edited_is_found(run: ActiveRun, key: str) -> None:
         (b'{"stage": ', "is not JSON: Expecting value: line 1 column 11 (char 10)"),
         (b"{\xff", "is not JSON: 'utf-8' codec can't decode byte 0xff in position 1: invalid start byte"),
         (b"[]", "content changed since it was committed (sha256 differs)"),
-        (b'{"schema_version": 2}', "content changed since it was committed (sha256 differs)"),
+        (
+            b'{"schema_version": %d}' % SCHEMA_VERSION,
+            "content changed since it was committed (sha256 differs)",
+        ),
     ],
 )
 def test_a_manifest_that_is_none(run: ActiveRun, content: bytes, message: str) -> None:
@@ -459,11 +460,12 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(run: ActiveRun, name: 
 
 def test_a_manifest_of_a_newer_version(run: ActiveRun) -> None:
     commit(run)
-    path = damaged_manifest(run, lambda data: data.update(schema_version=3, unknown="to us"))
+    path = damaged_manifest(run, lambda data: data.update(schema_version=SCHEMA_VERSION + 1, unknown="to us"))
     with pytest.raises(InputError) as caught:
         again(run).manifest("rewards", 0)
     assert caught.value.exit_code == 4
-    assert str(caught.value) == f"{path}: written by a newer grpo (schema 3, this one reads up to 2)"
+    newer = f"written by a newer grpo (schema {SCHEMA_VERSION + 1}, this one reads up to {SCHEMA_VERSION})"
+    assert str(caught.value) == f"{path}: {newer}"
 
 
 def flip_a_bit(path: Path) -> str:
@@ -525,9 +527,9 @@ def test_a_policy_of_iteration_i_is_held_by_update_i_minus_1(run: Run) -> None:
         Product({"policy": "P", "reference": "R"}, [], {})
     )
     update = Plan("update", 1, "update", 0, {}, {})
-    Staging(run, update, 0).commit(Product({"policy": "P1", "optimizer": "O1"}, [], {}))
-    references = ("policy@0", "reference", "policy@1", "optimizer@1", "policy@2", "optimizer@0")
-    assert [run.id_of(name) for name in references] == ["P", "R", "P1", "O1", None, None]
+    Staging(run, update, 0).commit(Product({"policy": "P1"}, [], {}))
+    references = ("policy@0", "reference", "policy@1", "policy@2")
+    assert [run.id_of(name) for name in references] == ["P", "R", "P1", None]
 
 
 def test_the_weight_check_of_a_policy_is_held_with_it(run: ActiveRun) -> None:
@@ -550,7 +552,7 @@ def test_the_weight_check_of_a_policy_is_held_with_it(run: ActiveRun) -> None:
         assert str(corrupt.value).startswith(f"{path}: ")
 
 
-# Checkpoints, locks, runs, retention
+# Starting checkpoints, locks, runs
 
 
 def test_a_checkpoint_id_is_of_weights_configuration_and_tokenizer(tmp_path: Path) -> None:
@@ -642,129 +644,15 @@ def test_an_unknown_run_names_those_that_are_there(run: Run) -> None:
         open_run(find_run("a", run.root))
 
 
-def commit_update(run: Run, iteration: int) -> None:
-    staging = Staging(run, Plan("update", 1, "update", iteration, {}, {}), 0)
-    policy = staging.write_bytes("policy", "model.safetensors", b"weights")
-    check = staging.write_bytes("policy", "weight_check.json", b"{}")
-    optimizer = staging.write_bytes("optimizer", "optimizer.safetensors", b"moments")
-    ids = {"policy": id_of([policy]), "optimizer": id_of([optimizer])}
-    staging.commit(Product(ids, [policy, check, optimizer], {}))
-
-
-def keeping(
-    run: ActiveRun, keep_last: int | None, keep_every: int | None, reference_every: int | None = None
-) -> ActiveRun:
-    """The run with another `checkpoints`, and a reference that moves."""
-    changes = {
-        "checkpoints": {"keep_last": keep_last, "keep_every": keep_every},
-        "update": {"reference_every": reference_every},
-    }
-    return ActiveRun(run.root, Config.model_validate({**CONFIG, **changes}), run.imports, run.console)
-
-
-def test_the_newest_checkpoints_and_every_nth_are_kept_and_all_ids_stay(run: ActiveRun) -> None:
-    run = keeping(run, keep_last=2, keep_every=3)
-    for iteration in range(8):
-        commit_update(run, iteration)
-        prune(run)
-    # Updates 6 and 7 are the newest; updates 2 and 5 wrote the policies 3 and 6.
-    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [2, 5, 6, 7]
-    for iteration in (0, 1, 3, 4):
-        folder = run.folder("update", iteration)
-        assert tree(folder) == ["manifest.json", "policy/weight_check.json", "pruned.json", "timings.json"]
-        assert run.id_of(f"optimizer@{iteration + 1}") == run.id_of("optimizer@8") is not None
-        with pytest.raises(InputError) as caught:
-            run.policy_folder(iteration + 1)
-        nearest = {0: 0, 1: 3, 3: 3, 4: 6}[iteration]
-        assert str(caught.value) == (
-            f"{folder}: policy {iteration + 1} was pruned (checkpoints.keep_last, keep_every); there are"
-            f" policies 0, 3, 6, 7, 8, the nearest is {nearest}"
-        )
-    assert "optimizer/optimizer.safetensors" in tree(run.folder("update", 2))
-
-
-def test_a_checkpoint_left_by_a_crash_while_pruning_goes_at_the_next(run: ActiveRun) -> None:
-    run = keeping(run, keep_last=2, keep_every=None)
-    for iteration in range(3):
-        commit_update(run, iteration)
-    (run.folder("update", 0) / "pruned.json").write_text(
-        '{"parts": ["policy", "optimizer"]}'
-    )  # committed; the crash
-    prune(run)
-    assert "optimizer/optimizer.safetensors" not in tree(run.folder("update", 0))
-    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("keep_last", "keep_every", "reference_every"),
-    [
-        (2, 1, None),
-        (2, 3, None),
-        (2, None, None),
-        (2, None, 1),
-        (2, None, 4),
-        (3, None, 5),
-        (2, 7, 4),
-        (3, 5, 3),
-        (2, 3, 20),
-    ],
-)
-def test_what_is_pruned_behind_an_update_is_what_a_look_at_all_of_them_would_prune(
-    run: ActiveRun, keep_last: int, keep_every: int | None, reference_every: int | None
-) -> None:
-    run = keeping(run, keep_last, keep_every, reference_every)
-    for iteration in range(16):
-        commit_update(run, iteration)
-        prune_behind(run, iteration)
-        # Policies of a multiple stay, the newest, and the reference of each of them.
-        newest = iteration + 1
-        kept = {n for n in range(1, newest + 1) if n > newest - keep_last or n % (keep_every or 99) == 0}
-        kept |= {n - n % reference_every for n in kept} - {0} if reference_every else set()
-        assert {n for n in run.policies() if n > 0} == kept
-        assert droppable(run) == {}
-
-
-def test_an_old_update_that_was_made_again_is_pruned_at_once(run: ActiveRun) -> None:
-    run = keeping(run, keep_last=2, keep_every=None)
-    for iteration in range(4):
-        commit_update(run, iteration)
-        prune_behind(run, iteration)
-    discard(run, run.folder("update", 1))
-    commit_update(run, 1)
-    prune_behind(run, 1)
-    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [2, 3]
-
-
-def test_pruning_behind_an_update_does_not_look_at_the_oldest(run: ActiveRun) -> None:
-    run = keeping(run, keep_last=2, keep_every=None)
-    for iteration in range(4):
-        commit_update(run, iteration)
-        prune_behind(run, iteration)
-    commit_update(run, 0)  # a checkpoint that a look at all of them would drop
-    commit_update(run, 4)
-    prune_behind(run, 4)
-    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [0, 3, 4]
-    prune(run)
-    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [3, 4]
-
-
 def test_within_steady_a_manifest_is_looked_at_once(run: Run) -> None:
-    commit_update(run, 0)
+    commit(run)
     with run.steady():
-        before = run.manifest("update", 0)
+        before = run.manifest("rewards", 0)
         with run.steady():
-            discard(run, run.folder("update", 0))
-            assert run.manifest("update", 0) is before is not None
-        assert run.manifest("update", 0) is before
-    assert run.manifest("update", 0) is None
-
-
-def test_null_keeps_every_checkpoint(run: ActiveRun) -> None:
-    run = keeping(run, keep_last=None, keep_every=10)
-    for iteration in range(4):
-        commit_update(run, iteration)
-        prune(run)
-    assert [n for n in run.iterations() if run.has_checkpoint(n)] == [0, 1, 2, 3]
+            discard(run, run.folder("rewards", 0))
+            assert run.manifest("rewards", 0) is before is not None
+        assert run.manifest("rewards", 0) is before
+    assert run.manifest("rewards", 0) is None
 
 
 def test_what_is_discarded_never_hides_what_was_discarded_before(run: Run) -> None:

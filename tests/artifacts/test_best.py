@@ -63,7 +63,7 @@ def with_references(policies: set[int], moves: int | None) -> list[int]:
 
 def checkpoints() -> list[int]:
     """Policies that an update wrote and whose weights are there."""
-    paths = RUN.glob("iteration=*/update/policy/model.safetensors")
+    paths = RUN.glob("iteration=*/checkpoint/policy/model.safetensors")
     return sorted(int(re.findall("=([0-9]+)", str(path))[0]) + 1 for path in paths)
 
 

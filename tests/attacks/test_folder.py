@@ -196,7 +196,8 @@ LINKED = (
     ".staging/iteration=000001/rewards-0",
     "iteration=000000",
     "iteration=000001/update",
-    "iteration=000000/update/policy",
+    "iteration=000000/checkpoint",
+    "iteration=000000/checkpoint/policy",
     "iteration=000000/update/other",
     "iteration=000007",
     "prompts",
@@ -360,7 +361,7 @@ def test_a_lock_with_another_name_is_left_alone(finished: Path, grpo: Grpo) -> N
     assert (folder / "a").read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", ["run.json.tmp", "iteration=000001/update/pruned.json", ".from.json.tmp"])
+@pytest.mark.parametrize("name", ["run.json.tmp", ".from.json.tmp"])
 def test_a_link_where_a_file_will_be_written_is_not_followed(finished: Path, grpo: Grpo, name: str) -> None:
     folder = victim()
     (RUN / name).symlink_to(folder / "new")
@@ -476,7 +477,7 @@ FILES = (
     "iteration=000000/rollouts/part-*.parquet",
     "iteration=000000/update/timings.json",
     "iteration=000001/rewards/part-*.parquet",
-    "iteration=000001/update/policy/model.safetensors",
+    "iteration=000001/checkpoint/policy/model.safetensors",
     "prompts/manifest.json",
     "policy/weight_check.json",
     "sources/*",

@@ -470,6 +470,20 @@ def test_a_bound_without_effect_is_refused(refusal: Refuse, overrides: list[str]
     assert found.startswith(f"pipeline.yaml with --set: update: {message}")
 
 
+@pytest.mark.parametrize("every", ["auto", 1, 7, "1m", "15m", "1440m"])
+def test_how_often_a_policy_is_written(load_text: Load, every: str | int) -> None:
+    assert load_text(SMALLEST, f"checkpoints.every={every}").checkpoints.every == every
+
+
+NEVER = ["0", "-3", "2147483648", "true", "1.5", "null", "'15'", "0m", "15 m", "15s", "[1]"]
+
+
+@pytest.mark.parametrize("every", NEVER)
+def test_what_says_in_no_way_how_often(refusal: Refuse, every: str) -> None:
+    expected = "expected auto, a number of iterations from 1, or minutes such as 15m"
+    assert refusal(SMALLEST, f"checkpoints.every={every}").startswith(f"--set checkpoints.every: {expected}")
+
+
 def test_keys_that_came_later_are_in_no_fingerprint_at_their_default(load_text: Load) -> None:
     added = [name for name, field in UpdateConfig.model_fields.items() if ADDED in field.metadata]
     assert len(added) >= 9

@@ -137,7 +137,7 @@ def test_every_value_is_of_a_key_that_is_there_and_is_refused() -> None:
         ("update.optim=adamw_8bit", "TRL's optim: "),
         ("update.gradient_accumulation_steps=4", "TRL's gradient_accumulation_steps: not needed: "),
         ("evaluate.eval_steps=10", "TRL's eval_steps: evaluate.every"),
-        ("checkpoints.save_steps=10", "TRL's save_steps: checkpoints.keep_every"),
+        ("checkpoints.save_steps=10", "TRL's save_steps: checkpoints.every"),
         ("update.lora={rank: 8, alpha: 8, r: 8}", "TRL's r: update.lora.rank"),
         ("update.lora={rank: 8, alpha: 8, use_rslora: true}", "TRL's use_rslora: update.lora.rslora"),
         ("update.lora={rank: 8, alpha: 8, dropout: 0.05}", "TRL's dropout: no: the learner would compute"),
@@ -195,7 +195,7 @@ def test_every_value_is_of_a_key_that_is_there_and_is_refused() -> None:
         # Our own keys, in another section or misspelt.
         ("update.max_new_tokens=3", "did you mean generate.max_new_tokens, or evaluate.max_new_tokens?"),
         ("epochs=2", "did you mean update.epochs?"),
-        ("checkpoints.every=3", "did you mean keep_every, or evaluate.every?"),
+        ("checkpoints.evry=3", "did you mean every?"),
         ("update.learning_rat=1", "did you mean learning_rate?"),
         ("generate.sample_per_prompt=4", "did you mean samples_per_prompt?"),
     ],

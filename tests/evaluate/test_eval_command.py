@@ -48,7 +48,7 @@ def test_what_was_measured_otherwise_is_refused_without_force(measured: Path, gr
 
 def test_the_same_policy_as_a_checkpoint_gives_the_same_numbers(measured: Path, grpo: Grpo) -> None:
     before = crash.contents(Path())
-    checkpoint = RUN / "iteration=000000/update/policy"
+    checkpoint = RUN / "iteration=000000/checkpoint/policy"
     code, out, err = grpo("evaluate", str(checkpoint), "--json", "--out", "responses.parquet")
     assert code == 0, err
     found = json.loads(out)

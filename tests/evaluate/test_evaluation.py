@@ -142,7 +142,7 @@ def test_greedy(measured: Path, grpo: Grpo) -> None:
     )
     assert [row["temperature"] for row in found] == [0.0] * 4
     # The likeliest token each time, whatever the seed: as the engine alone would do.
-    assert responses(RUN / "iteration=000001/update/policy") == [
+    assert responses(RUN / "iteration=000001/checkpoint/policy") == [
         row["response"]
         for row in rows(grpo, "select response from eval_rollouts where iteration = 2 order by group_id")
     ]
@@ -337,16 +337,61 @@ def test_a_fork_shares_what_the_shared_policies_were_measured_to_be(measured: Pa
     assert "nothing to do" in succeed(grpo, "run", "--set", "run=same")
 
 
-def test_checkpoints_are_pruned_and_evaluations_stay(measured: Path, grpo: Grpo) -> None:
+def test_checkpoints_go_and_evaluations_stay(measured: Path, grpo: Grpo) -> None:
     keep = ["--set", crash.KEEP_2, "--set", "checkpoints.keep_best=false", "--set", "iterations=4"]
     succeed(grpo, "run", *keep)
-    assert not (RUN / "iteration=000000/update/policy/model.safetensors").exists()
+    assert not (RUN / "iteration=000000/checkpoint").exists()
     assert states(grpo, *keep) == dict.fromkeys(range(5), "done")
     assert grpo("verify")[0] == 0
-    code, _, err = grpo("evaluate", "--policy", "1", "--force", *keep)
-    assert (code, "policy 1 was pruned" in err) == (4, True), err
+    query = "select * from evals where iteration = 1"
+    before = rows(grpo, query)
+    err = succeed(grpo, "evaluate", "--policy", "1", "--force", *keep)
+    assert "policy 1 is not on disk: rebuilding it from policy 0 (1 update, about" in err
+    assert rows(grpo, query) == before
     assert len(rows(grpo, "select * from evals")) == 5
     assert succeed(grpo, "gc", *keep) == ""
+
+
+FEW = [
+    *("--set", "checkpoints={every: 9, keep_last: 1}"),
+    *("--set", "iterations=4", "--set", "stop.metric=reward"),
+]
+
+
+def on_disk(grpo: Grpo) -> list[int]:
+    found: list[int] = json.loads(grpo("status", "--json")[1])["policies"]["on_disk"]
+    return found
+
+
+def best_measured(grpo: Grpo, policies: set[int]) -> int:
+    found = rows(grpo, "select iteration, reward from evals order by reward desc, iteration")
+    return next(row["iteration"] for row in found if row["iteration"] in policies)
+
+
+def test_the_best_policy_measured_is_on_disk(measured_project: Path, grpo: Grpo) -> None:
+    """As it was measured, not at the end: with one checkpoint a run, it would be gone by then."""
+    succeed(grpo, "run", *FEW)
+    best = best_measured(grpo, {0, 1, 2, 3, 4})
+    assert on_disk(grpo) == sorted({0, best, 4})
+    code, out, _ = grpo("export", "--best", "--out", "best", "--json", "-c", "pipeline.yaml")
+    assert code == 0, out
+    shutil.rmtree("artifacts")
+    succeed(grpo, "run", *FEW, "--set", "checkpoints.keep_best=false")
+    assert on_disk(grpo) == [0, 4]
+
+
+def test_a_policy_measured_by_hand_is_on_disk_where_it_is_the_best(
+    measured_project: Path, grpo: Grpo
+) -> None:
+    """Rebuilt to be measured; one that is not the best is as it was."""
+    succeed(grpo, "run", *FEW, "--set", "evaluate.every=9")  # policies 0 and 4 are measured
+    for policy in (1, 2, 3):
+        assert policy not in on_disk(grpo)
+        err = succeed(grpo, "evaluate", "--policy", str(policy), *FEW)
+        assert f"policy {policy} is not on disk: rebuilding it from policy " in err
+        best = best_measured(grpo, {0, *range(1, policy + 1), 4})
+        assert (policy in on_disk(grpo)) == (best == policy)
+        assert 4 in on_disk(grpo)
 
 
 # Faults

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from grpo.artifacts import ActiveRun, Run
 from grpo.cli.options import reading
 from grpo.inspect import metrics
 
-DATA = Path(__file__).parents[1] / "data"
 STEP = {"iteration": 0, "entropy": 1.0, "mismatch_mean": None}
 
 
@@ -150,18 +148,6 @@ def test_of_manifests_that_keep_nothing_the_view_is_asked(hand: ActiveRun) -> No
     assert {name: kept[name] for name in ("reward", "kl", "tokens")} == pytest.approx(
         {"reward": 1.6, "kl": 0.55, "tokens": 18}
     )
-
-
-def test_manifests_from_before_they_kept_it_show_what_the_view_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grpo: Grpo
-) -> None:
-    shutil.copytree(DATA / "schema-2", tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    status = json.loads(grpo("status", "tiny", "--json")[1])["iterations"]
-    found = json.loads(grpo("sql", "from iterations order by iteration", "--run", "tiny", "--json")[1])
-    names = ("reward", "kl", "entropy", "mismatch_mean", "response_tokens", "truncated")
-    for shown, iteration in zip(status, found, strict=True):
-        assert [shown[name] for name in names] == pytest.approx([iteration[name] for name in names])
 
 
 def test_a_row_reads_its_own_iteration_and_no_other(finished: Path) -> None:

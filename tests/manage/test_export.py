@@ -20,7 +20,8 @@ from grpo.manage.export.card import card_of
 from grpo.models.loading import load_model
 
 IDS = torch.tensor([[49, 43, 49, 61, 256, 7]])
-UPDATE = ARTIFACTS / "tiny" / "iteration=000001" / "update"
+RUN = ARTIFACTS / "tiny"
+CHECKPOINT = RUN / "iteration=000001" / "checkpoint"
 auto: Any = AutoModelForCausalLM
 
 
@@ -52,7 +53,7 @@ def test_the_newest_policy_loads_and_computes_the_same_bits(finished: Path, grpo
     assert files_in(finished / "out") == {"mine"}  # nothing unfinished beside it
     model = auto.from_pretrained(folder)
     assert model.dtype == torch.float32
-    assert torch.equal(logits(model), logits(load_model(UPDATE / "policy", "cpu")))
+    assert torch.equal(logits(model), logits(load_model(CHECKPOINT / "policy", "cpu")))
     assert not torch.equal(logits(model), logits(load_model(finished / "model", "cpu")))
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "1+1="}]
@@ -72,7 +73,7 @@ def test_cast_weights_are_what_transformers_casts_to(finished: Path, grpo: Grpo,
     assert grpo("export", "--out", "mine", "--policy", "1", "--dtype", dtype)[0] == 0
     model = auto.from_pretrained("mine")  # the dtype that config.json names
     assert str(model.dtype) == f"torch.{dtype}"
-    policy = ARTIFACTS / "tiny" / "iteration=000000" / "update" / "policy"
+    policy = RUN / "iteration=000000" / "checkpoint" / "policy"
     expected = auto.from_pretrained(policy, dtype=getattr(torch, dtype))
     assert torch.equal(logits(model), logits(expected))
 
@@ -124,7 +125,7 @@ def test_an_exported_policy_starts_another_run(finished: Path, grpo: Grpo) -> No
         for run in ("tiny", "second")
     )
     assert first["sequences"] == second["sequences"]
-    last = json.loads((UPDATE / "policy" / "weight_check.json").read_text())
+    last = json.loads((RUN / "iteration=000001" / "update" / "weight_check.json").read_text())
     assert second["logprobs"] == last["logprobs"]  # it computes what the other run's last policy did
 
 
@@ -139,6 +140,47 @@ def test_a_chat_template_of_the_run_goes_with_the_policy(project: Path, grpo: Gr
     export(opened(*settings[1::2]), None, Path("mine"), None, False)
     tokenizer: Any = AutoTokenizer.from_pretrained("mine")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "[a]"
+
+
+# ---- what is not on disk ----
+
+FORMS = {
+    "full": ([], []),
+    "merged": (["update.lora={rank: 2, alpha: 4.0}"], []),
+    "adapter": (["update.lora={rank: 2, alpha: 4.0}"], ["--adapter"]),
+}
+
+
+def weights_in(folder: Path) -> bytes:
+    [path] = folder.glob("*.safetensors")
+    return path.read_bytes()
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder below one, with its size and when it was written."""
+    found = {path: path.stat() for path in (folder, *folder.rglob("*"))}
+    return {str(path): (stat.st_mtime_ns, stat.st_size) for path, stat in found.items()}
+
+
+@pytest.mark.parametrize(("settings", "options"), FORMS.values(), ids=FORMS)
+def test_a_policy_that_is_not_on_disk_is_exported_with_the_same_bytes(
+    project: Path, grpo: Grpo, settings: list[str], options: list[str]
+) -> None:
+    """And nothing is written into the run."""
+    sets = [part for setting in [*settings, "iterations=3"] for part in ("--set", setting)]
+    assert grpo("run", *sets, "--set", "checkpoints={every: 1, keep_last: null}")[0] == 0
+    assert grpo("export", "--policy", "2", "--out", "kept", *options)[0] == 0
+    shutil.rmtree(RUN)
+    assert grpo("run", *sets, "--set", "checkpoints={every: 9}")[0] == 0
+    assert [path.parent.name for path in RUN.glob("*/checkpoint")] == ["iteration=000002"]  # the last
+    before = listing(RUN)
+    code, _, err = grpo("export", "--policy", "2", "--out", "rebuilt", *options)
+    assert code == 0, err
+    assert "policy 2 is not on disk: rebuilding it from policy 0 (2 updates, about" in err
+    assert listing(RUN) == before
+    assert weights_in(Path("rebuilt")) == weights_in(Path("kept"))
+    assert files_in(project / "rebuilt") == files_in(project / "kept")
+    assert not list(project.glob(".*"))  # nothing unfinished beside it
 
 
 # ---- the model card ----
@@ -205,18 +247,32 @@ def test_the_card_links_what_is_on_the_hub_and_holds_any_text(tmp_path: Path, fi
 # ---- what is refused ----
 
 
-def test_a_pruned_policy_names_the_nearest(finished: Path, grpo: Grpo) -> None:
-    for part in ("policy", "optimizer"):
-        for path in (ARTIFACTS / "tiny" / "iteration=000000" / "update" / part).glob("*.safetensors"):
-            path.unlink()
-    (ARTIFACTS / "tiny" / "iteration=000000" / "update" / "pruned.json").touch()
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_start_is_needed_where_a_policy_is_rebuilt(finished: Path, grpo: Grpo, gone: bool) -> None:
+    if gone:
+        shutil.rmtree("model")
+        line = "model: {finished}/model: no such directory; a Hugging Face checkpoint directory is needed"
+    else:
+        shutil.copy(RUN / "iteration=000001/checkpoint/policy/model.safetensors", "model/model.safetensors")
+        line = "fixed for the run tiny"
+    assert grpo("export", "--policy", "1", "--out", "there")[0] == 0  # the run has all of it
+    shutil.rmtree(RUN / "iteration=000000/checkpoint")
     code, _, err = grpo("export", "--policy", "1", "--out", "mine")
-    assert (code, "policy 1 was pruned" in err, "there are policies 0, 2, the nearest is 0" in err) == (
-        4,
-        True,
-        True,
-    )
+    assert (code, len(err.splitlines()), line.format(finished=finished) in err) == (4, 1, True), err
     assert not list(finished.glob("*mine*"))
+
+
+def test_a_policy_that_is_gone_is_not_exported(finished: Path, grpo: Grpo) -> None:
+    shutil.rmtree(RUN / "iteration=000000/checkpoint")
+    force = ["--iteration", "0", "--force", "--set", "advantage.scale=none"]
+    assert grpo("advantage", *force)[0] == 0
+    code, _, err = grpo("export", "--policy", "1", "--out", "mine")
+    assert (code, err.strip()) == (
+        4,
+        "error: policy 1 is not on disk, and cannot be rebuilt: update 0 was made from another advantages@0"
+        " than the one that is there; `grpo run --from 0` makes another",
+    )
+    assert grpo("export", "--policy", "2", "--out", "last")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -236,7 +292,7 @@ def test_a_pruned_policy_names_the_nearest(finished: Path, grpo: Grpo) -> None:
         (lambda: None, ("--out", "model"), 2, "model: is there already and not empty; name another folder"),
         (lambda: None, ("--out", "reward.py"), 2, "reward.py: is there already and not empty"),
         (
-            lambda: (UPDATE / "policy" / "model.safetensors").write_bytes(b"x"),
+            lambda: (CHECKPOINT / "policy" / "model.safetensors").write_bytes(b"x"),
             ("--out", "x"),
             6,
             "policy/model.safetensors: 1 bytes, but its manifest says",

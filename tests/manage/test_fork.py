@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import pytest
-from tests.conftest import Grpo
+from tests.conftest import Grpo, Once, copy_to_work_in, run_within
 from tests.faults import crash
 
 RUN, FORK = crash.RUN, Path("artifacts/other")
@@ -70,44 +71,52 @@ def test_what_cannot_be_forked(
     assert not FORK.exists()
 
 
-def test_a_pruned_checkpoint_cannot_be_gone_on_from(finished: Path, grpo: Grpo) -> None:
-    options = ["--set", "iterations=5", "--set", "checkpoints={keep_last: 2, keep_every: null}"]
-    assert grpo("run", *options)[0] == 0
-    code, _, err = grpo("fork", "tiny", "other", "--iteration", "2")
-    place = RUN / "iteration=000001/update"
-    assert (code, err) == (
-        4,
-        f"error: {place}: policy 2 was pruned (checkpoints.keep_last, keep_every); there are policies"
-        " 0, 4, 5, the nearest is 0\n",
-    )
-    assert grpo("fork", "tiny", "other", "--iteration", "4")[0] == 0
-    assert grpo("run", "--set", "run=other", *options)[0] == 0
-    mine, theirs = (
-        {
-            name.partition("/")[2]: value
-            for name, value in crash.contents(Path()).items()
-            if name.startswith(run)
-        }
-        for run in ("other/", "tiny/")
-    )
-    assert mine == theirs
+FEW = ("--set", "checkpoints={every: 3, keep_last: 2, keep_every: null}")
 
 
-def test_a_fork_may_begin_with_checkpoints_that_were_pruned(project: Path, grpo: Grpo) -> None:
-    few = ("--set", "checkpoints={keep_last: 2, keep_every: 2}")
-    assert grpo("run", "--set", "iterations=5", *few)[0] == 0
-    assert grpo("fork", "tiny", "other", "--iteration", "2")[0] == 0
-    assert (project / "artifacts/other/iteration=000000/update/pruned.json").exists()
-    code, out, _ = grpo("verify", "other")  # of its newest two updates, one was pruned where it came from
-    assert (code, "0 damaged, 0 broken, 0 stale" in out) == (0, True)
-    assert grpo("run", "--set", "run=other", *few)[0] == 0
+def of(run: str) -> dict[str, str]:
+    """Content of a run, without its checkpoints: when they are written is not what was computed."""
+    found = {name.partition("/")[::2]: value for name, value in crash.contents(Path()).items()}
+    return {name: value for (own, name), value in found.items() if own == run and "/checkpoint/" not in name}
+
+
+@pytest.mark.parametrize("iteration", range(6))
+def test_a_fork_goes_on_from_any_policy(forked_from: Path, grpo: Grpo, iteration: int) -> None:
+    """It links the nearest one on disk, and rebuilds what comes after."""
+    code, _, err = grpo("fork", "tiny", "other", "--iteration", str(iteration), *FEW)
+    assert code == 0, err
+    nearest = max(policy for policy in (0, 3, 5) if policy <= iteration)
+    linked = [path.parent for path in FORK.glob("iteration=*/checkpoint/manifest.json")]
+    # Of the iteration it goes on with, the update is what `other` would make too, and its policy with it.
+    wanted = {nearest - 1, *([iteration] if iteration + 1 in (3, 5) else [])} - {-1}
+    assert {int(path.parent.name.partition("=")[2]) for path in linked} == wanted
+    for path in FORK.rglob("*.safetensors"):
+        assert path.samefile(RUN / path.relative_to(FORK))
+    code, _, err = grpo("run", "other", "--set", "iterations=5", *FEW)
+    assert code == 0, err
+    assert grpo("verify", "other")[0] == 0
+    assert of("other") == of("tiny")
+
+
+@pytest.fixture(scope="session")
+def forked_once(write_project: Callable[[Path], Path], once: Once) -> Path:
+    """A project of five iterations with the policies 0, 3 and 5 on disk; read it only."""
+    return once(
+        "forked", lambda folder: run_within(write_project(folder), "run", "--set", "iterations=5", *FEW)
+    )
+
+
+@pytest.fixture
+def forked_from(forked_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it; the test runs in it."""
+    return copy_to_work_in(forked_once, tmp_path, monkeypatch)
 
 
 SIZED = (
     "iteration=000000/rollouts/part-*.parquet",
     "iteration=000001/rewards/part-*.parquet",
-    "iteration=000000/update/policy/model.safetensors",
-    "iteration=000001/update/optimizer/*.safetensors",
+    "iteration=000001/checkpoint/policy/model.safetensors",
+    "iteration=000001/checkpoint/optimizer/*.safetensors",
     "prompts/*.parquet",
     "policy/weight_check.json",
     "iteration=000000/rollouts/manifest.json",

@@ -77,7 +77,7 @@ def test_by_name_with_set(finished: Path, grpo: Grpo) -> None:
     assert grpo("run", "--set", "iterations=4", "--set", "checkpoints.keep_last=null")[0] == 0
     options = ["tiny", "-c", "none.yaml", "--set", crash.KEEP_2]
     found = removed(grpo, "--dry-run", *options)
-    assert found == [("checkpoint", f"iteration={number:06d}/update") for number in (0, 1)]
+    assert found == [("checkpoint", f"iteration={number:06d}/checkpoint") for number in (0, 1)]
     # What a kill left of a prune is shown before it goes.
     assert crash.in_child(Path(), ["gc", *options], "kill:9")[0] == -9
     rest = removed(grpo, "--dry-run", *options)
@@ -91,15 +91,40 @@ def test_a_checkpoint_that_is_no_longer_kept_goes(finished: Path, grpo: Grpo) ->
     assert grpo("run", "--set", "iterations=5", "--set", "checkpoints.keep_last=null")[0] == 0
     keep = ["--set", "checkpoints={keep_last: 2, keep_every: 2}"]
     # Policies 1 to 5; 4 and 5 are the newest, 2 is a multiple of 2.
-    expected = [("checkpoint", f"iteration={number:06d}/update") for number in (0, 2)]
+    expected = [("checkpoint", f"iteration={number:06d}/checkpoint") for number in (0, 2)]
     assert removed(grpo, "--dry-run", *keep) == expected
     assert removed(grpo, *keep) == expected
     for number in range(5):
-        weights = RUN / f"iteration={number:06d}/update/policy/model.safetensors"
-        assert weights.exists() == (number not in (0, 2))
-        assert (weights.parent / "weight_check.json").exists()
-    assert grpo("verify")[0] == 0
-    assert json.loads(grpo("verify", "--json")[1])["pruned"] > 0
+        assert (RUN / f"iteration={number:06d}/checkpoint").exists() == (number not in (0, 2))
+        assert (RUN / f"iteration={number:06d}/update/manifest.json").exists()
+    code, out, _ = grpo("verify", "--json")
+    assert (code, json.loads(out)["policies"]["on_disk"]) == (0, [0, 2, 4, 5])
+
+
+def test_of_all_checkpoints_the_newest_stays(measured: Path, grpo: Grpo) -> None:
+    """Whatever `checkpoints` keeps, the best too; the next command rebuilds one that it needs."""
+    options = ["--set", "iterations=4", "--set", "checkpoints={every: 1, keep_last: null}"]
+    assert grpo("run", *options)[0] == 0
+    expected = [("checkpoint", f"iteration={number:06d}/checkpoint") for number in (0, 1, 2)]
+    assert removed(grpo, "--checkpoints", "--dry-run", *options) == expected
+    assert removed(grpo, "--checkpoints", *options) == expected
+    assert removed(grpo, "--checkpoints", *options) == []
+    status = json.loads(grpo("status", "--json")[1])["policies"]
+    assert (status["on_disk"], status["newest"], status["updates"]) == ([0, 4], 4, 0)
+
+
+def test_an_unfinished_checkpoint_is_shown_and_goes(project: Path, grpo: Grpo, tmp_path: Path) -> None:
+    command = ["run", "--until", "1"]
+    operations = crash.recorded(crash.copy(Path(), tmp_path / "copy"), command)
+    at = next(n for n, made in enumerate(operations, 1) if "/optimizer/" in f"{made.path} {made.other}")
+    assert crash.in_child(Path(), command, f"kill:{at}")[0] == -9  # the policy is there, its moments are not
+    [begun] = (RUN / ".staging/iteration=000000").glob("checkpoint-*")
+    assert removed(grpo, "--dry-run") == [("checkpoint", str(begun.relative_to(RUN)))]
+    assert removed(grpo) == [("checkpoint", str(begun.relative_to(RUN)))]
+    assert not begun.exists()
+    assert removed(grpo) == []
+    code, _, err = grpo(*command)
+    assert (code, "1 iterations are complete" in err) == (0, True), err
 
 
 def test_it_does_not_run_beside_another_process(finished: Path, grpo: Grpo) -> None:

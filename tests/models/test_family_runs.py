@@ -25,7 +25,7 @@ def test_what_is_trained_is_what_transformers_loads(project: Path, grpo: Grpo, f
     sets = ["generate.engine=transformers", "model=./start", "update.learning_rate=0.001"]
     code, _, err = grpo("run", *(part for each in sets for part in ("--set", each)))
     assert code == 0, err
-    policy = Path("artifacts/tiny/iteration=000001/update/policy")
+    policy = Path("artifacts/tiny/iteration=000001/checkpoint/policy")
     names = []
     for folder in (start, policy):
         with safe_open(folder / "model.safetensors", framework="np") as file:

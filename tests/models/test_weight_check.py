@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import Grpo
 
-from grpo.artifacts import checkpoint_id
+from grpo.artifacts import checkpoint_id, digest
 from grpo.errors import CorruptError
 from grpo.models.loading import load_model
 from grpo.models.reader import Reader
 from grpo.models.weight_check import WeightCheck, check_sequences, measure, perturb, read_weight_check
+from grpo.update.execution import weights_digest
 
 ARTIFACTS = Path("artifacts/tiny")
 
 
-def policy_of(iteration: int) -> Path:
-    return ARTIFACTS / f"iteration={iteration:06d}" / "update" / "policy"
+def update_of(iteration: int) -> Path:
+    return ARTIFACTS / f"iteration={iteration:06d}" / "update"
 
 
 # The sequences
@@ -197,7 +197,8 @@ def test_a_policy_whose_log_probs_overflow_is_refused_by_its_name(project: Path,
 
 
 def test_the_weight_check_of_each_policy_is_what_its_files_give(finished: Path) -> None:
-    folders = [(ARTIFACTS / "policy", Path("model")), *((policy_of(i), policy_of(i)) for i in (0, 1))]
+    written = [(update_of(i), update_of(i).with_name("checkpoint") / "policy") for i in (0, 1)]
+    folders = [(ARTIFACTS / "policy", Path("model")), *written]
     checks = [read_weight_check(where / "weight_check.json") for where, _ in folders]
     for check, (_, checkpoint) in zip(checks, folders, strict=True):
         assert measure(Reader(load_model(checkpoint, "cpu")), check.sequences) == check  # to the last bit
@@ -208,18 +209,20 @@ def test_the_weight_check_of_each_policy_is_what_its_files_give(finished: Path) 
     assert logprobs[0] != logprobs[1] != logprobs[2] != logprobs[0]
 
 
-def test_the_id_of_a_policy_does_not_depend_on_its_weight_check(finished: Path, tmp_path: Path) -> None:
-    manifest = json.loads((policy_of(0).parent / "manifest.json").read_bytes())
-    without = tmp_path / "without"
-    shutil.copytree(policy_of(0), without, ignore=shutil.ignore_patterns("weight_check.json"))
-    assert manifest["ids"]["policy"] == checkpoint_id(policy_of(0)) == checkpoint_id(without)
+def test_the_id_of_a_policy_is_of_its_weights_and_of_what_they_were_made_from(finished: Path) -> None:
+    """Of no file: it is the same before they are on disk, and when they are there no more."""
+    for iteration in (0, 1):
+        made = json.loads((update_of(iteration) / "manifest.json").read_bytes())
+        assert made["ids"]["policy"] == digest([made["fingerprint"], made["summary"]["weights"]])
+        weights = load_model(update_of(iteration).with_name("checkpoint") / "policy", "cpu")
+        assert weights_digest(weights) == made["summary"]["weights"]
     first = json.loads((ARTIFACTS / "policy" / "manifest.json").read_bytes())
     assert first["ids"]["policy"] == checkpoint_id(Path("model"))
 
 
 @pytest.mark.parametrize("iteration", [0, 1])
 def test_a_weight_check_that_was_tampered_with_is_found(finished: Path, grpo: Grpo, iteration: int) -> None:
-    path = (ARTIFACTS / "policy" if iteration == 0 else policy_of(iteration - 1)) / "weight_check.json"
+    path = (ARTIFACTS / "policy" if iteration == 0 else update_of(iteration - 1)) / "weight_check.json"
     text = path.read_text()
     path.write_text(text.replace("-5", "-4", 1))
     assert len(path.read_text()) == len(text)

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.conftest import Grpo
 from transformers import Qwen2ForSequenceClassification
 
-from grpo.artifacts import ARTIFACTS, ActiveRun, Run
+from grpo.artifacts import ARTIFACTS, POLICY, ActiveRun, Run, held_part
 from grpo.config import load
 from grpo.console import Console
 from grpo.models import starter_model as starter

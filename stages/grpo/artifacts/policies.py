@@ -4,6 +4,7 @@ Rollouts, advantages and manifests are a redo log: a policy is durable (policy 0
 replayable from a durable one before it, or gone, where what an update between them read is another now.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,10 +48,13 @@ def checkpoint_of(run: Run, policy: int) -> Manifest | None:
     return found if same else None
 
 
-def origin_of(run: Run, policy: int) -> Origin:
-    """What a policy can be rebuilt from. Raises InputError (exit 4) where it is gone, saying why."""
+def origin_of(run: Run, policy: int, without: Collection[int] = ()) -> Origin:
+    """What a policy can be rebuilt from. Raises InputError (exit 4) where it is gone, saying why.
+
+    without: policies that are not to be taken from disk, such as those whose checkpoint is damaged.
+    """
     number = policy
-    while not _is_whole(run, number):
+    while number in without or not _is_whole(run, number):
         update = run.require("update", number - 1, f"grpo update --iteration {number - 1}")
         if why := _cannot_replay(run, update):
             raise InputError(

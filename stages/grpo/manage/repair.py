@@ -57,7 +57,7 @@ def damages(run: ActiveRun, wrong: dict[Place, str]) -> list[Damage]:
 
 def _damage(run: Run, place: Place, wrong: dict[Place, str], lost: dict[Place, str]) -> Damage:
     folder, iteration = run.folder(*place), place[1] or 0
-    if place[0] == CHECKPOINT:
+    if place[0] == CHECKPOINT and not lost[place]:
         what = f"{wrong[place]}; without it policy {iteration + 1} is rebuilt when it is needed"
         return Damage(what, "grpo run", folder)
     if moved := _moved(folder, place):
@@ -75,8 +75,8 @@ def _nearest_whole(run: Run, iteration: int, wrong: dict[Place, str]) -> int:
     """The newest policy up to `iteration` that can be had without what is wrong."""
     for policy in range(iteration, 0, -1):
         with suppress(CorruptError, InputError):
-            origin = origin_of(run, policy)
-            needed = {("update", policy - 1), (CHECKPOINT, origin.durable - 1)} | {
+            origin = origin_of(run, policy, _damaged(wrong))
+            needed = {("update", policy - 1)} | {
                 (output, number) for number in range(origin.durable, policy) for output in _REPLAYED
             }
             if not needed & wrong.keys():
@@ -97,6 +97,8 @@ def read_by(run: ActiveRun, place: Place) -> list[Place]:
     output, iteration = place
     if iteration is None:
         return []
+    if output == CHECKPOINT:
+        return [("update", iteration)]
     earlier: tuple[str, ...] = ()
     first = 0
     if output == "rollouts" and run.config.generate.prompts_sql is not None:
@@ -106,6 +108,11 @@ def read_by(run: ActiveRun, place: Place) -> list[Place]:
         first = max(0, iteration - run.config.update.replay_iterations)
     past: list[Place] = [(name, number) for number in range(first, iteration) for name in earlier]
     return [*past, *(holder_of(f"{name}@{iteration}") for name in _READS[output])]
+
+
+def _damaged(wrong: dict[Place, str]) -> set[int]:
+    """Policies whose checkpoint is not what was committed."""
+    return {number + 1 for output, number in wrong if output == CHECKPOINT and number is not None}
 
 
 def _moved(folder: Path, place: Place) -> Place | None:
@@ -127,7 +134,7 @@ def _reason_lost(run: ActiveRun, place: Place, wrong: dict[Place, str], lost: di
         output, iteration = read
         if output == "update" and iteration is not None and read not in wrong:
             try:
-                origin_of(run, iteration + 1)
+                origin_of(run, iteration + 1, _damaged(wrong))
             except InputError as error:
                 return str(error)
             except CorruptError:  # of what has to be rebuilt first

@@ -62,6 +62,11 @@ class Checkpoints:
         contents = [*_contents(self._run.start["policy"], learner)]
         self._writer.start(partial(self._write, policy, contents))
 
+    def prune(self) -> None:
+        """Drop those that are kept no longer, as when another one is the best."""
+        self.settle()
+        self._have = prune_known(self._run, self._known())
+
     def settle(self) -> None:
         """Wait until nothing is being written. Raises ResourceError (exit 7) where it failed."""
         self._writer.wait()
@@ -96,11 +101,12 @@ class Checkpoints:
         with staging.clock("write"):
             files = [staging.write_bytes(part, name, content) for part, name, content in contents]
         staging.commit(Product({CHECKPOINT: id_of(files)}, files, {}))
-        if self._have is None:
-            self._have = durable_policies(run)[1:]
-        self._have = prune_known(run, sorted({*self._have, number + 1}))
+        self._have = prune_known(run, sorted({*self._known(), policy}))
         self._since = time.monotonic()
         self._seconds = self._since - started
+
+    def _known(self) -> list[int]:
+        return durable_policies(self._run)[1:] if self._have is None else self._have
 
 
 def plan(run: ActiveRun, policy: int) -> Plan:

@@ -75,12 +75,17 @@ class Policies:
             self.checkpoints.settle()
 
     def keep(self, policy: int) -> None:
-        """Begin to write a policy, rebuilt where need be, unless it is on disk. Raises as begin()."""
+        """Begin to write a policy, rebuilt where need be, unless it is on disk. Raises as begin().
+
+        Either way, those that are kept no longer go.
+        """
         assert self.checkpoints is not None
         self.settle()
-        if not is_durable(self.run, policy):
-            self.hold(policy)
-            self.checkpoints.write(policy, self.learner)
+        if is_durable(self.run, policy):
+            self.checkpoints.prune()
+            return
+        self.hold(policy)
+        self.checkpoints.write(policy, self.learner)
 
     def make_durable(self, policy: int) -> None:
         """The same; it is on disk when this returns. Raises ResourceError (exit 7) too."""
