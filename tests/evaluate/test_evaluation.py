@@ -365,7 +365,7 @@ def on_disk(grpo: Grpo) -> list[int]:
 
 def best_measured(grpo: Grpo, policies: set[int]) -> int:
     found = rows(grpo, "select iteration, reward from evals order by reward desc, iteration")
-    return next(row["iteration"] for row in found if row["iteration"] in policies)
+    return int(next(row["iteration"] for row in found if row["iteration"] in policies))
 
 
 def test_the_best_policy_measured_is_on_disk(measured_project: Path, grpo: Grpo) -> None:

@@ -85,21 +85,7 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
         report.damages.append(strange)
         return report
     places += [(output, iteration) for iteration in numbers for output in (*OUTPUTS, CHECKPOINT)]
-    wrong: dict[Place, str] = {}
-    readers: dict[Place, Place] = {}
-    with run.console.progress("verify", len(places), "outputs") as advance:
-        for place in places:
-            run.console.stop_requested()
-            try:
-                manifest = _check_output(run, place, report.counts)
-            except CorruptError as error:
-                wrong[place] = str(error)
-            else:
-                for reference in manifest.inputs if manifest else ():
-                    readers.setdefault(holder_of(reference), place)
-                if manifest is not None and "evaluate.prompts" in manifest.user_files:
-                    readers.setdefault((HELD_OUT, None), place)
-            advance(1)
+    wrong, readers = _check_outputs(run, places, report.counts)
     texts = kept_sources(run).values()
     report.counts.update(files=len(texts), bytes=sum(path.lstat().st_size for path in texts))
     report.damages += damages(run, wrong | _gone(run, readers, wrong))
@@ -212,6 +198,28 @@ def _damaged_notes(run: ActiveRun) -> list[Damage]:
         if path.exists() and not path.is_dir():
             found.append(Damage(f"{path}: is a file where a folder belongs; remove it", "grpo run"))
     return found
+
+
+def _check_outputs(
+    run: ActiveRun, places: list[Place], counts: Counter[str]
+) -> tuple[dict[Place, str], dict[Place, Place]]:
+    """What is wrong at each place where anything is; and of what was read, who read it."""
+    wrong: dict[Place, str] = {}
+    readers: dict[Place, Place] = {}
+    with run.console.progress("verify", len(places), "outputs") as advance:
+        for place in places:
+            run.console.stop_requested()
+            try:
+                manifest = _check_output(run, place, counts)
+            except CorruptError as error:
+                wrong[place] = str(error)
+            else:
+                for reference in manifest.inputs if manifest else ():
+                    readers.setdefault(holder_of(reference), place)
+                if manifest is not None and "evaluate.prompts" in manifest.user_files:
+                    readers.setdefault((HELD_OUT, None), place)
+            advance(1)
+    return wrong, readers
 
 
 def _check_output(run: Run, place: Place, counts: Counter[str]) -> Manifest | None:
