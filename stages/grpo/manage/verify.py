@@ -99,7 +99,7 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
 
 
 def _broken(run: ActiveRun) -> dict[str, int]:
-    known, found = {"vocabulary_size": _vocabulary_size(run)}, {}
+    known, found = {"vocabulary_size": _vocabulary_size(run)}, dict[str, int]()
     for name in ("invariants", "teacher_invariants", "token_invariants"):
         rows = sql.read([run], sql.own_text(f"sql/views/{name}"), known).to_pylist()
         found |= {row["invariant"]: row["rows"] for row in rows}
