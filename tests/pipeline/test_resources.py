@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from tests.conftest import Grpo
 
-from grpo.artifacts import ActiveRun
+from grpo.artifacts import POLICY, ActiveRun, held_part
 from grpo.config import load as load_config
 from grpo.console import Console
 from grpo.errors import EngineError
@@ -145,16 +145,17 @@ def test_a_policy_is_lent_by_the_learner_that_holds_it(
     run.start = {"policy": Path("model")}
 
     def lend(start: Path) -> str:
-        assert start == run.policy_folder(0)
+        assert start == run.start["policy"]
         happened.append("lend")
         return "weights"
 
     held = run.id_of(holds) if holds and "@" in holds else None
-    learner = SimpleNamespace(holds=(held, None), lend=lend, release=lambda: happened.append("release"))
+    learner = SimpleNamespace(holds=held, lend=lend, release=lambda: happened.append("release"))
     with Resources(run) as resources:
         if holds != "not open":
-            resources._open["update"] = learner
+            resources._open["update"] = SimpleNamespace(learner=learner)
         with pytest.raises(EngineError):
             fails_with(resources.lend(number), taken)
-    assert taken == [run.policy_folder(number) if not expected else "weights"]
+    on_disk = held_part(run, number, POLICY) if number else run.start["policy"]
+    assert taken == [on_disk if not expected else "weights"]
     assert happened == expected

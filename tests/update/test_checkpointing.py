@@ -95,7 +95,8 @@ def test_an_update_records_what_it_was_and_gives_the_same_weights(
     for name, free in (("kept", 2**40), ("again", 2**20)):
         in_memory(monkeypatch, free)
         run = run_of(tmp_path / name, still)
-        with stage.open_resource(run) as learner:
+        with stage.open_resource(run, None) as policies:
+            learner = policies.learner
             update(run, 0, learner)
             found[name] = {key: weight.clone() for key, weight in weights_of(learner).items()}
             assert learner.model.is_gradient_checkpointing == (name == "again")

@@ -100,7 +100,8 @@ def test_an_update_by_hand() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_of_a_shape(tied: bool) -> None:
     config = transformers.LlamaConfig(num_hidden_layers=2, tie_word_embeddings=tied, **NUMBERS)
-    model: PreTrainedModel = transformers.LlamaForCausalLM(config)
+    family: Any = transformers.LlamaForCausalLM
+    model: PreTrainedModel = family(config)
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     shape = shape_of(config)
     assert shape is not None

@@ -107,7 +107,7 @@ def test_it_leaves_and_comes_back_as_it_was_in_memory_made_once(case: str, untie
     settle(learner, device)
     for _ in range(4):
         for one in (learner, stays):
-            one.load(untied, None, ("start", None))
+            one.resume()
             turn(one, untied)
         with Moved() as moved:
             learner.release()
@@ -118,7 +118,7 @@ def test_it_leaves_and_comes_back_as_it_was_in_memory_made_once(case: str, untie
         assert all(p.grad is None for p in learner.model.parameters())
         allocated.append(sum(device.allocated.values()))
         with Moved() as back:
-            learner.load(untied, None, ("start", None))
+            learner.resume()
         assert back.num_bytes == moved.num_bytes
     assert len(set(allocated)) == 1
     assert len(allocated) == 4
@@ -134,7 +134,7 @@ def test_it_stays_where_it_fits(untied: Path) -> None:
     pointers = {name: p.data_ptr() for name, p in weights_of(learner).items()}
     with Moved() as moved:
         learner.release()
-        learner.load(untied, None, ("start", None))
+        learner.resume()
     assert moved.num_bytes == 0
     assert not device.allocated
     assert pointers == {name: p.data_ptr() for name, p in weights_of(learner).items()}
@@ -151,9 +151,9 @@ def test_what_waits_can_be_written_and_other_weights_are_loaded_into_it(tmp_path
     away = save_learner(learner, untied, tmp_path / "away")
     for name in ("policy/model.safetensors", OPTIMIZER_FILE):
         assert (away / name).read_bytes() == (here / name).read_bytes()
-    learner.load(first / "policy", None, ("first", None))
+    learner.load(first / "policy", None, "first")
     learner.release()
-    learner.load(away / "policy", away / OPTIMIZER_FILE, ("away", "away"))
+    learner.load(away / "policy", away / OPTIMIZER_FILE, "away")
     again = save_learner(learner, untied, tmp_path / "again")
     for name in ("policy/model.safetensors", OPTIMIZER_FILE):
         assert (again / name).read_bytes() == (here / name).read_bytes()
@@ -166,8 +166,8 @@ def test_others_share_is_what_the_engine_is_given(tmp_path: Path, untied: Path) 
         run = make_run(
             tmp_path / str(share), config.model_copy(update={"generate": generate}), untied, untied
         )
-        with stage.open_resource(run) as learner:
-            assert learner.residence.share == share
+        with stage.open_resource(run, None) as policies:
+            assert policies.learner.residence.share == share
 
 
 def test_on_a_cpu_nothing_moves_and_gradients_go(untied: Path) -> None:

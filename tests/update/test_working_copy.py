@@ -185,10 +185,10 @@ def test_stopping_and_going_on_gives_the_same_bytes(tmp_path: Path, tied: Path) 
     never = save_learner(through, tied, tmp_path / "never")
 
     resumed = Learner(master(max_tokens_per_batch=50), "cpu")
-    resumed.load(first / "policy", first / OPTIMIZER_FILE, ("a", "b"))
+    resumed.load(first / "policy", first / OPTIMIZER_FILE, "a")
     step(resumed, rollouts)
     stopped = save_learner(resumed, tied, tmp_path / "stopped")
-    through.load(first / "policy", first / OPTIMIZER_FILE, ("a", "b"))  # and from what is in memory
+    through.load(first / "policy", first / OPTIMIZER_FILE, "a")  # and from what is in memory
     step(through, rollouts)
     rewound = save_learner(through, tied, tmp_path / "rewound")
     for name in ("policy/model.safetensors", OPTIMIZER_FILE):

@@ -12,6 +12,7 @@ class ActiveRun(Run):
     """A run under a configuration: what writes takes this, and what reads where the configuration matters.
 
     imports: the configuration's folder, where relative paths and the user's modules are found.
+    accept_replay: whether a policy that is rebuilt may be another than the recorded one.
     start: checkpoints the run stands on, `policy` and `reference`; empty until they were found to be right.
     """
 
@@ -21,6 +22,7 @@ class ActiveRun(Run):
         self.imports = imports
         self.console = console
         self.start: dict[str, Path] = {}
+        self.accept_replay = False
         self._checkpoint_ids: dict[str, str] = {}
 
     def checkpoint_path(self, name: str) -> Path:

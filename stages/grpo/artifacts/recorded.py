@@ -185,8 +185,12 @@ class _Policy(_Held):
     summary: _Start
 
 
+class _Written(_Held):
+    weights: Text = ""
+
+
 class _Checkpoint(_Held):
-    """Nothing but its files is read."""
+    summary: _Written
 
 
 _MODELS: dict[str, type[_Held]] = {

@@ -92,6 +92,7 @@ def export(
     adapter: Annotated[bool, typer.Option("--adapter", help="Only what LoRA trained.")] = False,
     push: Annotated[str | None, typer.Option(help="Also upload to owner/name on the hub.")] = None,
     config: options.Config = options.CONFIG,
+    accept_replay: options.AcceptReplay = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a policy as a plain Hugging Face directory with a model card."""
@@ -100,6 +101,7 @@ def export(
     if best and policy is not None:
         raise UsageError(f"--best and --policy {policy} name a policy each; give one of them")
     opened = options.reading(name, config)
+    opened.accept_replay = accept_replay
     if best:
         policy = (found := lazy.artifacts.require_best(opened)).policy
         opened.console.say(f"best: policy {policy}, {found.value:.3f} {found.measure}")

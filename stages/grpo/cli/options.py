@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration.")]
 Set = Annotated[list[str], typer.Option("--set", help="Override a key: --set update.learning_rate=1e-6")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+AcceptReplay = Annotated[
+    bool, typer.Option("--accept-replay", help="Go on though a policy is rebuilt with other bits.")
+]
 Name = Annotated[str, typer.Argument(help="A run, or the path of one; default: that of the configuration.")]
 CONFIG = Path("pipeline.yaml")
 TIMEOUT_S = 600.0  # sql.TIMEOUT_S, whose import takes its time

@@ -23,6 +23,7 @@ def run(
     from_: Annotated[int | None, typer.Option("--from", help="Rerun what is stale from N on.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="With --from: do not ask.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show the resolved configuration and what is done.")] = False,
+    accept_replay: options.AcceptReplay = False,
     as_json: options.Json = False,
 ) -> None:
     """Run every iteration, resuming automatically: complete work is never redone."""
@@ -42,6 +43,7 @@ def run(
         work.say_state(planned, planned.config.iterations if until is None else until)
         return
     opened = options.chosen(name, config, set_, as_json)
+    opened.accept_replay = accept_replay
     options.answer(as_json, api.train(opened, until, from_, yes))
 
 
@@ -79,6 +81,7 @@ def evaluate(
     policy: Annotated[int | None, typer.Option(help="Of the run; default: the newest.", min=0)] = None,
     force: Annotated[bool, typer.Option("--force", help="Evaluate again even if the result exists.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the responses to a .parquet or .json file.")] = None,
+    accept_replay: options.AcceptReplay = False,
     as_json: options.Json = False,
 ) -> None:
     """Evaluate a policy of the run, or any checkpoint, on the held-out prompts of `evaluate`."""
@@ -97,6 +100,7 @@ def evaluate(
             artifacts.files.remove(opened.path)
     else:
         with opening.working(options.chosen(name, config, set_, as_json)) as opened:
+            opened.accept_replay = accept_replay
             policy = work.evaluate(opened, policy, force)
             found = {"run": opened.name, **evaluations.delivered(opened, policy, out)}
             what = f"policy {policy} of run {opened.name}"
@@ -110,9 +114,11 @@ def _stage_command(stage: str, summary: str) -> Callable[..., None]:
         set_: options.Set = [],  # noqa: B006
         iteration: StageIteration = "",
         force: ForceOption = False,
+        accept_replay: options.AcceptReplay = False,
         as_json: options.Json = False,
     ) -> None:
         with opening.working(options.chosen(name, config, set_, as_json)) as opened:
+            opened.accept_replay = accept_replay
             result = work.run_stage(opened, stage, iteration, force)
         options.answer(as_json, result)
 

@@ -10,9 +10,14 @@ _SHOWN = 8
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """`on_disk`, `newest`, and the `updates` and their `seconds` that rebuilding it takes, or `gone`: why."""
+    """`on_disk`, `newest`, and the `updates` and their `seconds` that rebuilding it takes, or `gone`: why.
+
+    `rebuilt`: updates that began from a policy rebuilt with other bits than it had.
+    """
     newest, on_disk = newest_policy(run), durable_policies(run)
     found: dict[str, Any] = {"on_disk": on_disk, "newest": newest, "updates": 0, "seconds": 0.0, "gone": ""}
+    updates = {number: run.manifest("update", number) for number in run.iterations()}
+    found["rebuilt"] = [number for number, made in updates.items() if made and "rebuilt" in made.execution]
     try:
         origin = origin_of(run, newest)
     except (InputError, CorruptError) as error:
@@ -28,6 +33,8 @@ def line_of(found: dict[str, Any]) -> str:
     text = f"policies on disk {more}{', '.join(map(str, on_disk[-_SHOWN:]))}"
     if found["gone"]:
         return f"{text}; {found['gone']}"
+    if found["rebuilt"]:
+        text += f"; rebuilt with other bits before update {', '.join(map(str, found['rebuilt']))}"
     if not found["updates"]:
         return text
     newest, updates = found["newest"], found["updates"]

@@ -91,15 +91,19 @@ def verify(run: ActiveRun, set_aside: bool) -> Report:
     report.damages += damages(run, wrong | _gone(run, readers, wrong))
     report.stale = _unfinished(run)
     if not report.damages and not report.stale:
-        known = {"vocabulary_size": _vocabulary_size(run)}
-        for name in ("invariants", "teacher_invariants", "token_invariants"):
-            rows = sql.read([run], sql.own_text(f"sql/views/{name}"), known).to_pylist()
-            report.broken |= {row["invariant"]: row["rows"] for row in rows}
-        report.stale = _stale(run)
+        report.broken, report.stale = _broken(run), _stale(run)
     if not report.damages:
         report.policies = policies.describe(run)
     _set_aside(run, report, set_aside)
     return report
+
+
+def _broken(run: ActiveRun) -> dict[str, int]:
+    known, found = {"vocabulary_size": _vocabulary_size(run)}, dict[str, int]()
+    for name in ("invariants", "teacher_invariants", "token_invariants"):
+        rows = sql.read([run], sql.own_text(f"sql/views/{name}"), known).to_pylist()
+        found |= {row["invariant"]: row["rows"] for row in rows}
+    return found
 
 
 def _vocabulary_size(run: ActiveRun) -> int:

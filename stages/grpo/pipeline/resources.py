@@ -42,7 +42,8 @@ class Resources:
 
         Those it has in memory, else those of an adapter, or of a replay.
         """
-        run, policies = self._run, self._open.get(UPDATE.name)
+        run = self._run
+        policies: Any = self._open.get(UPDATE.name)
         held = None if policies is None else policies.learner.holds
         if held is None or held != run.id_of(f"policy@{number}"):
             folder = held_part(run, number, POLICY) if number else run.start["policy"]

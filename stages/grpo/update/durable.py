@@ -31,6 +31,7 @@ from grpo.artifacts import (
 from grpo.errors import GrpoError
 from grpo.update.adapter import adapter_files
 from grpo.update.checkpoint import OPTIMIZER_FILE, Chunks, optimizer_file, policy_files
+from grpo.update.execution import weights_digest
 from grpo.update.learner import Learner
 from grpo.update.optimizer import tensors_of
 
@@ -60,7 +61,8 @@ class Checkpoints:
         self.settle()
         require_space(self._run, CHECKPOINT, policy - 1, _bytes_of(learner))
         contents = [*_contents(self._run.start["policy"], learner)]
-        self._writer.start(partial(self._write, policy, contents))
+        weights = weights_digest(learner.model)  # on a GPU a replay may give others than its update recorded
+        self._writer.start(partial(self._write, policy, contents, weights))
 
     def prune(self) -> None:
         """Drop those that are kept no longer, as when another one is the best."""
@@ -92,7 +94,7 @@ class Checkpoints:
             seconds = _bytes_of(learner) / _BYTES_PER_S
         return waited >= min(seconds / SHARE, LONGEST_S)
 
-    def _write(self, policy: int, contents: list[tuple[str, str, bytes | Chunks]]) -> None:
+    def _write(self, policy: int, contents: list[tuple[str, str, bytes | Chunks]], weights: str) -> None:
         """In the writer's thread: commit it, then drop those that are kept no longer."""
         started = time.monotonic()
         run, number = self._run, policy - 1
@@ -100,7 +102,7 @@ class Checkpoints:
         staging = Staging(run, plan(run, policy), 0)
         with staging.clock("write"):
             files = [staging.write_bytes(part, name, content) for part, name, content in contents]
-        staging.commit(Product({CHECKPOINT: id_of(files)}, files, {}))
+        staging.commit(Product({CHECKPOINT: id_of(files)}, files, {"weights": weights}))
         self._have = prune_known(run, sorted({*self._known(), policy}))
         self._since = time.monotonic()
         self._seconds = self._since - started

@@ -26,9 +26,10 @@ def load_policy(run: ActiveRun, number: int, learner: Learner) -> None:
     if policy is None or state is None:
         raise CorruptError(f"{place}: holds no whole policy with its optimiser state")
     learner.load(policy, state / OPTIMIZER_FILE, id_, adapter)
-    if weights_digest(learner.model) != update.summary["weights"]:
+    written = run.require(CHECKPOINT, number - 1, "grpo run").summary["weights"]
+    if weights_digest(learner.model) != written:
         learner.holds = None
-        raise CorruptError(f"{place}: its weights are not those that update {number - 1} made")
+        raise CorruptError(f"{place}: its weights are not those that its manifest says")
 
 
 def check_same_training(run: ActiveRun, last: Manifest) -> None:

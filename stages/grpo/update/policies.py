@@ -1,5 +1,6 @@
 """policies: the policies of a run, held by a learner: from memory, from disk, or rebuilt by a replay."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,16 +130,20 @@ class Policies:
 
     def _accept(self, outcome: Outcome) -> None:
         """Raise EngineError (exit 8) for an outcome that is not as equal as its execution promises."""
-        if not outcome.accepted:
+        if not outcome.accepted and not self.run.accept_replay:
             self.learner.holds = None
             but = f"; its execution here: {', '.join(outcome.execution)}" if outcome.execution else ""
             raise EngineError(
                 f"update {outcome.iteration}: a replay gives other {', '.join(outcome.differing)} (log-probs"
                 f" {outcome.mean:.1e} nats off){but}; policy {outcome.iteration + 1} is not rebuilt: run it"
-                f" as it was run, or `grpo run --from {outcome.iteration}` makes another"
+                f" as it was run, take what comes with --accept-replay, or `grpo run --from"
+                f" {outcome.iteration}` makes another"
             )
         if outcome.differing:
-            self.rebuilt = {"policy": outcome.iteration + 1, "mean_difference": outcome.mean}
+            mean = outcome.mean if math.isfinite(outcome.mean) else None
+            self.rebuilt = {"policy": outcome.iteration + 1, "mean_difference": mean}
+            apart = "of other tokens" if mean is None else f"{mean:.1e} nats per token off"
+            self.run.console.say(f"policy {outcome.iteration + 1} is rebuilt with other bits: {apart}")
 
     def _configure(self, recorded: ActiveRun, manifest: Manifest) -> None:
         learner, config = self.learner, recorded.config.update

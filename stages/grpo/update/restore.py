@@ -105,7 +105,7 @@ def as_recorded(run: ActiveRun, manifest: Manifest) -> ActiveRun:
         problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
         raise InputError(f"update {manifest.iteration}: {problem}; another version of grpo made it") from None
     found = ActiveRun(run.root, config, run.imports, run.console)
-    found.start = run.start
+    found.start, found.accept_replay = run.start, run.accept_replay
     return found
 
 

@@ -177,8 +177,10 @@ def _engine(config: Config, facts: Facts) -> dict[str, int]:
     rows = max(samples, min(generate.max_rows_per_batch, generate.prompts_per_iteration * samples))
     tokens = rows * generate.max_new_tokens + -(-rows // samples) * facts.longest_prompt
     cache = FLOAT32 * each * tokens
+    # It computes with the learner's own weights, where those stay and no adapter is to be merged.
+    shares = not facts.on_gpu and config.update.lora is None
     return {
-        "engine": FLOAT32 * facts.parameters,
+        "engine": 0 if shares else FLOAT32 * facts.parameters,
         "key-value cache": cache + cache // shape.layers,  # a layer's is copied as it grows
         "logits": _DRAWN * rows * shape.vocabulary,
     }
