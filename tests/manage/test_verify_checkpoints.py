@@ -19,7 +19,14 @@ def test_which_policies_are_on_disk_and_what_the_newest_is_rebuilt_from(project:
     shutil.rmtree(RUN / "iteration=000004/checkpoint")  # of the last one, which a command always writes
     found = verify(grpo)[1]["policies"]
     seconds = sum(json.loads((RUN / "iteration=000004/update/timings.json").read_text())["seconds"].values())
-    assert found == {"on_disk": [0, 2, 4], "newest": 5, "updates": 1, "seconds": seconds, "gone": ""}
+    assert found == {
+        "on_disk": [0, 2, 4],
+        "newest": 5,
+        "updates": 1,
+        "seconds": seconds,
+        "gone": "",
+        "rebuilt": [],
+    }
     assert json.loads(grpo("status", "--json")[1])["policies"] == found
     line = "policies on disk 0, 2, 4; policy 5 is 1 update from 4 (about "
     assert line in grpo("verify")[1]
@@ -87,7 +94,7 @@ def test_a_checkpoint_without_its_manifest_is_none(few: Path, grpo: Grpo) -> Non
 def test_weights_that_are_not_those_of_their_update_are_not_taken(
     few_once: Path, few: Path, grpo: Grpo, command: list[str], code: int
 ) -> None:
-    """A whole checkpoint with all its digests, and of another policy: only the update can tell.
+    """A whole checkpoint with all its files' digests, and of another policy: only its weights can tell.
 
     Before anything is sampled, the engine does, by what the update recorded of the weights.
     """
@@ -107,7 +114,7 @@ def test_weights_that_are_not_those_of_their_update_are_not_taken(
     assert verify(grpo)[0] == 0
     found, _, err = grpo(*command, *FEW, "--set", "iterations=6")
     line = {
-        6: f"error: {CHECKPOINT}: its weights are not those that update 4 made",
+        6: f"error: {CHECKPOINT}: its weights are not those that its manifest says",
         8: "error: generate: the engine does not compute the policy as the learner does: ",
     }[code]
     assert (found, err.splitlines()[-1][: len(line)]) == (code, line), err
