@@ -332,6 +332,7 @@ def test_a_process_that_goes_on_compares_the_layout_as_one_that_stays(
         layouts.append({key: value for key, value in summary.items() if "layout" in key})
     assert layouts[0] == layouts[1]
     assert layouts[0].keys() == {"layout", "policy_layout_difference", "reference_layout_difference"}
+    assert layouts[0]["policy_layout_difference"] is None  # the update before read in this layout
 
 
 def test_logprobs_in_several_shards_are_in_key_order(

@@ -170,9 +170,9 @@ class Learner:
     ) -> dict[str, Any]:
         """Compare how groups are read with reading a rollout alone, and read them alone where that differs.
 
-        Compared are the longest rollout and, unless the update before read in this layout (`last`, from its
-        manifest: a process that resumes must decide the same), one of made-up tokens, as long as the run
-        allows: `longest` tokens of prompt and response. Of the reference that one alone.
+        Compared are the longest rollout and one of made-up tokens, as long as the run allows: `longest`
+        tokens of prompt and response; of the reference that one alone. Not of the policy where the update
+        before read in this layout (`last`, from its manifest: a process that resumes must decide the same).
         Returns the layout, and the largest difference of a log-prob.
         """
         limit = max(self.config.max_tokens_per_batch // 2, 1)  # no tree is larger than a micro-batch

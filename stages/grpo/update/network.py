@@ -233,11 +233,11 @@ def check_layouts(
             continue
         network.use(network.best)
         vocabulary = int(network.model.config.get_text_config(decoder=True).vocab_size)
-        # Made up, once a run: in float32, which shows most. The rollouts, each time: as they are read.
+        # Made up: in float32, which shows most. The rollouts: as they are read.
         made_up = (made_up_pair(*lengths, vocabulary), np.arange(2), not network.is_narrow)
         if name == "policy":
-            pairs = [] if last == network.best else [made_up]
-            pairs += [(rollouts, longest_pair(rollouts), False)] if len(rollouts) else []
+            own = [(rollouts, longest_pair(rollouts), False)] if len(rollouts) else []
+            pairs = [] if last == network.best else [made_up, *own]
             compared = [compare(network, *pair) for pair in pairs]
         else:
             if lengths not in of_reference:

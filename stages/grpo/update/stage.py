@@ -84,8 +84,9 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, policies: Policies
         rollouts = read_kept(run, iteration, vocabulary)
     with clock("check"):
         before = run.manifest(OUTPUT, iteration - 1) if iteration > 0 else None
-        last = before.summary.get("layout") if before is not None else None
-        layout = learner.check_layout(rollouts, longest(run, iteration), last)
+        lengths, known = longest(run, iteration), before is not None and longest(run, iteration - 1)
+        last = before.summary.get("layout") if before is not None and known == lengths else None
+        layout = learner.check_layout(rollouts, lengths, last)
         _say_refused(run, iteration, layout)
     if own := surrogate_of(run):
         if {OWN: own.sha256} != staging.plan.user_files:
