@@ -15,10 +15,10 @@ from grpo.artifacts import CHECKPOINT, ActiveRun, durable_policies, is_durable, 
 from grpo.artifacts.manifest import MANIFEST, seal
 from grpo.errors import CorruptError, EngineError
 from grpo.inspect.policies import describe, line_of
-from grpo.update import policies as rebuilding
 from grpo.update.durable import Checkpoints
 from grpo.update.learner import Learner
 from grpo.update.policies import Policies, new_learner
+from grpo.update.restore import compare
 
 
 @pytest.fixture
@@ -39,8 +39,6 @@ def run(tmp_path: Path, untied: Path) -> ActiveRun:
 @pytest.fixture
 def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Update 1 is not what it was: as another processor, or a GPU, may compute it."""
-    compare = rebuilding.compare
-
     def differs(run: ActiveRun, manifest: Any, recorded: ActiveRun, learner: Learner) -> Any:
         found = compare(run, manifest, recorded, learner)
         if manifest.iteration != 1:
@@ -49,7 +47,7 @@ def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
             next(learner.model.parameters()).mul_(1.0 + 1e-6)
         return replace(found, differing=["weights"], mean=2e-7, accepted=False)
 
-    monkeypatch.setattr(rebuilding, "compare", differs)
+    monkeypatch.setattr("grpo.update.policies.compare", differs)
 
 
 def weights(learner: Learner) -> np.ndarray:
