@@ -26,7 +26,7 @@ class Origin:
 
     @property
     def updates(self) -> int:
-        """None: it is durable itself."""
+        """Of those; 0 where it is durable itself."""
         return self.policy - self.durable
 
 

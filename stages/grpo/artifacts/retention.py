@@ -1,6 +1,5 @@
 """artifacts.retention: which checkpoints stay. Tables are never dropped, so no policy is lost with one."""
 
-from contextlib import suppress
 from pathlib import Path
 
 from grpo.artifacts import files
@@ -11,7 +10,6 @@ from grpo.artifacts.manifest import MANIFEST
 from grpo.artifacts.policies import durable_policies
 from grpo.artifacts.run import Run
 from grpo.artifacts.staging import discard, staging_folders
-from grpo.errors import CorruptError
 
 
 def kept(run: ActiveRun, have: list[int], keep_last: int | None = None) -> set[int]:
@@ -32,14 +30,17 @@ def kept(run: ActiveRun, have: list[int], keep_last: int | None = None) -> set[i
 
 
 def droppable(run: ActiveRun, keep_last: int | None = None) -> dict[int, list[Path]]:
-    """Update -> folders that prune() would remove: checkpoints not kept, superseded, and unfinished ones."""
+    """Update -> folders that prune() would remove: checkpoints not kept, superseded, and unfinished ones.
+
+    Raises CorruptError (exit 6) for a damaged one: that does not go without a word.
+    """
     found: dict[int, list[Path]] = {}
     with run.steady():
         have = durable_policies(run)
         stay = kept(run, have[1:], keep_last)
         for number in iterations_in(run.path):
             folder = run.folder(CHECKPOINT, number)
-            if folder.exists() and number + 1 not in stay and not _is_damaged(run, number):
+            if folder.exists() and number + 1 not in stay:
                 found.setdefault(number, []).append(folder)
     for folder, (output, iteration) in staging_folders(run).items():
         if output == CHECKPOINT and iteration is not None and not (folder / MANIFEST).exists():
@@ -72,14 +73,6 @@ def drop(run: Run, folder: Path) -> None:
     """Remove a checkpoint, out of its place first: half of one is never taken for one."""
     if (place := discard(run, folder)) is not None:
         files.remove(place)
-
-
-def _is_damaged(run: Run, number: int) -> bool:
-    """Whether `grpo verify` has something to say of it: then it is not removed without a word."""
-    with suppress(CorruptError):
-        run.manifest(CHECKPOINT, number)
-        return False
-    return True
 
 
 def _best(run: ActiveRun, have: list[int]) -> list[int]:

@@ -46,6 +46,8 @@ class Resources:
         policies: Any = self._open.get(UPDATE.name)
         held = None if policies is None else policies.learner.holds
         if held is None or held != run.id_of(f"policy@{number}"):
+            if policies is not None:
+                policies.settle()  # or what is read here may be dropped behind a newer one
             folder = held_part(run, number, POLICY) if number else run.start["policy"]
             if folder is not None:
                 yield folder

@@ -5,11 +5,11 @@ weights are in memory, and on disk now and then (durable.py). They follow from t
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from grpo.artifacts import ActiveRun, Manifest, Product, Staging, id_of, keep_source
-from grpo.errors import InputError, Interrupted
+from grpo.artifacts import ActiveRun, Manifest, Product, Staging, id_of, keep_source, newest_policy
+from grpo.errors import GrpoError, InputError, ResourceError
 from grpo.update.adapter import check_modules, require_peft
 from grpo.update.batch import longest, read_kept
 from grpo.update.durable import Checkpoints
@@ -52,10 +52,13 @@ def open_resource(run: ActiveRun, lend: object) -> Iterator[Policies]:
     policies = Policies(run, new_learner(run), checkpoints)
     try:
         yield policies
-        _write_made(policies)
+        _write_held(policies, policies.made)
         checkpoints.settle()
-    except Interrupted:
-        _write_made(policies)
+    except ResourceError:
+        raise
+    except GrpoError:  # interrupted, say, or a reward that fails: who goes on need not rebuild
+        with suppress(GrpoError):
+            _write_held(policies, newest_policy(run))
         raise
     finally:
         checkpoints.close()
@@ -109,11 +112,11 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, policies: Policies
     return Product(ids, [file for files in held.values() for file in files], summary, execution)
 
 
-def _write_made(policies: Policies) -> None:
-    """Write the policy that this command made last, where that is what is in memory and not on disk."""
-    made = policies.made
-    if made is not None and policies.learner.holds == policies.run.id_of(f"policy@{made}"):
-        policies.make_durable(made)
+def _write_held(policies: Policies, number: int | None) -> None:
+    """Have a policy on disk, where that is the one in memory."""
+    held = policies.learner.holds
+    if number and held is not None and held == policies.run.id_of(f"policy@{number}"):
+        policies.make_durable(number)
 
 
 def _say_refused(run: ActiveRun, iteration: int, layout: dict[str, Any]) -> None:
