@@ -39,6 +39,7 @@ def run(tmp_path: Path, untied: Path) -> ActiveRun:
 @pytest.fixture
 def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Update 1 is not what it was: as another processor, or a GPU, may compute it."""
+
     def differs(run: ActiveRun, manifest: Any, recorded: ActiveRun, learner: Learner) -> Any:
         found = compare(run, manifest, recorded, learner)
         if manifest.iteration != 1:
