@@ -23,6 +23,8 @@ from grpo.models.weight_check import (
 )
 from grpo.models.weights import Weights
 
+_FEW_TOKENS = 8  # in which a change of every weight is looked for
+
 
 class WeightSync:
     """What the engine holds, and how far it may be from the learner. One for the life of an engine."""
@@ -50,6 +52,7 @@ class WeightSync:
             self._tolerance = max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * fresh)
         self._check("the starting policy", fresh)
         perturb(model)
+        check = check.first(_FEW_TOKENS)
         moved = measure(Reader(model, few=True), check.sequences)
         # Or the tolerance would let an engine through that did not move at all.
         movement = check.difference([np.array(row) for row in moved.logprobs])

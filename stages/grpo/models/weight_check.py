@@ -51,6 +51,12 @@ class WeightCheck:
         """Whether every log-prob is a number, which encode() needs."""
         return all(bool(np.isfinite(row).all()) for row in self.logprobs)
 
+    def first(self, num_tokens: int) -> "WeightCheck":
+        """Of the beginning of each sequence alone."""
+        return WeightCheck(
+            [row[:num_tokens] for row in self.sequences], [row[: num_tokens - 1] for row in self.logprobs]
+        )
+
     def difference(self, logprobs: Sequence[np.ndarray]) -> float:
         """Mean |difference| per token, in nats, to what another computed for the same sequences."""
         own = np.concatenate([np.asarray(row, dtype=np.float64) for row in self.logprobs])
