@@ -179,18 +179,22 @@ def test_the_engine_keeps_a_policy_from_its_evaluation_to_its_sampling(
 ) -> None:
     from grpo.generate.engines.transformers_engine import TransformersEngine
 
-    loaded: list[str] = []
-    load_weights = TransformersEngine.load
+    came: list[str] = []
+    load, take = TransformersEngine.load, TransformersEngine.take
 
-    def noting(self: TransformersEngine, checkpoint: Path) -> None:
-        loaded.append(checkpoint.parent.parent.name)
-        load_weights(self, checkpoint)
+    def loading(self: TransformersEngine, checkpoint: Path) -> None:
+        came.append("disk")
+        load(self, checkpoint)
 
-    monkeypatch.setattr(TransformersEngine, "load", noting)
+    def taking(self: TransformersEngine, weights: Weights) -> None:
+        came.append("memory")
+        take(self, weights)
+
+    monkeypatch.setattr(TransformersEngine, "load", loading)
+    monkeypatch.setattr(TransformersEngine, "take", taking)
     succeed(grpo, "run")
-    # Start, perturbed copy and policy 0; then policies 1 and 2 once each, measured and (1) sampled from.
-    assert len(loaded) == 5
-    assert loaded[3:] == ["iteration=000000", "iteration=000001"]
+    # Start and perturbed copy, then policy 0; policies 1 and 2 once each, measured and (1) sampled from.
+    assert came == ["memory", "memory", "disk", "memory", "memory"]
 
 
 # A run that exists

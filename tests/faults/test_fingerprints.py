@@ -166,6 +166,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "update.replay_iterations": (["update.replay_iterations=1"], UPDATE),
     "update.max_tokens_per_batch": (["update.max_tokens_per_batch=9"], NOTHING),
     "update.precision": (["update.precision=bfloat16"], UPDATE),
+    "update.weights": (["update.precision=bfloat16", "update.weights=bfloat16_master"], UPDATE),
     "update.gradient_checkpointing": (["update.gradient_checkpointing=true"], NOTHING),
     "update.prompt_sharing": (["update.prompt_sharing='off'"], NOTHING),
     "update.lora.rank": (["update.lora={rank: 4, alpha: 8.0}"], UPDATE),
