@@ -178,6 +178,7 @@ def test_the_engine_keeps_a_policy_from_its_evaluation_to_its_sampling(
     measured_project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from grpo.generate.engines.transformers_engine import TransformersEngine
+    from grpo.models.weights import Weights
 
     came: list[str] = []
     load, take = TransformersEngine.load, TransformersEngine.take
