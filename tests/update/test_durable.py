@@ -118,7 +118,7 @@ def test_auto_takes_a_share_of_the_time(
     tmp_path: Path, untied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(durable.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("grpo.update.durable.time.monotonic", lambda: now[0])
     run = run_of(tmp_path, untied, every="auto")
     learner = Learner(run.config.update, "cpu")
     learner.load(untied, None, run.id_of("policy@0"))
