@@ -80,8 +80,8 @@ def test_wordpiece_joins_what_begins_with_two_hashes() -> None:
 def test_the_tokenizer_is_that_of_the_newest_policy_on_disk(tmp_path: Path, bytewise: Tokenizer) -> None:
     run = make_run(tmp_path, [row(0, 0, 0), row(1, 0, 0)])
     own = run.folder(CHECKPOINT, 0) / POLICY
-    inputs = {"policy@1": run.id_of("policy@1") or ""}
-    staging = Staging(run, Plan(CHECKPOINT, 1, CHECKPOINT, 0, {}, inputs), 0)
+    Staging(run, Plan("update", 1, "update", 0, {}, {}), 0).commit(Product({"policy": "p1"}, [], {}))
+    staging = Staging(run, Plan(CHECKPOINT, 1, CHECKPOINT, 0, {}, {"policy@1": "p1"}), 0)
     record = staging.write_bytes(POLICY, FILE, bytewise.to_str().encode())
     staging.commit(Product({}, [record], {"weights": ""}))
     for path, special in ((own, "<|end|>"), (tmp_path / "model", "<|endoftext|>")):

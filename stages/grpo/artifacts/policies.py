@@ -44,8 +44,8 @@ def is_durable(run: Run, policy: int) -> bool:
 def checkpoint_of(run: Run, policy: int) -> Manifest | None:
     """The checkpoint of a policy from 1 on. Raises CorruptError (exit 6) where its manifest is damaged."""
     found, reference = run.manifest(CHECKPOINT, policy - 1), f"policy@{policy}"
-    same = found is not None and found.inputs.get(reference) == run.id_of(reference)
-    return found if same else None
+    id_ = run.id_of(reference)
+    return found if found is not None and id_ is not None and found.inputs.get(reference) == id_ else None
 
 
 def origin_of(run: Run, policy: int, without: Collection[int] = ()) -> Origin:
