@@ -73,7 +73,10 @@ def test_every_update_gives_its_bits_again(project: Path, grpo: Grpo, settings: 
     run(grpo, "checkpoints.keep_last=2", "checkpoints.keep_every=null", *settings)
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
     code, found = replay(grpo)
-    assert (code, found) == (0, {"updates": 4, "replayed": 4, "equal": 4, "first_refused": None})
+    assert (code, found) == (
+        0,
+        {"updates": 4, "replayed": 4, "equal": 4, "first_refused": None, "stopped": None},
+    )
     assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
 
 
@@ -120,11 +123,9 @@ def test_the_users_surrogate_is_the_one_that_was_kept(project: Path, grpo: Grpo)
     assert replay(grpo)[1]["equal"] == 3
     for kept in (RUN / "sources").glob("*-loss.py"):
         kept.unlink()
-    code, _, err = grpo("verify", "--replay")
-    assert (code, err) == (
-        4,
-        "error: update.surrogate: update 0: the run has no copy of it; it cannot be replayed\n",
-    )
+    code, found = replay(grpo)
+    why = "update.surrogate: update 0: the run has no copy of it; it cannot be replayed"
+    assert (code, found["replayed"], found["stopped"]) == (4, 0, why)
 
 
 def test_one_bit_of_one_advantage_is_found(finished: Path, grpo: Grpo) -> None:
@@ -172,17 +173,16 @@ def test_an_update_that_cannot_be_made_again(finished: Path, grpo: Grpo) -> None
     original = path.read_bytes()
     del held["execution"]
     edit(path, held)
-    code, _, err = grpo("verify", "--replay")
-    assert code == 4
-    assert err.splitlines()[-1].startswith("error: update 1: an older grpo made it, which did not record its")
+    code, found = replay(grpo)
+    assert (code, found["replayed"], found["equal"]) == (4, 1, 1)
+    assert found["stopped"].startswith("update 1 has no record of its execution (an older grpo made it)")
     path.write_bytes(original)
     assert grpo("advantage", "--iteration", "1", "--force", "--set", "advantage.scale=none")[0] == 0
-    code, _, err = grpo("verify", "--replay")
+    code, out, _ = grpo("verify", "--replay")
     assert code == 4
-    assert err.splitlines()[-1] == (
-        "error: update 1: it was made from another advantages@1 than the one that is there; it cannot be"
-        " replayed"
-    )
+    why = "update 1 was made from another advantages@1 than the one that is there: it cannot be replayed"
+    assert f"stopped  {why}\n" in out
+    assert out.endswith("replayed 1 of 2 updates from policy 0: 1 byte-equal\n")
 
 
 @pytest.mark.parametrize("threads", [0, 10**9, "many"])

@@ -145,10 +145,27 @@ def test_what_is_usual_is_the_median_of_the_updates_before(
     assert update is not None
     # Of 30 updates the last 20 count, of which numbers 10 to 29 have 10e-3 to 29e-3, and one has none.
     means = [None if number == 20 else number / 1000 for number in range(30)]
-    made = [update.model_copy(update={"summary": {"mismatch_mean": mean}}) for mean in means]
+    summary = {"precision": "float32"}
+    made = [update.model_copy(update={"summary": {"mismatch_mean": mean, **summary}}) for mean in means]
     monkeypatch.setattr(run, "manifest", lambda _, number: made[number])
-    assert first_read._usual(run, 30) == 0.019  # the middle of 10..19, 21..29
-    assert first_read._usual(run, 0) is None
+    kind = ("float32", "float32", "float32")
+    assert first_read._usual(run, 30, kind) == 0.019  # the middle of 10..19, 21..29
+    assert first_read._usual(run, 0, kind) is None
+    for other in (
+        ("bfloat16", *kind[1:]),
+        ("float32", "bfloat16_master", "float32"),
+        (*kind[:2], "bfloat16"),
+    ):
+        assert first_read._usual(run, 30, other) is None  # rounding is another there
+
+
+def test_another_precision_is_no_other_policy(finished: Path, grpo: Grpo) -> None:
+    for settings in (["update.precision=bfloat16"], ["update.precision=float32"]):
+        until = 3 if "bfloat16" in settings[0] else 4
+        code, _, err = grpo("run", "--until", str(until), "--set", settings[0])
+        assert code == 0, err
+    code, _, err = grpo("run", "--until", "5", "--set", "update.weights=bfloat16_master")
+    assert code == 0, err
 
 
 def test_rollouts_of_the_policy_before_are_found_before_a_gradient(

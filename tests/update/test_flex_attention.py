@@ -23,8 +23,9 @@ SHAPES = [(20, [150, 130, 90]), (140, [9, 7]), (100, [60])]
 
 def on_a_gpu(kind: str = "Qwen3", precision: str = "float32") -> Network:
     """Reads as on a GPU; where it computes is a CPU. Qwen3 has norms of queries and keys."""
-    network = make_network(kind, {"head_dim": 8} if kind == "Qwen3" else {})
-    network.precision, network.flex = precision, True
+    model = make_network(kind, {"head_dim": 8} if kind == "Qwen3" else {}).model
+    network = Network(model, precision, share_prompts=True)
+    network.flex = True
     network.use("shared")
     return network
 

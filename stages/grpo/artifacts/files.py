@@ -19,6 +19,7 @@ _CHUNK_BYTES = 2**22
 _RESOURCE_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EIO,
     errno.EACCES,
     errno.EPERM,

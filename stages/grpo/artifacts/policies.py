@@ -13,6 +13,7 @@ from grpo.artifacts.manifest import MANIFEST, Manifest
 from grpo.artifacts.run import Run
 from grpo.errors import CorruptError, InputError
 
+_WAY_OUT = "`grpo verify --discard` moves it away, and the policy is rebuilt"
 POLICY, OPTIMIZER, ADAPTER = "policy", "optimizer", "adapter"
 """Parts of a checkpoint: a whole model, or what LoRA trained, and the optimiser state."""
 
@@ -43,8 +44,11 @@ def is_durable(run: Run, policy: int) -> bool:
 
 def checkpoint_of(run: Run, policy: int) -> Manifest | None:
     """The checkpoint of a policy from 1 on. Raises CorruptError (exit 6) where its manifest is damaged."""
-    found, reference = run.manifest(CHECKPOINT, policy - 1), f"policy@{policy}"
-    id_ = run.id_of(reference)
+    reference = f"policy@{policy}"
+    try:
+        found, id_ = run.manifest(CHECKPOINT, policy - 1), run.id_of(reference)
+    except CorruptError as error:
+        raise CorruptError(f"{error}; {_WAY_OUT}") from None
     return found if found is not None and id_ is not None and found.inputs.get(reference) == id_ else None
 
 
@@ -56,7 +60,7 @@ def origin_of(run: Run, policy: int, without: Collection[int] = ()) -> Origin:
     number = policy
     while number in without or not _is_whole(run, number):
         update = run.require("update", number - 1, f"grpo update --iteration {number - 1}")
-        if why := _cannot_replay(run, update):
+        if why := cannot_replay(run, update):
             raise InputError(
                 f"policy {policy} is not on disk, and cannot be rebuilt: update {number - 1} {why};"
                 f" `grpo run --from {number - 1}` makes another"
@@ -96,8 +100,13 @@ def held_part(run: Run, policy: int, part: str) -> Path | None:
     """
     manifest = checkpoint_of(run, policy)
     held = [file for file in manifest.files if file.part == part] if manifest is not None else []
-    for file in held:
-        run.verify(file, run.path_of(file, CHECKPOINT, policy - 1))
+    try:
+        for file in held:
+            run.verify(file, run.path_of(file, CHECKPOINT, policy - 1))
+    except (CorruptError, FileNotFoundError) as error:
+        if checkpoint_of(run, policy) is None:  # a command that works on the run has dropped it meanwhile
+            return None
+        raise CorruptError(f"{error}; {_WAY_OUT}") from None
     return run.folder(CHECKPOINT, policy - 1) / part if held else None
 
 
@@ -108,10 +117,10 @@ def _is_whole(run: Run, policy: int) -> bool:
         return False
 
 
-def _cannot_replay(run: Run, update: Manifest) -> str:
+def cannot_replay(run: Run, update: Manifest) -> str:
     """Why an update cannot be done again as it was; empty: it can."""
     if not update.execution or "weights" not in update.summary:
-        return "has no record of its execution"
+        return "has no record of its execution (an older grpo made it)"
     for reference, id_ in update.inputs.items():
         if run.id_of(reference) != id_:
             return f"was made from another {reference} than the one that is there"

@@ -18,9 +18,13 @@ class Writer:
 
     def wait(self) -> None:
         """Return when nothing is being written; raises once what the last task raised."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.result()
+        task = self._task
+        try:
+            if task is not None:
+                task.result()
+        finally:
+            if task is not None and task.done():  # a signal may have ended the waiting alone
+                self._task = None
 
     def close(self) -> None:
         """End the thread, when its task has ended; nothing is raised."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo.artifacts import ActiveRun, newest_policy
 from grpo.console import stdout_console
-from grpo.errors import EngineError
+from grpo.errors import EngineError, InputError
 from grpo.pipeline.prepare import find_start
 from grpo.update.plan import OUTPUT
 from grpo.update.policies import Policies, new_learner
@@ -23,6 +23,8 @@ class ReplayReport:
     updates: int
     """Of the run."""
     outcomes: list[Outcome] = field(default_factory=list)
+    stopped: str = ""
+    """Why it went no further: something that an update was made from is another now."""
 
     @property
     def equal(self) -> int:
@@ -36,7 +38,9 @@ class ReplayReport:
 
     @property
     def exit_code(self) -> int:
-        """0, or 8 where one is refused."""
+        """0, 8 where one is refused, or 4 where one cannot be replayed."""
+        if self.stopped:
+            return InputError.exit_code
         return EngineError.exit_code if self.refused else 0
 
     def describe(self) -> dict[str, Any]:
@@ -55,6 +59,7 @@ class ReplayReport:
             "replayed": len(self.outcomes),
             "equal": self.equal,
             "first_refused": first,
+            "stopped": self.stopped or None,
         }
 
 
@@ -69,7 +74,12 @@ def replay(run: ActiveRun) -> ReplayReport:
         policies = Policies(run, new_learner(run))
         for number in range(newest_policy(run)):
             manifest = run.require(OUTPUT, number, f"grpo update --iteration {number}")
-            report.outcomes.append(outcome := policies.redo(manifest))
+            try:
+                outcome = policies.redo(manifest)
+            except InputError as error:
+                report.stopped = str(error)
+                break
+            report.outcomes.append(outcome)
             advance(1)
             if not outcome.accepted:
                 break
@@ -84,6 +94,8 @@ def print_replay(report: ReplayReport) -> None:
         but = f"; its execution here: {', '.join(found.execution)}" if found.execution else ""
         what = f"{', '.join(found.differing)} are not what a replay gives"
         say(f"differs  update {found.iteration}: {what} (log-probs {found.mean:.1e} nats off){but}")
+    if report.stopped:
+        say(f"stopped  {report.stopped}")
     close = len(report.outcomes) - report.equal - bool(report.refused)
     count = f"{len(report.outcomes)} of {report.updates}"
     text = f", {close} as close as they promise" if close else ""

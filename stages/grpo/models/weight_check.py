@@ -1,6 +1,6 @@
 """weight_check: a sequence of a run's own tokens, and the log-probs a policy gives them.
 
-Every policy on disk carries one, computed by the learner's code from the saved weights. An engine that took
+Every policy has one, beside the update that made it, computed by the learner. An engine that took
 the weights scores the same tokens, for all policies of a run: a digest of parameters proves nothing, since
 engines keep copies of them in other layouts. One pass meets every dense weight and the whole head.
 """

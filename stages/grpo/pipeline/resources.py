@@ -24,8 +24,8 @@ class Resources:
     def __enter__(self) -> "Resources":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)  # what is open may have something to save, and not after every failure
 
     def get(self, stage: Stage) -> Any:
         """What a stage works with: its own resource, or this object's borrow() where it borrows."""

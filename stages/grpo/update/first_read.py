@@ -51,7 +51,9 @@ class FirstRead:
         tolerance = tolerance_of(self._sampled, self._precision)
         if tolerance is not None and difference <= _OF_TOLERANCE * tolerance:
             return  # as nearly always: no manifest of an earlier update is read
-        at, limit = self._iteration, limit_of(tolerance, _usual(self._run, self._iteration))
+        at, engine = self._iteration, self._sampled.summary.get("precision")
+        kind = (self._precision, self._run.config.update.weights, engine)
+        limit = limit_of(tolerance, _usual(self._run, at, kind))
         if not difference <= limit:  # NaN is not
             raise EngineError(
                 f"update {at}: the first log-probs are {difference:.1e} nats per token from what the rollouts"
@@ -89,9 +91,20 @@ def limit_of(tolerance: float | None, usual: float | None) -> float:
     return max(_OF_TOLERANCE * (tolerance or FLOAT32_TOLERANCE), _OF_USUAL * (usual or 0.0))
 
 
-def _usual(run: ActiveRun, iteration: int) -> float | None:
-    """Median of mismatch_mean over the last updates; None: there is none."""
-    before = range(max(0, iteration - _NUM_USUAL), iteration)
-    updates = (run.manifest(OUTPUT, number) for number in before)
-    known = [found.summary.get("mismatch_mean") for found in updates if found is not None]
-    return statistics.median(values) if (values := [mean for mean in known if mean is not None]) else None
+def _usual(run: ActiveRun, iteration: int, kind: tuple[Any, ...]) -> float | None:
+    """Median of mismatch_mean over the last updates of a kind; None: there is none.
+
+    kind: what learner, its weights and engine compute in; rounding is another for each.
+    """
+    known = []
+    for number in range(max(0, iteration - _NUM_USUAL), iteration):
+        update, rollouts = run.manifest(OUTPUT, number), run.manifest("rollouts", number)
+        if update is not None and rollouts is not None:
+            given, mean = update.config["update"], update.summary.get("mismatch_mean")
+            computed = (
+                given["precision"],
+                given.get("weights", "float32"),
+                rollouts.summary.get("precision"),
+            )
+            known += [mean] if mean is not None and computed == kind else []
+    return statistics.median(known) if known else None

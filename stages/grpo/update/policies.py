@@ -16,7 +16,7 @@ from grpo.artifacts import (
     origin_of,
 )
 from grpo.console import duration
-from grpo.errors import EngineError, InputError
+from grpo.errors import CorruptError, EngineError, InputError
 from grpo.models.loading import best_device
 from grpo.models.turns import share_of
 from grpo.update import checkpointing
@@ -98,8 +98,7 @@ class Policies:
         assert manifest.iteration is not None
         at = manifest.iteration
         require_inputs(self.run, manifest)
-        recorded = as_recorded(self.run, manifest)
-        self._configure(recorded, manifest)
+        recorded = self._recorded(at)
         if self.learner.holds != self.run.id_of(f"policy@{at}"):
             load_policy(recorded, at, self.learner)
         self._hold_reference(recorded, at, manifest.inputs)
@@ -110,8 +109,15 @@ class Policies:
         run, learner, origin = self.run, self.learner, origin_of(self.run, policy)
         between = range(policy - 1, origin.durable, -1)
         first = next((n for n in between if learner.holds == run.id_of(f"policy@{n}")), origin.durable)
+        try:
+            if first == origin.durable:
+                load_policy(run if first == policy else self._recorded(first), first, learner)
+        except CorruptError:
+            if is_durable(run, first):
+                raise
+            self._restore(policy)  # a command that works on the run has dropped it meanwhile
+            return
         if first == policy:
-            load_policy(run, policy, learner)
             return
         updates = [run.require(OUTPUT, number, "grpo run") for number in range(first, policy)]
         seconds = sum(sum(run.timings(OUTPUT, number).values()) for number in range(first, policy))
@@ -127,6 +133,13 @@ class Policies:
                 if self.checkpoints is not None:
                     self.checkpoints.consider(outcome.iteration + 1, learner)
                     self.settle()
+
+    def _recorded(self, iteration: int) -> ActiveRun:
+        """The run as it was when the update of an iteration was made; the learner is configured so."""
+        manifest = self.run.require(OUTPUT, iteration, f"grpo update --iteration {iteration}")
+        recorded = as_recorded(self.run, manifest)
+        self._configure(recorded, manifest)
+        return recorded
 
     def _accept(self, outcome: Outcome) -> None:
         """Raise EngineError (exit 8) for an outcome that is not as equal as its execution promises."""

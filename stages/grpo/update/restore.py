@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from pydantic import ValidationError
 
-from grpo.artifacts import ActiveRun, Manifest, check_source, kept_sources
+from grpo.artifacts import ActiveRun, Manifest, cannot_replay, check_source, kept_sources
 from grpo.config import ModelOptions, TeacherConfig, UpdateConfig, differing_keys
 from grpo.errors import InputError
 from grpo.update.batch import read_kept
@@ -111,17 +111,8 @@ def as_recorded(run: ActiveRun, manifest: Manifest) -> ActiveRun:
 
 def require_inputs(run: ActiveRun, manifest: Manifest) -> None:
     """Raise InputError (exit 4) unless all that the update read is there as it was."""
-    if not manifest.execution or "weights" not in manifest.summary:
-        raise InputError(
-            f"update {manifest.iteration}: an older grpo made it, which did not record its execution and a"
-            " digest of its weights; it cannot be replayed"
-        )
-    for reference, id_ in manifest.inputs.items():
-        if run.id_of(reference) != id_:
-            raise InputError(
-                f"update {manifest.iteration}: it was made from another {reference} than the one that is"
-                " there; it cannot be replayed"
-            )
+    if why := cannot_replay(run, manifest):
+        raise InputError(f"update {manifest.iteration} {why}: it cannot be replayed")
 
 
 def kept_surrogate(run: ActiveRun, manifest: Manifest) -> Path:

@@ -60,21 +60,30 @@ def export(run: ActiveRun, policy: int | None, out: Path, dtype: str | None, ada
     card = card_of(run, number, dtype, adapter).encode()
     unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
     files.remove(unfinished)  # of a process that was killed
+    held = bool(number) and held_part(run, number, part) is not None
     try:
-        files.make_folder(unfinished)
-        with _on_disk(run, number, part, out.absolute().parent) as folder:
-            content = _adapter_files(run, folder) if adapter else _policy_files(run, folder, number, dtype)
-            for name, pieces in chain(content, [("README.md", [card])]):
-                files.write_chunks(unfinished / name, pieces)
-        files.sync_folder(unfinished)
-    except GrpoError:
+        _fill(run, number, dtype, unfinished, part, card)
+    except (GrpoError, OSError):
         files.remove(unfinished)
-        raise
+        if not held or held_part(run, number, part) is not None:
+            raise
+        _find_start(run, number, part)  # a command that works on the run has dropped it meanwhile
+        _fill(run, number, dtype, unfinished, part, card)
     sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
     files.move(unfinished, out.absolute())
     files.sync_folder(out.absolute().parent)
     told = {"run": run.name, "policy": number, "folder": str(out)}
     return {**told, "files": sorted(sizes), "bytes": sum(sizes.values())}
+
+
+def _fill(run: ActiveRun, number: int, dtype: str | None, folder: Path, part: str, card: bytes) -> None:
+    """Write the files of a policy, or its adapter, into `folder`, synced."""
+    files.make_folder(folder)
+    with _on_disk(run, number, part, folder.parent) as held:
+        content = _adapter_files(run, held) if part == ADAPTER else _policy_files(run, held, number, dtype)
+        for name, pieces in chain(content, [("README.md", [card])]):
+            files.write_chunks(folder / name, pieces)
+    files.sync_folder(folder)
 
 
 def _part_of(run: ActiveRun, number: int, adapter: bool) -> str:
