@@ -2,12 +2,12 @@
 
 Runs examples/capitals without `evaluate`, all weights and then a LoRA, in this process and in one thread.
 Work is sampling (`sample`) and forward, backward and optimiser (`train`; with a reference, its forward);
-`between` is what the main thread does outside of every timed part (plans, commits, the loop), `threads` what
-others do. Bytes are what the kernel counts as written to disks by this process: nothing, where the temporary
-folder is in memory.
+`between` is what is outside of every timed part: plans, commits, the loop, and checkpoints that are written
+beside the work. Bytes are what the kernel counts as written to disks by this process: nothing, where the
+temporary folder is in memory.
 
-Last, opening: what the first iteration does to have an engine with the policy in it, before it samples,
-against loading the model once.
+Last, opening: what it takes until an engine has shown that it follows new weights, against loading the model
+once; both after a first load, which imports what either needs.
 
 Run: python benchmarks/real_model.py [MODEL_DIR [ITERATIONS]]       result: benchmarks/real_model.txt
 MODEL_DIR: SmolLM2-135M-Instruct, written where it is not there (examples/capitals/model.py)
@@ -48,14 +48,12 @@ WORK = ("sample", "train", "reference", "recompute")
 WARM = 2  # iterations that are not counted: what is opened, and what is met for the first time
 SETTINGS = {"full": [], "lora": ["update.lora={rank: 16, alpha: 32}", "update.learning_rate=2.0e-4"]}
 LOADS = 3
-NOT_OPENING = ("prompts", "sample", "write")  # parts of `generate`; all others are there to have an engine
 
 
 class Moment(NamedTuple):
-    """Seconds of the process, of the main thread and of the wall, and bytes written, all since it began."""
+    """Seconds of the process and of the wall, and bytes written, all since it began."""
 
     cpu: float
-    main: float
     wall: float
     written: float
 
@@ -64,7 +62,7 @@ class Moment(NamedTuple):
         """Of this moment, with processes that ended."""
         children = os.times()
         cpu = time.process_time() + children.children_user + children.children_system
-        return cls(cpu, time.thread_time(), time.perf_counter(), written())
+        return cls(cpu, time.perf_counter(), written())
 
     def since(self, before: "Moment") -> "Moment":
         """What lies between."""
@@ -79,12 +77,16 @@ def written() -> int:
 
 @dataclass
 class Meter:
-    """Iterations as they end, and processor seconds of the main thread by iteration, stage and part."""
+    """Iterations as they end, and processor seconds by iteration, stage and part.
+
+    With those of threads that a part uses, as autograd and transformers do; not of the one that writes.
+    """
 
     ends: list[Moment] = field(default_factory=list)
     parts: dict[tuple[int, str, str], float] = field(default_factory=lambda: defaultdict(float))
     peak_kib: int = 0
     _inner: list[float] = field(default_factory=list)
+    _beside: float = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -110,16 +112,18 @@ class Meter:
 
     @contextmanager
     def _part(self, stage: str, part: str) -> Iterator[None]:
-        """What is done in a part within this one is not of this one."""
-        if threading.current_thread() is not threading.main_thread():
+        """What is done in a part within this one is not of this one; nor what is written beside it."""
+        if threading.current_thread() is not threading.main_thread():  # a checkpoint
+            started = time.thread_time()
             yield
+            self._beside += time.thread_time() - started
             return
-        started = time.thread_time()
+        started, beside = time.process_time(), self._beside
         self._inner.append(0.0)
         try:
             yield
         finally:
-            took = time.thread_time() - started
+            took = time.process_time() - started - (self._beside - beside)
             self.parts[len(self.ends) - 1, stage, part] += took - self._inner.pop()
             if self._inner:
                 self._inner[-1] += took
@@ -143,6 +147,7 @@ def main() -> None:
         shutil.copytree(EXAMPLE, folder / "capitals", ignore=shutil.ignore_patterns("model"))
         os.chdir(folder / "capitals")
         print(f"SmolLM2-135M-Instruct in float32, examples/capitals; {describe()}, one thread")
+        loading(model)  # imports what any load needs
         meters = {name: train(name, model, given.iterations) for name in SETTINGS}
         for name, meter in meters.items():
             print_parts(name, meter)
@@ -169,10 +174,10 @@ def print_parts(name: str, meter: Meter) -> None:
     every = meter.iterations()
     counted = range(WARM, len(every))
     taken = every[WARM:]
-    cpu, main, wall = mean(t.cpu for t in taken), mean(t.main for t in taken), mean(t.wall for t in taken)
+    cpu, wall = mean(t.cpu for t in taken), mean(t.wall for t in taken)
     kinds = dict.fromkeys((stage, part) for number, stage, part in meter.parts if number in counted)
     rows = [(*kind, mean(meter.parts.get((n, *kind), 0.0) for n in counted)) for kind in kinds]
-    rows += [("", "between", main - sum(row[2] for row in rows)), ("", "threads", cpu - main)]
+    rows += [("", "between", cpu - sum(row[2] for row in rows))]
     print(f"\n{name}: means of iterations {WARM} to {len(every) - 1}")
     print(f"{'stage':<10} {'part':<13} {'cpu s':>7} {'share':>7}")
     for stage, part, seconds in rows:
@@ -188,21 +193,25 @@ def print_parts(name: str, meter: Meter) -> None:
 
 
 def print_opening(meter: Meter, model: Path) -> None:
-    """Processor seconds that the first iteration spends before it samples, against one load of the model."""
-    opening = sum(
-        seconds
+    """Processor seconds until an engine has shown that it follows new weights, against one load."""
+    parts = {
+        part: seconds
         for (number, stage, part), seconds in meter.parts.items()
-        if (number, stage) == (0, "generate") and part not in NOT_OPENING
-    )
-    loads = []
-    for _ in range(LOADS):
-        started = time.thread_time()
-        load_model(model, "cpu")
-        loads.append(time.thread_time() - started)
-    load = median(loads)
+        if (number, stage) == (0, "generate")
+    }
+    load = median([loading(model) for _ in range(LOADS)])
+    opening, first = parts["open"], parts["load"]
     print(
         f"\nopening an engine: {opening:.2f} cpu s, loading the model: {load:.2f}; ratio {opening / load:.1f}"
     )
+    print(f"then policy 0 is brought to it: {first:.2f}")
+
+
+def loading(model: Path) -> float:
+    """Processor seconds of a load."""
+    started = time.process_time()
+    load_model(model, "cpu")
+    return time.process_time() - started
 
 
 if __name__ == "__main__":

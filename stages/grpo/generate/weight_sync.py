@@ -46,16 +46,17 @@ class WeightSync:
         model = load_model(start, self.engine.device, self._attention)
         weights = Weights(model, start)
         self.engine.take(weights)
+        precision, few = self.engine.precision, check.first(_FEW_TOKENS)
+        if precision == "float32":  # else its tolerance is measured, of all tokens that later ones are
+            check = few
         fresh = check.difference(self.engine.logprobs(check.sequences))
-        precision = self.engine.precision
         if precision != "float32":
             self._tolerance = max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * fresh)
         self._check("the starting policy", fresh)
         perturb(model)
-        check = check.first(_FEW_TOKENS)
-        moved = measure(Reader(model, few=True), check.sequences)
+        moved = measure(Reader(model, few=True), few.sequences)
         # Or the tolerance would let an engine through that did not move at all.
-        movement = check.difference([np.array(row) for row in moved.logprobs])
+        movement = few.difference([np.array(row) for row in moved.logprobs])
         if not self._tolerance < movement / 2:
             raise EngineError(
                 f"generate: the engine is {fresh:.1e} nats per token from the learner on the starting"
@@ -64,7 +65,7 @@ class WeightSync:
                 f" than {precision}"
             )
         self.engine.take(weights)
-        scores = self.engine.logprobs(check.sequences)
+        scores = self.engine.logprobs(few.sequences)
         self._check("a perturbed copy", moved.difference(scores))
         self._last = ("", scores)
         if precision != "float32":

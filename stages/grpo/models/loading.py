@@ -118,6 +118,15 @@ class Blueprint:
         return model
 
 
+def has_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the parameters of `model` are these very tensors, by name, and it has no buffers among them."""
+    own = dict(model.named_parameters())
+    return tensors.keys() == own.keys() and all(
+        tensor.data_ptr() == own[name].data_ptr() and tensor.shape == own[name].shape
+        for name, tensor in tensors.items()
+    )
+
+
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of `checkpoint`, chat template included. Raises InputError."""
     _require_file(checkpoint, TOKENIZER_FILES, "a tokenizer")

@@ -30,7 +30,7 @@ from grpo.generate.engines.prefix_attention import NAME, Prefix, prefix_attentio
 from grpo.generate.engines.protocol import Group, OnProgress, Request, Sample, Sampling, check_requests
 from grpo.generate.engines.stop import StopWatches
 from grpo.models.attention import attending
-from grpo.models.loading import Blueprint, context_length, eos_token_ids, load_model
+from grpo.models.loading import Blueprint, context_length, eos_token_ids, has_tensors, load_model
 from grpo.models.logprobs import token_logprobs
 from grpo.models.tokenizer import tokenizer_at
 from grpo.models.weights import Weights
@@ -46,6 +46,8 @@ class TransformersEngine:
         self.attention = attention  # as load_model takes it
         self.max_rows_per_batch = max_rows_per_batch
         self._model: PreTrainedModel | None = None
+        # Over the learner's tensors: on a CPU it holds nothing of its own, and is taken again.
+        self._shared: PreTrainedModel | None = None
         self._blueprint: Blueprint | None = None  # of the last model that was not of the one before
         self._takes_prefix = False
         self._eos_ids: frozenset[int] = frozenset()
@@ -57,6 +59,7 @@ class TransformersEngine:
         Raises what load_model does, and UnsupportedModelError for a model that cannot be batched here.
         """
         self.release()  # first: two policies need not fit into memory
+        self._shared = None
         model = self._blueprint.load_model(checkpoint, self.device) if self._blueprint else None
         if model is None:
             model = load_model(checkpoint, self.device, self.attention)
@@ -73,9 +76,13 @@ class TransformersEngine:
         self.release()
         blueprint = self._blueprint
         if blueprint is None or not blueprint.is_of(weights.folder):
-            model = weights.plain or load_model(weights.folder, self.device, self.attention)
-            blueprint = Blueprint(model, weights.folder)
-        model = blueprint.holding({name: tensor.to(self.device) for name, tensor in weights.own()})
+            built = weights.plain or load_model(weights.folder, self.device, self.attention)
+            blueprint = Blueprint(built, weights.folder)
+        tensors = {name: tensor.to(self.device) for name, tensor in weights.own()}
+        model = self._shared
+        if model is None or blueprint is not self._blueprint or not has_tensors(model, tensors):
+            model = blueprint.holding(tensors)
+        self._shared = model if self.device == "cpu" and weights.plain is not None else None
         if blueprint is not self._blueprint:
             self._blueprint = blueprint
             self._look_at(model)
