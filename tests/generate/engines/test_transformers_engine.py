@@ -182,7 +182,7 @@ def test_a_reloaded_engine_gives_the_bytes_of_a_fresh_one(qwen2: Path, tmp_path:
 def test_weights_in_memory_give_the_bytes_of_a_checkpoint(family: str, tmp_path: Path) -> None:
     one = write_checkpoint(tmp_path / "one", FAMILIES[family])
     two = write_checkpoint(tmp_path / "two", FAMILIES[family], seed=1)
-    model = load_model(two, "cpu")
+    model: Any = load_model(two, "cpu")
     engine = TransformersEngine("cpu", 64)
     engine.take(Weights(load_model(one, "cpu"), one))
     assert digest(sampled(engine, [REQUESTS])) == digest(sampled(opened(one), [REQUESTS]))
