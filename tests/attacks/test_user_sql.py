@@ -208,13 +208,19 @@ def test_the_process_ends_with_the_command(finished: Path, number: signal.Signal
     with subprocess.Popen([sys.executable, "-c", program, "sql", query], env=environment) as process:
         while not (children := _children(process.pid)):
             time.sleep(0.05)
-        time.sleep(1)
+        while max(map(_processor_s, children)) < 2.5:  # its imports are done, and the query is at work
+            time.sleep(0.05)
         process.send_signal(number)
         process.wait(30)
     deadline = time.monotonic() + 30
     while any(map(_is_alive, children)) or list((tmp_path / "spill").iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def _processor_s(pid: int) -> float:
+    values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _children(pid: int) -> list[int]:
