@@ -328,7 +328,8 @@ def test_a_number_too_large_for_float16_is_said(finished: Path, grpo: Grpo) -> N
     weights = load_file("model/model.safetensors")
     weights["model.norm.weight"][0] = 1e6
     save_file(weights, "model/model.safetensors", metadata={"format": "pt"})
-    assert grpo("run", "--until", "1", "--set", "run=large")[0] == 0
+    code, _, err = grpo("run", "--until", "1", "--set", "run=large")
+    assert code == 0, err
     code, _, err = grpo("export", "large", "--policy", "0", "--out", "x", "--dtype", "float16")
     assert (code, "--dtype float16: model.norm.weight is too large for it; take bfloat16" in err) == (
         2,

@@ -4,6 +4,7 @@ Stale weights are a bug that engines do have: a reload that reports success and 
 behaviour is compared, not bytes: the engine scores the policy's weight check before it samples.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,16 +48,20 @@ class WeightSync:
         weights = Weights(model, start)
         self.engine.take(weights)
         precision, few = self.engine.precision, check.first(_FEW_TOKENS)
-        if precision == "float32":  # else its tolerance is measured, of all tokens that later ones are
+        fresh = math.inf
+        if precision == "float32":  # else its tolerance is measured, of all the tokens that later ones are
+            fresh = few.difference(self.engine.logprobs(few.sequences))
+        if fresh <= self._tolerance:
             check = few
-        fresh = check.difference(self.engine.logprobs(check.sequences))
+        else:  # of a model with large numbers a few tokens may be rounded much: all of them decide
+            fresh = check.difference(self.engine.logprobs(check.sequences))
         if precision != "float32":
             self._tolerance = max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * fresh)
         self._check("the starting policy", fresh)
         perturb(model)
-        moved = measure(Reader(model, few=True), few.sequences)
+        moved = measure(Reader(model, few=True), check.sequences)
         # Or the tolerance would let an engine through that did not move at all.
-        movement = few.difference([np.array(row) for row in moved.logprobs])
+        movement = check.difference([np.array(row) for row in moved.logprobs])
         if not self._tolerance < movement / 2:
             raise EngineError(
                 f"generate: the engine is {fresh:.1e} nats per token from the learner on the starting"
@@ -65,7 +70,7 @@ class WeightSync:
                 f" than {precision}"
             )
         self.engine.take(weights)
-        scores = self.engine.logprobs(few.sequences)
+        scores = self.engine.logprobs(check.sequences)
         self._check("a perturbed copy", moved.difference(scores))
         self._last = ("", scores)
         if precision != "float32":
