@@ -126,7 +126,7 @@ def introduction() -> list[str]:
 
 _COMMANDS = {
     "run": "`grpo run`, the first iteration of a new run",
-    "next": "`grpo run`, a third iteration, in which a checkpoint is pruned",
+    "next": "`grpo run`, a third iteration, in which a checkpoint is dropped",
     "from": "`grpo run --from 1` with another reward",
     "from 0": "`grpo run --from 0` with another reward, and an output of before in the trash",
     "score": "`grpo score --force` of both iterations",

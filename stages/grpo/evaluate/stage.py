@@ -24,6 +24,7 @@ from grpo.score import plan as score
 from grpo.score import stage as scoring
 from grpo.score.scorers import check_columns
 from grpo.score.shard import ScoringTask, read, staged
+from grpo.update import plan as update
 
 Resources = Callable[..., Any]
 """What the stages keep open, as pipeline/resources.py lends it: an evaluation opens nothing of its own."""
@@ -52,7 +53,7 @@ def after(run: ActiveRun, manifest: Manifest, opened: Resources) -> None:
     if policy and run.config.checkpoints.keep_best:
         best = best_of(run, run.evaluations())
         if best is not None and best.policy == policy:
-            opened("update", beside=True).keep(policy)
+            opened(update.NAME, beside=True).keep(policy)
     scoring.raise_for_failed(run, f"evaluate: policy {manifest.iteration}", REWARDS, manifest)
 
 

@@ -87,8 +87,9 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, policies: Policies
         rollouts = read_kept(run, iteration, vocabulary)
     with clock("check"):
         before = run.manifest(OUTPUT, iteration - 1) if iteration > 0 else None
-        lengths, known = longest(run, iteration), before is not None and longest(run, iteration - 1)
-        last = before.summary.get("layout") if before is not None and known == lengths else None
+        lengths, last = longest(run, iteration), None
+        if before is not None and longest(run, iteration - 1) == lengths:
+            last = before.summary.get("layout")
         layout = learner.check_layout(rollouts, lengths, last)
         _say_refused(run, iteration, layout)
     if own := surrogate_of(run):
