@@ -7,7 +7,7 @@ beside the work. Bytes are what the kernel counts as written to disks by this pr
 temporary folder is in memory.
 
 Last, opening: what it takes until an engine has shown that it follows new weights, against loading the model
-once; both after a first load, which imports what either needs.
+once; in turn, and the median of each.
 
 Run: python benchmarks/real_model.py [MODEL_DIR [ITERATIONS]]       result: benchmarks/real_model.txt
 MODEL_DIR: SmolLM2-135M-Instruct, written where it is not there (examples/capitals/model.py)
@@ -39,7 +39,11 @@ from machine import describe
 
 from grpo import cli
 from grpo.artifacts import Manifest, Staging
+from grpo.generate.engines.transformers_engine import TransformersEngine
+from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import load_model
+from grpo.models.reader import Reader
+from grpo.models.weight_check import LENGTH, WeightCheck, measure
 from grpo.pipeline import runner
 from grpo.pipeline.stages import perform
 
@@ -47,7 +51,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "capitals"
 WORK = ("sample", "train", "reference", "recompute")
 WARM = 2  # iterations that are not counted: what is opened, and what is met for the first time
 SETTINGS = {"full": [], "lora": ["update.lora={rank: 16, alpha: 32}", "update.learning_rate=2.0e-4"]}
-LOADS = 3
+OPENINGS = 5
 
 
 class Moment(NamedTuple):
@@ -194,23 +198,31 @@ def print_parts(name: str, meter: Meter) -> None:
 
 def print_opening(meter: Meter, model: Path) -> None:
     """Processor seconds until an engine has shown that it follows new weights, against one load."""
+    check = measure(Reader(load_model(model, "cpu")), [[*range(1000, 1000 + LENGTH)]])
+    pairs = [(loading(model), opening(model, check)) for _ in range(OPENINGS)]
+    load, opened = (median(column) for column in zip(*pairs, strict=True))
+    ratio = opened / load
+    print(f"\nopening an engine: {opened:.2f} cpu s, loading the model: {load:.2f}; ratio {ratio:.2f}")
+    print(f"each: {', '.join(f'{second:.2f}/{first:.2f}' for first, second in pairs)}")
     parts = {
         part: seconds
         for (number, stage, part), seconds in meter.parts.items()
         if (number, stage) == (0, "generate")
     }
-    load = median([loading(model) for _ in range(LOADS)])
-    opening, first = parts["open"], parts["load"]
-    print(
-        f"\nopening an engine: {opening:.2f} cpu s, loading the model: {load:.2f}; ratio {opening / load:.1f}"
-    )
-    print(f"then policy 0 is brought to it: {first:.2f}")
+    print(f"in the run, with what it imports: {parts['open']:.2f}; then policy 0 is brought: {parts['load']:.2f}")
 
 
 def loading(model: Path) -> float:
     """Processor seconds of a load."""
     started = time.process_time()
     load_model(model, "cpu")
+    return time.process_time() - started
+
+
+def opening(model: Path, check: WeightCheck) -> float:
+    """Processor seconds of opening the built-in engine, which loads the model too."""
+    started = time.process_time()
+    WeightSync(TransformersEngine("cpu", max_rows_per_batch=64), print).open(model, check)
     return time.process_time() - started
 
 

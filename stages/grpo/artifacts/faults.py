@@ -14,12 +14,14 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from grpo.errors import UsageError
 
 VARIABLE = "GRPO_FAULT"
 _numbers = itertools.count(1)  # of this process's operations while a fault is planned
+_recording = threading.Lock()  # two threads write, and line n belongs to FILE.n
 
 
 def operation(kind: str, path: Path, other: Path | None = None) -> None:
@@ -30,9 +32,9 @@ def operation(kind: str, path: Path, other: Path | None = None) -> None:
     fault, _, at = planned.partition(":")
     if fault == "record":
         place = _caller()
-        with Path(at).open("a") as log:
+        with _recording, Path(at).open("a") as log:
             log.write(json.dumps([kind, str(path), other and str(other), place]) + "\n")
-        number = next(_numbers)
+            number = next(_numbers)
         if kind == "fsync":
             shutil.copyfile(path, f"{at}.{number}")
     elif not at.isdecimal() or (fault != "kill" and fault not in errno.errorcode.values()):

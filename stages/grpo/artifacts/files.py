@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from grpo.artifacts.faults import operation
 from grpo.errors import CorruptError, ResourceError
 
 _CHUNK_BYTES = 2**22
+_making = threading.Lock()  # a folder that one thread has made is on disk before another uses it
 _RESOURCE_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -103,13 +105,14 @@ def link_file(source: Path, target: Path) -> None:
 
 def make_folder(path: Path, sync: bool = True) -> None:
     """Make `path` and what is missing above it, each entry on disk; without `sync` the caller does that."""
-    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
-    for folder in reversed(missing):
-        with resource_errors(folder):
-            operation("mkdir", folder)
-            folder.mkdir(exist_ok=True)
-        if sync:
-            sync_folder(folder.parent)
+    with _making:
+        missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+        for folder in reversed(missing):
+            with resource_errors(folder):
+                operation("mkdir", folder)
+                folder.mkdir(exist_ok=True)
+            if sync:
+                sync_folder(folder.parent)
 
 
 def sync_folder(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grpo.artifacts import ActiveRun, Run, discard, files, origin_of, read_sealed, seal
+from grpo.artifacts import CHECKPOINT, ActiveRun, Run, discard, files, origin_of, read_sealed, seal
 from grpo.errors import CorruptError, InputError
 from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage
 from grpo.pipeline.states import State, evaluation_states, nearest_policy, states
@@ -49,6 +49,8 @@ def finish_start_over(run: ActiveRun) -> None:
     sampled_anew = STAGES[0] in redone or run.manifest(STAGES[0].output, first) is None
     if sampled_anew and _measured_otherwise(run, first):
         discard(run, run.folder(EVALUATE.output, first))
+    if UPDATE in redone:  # its checkpoint is of no policy then
+        discard(run, run.folder(CHECKPOINT, first))
     for stage in reversed(redone):  # nothing stays that was made from what is gone
         discard(run, run.folder(stage.output, first))
     files.remove_file(intent_path(run))
