@@ -209,7 +209,8 @@ def print_opening(meter: Meter, model: Path) -> None:
         for (number, stage, part), seconds in meter.parts.items()
         if (number, stage) == (0, "generate")
     }
-    print(f"in the run, with what it imports: {parts['open']:.2f}; then policy 0 is brought: {parts['load']:.2f}")
+    bring = f"then policy 0 is brought: {parts['load']:.2f}"
+    print(f"in the run, with what it imports: {parts['open']:.2f}; {bring}")
 
 
 def loading(model: Path) -> float:
