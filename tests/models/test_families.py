@@ -18,7 +18,7 @@ from grpo.errors import InputError
 from grpo.generate.engines.protocol import Request, Sample, Sampling
 from grpo.generate.engines.transformers_engine import TransformersEngine
 from grpo.generate.weight_sync import WeightSync
-from grpo.models.attention import settle
+from grpo.models.attention import choose_attention
 from grpo.models.families import FAMILIES
 from grpo.models.loading import load_model
 from grpo.models.reader import Reader
@@ -136,4 +136,4 @@ def test_a_cap_that_shows_would_be_lost_under_sdpa(tmp_path: Path) -> None:
     apart = [plain_logprobs(model, tokens[:1], tokens[1:], 1.0) for model in (plain(checkpoint), dropped)]
     assert np.abs(apart[0] - apart[1]).max() > 0.1
     with pytest.raises(InputError, match="sdpa does not compute softcap, which gemma2 has; set it to eager"):
-        settle(dropped, "sdpa")
+        choose_attention(dropped, "sdpa")

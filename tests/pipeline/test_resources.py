@@ -153,7 +153,7 @@ def test_a_policy_is_lent_by_the_learner_that_holds_it(
     learner = SimpleNamespace(holds=held, lend=lend, release=lambda: happened.append("release"))
     with Resources(run) as resources:
         if holds != "not open":
-            resources._open["update"] = SimpleNamespace(learner=learner, settle=lambda: None)
+            resources._open["update"] = SimpleNamespace(learner=learner, flush=lambda: None)
         with pytest.raises(EngineError):
             fails_with(resources.lend(number), taken)
     on_disk = held_part(run, number, POLICY) if number else run.start["policy"]

@@ -84,7 +84,7 @@ def test_a_failure_of_the_writer_is_raised_at_the_next_wait_and_the_update_stays
     with stage.open_resource(run, None) as policies:
         update(run, 0, policies)
         with pytest.raises(ResourceError, match="no space"):
-            policies.settle()
+            policies.flush()
         policies.made = None  # or it would be tried once more at the end
     monkeypatch.setattr(Staging, "write_bytes", write)
     assert run.manifest("update", 0) is not None

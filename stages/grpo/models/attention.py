@@ -51,7 +51,7 @@ def refuse_others(name: str, others: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def settle(model: PreTrainedModel, wanted: str) -> None:
+def choose_attention(model: PreTrainedModel, wanted: str) -> None:
     """Leave a model that was loaded with sdpa in the attention that computes it: sdpa, or else eager.
 
     wanted: `auto`, `sdpa` or `eager`. Raises InputError where `sdpa` is wanted and would not compute it.

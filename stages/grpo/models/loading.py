@@ -28,7 +28,7 @@ from transformers import (
 
 from grpo.artifacts import read_json, require_checkpoint
 from grpo.errors import CorruptError, InputError
-from grpo.models.attention import is_causal, settle
+from grpo.models.attention import choose_attention, is_causal
 from grpo.models.bounds import WEIGHT_FILES, bounded, check_counts, check_kinds, check_sizes
 from grpo.models.families import check_family
 from grpo.models.refusals import refusals
@@ -41,14 +41,14 @@ _NO_MODEL = "cannot be loaded as a causal language model"
 def load_model(checkpoint: Path, device: str, attention: str = "auto") -> PreTrainedModel:
     """The causal language model of `checkpoint` in float32 and eval mode, on `device`.
 
-    attention: model_options.attn_implementation; see attention.settle. Raises InputError where something is
+    attention: model_options.attn_implementation; see choose_attention. Raises InputError where something is
     missing or unsupported, CorruptError where weights are missing, have the wrong shape, or are not finite.
     """
     model = _read_model(checkpoint, attention)
     for tensor in _tensors(model).values():
         tensor.data = _copied(tensor.data, device)
     with refusals(str(checkpoint), "its model computes nothing"):
-        settle(model, attention)
+        choose_attention(model, attention)
         causal = is_causal(model)
     if not causal:
         raise InputError(f"{checkpoint}: {_NO_MODEL}: its tokens see later ones")

@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from grpo.artifacts import checkpoint_files, files, is_weight_file
 from grpo.errors import ResourceError
 
-ADAPTER = "default"  # what peft calls an adapter without a name
+ADAPTER_NAME = "default"  # what peft calls an adapter without a name
 _IN_MEMORY = Path("/dev/shm")
 
 
@@ -108,7 +108,7 @@ def merged(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[tupl
     layers = {_address(layer.get_base_layer().weight): layer for layer in adapted_layers(model).values()}
     for name, tensor in state.items():
         layer = layers.get(_address(tensor))
-        yield name, tensor if layer is None else tensor + layer.get_delta_weight(ADAPTER)
+        yield name, tensor if layer is None else tensor + layer.get_delta_weight(ADAPTER_NAME)
 
 
 def holds_adapted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> bool:

@@ -47,7 +47,7 @@ class Resources:
         held = None if policies is None else policies.learner.holds
         if held is None or held != run.id_of(f"policy@{number}"):
             if policies is not None:
-                policies.settle()  # or what is read here may be dropped behind a newer one
+                policies.flush()  # or what is read here may be dropped behind a newer one
             folder = held_part(run, number, POLICY) if number else run.start["policy"]
             if folder is not None:
                 yield folder
@@ -75,7 +75,7 @@ class Resources:
     def _opened(self, stage: Stage) -> Any:
         if stage.name not in self._open:
             if UPDATE.name in self._open:  # an engine that opens, on a GPU, allows no other work there
-                self._open[UPDATE.name].settle()
+                self._open[UPDATE.name].flush()
             self._open[stage.name] = self._stack.enter_context(
                 stage.load().open_resource(self._run, self.lend)
             )

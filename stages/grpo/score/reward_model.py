@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from grpo.artifacts import require_checkpoint
 from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import DataError, EngineError, InputError
-from grpo.models.attention import settle, vocabulary
+from grpo.models.attention import choose_attention, vocabulary
 from grpo.models.batches import batches
 from grpo.models.bounds import WEIGHT_FILES
 from grpo.models.loading import context_length, load_pretrained, load_tokenizer, read_config
@@ -187,7 +187,7 @@ def _load_classifier(directory: Path, device: str) -> Any:
         tensor.data = tensor.data.to(device, copy=True)  # not mapped to the file, as in models/loading.py
     model.to(device).eval().requires_grad_(False)
     with refusals(where, "its model computes nothing"):
-        settle(model, "auto")
+        choose_attention(model, "auto")
     return model
 
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from grpo.config import LoraConfig
 from grpo.errors import CorruptError, InputError, UsageError
 from grpo.models.loading import load_skeleton
-from grpo.models.weights import ADAPTER, adapted_layers
+from grpo.models.weights import ADAPTER_NAME, adapted_layers
 from grpo.update.optimizer import quiet
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int) -> "PeftMod
     # peft draws too; and it warns of how it calls transformers, which no user can change.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"), quiet():
         try:
-            adapter: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
+            adapter: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
         except ValueError as error:
             raise UsageError(f"update.lora: peft refuses this model: {error}") from error
     if others := sorted(modules.keys() - adapted_layers(model).keys()):
@@ -96,7 +96,7 @@ def reset_adapter(model: PreTrainedModel, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in adapted_layers(model).values():
-        A_RI, B_OR = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        A_RI, B_OR = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
         drawn_RI = torch.empty(A_RI.shape)  # in main memory: the same on every device
         A_RI.copy_(nn.init.kaiming_uniform_(drawn_RI, a=math.sqrt(5), generator=generator))
         B_OR.zero_()
@@ -200,13 +200,13 @@ def _weights(model: "PeftModel") -> dict[str, Tensor]:
 
     # Without the False, peft looks for the base's configuration on disk and on the hub.
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    whole = dict.fromkeys(model.peft_config[ADAPTER].modules_to_save or ())
+    whole = dict.fromkeys(model.peft_config[ADAPTER_NAME].modules_to_save or ())
     named = model.get_base_model().named_parameters(remove_duplicate=False)
     return weights | {f"base_model.model.{name}": p.data for name, p in named if _within(name, whole)}
 
 
 def _config(model: "PeftModel") -> dict[str, Any]:
     """adapter_config.json: the same on every machine, in every process."""
-    config = model.peft_config[ADAPTER].to_dict()
+    config = model.peft_config[ADAPTER_NAME].to_dict()
     config |= {"base_model_name_or_path": None, "inference_mode": True}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}

@@ -1,7 +1,7 @@
 """durable: when a policy is written to disk, and the writing, beside whatever comes next.
 
 While rollouts are sampled and scored the learner's tensors rest, so that nothing is copied on a CPU. Before
-they change, settle() waits.
+they change, flush() waits.
 """
 
 import time
@@ -55,10 +55,10 @@ class Checkpoints:
             self.write(policy, learner)
 
     def write(self, policy: int, learner: Learner) -> None:
-        """Begin to write the policy that the learner holds; settle() says when it is done."""
+        """Begin to write the policy that the learner holds; flush() says when it is done."""
         if policy == 0 or is_durable(self._run, policy):
             return
-        self.settle()
+        self.flush()
         require_space(self._run, CHECKPOINT, policy - 1, _bytes_of(learner))
         contents = [*_contents(self._run.start["policy"], learner)]
         weights = weights_digest(learner.model)  # on a GPU a replay may give others than its update recorded
@@ -66,10 +66,10 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Drop those that are kept no longer, as when another one is the best."""
-        self.settle()
+        self.flush()
         self._have = prune_known(self._run, self._known())
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until nothing is being written. Raises ResourceError (exit 7) where it failed."""
         self._writer.wait()
 

@@ -28,7 +28,7 @@ from grpo.update.objective import Stored, Sums, batch_loss, given_of, name_keys,
 from grpo.update.opening import open_policy, open_reference
 from grpo.update.optimizer import make_optimizer, settings_of
 from grpo.update.own_surrogate import NotFiniteError
-from grpo.update.plan import settled
+from grpo.update.plan import resolved
 from grpo.update.residence import Residence, tensors_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Learner:
         others_share: float = SHARE,
     ) -> None:
         self.device = device
-        self.config, self.objective = settled(config, on_gpu=device != "cpu"), objective_of(config)
+        self.config, self.objective = resolved(config, on_gpu=device != "cpu"), objective_of(config)
         self.residence = Residence(device, others_share)
         self.seed = seed  # of a new adapter
         self.attention = attention  # as load_model takes it
@@ -85,7 +85,7 @@ class Learner:
 
     def configure(self, config: UpdateConfig) -> None:
         """Go on under `config` with what is in memory; what trains and the optimiser stay."""
-        self.config, self.objective = settled(config, on_gpu=self.device != "cpu"), objective_of(config)
+        self.config, self.objective = resolved(config, on_gpu=self.device != "cpu"), objective_of(config)
         policy = self._networks.pop("policy", None)
         self._networks, self.reference_id = {}, None  # its weights may be of another type now
         if policy is not None:

@@ -60,7 +60,7 @@ def needs(
     *,
     on_gpu: bool,
 ) -> Needs:
-    """What training takes at its peak, with micro-batches of `tokens`; `update` as plan.settled() has it.
+    """What training takes at its peak, with micro-batches of `tokens`; `update` as plan.resolved() has it.
 
     reference_parameters: 0 where none is loaded.
     """

@@ -31,7 +31,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
         references.append(f"updates@{iteration - 1}")
     if update.kl_coefficient:
         references.append(reference_of(update, iteration))
-    recorded = settled(update, on_gpu=gpu_is_there()).recorded(_NOT_RESULT)
+    recorded = resolved(update, on_gpu=gpu_is_there()).recorded(_NOT_RESULT)
     config = {"seed": run.config.seed, "update": recorded, **run.config.loaded_with()}
     if update.schedule != "constant" or update.warmup_share:
         config["iterations"] = run.config.iterations  # over which the learning rate falls, or rises
@@ -56,7 +56,7 @@ def policy_id(plan: Plan, weights: str) -> str:
     return digest([plan.fingerprint(0), weights])
 
 
-def settled(update: UpdateConfig, *, on_gpu: bool, checkpointing: bool = False) -> UpdateConfig:
+def resolved(update: UpdateConfig, *, on_gpu: bool, checkpointing: bool = False) -> UpdateConfig:
     """With what is computed in place of `auto`; checkpointing: what whoever asks found for it."""
     narrow = on_gpu or update.weights == "bfloat16_master"
     on = {"precision": "bfloat16" if narrow else "float32", "gradient_checkpointing": checkpointing}

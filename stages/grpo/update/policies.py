@@ -19,7 +19,7 @@ from grpo.console import duration
 from grpo.errors import CorruptError, EngineError, InputError
 from grpo.models.loading import best_device
 from grpo.models.turns import share_of
-from grpo.update import checkpointing
+from grpo.update import gradient_checkpointing
 from grpo.update.adapter import adapter_files
 from grpo.update.checkpoint import policy_files
 from grpo.update.durable import Checkpoints
@@ -55,7 +55,7 @@ class Policies:
         kind than is configured, CorruptError (exit 6) for what changed, EngineError (exit 8) where a replay
         gives another policy.
         """
-        self.settle()
+        self.flush()
         self.hold(iteration)
         require_reference(self.run, iteration)
         self._hold_reference(self.run, iteration, inputs)
@@ -70,10 +70,10 @@ class Policies:
         if learner.config != self.config:
             learner.configure(self.config)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait for what is being written, before what the learner holds changes."""
         if self.checkpoints is not None:
-            self.checkpoints.settle()
+            self.checkpoints.flush()
 
     def keep(self, policy: int) -> None:
         """Begin to write a policy, rebuilt where need be, unless it is on disk. Raises as begin().
@@ -81,7 +81,7 @@ class Policies:
         Either way, those that are kept no longer go.
         """
         assert self.checkpoints is not None
-        self.settle()
+        self.flush()
         if is_durable(self.run, policy):
             self.checkpoints.prune()
             return
@@ -91,7 +91,7 @@ class Policies:
     def make_durable(self, policy: int) -> None:
         """The same; it is on disk when this returns. Raises ResourceError (exit 7) too."""
         self.keep(policy)
-        self.settle()
+        self.flush()
 
     def redo(self, manifest: Manifest) -> Outcome:
         """Do an update again, with its own configuration; the learner holds what it made, as far as equal."""
@@ -105,7 +105,7 @@ class Policies:
         return compare(self.run, manifest, recorded, self.learner)
 
     def _restore(self, policy: int) -> None:
-        self.settle()
+        self.flush()
         run, learner, origin = self.run, self.learner, origin_of(self.run, policy)
         between = range(policy - 1, origin.durable, -1)
         first = next((n for n in between if learner.holds == run.id_of(f"policy@{n}")), origin.durable)
@@ -132,7 +132,7 @@ class Policies:
                 advance(1)
                 if self.checkpoints is not None:
                     self.checkpoints.consider(outcome.iteration + 1, learner)
-                    self.settle()
+                    self.flush()
 
     def _recorded(self, iteration: int) -> ActiveRun:
         """The run as it was when the update of an iteration was made; the learner is configured so."""
@@ -201,7 +201,7 @@ def new_learner(run: ActiveRun) -> Learner:
     """One of the run's configuration, with nothing loaded yet."""
     share = share_of(run.config.generate.engine_options)
     attention = run.config.model_options.attn_implementation
-    return Learner(checkpointing.settle(run), best_device(), run.config.seed, attention, share)
+    return Learner(gradient_checkpointing.resolve(run), best_device(), run.config.seed, attention, share)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def open_resource(run: ActiveRun, lend: object) -> Iterator[Policies]:
     try:
         yield policies
         _write_held(policies, policies.made)
-        checkpoints.settle()
+        checkpoints.flush()
     except ResourceError:
         raise
     except GrpoError:  # interrupted, say, or a reward that fails: who goes on need not rebuild

@@ -32,7 +32,7 @@ from grpo.prompts.source import Row
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner
 from grpo.update.mismatch import mismatch
-from grpo.update.plan import settled
+from grpo.update.plan import resolved
 
 AGREEMENT = "engine and learner compute the same"
 _PRECISION = {"learner": "learner_precision", "engine": "precision"}  # who -> its key in the numbers
@@ -140,7 +140,7 @@ def _measure(run: ActiveRun, report: Report, checkpoint: Path, rows: list[Row]) 
         opened = {"engine": name, "device": device, "precision": engine.precision}
         sampled = {"prompts": len(requests), "longest_prompt_tokens": longest, "rollouts": len(taken)}
         compared = _compare(run, report, checkpoint, taken)
-    learner = settled(run.config.update, on_gpu=device != "cpu").precision
+    learner = resolved(run.config.update, on_gpu=device != "cpu").precision
     at = {"learner_precision": learner, "temperature": config.temperature}
     return {**opened, **sampled, **at, "weight_check_difference": difference, **compared}
 

@@ -21,9 +21,9 @@ from grpo.manage.doctor.space import gib
 from grpo.models.device import main_memory
 from grpo.models.loading import load_config
 from grpo.models.size import Shape, shape_of
-from grpo.update.checkpointing import has_reference
+from grpo.update.gradient_checkpointing import has_reference
 from grpo.update.memory import FLOAT32, Needs, longest_batch, needs
-from grpo.update.plan import settled
+from grpo.update.plan import resolved
 
 LIBRARIES = int(0.6 * 2**30)  # torch, transformers, DuckDB and Arrow once they have worked
 _DRAWN = 24  # bytes of a logit as a token is drawn: itself, scaled, log-softmax, its exponential, cumulative
@@ -107,7 +107,7 @@ def check_gpu(report: Report, name: str, config: Config, facts: Facts, free: int
 
 
 def _check(report: Report, what: str, name: str, config: Config, facts: Facts, total: int, free: int) -> None:
-    config, tokens = _settled(config, facts, free), _tokens(config, facts)
+    config, tokens = _resolved(config, facts, free), _tokens(config, facts)
     peak = peak_of(config, facts)
     found = f"{gib(free)} of {gib(total)} available"
     large = {part: size for part, size in peak.parts.items() if size >= _SHOWN * peak.total}
@@ -130,10 +130,10 @@ def _fit(check: Check, need: int, total: int, free: int, way: str) -> None:
         check.warn(f"{gib(need)} will be asked for and {others}; end some of them first, or {way}")
 
 
-def _settled(config: Config, facts: Facts, free: int) -> Config:
+def _resolved(config: Config, facts: Facts, free: int) -> Config:
     """As the learner will open: auto checkpoints gradients where what is free is too little without."""
     for checkpointing in (False, True):
-        update = settled(config.update, on_gpu=facts.on_gpu, checkpointing=checkpointing)
+        update = resolved(config.update, on_gpu=facts.on_gpu, checkpointing=checkpointing)
         found = config.model_copy(update={"update": update})
         if config.update.gradient_checkpointing != "auto" or _update(found, facts).total <= free:
             break
@@ -163,7 +163,7 @@ def peak_of(config: Config, facts: Facts) -> Peak:
 
 def _waiting(config: Config, facts: Facts) -> int:
     """Main memory of what leaves the GPU to others; gradients do not."""
-    held = _update(_settled(config, facts, facts.total), facts).held
+    held = _update(_resolved(config, facts, facts.total), facts).held
     return sum(held.values()) - held["gradients"] + FLOAT32 * facts.scorers + LIBRARIES
 
 

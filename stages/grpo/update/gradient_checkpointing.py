@@ -1,4 +1,4 @@
-"""checkpointing: whether a run's layers are computed again in the backward pass, where that is left to us.
+"""gradient_checkpointing: whether a run's layers are computed again in the backward pass, where that is left to us.
 
 Decided when the learner is opened, from the memory that is free then. It changes no result, so it is part of
 no fingerprint; each update records what it was.
@@ -13,19 +13,19 @@ from grpo.models.loading import best_device, load_config
 from grpo.models.size import num_parameters, shape_of
 from grpo.update.memory import Needs, longest_batch, needs
 from grpo.update.network import dropouts_of
-from grpo.update.plan import settled
+from grpo.update.plan import resolved
 
 _GIB = 2**30
 
 
-def settle(run: ActiveRun) -> UpdateConfig:
-    """`update` of the run as this machine computes it: see plan.settled(). Says so where memory is short."""
+def resolve(run: ActiveRun) -> UpdateConfig:
+    """`update` of the run as this machine computes it: see plan.resolved(). Says so where memory is short."""
     update, on_gpu = run.config.update, best_device() != "cpu"
     if update.gradient_checkpointing != "auto":
-        return settled(update, on_gpu=on_gpu)
+        return resolved(update, on_gpu=on_gpu)
     longest = run.require("prompts", None, "grpo run").summary["longest_prompt_tokens"]
     tokens = longest_batch(run.config, int(longest), on_gpu=on_gpu)
-    kept = settled(update, on_gpu=on_gpu)
+    kept = resolved(update, on_gpu=on_gpu)
     without, free = _needs(run, kept, tokens, on_gpu=on_gpu), _free(on_gpu=on_gpu)
     if without is None or without.total <= free:
         return kept
@@ -33,7 +33,7 @@ def settle(run: ActiveRun) -> UpdateConfig:
         f"update.gradient_checkpointing: auto is true here: a micro-batch of {tokens:,} tokens needs"
         f" {without.total / _GIB:.1f} GiB without, and {free / _GIB:.1f} GiB are free"
     )
-    return settled(update, on_gpu=on_gpu, checkpointing=True)
+    return resolved(update, on_gpu=on_gpu, checkpointing=True)
 
 
 def _needs(run: ActiveRun, update: UpdateConfig, tokens: int, *, on_gpu: bool) -> Needs | None:

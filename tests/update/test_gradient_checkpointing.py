@@ -10,10 +10,10 @@ from tests.update.runs import commit_rollouts, make_run, update
 
 from grpo.artifacts import ActiveRun
 from grpo.models.loading import load_model
-from grpo.update import checkpointing, stage
+from grpo.update import gradient_checkpointing, stage
 from grpo.update import plan as planning
 from grpo.update.learner import Learner
-from grpo.update.plan import plan, settled
+from grpo.update.plan import plan, resolved
 
 AUTO = {"precision": "auto", "gradient_checkpointing": "auto"}
 
@@ -25,7 +25,7 @@ def run_of(folder: Path, policy: Path, **given: Any) -> ActiveRun:
 
 
 def in_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(checkpointing, "main_memory", lambda: (2**40, free))
+    monkeypatch.setattr(gradient_checkpointing, "main_memory", lambda: (2**40, free))
 
 
 @pytest.mark.parametrize("given", [{}, AUTO, {"precision": "float32"}, {"gradient_checkpointing": False}])
@@ -56,11 +56,11 @@ def test_another_device_is_another_precision_and_says_so(
 def test_what_is_given_is_kept() -> None:
     for given in ({"precision": "float32", "gradient_checkpointing": False}, {"precision": "bfloat16"}):
         config = configuration(**given).update
-        found = settled(config, on_gpu=True, checkpointing=True)
+        found = resolved(config, on_gpu=True, checkpointing=True)
         assert {key: getattr(found, key) for key in given} == given
-    found = settled(configuration().update, on_gpu=True, checkpointing=True)
+    found = resolved(configuration().update, on_gpu=True, checkpointing=True)
     assert (found.precision, found.gradient_checkpointing) == ("bfloat16", True)
-    found = settled(configuration().update, on_gpu=False)
+    found = resolved(configuration().update, on_gpu=False)
     assert (found.precision, found.gradient_checkpointing) == ("float32", False)
 
 
@@ -70,22 +70,22 @@ def test_checkpointing_only_where_memory_is_short(
     run = run_of(tmp_path, still)
     run.console.quiet = False
     in_memory(monkeypatch, 2**40)
-    assert checkpointing.settle(run).gradient_checkpointing is False
+    assert gradient_checkpointing.resolve(run).gradient_checkpointing is False
     assert capsys.readouterr().err == ""
     in_memory(monkeypatch, 2**20)
-    assert checkpointing.settle(run).gradient_checkpointing is True
+    assert gradient_checkpointing.resolve(run).gradient_checkpointing is True
     said = capsys.readouterr().err
     assert said.startswith("update.gradient_checkpointing: auto is true here: a micro-batch of ")
     assert said.endswith(" without, and 0.0 GiB are free\n")
     given = run_of(tmp_path / "given", still, gradient_checkpointing=False)
-    assert checkpointing.settle(given).gradient_checkpointing is False
+    assert gradient_checkpointing.resolve(given).gradient_checkpointing is False
 
 
 def test_a_model_with_dropouts_is_not_checkpointed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tied: Path
 ) -> None:
     in_memory(monkeypatch, 2**20)
-    assert checkpointing.settle(run_of(tmp_path, tied)).gradient_checkpointing is False
+    assert gradient_checkpointing.resolve(run_of(tmp_path, tied)).gradient_checkpointing is False
 
 
 def test_an_update_records_what_it_was_and_gives_the_same_weights(
