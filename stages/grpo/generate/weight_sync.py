@@ -24,7 +24,7 @@ from grpo.models.weight_check import (
 )
 from grpo.models.weights import Weights
 
-_FEW_TOKENS = 8  # in which a change of every weight is looked for
+_FEW_TOKENS = 4  # in which a change of every weight is looked for
 
 
 class WeightSync:
