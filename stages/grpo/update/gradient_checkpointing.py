@@ -1,4 +1,4 @@
-"""gradient_checkpointing: whether a run's layers are computed again in the backward pass, where that is left to us.
+"""gradient_checkpointing: whether layers are computed again in the backward pass, where that is left to us.
 
 Decided when the learner is opened, from the memory that is free then. It changes no result, so it is part of
 no fingerprint; each update records what it was.
