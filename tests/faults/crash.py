@@ -64,6 +64,8 @@ SCENARIOS = {
     "rounds": Scenario(["run", "--until", "1", "--set", ROUNDS], None),
     # Policies between are rebuilt; what was written goes as the next is.
     "every 3": Scenario(["run", "--until", "5", "--set", "checkpoints={every: 3, keep_last: 1}"], None),
+    # Two iterations are sampled before the first is trained on.
+    "lag": Scenario(["run", "--until", "3", "--set", "generate.policy_lag=1"], None),
     "prune": Scenario(["run", "--until", "3", "--set", KEEP_2], None),
 }
 

@@ -15,7 +15,7 @@ SAMPLED = LONG or bool(os.environ.get("GRPO_FAULTS"))
 if os.environ.get("GRPO_FAULTS", "") not in ("", "sampled"):
     raise ValueError(f"GRPO_FAULTS={os.environ['GRPO_FAULTS']}: expected sampled, or nothing")
 ONE_OF_EACH = "one of each kind"
-COMMANDS = ("run", "next", "from", "every 3", "score", "evaluate", "gc", "fork")
+COMMANDS = ("run", "next", "from", "every 3", "lag", "score", "evaluate", "gc", "fork")
 ERRORS = ("ENOSPC", "EIO", "EACCES")
 CUT_OFF = ("run", "next", "from 0", "every 3", "prune", "gc", "fork")
 # How much `make test`, `make test-faults` and `make test-long` try. Of operations: each n-th.
@@ -135,6 +135,7 @@ _COMMANDS = {
     "fork": "`grpo fork` from iteration 1",
     "rounds": "`grpo run`, the first iteration of a new run with dynamic sampling",
     "every 3": "`grpo run`, five iterations of a new run whose every third policy is written",
+    "lag": "`grpo run`, three iterations of a new run, the second sampled before the first is trained on",
     "prune": "`grpo run`, three iterations of a new run that keeps two checkpoints",
 }
 

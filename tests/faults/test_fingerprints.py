@@ -62,6 +62,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "generate.rollouts_per_shard": (["generate.rollouts_per_shard=8"], ENGINE),
     "generate.max_rows_per_batch": (["generate.max_rows_per_batch=2"], ENGINE),  # rounding
     "generate.prompts_sql": (["generate.prompts_sql=prompts.sql"], GENERATE),
+    "generate.policy_lag": (["generate.policy_lag=1"], GENERATE),
     "generate.dynamic_sampling.min_groups": (
         ["generate.dynamic_sampling={min_groups: 6, max_rounds: 2}"],
         GENERATE,

@@ -56,9 +56,9 @@ def holder_of(reference: str) -> tuple[str, int | None]:
     return ("rewards" if name.startswith(("reward/", "teacher/")) else name), iteration
 
 
-def policy_of(iteration: int) -> int:
-    """The policy that an iteration samples from. Said here and nowhere else: today it is its own number."""
-    return iteration
+def policy_of(iteration: int, lag: int) -> int:
+    """The policy that an iteration samples from, whatever the clock did; lag: generate.policy_lag."""
+    return max(0, iteration - lag)
 
 
 def parse_iterations(wanted: str) -> tuple[int, int] | None:

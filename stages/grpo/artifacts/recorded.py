@@ -37,6 +37,7 @@ class _Generate(_Held):
     max_new_tokens: Number = 0
     samples_per_prompt: Number = 0
     prompts_per_iteration: Number = 0
+    policy_lag: Number = 0
     dynamic_sampling: _Chosen | None = None
 
 

@@ -69,6 +69,9 @@ class GenerateConfig(Section):
     prompts_sql: NonEmpty | None = None
     """File with a query over the tables of all earlier iterations that returns the prompt_id of the next
     groups, in order (docs/steering.md). null: each pass over the prompts in an order of its own."""
+    policy_lag: Annotated[Annotated[int, Field(ge=0, le=8)], ADDED] = 0
+    """L: iteration i samples from policy max(0, i - L), 0 to 8, so its rollouts need not wait for the updates
+    between (docs/scaling.md). Needs no dynamic_sampling, whose rounds wait for rewards."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     """Sample rounds of further prompts until enough groups have signal; null: one round."""
 
@@ -85,6 +88,11 @@ class GenerateConfig(Section):
             raise ValueError(
                 f"dynamic_sampling.min_groups: {rounds.min_groups} are more than the {at_a_time} groups of"
                 f" prompts_per_iteration times max_rounds {rounds.max_rounds}; lower it, or raise those"
+            )
+        if rounds is not None and self.policy_lag:
+            raise ValueError(
+                f"policy_lag: {self.policy_lag} iterations are sampled ahead of their rewards, and the rounds"
+                " of dynamic_sampling wait for these; leave one of them out"
             )
         given = self.truncation()
         biased = given or ("repetition_penalty" if self.repetition_penalty != 1 else "")

@@ -184,6 +184,7 @@ class Config(Section):
                 f"evaluate.pass_reward: no reward is named {name}; there are {listed(names, name)}"
             )
         self._check_stop()
+        self._check_lag()
         pass_k, samples = self.advantage.pass_k, self.generate.samples_per_prompt
         if pass_k is not None and pass_k > samples:
             raise ValueError(
@@ -218,6 +219,15 @@ class Config(Section):
         if self.evaluate is not None and not self.score.rewards:
             raise ValueError(
                 "evaluate: measures by a reward; give one in score.rewards, of weight 0 if need be"
+            )
+
+    def _check_lag(self) -> None:
+        lag, update = self.generate.policy_lag, self.update
+        if lag and update.old_logprobs == "recomputed" and update.sampler_correction == "none":
+            raise ValueError(
+                f"generate.policy_lag: with update.old_logprobs recomputed the ratio forgets {lag} updates"
+                " between sampling and training; set update.sampler_correction: truncate or mask, which"
+                " weighs them, or old_logprobs: sampled"
             )
 
     def _check_stop(self) -> None:

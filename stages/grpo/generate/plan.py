@@ -18,12 +18,12 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     """What this stage would do now. Raises InputError (exit 4) when prompts or policy are missing."""
     config = run.config.generate
     run.require("prompts", None, "grpo run")
-    policy = policy_of(iteration)
+    policy = policy_of(iteration, config.policy_lag)
     if policy > 0:
         run.require("update", policy - 1, f"grpo update --iteration {policy - 1}")
     references, user_files = ["prompts", f"policy@{policy}"], {}
     if config.prompts_sql is not None:
-        references += past_tables(run, iteration)
+        references += past_tables(run, past_of(config, iteration))
         user_files[KEY] = sha256_of(named_file(run.imports, KEY, config.prompts_sql))
     return Plan(
         stage=NAME,
@@ -45,10 +45,15 @@ def described(config: GenerateConfig) -> dict[str, Any]:
     return values
 
 
-def past_tables(run: Run, iteration: int) -> list[str]:
-    """What the query may read, as references: the tables of all earlier iterations."""
+def past_of(config: GenerateConfig, iteration: int) -> range:
+    """The iterations whose tables are there when `iteration` is sampled, whatever runs beside it."""
+    return range(policy_of(iteration, config.policy_lag))
+
+
+def past_tables(run: Run, iterations: range) -> list[str]:
+    """What the query may read, as references: the tables of these iterations."""
     references = []
-    for number in range(iteration):
+    for number in iterations:
         run.require("rollouts", number, f"grpo generate --iteration {number}")
         rewards = run.require("rewards", number, f"grpo score --iteration {number}")
         run.require("advantages", number, f"grpo advantage --iteration {number}")

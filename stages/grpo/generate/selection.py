@@ -13,7 +13,7 @@ from grpo import sql
 from grpo.artifacts import ActiveRun
 from grpo.config.named_files import named_text
 from grpo.errors import DataError, UsageError
-from grpo.generate.plan import KEY
+from grpo.generate.plan import KEY, past_of
 from grpo.prompts.table import draw
 
 _PAST = ("rollouts", "rewards", "advantages")
@@ -57,12 +57,13 @@ def _asked_for(
 
     Raises UsageError (exit 2) for a query that cannot be run, DataError (exit 3) for ids that cannot be used.
     """
-    for number in range(iteration):
+    past = past_of(run.config.generate, iteration)
+    for number in past:
         for output in _PAST:
             for file in run.require(output, number, "grpo run").files:
                 run.verify(file, run.path_of(file, output, number))
     seed = (run.config.seed, iteration)
-    question = replace(_question(run, name, iteration), iteration=range(iteration), outputs=_PAST, seed=seed)
+    question = replace(_question(run, name, iteration), iteration=past, outputs=_PAST, seed=seed)
     found = user_sql.rows(question, f"{KEY}: {name}", run.config.sql_timeout_s).table()
     _check_columns(name, found.column_names)
     return _rows_of(found["prompt_id"], prompt_ids, f"{KEY}: {name}")

@@ -182,7 +182,7 @@ def _task(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler, ro
     return SamplingTask(
         table=OUTPUT,
         iteration=iteration,
-        policy=policy_of(iteration),
+        policy=policy_of(iteration, config.policy_lag),
         rows=rows,
         texts=texts,
         requests=requests,

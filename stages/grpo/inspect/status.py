@@ -190,7 +190,11 @@ def _print_reasons(console: Any, rows: list[Row]) -> None:
 
 
 def _print_mismatch(console: Any, rows: list[Row]) -> None:
-    """Say in which iterations sampler and learner disagree, from where it matters on."""
+    """Say in which iterations sampler and learner disagree, from where it matters on.
+
+    Not where updates lie between them, of which no more than that can be said.
+    """
+    rows = [row for row in rows if not row["policy_lag"]]
     much = [row["iteration"] for row in rows if _band(row["mismatch_mean"]) == 2]
     if much:
         (low, _), (high, says) = MISMATCH_BANDS[1:3]

@@ -31,7 +31,8 @@ def run_iterations(
         for iteration in (number for number in range(until + 1) if number not in complete):
             trained = False
             while todo := what_to_do(run, iteration, until):
-                if todo[0] is not EVALUATE and not trained and (ended := stop_at(run, iteration)):
+                stage, number = todo[0]
+                if stage is not EVALUATE and not trained and (ended := stop_at(run, iteration)):
                     resources.keep_newest()
                     return worked, evaluated, ended
                 if not begun:
@@ -41,8 +42,8 @@ def run_iterations(
                     _check_before(run, resources, until)
                     begun = True
                 run.console.stop_requested()
-                perform(run, todo[0], iteration, resources)
-                if todo[0] is EVALUATE:
+                perform(run, stage, number, resources)
+                if stage is EVALUATE:
                     report_policy(iteration)
                     evaluated += 1
                 else:
@@ -56,8 +57,8 @@ def run_iterations(
     return worked, evaluated, None
 
 
-def check_fresh(run: ActiveRun, until: int) -> tuple[list[Stage], int]:
-    """What a plain run does first, and the iteration. Raises InputError (exit 4) where it would not begin."""
+def check_fresh(run: ActiveRun, until: int) -> tuple[list[tuple[Stage, int]], int]:
+    """What a plain run does first, and of which iteration. Raises InputError (exit 4) where it cannot."""
     complete = _complete(run)
     for iteration in (number for number in range(until + 1) if number not in complete):
         if todo := what_to_do(run, iteration, until):
@@ -72,13 +73,18 @@ def say_differences(run: ActiveRun, until: int) -> None:
         _say_changes(run, todo, iteration)
 
 
-def what_to_do(run: ActiveRun, iteration: int, until: int) -> list[Stage]:
-    """What is not done of an iteration, in order; first the evaluation of the policy that it samples from.
+def what_to_do(run: ActiveRun, iteration: int, until: int) -> list[tuple[Stage, int]]:
+    """What is not done, in order, until the next policy is there: stages, and of which iteration.
 
+    First the evaluation of the policy that the iteration trains, then what is sampled from that policy: with
+    generate.policy_lag the rollouts of later iterations too, while it need not be loaded.
     Asked after each stage: with generate.dynamic_sampling, what the rewards show may open generate again.
     """
-    due = [EVALUATE] if evaluation_is_due(run, iteration, until) else []
-    return due + [stage for stage in STAGES if iteration < until and _is_open(run, stage, iteration)]
+    measured = [(EVALUATE, iteration)] if evaluation_is_due(run, iteration, until) else []
+    ahead = min(iteration + run.config.generate.policy_lag, until - 1)
+    wanted = [(GENERATE, number) for number in range(iteration, ahead + 1)]
+    wanted += [(stage, iteration) for stage in STAGES[1:] if iteration < until]
+    return measured + [(stage, number) for stage, number in wanted if _is_open(run, stage, number)]
 
 
 def _check_before(run: ActiveRun, resources: Resources, until: int) -> None:
@@ -88,14 +94,16 @@ def _check_before(run: ActiveRun, resources: Resources, until: int) -> None:
 
 
 def evaluation_is_due(run: ActiveRun, policy: int, until: int) -> bool:
-    """Whether `grpo run` measures a policy: one of those configured, not measured, and not yet sampled from.
+    """Whether `grpo run` measures a policy: one of those configured, not measured, and not yet gone past.
 
-    What was sampled from before `evaluate` was configured, or otherwise, is history.
+    What was sampled from before `evaluate` was configured, or otherwise, is history: with a lag, when the
+    next policy had been made.
     """
     config = run.config.evaluate
     if config is None or (policy % config.every and policy != until):
         return False
-    if run.manifest(GENERATE.output, policy) is not None:
+    passed = UPDATE if run.config.generate.policy_lag else GENERATE
+    if run.manifest(passed.output, policy) is not None:
         return False
     return state_of(run, EVALUATE, policy, set()).name in ("missing", "partial", "stale")
 
@@ -152,7 +160,7 @@ def _way_out(run: ActiveRun, iteration: int, name: str) -> str:
     )
 
 
-def _say_changes(run: ActiveRun, todo: list[Stage], iteration: int) -> None:
+def _say_changes(run: ActiveRun, todo: list[tuple[Stage, int]], iteration: int) -> None:
     """Name each key that is not what the last manifest of its stage was made with."""
     measured = [policy for policy in run.evaluations() if policy <= iteration]
     if run.config.evaluate is not None and measured:
@@ -160,11 +168,10 @@ def _say_changes(run: ActiveRun, todo: list[Stage], iteration: int) -> None:
         for change in differences_of(run, EVALUATE, last) if last else ():
             run.console.say(f"from the next evaluation: {change}")
     for stage in STAGES:
-        last = run.manifest(stage.output, iteration if stage not in todo else iteration - 1)
-        if last is None or (stage in todo and iteration == 0):
-            continue
-        first = iteration if stage in todo else iteration + 1
-        for change in differences_of(run, stage, last):
+        ahead = run.config.generate.policy_lag if stage is GENERATE else 0
+        first = next((number for each, number in todo if each is stage), iteration + ahead + 1)
+        last = run.manifest(stage.output, first - 1) if first else None
+        for change in differences_of(run, stage, last) if last else ():
             run.console.say(f"from iteration {first}: {change}{_step_of_rate(run, first, change)}")
 
 

@@ -12,6 +12,7 @@ with of_rollouts as (
         avg(response_tokens) as response_tokens,
         max(response_tokens) as response_tokens_max,
         avg((finish_reason = 'length')::integer) as truncated,
+        max(iteration - policy_iteration) as policy_lag,
     from rollouts
     group by run, iteration
 ),
@@ -225,6 +226,9 @@ final as (
         of_rollouts.response_tokens_max,
         -- share of responses cut off at max_new_tokens
         of_rollouts.truncated,
+        -- updates between the policy that sampled them and the one that is
+        -- trained on them (generate.policy_lag); the mismatch holds these too
+        of_rollouts.policy_lag,
         -- optimiser steps, those skipped included
         of_steps.steps,
         -- steps with nothing to learn from
@@ -278,8 +282,7 @@ final as (
         -- `tokens` by the seconds of generate
         of_rollouts.tokens / nullif(of_times.generating, 0)
             as tokens_per_second,
-        -- pass@1 of the policy that the iteration samples from; null if not
-        -- measured
+        -- pass@1 of the policy that the iteration trains; null if not measured
         evals.pass_at[1] as eval_pass_at_1,
         -- mean held-out reward of that policy; null if not measured
         evals.reward as eval_reward,
