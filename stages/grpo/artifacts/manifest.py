@@ -54,6 +54,10 @@ class FileRecord(BaseModel):
     labels: Annotated[dict[str, Any], AfterValidator(partial(Recorded, "a file of an output"))] = {}
     """What a stage notes of its shard, such as the reward's name."""
 
+    def of_rows(self, table: str, rows: int, unit: str | None, labels: dict[str, Any]) -> "FileRecord":
+        """The record of a Parquet file of rows."""
+        return self.model_copy(update={"rows": rows, "table": table, "unit": unit, "labels": labels})
+
 
 class Manifest(BaseModel):
     """The commit record of an output: what a reader trusts, and nothing else."""

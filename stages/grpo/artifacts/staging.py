@@ -90,14 +90,19 @@ class Staging:
     ) -> FileRecord:
         """Write `data` in the exact schema of `table`; it is committed with the whole output."""
         record = self._write("", name, tables.encode(data))
-        update = {"rows": len(data), "table": table, "unit": unit, "labels": labels}
-        return record.model_copy(update=update)
+        return record.of_rows(table, len(data), unit, labels)
 
     def write_shard(
         self, table: str, name: str, data: pa.Table, unit: str | None = None, **labels: Any
     ) -> FileRecord:
         """The same, committed at once: a command that is killed goes on behind it."""
-        return self._commit_shard(self.write_table(table, name, data, unit, **labels))
+        return self.adopt(table, name, tables.encode(data), len(data), unit, **labels)
+
+    def adopt(
+        self, table: str, name: str, content: bytes, rows: int, unit: str | None = None, **labels: Any
+    ) -> FileRecord:
+        """Commit a shard that is made: `content` is a Parquet file of `table`, maybe of another process."""
+        return self._commit_shard(self._write("", name, content).of_rows(table, rows, unit, labels))
 
     def link_table(self, record: FileRecord, source: Path, name: str) -> FileRecord:
         """Commit a shard that is already on disk, by a hard link."""

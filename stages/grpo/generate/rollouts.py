@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,35 @@ class SamplingTask:
     def digest_of(self, groups: range) -> str:
         """Digest of the prompts of some groups."""
         return digest([self.rows[group]["prompt_id"] for group in groups])
+
+
+class Made(NamedTuple):
+    """A shard as it is committed: a Parquet file, its rows, and what its record says of them."""
+
+    content: bytes
+    rows: int
+    labels: dict[str, Any]
+
+
+def make_shard(
+    task: SamplingTask,
+    shard: range,
+    groups: Sequence[Group],
+    tokenizer: "PreTrainedTokenizerBase",
+    vocabulary_size: int,
+) -> Made:
+    """A shard of its groups, which are in order. A function of these alone: any process may make it.
+
+    Raises DataError as rollouts_table().
+    """
+    data = rollouts_table(task, groups, tokenizer, vocabulary_size)
+    labels: dict[str, Any] = {
+        "response_tokens": sum(data["response_tokens"].to_pylist()),
+        "truncated": data["finish_reason"].to_pylist().count("length"),
+    }
+    if task.by_query is not None:
+        labels["prompts"] = task.digest_of(shard)
+    return Made(tables.encode(data), len(data), labels)
 
 
 def rollouts_table(

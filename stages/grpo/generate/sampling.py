@@ -11,7 +11,7 @@ import pyarrow as pa
 from grpo.artifacts import ActiveRun, FileRecord, Staging, same_weights_since
 from grpo.config import GenerateConfig
 from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
-from grpo.generate.rollouts import SamplingTask, rollouts_table
+from grpo.generate.rollouts import SamplingTask, make_shard
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.weight_check import read_weight_check
 from grpo.models.weights import Lend
@@ -84,14 +84,8 @@ def _sample_shards(
                 continue
             with staging.clock("write"):
                 groups = [done[name].pop(number) for number in shard]
-                data = rollouts_table(task, groups, tool.tokenizer, tool.vocabulary_size)
-                labels = {
-                    "response_tokens": sum(data["response_tokens"].to_pylist()),
-                    "truncated": data["finish_reason"].to_pylist().count("length"),
-                }
-                if task.by_query is not None:
-                    labels["prompts"] = task.digest_of(shard)
-                staging.write_shard(task.table, name, data, **labels)
+                made = make_shard(task, shard, groups, tool.tokenizer, tool.vocabulary_size)
+                staging.adopt(task.table, name, made.content, made.rows, **made.labels)
             run.console.stop_requested()
 
 
