@@ -138,6 +138,7 @@ def test_what_manifests_keep_is_what_the_view_gives(
     for iteration, kept in metrics.kept_of(run, range(2)).items():
         assert set(kept) == {
             *("reward", "kl", "entropy", "mismatch_mean", "tokens", "response_tokens", "truncated"),
+            "policy_lag",
         }
         for name, value in kept.items():
             assert value == pytest.approx(rows[iteration][name], rel=1e-12), (iteration, name)

@@ -37,7 +37,6 @@ class _Generate(_Held):
     max_new_tokens: Number = 0
     samples_per_prompt: Number = 0
     prompts_per_iteration: Number = 0
-    policy_lag: Number = 0
     dynamic_sampling: _Chosen | None = None
 
 
@@ -51,6 +50,7 @@ class _GenerateSummary(_Held):
     response_tokens: Count = 0
     mean_response_tokens: Share = None
     truncated_fraction: Share = None
+    policy_lag: Number = 0
 
 
 class _Rollouts(_Held):

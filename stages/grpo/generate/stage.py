@@ -143,6 +143,7 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) 
         "response_tokens": tokens,
         "mean_response_tokens": tokens / rollouts,
         "truncated_fraction": truncated / rollouts,
+        "policy_lag": iteration - task.policy,
         "rounds": rounds,
     }
     if task.by_query is not None:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from grpo import sql
-from grpo.artifacts import ActiveRun, Run, policy_of
-from grpo.pipeline.stages import GENERATE, STAGES
+from grpo.artifacts import ActiveRun, Run
+from grpo.pipeline.stages import STAGES
 
 # By output: column -> its key in the summary of the manifest.
 _KEPT = {
@@ -17,11 +17,12 @@ _KEPT = {
         "tokens": "response_tokens",
         "response_tokens": "mean_response_tokens",
         "truncated": "truncated_fraction",
+        "policy_lag": "policy_lag",
     },
     "advantages": {"reward": "reward_mean"},
     "update": {"kl": "kl_mean", "entropy": "entropy_mean", "mismatch_mean": "mismatch_mean"},
 }
-_COLUMNS = [column for columns in _KEPT.values() for column in columns] + ["policy_lag"]
+_COLUMNS = [column for columns in _KEPT.values() for column in columns]
 Numbers = dict[str, Any]
 
 
@@ -33,7 +34,7 @@ def row_of(run: ActiveRun, iteration: int) -> Numbers:
 
 
 def kept_of(run: ActiveRun, iterations: Iterable[int]) -> dict[int, Numbers]:
-    """By iteration the columns of _COLUMNS; null where there is nothing yet."""
+    """By iteration the columns of _KEPT; null where there is nothing yet."""
     found: dict[int, Numbers] = {}
     older: set[int] = set()
     for iteration in iterations:
@@ -43,9 +44,6 @@ def kept_of(run: ActiveRun, iterations: Iterable[int]) -> dict[int, Numbers]:
                 found[iteration] |= {column: manifest.summary.get(key) for column, key in columns.items()}
                 if not manifest.summary.keys() >= set(columns.values()):
                     older.add(iteration)
-        if rollouts := run.manifest(GENERATE.output, iteration):
-            lag = rollouts.config["generate"].get("policy_lag", 0)
-            found[iteration]["policy_lag"] = iteration - policy_of(iteration, lag)
     if older:
         statement = f"select iteration, {', '.join(_COLUMNS)} from iterations"
         rows = sql.read([run], statement, iteration=min(older) if len(older) == 1 else None).to_pylist()

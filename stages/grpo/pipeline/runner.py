@@ -19,16 +19,15 @@ def run_iterations(
 ) -> tuple[int, int, Stop | None]:
     """Complete iterations 0 .. until-1, doing only what is missing; how many were worked on, and evaluated.
 
-    With `evaluate`, policies 0, n, 2n ... and `until` are measured before anything is sampled of them. What
-    `stop` found, where that ends the run, now or before, comes third.
-    Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
+    With `evaluate`, policies 0, n, ... and `until` are measured first. What `stop` found, where that ends the
+    run, comes third. Never replaces a committed output. Raises InputError (exit 4) when anything is stale.
     """
     with run.steady():
         complete = _complete(run)
         prune(run)  # what a killed one left
     worked, evaluated, begun = 0, 0, False
     with Resources(run) as resources:
-        for iteration in (number for number in range(until + 1) if number not in complete):
+        for iteration in sorted({*range(until + 1)} - complete):
             trained = False
             while todo := what_to_do(run, iteration, until):
                 stage, number = todo[0]

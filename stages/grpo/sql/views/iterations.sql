@@ -226,8 +226,7 @@ final as (
         of_rollouts.response_tokens_max,
         -- share of responses cut off at max_new_tokens
         of_rollouts.truncated,
-        -- updates between the policy that sampled them and the one that is
-        -- trained on them (generate.policy_lag); the mismatch holds these too
+        -- updates between sampling and training, which the mismatch holds too
         of_rollouts.policy_lag,
         -- optimiser steps, those skipped included
         of_steps.steps,
@@ -247,11 +246,9 @@ final as (
         of_taken.ratio_mean,
         -- largest importance ratio of all steps
         of_taken.ratio_max,
-        -- share of ratios clipped below, mean over the steps; null without
-        -- clipping
+        -- share of ratios clipped below, mean over the steps; null: none can be
         of_taken.clip_fraction_low,
-        -- share of ratios clipped above, mean over the steps; null without
-        -- clipping
+        -- share of ratios clipped above, mean over the steps; null: none can be
         of_taken.clip_fraction_high,
         -- share of rollouts that `update.off_policy_mask` left out, mean over
         -- the steps; null without it
