@@ -210,7 +210,7 @@ def print_opening(meter: Meter, model: Path) -> None:
         if (number, stage) == (0, "generate")
     }
     bring = f"then policy 0 is brought: {parts['load']:.2f}"
-    print(f"in the run, with what it imports: {parts['open']:.2f}; {bring}")
+    print(f"in the run: {parts['open']:.2f}; {bring}")
 
 
 def loading(model: Path) -> float:

@@ -480,7 +480,7 @@ NEVER = ["0", "-3", "2147483648", "true", "1.5", "null", "'15'", "0m", "15 m", "
 
 @pytest.mark.parametrize("every", NEVER)
 def test_what_says_in_no_way_how_often(refusal: Refuse, every: str) -> None:
-    expected = "expected auto, a number of iterations from 1, or minutes such as 15m"
+    expected = "expected auto, a number of iterations from 1, or minutes from 1m to 999999m"
     assert refusal(SMALLEST, f"checkpoints.every={every}").startswith(f"--set checkpoints.every: {expected}")
 
 

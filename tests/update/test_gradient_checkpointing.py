@@ -13,6 +13,7 @@ from grpo.models.loading import load_model
 from grpo.update import gradient_checkpointing, stage
 from grpo.update import plan as planning
 from grpo.update.learner import Learner
+from grpo.update.opening import checkpoints_gradients
 from grpo.update.plan import plan, resolved
 
 AUTO = {"precision": "auto", "gradient_checkpointing": "auto"}
@@ -99,7 +100,7 @@ def test_an_update_records_what_it_was_and_gives_the_same_weights(
             learner = policies.learner
             update(run, 0, learner)
             found[name] = {key: weight.clone() for key, weight in weights_of(learner).items()}
-            assert learner.model.is_gradient_checkpointing == (name == "again")
+            assert checkpoints_gradients(learner.model) == (name == "again")
         made = run.manifest("update", 0)
         assert made is not None
         assert made.execution["gradient_checkpointing"] is (name == "again")

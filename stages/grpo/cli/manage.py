@@ -45,6 +45,8 @@ def verify(
 
     def show() -> None:
         lazy.verify.print_report(opened, report, discard)
+        if replay and again is None:
+            lazy.console.stdout_console().print("not replayed: something is damaged")
         if again is not None:
             lazy.verify_replay.print_replay(again)
 

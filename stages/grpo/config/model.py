@@ -65,7 +65,7 @@ def _often(value: Any) -> Any:
     is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < _MOST_OFTEN
     is_time = isinstance(value, str) and re.fullmatch("[1-9][0-9]{0,5}m", value)
     if not (is_count or is_time or value == "auto"):
-        raise ValueError("expected auto, a number of iterations from 1, or minutes such as 15m")
+        raise ValueError("expected auto, a number of iterations from 1, or minutes from 1m to 999999m")
     return value
 
 

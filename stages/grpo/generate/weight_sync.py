@@ -40,7 +40,7 @@ class WeightSync:
         self._tolerance = FLOAT32_TOLERANCE
 
     def open(self, start: Path, check: WeightCheck) -> None:
-        """Give the engine the starting policy, see how close it is, and have it follow a change of all.
+        """Give the engine the starting policy, see how close it is, and prove that it follows new weights.
 
         The model is loaded once, and dropped. Raises EngineError (exit 8) when the engine does not follow.
         """
@@ -49,11 +49,11 @@ class WeightSync:
         self.engine.take(weights)
         precision, few = self.engine.precision, check.first(_FEW_TOKENS)
         fresh = math.inf
-        if precision == "float32":  # else its tolerance is measured, of all the tokens that later ones are
+        if precision == "float32":  # else the tolerance is measured, on as many tokens as later
             fresh = few.difference(self.engine.logprobs(few.sequences))
         if fresh <= self._tolerance:
             check = few
-        else:  # of a model with large numbers a few tokens may be rounded much: all of them decide
+        else:  # rounding may move a few tokens much: all of them decide
             fresh = check.difference(self.engine.logprobs(check.sequences))
         if precision != "float32":
             self._tolerance = max(FLOAT32_TOLERANCE, ROUNDED_TOLERANCE * fresh)

@@ -36,7 +36,10 @@ def start_over(run: ActiveRun, iteration: int) -> None:
 
 
 def finish_start_over(run: ActiveRun) -> None:
-    """Move later iterations, then what is stale or changed in N and what follows it there, to .trash."""
+    """Move later iterations, then what is stale or changed in N and what follows it there, to .trash.
+
+    With an update goes the checkpoint of its policy.
+    """
     first = read_intent(run)
     if first is None:
         return
@@ -49,7 +52,7 @@ def finish_start_over(run: ActiveRun) -> None:
     sampled_anew = STAGES[0] in redone or run.manifest(STAGES[0].output, first) is None
     if sampled_anew and _measured_otherwise(run, first):
         discard(run, run.folder(EVALUATE.output, first))
-    if UPDATE in redone:  # its checkpoint is of no policy then
+    if UPDATE in redone:  # first its checkpoint: what it was written from goes
         discard(run, run.folder(CHECKPOINT, first))
     for stage in reversed(redone):  # nothing stays that was made from what is gone
         discard(run, run.folder(stage.output, first))
@@ -67,9 +70,13 @@ def read_intent(run: Run) -> int | None:
     path = intent_path(run)
     if not path.exists():
         return None
-    first = int(read_sealed(path, **{"from": int})["from"])
+    way = "`grpo verify --discard` moves it away, and `grpo run --from N` begins again"
+    try:
+        first = int(read_sealed(path, **{"from": int})["from"])
+    except CorruptError as error:
+        raise CorruptError(f"{error}; {way}") from None
     if not 0 <= first < 10**9:
-        raise CorruptError(f"{path}: from: no iteration is called {first}")
+        raise CorruptError(f"{path}: from: no iteration is called {first}; {way}")
     return first
 
 

@@ -14,11 +14,16 @@ def open_policy(model: PreTrainedModel, config: UpdateConfig) -> Network:
     network = _open(model, config)
     if config.gradient_checkpointing:
         network.checkpoint_gradients()
-    elif model.is_gradient_checkpointing:
+    elif checkpoints_gradients(model):
         model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
     if config.weights == "bfloat16_master":
         network.work_in_copy()
     return network
+
+
+def checkpoints_gradients(model: PreTrainedModel) -> bool:
+    """Whether layers of it are set to be computed again; transformers 5.24 renames its own property."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def open_reference(model: PreTrainedModel, config: UpdateConfig) -> Network:

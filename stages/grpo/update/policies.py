@@ -78,7 +78,7 @@ class Policies:
     def keep(self, policy: int) -> None:
         """Begin to write a policy, rebuilt where need be, unless it is on disk. Raises as begin().
 
-        Either way, those that are kept no longer go.
+        Checkpoints that `checkpoints` keeps no longer are removed.
         """
         assert self.checkpoints is not None
         self.flush()

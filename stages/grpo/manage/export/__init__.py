@@ -49,6 +49,7 @@ def export(run: ActiveRun, policy: int | None, out: Path, dtype: str | None, ada
         raise UsageError(f"--dtype {dtype}: {right}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is there already and not empty; name another folder")
+    _check_above(out)
     refuse_inside_run(out)
     newest = newest_policy(run)
     number = newest if policy is None else policy
@@ -84,6 +85,12 @@ def _fill(run: ActiveRun, number: int, dtype: str | None, folder: Path, part: st
         for name, pieces in chain(content, [("README.md", [card])]):
             files.write_chunks(folder / name, pieces)
     files.sync_folder(folder)
+
+
+def _check_above(out: Path) -> None:
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UsageError(f"--out {out}: {above} is no folder; name another place")
 
 
 def _part_of(run: ActiveRun, number: int, adapter: bool) -> str:

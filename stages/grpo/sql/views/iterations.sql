@@ -246,9 +246,9 @@ final as (
         of_taken.ratio_mean,
         -- largest importance ratio of all steps
         of_taken.ratio_max,
-        -- share of ratios clipped below, mean over the steps; null: none can be
+        -- share of ratios clipped below, mean over the steps; null: no bounds
         of_taken.clip_fraction_low,
-        -- share of ratios clipped above, mean over the steps; null: none can be
+        -- share of ratios clipped above, mean over the steps; null: no bounds
         of_taken.clip_fraction_high,
         -- share of rollouts that `update.off_policy_mask` left out, mean over
         -- the steps; null without it
