@@ -298,6 +298,7 @@ def test_the_manifest_counts_what_is_there(undisturbed: Run, rollouts: pa.Table)
         "response_tokens": sum(lengths),
         "mean_response_tokens": sum(lengths) / 18,
         "truncated_fraction": reasons.count("length") / 18,
+        "policy_lag": 0,
         "rounds": 1,
         "precision": "float32",
         "weight_check_difference": manifest.summary["weight_check_difference"],
