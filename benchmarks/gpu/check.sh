@@ -2,7 +2,10 @@
 # A first look at a GPU, without a network and in at most 14 minutes: does all of it work, how fast, in how much
 # memory, and how near are learner and sampler?
 #
-#   benchmarks/gpu/check.sh [--dry]     --dry: a tiny model on a CPU, which tests this script (a minute or two)
+#   benchmarks/gpu/check.sh [--dry] [--any-vllm]
+#
+# --dry: a tiny model on a CPU, which tests this script (a minute or two)
+# --any-vllm: try the vLLM that is installed, though grpo refuses it; without, the built-in engine is looked at instead
 #
 # OUT: folder of the results (default gpu_check.out): result.jsonl, a log of each step, run/
 # GRPO, PYTHON: commands (grpo, python3)        ENGINE: vllm or transformers (vllm where it can be imported)
@@ -12,16 +15,30 @@
 # The exit code is that of the first step that failed.
 set -uo pipefail
 DRY=0
-[ "${1:-}" = --dry ] && DRY=1
+ANY_VLLM=0
+for argument; do
+  case $argument in
+    --dry) DRY=1 ;;
+    --any-vllm) ANY_VLLM=1 ;;
+    *) echo "check.sh: $argument: --dry or --any-vllm is right" >&2; exit 2 ;;
+  esac
+done
 OUT=$(realpath -m "${OUT:-gpu_check.out}")
 export OUT DRY PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export GRPO=${GRPO:-grpo} PYTHON=${PYTHON:-python3}
 STEPS=${STEPS:-env model learner doctor run kill replay}
 HERE=$(dirname "$(realpath "$0")")
-export HERE
-ENGINE=${ENGINE:-$($PYTHON -c 'import importlib.util as u; print("vllm" if u.find_spec("vllm") else "transformers")')}
-export ENGINE
+[ "$ANY_VLLM" = 1 ] && GRPO="$PYTHON $HERE/any_vllm.py"
+if [ -z "${ENGINE:-}" ]; then
+  ENGINE=vllm
+  check='from grpo.generate.engines.vllm_settings import check_version; check_version()'
+  if [ "$ANY_VLLM" = 0 ] && ! why=$($PYTHON -c "$check" 2>&1); then
+    ENGINE=transformers
+    echo "vLLM is skipped: ${why##*$'\n'}"
+  fi
+fi
+export HERE ENGINE
 rm -rf "$OUT/run"
 mkdir -p "$OUT/run"
 : > "$OUT/result.jsonl"
@@ -43,6 +60,7 @@ step() { # name, limit in seconds, command
   tail -n 12 "$OUT/$1.log" | sed 's/^/        /'
 }
 
+say "engine: $ENGINE"
 if command -v nvidia-smi > /dev/null; then # twice a second, with the time
   nvidia-smi --query-gpu=timestamp,memory.used,utilization.gpu --format=csv,noheader,nounits -lms 500 \
     > "$OUT/memory.csv" &

@@ -119,7 +119,7 @@ def test_vllm_that_is_not_installed(project: Path, grpo: Grpo, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("version", "source", "code", "check", "message"),
     [
-        ("0.10.0", "", 2, "engine", "generate.engine: vllm 0.10.0 is installed, 0.24 to 0.33 is right; "),
+        ("0.10.0", "", 2, "engine", "generate.engine: vllm 0.10.0 is installed, 0.32 to 0.33 is right; "),
         (
             "0.32.0",
             "",

@@ -89,6 +89,21 @@ def test_what_the_engine_has_room_for() -> None:
     assert check.note.endswith("generate.engine_options: {max_num_seqs: 38} avoids that")
 
 
+def test_the_cache_that_vllm_is_told_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the rest of its share: what 512 sequences of 1,536 tokens can use, 9.0 GiB of 68."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (79 * GIB, 80 * GIB))
+    config = config_of()
+    options = {"dtype": "bfloat16"}
+    config = config.model_copy(
+        update={"generate": config.generate.model_copy(update={"engine_options": options})}
+    )
+    report = Report("tiny", Path())
+    check_gpu(report, "H", config, facts_of(SMALL), 79 * GIB)
+    assert report.checks[1].found == "0.9 GiB of weights, 513 sequences of 1,536 tokens beside them"
+    assert peak_of(config, facts_of(SMALL)).total < 40 * GIB
+
+
 @pytest.mark.parametrize("there", [4, 6, 8, 12, 16, 24])
 def test_the_keys_that_are_named_make_it_fit(there: int) -> None:
     config = config_of(engine="transformers", gradient_checkpointing=False, precision="float32")

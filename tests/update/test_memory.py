@@ -108,6 +108,19 @@ def test_parameters_of_a_shape(tied: bool) -> None:
     assert shape.parameters == sum(p.numel() for p in model.parameters()) - norms
 
 
+def test_layers_that_keep_a_state_are_told() -> None:
+    """Whose bytes follow from no number of a shape."""
+    for config, recurrent in (
+        (transformers.LlamaConfig(**NUMBERS), False),
+        (transformers.Gemma3TextConfig(), False),  # sliding and full attention
+        (transformers.Qwen3NextConfig(), True),
+        (transformers.BambaConfig(), True),
+    ):
+        shape = shape_of(config)
+        assert shape is not None
+        assert shape.recurrent == recurrent
+
+
 @pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"], ["down_proj"]])
 def test_parameters_of_an_adapter(targets: list[str] | None) -> None:
     lora = LoraConfig(rank=4, alpha=8.0, targets=targets)

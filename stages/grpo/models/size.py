@@ -13,6 +13,8 @@ from grpo.models.bounds import shapes_in, weight_files
 
 # Whose queries and keys go through norms of their own; no key of a configuration says so.
 _NORMED = ("qwen3", "gemma3", "olmo2", "olmo3")
+# Kinds of layers with keys and values; others ("linear_attention", "mamba", "conv") have a state.
+_ATTENTION = ("attention", "full_attention", "sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Shape:
     """The numbers of a decoder that memory follows from.
 
     intermediate: of all experts that a token goes through. queries, keys: of all heads together.
+    recurrent: some layers keep a state of their own instead of keys and values.
     """
 
     layers: int
@@ -30,6 +33,7 @@ class Shape:
     vocabulary: int
     tied: bool
     normed: bool = False
+    recurrent: bool = False
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -77,7 +81,13 @@ def shape_of(config: PreTrainedConfig) -> Shape | None:
         vocabulary=vocabulary,
         tied=bool(getattr(text, "tie_word_embeddings", False)),
         normed=str(text.model_type).startswith(_NORMED),
+        recurrent=any(kind not in _ATTENTION for kind in _kinds(text)),
     )
+
+
+def _kinds(text: PreTrainedConfig) -> list[str]:
+    """Of the layers, by either name that configurations have for them; none: all are attention."""
+    return list(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
 
 
 def num_parameters(folder: Path) -> int:

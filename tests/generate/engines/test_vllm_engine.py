@@ -389,10 +389,10 @@ def test_a_missing_or_unfit_vllm_names_the_command(monkeypatch: pytest.MonkeyPat
         UsageError, match=r"vllm is not installed; pip install 'grpo-stages\[vllm\]' on a machine"
     ):
         vllm_settings.check_version()
-    monkeypatch.setattr(vllm_settings, "version", lambda name: "0.23.1")
-    with pytest.raises(UsageError, match=r"vllm 0.23.1 is installed, 0.24 to 0.33 is right; pip install"):
+    monkeypatch.setattr(vllm_settings, "version", lambda name: "0.31.2")
+    with pytest.raises(UsageError, match=r"vllm 0.31.2 is installed, 0.32 to 0.33 is right; pip install"):
         vllm_settings.check_version()
-    monkeypatch.setattr(vllm_settings, "version", lambda name: "0.25.1+cu130")
+    monkeypatch.setattr(vllm_settings, "version", lambda name: "0.33.1+cu130")
     vllm_settings.check_version()
 
 

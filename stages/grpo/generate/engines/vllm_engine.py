@@ -85,7 +85,8 @@ class VllmEngine:
     def _open(self, checkpoint: Path) -> None:
         with self._failures("loading"):
             others = set(active_children())
-            self._llm = _open(checkpoint, self._settings)
+            cache = vllm_settings.cache(self._options, self._settings, checkpoint)
+            self._llm = _open(checkpoint, self._settings | cache)
             gc.collect()
             gc.freeze()  # as in vLLM's own engine process: the collector then skips its million objects
             self._workers = [child for child in active_children() if child not in others]

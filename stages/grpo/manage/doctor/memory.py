@@ -14,7 +14,13 @@ from grpo.artifacts import ActiveRun
 from grpo.config import Config
 from grpo.errors import ResourceError
 from grpo.generate.engines.choice import choose_engine
-from grpo.generate.engines.vllm_settings import CPU_CACHE_GIB, defaults
+from grpo.generate.engines.vllm_settings import (
+    CPU_CACHE_GIB,
+    bytes_per_number,
+    bytes_per_token,
+    cache_bytes,
+    defaults,
+)
 from grpo.manage.doctor.inputs import Checkpoint
 from grpo.manage.doctor.report import Check, Report
 from grpo.manage.doctor.space import gib
@@ -187,16 +193,20 @@ def _engine(config: Config, facts: Facts) -> dict[str, int]:
 
 
 def _vllm(config: Config, facts: Facts) -> dict[str, int]:
-    options = _options(config)
-    width = FLOAT32 if options.get("dtype") in ("float32", "float") else FLOAT32 // 2
-    weights = width * facts.parameters // int(options.get("tensor_parallel_size", 1))
+    options = _options(config, facts)
+    weights = bytes_per_number(options) * facts.parameters // int(options.get("tensor_parallel_size", 1))
     if not facts.on_gpu:
         return {"engine": weights, "key-value cache": _cpu_cache()}
-    return {"engine": weights, "key-value cache": max(int(_share(options) * facts.total) - weights, 0)}
+    given = config.generate.engine_options
+    cache = cache_bytes(given, options, facts.shape, facts.parameters, facts.total)
+    if cache is None:
+        cache = max(int(_share(options) * facts.total) - weights, 0)
+    return {"engine": weights, "key-value cache": cache}
 
 
-def _options(config: Config) -> dict[str, Any]:
-    return {**defaults(max_model_len=1), **config.generate.engine_options}
+def _options(config: Config, facts: Facts) -> dict[str, Any]:
+    length = facts.longest_prompt + config.generate.max_new_tokens
+    return {**defaults(length), **config.generate.engine_options}
 
 
 def _share(options: dict[str, Any]) -> float:
@@ -210,10 +220,9 @@ def _cpu_cache() -> int:
 
 def _check_cache(check: Check, config: Config, facts: Facts) -> None:
     """Whether vLLM's share of the GPU holds its weights, and how many sequences beside them."""
-    found, options = _vllm(config, facts), _options(config)
+    found, options = _vllm(config, facts), _options(config, facts)
     length = facts.longest_prompt + config.generate.max_new_tokens
-    width = 4 if options.get("dtype") in ("float32", "float") else 2
-    sequence = 2 * facts.shape.layers * facts.shape.keys * width * length
+    sequence = bytes_per_token(facts.shape, options) * length
     fitting = found["key-value cache"] // sequence
     asked = min(
         int(options.get("max_num_seqs", 2**31)),
