@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from grpo.config.evaluate import PASS_THRESHOLD, EvaluateConfig, StopConfig
+from grpo.config.execution import ExecutionConfig
 from grpo.config.generate import GenerateConfig
 from grpo.config.objectives import objective_settings
 from grpo.config.prompts import PromptsConfig
@@ -146,6 +147,8 @@ class Config(Section):
     sql_timeout_s: Annotated[float, Field(gt=0, le=1e6), ADDED] = 600.0
     """Seconds, at most 1e6, that a query of the configuration may take: generate.prompts_sql, advantage.sql
     and where. In no stage's fingerprint."""
+    execution: Annotated[ExecutionConfig | None, ADDED] = None
+    """Where work runs; null: in this process."""
     track: Literal["trackio", "wandb"] | None = None
     """Log each iteration to Trackio or Weights & Biases too; null: to neither. In no stage's fingerprint."""
 

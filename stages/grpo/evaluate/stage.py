@@ -95,9 +95,9 @@ def _sampled(
         table=ROLLOUTS,
         iteration=policy,
         policy=policy,
-        rows=rows,
-        texts=texts,
-        requests=requests,
+        rows=dict(enumerate(rows)),
+        texts=dict(enumerate(texts)),
+        requests=dict(enumerate(requests)),
         shards={
             staging.file_name(ROLLOUTS, index): range(*shard)
             for index, shard in enumerate(staging.plan.shards)

@@ -1,7 +1,7 @@
 """rollouts: the groups of a shard -> rows of `rollouts`, checked. B samples of the shard, N tokens of all."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,13 +24,24 @@ class SamplingTask:
     table: str  # rollouts, or eval_rollouts
     iteration: int  # of the rollouts; of an evaluation, the policy's
     policy: int
-    rows: list[Row]  # of `prompts`, by group_id
-    texts: list[str]  # the prompts as the model sees them, by group_id
-    requests: list[Request]  # by group_id
+    rows: dict[int, Row]  # of `prompts`, by group_id
+    texts: dict[int, str]  # the prompts as the model sees them, by group_id
+    requests: dict[int, Request]  # by group_id
     shards: dict[str, range]  # the file of each -> its groups
     groups_per_round: int
     sampling: Sampling
     by_query: int | None = None  # groups whose prompt generate.prompts_sql gave; None: there is no query
+
+    def part(self, name: str) -> "SamplingTask":
+        """The task of one shard alone."""
+        groups = self.shards[name]
+        return replace(
+            self,
+            rows={group: self.rows[group] for group in groups},
+            texts={group: self.texts[group] for group in groups},
+            requests={group: self.requests[group] for group in groups},
+            shards={name: groups},
+        )
 
     def digest_of(self, groups: range) -> str:
         """Digest of the prompts of some groups."""

@@ -2,17 +2,20 @@
 
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from grpo.artifacts import ActiveRun, FileRecord, Staging, same_weights_since
 from grpo.config import GenerateConfig
+from grpo.execute import Pool
 from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.rollouts import SamplingTask, make_shard
 from grpo.generate.weight_sync import WeightSync
+from grpo.generate.worker import ShardJob
 from grpo.models.weight_check import read_weight_check
 from grpo.models.weights import Lend
 from grpo.prompts.chat import Chat
@@ -43,6 +46,7 @@ class Sampler:
     """What stays open between iterations: engine, weight_sync of policies to it, tokenizer, prompts.
 
     user_sql: the process of `generate.prompts_sql`, started where there is one. lend: gives policies.
+    workers: engines in other processes, which sample in place of `engine`; None: there are none.
     """
 
     engine: Engine
@@ -52,6 +56,7 @@ class Sampler:
     prompts: pa.Table
     user_sql: UserSql
     lend: Lend
+    workers: Pool | None = None
 
 
 def sample(
@@ -60,7 +65,9 @@ def sample(
     """Sample what of `task` is not committed yet; all its shards, and what the engine was."""
     todo = [name for name in task.shards if staging.committed(name) is None]
     engine: dict[str, Any] = {"precision": None, "weight_check_difference": None}
-    if todo:  # else all is committed but the manifest, and no engine is loaded
+    if todo and tool.workers is not None:
+        engine = _hand_out(run, staging, tool, tool.workers, task, todo)
+    elif todo:  # else all is committed but the manifest, and no engine is loaded
         difference = _bring_policy(run, staging, tool, task.policy)
         engine = {"precision": tool.engine.precision, "weight_check_difference": difference}
         _sample_shards(run, staging, tool, task, todo)
@@ -110,6 +117,43 @@ def _groups(
             if group is None:
                 return
             yield group
+
+
+def _hand_out(
+    run: ActiveRun, staging: Staging, tool: Sampler, workers: Pool, task: SamplingTask, names: list[str]
+) -> dict[str, Any]:
+    """Commit each of these shards as a worker has made it; what their engines were."""
+    policy_id = run.id_of(f"policy@{same_weights_since(run, task.policy)}") or ""
+    check = read_weight_check(run.weight_check_path(task.policy))
+    total = sum(len(task.requests[group].seeds) for name in names for group in task.shards[name])
+    precision, differences, tokens, started = "", list[float](), 0, time.perf_counter()
+    what = f"{staging.plan.stage} {task.iteration}"
+    with (
+        tool.lend(task.policy) as source,
+        nullcontext(source) if isinstance(source, Path) else source.written() as folder,
+        run.console.progress(what, total, "rollouts") as advance,
+        closing(
+            workers.run(
+                {name: ShardJob(task.part(name), policy_id, folder, check) for name in names},
+                what,
+                run.console.stop_requested,
+            )
+        ) as results,
+    ):
+        while True:
+            with staging.clock("sample"):
+                name, result = next(results, ("", None))
+            if result is None:
+                break
+            for text in result.said:
+                run.console.say(text)
+            with staging.clock("write"):
+                staging.adopt(task.table, name, result.made.content, result.made.rows, **result.made.labels)
+            precision = result.precision
+            differences += [] if result.difference is None else [result.difference]
+            tokens += result.made.labels["response_tokens"]
+            advance(result.made.rows, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
+    return {"precision": precision, "weight_check_difference": max(differences, default=None)}
 
 
 def keep_shards(run: ActiveRun, staging: Staging, records: Sequence[FileRecord], prefix: str) -> None:

@@ -1,0 +1,7 @@
+"""execute: work that other processes do: they compute and answer, the driver alone commits."""
+
+from grpo.execute.pool import Pool
+from grpo.execute.processes import LocalProcesses
+from grpo.execute.protocol import Backend, Worker, WorkerDied
+
+__all__ = ["Backend", "LocalProcesses", "Pool", "Worker", "WorkerDied"]

@@ -1,0 +1,103 @@
+"""processes: workers in processes of this machine.
+
+A process that is started anew, not a fork: this one has threads. It ends with the driver, however that ends.
+"""
+
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from multiprocessing import connection, get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+from grpo.errors import GrpoError
+from grpo.execute.protocol import Worker, WorkerDied
+
+Open = Callable[[], Callable[[Any], Any]]
+"""What a worker calls before its first job; it gives what does the jobs. It must be importable by name."""
+
+
+class LocalProcesses:
+    """Of this machine, all alike. open_worker: of each."""
+
+    def __init__(self, open_worker: Open) -> None:
+        self._open = open_worker
+
+    def start(self) -> "Process":
+        """A new one."""
+        return Process(self._open)
+
+    def wait(self, busy: Collection[Worker], timeout_s: float) -> list[Worker]:
+        """Those of `busy` that have answered or died."""
+        of_connection: dict[Any, Worker] = {each.answers: each for each in busy if isinstance(each, Process)}
+        return [of_connection[each] for each in connection.wait(list(of_connection), timeout_s)]
+
+
+class Process:
+    """One of them."""
+
+    def __init__(self, open_worker: Open) -> None:
+        context = get_context("spawn")
+        self.answers, theirs = context.Pipe()
+        lifeline, self._lifeline = context.Pipe(duplex=False)
+        self._process = context.Process(target=_work, args=(theirs, lifeline, open_worker))
+        self._process.start()
+        theirs.close()
+        lifeline.close()
+
+    def submit(self, job: Any) -> None:
+        """Begin a job."""
+        with suppress(BrokenPipeError):  # it has died: result() says so
+            self.answers.send(job)
+
+    def result(self) -> Any:
+        """The answer."""
+        try:
+            is_right, found = self.answers.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise WorkerDied(_ending(self._process.exitcode)) from None
+        if is_right:
+            return found
+        raise found
+
+    def kill(self) -> None:
+        """End it now."""
+        self._process.kill()
+        self._process.join()
+        self.answers.close()
+        self._lifeline.close()
+
+
+def _work(jobs: Connection, lifeline: Connection, open_worker: Open) -> None:
+    """Do jobs until there are no more to come."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends this process
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    work: Callable[[Any], Any] | None = None
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            job = jobs.recv()
+            try:
+                work = work or open_worker()
+                answer = True, work(job)
+            except GrpoError as error:
+                answer = False, error
+            except Exception:  # noqa: BLE001 - a bug of ours: the driver raises it, where it can be read
+                answer = False, RuntimeError(traceback.format_exc())
+            jobs.send(answer)
+
+
+def _end_with(lifeline: Connection) -> None:
+    """End this process with the one that holds the other end."""
+    with suppress(EOFError, OSError):
+        lifeline.recv_bytes()
+    os._exit(1)
+
+
+def _ending(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"by {signal.Signals(-exit_code).name}"
+    return f"with exit status {exit_code}"

@@ -1,0 +1,31 @@
+"""protocol: what a pool asks of workers, wherever they run."""
+
+from collections.abc import Collection
+from typing import Any, Protocol
+
+
+class WorkerDied(Exception):
+    """A worker ended before it answered; how, in a few words."""
+
+
+class Worker(Protocol):
+    """Does one job at a time. What a job is, and its answer, is between whoever asks and what opened it."""
+
+    def submit(self, job: Any) -> None:
+        """Begin a job; the one before has been answered."""
+
+    def result(self) -> Any:
+        """The answer. Raises what the job raised, and WorkerDied."""
+
+    def kill(self) -> None:
+        """End it now, whatever it does."""
+
+
+class Backend(Protocol):
+    """A place where workers run."""
+
+    def start(self) -> Worker:
+        """A new one, which opens what it needs with its first job."""
+
+    def wait(self, busy: Collection[Worker], timeout_s: float) -> list[Worker]:
+        """Those of `busy` that have answered or died, as soon as there is one; none after timeout_s."""

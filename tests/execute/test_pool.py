@@ -1,0 +1,139 @@
+"""A pool of workers that die, raise and are slow; and processes that end with their driver."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo.errors import DataError, EngineError
+from grpo.execute import LocalProcesses, Pool
+
+
+def squares() -> Callable[[Any], Any]:
+    """A worker's opening: its jobs are numbers, or what is to go wrong."""
+
+    def work(job: Any) -> Any:
+        match job:
+            case int():
+                return job * job, os.getpid()
+            case "raise":
+                raise DataError("a bad shard")
+            case "bug":
+                raise KeyError("x")
+            case "sleep":
+                time.sleep(600)
+            case Path():  # dies the first time
+                with suppress(FileExistsError):
+                    job.touch(exist_ok=False)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return "second", os.getpid()
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    return work
+
+
+def never() -> Callable[[Any], Any]:
+    """One that cannot be opened."""
+    os._exit(3)
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    with closing(Pool(LocalProcesses(squares), 2)) as opened:
+        yield opened
+
+
+def go_on() -> None:
+    """Nobody asks to stop."""
+
+
+def test_each_job_is_done_once_by_one_of_two(pool: Pool) -> None:
+    jobs = {str(number): number for number in range(9)}
+    found = dict(pool.run(jobs, "test", go_on))
+    assert {name: result[0] for name, result in found.items()} == {str(n): n * n for n in range(9)}
+    first = {result[1] for result in found.values()}
+    assert len(first) == 2
+    assert {result[1] for _, result in pool.run(jobs, "test", go_on)} == first  # they stay
+
+
+def test_what_a_dead_worker_did_another_does(pool: Pool, tmp_path: Path) -> None:
+    jobs = {"dies": tmp_path / "marker", **{str(number): number for number in range(4)}}
+    found = dict(pool.run(jobs, "test", go_on))
+    assert set(found) == set(jobs)
+    assert found["dies"][0] == "second"
+
+
+def test_a_job_that_ends_every_worker_is_set_aside_and_named(pool: Pool) -> None:
+    found = {}
+    jobs: dict[str, Any] = {str(number): number for number in range(4)} | {"poison": "kill"}
+    results = pool.run(jobs, "generate 3", go_on)
+    for _ in range(4):
+        name, result = next(results)
+        found[name] = result[0]
+    with pytest.raises(EngineError, match=r"generate 3: poison \(by SIGKILL\) ended 3 workers"):
+        next(results)
+    assert found == {str(number): number**2 for number in range(4)}
+    assert dict(pool.run({"2": 2}, "test", go_on))["2"][0] == 4
+
+
+def test_workers_that_never_open_end_it_soon() -> None:
+    with closing(Pool(LocalProcesses(never), 1)) as opened:
+        jobs = {str(number): number for number in range(50)}
+        with pytest.raises(EngineError, match=r"0 \(with exit status 3\) ended 3 workers"):
+            dict(opened.run(jobs, "test", go_on))
+
+
+@pytest.mark.parametrize(
+    ("job", "error", "text"), [("raise", DataError, "a bad"), ("bug", RuntimeError, "x")]
+)
+def test_what_a_job_raises_is_raised_here_and_not_tried_again(
+    pool: Pool, job: str, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        dict(pool.run({"one": job}, "test", go_on))
+    assert dict(pool.run({"2": 2}, "test", go_on))["2"][0] == 4
+
+
+def test_a_stop_ends_what_is_busy(pool: Pool) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dict(pool.run({"one": "sleep"}, "test", stop))
+    assert dict(pool.run({"2": 2}, "test", go_on))["2"][0] == 4
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {tests!r})
+from grpo.execute import LocalProcesses, Pool
+from tests.execute.test_pool import squares
+
+if __name__ == "__main__":
+    pool = Pool(LocalProcesses(squares), 1)
+    for _, (_, pid) in pool.run({{"2": 2}}, "test", lambda: None):
+        print(pid, flush=True)
+    dict(pool.run({{"one": "sleep"}}, "test", lambda: None))
+"""
+
+
+def test_a_worker_ends_with_its_driver_busy_or_not(tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER.format(tests=str(Path(__file__).parents[2])))
+    driver = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    pid = int(driver.stdout.readline())
+    driver.kill()
+    driver.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"worker {pid} is still there")
