@@ -3,13 +3,15 @@
 import multiprocessing
 import os
 import signal
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import Grpo
 from tests.faults import crash
+
+from grpo.execute import Pool, Worker
+from grpo.execute.processes import Process
 
 ENGINES = ("--set", "execution={engines: {count: 2}}")
 MORE = ("--set", "generate.prompts_per_iteration=6", "--set", "generate.rollouts_per_shard=2")
@@ -50,26 +52,25 @@ def test_with_a_policy_behind_too(project: Path, grpo: Grpo) -> None:
     assert contents(project) == one
 
 
-def test_a_killed_engine_costs_its_shard_alone(alone: dict[str, str], project: Path, grpo: Grpo) -> None:
+def test_a_killed_engine_costs_its_shard_alone(
+    alone: dict[str, str], project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     killed: list[int] = []
+    answer_of = Pool._answer_of
 
-    def kill() -> None:
-        """End the first worker that is there, in its opening or its work."""
-        for _ in range(600):
-            for child in multiprocessing.active_children():
-                if child.pid is not None and not killed:
-                    time.sleep(4)
-                    os.kill(child.pid, signal.SIGKILL)
-                    killed.append(child.pid)
-                    return
-            time.sleep(0.05)
+    def kill_the_other(pool: Pool, worker: Worker) -> Any:
+        """As one of the two has answered."""
+        for other in [*pool._busy] if len(killed) < 3 else []:
+            assert isinstance(other, Process)
+            assert other.pid is not None
+            os.kill(other.pid, signal.SIGKILL)
+            killed.append(other.pid)
+        return answer_of(pool, worker)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    monkeypatch.setattr(Pool, "_answer_of", kill_the_other)
     code, _, err = grpo("run", *MORE, *ENGINES)
-    killer.join()
     assert code == 0, err
-    assert len(killed) == 1
+    assert killed
     assert contents(project) == alone
     assert grpo("verify")[0] == 0
 

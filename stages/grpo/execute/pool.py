@@ -36,25 +36,18 @@ class Pool:
         try:
             while waiting or self._busy:
                 while waiting and len(self._busy) < self._count:
-                    self._begin(waiting[0], jobs[waiting[0]])
-                    waiting.popleft()
+                    self._begin(name := waiting.popleft(), jobs[name])
                 for worker in self._backend.wait(self._busy, POLL_S):
                     name = self._busy.pop(worker)
                     try:
-                        result = worker.result()
+                        result = self._answer_of(worker)
                     except WorkerDied as death:
-                        worker.kill()  # what is left of it
                         deaths[name] += 1
                         if deaths[name] < MOST_DEATHS:
                             waiting.appendleft(name)
-                            continue
-                        aside.append(f"{name} ({death})")
+                        else:
+                            aside.append(f"{name} ({death})")
                         continue
-                    except BaseException:
-                        self._idle.append(worker)
-                        raise
-                    self._has_answered = True
-                    self._idle.append(worker)
                     yield name, result
                 if aside and not self._has_answered:  # all would die
                     break
@@ -76,6 +69,17 @@ class Pool:
         worker = self._idle.pop() if self._idle else self._backend.start()
         self._busy[worker] = name
         worker.submit(job)
+
+    def _answer_of(self, worker: Worker) -> Any:
+        """The worker is idle then, or ended where it has none. Raises as Worker.result()."""
+        try:
+            result = worker.result()
+            self._idle.append(worker)
+        finally:
+            if worker not in self._idle:
+                worker.kill()
+        self._has_answered = True
+        return result
 
     def _end(self, workers: list[Worker]) -> None:
         for worker in workers:

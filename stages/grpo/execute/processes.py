@@ -45,6 +45,7 @@ class Process:
         lifeline, self._lifeline = context.Pipe(duplex=False)
         self._process = context.Process(target=_work, args=(theirs, lifeline, open_worker))
         self._process.start()
+        self.pid = self._process.pid
         theirs.close()
         lifeline.close()
 
