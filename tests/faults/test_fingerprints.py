@@ -225,6 +225,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "checkpoints.keep_every": (["checkpoints.keep_every=null"], NOTHING),
     "checkpoints.keep_best": (["checkpoints.keep_best=false"], NOTHING),
     "sql_timeout_s": (["sql_timeout_s=60"], NOTHING),
+    "execution.engines.count": (["execution={engines: {count: 2}}"], NOTHING),
     "track": (["track=trackio"], NOTHING),
 }
 
