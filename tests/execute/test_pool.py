@@ -27,6 +27,9 @@ def squares() -> Callable[[Any], Any]:
                 raise DataError("a bad shard")
             case "bug":
                 raise KeyError("x")
+            case str() if job.startswith("slow"):
+                time.sleep(0.5)
+                return job, os.getpid()
             case "sleep":
                 time.sleep(600)
             case Path():  # dies the first time

@@ -1,6 +1,7 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
 from grpo.config.evaluate import EvaluateConfig, StopConfig
+from grpo.config.execution import ExecutionConfig
 from grpo.config.generate import GenerateConfig
 from grpo.config.loading import PIPELINE, SECTION, differing_keys, flatten, load, overridden_keys, validated
 from grpo.config.lora import LoraConfig
@@ -16,6 +17,7 @@ __all__ = [
     "AdvantageConfig",
     "Config",
     "EvaluateConfig",
+    "ExecutionConfig",
     "GenerateConfig",
     "JudgeConfig",
     "LoraConfig",

@@ -1,10 +1,14 @@
 """config.execution: the execution section of pipeline.yaml."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from grpo.config.section import Section
+from grpo.config.section import NonEmpty, Section, must
+
+_DRIVER = (
+    "ray:// is a driver outside of the cluster, whose files it cannot read; run the command in the cluster"
+)
 
 
 class EnginesConfig(Section):
@@ -12,9 +16,26 @@ class EnginesConfig(Section):
 
     count: Annotated[int, Field(ge=1, le=1024)] = 1
     """How many, 1 to 1,024. Each holds a policy of its own, and uses as many threads as this process."""
+    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    """Of each, 0 to 64: what engine_options make it use (tensor_parallel_size times pipeline_parallel_size).
+    More than 0 needs `backend: ray`."""
+    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 3600.0
+    """Seconds, at most 1e6, in which an engine has sampled a shard; else it is killed, and another tries."""
 
 
 class ExecutionConfig(Section):
     """Where work runs. In no stage's fingerprint: it changes no result."""
 
+    backend: Literal["local", "ray"] = "local"
+    """`local`: processes of this machine. `ray`: actors of a Ray cluster; `pip install 'grpo-stages[ray]'`
+    brings it."""
+    address: Annotated[NonEmpty, must(lambda address: not address.startswith("ray://"), _DRIVER)] = "auto"
+    """Of the Ray cluster's head, host:port; `auto`: the cluster that this machine is in; `local`: one of this
+    process alone."""
     engines: EnginesConfig = EnginesConfig()
+
+    @model_validator(mode="after")
+    def _gpus_are_rays(self) -> "ExecutionConfig":
+        if self.engines.gpus and self.backend == "local":
+            raise ValueError("engines.gpus: engines on GPUs are for `backend: ray`; 0 is right with local")
+        return self

@@ -3,25 +3,63 @@
 A job is a function of what it holds alone, so it may be done twice, and by whichever worker is free.
 """
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from grpo.errors import EngineError
-from grpo.execute.protocol import Backend, Worker, WorkerDied
+from grpo.errors import EngineError, ResourceError
+from grpo.execute.protocol import Backend, NoPlace, Worker, WorkerDied
 
 MOST_DEATHS = 3  # of workers, by which a job is set aside
 POLL_S = 0.5  # how often it is looked whether to stop; an answer is seen at once
+SLOW = 2.0  # times the longest that any job took: then a worker that is free tries the same one
+
+
+class Given(NamedTuple):
+    """A job that a worker has, since when, as time.monotonic(); name "": its answer is for nobody."""
+
+    name: str
+    since: float
+
+
+@dataclass
+class Round:
+    """Where one call of run() stands."""
+
+    jobs: Mapping[str, Any]
+    waiting: deque[str]
+    places: int  # how many workers there may be
+    done: set[str] = field(default_factory=set)
+    deaths: Counter[str] = field(default_factory=Counter)
+    aside: list[str] = field(default_factory=list)  # what is tried no more, and why
+    longest_s: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every job is done, or set aside."""
+        return len(self.done) + len(self.aside) == len(self.jobs)
 
 
 class Pool:
-    """`count` workers, started as jobs need them and kept until close()."""
+    """`count` workers, started as jobs need them and kept until close().
 
-    def __init__(self, backend: Backend, count: int) -> None:
+    copies: whether a job that takes long may be begun a second time; what is done first counts.
+    timeout_s: of a job; a worker that has not answered then is killed.
+    """
+
+    def __init__(self, backend: Backend, count: int, copies: bool = True, timeout_s: float = 3600.0) -> None:
         self._backend, self._count = backend, count
+        self._copies, self._timeout_s = copies, timeout_s
         self._idle: list[Worker] = []
-        self._busy: dict[Worker, str] = {}
+        self._busy: dict[Worker, Given] = {}
         self._has_answered = False  # whether any worker ever has
+
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether all workers see the files of this machine."""
+        return self._backend.is_one_machine()
 
     def run(
         self, jobs: Mapping[str, Any], what: str, stop_requested: Callable[[], None]
@@ -30,56 +68,101 @@ class Pool:
 
         what: of which jobs errors speak, such as `generate 3`. A job whose worker dies is done again, first
         of all. Raises at once what a job raised, and when the others are done EngineError (exit 8) for those
-        that ended MOST_DEATHS workers each.
+        that ended MOST_DEATHS workers each. ResourceError (exit 7): no worker got a place.
         """
-        waiting, deaths, aside = deque(jobs), Counter[str](), list[str]()
+        now = Round(jobs, deque(jobs), self._count)
         try:
-            while waiting or self._busy:
-                while waiting and len(self._busy) < self._count:
-                    self._begin(name := waiting.popleft(), jobs[name])
+            while not now.is_over:
+                self._hand_out(now)
                 for worker in self._backend.wait(self._busy, POLL_S):
-                    name = self._busy.pop(worker)
-                    try:
-                        result = self._answer_of(worker)
-                    except WorkerDied as death:
-                        deaths[name] += 1
-                        if deaths[name] < MOST_DEATHS:
-                            waiting.appendleft(name)
-                        else:
-                            aside.append(f"{name} ({death})")
-                        continue
-                    yield name, result
-                if aside and not self._has_answered:  # all would die
+                    if (found := self._answer_of(now, worker, what)) is not None:
+                        yield found
+                self._end_overdue(now)
+                if now.aside and not self._has_answered:  # all would die
                     break
                 stop_requested()
         finally:
-            self._end(list(self._busy))  # their answers are for nobody
-        if aside:
+            self._leave(now)
+        if now.aside:
             raise EngineError(
-                f"{what}: {', '.join(aside)} ended {MOST_DEATHS} workers, one after the other; what else was"
-                " to be done is committed, and the same command tries these again"
+                f"{what}: {', '.join(now.aside)} ended {MOST_DEATHS} workers, one after the other; what else"
+                " was to be done is committed, and the same command tries these again"
             )
 
     def close(self) -> None:
         """End all workers."""
         self._end([*self._idle, *self._busy])
         self._idle = []
+        self._backend.close()
 
-    def _begin(self, name: str, job: Any) -> None:
+    def _hand_out(self, now: Round) -> None:
+        while now.waiting and len(self._busy) < now.places:
+            self._begin(now, now.waiting.popleft())
+        if self._copies and self._idle and now.longest_s:
+            given = Counter(job.name for job in self._busy.values())
+            once = [job for job in self._busy.values() if given[job.name] == 1 and job.name not in now.done]
+            if late := [job for job in once if self._is_late(now, job)]:
+                self._begin(now, min(late, key=lambda job: job.since).name)
+
+    def _is_late(self, now: Round, job: Given) -> bool:
+        return job.name in now.jobs and time.monotonic() - job.since > max(SLOW * now.longest_s, POLL_S)
+
+    def _begin(self, now: Round, name: str) -> None:
         worker = self._idle.pop() if self._idle else self._backend.start()
-        self._busy[worker] = name
-        worker.submit(job)
+        self._busy[worker] = Given(name, time.monotonic())
+        worker.submit(now.jobs[name])
 
-    def _answer_of(self, worker: Worker) -> Any:
-        """The worker is idle then, or ended where it has none. Raises as Worker.result()."""
+    def _answer_of(self, now: Round, worker: Worker, what: str) -> tuple[str, Any] | None:
+        """Name and result; None where the worker had none, or somebody else was first. Raises what it raised.
+
+        The worker is idle then, or ended where it has none.
+        """
+        given = self._busy.pop(worker)
         try:
             result = worker.result()
             self._idle.append(worker)
+        except WorkerDied as death:
+            self._again(now, given.name, str(death))
+            return None
+        except NoPlace as refusal:
+            now.places -= 1
+            now.waiting.extendleft({given.name} & now.jobs.keys())
+            if not now.places:
+                raise ResourceError(f"{what}: {refusal}; what is committed is kept") from None
+            return None
         finally:
             if worker not in self._idle:
                 worker.kill()
         self._has_answered = True
-        return result
+        if given.name not in now.jobs or given.name in now.done:
+            return None
+        now.longest_s = max(now.longest_s, time.monotonic() - given.since)
+        now.done.add(given.name)
+        return given.name, result
+
+    def _again(self, now: Round, name: str, how: str) -> None:
+        """What to do about a job whose worker ended."""
+        now.deaths[name] += 1
+        if name not in now.jobs or name in now.done or name in [job.name for job in self._busy.values()]:
+            return  # it is done, or another worker has it too
+        if now.deaths[name] < MOST_DEATHS:
+            now.waiting.appendleft(name)
+        else:
+            now.aside.append(f"{name} ({how})")
+
+    def _end_overdue(self, now: Round) -> None:
+        for worker, given in list(self._busy.items()):
+            if time.monotonic() - given.since > self._timeout_s:
+                self._end([worker])
+                self._again(now, given.name, f"no answer in {self._timeout_s:g} s")
+
+    def _leave(self, now: Round) -> None:
+        """End whoever works on what nobody waits for; who was only too late may finish, and stays open."""
+        for worker, given in list(self._busy.items()):
+            if given.name in now.jobs and given.name not in now.done:
+                self._end([worker])
+            else:
+                self._busy[worker] = given._replace(name="")
 
     def _end(self, workers: list[Worker]) -> None:
         for worker in workers:

@@ -6,18 +6,14 @@ A process that is started anew, not a fork: this one has threads. It ends with t
 import os
 import signal
 import threading
-import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-from grpo.errors import GrpoError
+from grpo.execute.answering import Answering, Open
 from grpo.execute.protocol import Worker, WorkerDied
-
-Open = Callable[[], Callable[[Any], Any]]
-"""What a worker calls before its first job; it gives what does the jobs. It must be importable by name."""
 
 
 class LocalProcesses:
@@ -34,6 +30,13 @@ class LocalProcesses:
         """Those of `busy` that have answered or died."""
         of_connection: dict[Any, Worker] = {each.answers: each for each in busy if isinstance(each, Process)}
         return [of_connection[each] for each in connection.wait(list(of_connection), timeout_s)]
+
+    def is_one_machine(self) -> bool:
+        """It is this one."""
+        return True
+
+    def close(self) -> None:
+        """There is nothing to leave."""
 
 
 class Process:
@@ -77,18 +80,10 @@ def _work(jobs: Connection, lifeline: Connection, open_worker: Open) -> None:
     """Do jobs until there are no more to come."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends this process
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    work: Callable[[Any], Any] | None = None
+    answering = Answering(open_worker)
     with suppress(EOFError, BrokenPipeError):
         while True:
-            job = jobs.recv()
-            try:
-                work = work or open_worker()
-                answer = True, work(job)
-            except GrpoError as error:
-                answer = False, error
-            except Exception:  # noqa: BLE001 - a bug of ours: the driver raises it, where it can be read
-                answer = False, RuntimeError(traceback.format_exc())
-            jobs.send(answer)
+            jobs.send(answering(jobs.recv()))
 
 
 def _end_with(lifeline: Connection) -> None:

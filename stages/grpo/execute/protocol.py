@@ -8,6 +8,10 @@ class WorkerDied(Exception):
     """A worker ended before it answered; how, in a few words."""
 
 
+class NoPlace(Exception):
+    """A worker could not be started: there is no room for it; what it needs, in a few words."""
+
+
 class Worker(Protocol):
     """Does one job at a time. What a job is, and its answer, is between whoever asks and what opened it."""
 
@@ -15,7 +19,7 @@ class Worker(Protocol):
         """Begin a job; the one before has been answered."""
 
     def result(self) -> Any:
-        """The answer. Raises what the job raised, and WorkerDied."""
+        """The answer. Raises what the job raised, WorkerDied, and NoPlace."""
 
     def kill(self) -> None:
         """End it now, whatever it does."""
@@ -29,3 +33,9 @@ class Backend(Protocol):
 
     def wait(self, busy: Collection[Worker], timeout_s: float) -> list[Worker]:
         """Those of `busy` that have answered or died, as soon as there is one; none after timeout_s."""
+
+    def is_one_machine(self) -> bool:
+        """Whether all workers see the files of this machine."""
+
+    def close(self) -> None:
+        """Leave the place; all workers have ended."""

@@ -1,8 +1,8 @@
 """sampling: requests -> committed shards of rollouts: those of an iteration, or those of an evaluation."""
 
 import time
-from collections.abc import Generator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from grpo.execute import Pool
 from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.rollouts import SamplingTask, make_shard
 from grpo.generate.weight_sync import WeightSync
-from grpo.generate.worker import ShardJob
+from grpo.generate.worker import Checkpoint, ShardJob
 from grpo.models.weight_check import read_weight_check
 from grpo.models.weights import Lend
 from grpo.prompts.chat import Chat
@@ -123,22 +123,13 @@ def _hand_out(
     run: ActiveRun, staging: Staging, tool: Sampler, workers: Pool, task: SamplingTask, names: list[str]
 ) -> dict[str, Any]:
     """Commit each of these shards as a worker has made it; what their engines were."""
-    policy_id = run.id_of(f"policy@{same_weights_since(run, task.policy)}") or ""
-    check = read_weight_check(run.weight_check_path(task.policy))
     total = sum(len(task.requests[group].seeds) for name in names for group in task.shards[name])
     precision, differences, tokens, started = "", list[float](), 0, time.perf_counter()
-    what = f"{staging.plan.stage} {task.iteration}"
+    what, stop_requested = f"{staging.plan.stage} {task.iteration}", run.console.stop_requested
     with (
-        tool.lend(task.policy) as source,
-        nullcontext(source) if isinstance(source, Path) else source.written() as folder,
+        _jobs(run, tool, workers, task, names) as jobs,
         run.console.progress(what, total, "rollouts") as advance,
-        closing(
-            workers.run(
-                {name: ShardJob(task.part(name), policy_id, folder, check) for name in names},
-                what,
-                run.console.stop_requested,
-            )
-        ) as results,
+        closing(workers.run(jobs, what, stop_requested)) as results,
     ):
         while True:
             with staging.clock("sample"):
@@ -154,6 +145,21 @@ def _hand_out(
             tokens += result.made.labels["response_tokens"]
             advance(result.made.rows, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
     return {"precision": precision, "weight_check_difference": max(differences, default=None)}
+
+
+@contextmanager
+def _jobs(
+    run: ActiveRun, tool: Sampler, workers: Pool, task: SamplingTask, names: list[str]
+) -> Iterator[dict[str, ShardJob]]:
+    """A job of each shard, for as long as the policy is there to be read."""
+    policy_id = run.id_of(f"policy@{same_weights_since(run, task.policy)}") or ""
+    check = read_weight_check(run.weight_check_path(task.policy))
+    shared = None if workers.is_one_machine else run.path
+    with tool.lend(task.policy) as source:
+        held = nullcontext(source) if isinstance(source, Path) else source.written(shared)
+        with held as folder:
+            policy = Checkpoint.of(folder)
+            yield {name: ShardJob(task.part(name), policy_id, policy, check) for name in names}
 
 
 def keep_shards(run: ActiveRun, staging: Staging, records: Sequence[FileRecord], prefix: str) -> None:

@@ -4,11 +4,9 @@ Samples K responses per prompt and stores the log-probs they were sampled with: 
 guessed later. Shards are committed one by one, and a committed shard is never sampled again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-
-import torch
 
 from grpo.artifacts import (
     ActiveRun,
@@ -25,17 +23,16 @@ from grpo.artifacts import (
 from grpo.config import GenerateConfig
 from grpo.config.named_files import named_file
 from grpo.errors import DataError, UsageError
-from grpo.execute import LocalProcesses, Pool
 from grpo.generate import selection
+from grpo.generate.engine_pool import open_pool
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Engine
 from grpo.generate.plan import KEY, OUTPUT
 from grpo.generate.rollouts import SamplingTask
 from grpo.generate.sampling import Sampler, keep_shards, requests_of, sample, sampling_of
 from grpo.generate.weight_sync import WeightSync
-from grpo.generate.worker import EngineSettings, opener
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
-from grpo.models.weight_check import LENGTH, read_weight_check
+from grpo.models.weight_check import LENGTH
 from grpo.models.weights import Lend
 from grpo.prompts.chat import chat_of
 from grpo.prompts.rendering import with_texts
@@ -71,7 +68,7 @@ def open_resource(run: ActiveRun, lend: Lend) -> Iterator[Sampler]:
     weight_sync = WeightSync(engine, run.console.say, attention)
     tokenizer, chat = load_tokenizer(start), chat_of(run.config.prompts, run.imports)
     prompts = with_texts(run.read("prompts", None), tokenizer, chat, run.console.stop_requested)
-    workers = _workers(run, making, vocabulary, device)
+    workers = open_pool(run, making, name, device)
     try:
         with UserSql(run.console.stop_requested) as user_sql:
             yield Sampler(engine, weight_sync, tokenizer, vocabulary, prompts, user_sql, lend, workers)
@@ -79,24 +76,6 @@ def open_resource(run: ActiveRun, lend: Lend) -> Iterator[Sampler]:
         engine.close()
         if workers is not None:
             workers.close()
-
-
-def _workers(run: ActiveRun, making: Callable[[], Engine], vocabulary: int, device: str) -> Pool | None:
-    """`execution.engines`, none of which is started yet. Raises UsageError (exit 2) on a GPU."""
-    execution = run.config.execution
-    if execution is None:
-        return None
-    if device != "cpu":
-        raise UsageError("execution.engines: engines in processes of their own are for a CPU; leave it out")
-    settings = EngineSettings(
-        making,
-        run.start["policy"],
-        read_weight_check(run.weight_check_path(0)),
-        vocabulary,
-        run.config.model_options.attn_implementation,
-        torch.get_num_threads(),
-    )
-    return Pool(LocalProcesses(opener(settings)), execution.engines.count)
 
 
 def _longest_prompt(run: ActiveRun) -> int:

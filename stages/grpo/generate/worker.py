@@ -3,6 +3,8 @@
 The process knows nothing of the run: what it samples is a function of what it is sent.
 """
 
+import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +13,43 @@ from typing import NamedTuple
 
 import torch
 
+from grpo.artifacts import checkpoint_files
+from grpo.errors import ResourceError
 from grpo.generate.engines.protocol import Engine, Group
 from grpo.generate.rollouts import Made, SamplingTask, make_shard
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import load_tokenizer
 from grpo.models.weight_check import WeightCheck
+
+SEEN_S = 60
+
+
+class Checkpoint(NamedTuple):
+    """One that is to be read in another process, maybe of another machine; sizes: of its files, in bytes."""
+
+    folder: Path
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Checkpoint":
+        """The one that is in `folder`."""
+        folder = folder.resolve()
+        return cls(folder, {path.name: path.stat().st_size for path in checkpoint_files(folder)})
+
+    def seen(self) -> Path:
+        """The folder, as soon as all of it is seen here: on a shared store, names come late to other machines.
+
+        Raises ResourceError (exit 7) where it is not, SEEN_S later.
+        """
+        until = time.monotonic() + SEEN_S
+        while missing := [name for name, size in self.sizes.items() if _size_of(self.folder / name) != size]:
+            if time.monotonic() > until:
+                raise ResourceError(
+                    f"execution: {platform.node()} does not see {self.folder / missing[0]} as it was written;"
+                    " artifacts have to be on a store that every node has at the same path"
+                )
+            time.sleep(0.1)
+        return self.folder
 
 
 @dataclass(frozen=True)
@@ -23,7 +57,7 @@ class EngineSettings:
     """What an engine is made of; threads: of torch, on which the last bits of what it computes depend."""
 
     make_engine: Callable[[], Engine]
-    start: Path  # the starting policy
+    start: Checkpoint  # the starting policy
     start_check: WeightCheck
     vocabulary_size: int
     attention: str
@@ -31,11 +65,11 @@ class EngineSettings:
 
 
 class ShardJob(NamedTuple):
-    """Sample the one shard of `task` of a policy, whose checkpoint is in `source`."""
+    """Sample the one shard of `task` of a policy."""
 
     task: SamplingTask
     policy_id: str
-    source: Path
+    source: Checkpoint
     check: WeightCheck
 
 
@@ -53,11 +87,14 @@ def open_worker(settings: EngineSettings) -> Callable[[ShardJob], ShardResult]:
     torch.set_num_threads(settings.threads)
     engine, said = settings.make_engine(), list[str]()
     sync = WeightSync(engine, said.append, settings.attention)
-    sync.open(settings.start, settings.start_check)
-    tokenizer = load_tokenizer(settings.start)
+    start = settings.start.seen()
+    sync.open(start, settings.start_check)
+    tokenizer = load_tokenizer(start)
 
     def sample(job: ShardJob) -> ShardResult:
-        difference = sync.bring(job.policy_id, job.source, job.check)
+        difference = None
+        if sync.holds != job.policy_id:
+            difference = sync.bring(job.policy_id, job.source.seen(), job.check)
         [shard] = job.task.shards.values()
         requests = [job.task.requests[group] for group in shard]
         groups: dict[int, Group] = {
@@ -70,6 +107,13 @@ def open_worker(settings: EngineSettings) -> Callable[[ShardJob], ShardResult]:
         return ShardResult(made, engine.precision, difference, told)
 
     return sample
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # not there yet, or a handle of a file that was
+        return None
 
 
 def opener(settings: EngineSettings) -> Callable[[], Callable[[ShardJob], ShardResult]]:

@@ -25,6 +25,7 @@ from grpo.errors import ResourceError
 
 ADAPTER_NAME = "default"  # what peft calls an adapter without a name
 _IN_MEMORY = Path("/dev/shm")
+_SHARED = ".weights-"
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,20 @@ class Weights:
         return merged(self.model, published_state(self.model))
 
     @contextmanager
-    def written(self) -> Iterator[Path]:
-        """A checkpoint of them, for another process: in memory where there is room, gone afterwards."""
+    def written(self, below: Path | None = None) -> Iterator[Path]:
+        """A checkpoint of them, for another process: in memory where there is room, gone afterwards.
+
+        below: a folder for it that other machines see too; what a killed process left there goes first.
+        """
         tensors = {name: tensor.contiguous() for name, tensor in self.published()}
         size = sum(tensor.nbytes for tensor in tensors.values())
-        in_memory = _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > size
-        with tempfile.TemporaryDirectory(dir=_IN_MEMORY if in_memory else None, prefix="grpo-") as name:
+        if below is None and _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > size:
+            below = _IN_MEMORY
+        elif below is not None:
+            for left in below.glob(f"{_SHARED}*"):
+                files.remove(left)
+        prefix = "grpo-" if below in (None, _IN_MEMORY) else _SHARED
+        with tempfile.TemporaryDirectory(dir=below, prefix=prefix) as name:
             folder = Path(name)
             with files.resource_errors(folder):
                 for path in checkpoint_files(self.folder):

@@ -1,0 +1,20 @@
+"""backends: which place for workers is configured."""
+
+from grpo.config import ExecutionConfig
+from grpo.errors import UsageError
+from grpo.execute.answering import Open
+from grpo.execute.processes import LocalProcesses
+from grpo.execute.protocol import Backend
+
+
+def backend_of(config: ExecutionConfig, open_worker: Open, cpus: int, gpus: int) -> Backend:
+    """The one of `config`, for workers that take so much. Raises UsageError (exit 2) without Ray."""
+    if config.backend == "local":
+        return LocalProcesses(open_worker)
+    try:
+        from grpo.execute.ray_actors import RayActors
+    except ImportError as error:
+        raise UsageError(
+            f"execution.backend: ray: {error}; `pip install 'grpo-stages[ray]'` brings it, on every node"
+        ) from error
+    return RayActors(open_worker, config.address, cpus, gpus)

@@ -1,0 +1,184 @@
+"""ray_actors: workers as Ray actors, on any node of a cluster. Only this file imports ray.
+
+An actor is never restarted by Ray: it would come back without its weights. The pool asks for a new one.
+"""
+
+import os
+import pickle
+import signal
+import socket
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would ask, and tell
+import ray
+from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
+
+from grpo.errors import ResourceError, first_line
+from grpo.execute.answering import Answering, Open
+from grpo.execute.node import check_same, facts
+from grpo.execute.protocol import NoPlace, Worker, WorkerDied
+
+REACH_S = 10  # of the cluster's head
+START_S = 300  # until an actor has a place and a process, of which libraries are imported
+
+
+class RayActors:
+    """Actors of a cluster, all alike. open_worker: of each. cpus, gpus: what each takes of its node.
+
+    address: of the cluster's head, `auto` for the one that this machine is in, `local` for one of its own.
+    Raises ResourceError (exit 7) where none is there.
+    """
+
+    def __init__(self, open_worker: Open, address: str, cpus: int, gpus: int) -> None:
+        self._opener = pickle.dumps(open_worker)
+        self._takes = {"num_cpus": cpus, "num_gpus": gpus}
+        self._entered = not ray.is_initialized()  # else whoever runs us is in a cluster already
+        if self._entered:
+            _enter(address)
+
+    def start(self) -> "Actor":
+        """A new one, on the node that has most room."""
+        return Actor(self._opener, self._takes)
+
+    def wait(self, busy: Collection[Worker], timeout_s: float) -> list[Worker]:
+        """Those of `busy` that have answered or died, or got no place in START_S."""
+        of_answer = {each.answer: each for each in busy if isinstance(each, Actor)}
+        answered, _ = ray.wait(list(of_answer), num_returns=1, timeout=timeout_s)
+        late: list[Worker] = [each for each in of_answer.values() if each.is_without_place()]
+        return late or [of_answer[answer] for answer in answered]
+
+    def is_one_machine(self) -> bool:
+        """Whether every node of the cluster is on the driver's machine."""
+        return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]} <= {
+            ray.util.get_node_ip_address()
+        }
+
+    def close(self) -> None:
+        """Leave the cluster; one of our own ends."""
+        if self._entered:
+            ray.shutdown()
+
+
+class Actor:
+    """One of them."""
+
+    def __init__(self, opener: bytes, takes: Mapping[str, int]) -> None:
+        self._takes, self._since, self._is_placed = takes, time.monotonic(), False
+        options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
+        self._actor = _remote_class().options(**takes, **options).remote(facts(), opener)
+        self._ready = self._actor.ready.remote()
+        self.answer: Any = None
+
+    def submit(self, job: Any) -> None:
+        """Begin a job."""
+        self.answer = self._actor.do.remote(pickle.dumps(job))
+
+    def result(self) -> Any:
+        """The answer."""
+        if self.is_without_place():
+            wanted = " and ".join(f"{count} {kind[4:]}" for kind, count in self._takes.items() if count)
+            raise NoPlace(f"no node has had {wanted} to spare for {START_S} s")
+        try:
+            is_right, found = ray.get(self.answer)
+        except (RayActorError, ObjectLostError, OutOfMemoryError) as error:
+            raise WorkerDied(_ending(error)) from None
+        if is_right:
+            return found
+        raise found
+
+    def is_without_place(self) -> bool:
+        """Whether it should have had a place by now. It is asked no more once it had one, or is dead."""
+        if not self._is_placed:
+            self._is_placed = bool(ray.wait([self._ready], timeout=0)[0])
+        return not self._is_placed and time.monotonic() - self._since > START_S
+
+    def kill(self) -> None:
+        """End it now."""
+        ray.kill(self._actor)
+
+
+class _Answering:
+    """What an actor is. Bytes are read only where the same sources are: others might read something else."""
+
+    def __init__(self, drivers: Mapping[str, str], opener: bytes) -> None:
+        self._drivers, self._opener = drivers, opener
+        self._answering: Answering | None = None
+
+    def ready(self) -> None:
+        """Answered as soon as the process is there."""
+
+    def do(self, job: bytes) -> tuple[bool, Any]:
+        """As Answering."""
+        if self._answering is None:
+            self._answering = Answering(self._open)
+        return self._answering(job)
+
+    def _open(self) -> Any:
+        check_same(self._drivers)
+        work = pickle.loads(self._opener)()  # noqa: S301 - of our own driver, on a cluster that trusts it
+        return lambda job: work(pickle.loads(job))  # noqa: S301
+
+
+@cache
+def _remote_class() -> Any:
+    return ray.remote(_Answering)
+
+
+def _enter(address: str) -> None:
+    """Become a driver of the cluster."""
+    # It would print what befalls workers to stdout, which is for results; the pool says what matters.
+    ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if address == "local":
+        options["include_dashboard"] = False
+    with _own_handlers():
+        try:
+            if address != "local":
+                _reach(address)
+            ray.init(address=address, **options)
+        except (OSError, RuntimeError, ValueError) as error:
+            way = "`ray start --head` begins one, execution.address: local has one of its own"
+            raise ResourceError(f"execution.address: {address}: {first_line(error)}; {way}") from error
+
+
+def _reach(address: str) -> None:
+    """Raise OSError where nobody is there: Ray would try for minutes, and reach no other one afterwards."""
+    found = canonicalize_bootstrap_address(address)
+    if found is None:
+        raise ConnectionError("this machine is in no Ray cluster")
+    host, _, port = found.rpartition(":")
+    if not port.isdecimal():
+        raise ValueError("host:port is right")
+    with socket.create_connection((host, int(port)), timeout=REACH_S):
+        pass
+
+
+@contextmanager
+def _own_handlers() -> Iterator[None]:
+    """What Ray sets for SIGTERM would end the driver without a word: ours come back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+def _ending(error: Exception) -> str:
+    """How an actor ended, in a few words: Ray tells it in ten lines."""
+    if isinstance(error, OutOfMemoryError):
+        return "its node was out of memory"
+    text = str(error)
+    for words, meaning in (
+        ("node has died", "its node died"),
+        ("out of memory", "its node was out of memory"),
+    ):
+        if words in text:
+            return meaning
+    return "its process ended"

@@ -1,0 +1,106 @@
+"""Workers on a Ray cluster of two nodes, on this machine: actors, and a node, that are killed."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.execute.test_pool import go_on, squares
+
+from grpo.errors import DataError, EngineError, ResourceError, UsageError
+from grpo.execute import Pool, node
+
+pytest.importorskip("ray")
+from ray.cluster_utils import Cluster
+
+from grpo.execute import ray_actors
+from grpo.execute.ray_actors import RayActors
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of a core each; the driver is on the first."""
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    found.add_node(num_cpus=1)
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture
+def pool(cluster: Any) -> Iterator[Pool]:
+    with closing(Pool(RayActors(squares, cluster.address, 1, 0), 2)) as opened:
+        yield opened
+
+
+def test_what_workers_do_on_a_cluster(pool: Pool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Answers, errors, deaths: as processes of this machine; and Ray says nothing of its own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    jobs: dict[str, Any] = {str(number): number for number in range(9)}
+    found = dict(pool.run(jobs, "test", go_on))
+    assert {name: result[0] for name, result in found.items()} == {str(n): n * n for n in range(9)}
+    assert len({result[1] for result in found.values()}) == 2
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert pool.is_one_machine
+    again = dict(pool.run({"dies": tmp_path / "marker", "2": 2}, "test", go_on))
+    assert again["dies"][0] == "second"
+    with pytest.raises(DataError, match="a bad shard"):
+        dict(pool.run({"one": "raise"}, "test", go_on))
+    with pytest.raises(RuntimeError, match="KeyError: 'x'"):
+        dict(pool.run({"one": "bug"}, "test", go_on))
+    with pytest.raises(EngineError, match=r"poison \(its process ended\) ended 3 workers"):
+        dict(pool.run({"poison": "kill", "2": 2}, "test", go_on))
+    time.sleep(2)  # it would say so by then
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_node_that_is_killed_costs_its_jobs_alone(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = cluster.add_node(num_cpus=1)
+    jobs = {str(number): f"slow {number}" for number in range(12)}
+    again, redone = Pool._again, list[str]()
+
+    def noted(pool: Pool, now: Any, name: str, how: str) -> None:
+        redone.append(how)
+        again(pool, now, name, how)
+
+    monkeypatch.setattr(Pool, "_again", noted)
+    with closing(Pool(RayActors(squares, cluster.address, 1, 0), 3)) as opened:
+        found = {}
+        for name, result in opened.run(jobs, "test", go_on):
+            found[name] = result[0]
+            if len(found) == 4:
+                cluster.remove_node(lost, allow_graceful=False)
+    assert found == jobs
+    assert redone
+    assert set(redone) <= {"its node died", "its process ended"}
+
+
+def test_no_place_for_any_is_said(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_actors, "START_S", 2)
+    message = r"test: no node has had 64 cpus to spare for 2 s; what is committed is kept"
+    with closing(Pool(RayActors(squares, cluster.address, 64, 0), 2)) as opened:
+        with pytest.raises(ResourceError, match=message):
+            dict(opened.run({"2": 2, "3": 3}, "test", go_on))
+
+
+def test_no_cluster_is_said() -> None:
+    with pytest.raises(
+        ResourceError, match=r"^execution.address: 127.0.0.1:1: .*`ray start --head` begins one"
+    ):
+        RayActors(squares, "127.0.0.1:1", 1, 0)
+
+
+def test_a_node_with_other_sources_is_refused(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = node.facts() | {"torch": "2.0.0"}
+    monkeypatch.setattr(ray_actors, "facts", lambda: others)
+    with (
+        closing(Pool(RayActors(squares, cluster.address, 1, 0), 1)) as opened,
+        pytest.raises(
+            UsageError, match=r"execution: \S+ has torch \S+, the driver 2.0.0; the same everywhere"
+        ),
+    ):
+        dict(opened.run({"2": 2}, "test", go_on))
