@@ -30,6 +30,11 @@ def squares() -> Callable[[Any], Any]:
             case str() if job.startswith("slow"):
                 time.sleep(0.5)
                 return job, os.getpid()
+            case "sleeps once", Path() as marker:
+                with suppress(FileExistsError):
+                    marker.touch(exist_ok=False)
+                    time.sleep(600)
+                return "second", os.getpid()
             case "sleep":
                 time.sleep(600)
             case Path():  # dies the first time
@@ -102,6 +107,23 @@ def test_what_a_job_raises_is_raised_here_and_not_tried_again(
     with pytest.raises(error, match=text):
         dict(pool.run({"one": job}, "test", go_on))
     assert dict(pool.run({"2": 2}, "test", go_on))["2"][0] == 4
+
+
+def test_a_job_that_takes_long_is_begun_again_and_the_first_answer_counts(pool: Pool, tmp_path: Path) -> None:
+    """The first to have it sleeps for ten minutes; it is ended with the pool, not waited for."""
+    assert len(dict(pool.run({"1": 1, "2": 2}, "test", go_on))) == 2  # both are open
+    jobs: dict[str, Any] = {"late": ("sleeps once", tmp_path / "marker"), "2": 2, "3": 3}
+    found = dict(pool.run(jobs, "test", go_on))
+    assert found["late"][0] == "second"
+    assert dict(pool.run({"2": 2, "3": 3}, "test", go_on))["3"][0] == 9  # by the one that is left
+
+
+def test_a_worker_that_does_not_answer_in_time_is_ended(tmp_path: Path) -> None:
+    with closing(Pool(LocalProcesses(squares), 2, copies=False, timeout_s=3.0)) as opened:
+        job = ("sleeps once", tmp_path / "marker")
+        assert dict(opened.run({"late": job}, "test", go_on))["late"][0] == "second"
+        with pytest.raises(EngineError, match=r"hangs \(no answer in 3 s\) ended 3 workers"):
+            dict(opened.run({"hangs": "sleep", "2": 2}, "test", go_on))
 
 
 def test_a_stop_ends_what_is_busy(pool: Pool) -> None:

@@ -82,9 +82,11 @@ def test_a_node_that_is_killed_costs_its_jobs_alone(cluster: Any, monkeypatch: p
 def test_no_place_for_any_is_said(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_actors, "START_S", 2)
     message = r"test: no node has had 64 cpus to spare for 2 s; what is committed is kept"
-    with closing(Pool(RayActors(squares, cluster.address, 64, 0), 2)) as opened:
-        with pytest.raises(ResourceError, match=message):
-            dict(opened.run({"2": 2, "3": 3}, "test", go_on))
+    with (
+        closing(Pool(RayActors(squares, cluster.address, 64, 0), 2)) as opened,
+        pytest.raises(ResourceError, match=message),
+    ):
+        dict(opened.run({"2": 2, "3": 3}, "test", go_on))
 
 
 def test_no_cluster_is_said() -> None:

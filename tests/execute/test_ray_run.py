@@ -107,14 +107,15 @@ def started(project: Path) -> subprocess.Popen[str]:
 
 
 def of_sessions() -> dict[int, str]:
-    """Processes of Ray by number, and how they were started."""
+    """Processes of Ray by number, and how they were started; but for two that end a minute later."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             text = (path / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
         except OSError:
             continue
-        if "ray::" in text or "/ray/" in text:
+        is_agent = "ray::DashboardAgent" in text or "ray::RuntimeEnvAgent" in text
+        if ("ray::" in text or "/ray/" in text) and not is_agent:
             found[int(path.name)] = text
     return found
 

@@ -68,7 +68,7 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
     sampler = resources(generate.NAME)
     with staging.clock("prompts"):
         task = _sampled(run, policy, staging, prompts, sampler)
-    rollouts, engine = sampling.sample(run, staging, sampler, task)
+    rollouts, engine = sampling.sample(run, staging, sampler, task).wait()
     # A reward model takes the engine's place on the accelerator; functions leave it where it is.
     scorers = resources(score.NAME, beside=all(reward.model is None for reward in run.config.score.rewards))
     files = staged(staging, rollouts, ROLLOUTS)

@@ -4,7 +4,6 @@ An actor is never restarted by Ray: it would come back without its weights. The 
 """
 
 import os
-import pickle
 import signal
 import socket
 import time
@@ -18,7 +17,7 @@ import ray
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
-from grpo.errors import ResourceError, first_line
+from grpo.errors import ResourceError, UsageError, first_line
 from grpo.execute.answering import Answering, Open
 from grpo.execute.node import check_same, facts
 from grpo.execute.protocol import NoPlace, Worker, WorkerDied
@@ -35,11 +34,11 @@ class RayActors:
     """
 
     def __init__(self, open_worker: Open, address: str, cpus: int, gpus: int) -> None:
-        self._opener = pickle.dumps(open_worker)
         self._takes = {"num_cpus": cpus, "num_gpus": gpus}
         self._entered = not ray.is_initialized()  # else whoever runs us is in a cluster already
         if self._entered:
             _enter(address)
+        self._opener = ray.put(open_worker)
 
     def start(self) -> "Actor":
         """A new one, on the node that has most room."""
@@ -67,16 +66,17 @@ class RayActors:
 class Actor:
     """One of them."""
 
-    def __init__(self, opener: bytes, takes: Mapping[str, int]) -> None:
-        self._takes, self._since, self._is_placed = takes, time.monotonic(), False
+    def __init__(self, opener: Any, takes: Mapping[str, int]) -> None:
+        self._opener, self._takes = opener, takes
+        self._since, self._is_placed = time.monotonic(), False
         options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
-        self._actor = _remote_class().options(**takes, **options).remote(facts(), opener)
-        self._ready = self._actor.ready.remote()
+        self._actor = _remote_class().options(**takes, **options).remote()
+        self._ready = self._actor.difference.remote(facts())
         self.answer: Any = None
 
     def submit(self, job: Any) -> None:
         """Begin a job."""
-        self.answer = self._actor.do.remote(pickle.dumps(job))
+        self.answer = self._actor.do.remote(self._opener, job)
 
     def result(self) -> Any:
         """The answer."""
@@ -84,6 +84,8 @@ class Actor:
             wanted = " and ".join(f"{count} {kind[4:]}" for kind, count in self._takes.items() if count)
             raise NoPlace(f"no node has had {wanted} to spare for {START_S} s")
         try:
+            if (difference := ray.get(self._ready)) is not None:  # it may have read the job as something else
+                raise difference
             is_right, found = ray.get(self.answer)
         except (RayActorError, ObjectLostError, OutOfMemoryError) as error:
             raise WorkerDied(_ending(error)) from None
@@ -103,25 +105,24 @@ class Actor:
 
 
 class _Answering:
-    """What an actor is. Bytes are read only where the same sources are: others might read something else."""
+    """What an actor is."""
 
-    def __init__(self, drivers: Mapping[str, str], opener: bytes) -> None:
-        self._drivers, self._opener = drivers, opener
+    def __init__(self) -> None:
         self._answering: Answering | None = None
 
-    def ready(self) -> None:
-        """Answered as soon as the process is there."""
+    def difference(self, drivers: Mapping[str, str]) -> UsageError | None:
+        """Answered as soon as the process is there: what is not as at the driver."""
+        try:
+            check_same(drivers)
+        except UsageError as error:
+            return error
+        return None
 
-    def do(self, job: bytes) -> tuple[bool, Any]:
+    def do(self, open_worker: Open, job: Any) -> tuple[bool, Any]:
         """As Answering."""
         if self._answering is None:
-            self._answering = Answering(self._open)
+            self._answering = Answering(open_worker)
         return self._answering(job)
-
-    def _open(self) -> Any:
-        check_same(self._drivers)
-        work = pickle.loads(self._opener)()  # noqa: S301 - of our own driver, on a cluster that trusts it
-        return lambda job: work(pickle.loads(job))  # noqa: S301
 
 
 @cache

@@ -1,10 +1,9 @@
 """sampling: requests -> committed shards of rollouts: those of an iteration, or those of an evaluation."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,9 +12,9 @@ from grpo.artifacts import ActiveRun, FileRecord, Staging, same_weights_since
 from grpo.config import GenerateConfig
 from grpo.execute import Pool
 from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
+from grpo.generate.hand_out import HandOut
 from grpo.generate.rollouts import SamplingTask, make_shard
 from grpo.generate.weight_sync import WeightSync
-from grpo.generate.worker import Checkpoint, ShardJob
 from grpo.models.weight_check import read_weight_check
 from grpo.models.weights import Lend
 from grpo.prompts.chat import Chat
@@ -59,21 +58,40 @@ class Sampler:
     workers: Pool | None = None
 
 
-def sample(
-    run: ActiveRun, staging: Staging, tool: Sampler, task: SamplingTask
-) -> tuple[list[FileRecord], dict[str, Any]]:
-    """Sample what of `task` is not committed yet; all its shards, and what the engine was."""
+@dataclass
+class Sampled:
+    """A task whose shards are being sampled, by other processes maybe; wait() until they are committed."""
+
+    staging: Staging
+    task: SamplingTask
+    engine: dict[str, Any]
+    handout: HandOut | None = None
+
+    def wait(self) -> tuple[list[FileRecord], dict[str, Any]]:
+        """All shards of the task, and what the engine was. Raises what went wrong meanwhile."""
+        if self.handout is not None:
+            self.engine = self.handout.wait()
+        held = [record for name in self.task.shards if (record := self.staging.committed(name)) is not None]
+        assert len(held) == len(self.task.shards), "the engine left groups out"
+        return held, self.engine
+
+    def close(self) -> None:
+        """Give up what is not committed yet."""
+        if self.handout is not None:
+            self.handout.close()
+
+
+def sample(run: ActiveRun, staging: Staging, tool: Sampler, task: SamplingTask) -> Sampled:
+    """Sample what of `task` is not committed yet, here; other processes only begin with it."""
     todo = [name for name in task.shards if staging.committed(name) is None]
     engine: dict[str, Any] = {"precision": None, "weight_check_difference": None}
     if todo and tool.workers is not None:
-        engine = _hand_out(run, staging, tool, tool.workers, task, todo)
-    elif todo:  # else all is committed but the manifest, and no engine is loaded
+        return Sampled(staging, task, engine, HandOut(run, staging, tool.workers, tool.lend, task, todo))
+    if todo:  # else all is committed but the manifest, and no engine is loaded
         difference = _bring_policy(run, staging, tool, task.policy)
         engine = {"precision": tool.engine.precision, "weight_check_difference": difference}
         _sample_shards(run, staging, tool, task, todo)
-    held = [record for name in task.shards if (record := staging.committed(name)) is not None]
-    assert len(held) == len(task.shards), "the engine left groups out"
-    return held, engine
+    return Sampled(staging, task, engine)
 
 
 def _sample_shards(
@@ -117,49 +135,6 @@ def _groups(
             if group is None:
                 return
             yield group
-
-
-def _hand_out(
-    run: ActiveRun, staging: Staging, tool: Sampler, workers: Pool, task: SamplingTask, names: list[str]
-) -> dict[str, Any]:
-    """Commit each of these shards as a worker has made it; what their engines were."""
-    total = sum(len(task.requests[group].seeds) for name in names for group in task.shards[name])
-    precision, differences, tokens, started = "", list[float](), 0, time.perf_counter()
-    what, stop_requested = f"{staging.plan.stage} {task.iteration}", run.console.stop_requested
-    with (
-        _jobs(run, tool, workers, task, names) as jobs,
-        run.console.progress(what, total, "rollouts") as advance,
-        closing(workers.run(jobs, what, stop_requested)) as results,
-    ):
-        while True:
-            with staging.clock("sample"):
-                name, result = next(results, ("", None))
-            if result is None:
-                break
-            for text in result.said:
-                run.console.say(text)
-            with staging.clock("write"):
-                staging.adopt(task.table, name, result.made.content, result.made.rows, **result.made.labels)
-            precision = result.precision
-            differences += [] if result.difference is None else [result.difference]
-            tokens += result.made.labels["response_tokens"]
-            advance(result.made.rows, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
-    return {"precision": precision, "weight_check_difference": max(differences, default=None)}
-
-
-@contextmanager
-def _jobs(
-    run: ActiveRun, tool: Sampler, workers: Pool, task: SamplingTask, names: list[str]
-) -> Iterator[dict[str, ShardJob]]:
-    """A job of each shard, for as long as the policy is there to be read."""
-    policy_id = run.id_of(f"policy@{same_weights_since(run, task.policy)}") or ""
-    check = read_weight_check(run.weight_check_path(task.policy))
-    shared = None if workers.is_one_machine else run.path
-    with tool.lend(task.policy) as source:
-        held = nullcontext(source) if isinstance(source, Path) else source.written(shared)
-        with held as folder:
-            policy = Checkpoint.of(folder)
-            yield {name: ShardJob(task.part(name), policy_id, policy, check) for name in names}
 
 
 def keep_shards(run: ActiveRun, staging: Staging, records: Sequence[FileRecord], prefix: str) -> None:

@@ -29,7 +29,7 @@ from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Engine
 from grpo.generate.plan import KEY, OUTPUT
 from grpo.generate.rollouts import SamplingTask
-from grpo.generate.sampling import Sampler, keep_shards, requests_of, sample, sampling_of
+from grpo.generate.sampling import Sampled, Sampler, keep_shards, requests_of, sample, sampling_of
 from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import best_device, context_length, load_config, load_tokenizer
 from grpo.models.weight_check import LENGTH
@@ -125,7 +125,12 @@ def after(run: ActiveRun, manifest: Manifest, sampler: Sampler) -> None:
 
 
 def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) -> Product:
-    """The `rollouts` of one iteration: what of them is not committed yet is sampled, shard by shard.
+    """The `rollouts` of one iteration: what of them is not committed yet is sampled, shard by shard."""
+    return finish(begin(run, iteration, staging, sampler))
+
+
+def begin(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) -> Sampled:
+    """Have them sampled; by engines in other processes, this only begins it.
 
     generate.dynamic_sampling asks for another round of prompts where too few groups have signal: a new
     attempt at the same plan, which keeps the shards of the rounds before and samples its own.
@@ -142,7 +147,12 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) 
     with staging.clock("prompts"):
         task = _task(run, iteration, staging, sampler, rounds)
     _check_same_prompts(staging, task)
-    held, engine = sample(run, staging, sampler, task)
+    return sample(run, staging, sampler, task)
+
+
+def finish(sampled: Sampled) -> Product:
+    """The `rollouts` that were begun, when all are there."""
+    task, (held, engine) = sampled.task, sampled.wait()
     rollouts = sum(record.rows or 0 for record in held)
     tokens = sum(record.labels["response_tokens"] for record in held)
     truncated = sum(record.labels["truncated"] for record in held)
@@ -151,8 +161,8 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, sampler: Sampler) 
         "response_tokens": tokens,
         "mean_response_tokens": tokens / rollouts,
         "truncated_fraction": truncated / rollouts,
-        "policy_lag": iteration - task.policy,
-        "rounds": rounds,
+        "policy_lag": task.iteration - task.policy,
+        "rounds": len(task.requests) // task.groups_per_round,
     }
     if task.by_query is not None:
         summary["groups_by_query"] = task.by_query

@@ -37,7 +37,7 @@ class Checkpoint(NamedTuple):
         return cls(folder, {path.name: path.stat().st_size for path in checkpoint_files(folder)})
 
     def seen(self) -> Path:
-        """The folder, as soon as all of it is seen here: on a shared store, names come late to other machines.
+        """The folder, as soon as all of it is seen here: on a shared store, names come late to others.
 
         Raises ResourceError (exit 7) where it is not, SEEN_S later.
         """

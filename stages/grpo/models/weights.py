@@ -24,8 +24,7 @@ from grpo.artifacts import checkpoint_files, files, is_weight_file
 from grpo.errors import ResourceError
 
 ADAPTER_NAME = "default"  # what peft calls an adapter without a name
-_IN_MEMORY = Path("/dev/shm")
-_SHARED = ".weights-"
+IN_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,15 @@ class Weights:
         return merged(self.model, published_state(self.model))
 
     @contextmanager
-    def written(self, below: Path | None = None) -> Iterator[Path]:
+    def written(self, below: Path | None = None, prefix: str = "grpo-") -> Iterator[Path]:
         """A checkpoint of them, for another process: in memory where there is room, gone afterwards.
 
-        below: a folder for it that other machines see too; what a killed process left there goes first.
+        below: a folder for it, which other machines see too. prefix: of its name.
         """
         tensors = {name: tensor.contiguous() for name, tensor in self.published()}
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if below is None and _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > size:
-            below = _IN_MEMORY
-        elif below is not None:
-            for left in below.glob(f"{_SHARED}*"):
-                files.remove(left)
-        prefix = "grpo-" if below in (None, _IN_MEMORY) else _SHARED
+        if below is None and IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > size:
+            below = IN_MEMORY
         with tempfile.TemporaryDirectory(dir=below, prefix=prefix) as name:
             folder = Path(name)
             with files.resource_errors(folder):

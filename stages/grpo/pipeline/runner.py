@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from grpo.artifacts import ActiveRun, Stop, lacking, prune, stop_at
 from grpo.errors import InputError
+from grpo.pipeline.lane import SampleLane
 from grpo.pipeline.resources import Resources
 from grpo.pipeline.signal import without_signal
-from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage, perform
+from grpo.pipeline.stages import EVALUATE, GENERATE, STAGES, UPDATE, Stage
 from grpo.pipeline.states import differences_of, nearest_policy, state_of, states
 from grpo.update.schedule import learning_rate
 
@@ -26,10 +27,10 @@ def run_iterations(
         complete = _complete(run)
         prune(run)  # what a killed one left
     worked, evaluated, begun = 0, 0, False
-    with Resources(run) as resources:
+    with Resources(run) as resources, SampleLane(run, resources) as lane:
         for iteration in sorted({*range(until + 1)} - complete):
             trained = False
-            while todo := what_to_do(run, iteration, until):
+            while todo := lane.without_begun(what_to_do(run, iteration, until), iteration):
                 stage, number = todo[0]
                 if stage is not EVALUATE and not trained and (ended := stop_at(run, iteration)):
                     resources.keep_newest()
@@ -41,7 +42,7 @@ def run_iterations(
                     _check_before(run, resources, until)
                     begun = True
                 run.console.stop_requested()
-                perform(run, stage, number, resources)
+                lane.perform(stage, number, iteration)
                 if stage is EVALUATE:
                     report_policy(iteration)
                     evaluated += 1

@@ -100,6 +100,21 @@ def perform(
 
     force: rerun, whatever is there; only_failed: rerun for the rows that failed.
     """
+    staging = open_staging(run, stage, iteration, resources, force, only_failed)
+    if isinstance(staging, Manifest):
+        return staging
+    return make(run, stage, staging, resources.get(stage))
+
+
+def open_staging(
+    run: ActiveRun,
+    stage: Stage,
+    iteration: int,
+    resources: "Resources",
+    force: bool = False,
+    only_failed: bool = False,
+) -> Staging | Manifest:
+    """Where an output is to be made, or made whole; the committed one where nothing is to be done."""
     plan = stage.plan(run, iteration)
     committed = run.manifest(stage.output, iteration)
     attempt = choose_attempt(run, plan, committed, force, only_failed)
@@ -108,7 +123,7 @@ def perform(
     if committed is not None:
         _keep_newest(run, stage, iteration, resources)
     require_space(run, stage.output, iteration)
-    return make(run, stage, Staging(run, plan, attempt, only_failed), resources.get(stage))
+    return Staging(run, plan, attempt, only_failed)
 
 
 def _keep_newest(run: ActiveRun, stage: Stage, iteration: int, resources: "Resources") -> None:

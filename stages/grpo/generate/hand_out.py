@@ -1,0 +1,131 @@
+"""hand_out: shards that other processes sample while this one waits, or scores and trains.
+
+A thread takes the answers and commits the shards; it computes nothing. What it needs of a policy is on disk,
+or in memory as files, before it begins: whoever trains may change the weights then.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from grpo.artifacts import ActiveRun, Staging, checkpoint_files, files, same_weights_since
+from grpo.errors import Interrupted
+from grpo.execute import Pool
+from grpo.generate.rollouts import SamplingTask
+from grpo.generate.worker import Checkpoint, ShardJob, ShardResult
+from grpo.models.weight_check import read_weight_check
+from grpo.models.weights import IN_MEMORY, Lend
+
+_SHOWN_S = 0.1
+
+
+class HandOut:
+    """The shards `names` of a task, begun."""
+
+    def __init__(
+        self,
+        run: ActiveRun,
+        staging: Staging,
+        workers: Pool,
+        lend: Lend,
+        task: SamplingTask,
+        names: list[str],
+    ) -> None:
+        self._run, self._staging, self._workers = run, staging, workers
+        self._table, self._what = task.table, f"{staging.plan.stage} {task.iteration}"
+        self._total = sum(len(task.requests[group].seeds) for name in names for group in task.shards[name])
+        self._rollouts = self._tokens = 0  # committed
+        self._precision, self._differences = "", list[float]()
+        self._error: BaseException | None = None
+        self._is_given_up = False
+        shared = None if workers.is_one_machine else run.path
+        with ExitStack() as held:
+            folder = held.enter_context(_held_policy(run, lend, task.policy, shared))
+            policy_id = run.id_of(f"policy@{same_weights_since(run, task.policy)}") or ""
+            policy, check = Checkpoint.of(folder), read_weight_check(run.weight_check_path(task.policy))
+            self._jobs = {name: ShardJob(task.part(name), policy_id, policy, check) for name in names}
+            self._started = time.perf_counter()
+            self._thread = threading.Thread(target=self._collect, name="hand-out", daemon=True)
+            self._thread.start()
+            self._held = held.pop_all()
+
+    def wait(self) -> dict[str, Any]:
+        """What the engines were, when all shards are committed. Raises what went wrong meanwhile."""
+        shown = 0
+        try:
+            with self._run.console.progress(self._what, self._total, "rollouts") as advance:
+                while self._thread.is_alive():
+                    self._thread.join(_SHOWN_S)
+                    rate, done = self._tokens / (time.perf_counter() - self._started), self._rollouts
+                    advance(done - shown, f"{rate:,.0f} tok/s")
+                    shown = done
+        finally:
+            self.close()
+        if self._error is not None:
+            raise self._error
+        return {
+            "precision": self._precision,
+            "weight_check_difference": max(self._differences, default=None),
+        }
+
+    def close(self) -> None:
+        """Give up what is not committed yet; the policy is read no more."""
+        self._is_given_up = True
+        self._thread.join()
+        self._held.close()
+
+    def _collect(self) -> None:
+        try:
+            with closing(self._workers.run(self._jobs, self._what, self._stop_requested)) as results:
+                while True:
+                    with self._staging.clock("sample"):
+                        name, result = next(results, ("", None))
+                    if result is None:
+                        return
+                    self._commit(name, result)
+        except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+            self._error = error
+
+    def _commit(self, name: str, result: ShardResult) -> None:
+        for text in result.said:
+            self._run.console.say(text)
+        made = result.made
+        with self._staging.clock("write"):
+            self._staging.adopt(self._table, name, made.content, made.rows, **made.labels)
+        self._precision = result.precision
+        self._differences += [] if result.difference is None else [result.difference]
+        self._tokens += made.labels["response_tokens"]
+        self._rollouts += made.rows
+
+    def _stop_requested(self) -> None:
+        self._run.console.stop_requested()
+        if self._is_given_up:
+            raise Interrupted(0)
+
+
+@contextmanager
+def _held_policy(run: ActiveRun, lend: Lend, policy: int, shared: Path | None) -> Iterator[Path]:
+    """A folder with policy `policy`, which stays whatever becomes of the run's own.
+
+    shared: a folder that all machines see; None: this is the only one.
+    """
+    prefix = f".weights-{hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:12]}-"
+    for folder in filter(Path.is_dir, (run.path, IN_MEMORY)):
+        for left in folder.glob(f"{prefix}*"):  # of a process that was killed: we hold the lock
+            files.remove(left)
+    with ExitStack() as stack:
+        with lend(policy) as source:
+            if not isinstance(source, Path):
+                folder = stack.enter_context(source.written(shared, prefix))
+            elif source.is_relative_to(run.path):
+                folder = Path(stack.enter_context(TemporaryDirectory(dir=run.path, prefix=prefix)))
+                for path in checkpoint_files(source):
+                    files.link_file(path, folder / path.name)
+            else:
+                folder = source  # the starting policy
+        yield folder
