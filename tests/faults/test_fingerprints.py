@@ -225,7 +225,11 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "checkpoints.keep_every": (["checkpoints.keep_every=null"], NOTHING),
     "checkpoints.keep_best": (["checkpoints.keep_best=false"], NOTHING),
     "sql_timeout_s": (["sql_timeout_s=60"], NOTHING),
+    "execution.backend": (["execution={backend: ray}"], NOTHING),
+    "execution.address": (["execution={backend: ray, address: local}"], NOTHING),
     "execution.engines.count": (["execution={engines: {count: 2}}"], NOTHING),
+    "execution.engines.gpus": (["execution={backend: ray, engines: {gpus: 1}}"], NOTHING),
+    "execution.engines.timeout_s": (["execution={engines: {timeout_s: 60}}"], NOTHING),
     "track": (["track=trackio"], NOTHING),
 }
 

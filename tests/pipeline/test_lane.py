@@ -152,16 +152,16 @@ def test_a_signal_ends_both_lanes(
     tmp_path: Path,
     number: signal.Signals,
 ) -> None:
-    chance, codes = random.Random(int(number)), set[int]()
     folder = write_project(tmp_path / "signalled")
-    for _ in range(3):
+    for iteration in (0, 1):
         child = crash.Child(folder, [["run", *AHEAD, *ENGINES]])
-        time.sleep(chance.uniform(1.0, 6.0))
+        trained = folder / crash.RUN / f"iteration={iteration:06d}/update/manifest.json"
+        while not trained.exists():  # the lane is at work then
+            time.sleep(0.01)
         os.kill(child.pid, number)
         code, _, err = child.wait()
-        codes.add(code)
-        assert code in (0, 128 + number, -number), err
+        assert code == 128 + number, err
         assert "Traceback" not in err
-    assert codes & {128 + number, -number}
+        assert "interrupted: what is committed is kept" in err
     crash.succeed(folder, "run", *AHEAD, *ENGINES)
     assert crash.contents(folder) == in_turn
