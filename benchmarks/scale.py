@@ -68,7 +68,7 @@ def _measured(
         for way, settings in ways.items():
             run = f"run={way.replace(' ', '-').replace(',', '')}-{number}"
             _run(start, run, *COMMON, *settings)
-            found[way] += seconds_of(answer(start, "sql", STAGES, "--set", run))
+            found[way] += seconds_of(answer(start, "sql", STAGES, "--run", run.removeprefix("run=")))
             shutil.rmtree(start / "artifacts" / run.removeprefix("run="))
     return {way: statistics.median(seconds) for way, seconds in found.items()}
 
