@@ -17,6 +17,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from machine import describe
 from process import GRPO, answer
@@ -32,7 +33,7 @@ STAGES = """
 select iteration, stage, min(started) as began, max(ended) as ended
 from timings where iteration is not null group by all order by ended
 """
-Rows = list[dict[str, float]]
+Rows = list[dict[str, Any]]
 
 
 def main() -> None:

@@ -1,0 +1,88 @@
+"""examples/cluster, as far as one machine can run it: two nodes of Slurm are two Ray nodes here."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+from tests.conftest import Grpo
+from tests.faults import crash
+
+pytest.importorskip("ray")
+
+CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
+# Without what Slurm does: `srun` runs the command here, on a node of its own name.
+SRUN = """\
+#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+exec "$@" --num-cpus=1
+"""
+SCONTROL = """\
+#!/usr/bin/env bash
+echo "$@" >> requeued
+"""
+
+
+@pytest.fixture
+def slurm(project: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An environment as a job of two nodes has it."""
+    folder = project / "bin"
+    folder.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "grpo").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m grpo "$@"\n')
+    (folder / "grpo").chmod(0o755)
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    given = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_ON_NODE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    return {**os.environ, **given, "PATH": path, "RAY_PORT": "46379"}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_a_slurm_job_is_told_put_back_and_goes_on(slurm: dict[str, str], project: Path, grpo: Grpo) -> None:
+    job = subprocess.Popen(["bash", CLUSTER / "slurm.sbatch"], cwd=project, env=slurm, stderr=subprocess.PIPE)
+    rollouts = project / crash.RUN / "iteration=000000/rollouts/manifest.json"
+    until = time.monotonic() + 120
+    while not rollouts.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)  # to the script alone, as B: has it
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 143, err
+    assert (project / "requeued").read_text() == "requeue 7\n"
+    done = subprocess.run(
+        ["bash", CLUSTER / "slurm.sbatch"], cwd=project, env=slurm, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(project.glob(".ray-token*"))
+    found = crash.contents(project)
+    shutil.rmtree(project / "artifacts")
+    subprocess.run([sys.executable, "-m", "grpo", "run"], cwd=project, env=slurm, check=True)
+    assert crash.contents(project) == found
+
+
+def test_what_kuberay_runs_is_a_command_of_ours(project: Path, grpo: Grpo) -> None:
+    job: dict[str, Any] = YAML(typ="safe").load(CLUSTER / "rayjob.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    found = re.search(r'--set "(execution=.*)"', job["spec"]["entrypoint"])
+    assert found is not None
+    code, out, err = grpo("run", "--dry-run", "--set", found[1])
+    assert code == 0, err
+    [group] = cluster["workerGroupSpecs"]
+    assert re.search(rf"execution.engines.count +{group['replicas']}\n", out)
+    assert cluster["rayVersion"] == metadata.version("ray")
