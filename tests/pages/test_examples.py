@@ -15,7 +15,8 @@ from grpo.config import load
 from grpo.models.find import BUILT_IN
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CONFIGURATIONS = sorted(EXAMPLES.rglob("*.yaml"))
+# Those of cluster/ are for Kubernetes (test_cluster.py).
+CONFIGURATIONS = sorted(set(EXAMPLES.rglob("*.yaml")) - set(EXAMPLES.glob("cluster/*")))
 ON_THE_STARTER = [path.stem for path in CONFIGURATIONS if load(path).model in BUILT_IN]
 
 
