@@ -1,5 +1,6 @@
 """`grpo run` with engines on a Ray cluster: the files of a single process, whatever is killed."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -139,6 +140,21 @@ def test_no_process_stays_behind_a_driver_that_is_ended(
     assert code == 0, err
 
 
+def test_doctor_says_what_there_is_room_for(project: Path, grpo: Grpo, cluster: Any) -> None:
+    def looked(count: int) -> dict[str, Any]:
+        code, out, err = grpo("doctor", "--json", *on(cluster.address, count))
+        assert code == 0, err
+        [found] = [check for check in json.loads(out)["checks"] if check["name"] == "execution"]
+        return dict(found)
+
+    found = looked(2)
+    assert (found["level"], found["needed"]) == ("ok", f"{CPUS} cores each")
+    assert f"2 engines, ray on 2 nodes: {2 * CPUS} cores, 0 GPUs" in found["found"]
+    found = looked(5)
+    assert found["level"] == "warning"
+    assert found["note"].startswith("there is room for 2 of 5 engines; ")
+
+
 def test_what_cannot_be_is_refused(project: Path, grpo: Grpo) -> None:
     def error_of(execution: str, *more: str) -> tuple[int, str]:
         code, _, err = grpo("run", "--set", f"execution={execution}", *more)
@@ -149,6 +165,8 @@ def test_what_cannot_be_is_refused(project: Path, grpo: Grpo) -> None:
     code, err = error_of("{engines: {gpus: 1}}")
     assert (code, "engines on GPUs are for `backend: ray`" in err) == (2, True), err
     code, err = error_of("{backend: ray, engines: {gpus: 1}}")
+    assert (code, "needs generate.engine: vllm" in err) == (2, True), err
+    code, err = error_of("{backend: ray, engines: {gpus: 1}}", "--dry-run")
     assert (code, "needs generate.engine: vllm" in err) == (2, True), err
     code, err = error_of("{backend: ray, address: '127.0.0.1:1'}")
     assert (code, "`ray start --head` begins one" in err) == (7, True), err

@@ -10,10 +10,10 @@ import torch
 from tests.update.examples import configuration
 
 from grpo.artifacts import ActiveRun
-from grpo.config import Config
+from grpo.config import Config, ExecutionConfig
 from grpo.console import Console
 from grpo.manage.doctor import machine
-from grpo.manage.doctor.memory import Facts, changed_value, check_gpu, peak_of, way_out
+from grpo.manage.doctor.memory import LIBRARIES, Facts, changed_value, check_gpu, peak_of, way_out
 from grpo.manage.doctor.report import Report
 from grpo.models import device
 from grpo.models.size import Shape
@@ -137,6 +137,19 @@ def test_on_a_cpu_engine_and_learner_share_what_is_held() -> None:
     parts = peak_of(vllm, facts_of(SMALL, on_gpu=False)).parts
     assert "activations" in parts
     assert parts["key-value cache"] == 4 * GIB  # it stays open
+
+
+def test_engines_in_processes_of_their_own_are_counted() -> None:
+    config = config_of(engine="transformers", precision="float32", gradient_checkpointing=False)
+    alone = peak_of(config, facts_of(SMALL, on_gpu=False)).parts
+    execution = ExecutionConfig.model_validate({"engines": {"count": 3}})
+    parts = peak_of(config.model_copy(update={"execution": execution}), facts_of(SMALL, on_gpu=False)).parts
+    assert parts["engines"] % 3 == 0
+    assert parts["engines"] // 3 > 4 * SMALL.parameters + LIBRARIES
+    assert parts["weights"] == alone["weights"]
+    elsewhere = ExecutionConfig.model_validate({"backend": "ray", "engines": {"count": 3}})
+    parts = peak_of(config.model_copy(update={"execution": elsewhere}), facts_of(SMALL, on_gpu=False)).parts
+    assert "engines" not in parts
 
 
 # What else is asked of the machine

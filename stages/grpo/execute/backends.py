@@ -1,5 +1,8 @@
 """backends: which place for workers is configured."""
 
+from importlib import import_module
+from typing import Any
+
 from grpo.config import ExecutionConfig
 from grpo.errors import UsageError
 from grpo.execute.answering import Open
@@ -11,10 +14,15 @@ def backend_of(config: ExecutionConfig, open_worker: Open, cpus: int, gpus: int)
     """The one of `config`, for workers that take so much. Raises UsageError (exit 2) without Ray."""
     if config.backend == "local":
         return LocalProcesses(open_worker)
+    actors: Backend = require_ray().RayActors(open_worker, config.address, cpus, gpus)
+    return actors
+
+
+def require_ray() -> Any:
+    """The module that knows Ray. Raises UsageError (exit 2) where Ray is not installed."""
     try:
-        from grpo.execute.ray_actors import RayActors
+        return import_module("grpo.execute.ray_actors")
     except ImportError as error:
         raise UsageError(
             f"execution.backend: ray: {error}; `pip install 'grpo-stages[ray]'` brings it, on every node"
         ) from error
-    return RayActors(open_worker, config.address, cpus, gpus)

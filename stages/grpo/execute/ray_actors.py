@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would ask, and tell
 import ray
@@ -24,6 +24,30 @@ from grpo.execute.protocol import NoPlace, Worker, WorkerDied
 
 REACH_S = 10  # of the cluster's head
 START_S = 300  # until an actor has a place and a process, of which libraries are imported
+
+
+class Node(NamedTuple):
+    """What a node of a cluster has."""
+
+    cpus: int
+    gpus: int
+
+    def room_for(self, cpus: int, gpus: int) -> int:
+        """How many workers that take so much."""
+        return min(self.cpus // cpus, self.gpus // gpus if gpus else self.cpus // cpus)
+
+
+def nodes_of(address: str) -> list[Node]:
+    """Of the cluster at `address`, as they are now. Raises ResourceError (exit 7) where none is there."""
+    entered = not ray.is_initialized()
+    if entered:
+        _enter(address)
+    try:
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [Node(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources]
+    finally:
+        if entered:
+            ray.shutdown()
 
 
 class RayActors:

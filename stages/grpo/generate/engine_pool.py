@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from grpo.artifacts import ActiveRun
-from grpo.config import Config, ExecutionConfig
+from grpo.config import Config
 from grpo.errors import UsageError
 from grpo.execute import Pool, backend_of
 from grpo.generate.engines.protocol import Engine
@@ -23,7 +23,7 @@ def open_pool(run: ActiveRun, making: Callable[[], Engine], engine: str, device:
     execution = run.config.execution
     if execution is None:
         return None
-    _check(run.config, execution, engine, device)
+    check_engines(run.config, engine, device)
     start, threads = run.start["policy"], torch.get_num_threads()
     settings = EngineSettings(
         making,
@@ -40,8 +40,11 @@ def open_pool(run: ActiveRun, making: Callable[[], Engine], engine: str, device:
     return Pool(backend, engines.count, copies=engine != "vllm", timeout_s=engines.timeout_s)
 
 
-def _check(config: Config, execution: ExecutionConfig, engine: str, device: str) -> None:
-    options, gpus = config.generate.engine_options, execution.engines.gpus
+def check_engines(config: Config, engine: str, device: str) -> None:
+    """Raise UsageError (exit 2) for `execution.engines` that would not compute what is configured."""
+    if config.execution is None:
+        return
+    options, gpus = config.generate.engine_options, config.execution.engines.gpus
     if not gpus:
         if device != "cpu":
             raise UsageError(

@@ -15,6 +15,7 @@ from grpo.manage.doctor.inputs import (
 )
 from grpo.manage.doctor.machine import check_compiler, check_threads
 from grpo.manage.doctor.memory import check_memory
+from grpo.manage.doctor.places import check_execution
 from grpo.manage.doctor.report import Report, print_report
 from grpo.manage.doctor.rewards import check_rewards, check_teachers
 from grpo.manage.doctor.settings import (
@@ -56,6 +57,7 @@ def _look(run: ActiveRun, report: Report, with_model: bool, room: bool = True) -
     config = run.config
     check_run(run, report)
     check_engine(run, report)
+    check_execution(run, report, room)
     check_compiler(run, report)
     check_threads(report)
     check_sql(run, report)
