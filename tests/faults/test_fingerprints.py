@@ -226,6 +226,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "checkpoints.keep_best": (["checkpoints.keep_best=false"], NOTHING),
     "sql_timeout_s": (["sql_timeout_s=60"], NOTHING),
     "execution.engines.count": (["execution={engines: {count: 2}}"], NOTHING),
+    "artifacts.mirror": (["artifacts.mirror=s3://bucket/runs"], NOTHING),
     "track": (["track=trackio"], NOTHING),
 }
 

@@ -235,7 +235,11 @@ def _parsed(path: Path, *_: int) -> Manifest:
 
     Room for those that the work on an iteration asks for again and again: a long run must not keep them all.
     """
-    data = parse_json(path)
+    return manifest_of(path, parse_json(path))
+
+
+def manifest_of(path: Path, data: Any) -> Manifest:
+    """The manifest that the parsed content of `path` is. Raises as read_manifest()."""
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise InputError(

@@ -1,5 +1,6 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
+from grpo.config.artifacts import ArtifactsConfig, mirror_address
 from grpo.config.evaluate import EvaluateConfig, StopConfig
 from grpo.config.generate import GenerateConfig
 from grpo.config.loading import PIPELINE, SECTION, differing_keys, flatten, load, overridden_keys, validated
@@ -14,6 +15,7 @@ __all__ = [
     "PIPELINE",
     "SECTION",
     "AdvantageConfig",
+    "ArtifactsConfig",
     "Config",
     "EvaluateConfig",
     "GenerateConfig",
@@ -28,6 +30,7 @@ __all__ = [
     "differing_keys",
     "flatten",
     "load",
+    "mirror_address",
     "overridden_keys",
     "points",
     "validated",

@@ -100,6 +100,8 @@ def perform(
 
     force: rerun, whatever is there; only_failed: rerun for the rows that failed.
     """
+    if run.mirror is not None:
+        run.mirror.check()
     plan = stage.plan(run, iteration)
     committed = run.manifest(stage.output, iteration)
     attempt = choose_attempt(run, plan, committed, force, only_failed)

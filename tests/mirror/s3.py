@@ -1,0 +1,73 @@
+"""An S3 server in this process (moto), with an ear for each request, so that something may happen in it."""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moto.backends import get_backend
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+
+class Server:
+    """seen: (method, key) of each request; before, after: called with them, around it.
+
+    refuses: what `before` may raise to have the request fail with that status. ignores: headers of conditions
+    that this store does not know.
+    """
+
+    def __init__(self) -> None:
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        self.reset()
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def reset(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self.before: Callable[[str, str], int | None] = lambda method, key: None
+        self.after: Callable[[str, str], object] = lambda method, key: None
+        self.ignores: set[str] = set()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _answer(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+        method, key = environ["REQUEST_METHOD"], environ["PATH_INFO"].lstrip("/").partition("/")[2]
+        self.seen.append((method, key))
+        if status := self.before(method, key):
+            start(f"{status} Refused", [("Content-Length", "0")])
+            return [b""]
+        for name in self.ignores:
+            environ.pop(f"HTTP_{name.upper().replace('-', '_')}", None)
+        answer = [*self._app(environ, start)]
+        self.after(method, key)
+        return answer
+
+
+class Bucket:
+    """The objects of a bucket, beside the way through the server."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._backend = get_backend("s3")["123456789012"]["aws"]
+        self._backend.create_bucket(name, "us-east-1")
+
+    def keys(self, prefix: str = "") -> list[str]:
+        held = self._backend.get_bucket(self.name).keys
+        return sorted(key for key in held if key.startswith(prefix))
+
+    def read(self, key: str) -> bytes:
+        found = self._backend.get_object(self.name, key)
+        assert found is not None, key
+        return bytes(found.value)
+
+    def write(self, key: str, content: bytes) -> None:
+        self._backend.put_object(self.name, key, content)
+
+    def remove(self, key: str) -> None:
+        self._backend.delete_object(self.name, key)
+
+    def content(self, prefix: str = "") -> dict[str, bytes]:
+        return {key: self.read(key) for key in self.keys(prefix)}
