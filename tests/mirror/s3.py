@@ -6,19 +6,24 @@ from typing import Any
 
 from moto.backends import get_backend
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+
+class _Quiet(WSGIRequestHandler):
+    def log(self, type: str, message: str, *args: object) -> None:
+        """Nothing: `seen` has it."""
 
 
 class Server:
     """seen: (method, key) of each request; before, after: called with them, around it.
 
-    refuses: what `before` may raise to have the request fail with that status. ignores: headers of conditions
-    that this store does not know.
+    Where they return a status, that is the answer: nothing was done, or what was done is not said. ignores:
+    headers of conditions that this store does not know.
     """
 
     def __init__(self) -> None:
         self._app = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         self.reset()
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -26,7 +31,7 @@ class Server:
     def reset(self) -> None:
         self.seen: list[tuple[str, str]] = []
         self.before: Callable[[str, str], int | None] = lambda method, key: None
-        self.after: Callable[[str, str], object] = lambda method, key: None
+        self.after: Callable[[str, str], int | None] = lambda method, key: None
         self.ignores: set[str] = set()
 
     def close(self) -> None:
@@ -41,8 +46,12 @@ class Server:
             return [b""]
         for name in self.ignores:
             environ.pop(f"HTTP_{name.upper().replace('-', '_')}", None)
-        answer = [*self._app(environ, start)]
-        self.after(method, key)
+        said: list[Any] = []
+        answer = [*self._app(environ, lambda *status, **options: said.append(status))]
+        if status := self.after(method, key):
+            start(f"{status} Lost", [("Content-Length", "0")])
+            return [b""]
+        start(*said[0])
         return answer
 
 
@@ -54,7 +63,7 @@ class Bucket:
         self._backend = get_backend("s3")["123456789012"]["aws"]
         self._backend.create_bucket(name, "us-east-1")
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         held = self._backend.get_bucket(self.name).keys
         return sorted(key for key in held if key.startswith(prefix))
 
@@ -70,4 +79,4 @@ class Bucket:
         self._backend.delete_object(self.name, key)
 
     def content(self, prefix: str = "") -> dict[str, bytes]:
-        return {key: self.read(key) for key in self.keys(prefix)}
+        return {key: self.read(key) for key in self.names(prefix)}

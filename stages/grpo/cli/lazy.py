@@ -11,12 +11,14 @@ __all__ = [
     "doctor",
     "evaluations",
     "export",
+    "fetch",
     "fork",
     "gc",
     "init",
     "opening",
     "query",
     "report",
+    "restore",
     "settings",
     "show",
     "status",
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from grpo import config as settings
     from grpo.inspect import compare, evaluations, query, report, show, status
     from grpo.manage import doctor, export, fork, gc, init, verify, verify_replay
+    from grpo.mirror import fetch, restore
     from grpo.pipeline import opening, work
 else:
 
@@ -52,4 +55,5 @@ else:
         _Module(f"grpo.manage.{name}")
         for name in ("doctor", "export", "fork", "gc", "init", "verify", "verify_replay")
     )
+    fetch, restore = (_Module(f"grpo.mirror.{name}") for name in ("fetch", "restore"))
     opening, work = (_Module(f"grpo.pipeline.{name}") for name in ("opening", "work"))

@@ -73,6 +73,21 @@ def gc(
     options.answer(as_json, document, lambda: lazy.gc.print_garbage(found, opened, dry_run))
 
 
+def restore(
+    address: Annotated[str, typer.Argument(help="s3://bucket/prefix/run, as artifacts.mirror has it.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: artifacts/RUN.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Fetch a mirrored run, or what is missing of it here; every file is checked."""
+    console = lazy.console.Console(as_json)
+    found = lazy.restore.restore(address, out, lazy.artifacts.ARTIFACTS, console)
+    size = f"{found['outputs']} outputs, {found['files']} files ({found['bytes'] / 2**20:,.1f} MiB)"
+    console.say(
+        f"run {found['run']}: {size} restored to {found['folder']}; next: grpo verify {found['folder']}"
+    )
+    options.answer(as_json, found)
+
+
 def init(
     folder: Annotated[Path, typer.Argument(help="Folder, created if missing (default: here).")] = Path(),
     as_json: options.Json = False,

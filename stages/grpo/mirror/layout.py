@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from grpo.artifacts import CHECKPOINT, MANIFEST, OUTPUTS, RUN_OUTPUTS, SOURCES, Manifest
+from grpo.artifacts import CHECKPOINT, MANIFEST, OUTPUTS, RUN_OUTPUTS, SOURCES, FileRecord, Manifest
 from grpo.artifacts.layout import is_iteration, iteration_folder
 from grpo.artifacts.manifest import manifest_of
 from grpo.config import PIPELINE
@@ -79,6 +79,11 @@ def files_folder(place: Place, fingerprint: str) -> str:
     return _within(place[1], f"{place[0]}-{fingerprint[:16]}")
 
 
+def file_key(folder: str, record: FileRecord) -> str:
+    """Key of a file of an output, whose files are in `folder`."""
+    return f"{folder}/{record.part}/{record.name}" if record.part else f"{folder}/{record.name}"
+
+
 def source_key(name: str) -> str:
     """Key of a kept source, whose name may hold what no key may."""
     return f"{SOURCES}/{quote(name, safe='').replace('%', '=')}"
@@ -89,7 +94,7 @@ def text_of(place: Place) -> str:
     return place[0] if place[1] is None else f"{place[0]} of iteration {place[1]}"
 
 
-def parsed(place: Path, content: bytes) -> Manifest:
+def parsed(place: Path | str, content: bytes) -> Manifest:
     """The manifest that was read at a place. CorruptError (exit 6) where it changed, InputError (4)."""
     try:
         data = json.loads(content)

@@ -39,23 +39,21 @@ class Found(NamedTuple):
 class Store:
     """The folder at an address such as s3://bucket/prefix; keys are relative to it.
 
-    patience_s: how long a request is tried again where the store does not answer or is too busy.
+    patience_s: how long an answer is waited for, and asked for again where the store is too busy.
     Every method raises ResourceError (exit 7) then, or where the access is denied.
     """
 
-    def __init__(self, address: str, patience_s: float = 30.0) -> None:
+    def __init__(self, address: str, patience_s: float = 60.0) -> None:
         self.address = address
         self._library = _library()
         _require_credentials(address)
         bucket, _, prefix = address.removeprefix("s3://").partition("/")
+        patience = timedelta(seconds=patience_s)
         backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
-        retry = {
-            "max_retries": _MOST_TRIES,
-            "backoff": backoff,
-            "retry_timeout": timedelta(seconds=patience_s),
-        }
+        retry = {"max_retries": _MOST_TRIES, "backoff": backoff, "retry_timeout": patience}
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        options: dict[str, Any] = {"client_options": {"connect_timeout": timedelta(seconds=5)}}
+        waits = {"timeout": patience, "connect_timeout": timedelta(seconds=5)}
+        options: dict[str, Any] = {"client_options": waits}
         if endpoint:
             options["endpoint"] = endpoint
             options["client_options"]["allow_http"] = endpoint.startswith("http://")
@@ -74,11 +72,17 @@ class Store:
             except FileNotFoundError:
                 return None
 
-    def read(self, key: str) -> Iterator[bytes]:
-        """An object in pieces. Raises FileNotFoundError where there is none."""
+    def read(self, key: str, num_bytes: int) -> Iterator[bytes]:
+        """An object in pieces, of about that size. Raises FileNotFoundError where there is none."""
         with self._errors(key):
-            for piece in self._library.get(self._objects, key).stream(_PIECE_BYTES):
-                yield bytes(piece)
+            if num_bytes <= _PIECE_BYTES:
+                yield bytes(self._library.get(self._objects, key).bytes())
+                return
+            found = self._library.get(self._objects, key, options={"range": (0, _PIECE_BYTES)})
+            yield bytes(found.bytes())
+            for start in range(_PIECE_BYTES, found.meta["size"], _PIECE_BYTES):
+                end = min(start + _PIECE_BYTES, found.meta["size"])
+                yield bytes(self._library.get_range(self._objects, key, start=start, end=end))
 
     def put(self, key: str, chunks: Iterable[bytes], num_bytes: int) -> None:
         """Write an object of that size, whatever is there."""

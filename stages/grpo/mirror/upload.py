@@ -141,7 +141,7 @@ class Upload:
         keys = self.held.folders.setdefault(place, {}).setdefault(manifest.fingerprint[:16], [])
         for record in manifest.files:
             self._lease.check_renewed()
-            key = f"{base}/{record.part}/{record.name}" if record.part else f"{base}/{record.name}"
+            key = layout.file_key(base, record)
             path = folder / record.part / record.name
             self._store.put(self._key(key), checked(record, path), record.bytes)
             keys.append(key)
