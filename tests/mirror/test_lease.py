@@ -29,8 +29,8 @@ class Time:
         self.meanwhile()
 
 
-def lease(bucket: Bucket, session: str, time: Time) -> Lease:
-    return Lease(Store(f"s3://{bucket.name}/runs", 0.5), "tiny", session, time.clock())
+def lease(bucket: Bucket, session: str, time: Time, patience_s: float = 20) -> Lease:
+    return Lease(Store(f"s3://{bucket.name}/runs", patience_s), "tiny", session, time.clock())
 
 
 def take(one: Lease, *known: str) -> str | None:
@@ -96,7 +96,7 @@ def test_a_zombie_whose_clock_stood_still_is_refused_by_the_etag(bucket: Bucket)
 
 def test_the_holder_stops_after_40_s_without_a_renewal(bucket: Bucket, server: Server) -> None:
     time = Time()
-    one = lease(bucket, "a", time)
+    one = lease(bucket, "a", time, patience_s=2)
     take(one)
     server.before = lambda method, key: 503
     with pytest.raises(ResourceError, match="does not answer"):

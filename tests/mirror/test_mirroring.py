@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,12 @@ def test_an_address_that_is_none_is_exit_2(project: Path, grpo: Grpo, address: s
     code, _, err = grpo("run", "--set", f"artifacts.mirror={address}")
     expected = "expected s3://bucket or s3://bucket/prefix, a name of letters, digits, . _ = -"
     assert (code, err) == (2, f'error: --set artifacts.mirror: {expected}, found "{address}"\n')
+
+
+def test_a_source_that_is_being_written_is_not_copied(finished: Path, grpo: Grpo, bucket: Bucket) -> None:
+    (whole,) = (RUN / "sources").glob("*")
+    digest = sha256(b"def code(): ...").hexdigest()
+    (RUN / "sources" / f"{digest}-reward.py.tmp").write_bytes(b"def code(): ...")
+    (RUN / "sources" / f"{'a' * 64}-other.py").write_text("of another content than its name says")
+    succeed(grpo, "run", *to(bucket))
+    assert [key for key in mirrored(bucket) if key.startswith("sources/")] == [f"sources/{whole.name}"]

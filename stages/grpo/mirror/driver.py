@@ -4,9 +4,10 @@ What fails there is raised at the next border, or at the end of the command; wha
 the next command copies it.
 """
 
+import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 from grpo.artifacts import ActiveRun, files, read_sealed, seal
@@ -24,14 +25,15 @@ _LOOK_S = 0.1  # how often a signal is looked for
 
 
 @contextmanager
-def mirrored(run: ActiveRun, removed_too: bool) -> Iterator[None]:
+def mirrored(run: ActiveRun, removed_too: bool, again: Collection[Place] = ()) -> Iterator[None]:
     """Copy to the run's mirror all that is committed before and in a `with` block; needs the run's lock.
 
     removed_too: what is no longer in the run goes there too, where the block succeeds; checkpoints always do.
-    Raises ResourceError (exit 7) where the store cannot be reached, LockedError (5) where another command
-    writes there, InputError (4) where it holds another run.
+    again: outputs whose copies are damaged, to be copied once more. Raises ResourceError (exit 7) where the
+    store cannot be reached, LockedError (5) where another command writes there, InputError (4) where it holds
+    another run.
     """
-    copying = _Copying(run)
+    copying = _Copying(run, again)
     try:
         run.mirror = copying
         try:
@@ -49,7 +51,7 @@ def mirrored(run: ActiveRun, removed_too: bool) -> Iterator[None]:
 class _Copying:
     """The mirror that a run tells of its commits."""
 
-    def __init__(self, run: ActiveRun) -> None:
+    def __init__(self, run: ActiveRun, again: Collection[Place]) -> None:
         self._run = run
         address = str(run.config.artifacts.mirror)
         note, session = _Note(run, address), new_session()
@@ -59,7 +61,8 @@ class _Copying:
         try:
             self._upload = Upload(run, store, self._lease)
             if last not in note.sessions:  # somebody else may have written what is there
-                self._upload.require_own()
+                self._upload.require_own(again)
+            self._upload.forget(again)
         except GrpoError:
             with suppress(GrpoError):
                 self._lease.release()
@@ -137,25 +140,29 @@ class _Copying:
 
 
 class _Note:
-    """`.mirror.json` of a run: sessions in which it was the one that wrote the mirror at an address.
+    """`.mirror.json` of a run: sessions in which this folder was the one that wrote the mirror at an address.
 
-    A mirror whose last session is among them holds what this run was, and nothing else.
+    A mirror whose last session is among them holds what this run was, and nothing else. A copy of the folder
+    is another one.
     """
 
     def __init__(self, run: ActiveRun, address: str) -> None:
-        self._path, self._address = run.path / _NOTE, address
-        held = {}
+        self._path = run.path / _NOTE
+        folder = f"{os.path.realpath(run.path)} ({run.path.stat().st_ino})"
+        self._of = {"address": address, "folder": folder}
+        self.sessions: list[str] = []
         if self._path.exists():
             try:
-                held = read_sealed(self._path, address=str, sessions=list)
+                held = read_sealed(self._path, address=str, folder=str, sessions=list)
             except CorruptError as error:
                 way = "remove it, and the mirror is compared with the run"
                 raise CorruptError(f"{error}; {way}") from None
-        self.sessions: list[str] = held["sessions"] if held.get("address") == address else []
+            if self._of.items() <= held.items():
+                self.sessions = held["sessions"]
 
     def write(self, sessions: list[str]) -> None:
         """Note them, in the place of those before."""
-        files.write_file(self._path, seal({"address": self._address, "sessions": sessions}))
+        files.write_file(self._path, seal({**self._of, "sessions": sessions}))
         files.sync_folder(self._path.parent)
 
 

@@ -40,7 +40,6 @@ class Holdings:
     """Etag of each of NOTES."""
     sources: dict[str, str] = field(default_factory=dict)
     """Name of a kept source -> its key."""
-    bytes: int = 0
 
 
 def holdings(found: Iterable[Found], run: str) -> Holdings:
@@ -48,7 +47,6 @@ def holdings(found: Iterable[Found], run: str) -> Holdings:
     held = Holdings()
     for each in found:
         key = each.key.removeprefix(f"{run}/")
-        held.bytes += each.bytes
         folder, _, name = key.rpartition("/")
         if key in NOTES:
             held.notes[key] = each.etag

@@ -3,7 +3,7 @@
 Nothing here is written over while a manifest counts it; whatever is cut off is done by the next command.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from hashlib import md5, sha256
 from pathlib import Path
 
@@ -41,16 +41,23 @@ class Upload:
         """Outputs whose manifest here is not the one there, in order."""
         return [place for place in committed(self._run) if not self._is_same(place)]
 
-    def require_own(self) -> None:
+    def require_own(self, damaged: Collection[Place] = ()) -> None:
         """Raise InputError (exit 4) where the mirror holds what this run does not: it is of another one."""
         for place in layout.in_order(self.held.manifests):
-            if not self._is_same(place):
+            if place not in damaged and not self._is_same(place):
                 where = f"{self._store.address}/{self._folder}"
                 raise InputError(
                     f"{where}: holds other {layout.text_of(place)} than this run, written from elsewhere;"
                     f" `grpo restore {where} --out DIR` fetches that, another `artifacts.mirror` or `run:`"
                     " keeps this one"
                 )
+
+    def forget(self, places: Collection[Place]) -> None:
+        """Have no manifest count the copies of these: they are due again."""
+        for place in self.held.manifests.keys() & set(places):
+            self._lease.check()
+            self._delete(layout.manifest_key(place))
+            del self.held.manifests[place]
 
     def copy(self, place: Place) -> None:
         """Copy an output, unless its copy is there; where it was replaced meanwhile, the new one is due too.
@@ -89,16 +96,21 @@ class Upload:
         for place in self.behind():
             self.copy(place)
         self.drop_checkpoints()
-        here = {place: self._run.manifest(*place) for place in committed(self._run)}
-        read = {holder_of(name) for manifest in here.values() if manifest for name in manifest.inputs}
-        for place in [*self.held.manifests] if removed_too else ():
-            if place not in here and place not in read:
-                self._remove(place)
-        for place, manifest in here.items():
-            if manifest is not None and place in self.held.manifests:
+        here = committed(self._run)
+        gone = self.held.manifests.keys() - set(here) if removed_too else set()
+        read = self._read_by(here) if gone else set()
+        for place in gone - read:
+            self._remove(place)
+        for place in [*self.held.folders]:
+            if place not in self.held.manifests:
+                self._remove_old(place, "")
+            elif len(self.held.folders[place]) > 1 and (manifest := self._run.manifest(*place)):
                 self._remove_old(place, manifest.fingerprint)
-        for place in [place for place in self.held.folders if place not in self.held.manifests]:
-            self._remove_old(place, "")
+
+    def _read_by(self, places: Collection[Place]) -> set[Place]:
+        """What outputs were made from."""
+        manifests = filter(None, (self._run.manifest(*place) for place in places))
+        return {holder_of(reference) for manifest in manifests for reference in manifest.inputs}
 
     def _is_same(self, place: Place, content: bytes | None = None) -> bool:
         """Whether the manifest there is the one here. Its etag tells, but for stores that encrypt."""
@@ -114,8 +126,7 @@ class Upload:
     def _copy_notes(self) -> None:
         """Copy what is beside the outputs, where it is not there as it is now."""
         for name in NOTES:
-            path = self._run.path / name
-            content = path.read_bytes() if path.is_file() else None
+            content = _content(self._run.path / name)
             digest = "" if content is None else md5(content, usedforsecurity=False).hexdigest()
             if content is None and name in self.held.notes:
                 self._delete(name)
@@ -123,9 +134,11 @@ class Upload:
             elif content is not None and self.held.notes.get(name, "").strip('"') != digest:
                 self._store.put(self._key(name), [content], len(content))
                 self.held.notes[name] = digest
-        for path in kept_sources(self._run).values():
-            if path.name not in self.held.sources:
-                content, key = path.read_bytes(), layout.source_key(path.name)
+        for digest, path in kept_sources(self._run).items():
+            if path.name in self.held.sources or path.name.endswith(".tmp"):  # it is being written
+                continue
+            content, key = _content(path), layout.source_key(path.name)
+            if content is not None and sha256(content).hexdigest() == digest:
                 self._store.put(self._key(key), [content], len(content))
                 self.held.sources[path.name] = key
 
@@ -197,6 +210,14 @@ def committed(run: Run) -> list[Place]:
     places: list[Place] = [(output, None) for output in RUN_OUTPUTS]
     places += [(output, n) for n in iterations_in(run.path) for output in (*OUTPUTS, CHECKPOINT)]
     return layout.in_order(place for place in places if (run.folder(*place) / MANIFEST).exists())
+
+
+def _content(path: Path) -> bytes | None:
+    """Of a small file; None: there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def checked(record: FileRecord, path: Path) -> Iterator[bytes]:
