@@ -203,6 +203,6 @@ def check_conditions(store: Store, key: str, content: bytes) -> None:
 
 def _ignores(store: Store, header: str) -> str:
     return (
-        f"{store.address}: the store ignores {header}, so two commands could write one mirror; use one that"
-        " has conditional writes, as Amazon S3, MinIO, Ceph and Cloudflare R2 do"
+        f"{store.address}: the store ignores {header}, so two commands could write one mirror; take one with"
+        " conditional writes, as Amazon S3 has them"
     )
