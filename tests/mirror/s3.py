@@ -1,5 +1,6 @@
 """An S3 server in this process (moto), with an ear for each request, so that something may happen in it."""
 
+import re
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from moto.backends import get_backend
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
+
+ETAG = re.compile(rb'(<ETag>(?:"|&quot;))([0-9a-f]{32})')
 
 
 class _Quiet(WSGIRequestHandler):
@@ -18,7 +21,8 @@ class Server:
     """seen: (method, key) of each request; before, after: called with them, around it.
 
     Where they return a status, that is the answer: nothing was done, or what was done is not said. ignores:
-    headers of conditions that this store does not know.
+    headers of conditions that this store does not know. encrypts: etags are no digests of the content, as
+    where S3 encrypts with a key of the user's.
     """
 
     def __init__(self) -> None:
@@ -33,6 +37,7 @@ class Server:
         self.before: Callable[[str, str], int | None] = lambda method, key: None
         self.after: Callable[[str, str], int | None] = lambda method, key: None
         self.ignores: set[str] = set()
+        self.encrypts = False
 
     def close(self) -> None:
         self._server.shutdown()
@@ -44,6 +49,8 @@ class Server:
         if status := self.before(method, key):
             start(f"{status} Refused", [("Content-Length", "0")])
             return [b""]
+        if self.encrypts and "HTTP_IF_MATCH" in environ:
+            environ["HTTP_IF_MATCH"] = environ["HTTP_IF_MATCH"].replace('"e', '"')
         for name in self.ignores:
             environ.pop(f"HTTP_{name.upper().replace('-', '_')}", None)
         said: list[Any] = []
@@ -51,7 +58,17 @@ class Server:
         if status := self.after(method, key):
             start(f"{status} Lost", [("Content-Length", "0")])
             return [b""]
-        start(*said[0])
+        status, headers = said[0]
+        if self.encrypts:
+            answer = [ETAG.sub(rb"\g<1>e\g<2>", piece) for piece in answer]
+            headers = [
+                (name, f'"e{value[1:]}' if name.lower() == "etag" else value) for name, value in headers
+            ]
+            sizes = ("Content-Length", str(sum(map(len, answer))))
+            headers = [
+                sizes if name.lower() == "content-length" else (name, value) for name, value in headers
+            ]
+        start(status, headers)
         return answer
 
 

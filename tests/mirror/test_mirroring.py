@@ -9,6 +9,8 @@ import pytest
 from tests.conftest import Grpo
 from tests.mirror.s3 import Bucket, Server
 
+from grpo.mirror import store, upload
+
 RUN = Path("artifacts/tiny")
 
 
@@ -145,3 +147,44 @@ def test_a_source_that_is_being_written_is_not_copied(finished: Path, grpo: Grpo
     (RUN / "sources" / f"{'a' * 64}-other.py").write_text("of another content than its name says")
     succeed(grpo, "run", *to(bucket))
     assert [key for key in mirrored(bucket) if key.startswith("sources/")] == [f"sources/{whole.name}"]
+
+
+def test_a_store_whose_etags_are_no_digests(
+    project: Path, grpo: Grpo, bucket: Bucket, server: Server
+) -> None:
+    server.encrypts = True
+    succeed(grpo, "run", "--until", "1", *to(bucket))
+    assert mirrored(bucket) == committed()
+    server.seen.clear()
+    (RUN / ".mirror.json").unlink()  # all is compared, by what is there
+    succeed(grpo, "run", "--until", "1", *to(bucket))
+    put = {key for method, key in server.seen if method == "PUT"}
+    assert put == {"runs/tiny/lease.json", "runs/tiny/run.json"}
+    succeed(grpo, "run", *to(bucket))
+    succeed(grpo, "score", "--iteration", "1", "--force", *to(bucket))
+    assert mirrored(bucket) == committed()
+
+
+def test_runs_whose_names_begin_alike_do_not_meet(finished: Path, grpo: Grpo, bucket: Bucket) -> None:
+    shutil.copytree(RUN, RUN.with_name("tiny2"))
+    for name in ("tiny2", "tiny"):
+        succeed(grpo, "run", name, *to(bucket))
+        assert mirrored(bucket, name) == committed(RUN.with_name(name))
+    succeed(grpo, "gc", "tiny", "--checkpoints", *to(bucket))
+    for name in ("tiny2", "tiny"):
+        assert mirrored(bucket, name) == committed(RUN.with_name(name))
+
+
+def test_large_files_go_in_pieces(
+    finished: Path, grpo: Grpo, bucket: Bucket, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_PIECE_BYTES", 5000)
+    monkeypatch.setattr(upload, "_PIECE_BYTES", 3000)
+    monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 5000)
+    succeed(grpo, "run", *to(bucket))
+    assert mirrored(bucket) == committed()
+    assert any(method == "POST" and key.endswith(".safetensors") for method, key in server.seen)
+    shutil.move(RUN, "away")
+    succeed(grpo, "restore", f"s3://{bucket.name}/runs/tiny")
+    succeed(grpo, "verify", "--mirror", *to(bucket))
+    assert committed() == committed(Path("away"))

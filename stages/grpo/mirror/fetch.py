@@ -8,7 +8,6 @@ from pathlib import Path
 
 from grpo.artifacts import CHECKPOINT, OUTPUTS, RUN_OUTPUTS, TABLES_OF, files
 from grpo.artifacts.layout import iteration_folder
-from grpo.mirror import layout
 from grpo.mirror.layout import NOTES
 from grpo.mirror.restore import Source, write_output
 
@@ -48,10 +47,9 @@ def _fetch(address: str, folder: Path, wanted: Collection[str]) -> Path:
     for name in NOTES:
         if name in source.held.notes:
             source.write(name, target / name)
-    for place in layout.in_order(source.held.manifests):
+    for place, (manifest, content) in source.manifests().items():
         output, iteration = place
         if output != CHECKPOINT:
-            manifest, content = source.manifest(place)
             at = target if iteration is None else target / iteration_folder(iteration)
             write_output(source, place, manifest, content, at / output, with_files=output in wanted)
     return target

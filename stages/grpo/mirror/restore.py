@@ -3,8 +3,10 @@
 What was fetched stays where that is cut off, and the same command fetches the rest.
 """
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo.artifacts import (
     MANIFEST,
@@ -30,6 +32,9 @@ from grpo.mirror.layout import Holdings, Place
 from grpo.mirror.lease import holder_of
 from grpo.mirror.store import Store
 
+_AT_A_TIME = 8
+_Given = TypeVar("_Given")
+_Found = TypeVar("_Found")
 _MIRROR_CHANGED = "the mirror changed while it was read; the same command fetches the rest"
 
 
@@ -56,6 +61,11 @@ class Source:
         key = layout.manifest_key(place)
         content = self.note(key)
         return layout.parsed(f"{self.address}/{key}", content), content
+
+    def manifests(self) -> dict[Place, tuple[Manifest, bytes]]:
+        """Those of all outputs, in order. Raises as manifest()."""
+        places = layout.in_order(self.held.manifests)
+        return dict(zip(places, together(self.manifest, places), strict=True))
 
     def note(self, key: str) -> bytes:
         """A small object."""
@@ -118,12 +128,12 @@ class _Fetching:
     def all(self, is_there: bool) -> dict[str, int]:
         """Fetch what is not there; counts of that. is_there: it is a run, which may be another one."""
         roll_forward(self._run)
-        held, places = self._source.held, layout.in_order(self._source.held.manifests)
+        held = self._source.held
         begun = self._run.path / "run.json"
         if is_there and begun.exists() and self._source.note("run.json") != begun.read_bytes():
             raise InputError(self._refusal(begun))
-        manifests = {place: self._source.manifest(place) for place in places}
-        missing = [place for place in places if not self._has(place, manifests[place], is_there)]
+        manifests = self._source.manifests()
+        missing = [place for place, found in manifests.items() if not self._has(place, found, is_there)]
         with self._console.progress("restore", len(missing), "outputs") as advance:
             for place in missing:
                 self._console.stop_requested()
@@ -186,16 +196,25 @@ def write_output(
     parts = {folder, *(folder / record.part for record in manifest.files)}
     for part in sorted(parts):
         files.make_folder(part)
-    for record in manifest.files if with_files else ():
+
+    def fetch(record: FileRecord) -> None:
         path = folder / record.part / record.name
         if not _is_whole(record, path):
             source.write(layout.file_key(base, record), path, record)
+
+    together(fetch, manifest.files if with_files else [])
     if f"{base}/{TIMINGS}" in source.held.folders.get(place, {}).get(manifest.fingerprint[:16], ()):
         source.write(f"{base}/{TIMINGS}", folder / TIMINGS)
     for part in sorted(parts):
         files.sync_folder(part)
     files.write_file(folder / MANIFEST, content)
     files.sync_folder(folder)
+
+
+def together(call: Callable[[_Given], _Found], items: Sequence[_Given]) -> list[_Found]:
+    """What a call gives of each item, in order, several at a time: one request after the other waits most."""
+    with ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="mirror") as pool:
+        return list(pool.map(call, items))
 
 
 def _is_whole(record: FileRecord, path: Path) -> bool:
