@@ -188,3 +188,13 @@ def test_large_files_go_in_pieces(
     succeed(grpo, "restore", f"s3://{bucket.name}/runs/tiny")
     succeed(grpo, "verify", "--mirror", *to(bucket))
     assert committed() == committed(Path("away"))
+
+
+def test_no_link_is_followed(finished: Path, grpo: Grpo, bucket: Bucket, server: Server) -> None:
+    Path("secret").write_text("secret")
+    timings = RUN / "iteration=000001" / "rewards" / "timings.json"
+    timings.unlink()
+    timings.symlink_to(Path("secret").absolute())
+    code, _, err = grpo("run", *to(bucket))
+    assert (code, f"{timings}: is a link to another file" in err) == (6, True), err
+    assert server.seen == []

@@ -70,6 +70,23 @@ def test_what_was_fetched_stays_where_it_is_cut_off(
     assert held_in(RUN) == before
 
 
+def test_a_mirror_that_changed_between_two_tries(
+    copied: str, grpo: Grpo, server: Server, bucket: Bucket
+) -> None:
+    shutil.copytree(RUN, "away")
+    shutil.rmtree(RUN)
+    server.before = lambda method, key: 403 if "iteration=000001/update-" in key else None
+    assert grpo("restore", copied)[0] == 7
+    server.reset()
+    shutil.copytree("away", RUN)  # its owner goes on meanwhile
+    succeed(grpo, "score", "--iteration", "1", "--force", *to(bucket))
+    succeed(grpo, "gc", "--checkpoints", *to(bucket))
+    expected = {name: content for name, content in held_in(RUN).items() if not name.startswith(".trash")}
+    shutil.rmtree(RUN)
+    succeed(grpo, "restore", copied)
+    assert held_in(RUN) == expected
+
+
 def test_a_flipped_byte_is_found_and_nothing_is_made_of_it(copied: str, grpo: Grpo, bucket: Bucket) -> None:
     shutil.rmtree(RUN)
     key = next(key for key in bucket.names() if "iteration=000001/rewards-" in key and "part" in key)

@@ -53,6 +53,7 @@ class _Copying:
 
     def __init__(self, run: ActiveRun, again: Collection[Place]) -> None:
         self._run = run
+        run.refuse_links(files_too=True)  # what one leads to is not the run's to copy
         address = str(run.config.artifacts.mirror)
         note, session = _Note(run, address), new_session()
         store, self._lease = opened(address, run.path.name, session)

@@ -16,7 +16,6 @@ from grpo.artifacts import (
     Manifest,
     Run,
     check_source,
-    discard,
     files,
     is_run,
     lacks_run_json,
@@ -31,6 +30,7 @@ from grpo.mirror import layout
 from grpo.mirror.layout import Holdings, Place
 from grpo.mirror.lease import holder_of
 from grpo.mirror.store import Store
+from grpo.mirror.upload import committed
 
 _AT_A_TIME = 8
 _Given = TypeVar("_Given")
@@ -133,6 +133,10 @@ class _Fetching:
         if is_there and begun.exists() and self._source.note("run.json") != begun.read_bytes():
             raise InputError(self._refusal(begun))
         manifests = self._source.manifests()
+        if not is_there:  # of an earlier try, and since then removed from the mirror
+            for place in committed(self._run):
+                if place not in manifests:
+                    files.remove(self._run.folder(*place))
         missing = [place for place, found in manifests.items() if not self._has(place, found, is_there)]
         with self._console.progress("restore", len(missing), "outputs") as advance:
             for place in missing:
@@ -156,7 +160,7 @@ class _Fetching:
         if path.read_bytes() != manifest[1]:
             if is_there:
                 raise InputError(self._refusal(path))
-            discard(self._run, path.parent)  # of an earlier try, and since then replaced in the mirror
+            files.remove(path.parent)  # of an earlier try, and since then replaced in the mirror
             return False
         for record in manifest[0].files:
             self._run.verify(record, self._run.path_of(record, *place))
