@@ -17,7 +17,7 @@ from tests.conftest import Grpo
 from tests.mirror.s3 import Bucket, Server
 from tests.mirror.test_mirroring import RUN, committed, mirrored, succeed, to
 
-from grpo.mirror import driver, lease
+from grpo.mirror import driver, lease, upload
 
 PROGRAM = "from grpo.cli import main; main()"
 # Requests at which a command is killed: before or behind the first write whose key matches.
@@ -340,6 +340,18 @@ def test_a_file_that_changed_here_is_not_copied(finished: Path, grpo: Grpo, buck
     assert code == 6
     assert f"{path}: content changed since it was committed (sha256 differs)" in err
     assert "runs/tiny/iteration=000001/rewards/manifest.json" not in bucket.names()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_of_the_copier_is_no_success(
+    finished: Path, grpo: Grpo, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(upload.Upload, "copy", fail)
+    with pytest.raises(AssertionError, match="has ended before its time"):
+        grpo("run", *to(bucket))
 
 
 def test_nothing_is_imported_without_a_mirror(project: Path) -> None:

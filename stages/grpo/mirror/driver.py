@@ -70,6 +70,7 @@ class _Copying:
             raise
         note.write([session])
         self._failure: GrpoError | None = None
+        self._whole = False  # until all has been copied
         self._due: queue.SimpleQueue[Place | bool] = queue.SimpleQueue()
         self._ended = threading.Event()
         behind = self._upload.behind()
@@ -101,6 +102,7 @@ class _Copying:
         while self._copier.is_alive():
             self._copier.join(_LOOK_S)
         self.check()
+        assert self._whole, "the thread that copies has ended before its time"
 
     def close(self) -> None:
         """End the threads, as far as they can be, and let the next command have the lease."""
@@ -121,6 +123,7 @@ class _Copying:
                     self._upload.drop_checkpoints()
             if self._failure is None:
                 self._upload.finish(due)
+                self._whole = True
         except GrpoError as error:
             self._failure = self._failure or error
         except OSError as error:  # of a file here
