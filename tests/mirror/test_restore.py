@@ -9,6 +9,8 @@ from tests.conftest import Grpo, copy_to_work_in
 from tests.mirror.s3 import Bucket, Server
 from tests.mirror.test_mirroring import RUN, committed, mirrored, succeed, to
 
+from grpo.artifacts import seal
+
 
 def held_in(folder: Path) -> dict[str, bytes]:
     """All files of a run but for those that stay where it was made."""
@@ -106,6 +108,28 @@ def test_a_changed_manifest_is_found(copied: str, grpo: Grpo, bucket: Bucket) ->
     code, _, err = grpo("restore", copied)
     assert (code, err.startswith(f"error: s3://{bucket.name}/{key}: content changed since")) == (6, True), err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("of", "change", "expected"),
+    [
+        (1, {"fingerprint": "/../../../../../evil"}, "fingerprint: expected 64 hexadecimal digits"),
+        (0, {}, "is of score of iteration 0"),
+    ],
+)
+def test_a_manifest_that_leads_elsewhere_is_refused(
+    copied: str, grpo: Grpo, bucket: Bucket, of: int, change: dict[str, object], expected: str
+) -> None:
+    shutil.rmtree(RUN)
+    key = "runs/tiny/iteration=000001/rewards/manifest.json"
+    manifest = json.loads(bucket.read(key.replace("000001", f"00000{of}"))) | change
+    del manifest["sha256"]
+    bucket.write(key, seal(manifest))
+    code, _, err = grpo("restore", copied)
+    assert (code, err) == (6, f"error: s3://{bucket.name}/{key}: {expected}\n")
+    assert not RUN.exists()
+    code, _, err = grpo("sql", "--run", copied, "select 1 as one")
+    assert (code, expected in err) == (6, True)
 
 
 def test_a_run_that_is_there_gets_what_it_lacks_and_keeps_the_rest(copied: str, grpo: Grpo) -> None:

@@ -25,6 +25,7 @@ NOTES = ("run.json", PIPELINE, "stopped.json", ".track.json")
 """Files of a run that are no output: copied as they are now."""
 _OF_ITERATION = (*OUTPUTS, CHECKPOINT)
 _KEY = re.compile(r"(?P<output>[a-z_]+)(?:/manifest\.json|-(?P<fp>[0-9a-f]{16})/.+)")
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
 _SOURCE = re.compile(r"[0-9a-f]{64}-[^/\0]{1,180}")
 
 
@@ -92,13 +93,18 @@ def text_of(place: Place) -> str:
     return place[0] if place[1] is None else f"{place[0]} of iteration {place[1]}"
 
 
-def parsed(place: Path | str, content: bytes) -> Manifest:
-    """The manifest that was read at a place. CorruptError (exit 6) where it changed, InputError (4)."""
+def parsed(place: Place, path: Path | str, content: bytes) -> Manifest:
+    """The manifest of an output, read at `path`. CorruptError (exit 6) for what is none, InputError (4)."""
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{place}: is not JSON: {error}") from None
-    return manifest_of(place, data)
+        raise CorruptError(f"{path}: is not JSON: {error}") from None
+    found = manifest_of(path, data)
+    if (found.stage, found.iteration) != (OUTPUTS.get(place[0], place[0]), place[1]):
+        raise CorruptError(f"{path}: is of {text_of((found.stage, found.iteration))}")
+    if not _FINGERPRINT.fullmatch(found.fingerprint):  # it names a folder
+        raise CorruptError(f"{path}: fingerprint: expected 64 hexadecimal digits")
+    return found
 
 
 def _plain(name: str) -> str:

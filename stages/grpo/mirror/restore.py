@@ -60,7 +60,7 @@ class Source:
         """The manifest of an output, and its bytes. Raises CorruptError (exit 6), InputError (exit 4)."""
         key = layout.manifest_key(place)
         content = self.note(key)
-        return layout.parsed(f"{self.address}/{key}", content), content
+        return layout.parsed(place, f"{self.address}/{key}", content), content
 
     def manifests(self) -> dict[Place, tuple[Manifest, bytes]]:
         """Those of all outputs, in order. Raises as manifest()."""

@@ -71,7 +71,7 @@ class Upload:
             if self._is_same(place, content):
                 return
             self._copy_notes()
-            manifest = layout.parsed(folder / MANIFEST, content)
+            manifest = layout.parsed(place, folder / MANIFEST, content)
             self._make_room(place, manifest)
             self._copy_files(place, manifest, folder)
         except FileNotFoundError:
