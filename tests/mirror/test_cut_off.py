@@ -1,17 +1,17 @@
 """The network is gone from the n-th write on: no manifest counts what is not there, and nothing is lost."""
 
 import json
-import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from tests.conftest import Grpo
+from tests.faults.tally import LONG
 from tests.mirror.s3 import Bucket, Server
 from tests.mirror.test_mirroring import committed, mirrored, succeed, to
 
-STEP = int(os.environ.get("GRPO_CUT_STEP", "5"))  # every so many writes; 1 tries all of them
+STEP = 1 if LONG else 5  # every so many writes
 COMMANDS: dict[str, list[list[str]]] = {
     "first copy": [["run"]],
     "replaced": [["run"], ["score", "--iteration", "1", "--force"]],

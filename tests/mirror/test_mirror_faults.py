@@ -242,7 +242,8 @@ def test_a_second_signal_ends_the_copying_at_once(
             assert child.poll() is None
             time.sleep(0.05)
         child.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        assert child.stderr is not None
+        assert any("once more to stop now" in line for line in child.stderr)
         assert child.poll() is None  # it copies what is left
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=10) == 128 + signal.SIGTERM
