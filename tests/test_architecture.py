@@ -15,7 +15,7 @@ ORDER = (
     ("errors",),
     ("console", "tables", "config"),
     ("artifacts",),
-    ("sql", "prompts", "execute"),
+    ("sql", "prompts", "execute", "mirror"),
     ("models", "environments"),
     STAGES,
     ("evaluate",),
@@ -115,6 +115,7 @@ def test_a_stage_never_imports_another_stage() -> None:
 def test_only_one_file_imports_duckdb_and_only_one_may_import_vllm() -> None:
     assert importers("duckdb") == ["sql/connection.py"]
     assert set(importers("vllm")) <= {"generate/engines/vllm_engine.py"}
+    assert importers("obstore") == ["mirror/store.py"]
 
 
 def test_no_thread_computes() -> None:

@@ -18,6 +18,7 @@ ASKED: dict[str, str] = {
     "bitsandbytes": "update.optimizer=adamw_8bit",
     "datasets": "prompts.source=folder",
     "openai": f"score.rewards=[{JUDGE}]",
+    "obstore": "artifacts.mirror=s3://bucket/runs",
     "trackio": "track=trackio",
     "wandb": "track=wandb",
 }

@@ -155,7 +155,7 @@ def seal(data: dict[str, Any]) -> bytes:
     return (json.dumps({**data, "sha256": digest(data)}, indent=1, allow_nan=False) + "\n").encode()
 
 
-def unseal(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+def unseal(path: Path | str, data: dict[str, Any]) -> dict[str, Any]:
     """What seal() was given, from the parsed file at `path`. Raises CorruptError (exit 6) when it changed."""
     held = {key: value for key, value in data.items() if key != "sha256"}
     try:
@@ -235,7 +235,11 @@ def _parsed(path: Path, *_: int) -> Manifest:
 
     Room for those that the work on an iteration asks for again and again: a long run must not keep them all.
     """
-    data = parse_json(path)
+    return manifest_of(path, parse_json(path))
+
+
+def manifest_of(path: Path | str, data: Any) -> Manifest:
+    """The manifest that the parsed content of `path` is. Raises as read_manifest()."""
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise InputError(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -35,6 +35,16 @@ _LONGEST_S = 1e10  # 300 years
 _LOOKS, _PAUSE_S = 100, 0.005  # at an output that is being replaced
 
 
+class Mirror(Protocol):
+    """What copies a run elsewhere, beside the work on it."""
+
+    def committed(self, output: str, iteration: int | None) -> None:
+        """Copy an output that has just been committed. Called from any thread; raises nothing."""
+
+    def check(self) -> None:
+        """Raise what failed meanwhile."""
+
+
 class Run:
     """A run on disk: its folder, outputs, tables and their integrity. The work on it is in active.py."""
 
@@ -45,6 +55,7 @@ class Run:
         self.made: set[str] = (
             set()
         )  # fingerprints of outputs that this process committed: no need to ask twice
+        self.mirror: Mirror | None = None
         self._verified: set[tuple[Path, str]] = set()
         self._seen: dict[Hashable, Any] | None = None
 

@@ -157,6 +157,8 @@ class Staging:
         self.run.made.add(self.fingerprint)
         for record in product.files:
             self.run.trust(record, target / record.part / record.name)
+        if self.run.mirror is not None:
+            self.run.mirror.committed(plan.output, plan.iteration)
         return manifest
 
 

@@ -25,7 +25,15 @@ app = typer.Typer(
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Pipeline": (work.run, work.generate, work.score, work.advantage, work.update, work.evaluate),
     "Look": (inspect.status, inspect.sql, inspect.show, inspect.report, inspect.compare),
-    "Look after": (manage.init, manage.doctor, manage.fork, manage.export, manage.verify, manage.gc),
+    "Look after": (
+        manage.init,
+        manage.doctor,
+        manage.fork,
+        manage.export,
+        manage.verify,
+        manage.restore,
+        manage.gc,
+    ),
 }
 """Every command, by the panel of `grpo --help` that it is in."""
 for _panel, _commands in COMMANDS.items():

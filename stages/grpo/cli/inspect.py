@@ -1,5 +1,6 @@
 """cli.inspect: the commands that look at runs. They take no lock and change nothing."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -25,14 +26,19 @@ def status(
 def sql(
     query: Annotated[str, typer.Argument(help="A query; none: read from stdin, or a prompt.")] = "",
     config: options.Config = options.CONFIG,
-    names: Annotated[list[str], typer.Option("--run", help="A run to open; repeatable.")] = [],  # noqa: B006
+    names: Annotated[list[str], typer.Option("--run", help="A run to open, or s3://...; repeatable.")] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Write to a .parquet, .csv or .json file.")] = None,
     timeout_s: options.Timeout = options.TIMEOUT_S,
     as_json: options.Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout.")] = False,
 ) -> None:
     """Query runs with read-only SQL: tables, samples, iterations, timings, manifests."""
-    lazy.query.answer(options.reading_all(names, config), query, out, timeout_s, as_json, as_csv)
+    with lazy.fetch.fetched(names, query) if any(map(_is_remote, names)) else nullcontext(names) as here:
+        lazy.query.answer(options.reading_all(here, config), query, out, timeout_s, as_json, as_csv)
+
+
+def _is_remote(name: str) -> bool:
+    return name.startswith("s3://")
 
 
 def show(

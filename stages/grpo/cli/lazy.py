@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "api",
     "artifacts",
+    "check",
     "compare",
     "console",
     "doctor",
     "evaluations",
     "export",
+    "fetch",
     "fork",
     "gc",
     "init",
     "opening",
     "query",
     "report",
+    "restore",
     "settings",
     "show",
     "status",
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from grpo import config as settings
     from grpo.inspect import compare, evaluations, query, report, show, status
     from grpo.manage import doctor, export, fork, gc, init, verify, verify_replay
+    from grpo.mirror import check, fetch, restore
     from grpo.pipeline import opening, work
 else:
 
@@ -52,4 +56,5 @@ else:
         _Module(f"grpo.manage.{name}")
         for name in ("doctor", "export", "fork", "gc", "init", "verify", "verify_replay")
     )
+    check, fetch, restore = (_Module(f"grpo.mirror.{name}") for name in ("check", "fetch", "restore"))
     opening, work = (_Module(f"grpo.pipeline.{name}") for name in ("opening", "work"))

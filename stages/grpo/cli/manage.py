@@ -3,12 +3,16 @@
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from grpo.cli import lazy, options
 from grpo.errors import UsageError
+
+if TYPE_CHECKING:
+    from grpo.artifacts import ActiveRun
+    from grpo.mirror.check import MirrorReport
 
 
 def doctor(
@@ -29,6 +33,9 @@ def verify(
     set_: options.Set = [],  # noqa: B006
     discard: Annotated[bool, typer.Option("--discard", help="Move what is damaged to .trash.")] = False,
     replay: Annotated[bool, typer.Option("--replay", help="Recompute every update and compare.")] = False,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Read the copies in artifacts.mirror too.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
@@ -42,6 +49,10 @@ def verify(
     if again is not None:
         exit_code = again.exit_code
         document |= {"replay": again.describe(), "exit": exit_code}
+    copies = _copies(opened, discard) if mirror else None
+    if copies is not None:
+        exit_code = exit_code or copies.exit_code
+        document |= {"mirror": copies.describe(), "exit": exit_code}
 
     def show() -> None:
         lazy.verify.print_report(opened, report, discard)
@@ -49,9 +60,19 @@ def verify(
             lazy.console.stdout_console().print("not replayed: something is damaged")
         if again is not None:
             lazy.verify_replay.print_replay(again)
+        if copies is not None:
+            lazy.check.print_mirror(copies, discard)
 
     options.answer(as_json, document, show)
     raise typer.Exit(exit_code)
+
+
+def _copies(run: "ActiveRun", discard: bool) -> "MirrorReport":
+    """What is in the mirror of a run; discard: and damaged copies replaced."""
+    report = lazy.check.examine(run)
+    if discard and report.again:
+        lazy.check.copy_again(run, report)
+    return report
 
 
 def gc(
@@ -71,6 +92,21 @@ def gc(
         found = lazy.gc.garbage(opened, keep_last) if dry_run else lazy.gc.collect(opened, keep_last)
     document = {**found, "dry_run": dry_run}
     options.answer(as_json, document, lambda: lazy.gc.print_garbage(found, opened, dry_run))
+
+
+def restore(
+    address: Annotated[str, typer.Argument(help="s3://bucket/prefix/run, as artifacts.mirror has it.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: artifacts/RUN.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Fetch a mirrored run, or what is missing of it here; every file is checked."""
+    console = lazy.console.Console(as_json)
+    found = lazy.restore.restore(address, out, lazy.artifacts.ARTIFACTS, console)
+    size = f"{found['outputs']} outputs, {found['files']} files ({found['bytes'] / 2**20:,.1f} MiB)"
+    console.say(
+        f"run {found['run']}: {size} restored to {found['folder']}; next: grpo verify {found['folder']}"
+    )
+    options.answer(as_json, found)
 
 
 def init(

@@ -1,5 +1,6 @@
 """config: pipeline.yaml, parsed once into frozen models; stages receive values and never re-read files."""
 
+from grpo.config.artifacts import ArtifactsConfig, mirror_address
 from grpo.config.evaluate import EvaluateConfig, StopConfig
 from grpo.config.execution import ExecutionConfig
 from grpo.config.generate import GenerateConfig
@@ -15,6 +16,7 @@ __all__ = [
     "PIPELINE",
     "SECTION",
     "AdvantageConfig",
+    "ArtifactsConfig",
     "Config",
     "EvaluateConfig",
     "ExecutionConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "differing_keys",
     "flatten",
     "load",
+    "mirror_address",
     "overridden_keys",
     "points",
     "validated",

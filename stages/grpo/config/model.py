@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from grpo.config.artifacts import ArtifactsConfig
 from grpo.config.evaluate import PASS_THRESHOLD, EvaluateConfig, StopConfig
 from grpo.config.execution import ExecutionConfig
 from grpo.config.generate import GenerateConfig
@@ -149,6 +150,7 @@ class Config(Section):
     and where. In no stage's fingerprint."""
     execution: Annotated[ExecutionConfig | None, ADDED] = None
     """Where work runs; null: in this process."""
+    artifacts: Annotated[ArtifactsConfig, ADDED] = ArtifactsConfig()
     track: Literal["trackio", "wandb"] | None = None
     """Log each iteration to Trackio or Weights & Biases too; null: to neither. In no stage's fingerprint."""
 

@@ -4,7 +4,7 @@ The commands and Python both begin here.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from grpo.artifacts import ARTIFACTS, ActiveRun, roll_forward
@@ -22,15 +22,27 @@ def configured(path: Path, overrides: Sequence[str], quiet: bool = False) -> Act
 @contextmanager
 def working(run: ActiveRun) -> Iterator[ActiveRun]:
     """The run, locked and prepared for work. LockedError (exit 5); InputError (4) for one made otherwise."""
-    with locked(run):
+    with locked(run, removed_too=True):
         prepare(run)
         finish_start_over(run)
         yield run
 
 
 @contextmanager
-def locked(run: ActiveRun) -> Iterator[ActiveRun]:
-    """A run that nobody else works on, with every commit finished that a crash cut off."""
+def locked(run: ActiveRun, removed_too: bool = False) -> Iterator[ActiveRun]:
+    """A run that nobody else works on, with every commit finished that a crash cut off.
+
+    Where it has a mirror, that is what the run is when the `with` block ends; removed_too: as for mirrored().
+    """
     with run.console.signals(), run.lock():
         roll_forward(run)
-        yield run
+        with _mirror(run, removed_too):
+            yield run
+
+
+def _mirror(run: ActiveRun, removed_too: bool) -> AbstractContextManager[None]:
+    if run.config.artifacts.mirror is None:
+        return nullcontext()
+    from grpo.mirror.driver import mirrored
+
+    return mirrored(run, removed_too)

@@ -115,6 +115,8 @@ def open_staging(
     only_failed: bool = False,
 ) -> Staging | Manifest:
     """Where an output is to be made, or made whole; the committed one where nothing is to be done."""
+    if run.mirror is not None:
+        run.mirror.check()
     plan = stage.plan(run, iteration)
     committed = run.manifest(stage.output, iteration)
     attempt = choose_attempt(run, plan, committed, force, only_failed)

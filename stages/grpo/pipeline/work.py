@@ -18,7 +18,7 @@ from grpo.artifacts import (
     prune,
 )
 from grpo.artifacts.layout import parse_iterations
-from grpo.config import flatten
+from grpo.config import ArtifactsConfig, flatten
 from grpo.console import iterations_text
 from grpo.errors import InputError, UsageError
 from grpo.evaluate import plan as evaluation
@@ -189,6 +189,7 @@ def checkpoint_run(opened: ActiveRun, checkpoint: str) -> ActiveRun:
         "model": model,
         "prompts": evaluation.config_of(opened).prompts,
         "update": config.update.model_copy(update={"reference": None}),
+        "artifacts": ArtifactsConfig(),  # it is removed when it is done
     }
     values = config.model_copy(update=changes)
     name = digest([values.model_dump(), opened.checkpoint_id(model)])[:16]

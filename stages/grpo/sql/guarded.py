@@ -172,7 +172,8 @@ class UserSql:
 
 def _may_fork() -> bool:
     """Whether a copy of this process is a safe start: it does one thing only. A new one takes 0.4 s."""
-    return sys.platform == "linux" and threading.active_count() == 1 and "torch" not in sys.modules
+    have_threads = {"torch", "obstore"} & sys.modules.keys()  # of their own, which Python does not count
+    return sys.platform == "linux" and threading.active_count() == 1 and not have_threads
 
 
 def _is_time(value: Any) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from grpo.artifacts import ActiveRun
+from grpo.manage.doctor.copies import check_mirror
 from grpo.manage.doctor.engine import AGREEMENT, check_agreement, check_engine
 from grpo.manage.doctor.inputs import (
     check_held_out,
@@ -77,6 +78,7 @@ def _look(run: ActiveRun, report: Report, with_model: bool, room: bool = True) -
     check_teachers(run, report, policy, with_model)
     check_evaluation(run, report)
     check_track(run, report)
+    check_mirror(run, report)
     if room:
         if ("engine options", "failed") not in {(check.name, check.level) for check in report.checks}:
             check_memory(run, report, policy, reference, found[0].longest)

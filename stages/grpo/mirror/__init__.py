@@ -1,0 +1,1 @@
+"""mirror: copies of runs in an S3 bucket, written behind each commit; restore, sql and verify read them."""
