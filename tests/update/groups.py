@@ -1,12 +1,14 @@
 """groups: processes of a group, for tests: rank 0 does something, the others follow."""
 
-from collections.abc import Callable
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from grpo.update.parallel import Ranks
 
@@ -18,9 +20,22 @@ def store(folder: Path, name: str) -> Any:
     return distributed.FileStore(str(folder / name), WORLD)  # type: ignore[attr-defined]
 
 
-def start(process: Callable[[int, Path], None], folder: Path) -> None:
-    """Run process(rank, folder) in WORLD processes; raises where one fails."""
-    multiprocessing.spawn(process, args=(folder,), nprocs=WORLD)  # type: ignore[attr-defined, no-untyped-call]
+def start(process: Callable[..., None], folder: Path, scenes: Sequence[str] = ("",)) -> list[int]:
+    """Run process(rank, folder), with each of several scenes behind it at once; exit codes, by rank."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["grpo.update.learner", "grpo.update.parallel"])  # seconds, once
+    started = [
+        server.Process(target=process, args=(rank, folder, *([scene] if scene else [])))
+        for scene in scenes
+        for rank in range(WORLD)
+    ]
+    for each in started:
+        each.start()
+    codes: list[int | None] = [None]
+    while None in codes:
+        codes = [each.exitcode for each in started]  # all are asked, and who ended is there no more then
+        time.sleep(0.05)
+    return [code for code in codes if code is not None]
 
 
 def lead(rank: int, folder: Path, work: Callable[[Ranks], Any]) -> None:

@@ -211,7 +211,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
     torch.set_num_threads(1)
     one = {name: steps(folder, name, None) for name in CASES} | {"failures": failures(folder, None)}
     torch.set_num_threads(threads)
-    groups.start(as_process, folder)
+    assert groups.start(as_process, folder) == [0, 0]
     return one, *(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(groups.WORLD))
 
 

@@ -71,6 +71,8 @@ class Ranks:
         backend = "gloo" if device == "cpu" else "nccl"
         distributed.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=patience)
         self._findings = distributed.new_group(backend="gloo", timeout=patience)
+        # Apart: another's agreement must not be taken for a part of the call that one is still within.
+        self._agreement = distributed.new_group(backend="gloo", timeout=patience)
         self._calls = distributed.new_group(backend="gloo", timeout=_BETWEEN_CALLS)
         self.mesh = init_device_mesh(device, (world,))
         self._roll_call = RollCall(group, rank, patience, self._to_all(place()))
@@ -219,7 +221,7 @@ class Ranks:
             failed[self.rank] = 1
             code = error.exit_code if isinstance(error, GrpoError) else 7
             self._roll_call.say(self._count, str(error), code)
-        work = distributed.all_reduce(failed, group=self._findings, async_op=True)
+        work = distributed.all_reduce(failed, group=self._agreement, async_op=True)
         try:
             work.wait(self.patience if error is None else timedelta(seconds=_LAST_WORDS_S))
         except RuntimeError:

@@ -59,14 +59,16 @@ class RollCall:
         self._store.set(f"here/{self._rank}", "")
         others = [rank for rank in range(len(self._places)) if rank != self._rank]
         missing, gone, until = others, list[int](), time.monotonic() + _WAIT_S
+        late: list[int] | None = None
         while missing and not gone and time.monotonic() < until:
             time.sleep(_PAUSE_S)
             for rank in others:
                 if (reason := self.said(call, rank)) is not None:
                     return reason
             missing = [rank for rank in others if not self._store.check([f"here/{rank}"])]
+            late = missing if late is None else late
             gone = [rank for rank in missing if self._is_gone(rank)]
-        named = ", ".join(f"rank {rank} on {self._places[rank][0]}" for rank in gone or missing)
+        named = ", ".join(f"rank {rank} on {self._places[rank][0]}" for rank in gone or missing or late or ())
         how = "ended" if gone else f"did not answer within {duration(self._patience.total_seconds())}"
         return EngineError(
             f"update: {named or 'a connection'} {how}, and the others cannot go on; nothing was committed"
