@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from grpo.console import duration
@@ -56,6 +57,12 @@ class RollCall:
 
     def account(self, call: int) -> GrpoError:
         """What to end with: as another one did, or EngineError (exit 8) naming who is gone or late."""
+        try:
+            return self._asked(call)
+        except RuntimeError:  # the store may be rank 0's
+            return self._error([0], "ended")
+
+    def _asked(self, call: int) -> GrpoError:
         self._store.set(f"here/{self._rank}", "")
         others = [rank for rank in range(len(self._places)) if rank != self._rank]
         missing, gone, until = others, list[int](), time.monotonic() + _WAIT_S
@@ -68,8 +75,11 @@ class RollCall:
             missing = [rank for rank in others if not self._store.check([f"here/{rank}"])]
             late = missing if late is None else late
             gone = [rank for rank in missing if self._is_gone(rank)]
-        named = ", ".join(f"rank {rank} on {self._places[rank][0]}" for rank in gone or missing or late or ())
         how = "ended" if gone else f"did not answer within {duration(self._patience.total_seconds())}"
+        return self._error(gone or missing or late or [], how)
+
+    def _error(self, ranks: Sequence[int], how: str) -> EngineError:
+        named = ", ".join(f"rank {rank} on {self._places[rank][0]}" for rank in ranks)
         return EngineError(
             f"update: {named or 'a connection'} {how}, and the others cannot go on; nothing was committed"
         )
@@ -81,6 +91,9 @@ class RollCall:
             return False
         try:
             os.kill(pid, 0)
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except ProcessLookupError:
             return True
-        return False
+        except FileNotFoundError:  # no Linux
+            return False
+        return state == "Z"  # nobody has asked yet how it ended
