@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests import tiny
+from tests.models.families import VOCABULARY, write_checkpoint
 from tests.update import groups
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
@@ -40,7 +41,9 @@ class Case:
     policy: str = "policy"
 
 
+FAMILIES = ("gemma2", "gpt2", "qwen3_moe")  # packed; matrices the other way round; experts
 CASES = {
+    **{name: Case("dapo", policy=name) for name in FAMILIES},
     "grpo": Case(),
     "dapo": Case("dapo", update={"entropy_coefficient": 0.01}),
     "one rollout": Case(lengths=((7,),)),
@@ -75,9 +78,9 @@ def settings(objective: str, **update: Any) -> UpdateConfig:
 
 def make_rollouts(lengths: tuple[tuple[int, ...], ...]) -> Rollouts:
     draw = np.random.default_rng(0)
-    prompts = [draw.integers(tiny.BYTES, size=4 + group) for group in range(len(lengths))]
+    prompts = [draw.integers(VOCABULARY, size=4 + group) for group in range(len(lengths))]
     keys = [[0, group, sample] for group, each in enumerate(lengths) for sample in range(len(each))]
-    responses = [draw.integers(tiny.BYTES, size=length) for each in lengths for length in each]
+    responses = [draw.integers(VOCABULARY, size=length) for each in lengths for length in each]
     return Rollouts(
         keys=np.array(keys),
         prompts=[prompts[group] for _, group, _ in keys],
@@ -207,6 +210,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
             torch.manual_seed(seed)
             config = tiny.qwen2(initializer_range=0.1, tie_word_embeddings=name == "tied")
             Qwen2ForCausalLM(config).save_pretrained(folder / name)
+    for family in FAMILIES:
+        write_checkpoint(folder / family, family)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     one = {name: steps(folder, name, None) for name in CASES} | {"failures": failures(folder, None)}

@@ -6,6 +6,7 @@ step's.
 """
 
 import copy
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -23,8 +24,8 @@ def shard(reader: nn.Module, mesh: DeviceMesh) -> None:
     layers = [module for module in reader.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UsageError("update: this model has no decoder layers that several processes can share; use one")
-    # FSDP2 hangs its hooks on what comes out, which must then be no view of anything.
-    reader.register_forward_hook(lambda module, given, found: tuple(map(_copied, found)))
+    # FSDP2 hangs its hooks on what comes out: nothing may be done to that in place, and nothing is.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in (*layers, reader):
         # The last group too is dropped after its forward: else reads without a backward would leave whole
         # weights behind, which no step changes.
@@ -33,10 +34,6 @@ def shard(reader: nn.Module, mesh: DeviceMesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # of other factors gloo has no reduction
-
-
-def _copied(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()
 
 
 def full(tensor: Tensor) -> Tensor:
