@@ -114,6 +114,24 @@ def test_a_run_that_is_stopped_fails_and_is_killed_ends_as_if_none_had_been(
     assert crash.contents(folder) == crash.contents(whole)
 
 
+def test_rank_0_killed_while_it_writes_and_policies_rebuilt_together(
+    write_project: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    # An adapter, whose base is the reference; of five policies the third and the last are on disk.
+    lora = "update={objective: grpo, learning_rate: 0.01, lora: {rank: 2, alpha: 4}}"
+    run = ["run", "--set", lora, *SAMPLED, "--set", "iterations=5", "--set", "checkpoints={every: 3}"]
+    start_ = write_project(tmp_path / "project")
+    undisturbed, folder = (crash.copy(start_, tmp_path / name) for name in ("undisturbed", "killed"))
+    assert [code for code, _ in start(undisturbed, *run)] == [0, 0]
+    assert [code for code, _ in start(folder, *run, fault="kill:1010")] == [-signal.SIGKILL, 8]
+    held = [path.parent.name for path in (folder / "artifacts").glob("*/iteration=*/update")]
+    assert sorted(held) == [
+        f"iteration=00000{number}" for number in range(4)
+    ]  # the fourth policy is in no file
+    assert [code for code, _ in start(folder, *run)] == [0, 0]
+    assert crash.contents(folder) == crash.contents(undisturbed)
+
+
 def test_torchrun_replays_what_it_made_and_one_process_refuses(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ class Case:
     policy: str = "policy"
 
 
+FAILURES = ("policy", "old", "surrogate", "gradient")
 FAMILIES = ("gemma2", "gpt2", "qwen3_moe")  # packed; matrices the other way round; experts
 CASES = {
     **{name: Case("dapo", policy=name) for name in FAMILIES},
@@ -154,6 +155,15 @@ def steps(folder: Path, name: str, ranks: Ranks | None, times: int = 1) -> dict[
 
 
 @collective
+def enlarge(learner: Learner) -> None:
+    """Hidden states of 1e4 and more, under a head that makes logits of the usual size of them."""
+    with torch.no_grad():
+        named = dict(learner.model.named_parameters())
+        named["model.norm.weight"].fill_(1e4)
+        named["lm_head.weight"].mul_(1e-4)
+
+
+@collective
 def ruin(learner: Learner, token: int) -> None:
     """NaN in the embedding of a token."""
     weight: Any = learner.model.get_input_embeddings().weight
@@ -167,8 +177,9 @@ def ruin(learner: Learner, token: int) -> None:
 def failures(folder: Path, ranks: Ranks | None) -> dict[str, str]:
     """The errors of a learner, each followed by a step that is right: the processes are still together."""
     found = {}
-    for name in ("policy", "old", "surrogate"):
-        case = CASES["surrogate" if name == "surrogate" else "dapo"]
+    for name in FAILURES:
+        case = Case("grpo_sequence", update={"kl_coefficient": 0.0}) if name == "gradient" else CASES["dapo"]
+        case = CASES["surrogate"] if name == "surrogate" else case
         learner, rollouts = opened(folder, case, ranks), make_rollouts(case.lengths)
         if name == "policy":
             ruin(learner, int(rollouts.responses[5][0]))
@@ -181,6 +192,9 @@ def failures(folder: Path, ranks: Ranks | None) -> dict[str, str]:
                 "    return logprobs * advantages / (old_logprobs > -600)\n"
             )
             learner.objective = objective_of(learner.config, load(folder, "bad:surrogate"))
+        if name == "gradient":  # 1e38 is a float32; times a hidden state it is none any more
+            enlarge(learner)
+            rollouts.advantages[5] = 1e38
         with pytest.raises(EngineError) as error:
             take_step(learner, rollouts)
         found[name] = str(error.value)
@@ -267,7 +281,7 @@ def test_two_processes_again_give_the_same_bits(results: Any) -> None:
 
 def test_what_one_process_finds_wrong_all_say_as_one_would(results: Any) -> None:
     one, two, ended = results[0]["failures"], results[1]["failures"], results[2]
-    for name in ("policy", "old", "surrogate"):
+    for name in FAILURES:
         assert two[name] == one[name]
         assert two[f"{name} after"] == pytest.approx(one[f"{name} after"], rel=1e-5)
     # The third response of the second group has the token; the second of that group the log-prob.
@@ -275,6 +289,8 @@ def test_what_one_process_finds_wrong_all_say_as_one_would(results: Any) -> None
     assert f"update: policy_logprobs are not finite {rollout} (0, 1, 2)" in two["policy"]
     assert f"update: old_logprobs are not finite {rollout} (0, 1, 1)" in two["old"]
     assert f"bad:surrogate: returned nan or inf {rollout} (0, 1, 1)" in two["surrogate"]
+    assert f"{rollout} (0, 1, 2)" in two["gradient"]
+    assert two["gradient"].startswith("update: the gradient is ")
     assert ended == Ended(0)
 
 
