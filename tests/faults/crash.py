@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,12 @@ class Child:
     """Commands, one after the other, in a fork of this process: quick to start. again: for ever."""
 
     def __init__(
-        self, folder: Path, commands: list[list[str]], fault: str | None = None, again: bool = False
+        self,
+        folder: Path,
+        commands: list[list[str]],
+        fault: str | None = None,
+        again: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._log = tempfile.TemporaryDirectory()
         self.pid = os.fork()
@@ -93,6 +98,7 @@ class Child:
             code = 99
             try:
                 os.chdir(folder)
+                os.environ.update(environment or {})
                 if fault is not None:
                     os.environ[VARIABLE] = fault
                 for command in itertools.cycle(commands) if again else commands:

@@ -16,7 +16,7 @@ from grpo.models.size import Shape, shape_of
 from grpo.update.adapter import add_adapter
 from grpo.update.batch import Rollouts, made_up_pair
 from grpo.update.layout import plan, tree_of
-from grpo.update.memory import adapter_parameters, layer_bytes, longest_batch, needs
+from grpo.update.memory import Needs, adapter_parameters, layer_bytes, longest_batch, needs
 from grpo.update.network import Network, cost_of
 
 SHAPE = Shape(layers=2, hidden=8, intermediate=16, queries=8, keys=4, vocabulary=100, tied=True, normed=False)
@@ -95,6 +95,11 @@ def test_an_update_by_hand() -> None:
     less = update.model_copy(update={"gradient_checkpointing": True})
     # Each layer's input, 4 x 8 bytes of a token, and one layer again.
     assert needs(SHAPE, 1000, less, 50, 0, on_gpu=True).batch["activations"] == 3200
+
+
+def test_processes_share_what_is_held_and_nothing_else() -> None:
+    found = Needs({"weights": 96, "moments": 24}, {"activations": 10, "head": 5})
+    assert (found.total, found.of_each(1), found.of_each(4)) == (135, 135, 45)  # 120 / 4 + 15
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from grpo.errors import UsageError
 from grpo.update.batch import Rollouts, made_up_pair
 from grpo.update.layout import Cost, MicroBatch, build, groups_of, longest_pair, plan, tree_of
+from grpo.update.layout_check import check_layouts
 from grpo.update.network import (
     CPU_TOKENS,
     MASKED_TOKENS,
     ROUNDED_TOLERANCE,
     TOLERANCE,
     Network,
-    check_layouts,
     cost_of,
 )
 

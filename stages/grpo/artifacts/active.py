@@ -1,6 +1,7 @@
 """artifacts.active: a run and the work on it: the configuration in force, its folder, who is told."""
 
 from pathlib import Path
+from typing import Any
 
 from grpo.artifacts.checkpoint import checkpoint_id, find_checkpoint
 from grpo.artifacts.run import Run
@@ -13,6 +14,7 @@ class ActiveRun(Run):
 
     imports: the configuration's folder, where relative paths and the user's modules are found.
     accept_replay: whether a policy that is rebuilt may be another than the recorded one.
+    ranks: the processes that train together, where there are several (update/parallel.py).
     start: checkpoints the run stands on, `policy` and `reference`; empty until they were found to be right.
     """
 
@@ -23,6 +25,7 @@ class ActiveRun(Run):
         self.console = console
         self.start: dict[str, Path] = {}
         self.accept_replay = False
+        self.ranks: Any = None
         self._checkpoint_ids: dict[str, str] = {}
 
     def checkpoint_path(self, name: str) -> Path:

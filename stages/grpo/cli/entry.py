@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from grpo.cli import inspect, manage, streams, work
+from grpo.cli import inspect, manage, ranks, streams, work
 from grpo.console import ignore_signals, printable, quieten_libraries, terminations
 from grpo.errors import GrpoError, InputError, ResourceError
 
@@ -64,7 +64,7 @@ _VERSION = typer.Option("--version", callback=_print_versions, is_eager=True, he
 
 
 @app.callback()
-def _options(version: Annotated[bool, _VERSION] = False) -> None:
+def _options(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
     """Options of `grpo` itself; typer shows the help of the application instead of this.
 
     It is called before any command: none can begin in a folder that was deleted, which torch dies of.
@@ -73,6 +73,7 @@ def _options(version: Annotated[bool, _VERSION] = False) -> None:
         Path.cwd()
     except FileNotFoundError:
         raise InputError("the present folder was deleted; go to one that is there") from None
+    ranks.check_command(context.invoked_subcommand)
 
 
 def main() -> None:
@@ -91,16 +92,23 @@ def main() -> None:
 
 def _run(usage_error: Any) -> NoReturn:
     try:
+        if (ended := ranks.serve()) is not None:
+            if ended.line:
+                _fail(ended.line, ended.exit_code)
+            ranks.end(ended.exit_code)
+            sys.exit(ended.exit_code)
         code = app(standalone_mode=False, prog_name="grpo") or 0
         streams.flush()
         if code == _INTERRUPTED:  # typer makes this of a KeyboardInterrupt
             _fail("interrupted", code)
+        ranks.end(code)
         sys.exit(code)
     except GrpoError as error:
         _fail(str(error), error.exit_code)
     except usage_error as error:
         message = error.format_message()
         if not message:  # `grpo` alone: the help is printed already
+            ranks.end(2)
             sys.exit(2)
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "grpo"
@@ -126,6 +134,7 @@ def _name_completion() -> None:
 def _fail(message: str, code: int) -> NoReturn:
     ignore_signals()
     _report(message, code)
+    ranks.end(code, message)
     with suppress(ResourceError, SystemExit):  # what went wrong first is said
         streams.flush()
     sys.exit(code)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo.cli import lazy, options
+from grpo.cli import lazy, options, ranks
 from grpo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
-    opened = options.reading(name, config, set_, damaged=True)
+    opened = ranks.joined(options.reading(name, config, set_, damaged=True))
     # What a crash cut off is not finished first: that may be what is damaged.
     with opened.lock(linked=True) if discard else nullcontext():
         report = lazy.verify.verify(opened, discard)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo.cli import options
+from grpo.cli import options, ranks
 from grpo.cli.lazy import api, artifacts, doctor, evaluations, opening, query, settings, work
 from grpo.errors import GrpoError, Interrupted, UsageError
 
@@ -42,7 +42,7 @@ def run(
         doctor.refuse(planned)
         work.say_state(planned, planned.config.iterations if until is None else until)
         return
-    opened = options.chosen(name, config, set_, as_json)
+    opened = ranks.joined(options.chosen(name, config, set_, as_json), samples=True)
     opened.accept_replay = accept_replay
     options.answer(as_json, api.train(opened, until, from_, yes))
 
@@ -52,7 +52,8 @@ def _sweep(
 ) -> dict[str, Any]:
     """Every run of a sweep, one after the other; one that fails does not keep the others from theirs."""
     points = settings.points(config, overrides, sweeps)
-    runs = [opening.configured(config, point, quiet) for point in points]  # all of them can be
+    all_ = (opening.configured(config, point, quiet) for point in points)
+    runs = [ranks.joined(each, samples=True) for each in all_]  # all of them can be
     done: list[Any] = []
     failed: list[tuple[str, GrpoError]] = []
     for active, point in zip(runs, points, strict=True):
@@ -117,7 +118,7 @@ def _stage_command(stage: str, summary: str) -> Callable[..., None]:
         accept_replay: options.AcceptReplay = False,
         as_json: options.Json = False,
     ) -> None:
-        with opening.working(options.chosen(name, config, set_, as_json)) as opened:
+        with opening.working(ranks.joined(options.chosen(name, config, set_, as_json))) as opened:
             opened.accept_replay = accept_replay
             result = work.run_stage(opened, stage, iteration, force)
         options.answer(as_json, result)

@@ -6,7 +6,7 @@ Code that came with a checkpoint never runs, and pickled weights are never read.
 import copy
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -56,10 +56,13 @@ def load_model(checkpoint: Path, device: str, attention: str = "auto") -> PreTra
 
 
 @torch.no_grad()
-def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+def copy_weights(
+    model: PreTrainedModel, checkpoint: Path, put: Callable[[Tensor, Tensor], object] = Tensor.copy_
+) -> None:
     """Have `model` compute, bit for bit, what load_model(checkpoint) would, of the same architecture.
 
-    Where its tensors are of a narrower type, what that would after rounding to it.
+    Where its tensors are of a narrower type, what that would after rounding to it. put: copies a whole tensor
+    into one of the model.
 
     Nothing is copied when the checkpoint is refused, by load_model or because its tensors are others.
     """
@@ -70,7 +73,7 @@ def copy_weights(model: PreTrainedModel, checkpoint: Path) -> None:
         message = f"weight {differing[0]} differs in shape or tying from the model in memory"
         raise InputError(f"{checkpoint}: {message}; both must have the same architecture")
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        put(tensor, source[name])
 
 
 class Blueprint:

@@ -107,7 +107,7 @@ def measure(reader: Reader, sequences: list[list[int]]) -> WeightCheck:
     input_ids_BL = torch.tensor(sequences, device=reader.model.device)
     targets_N = input_ids_BL[:, 1:].flatten()
     places_BL = torch.arange(input_ids_BL.numel(), device=input_ids_BL.device).view_as(input_ids_BL)
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode sharded weights would be gathered for no other use
         inputs = {"input_ids": input_ids_BL, "use_cache": False}
         logprobs_N, _ = reader(inputs, places_BL[:, :-1].flatten(), targets_N, torch.ones_like(targets_N))
     return WeightCheck(sequences, logprobs_N.reshape(len(sequences), -1).tolist())

@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from grpo.update.optimizer import quiet
 if TYPE_CHECKING:
     from peft import PeftModel
 
+Put = Callable[[Tensor, Tensor], object]
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # Other values make another policy of the same tensors.
@@ -89,16 +90,16 @@ def check_modules(checkpoint: Path, lora: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def reset_adapter(model: PreTrainedModel, seed: int) -> None:
+def reset_adapter(model: PreTrainedModel, seed: int, put: Put = Tensor.copy_) -> None:
     """Start again: A as a linear layer's weight, from `seed` alone; B zero, so that nothing changes.
 
-    Modules that train whole stay as they are.
+    Modules that train whole stay as they are. put: copies a whole tensor into one of the model.
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in adapted_layers(model).values():
         A_RI, B_OR = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
         drawn_RI = torch.empty(A_RI.shape)  # in main memory: the same on every device
-        A_RI.copy_(nn.init.kaiming_uniform_(drawn_RI, a=math.sqrt(5), generator=generator))
+        put(A_RI, nn.init.kaiming_uniform_(drawn_RI, a=math.sqrt(5), generator=generator))
         B_OR.zero_()
 
 
@@ -111,11 +112,12 @@ def adapter_files(model: "PeftModel") -> Iterator[tuple[str, bytes]]:
 
 
 @torch.no_grad()
-def load_adapter(model: "PeftModel", folder: Path) -> None:
+def load_adapter(model: "PeftModel", folder: Path, put: Put = Tensor.copy_) -> None:
     """Put the weights of adapter_files() in `folder` into the adapter, in place and bit for bit.
 
-    Raises InputError (exit 4) when its rank, scale or modules are not the configured ones, CorruptError
-    (exit 6) when its weights are not those of this adapter; the adapter is then as it was.
+    put: as for reset_adapter(). Raises InputError (exit 4) when its rank, scale or modules are not the
+    configured ones, CorruptError (exit 6) when its weights are not those of this adapter; the adapter is then
+    as it was.
     """
     path, weights = folder / WEIGHTS_FILE, _weights(model)
     saved, config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), _config(model)
@@ -130,7 +132,7 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
         if (tensor.shape, tensor.dtype) != (weights[name].shape, weights[name].dtype):
             raise CorruptError(f"{path}: {name} is {tensor.dtype} of the shape {list(tensor.shape)}")
     for name, tensor in tensors.items():
-        weights[name].copy_(tensor)
+        put(weights[name], tensor)
 
 
 def _targeted(

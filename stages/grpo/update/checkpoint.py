@@ -5,7 +5,7 @@ with, and every other file of the checkpoint the run started from, byte for byte
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ from grpo.update.optimizer import names_of, state_of, tensors_of
 _SHARD_BYTES = 2**31  # with an adapter, what is merged at a time and so what a checkpoint costs in memory
 OPTIMIZER_FILE = "optimizer.safetensors"
 Chunks = Iterable[bytes | memoryview]  # a file's content in pieces
+
+
+def copy_to(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of `tensor` where `parameter` is."""
+    return tensor.to(parameter.device, copy=True)
 
 
 def policy_files(model: PreTrainedModel, start: Path) -> Iterator[tuple[str, Chunks]]:
@@ -46,14 +51,17 @@ def policy_files(model: PreTrainedModel, start: Path) -> Iterator[tuple[str, Chu
 
 def optimizer_file(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> Chunks:
     """AdamW's moments as safetensors, named `<moment>.<parameter>`; empty before the first step."""
-    return safetensors_file(
-        {
-            f"{moment}.{name}": tensor
-            for name, parameter in model.named_parameters()
-            if parameter in optimizer.state
-            for moment, tensor in tensors_of(optimizer.state[parameter]).items()
-        }
-    )
+    return safetensors_file(moments_of(optimizer, model))
+
+
+def moments_of(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of that file by their names; no copies."""
+    return {
+        f"{moment}.{name}": tensor
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for moment, tensor in tensors_of(optimizer.state[parameter]).items()
+    }
 
 
 def safetensors_file(tensors: Mapping[str, Tensor]) -> Chunks:
@@ -80,10 +88,16 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Chunks:
         yield tensors[name].contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel, path: Path) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: PreTrainedModel,
+    path: Path,
+    placed: Callable[[Tensor, Tensor], Tensor] = copy_to,
+) -> None:
     """Put the moments of `path` into `optimizer`, in freshly allocated tensors.
 
-    Raises CorruptError (exit 6) when they are not those of this model's parameters.
+    placed: makes such a tensor of a whole one, for a parameter. Raises CorruptError (exit 6) when they are
+    not those of this model's parameters.
     """
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
@@ -97,5 +111,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel, pat
             first = held[name][1]
             if moments[first].shape != parameter.shape:
                 raise CorruptError(f"{path}: {first}.{name} has the shape {list(moments[first].shape)}")
-            copies = {moment: t.to(parameter.device, copy=True) for moment, t in moments.items()}
+            copies = {moment: placed(tensor, parameter) for moment, tensor in moments.items()}
             optimizer.state[parameter] = state_of(optimizer, copies)

@@ -30,8 +30,7 @@ from grpo.artifacts import (
 )
 from grpo.errors import GrpoError
 from grpo.update.adapter import adapter_files
-from grpo.update.checkpoint import OPTIMIZER_FILE, Chunks, optimizer_file, policy_files
-from grpo.update.execution import weights_digest
+from grpo.update.checkpoint import OPTIMIZER_FILE, Chunks, policy_files, safetensors_file
 from grpo.update.learner import Learner
 from grpo.update.optimizer import tensors_of
 
@@ -61,7 +60,7 @@ class Checkpoints:
         self.flush()
         require_space(self._run, CHECKPOINT, policy - 1, _bytes_of(learner))
         contents = [*_contents(self._run.start["policy"], learner)]
-        weights = weights_digest(learner.model)  # on a GPU a replay may give others than its update recorded
+        weights = learner.digest()  # on a GPU a replay may give others than its update recorded
         self._writer.start(partial(self._write, policy, contents, weights))
 
     def prune(self) -> None:
@@ -135,10 +134,10 @@ def _bytes_of(learner: Learner) -> int:
 
 def _contents(start: Path, learner: Learner) -> Iterator[tuple[str, str, bytes | Chunks]]:
     """(part, name, content) of each file of a checkpoint; what is on a GPU is copied here and now."""
-    model, adapter = learner.model, learner.adapter
+    model, adapter = learner.whole()
     trained: Iterable[tuple[str, Any]] = (
         policy_files(model, start) if adapter is None else adapter_files(adapter)
     )
     part = POLICY if adapter is None else ADAPTER
     yield from ((part, name, content) for name, content in trained)
-    yield OPTIMIZER, OPTIMIZER_FILE, optimizer_file(learner.optimizer, model)
+    yield OPTIMIZER, OPTIMIZER_FILE, safetensors_file(learner.moments())

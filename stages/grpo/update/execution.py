@@ -5,18 +5,19 @@ replay computes as it did.
 """
 
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from grpo.update import parallel
-from grpo.update.learner import Learner
+if TYPE_CHECKING:
+    from grpo.update.learner import Learner
 
 _COLUMNS = 4096
 
 
-def execution_of(learner: Learner) -> dict[str, Any]:
+def execution_of(learner: "Learner") -> dict[str, Any]:
     """How the learner computes, as plain data (artifacts/recorded.py).
 
     `exact`: the same again gives the same bits. On a GPU backward passes add with atomics in any order.
@@ -26,7 +27,7 @@ def execution_of(learner: Learner) -> dict[str, Any]:
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "processes": parallel.share()[1],
+        "processes": 1 if learner.ranks is None else learner.ranks.world,
         "torch": torch.__version__,
         "max_tokens_per_batch": config.max_tokens_per_batch,
         "gradient_checkpointing": config.gradient_checkpointing,
@@ -36,17 +37,17 @@ def execution_of(learner: Learner) -> dict[str, Any]:
     }
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, full: Callable[[Tensor], Tensor] = Tensor.detach) -> str:
     """Digest of all that trains in `model`, by name: any bit that changes, or two that swap, change it.
 
-    Of each tensor the sums of its rows and columns are hashed, as whole numbers: a third of the time that
-    hashing all of it takes, and on a GPU no copy of it.
+    full: gives a tensor of which the model has a part. Of each tensor the sums of its rows and columns are
+    hashed, as whole numbers: a third of the time that hashing all of it takes, and on a GPU no copy of it.
     """
     whole = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             whole.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
-            for part in _folded(parameter.detach()):
+            for part in _folded(full(parameter.detach())):
                 whole.update(part.cpu().numpy().data)
     return whole.hexdigest()
 

@@ -4,6 +4,8 @@ Decided when the learner is opened, from the memory that is free then. It change
 no fingerprint; each update records what it was.
 """
 
+import os
+
 import torch
 
 from grpo.artifacts import ActiveRun
@@ -27,11 +29,13 @@ def resolve(run: ActiveRun) -> UpdateConfig:
     tokens = longest_batch(run.config, int(longest), on_gpu=on_gpu)
     kept = resolved(update, on_gpu=on_gpu)
     without, free = _needs(run, kept, tokens, on_gpu=on_gpu), _free(on_gpu=on_gpu)
-    if without is None or without.total <= free:
+    world = 1 if run.ranks is None else run.ranks.world
+    beside = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", world))  # in the same memory
+    if without is None or (needed := beside * without.of_each(world)) <= free:
         return kept
     run.console.say(
         f"update.gradient_checkpointing: auto is true here: a micro-batch of {tokens:,} tokens needs"
-        f" {without.total / _GIB:.1f} GiB without, and {free / _GIB:.1f} GiB are free"
+        f" {needed / _GIB:.1f} GiB without, and {free / _GIB:.1f} GiB are free"
     )
     return resolved(update, on_gpu=on_gpu, checkpointing=True)
 

@@ -3,7 +3,6 @@
 from grpo.artifacts import ADAPTER, CHECKPOINT, OPTIMIZER, POLICY, ActiveRun, Manifest, held_part
 from grpo.errors import CorruptError, InputError
 from grpo.update.checkpoint import OPTIMIZER_FILE
-from grpo.update.execution import weights_digest
 from grpo.update.learner import Learner
 from grpo.update.plan import OUTPUT
 
@@ -27,7 +26,7 @@ def load_policy(run: ActiveRun, number: int, learner: Learner) -> None:
         raise CorruptError(f"{place}: holds no whole policy with its optimiser state")
     learner.load(policy, state / OPTIMIZER_FILE, id_, adapter)
     written = run.require(CHECKPOINT, number - 1, "grpo run").summary["weights"]
-    if weights_digest(learner.model) != written:
+    if learner.digest() != written:
         learner.holds = None
         raise CorruptError(f"{place}: its weights are not those that its manifest says")
 

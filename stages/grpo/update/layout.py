@@ -83,12 +83,12 @@ def plan(
     """The trees of each sequence of each micro-batch: the cheapest of a few ways to pack `rows`.
 
     A micro-batch has at most `max_tokens` tokens, padding included, or one rollout; the longest comes first,
-    so that memory runs out at once or never. share: (n, of): every of-th tree from the n-th on. Short
-    sequences leave room unused; long ones widen the square that attention under a dense mask computes.
+    so that memory runs out at once or never. share: (n, of): the n-th of shares_of(). Short sequences leave
+    room unused; long ones widen the square that attention under a dense mask computes.
     """
     groups = groups_of(rollouts, rows) if layout == "shared" else [[row] for row in rows.tolist()]
     trees = [tree for group in groups for tree in trees_of(rollouts, group, max_tokens)]
-    trees = sorted(trees, key=lambda tree: -tree.num_tokens)[share[0] :: share[1]]
+    trees = shares_of(sorted(trees, key=lambda tree: -tree.num_tokens), share[1], cost)[share[0]]
     at_once, largest = min(max_tokens, cost.max_tokens), max((tree.num_tokens for tree in trees), default=0)
     if cost.multiple:
         capacity = at_once // cost.multiple * cost.multiple or at_once
@@ -101,6 +101,21 @@ def plan(
         cut = batches(dict(enumerate(map(_length, sequences))), at_once)
         ways.append([[sequences[place] for place in batch] for batch in cut])
     return min(ways, key=lambda way: sum(map(cost.of, way)))
+
+
+def shares_of(trees: Sequence[Tree], count: int, cost: Cost) -> list[list[Tree]]:
+    """`trees`, longest first, dealt out so that the costliest share is nearly as cheap as can be.
+
+    Each goes to the share that has the least so far, the first of equal ones: at most a third more than the
+    best there is (Graham 1969, longest processing time first).
+    """
+    shares: list[list[Tree]] = [[] for _ in range(count)]
+    costs = [0.0] * count
+    for tree in trees:
+        least = costs.index(min(costs))
+        shares[least].append(tree)
+        costs[least] += cost.of([[tree]])
+    return shares
 
 
 def groups_of(rollouts: Rollouts, rows: np.ndarray) -> list[list[int]]:

@@ -32,7 +32,11 @@ class Needs:
     @property
     def total(self) -> int:
         """Of both."""
-        return sum(self.held.values()) + sum(self.batch.values())
+        return self.of_each(1)
+
+    def of_each(self, world: int) -> int:
+        """Of each of `world` processes: they share what is held, and have a micro-batch each."""
+        return sum(self.held.values()) // world + sum(self.batch.values())
 
 
 def longest_batch(config: Config, longest_prompt: int, *, on_gpu: bool) -> int:

@@ -4,7 +4,7 @@ Shapes: S sequences, L tokens of the longest, N counted response tokens, D hidde
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from textwrap import shorten
@@ -23,7 +23,7 @@ from grpo.models.reader import Reader
 from grpo.update import flex_attention, tree_attention
 from grpo.update.batch import Rollouts, made_up_pair
 from grpo.update.flex_attention import block_mask
-from grpo.update.layout import Cost, Layout, MicroBatch, Tree, build, longest_pair, tree_of
+from grpo.update.layout import Cost, Layout, MicroBatch, Tree, build, tree_of
 from grpo.update.working_copy import WorkingCopy, narrow
 
 # Largest |difference| of a log-prob between two layouts in float32. Rounding gives 1e-5; a mask that is not
@@ -38,7 +38,6 @@ CPU_TOKENS = 4096
 MASKED_TOKENS = 4096
 
 
-Compared = tuple[float, bool]  # a difference between two layouts, and whether it is rounding
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     tree_attention.NAME: tree_attention.tree_attention,
     flex_attention.NAME: flex_attention.flex_tree_attention,
@@ -49,9 +48,12 @@ class Network:
     """A model in float32, what it consists of, and the layout it is read in. Nothing is copied.
 
     precision: float32, or bfloat16, in which it computes under autocast until work_in_copy() or narrow().
+    reader: of the model, where there is one.
     """
 
-    def __init__(self, model: PreTrainedModel, precision: str, *, share_prompts: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, precision: str, *, share_prompts: bool, reader: Reader | None = None
+    ) -> None:
         self.model = model
         self.precision = precision
         self.copy: WorkingCopy | None = None  # that it computes with
@@ -60,7 +62,7 @@ class Network:
         if precision == "bfloat16":
             self._rounding = partial(torch.autocast, model.device.type, dtype=torch.bfloat16)
         self.device = str(model.device)
-        self.reader = Reader(model)
+        self.reader = reader or Reader(model)
         self.flex = model.device.type == "cuda"  # the kernel that trees are read with
         self._own_attention = model.config._attn_implementation
         self.use(layout_of(model, share_prompts=share_prompts))
@@ -141,6 +143,15 @@ class Network:
             )
         return found
 
+    def take_part(self) -> None:
+        """Read, and backwards too where gradients are asked for, with nothing to add to them.
+
+        For a process that has no micro-batch while others have one.
+        """
+        logprobs_N, _ = self.logprobs(self._two_tokens(), with_entropy=True)
+        if logprobs_N.requires_grad:
+            (logprobs_N.sum() * 0).backward()  # type: ignore[no-untyped-call]
+
     @torch.no_grad()
     def difference(self, rollouts: Rollouts, rows: np.ndarray, *, exactly: bool = False) -> float:
         """|difference| of the last of `rows`, all of one group, read with the others and read alone, in nats.
@@ -217,43 +228,6 @@ class Network:
         if attention == self._own_attention:
             return nullcontext()
         return attending(self.model, attention, _FUNCTIONS[attention])
-
-
-def check_layouts(
-    networks: Mapping[str, Network],
-    rollouts: Rollouts,
-    lengths: tuple[int, int],
-    last: str | None,
-    of_reference: dict[tuple[int, int], Compared],
-) -> dict[str, Any]:
-    """See Learner.check_layout(); of_reference: the differences that were found before, by their lengths."""
-    found: dict[str, Any] = {}
-    for name, network in networks.items():
-        if network.best == "rows":
-            continue
-        network.use(network.best)
-        vocabulary = int(network.model.config.get_text_config(decoder=True).vocab_size)
-        # Made up: in float32, which shows most. The rollouts: as they are read.
-        made_up = (made_up_pair(*lengths, vocabulary), np.arange(2), not network.is_narrow)
-        if name == "policy":
-            own = [(rollouts, longest_pair(rollouts), False)] if len(rollouts) else []
-            pairs = [] if last == network.best else [made_up, *own]
-            compared = [compare(network, *pair) for pair in pairs]
-        else:
-            if lengths not in of_reference:
-                of_reference[lengths] = compare(network, *made_up)
-            compared = [of_reference[lengths]]
-        found[f"{name}_layout_difference"] = max((difference for difference, _ in compared), default=None)
-        if not all(fits for _, fits in compared):
-            found[f"{name}_layout_refused"] = network.best
-            network.use("rows")
-    return found
-
-
-def compare(network: Network, rollouts: Rollouts, rows: np.ndarray, exactly: bool) -> Compared:
-    """Network.difference(), and whether it is rounding."""
-    difference = network.difference(rollouts, rows, exactly=exactly)
-    return difference, difference <= network.tolerance(exactly=exactly)  # NaN is not
 
 
 def dropouts_of(config: PreTrainedConfig) -> dict[str, float]:

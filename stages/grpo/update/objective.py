@@ -34,6 +34,14 @@ class Stored:
     """Of the policy before its first step; only where update.top_entropy asks, and then of every rollout."""
     first_step: dict[int, int] = field(default_factory=dict)
 
+    def of(self, rows: np.ndarray) -> "Stored":
+        """What a step of `rows` reads of it."""
+        names, asked = ("policy", "reference", "entropy"), rows.tolist()
+        held = {name: getattr(self, name) for name in names}
+        return Stored(
+            **{name: {row: each[row] for row in asked if row in each} for name, each in held.items()}
+        )
+
     def keep(self, logprobs: Logprobs, step: int) -> None:
         """Add the policy's log-probs of the rows that a step read; those of a row that is known stay."""
         for row in logprobs.keys() - self.first_step.keys():

@@ -9,7 +9,7 @@ import pyarrow as pa
 from grpo import tables
 from grpo.artifacts import ActiveRun, FileRecord, Run, Staging
 from grpo.errors import EngineError
-from grpo.models.weight_check import FILE, measure, read_weight_check
+from grpo.models.weight_check import FILE, read_weight_check
 from grpo.update.batch import Rollouts
 from grpo.update.learner import Learner
 from grpo.update.objective import Stored
@@ -73,7 +73,7 @@ def logprobs_table(iteration: int, rollouts: Rollouts, stored: Stored, read: lis
 
 def _weight_check(run: Run, learner: Learner) -> bytes:
     """The new policy's log-probs of the sequences of the starting one's weight check."""
-    check = measure(learner.network.reader, read_weight_check(run.weight_check_path(0)).sequences)
+    check = learner.measure(read_weight_check(run.weight_check_path(0)).sequences)
     if not check.is_finite():
         raise EngineError(
             "update: the log-probs of the new policy are not finite; lower update.learning_rate or"

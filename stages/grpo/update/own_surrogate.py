@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import sha256
 from importlib.abc import SourceLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -64,6 +65,11 @@ class OwnSurrogate:
     function: Callable[..., Any]
     keywords: tuple[str, ...]
     per_rollout: bool = False
+    folder: Path | None = None  # of the configuration
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: it reads the same file."""
+        return _loaded, (self.folder, self.name, self.file, self.sha256)
 
     def __call__(
         self, logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, rollout_N: Tensor
@@ -189,7 +195,16 @@ def load(folder: Path, name: str, kept: Path | None = None) -> OwnSurrogate:
     finally:
         sys.path.remove(str(folder))
     digest = sha256(source.content).hexdigest()
-    return OwnSurrogate(name, source.file, digest, function, keywords).checked()
+    return OwnSurrogate(name, source.file, digest, function, keywords, folder=folder).checked()
+
+
+@cache
+def _loaded(folder: Path, name: str, file: Path, digest: str) -> OwnSurrogate:
+    """What another process loaded. Raises EngineError (exit 8) where the file is another by now."""
+    found = load(folder, name, file)
+    if found.sha256 != digest:
+        raise EngineError(f"{file} changed as the update began; run it again; nothing was committed")
+    return found
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -98,6 +98,7 @@ class Policies:
         assert manifest.iteration is not None
         at = manifest.iteration
         require_inputs(self.run, manifest)
+        self._require_processes(manifest)
         recorded = self._recorded(at)
         if self.learner.holds != self.run.id_of(f"policy@{at}"):
             load_policy(recorded, at, self.learner)
@@ -158,6 +159,17 @@ class Policies:
             apart = "of other tokens" if mean is None else f"{mean:.1e} nats per token off"
             self.run.console.say(f"policy {outcome.iteration + 1} is rebuilt with other bits: {apart}")
 
+    def _require_processes(self, manifest: Manifest) -> None:
+        """Raise InputError (exit 4) for an update of another number of processes: they round otherwise."""
+        made = manifest.execution["processes"]
+        now = 1 if self.run.ranks is None else self.run.ranks.world
+        if made != now and not self.run.accept_replay:
+            way = f"`torchrun --nproc-per-node {made} -m grpo`" if made > 1 else "`grpo` without torchrun"
+            raise InputError(
+                f"update {manifest.iteration}: was made by {made} process{'es' if made > 1 else ''}, and a"
+                f" replay by {now} rounds otherwise; {way} replays it"
+            )
+
     def _configure(self, recorded: ActiveRun, manifest: Manifest) -> None:
         learner, config = self.learner, recorded.config.update
         attention = recorded.config.model_options.attn_implementation
@@ -201,7 +213,8 @@ def new_learner(run: ActiveRun) -> Learner:
     """One of the run's configuration, with nothing loaded yet."""
     share = share_of(run.config.generate.engine_options)
     attention = run.config.model_options.attn_implementation
-    return Learner(gradient_checkpointing.resolve(run), best_device(), run.config.seed, attention, share)
+    update, device, seed = gradient_checkpointing.resolve(run), best_device(), run.config.seed
+    return Learner(update, device, seed, attention, share, run.ranks)
 
 
 @contextmanager
@@ -221,7 +234,7 @@ def rebuilt_part(run: ActiveRun, policy: int, part: str, scratch: Path) -> Itera
 
 
 def _write(policies: Policies, part: str, folder: Path) -> None:
-    model, adapter = policies.learner.model, policies.learner.adapter
+    model, adapter = policies.learner.whole()
     if part == POLICY:
         for name, chunks in policy_files(model, policies.run.start["policy"]):
             files.write_chunks(folder / name, chunks)

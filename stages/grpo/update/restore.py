@@ -19,7 +19,8 @@ from grpo.artifacts import ActiveRun, Manifest, cannot_replay, check_source, kep
 from grpo.config import ModelOptions, TeacherConfig, UpdateConfig, differing_keys
 from grpo.errors import InputError
 from grpo.update.batch import read_kept
-from grpo.update.execution import execution_of, weights_digest
+from grpo.update.collective import collective
+from grpo.update.execution import execution_of
 from grpo.update.learner import Learner
 from grpo.update.outputs import logprobs_table, updates_table
 from grpo.update.plan import OWN
@@ -51,7 +52,7 @@ def compare(run: ActiveRun, manifest: Manifest, recorded: ActiveRun, learner: Le
     """
     assert manifest.iteration is not None
     iteration = manifest.iteration
-    with _threads(manifest.execution["threads"]):
+    with _threads(learner, manifest.execution["threads"]):
         learner.use(manifest.execution["layouts"])
         vocabulary = learner.model.config.get_text_config().vocab_size
         rollouts = read_kept(recorded, iteration, vocabulary)
@@ -65,7 +66,7 @@ def compare(run: ActiveRun, manifest: Manifest, recorded: ActiveRun, learner: Le
         "logprobs": logprobs_table(iteration, rollouts, stored, read),
     }
     held = {name: run.read(name, iteration) for name in found}
-    differing = [] if weights_digest(learner.model) == manifest.summary["weights"] else ["weights"]
+    differing = [] if learner.digest() == manifest.summary["weights"] else ["weights"]
     # Read back, a table has every optional column.
     differing += [n for n, table in found.items() if not table.equals(held[n].select(table.column_names))]
     mean = _mean_difference(found["logprobs"], held["logprobs"])
@@ -105,7 +106,7 @@ def as_recorded(run: ActiveRun, manifest: Manifest) -> ActiveRun:
         problem = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
         raise InputError(f"update {manifest.iteration}: {problem}; another version of grpo made it") from None
     found = ActiveRun(run.root, config, run.imports, run.console)
-    found.start, found.accept_replay = run.start, run.accept_replay
+    found.start, found.accept_replay, found.ranks = run.start, run.accept_replay, run.ranks
     return found
 
 
@@ -128,13 +129,19 @@ def kept_surrogate(run: ActiveRun, manifest: Manifest) -> Path:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def _threads(learner: Learner, number: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    _compute_with(learner, number)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if learner.ranks is None or not learner.ranks.is_broken:
+            _compute_with(learner, before)
+
+
+@collective
+def _compute_with(learner: Learner, threads: int) -> None:
+    torch.set_num_threads(threads)
 
 
 def _mean_difference(found: pa.Table, held: pa.Table) -> float:

@@ -13,7 +13,7 @@ from grpo.errors import GrpoError, InputError, ResourceError
 from grpo.update.adapter import check_modules, require_peft
 from grpo.update.batch import longest, read_kept
 from grpo.update.durable import Checkpoints
-from grpo.update.execution import execution_of, weights_digest
+from grpo.update.execution import execution_of
 from grpo.update.first_read import FirstRead
 from grpo.update.inputs import check_same_training
 from grpo.update.objective import objective_of
@@ -97,13 +97,13 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, policies: Policies
             raise InputError(f"{OWN}: {own.file} changed as the update began; run it again")
         keep_source(run, own.sha256, own.file.name, own.file.read_bytes)
         learner.objective = objective_of(run.config.update, own)
-    weights_before = before.summary["weights"] if before is not None else weights_digest(learner.model)
+    weights_before = before.summary["weights"] if before is not None else learner.digest()
     learner.holds = None  # until the commit has happened, memory is ahead of the disk
     first_read = FirstRead(run, iteration, rollouts, learner.network.precision)
     rows, stored = train(run, iteration, rollouts, learner, clock, first_read)
     with clock("write"):
         held = write_outputs(run, iteration, rows, rollouts, stored, learner, staging)
-        weights = weights_digest(learner.model)
+        weights = learner.digest()
     ids = {name: id_of(sorted(held[name], key=lambda file: file.name)) for name in IDS}
     ids["policy"] = policy_id(staging.plan, weights)
     summary = {**summary_of(rows), **layout, "weights": weights, "moved": weights != weights_before}
