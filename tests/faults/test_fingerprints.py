@@ -230,6 +230,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "execution.engines.count": (["execution={engines: {count: 2}}"], NOTHING),
     "execution.engines.gpus": (["execution={backend: ray, engines: {gpus: 1}}"], NOTHING),
     "execution.engines.timeout_s": (["execution={engines: {timeout_s: 60}}"], NOTHING),
+    "execution.scorers.count": (["execution={scorers: {count: 2}}"], NOTHING),
     "artifacts.mirror": (["artifacts.mirror=s3://bucket/runs"], NOTHING),
     "track": (["track=trackio"], NOTHING),
 }

@@ -1,6 +1,6 @@
 """config.execution: the execution section of pipeline.yaml."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,13 @@ class EnginesConfig(Section):
     """Seconds, at most 1e6, in which an engine has sampled a shard; else it is killed, and another tries."""
 
 
+class ScorersConfig(Section):
+    """Processes that score by reward functions, a shard of one reward at a time."""
+
+    count: Annotated[int, Field(ge=1, le=1024)] = 1
+    """How many, 1 to 1,024. Each calls functions in score.workers processes of its own."""
+
+
 class ExecutionConfig(Section):
     """Where work runs. In no stage's fingerprint: it changes no result."""
 
@@ -32,10 +39,19 @@ class ExecutionConfig(Section):
     address: Annotated[NonEmpty, must(lambda address: not address.startswith("ray://"), _DRIVER)] = "auto"
     """Of the Ray cluster's head, host:port; `auto`: the cluster that this machine is in; `local`: one of this
     process alone."""
-    engines: EnginesConfig = EnginesConfig()
+    engines: EnginesConfig | None = None
+    """What samples; null: this process. Left out, it is one engine, and null where scorers are given."""
+    scorers: ScorersConfig | None = None
+    """What scores by reward functions; null: this process, by score.workers processes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_for_something(cls, data: Any) -> Any:
+        is_given = not isinstance(data, dict) or {"engines", "scorers"} & data.keys()
+        return data if is_given else {**data, "engines": {}}
 
     @model_validator(mode="after")
     def _gpus_are_rays(self) -> "ExecutionConfig":
-        if self.engines.gpus and self.backend == "local":
+        if self.engines is not None and self.engines.gpus and self.backend == "local":
             raise ValueError("engines.gpus: engines on GPUs are for `backend: ray`; 0 is right with local")
         return self

@@ -1,5 +1,6 @@
 """answering: what a worker's process does with a job, wherever it runs."""
 
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 from grpo.errors import GrpoError
 
 Open = Callable[[], Callable[[Any], Any]]
-"""What a worker calls before its first job; it gives what does the jobs. It must be importable by name."""
+"""What a worker calls before its first job; it gives what does the jobs.
+
+It must be importable by name. What it gives may have a close().
+"""
 
 
 class Answering:
@@ -16,6 +20,7 @@ class Answering:
     def __init__(self, open_worker: Open) -> None:
         self._open = open_worker
         self._work: Callable[[Any], Any] | None = None
+        self._closing = threading.Lock()
 
     def __call__(self, job: Any) -> tuple[bool, Any]:
         """Open with the first job, and do it."""
@@ -26,3 +31,10 @@ class Answering:
             return False, error
         except Exception:  # noqa: BLE001 - a bug of ours: the driver raises it, where it can be read
             return False, RuntimeError(traceback.format_exc())
+
+    def close(self) -> None:
+        """Close what was opened, once, whoever asks for it; a second one waits until it is."""
+        with self._closing:
+            work, self._work = self._work, None
+            if work is not None and hasattr(work, "close"):
+                work.close()

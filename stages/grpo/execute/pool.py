@@ -62,18 +62,26 @@ class Pool:
         return self._backend.is_one_machine()
 
     def run(
-        self, jobs: Mapping[str, Any], what: str, stop_requested: Callable[[], None]
+        self,
+        jobs: Mapping[str, Any],
+        what: str,
+        stop_requested: Callable[[], None],
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> Generator[tuple[str, Any], None, None]:
         """Name and result of each job, as they come.
 
         what: of which jobs errors speak, such as `generate 3`. A job whose worker dies is done again, first
-        of all. Raises at once what a job raised, and when the others are done EngineError (exit 8) for those
-        that ended MOST_DEATHS workers each. ResourceError (exit 7): no worker got a place.
+        of all. is_stopping: once it says so, no job is begun, and it ends with those under way.
+        Raises at once what a job raised, and when the others are done EngineError (exit 8) for those that
+        ended MOST_DEATHS workers each. ResourceError (exit 7): no worker got a place.
         """
         now = Round(jobs, deque(jobs), self._count)
         try:
             while not now.is_over:
-                self._hand_out(now)
+                if not is_stopping():
+                    self._hand_out(now)
+                elif not any(given.name in jobs for given in self._busy.values()):
+                    break
                 for worker in self._backend.wait(self._busy, POLL_S):
                     if (found := self._answer_of(now, worker, what)) is not None:
                         yield found
@@ -84,9 +92,12 @@ class Pool:
         finally:
             self._leave(now)
         if now.aside:
+            others = (
+                "what else was to be done is committed" if self._has_answered else "none has answered yet"
+            )
             raise EngineError(
-                f"{what}: {', '.join(now.aside)} ended {MOST_DEATHS} workers, one after the other; what else"
-                " was to be done is committed, and the same command tries these again"
+                f"{what}: {', '.join(now.aside)} ended {MOST_DEATHS} workers, one after the other; {others},"
+                " and the same command tries again"
             )
 
     def close(self) -> None:
@@ -98,6 +109,11 @@ class Pool:
     def _hand_out(self, now: Round) -> None:
         while now.waiting and len(self._busy) < now.places:
             self._begin(now, now.waiting.popleft())
+        for worker, held in list(self._busy.items()):
+            is_wanted = held.name in now.jobs and held.name not in now.done
+            if self._idle and is_wanted and worker.is_waiting():
+                self._end([worker])
+                self._begin(now, held.name)
         if self._copies and self._idle and now.longest_s:
             given = Counter(job.name for job in self._busy.values())
             once = [job for job in self._busy.values() if given[job.name] == 1 and job.name not in now.done]

@@ -17,14 +17,17 @@ from grpo.execute.protocol import Worker, WorkerDied
 
 
 class LocalProcesses:
-    """Of this machine, all alike. open_worker: of each."""
+    """Of this machine, all alike. open_worker: of each.
 
-    def __init__(self, open_worker: Open) -> None:
-        self._open = open_worker
+    grace_s: in which one that is to end may close what it has open; 0: it is killed at once.
+    """
+
+    def __init__(self, open_worker: Open, grace_s: float = 0.0) -> None:
+        self._open, self._grace_s = open_worker, grace_s
 
     def start(self) -> "Process":
         """A new one."""
-        return Process(self._open)
+        return Process(self._open, self._grace_s)
 
     def wait(self, busy: Collection[Worker], timeout_s: float) -> list[Worker]:
         """Those of `busy` that have answered or died."""
@@ -42,7 +45,8 @@ class LocalProcesses:
 class Process:
     """One of them."""
 
-    def __init__(self, open_worker: Open) -> None:
+    def __init__(self, open_worker: Open, grace_s: float = 0.0) -> None:
+        self._grace_s = grace_s
         context = get_context("spawn")
         self.answers, theirs = context.Pipe()
         lifeline, self._lifeline = context.Pipe(duplex=False)
@@ -68,29 +72,39 @@ class Process:
             return found
         raise found
 
+    def is_waiting(self) -> bool:
+        """There is always a place."""
+        return False
+
     def kill(self) -> None:
         """End it now."""
+        self._lifeline.close()
+        if self._grace_s:
+            self._process.join(self._grace_s)
         self._process.kill()
         self._process.join()
         self.answers.close()
-        self._lifeline.close()
 
 
 def _work(jobs: Connection, lifeline: Connection, open_worker: Open) -> None:
     """Do jobs until there are no more to come."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends this process
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     answering = Answering(open_worker)
+    threading.Thread(target=_end_with, args=(lifeline, answering), daemon=True).start()
     with suppress(EOFError, BrokenPipeError):
         while True:
             jobs.send(answering(jobs.recv()))
+    answering.close()
 
 
-def _end_with(lifeline: Connection) -> None:
+def _end_with(lifeline: Connection, answering: Answering) -> None:
     """End this process with the one that holds the other end."""
-    with suppress(EOFError, OSError):
-        lifeline.recv_bytes()
-    os._exit(1)
+    try:
+        with suppress(EOFError, OSError):
+            lifeline.recv_bytes()
+        answering.close()
+    finally:
+        os._exit(1)
 
 
 def _ending(exit_code: int | None) -> str:

@@ -21,6 +21,9 @@ class Worker(Protocol):
     def result(self) -> Any:
         """The answer. Raises what the job raised, WorkerDied, and NoPlace."""
 
+    def is_waiting(self) -> bool:
+        """Whether it has been without a place for so long that an idle one should have its job."""
+
     def kill(self) -> None:
         """End it now, whatever it does."""
 

@@ -23,6 +23,7 @@ from grpo.execute.node import check_same, facts
 from grpo.execute.protocol import NoPlace, Worker, WorkerDied
 
 REACH_S = 10  # of the cluster's head
+WAIT_S = 30  # until one that is idle takes the job of an actor without a place
 START_S = 300  # until an actor has a place and a process, of which libraries are imported
 
 
@@ -122,6 +123,10 @@ class Actor:
         if not self._is_placed:
             self._is_placed = bool(ray.wait([self._ready], timeout=0)[0])
         return not self._is_placed and time.monotonic() - self._since > START_S
+
+    def is_waiting(self) -> bool:
+        """Whether it has been without a place for WAIT_S."""
+        return time.monotonic() - self._since > WAIT_S and not self.is_without_place() and not self._is_placed
 
     def kill(self) -> None:
         """End it now."""

@@ -21,8 +21,9 @@ def open_pool(run: ActiveRun, making: Callable[[], Engine], engine: str, device:
     the configuration says, and as backend_of().
     """
     execution = run.config.execution
-    if execution is None:
+    if execution is None or execution.engines is None:
         return None
+    engines = execution.engines
     check_engines(run.config, engine, device)
     start, threads = run.start["policy"], torch.get_num_threads()
     settings = EngineSettings(
@@ -33,7 +34,6 @@ def open_pool(run: ActiveRun, making: Callable[[], Engine], engine: str, device:
         run.config.model_options.attn_implementation,
         threads,
     )
-    engines = execution.engines
     backend = backend_of(execution, opener(settings), threads, engines.gpus)
     # What vLLM samples depends on what else it has at hand: of two copies of a shard, either would be right,
     # but not the same.
@@ -42,14 +42,14 @@ def open_pool(run: ActiveRun, making: Callable[[], Engine], engine: str, device:
 
 def check_engines(config: Config, engine: str, device: str) -> None:
     """Raise UsageError (exit 2) for `execution.engines` that would not compute what is configured."""
-    if config.execution is None:
+    if config.execution is None or config.execution.engines is None:
         return
     options, gpus = config.generate.engine_options, config.execution.engines.gpus
     if not gpus:
         if device != "cpu":
             raise UsageError(
                 "execution.engines.gpus: 0, but this machine computes on a GPU, and engines would on a CPU;"
-                " leave execution out, or give each engine a GPU of a Ray cluster"
+                " `engines: null` samples in this process, or give each engine a GPU of a Ray cluster"
             )
         return
     if engine != "vllm" or "dtype" not in options:  # this machine may have no GPU to choose by

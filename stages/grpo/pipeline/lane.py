@@ -37,7 +37,9 @@ class SampleLane:
         """Do a stage of iteration `number` as `iteration` comes to it; only begin rollouts of a later one."""
         if stage in (GENERATE, EVALUATE):  # the engines are wanted
             self._finish()
-        if stage is GENERATE and number > iteration and self._run.config.execution is not None:
+        execution = self._run.config.execution
+        engines = None if execution is None else execution.engines
+        if stage is GENERATE and number > iteration and engines is not None:
             self._begin(number)
         else:
             perform(self._run, stage, number, self._resources)

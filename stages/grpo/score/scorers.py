@@ -22,6 +22,7 @@ from grpo.score.shard import File, read
 from grpo.tables import RENDERED
 
 if TYPE_CHECKING:
+    from grpo.execute import Pool
     from grpo.score.reward_model import RewardModel
     from grpo.score.teachers import Teacher
 
@@ -36,6 +37,7 @@ class Scorers(NamedTuple):
     models: "dict[str, RewardModel]"
     judges: dict[str, Judge]
     teachers: "dict[str, Teacher]"
+    workers: "Pool | None" = None  # scorers in other processes, which call functions in place of `pool`
 
 
 class Rollout(NamedTuple):
@@ -58,7 +60,11 @@ def open_scorers(run: ActiveRun, lend: object) -> Iterator[Scorers]:
     prompts = run.read("prompts", None)
     judges = {}
     with ExitStack() as stack:
-        pool = stack.enter_context(closing(FunctionPool(run.imports, run.config.score.workers)))
+        workers = _open_workers(run)
+        if workers is not None:
+            stack.enter_context(closing(workers))
+        num_workers = run.config.score.workers if workers is None else 1  # to check functions with
+        pool = stack.enter_context(closing(FunctionPool(run.imports, num_workers)))
         check_columns(run, pool, prompts)
         for reward in run.config.score.rewards:
             if reward.judge is not None:
@@ -67,7 +73,7 @@ def open_scorers(run: ActiveRun, lend: object) -> Iterator[Scorers]:
         models = _open_models(run)
         for model in models.values():
             stack.enter_context(closing(model))
-        yield Scorers(pool, prompts, models, judges, _open_teachers(run))
+        yield Scorers(pool, prompts, models, judges, _open_teachers(run), workers)
 
 
 def check_alone(run: ActiveRun) -> None:
@@ -127,6 +133,15 @@ def _open_teachers(run: ActiveRun) -> "dict[str, Teacher]":
     return open_teachers(run)
 
 
+def _open_workers(run: ActiveRun) -> "Pool | None":
+    execution = run.config.execution
+    if execution is None or execution.scorers is None:
+        return None
+    from grpo.score.scorer_pool import open_scorer_pool
+
+    return open_scorer_pool(run, execution, execution.scorers.count)
+
+
 def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
     """The rollouts of a shard, each with its row of `prompts`."""
     rows = read(run, str(file.record.table), [file], _READ)
@@ -154,15 +169,19 @@ def score(
     """(rollout, outcome) of each: a function gets one group per call, a model batches of tokens."""
     outcomes: Iterable[Outcome]
     if reward.function is not None:
-        groups = groupby(rollouts, key=lambda rollout: rollout.key[0])
-        calls = (_call(iteration, list(group)) for _, group in groups)
-        outcomes = chain.from_iterable(opened.pool.score(reward, calls))
+        outcomes = chain.from_iterable(opened.pool.score(reward, calls_of(iteration, rollouts)))
     else:
         prompts = [rollout.prompt for rollout in rollouts]
         completions = [rollout.completion for rollout in rollouts]
         limit = run.config.score.max_tokens_per_batch
         outcomes = opened.models[reward.name].score(prompts, completions, limit, reward.timeout_s)
     return zip(rollouts, outcomes, strict=True)
+
+
+def calls_of(iteration: int, rollouts: Sequence[Rollout]) -> Iterator[GroupCall]:
+    """What a function is given of rollouts in key order: a call for each group."""
+    for _, group in groupby(rollouts, key=lambda rollout: rollout.key[0]):
+        yield _call(iteration, list(group))
 
 
 def _call(iteration: int, group: list[Rollout]) -> GroupCall:

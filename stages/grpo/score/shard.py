@@ -71,6 +71,11 @@ class Shard:
         self.old = held(task.table, self.unit)
         self.old_answers = held(task.answers_table, self.asked)
 
+    @property
+    def num_rollouts(self) -> int:
+        """Rows of the shard."""
+        return self.rollouts.record.rows or 0
+
     def settled(self) -> set[Key]:
         """The rollouts that failed twice in the same way, in no less time: tried again only when asked."""
         found = self.old.record.labels.get(REPEATED) if self.old is not None else None

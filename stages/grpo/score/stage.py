@@ -23,17 +23,13 @@ from grpo.artifacts import (
     num_rounds,
     read_rollouts,
 )
-from grpo.config import RewardConfig
 from grpo.errors import EngineError
-from grpo.score import scorers
+from grpo.score import scorers, shard_rows
 from grpo.score.judge import answers as judgements
-from grpo.score.judge.rubric import is_unreadable
-from grpo.score.outcome import Key, Outcome, counted, uncounted
+from grpo.score.outcome import Key, Outcome
 from grpo.score.plan import NAME, OUTPUT, keep_sources
-from grpo.score.scorers import Rollout, Scorers
-from grpo.score.shard import REPEATED, File, ScoringTask, Shard, found_in, read, staged, table_of
-
-_FAILED = ("error", "timeout", "nonfinite")
+from grpo.score.scorers import Scorers
+from grpo.score.shard import REPEATED, File, ScoringTask, Shard, read, staged
 
 
 def check(run: ActiveRun, until: int, resources: Callable[[str], Any]) -> None:
@@ -75,9 +71,9 @@ def raise_for_failed(run: ActiveRun, where: str, table: str, manifest: Manifest)
     if not manifest.summary["failed"] or run.config.score.on_error == "drop":
         return
     failed, statuses = manifest.summary["failed"], manifest.summary["statuses"]
-    counts = ", ".join(f"{statuses[status]} {status}" for status in _FAILED if statuses.get(status))
+    counts = ", ".join(f"{statuses[status]} {status}" for status in shard_rows.FAILED if statuses.get(status))
     rows = run.read(table, manifest.iteration, ["name", "status", "error"]).to_pylist()
-    first = next(row for row in rows if row["status"] in _FAILED)
+    first = next(row for row in rows if row["status"] in shard_rows.FAILED)
     repeated = sum(len(file.labels.get(REPEATED, {"rollouts": ()})["rollouts"]) for file in manifest.files)
     again = "`grpo score --only-failed`" if table == OUTPUT else "`grpo evaluate --force`"
     ways = ["the same command scores only those again"] if repeated < failed else []
@@ -132,11 +128,16 @@ def score(run: ActiveRun, opened: Scorers, task: ScoringTask) -> list[FileRecord
     earlier = earlier_of(run, staging, task.iteration)
     scored: list[FileRecord] = []
     answered: list[FileRecord] = []
-    for reward, rollouts in product(run.config.score.rewards, task.rollouts):
-        shard = Shard(task, reward, rollouts, earlier, len(scored))
+    pairs = product(run.config.score.rewards, task.rollouts)
+    shards = [Shard(task, *pair, earlier, index) for index, pair in enumerate(pairs)]
+    if opened.workers is not None:
+        from grpo.score.scorer_pool import score_functions
+
+        score_functions(run, opened.workers, opened.prompts, shards)
+    for shard in shards:
         record = staging.committed(shard.name)
         if record is None:
-            with staging.clock(reward.name):
+            with staging.clock(shard.reward.name):
                 record = _score_shard(run, opened, shard)
             run.console.stop_requested()
         scored.append(record)
@@ -159,72 +160,25 @@ def summary_of(run: ActiveRun, held: list[FileRecord]) -> dict[str, Any]:
     for record in held:
         statuses.update(record.labels.get("statuses", {}))
     weights = {reward.name: reward.weight for reward in run.config.score.rewards}
-    return {"failed": _failed(statuses), "statuses": dict(statuses), "weights": weights}
+    return {"failed": shard_rows.num_failed(statuses), "statuses": dict(statuses), "weights": weights}
 
 
 def _score_shard(run: ActiveRun, opened: Scorers, shard: Shard) -> FileRecord:
     """Commit one reward over one rollout shard, keeping what an earlier output already holds of it."""
-    reward, old, task, staging = shard.reward, shard.old, shard.task, shard.task.staging
-    held = old.record.labels if old is not None else {}
-    labels: dict[str, Any] = {"reward": reward.name, "weight": reward.weight}
-    if reward.on_timeout != "error":
-        labels["on_timeout"] = reward.on_timeout
-    same = all(held.get(name) == labels.get(name) for name in ("reward", "weight", "on_timeout"))
-    if old is not None and same and not _failed(held["statuses"]):
-        if shard.old_answers is not None:
-            staging.link_table(*shard.old_answers, shard.answers_name)
-        return staging.link_table(*old, shard.name)
-    rollouts = scorers.rollouts_of(run, shard.rollouts, opened.prompts)
-    found = found_in(run, old, Outcome) if old is not None else {}
-    before = {key: uncounted(outcome) for key, outcome in found.items()}
-    settled = shard.settled()
-    kept = {
-        key: outcome
-        for key, outcome in before.items()
-        if counted(outcome, reward.on_timeout).status not in _FAILED or key in settled
-    }
-    outcomes = _outcomes(run, opened, shard, rollouts, kept)
-    ordered = {rollout.key: counted(outcomes[rollout.key], reward.on_timeout) for rollout in rollouts}
-    late = sum(outcome.status == "ok" and outcome.error is not None for outcome in ordered.values())
-    if late:
-        run.console.say(
-            f"{shard.title}: {late} of {len(ordered)} ran into timeout_s (on_timeout counts them)"
-        )
-    labels["statuses"] = dict(Counter(outcome.status for outcome in ordered.values()))
-    if repeated := _repeated(reward, before, ordered):
-        labels[REPEATED] = {"timeout_s": reward.timeout_s, "rollouts": repeated}
-    data = table_of(shard, task.table, ordered)
-    return staging.write_shard(task.table, shard.name, data, shard.unit, **labels)
+    if (record := shard_rows.keep(shard)) is not None:
+        return record
+    begun = shard_rows.begin(run, opened.prompts, shard)
+    return shard_rows.commit(run, begun, _outcomes(run, opened, begun))
 
 
-def _outcomes(
-    run: ActiveRun, opened: Scorers, shard: Shard, rollouts: list[Rollout], kept: dict[Key, Outcome]
-) -> dict[Key, Outcome]:
+def _outcomes(run: ActiveRun, opened: Scorers, begun: shard_rows.Begun) -> dict[Key, Outcome]:
+    shard, rollouts, kept = begun.shard, begun.rollouts, begun.kept
     if shard.reward.judge is not None:
         return judgements.score_by_judge(run, opened, shard, rollouts, set(kept))
     outcomes = dict(kept)
-    todo = [rollout for rollout in rollouts if rollout.key not in kept]
+    todo = begun.todo
     with run.console.progress(shard.title, len(todo), "rollouts") as advance:
         for rollout, outcome in scorers.score(run, opened, shard.task.iteration, shard.reward, todo):
             outcomes[rollout.key] = outcome
             advance(1)
     return outcomes
-
-
-def _repeated(reward: RewardConfig, before: dict[Key, Outcome], now: dict[Key, Outcome]) -> list[Key]:
-    """The rollouts that failed as they had failed before: another try would only fail again.
-
-    Of a judge, where an answer came that cannot be read; an endpoint that was down may be up again.
-    """
-    found = []
-    for key, (_, status, error) in now.items():
-        if status not in _FAILED or key not in before or before[key].status != status:
-            continue
-        alike = status == "timeout" or error == before[key].error
-        if alike and (reward.judge is None or is_unreadable(error)):
-            found.append(key)
-    return found
-
-
-def _failed(statuses: dict[str, int]) -> int:
-    return sum(statuses.get(status, 0) for status in _FAILED)

@@ -162,8 +162,9 @@ def peak_of(config: Config, facts: Facts) -> Peak:
     if facts.on_gpu:
         return Peak({}, (learner.held | learner.batch, engine, scorers))
     held = {"libraries": LIBRARIES} | learner.held | scorers
-    if config.execution is not None:  # engines beside it: of this machine they all are, else elsewhere
-        count = config.execution.engines.count if config.execution.backend == "local" else 0
+    engines = None if config.execution is None else config.execution.engines
+    if config.execution is not None and engines is not None:  # of this machine they all are, else elsewhere
+        count = engines.count if config.execution.backend == "local" else 0
         each = sum(engine.values()) + LIBRARIES + FLOAT32 * facts.parameters * (engine["engine"] == 0)
         return Peak(held | {"engines": count * each}, (learner.batch,))
     if choose_engine(config.generate.engine)[0] == "vllm":

@@ -40,14 +40,15 @@ GRACE_S = 1.0  # that a worker has to end, or its result to arrive, before it is
 class FunctionPool:
     """Worker processes for reward functions: they start at the first call and live until close().
 
-    import_root comes first on their sys.path. Calls come from one thread.
+    import_root comes first on their sys.path. Calls come from one thread. workspace: closed with the pool;
+    None: one that shows on stderr what they print.
     """
 
-    def __init__(self, import_root: Path, num_workers: int) -> None:
+    def __init__(self, import_root: Path, num_workers: int, workspace: Workspace | None = None) -> None:
         self._import_root = import_root.resolve()
         self._num_workers = num_workers
-        self._workspace = Workspace()
-        self._calls = count()
+        self._workspace = workspace or Workspace()
+        self._calls, self._is_closed = count(), False
         self._sources: dict[str, str] = {}  # function -> sha256 of its file, as the workers know it
         self._import_s: dict[str, float] = {}
         self._pool = self._open()
@@ -103,7 +104,8 @@ class FunctionPool:
                 flight.future.cancel()
 
     def close(self) -> None:
-        """End the workers, busy or not, and what they started."""
+        """End the workers, busy or not, and what they started. It may come from another thread than calls."""
+        self._is_closed = True
         self._stop()
         self._workspace.close()
 
@@ -197,6 +199,8 @@ class FunctionPool:
         )
 
     def _restart(self) -> None:
+        if self._is_closed:
+            raise EngineError("the reward workers were ended")
         self._stop()
         self._pool = self._open()
 

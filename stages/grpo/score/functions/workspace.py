@@ -11,28 +11,40 @@ import select
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from grpo.console import printable
+from grpo.score.functions import guard
 
 PREFIX = "grpo-rewards-"
-OUTPUT, LOCK = "output", "lock"
+OUTPUT, LOCK, MODULES = "output", "lock", "modules"
 MAX_OUTPUT = 2**16  # characters shown of what functions print, until reset_output_limit()
 MAX_LINE = 2000
 POLL_S = 0.1
 DRAIN_S = 1.0  # what was printed before the end is shown, unless it never ends
 
 
-class Workspace:
-    """The folder, and a thread that shows on stderr what the workers print."""
+def print_line(line: str) -> None:
+    """Show on stderr a line that a reward function printed."""
+    with suppress(OSError, ValueError):  # stderr is full or closed, which is no fault of a reward
+        print(line, file=sys.stderr, flush=True)
 
-    def __init__(self) -> None:
+
+class Workspace:
+    """The folder, and a thread that shows what the workers print, a line at a time."""
+
+    def __init__(self, show: Callable[[str], object] = print_line, guarded: bool = False) -> None:
+        """guarded: this process is a worker itself, and may be killed: what its workers are ends then too."""
         _sweep()
+        self._show_line = show
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         new = self.folder / f"{LOCK}.new"
         self._lock = os.open(new, os.O_CREAT | os.O_RDWR, 0o600)
@@ -40,14 +52,33 @@ class Workspace:
         new.rename(self.folder / LOCK)  # by this name it was never free
         os.mkfifo(self.folder / OUTPUT)
         self._pipe = os.open(self.folder / OUTPUT, os.O_RDWR | os.O_NONBLOCK)  # RDWR: it never ends by itself
+        self._guard = _guard(self.folder) if guarded else None
         self._left = MAX_OUTPUT
-        self._closing = threading.Event()
+        self._closing, self._showing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._show, name="reward output", daemon=True)
         self._thread.start()
 
     def reset_output_limit(self) -> None:
         """Show as much again of what is printed."""
         self._left = MAX_OUTPUT
+
+    def drain(self) -> None:
+        """Wait until what has been printed is shown, but for a line that has no end yet."""
+        end = time.monotonic() + DRAIN_S
+        while time.monotonic() < end:
+            with self._showing:
+                if not select.select([self._pipe], [], [], 0)[0]:
+                    return
+            time.sleep(DRAIN_S / 100)
+
+    def put(self, files: Mapping[str, bytes]) -> Path:
+        """Write files, in place of those of before; where they are."""
+        root = self.folder / MODULES
+        shutil.rmtree(root, ignore_errors=True)
+        for name, content in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+        return root
 
     def started(self, call: str) -> tuple[int, float] | None:
         """The worker's pid and time.monotonic() when it began a call, or None where it has not."""
@@ -81,6 +112,8 @@ class Workspace:
         self._thread.join()
         os.close(self._pipe)
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._guard is not None:
+            self._guard.close()
         os.close(self._lock)
 
     def _show(self) -> None:
@@ -91,9 +124,10 @@ class Workspace:
             if self._closing.is_set():
                 end = min(end, time.monotonic() + (DRAIN_S if ready else 0))
             if ready:
-                *lines, line = (line + decode(os.read(self._pipe, 2**16))).split("\n")
-                for each in lines:
-                    self._say(each)
+                with self._showing:
+                    *lines, line = (line + decode(os.read(self._pipe, 2**16))).split("\n")
+                    for each in lines:
+                        self._say(each)
                 line = line[:MAX_LINE]
         self._say(line)
 
@@ -104,8 +138,7 @@ class Workspace:
         shown = printable(line[:MAX_LINE].rstrip("\r"))
         if self._left <= 0:
             shown = f"a reward function prints more than {MAX_OUTPUT} characters; the rest is not shown"
-        with suppress(OSError, ValueError):  # stderr is full or closed, which is no fault of a reward
-            print(shown, file=sys.stderr, flush=True)
+        self._show_line(shown)
 
 
 def is_alive(pid: int) -> bool:
@@ -115,6 +148,18 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _guard(folder: Path) -> IO[bytes]:
+    """Start a guard of the folder; what it returns is open as long as this process is there."""
+    command = [sys.executable, "-I", "-S", str(Path(guard.__file__)), str(folder)]
+    null = subprocess.DEVNULL
+    started = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=null, stderr=null, cwd="/", start_new_session=True
+    )
+    started.wait()  # what guards is a child of it
+    assert started.stdin is not None
+    return started.stdin
 
 
 def _sweep() -> None:
