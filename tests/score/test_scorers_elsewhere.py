@@ -1,5 +1,6 @@
 """Reward functions in scorers of their own: the files of one process, whatever ends them or is wrong."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -309,3 +310,12 @@ def test_modules_are_the_python_files_beside_the_configuration(
 def test_without_it_nothing_of_it_is_imported() -> None:
     code = "import sys, grpo.score.stage; print({'grpo.score.scorer_pool', 'ray'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_doctor_looks_at_them(project: Path, grpo: Grpo) -> None:
+    code, out, err = grpo("doctor", "--json", "--set", "execution={scorers: {count: 2}}")
+    assert code == 0, err
+    found = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert "execution" not in found  # this process samples
+    assert found["execution.scorers"]["found"] == "2 scorers, local"
+    assert found["execution.scorers"]["needed"] == "1 cores each"
