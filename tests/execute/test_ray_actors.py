@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.execute.clusters import two_nodes
 from tests.execute.test_pool import go_on, squares
 
 from grpo.errors import DataError, EngineError, ResourceError, UsageError
 from grpo.execute import Pool, node
 
 pytest.importorskip("ray")
-from ray.cluster_utils import Cluster
 
 from grpo.execute import ray_actors
 from grpo.execute.ray_actors import RayActors
@@ -25,10 +25,8 @@ pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes of a core each; the driver is on the first."""
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    found.add_node(num_cpus=1)
-    yield found
-    found.shutdown()
+    with two_nodes(1) as found:
+        yield found
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import Grpo
+from tests.execute.clusters import two_nodes
 from tests.faults import crash
 
 from grpo.execute import Pool, Worker
@@ -18,7 +19,6 @@ from grpo.execute import Pool, Worker
 pytest.importorskip("ray")
 import ray
 import torch
-from ray.cluster_utils import Cluster
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 CPUS = torch.get_num_threads()  # of a node: what an engine takes
@@ -27,10 +27,8 @@ MORE = ("--set", "generate.prompts_per_iteration=6", "--set", "generate.rollouts
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS, "include_dashboard": False})
-    found.add_node(num_cpus=CPUS)
-    yield found
-    found.shutdown()
+    with two_nodes(CPUS) as found:
+        yield found
 
 
 def on(address: str, count: int = 2) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.execute.clusters import two_nodes
 from tests.score.test_score_stage import failed, reward, scored
 from tests.score.test_scorers_elsewhere import ALL_KINDS, files_of, processes_of, project_in, wait_for_none_of
 
@@ -14,7 +15,6 @@ from grpo.score.functions.modules import Modules
 
 pytest.importorskip("ray")
 import ray
-from ray.cluster_utils import Cluster
 
 from grpo.execute import ray_actors
 
@@ -24,10 +24,8 @@ pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A core each: a scorer of one worker."""
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    found.add_node(num_cpus=1)
-    yield found
-    found.shutdown()
+    with two_nodes(1) as found:
+        yield found
 
 
 def on(cluster: Any) -> dict[str, Any]:
