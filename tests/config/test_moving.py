@@ -184,7 +184,7 @@ def test_every_value_is_of_a_key_that_is_there_and_is_refused() -> None:
         ),
         (
             "actor_rollout_ref.actor.fsdp_config.fsdp_size=2",
-            "verl's actor_rollout_ref.actor.fsdp_config: no: one process, one device",
+            "verl's actor_rollout_ref.actor.fsdp_config: no: FSDP2 where torchrun starts several",
         ),
         (
             "actor_rollout_ref.rollout.max_model_len=4096",

@@ -2,18 +2,21 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grpo.errors import DataError, EngineError
-from grpo.execute import LocalProcesses, Pool
+from grpo.execute import LocalProcesses, Pool, WorkerDied
+from grpo.execute.processes import Process
 
 
 def squares() -> Callable[[Any], Any]:
@@ -30,6 +33,13 @@ def squares() -> Callable[[Any], Any]:
             case str() if job.startswith("slow"):
                 time.sleep(0.5)
                 return job, os.getpid()
+            case "raises once", Path() as marker:
+                try:
+                    marker.touch(exist_ok=False)
+                except FileExistsError:
+                    return "second", os.getpid()
+                time.sleep(4)
+                raise DataError("gone")
             case "sleeps once", Path() as marker:
                 with suppress(FileExistsError):
                     marker.touch(exist_ok=False)
@@ -116,6 +126,37 @@ def test_a_job_that_takes_long_is_begun_again_and_the_first_answer_counts(pool: 
     found = dict(pool.run(jobs, "test", go_on))
     assert found["late"][0] == "second"
     assert dict(pool.run({"2": 2, "3": 3}, "test", go_on))["3"][0] == 9  # by the one that is left
+
+
+def test_what_nobody_waits_for_any_more_raises_nothing(tmp_path: Path) -> None:
+    """A copy was faster, and the round is over; the slow one finds that what it reads is gone."""
+    with closing(Pool(LocalProcesses(squares), 2)) as opened:
+        assert len(dict(opened.run({"1": 1, "2": 2}, "test", go_on))) == 2
+        late = ("raises once", tmp_path / "marker")
+        assert dict(opened.run({"late": late, "2": 2}, "test", go_on))["late"][0] == "second"
+        jobs = {str(number): f"slow {number}" for number in range(8)}
+        assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
+
+
+def test_a_worker_that_dies_within_its_answer_has_died() -> None:
+    process = Process(squares)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.answers.close()
+    process.answers, theirs = Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 1000) + b"half")  # as Connection.send() begins
+    theirs.close()
+    with pytest.raises(WorkerDied, match="by SIGKILL"):
+        process.result()
+    process.kill()
+
+
+def test_once_it_stops_what_is_under_way_is_finished(pool: Pool) -> None:
+    begun: list[str] = []
+    jobs = {str(number): f"slow {number}" for number in range(12)}
+    for name, _ in pool.run(jobs, "test", go_on, lambda: bool(begun)):
+        begun.append(name)
+    assert 1 <= len(begun) <= 3  # of two workers
 
 
 def test_a_worker_that_does_not_answer_in_time_is_ended(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_what_workers_do_on_a_cluster(pool: Pool, tmp_path: Path, capfd: pytest.
     assert {name: result[0] for name, result in found.items()} == {str(n): n * n for n in range(9)}
     assert len({result[1] for result in found.values()}) == 2
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert pool.is_one_machine
+    assert not pool.is_one_machine  # a node may join at any time
     again = dict(pool.run({"dies": tmp_path / "marker", "2": 2}, "test", go_on))
     assert again["dies"][0] == "second"
     with pytest.raises(DataError, match="a bad shard"):

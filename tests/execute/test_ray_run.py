@@ -50,18 +50,10 @@ def alone(project: Path, grpo: Grpo) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("shared", [False, True])
 def test_the_files_are_those_of_one_process(
-    alone: dict[str, str],
-    project: Path,
-    grpo: Grpo,
-    cluster: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    shared: bool,
+    alone: dict[str, str], project: Path, grpo: Grpo, cluster: Any
 ) -> None:
-    """shared: as if the nodes were machines of their own, which see the run's folder alone."""
-    if shared:
-        monkeypatch.setattr(Pool, "is_one_machine", False)
+    """Policies are written below the run's folder, which is all that other machines see."""
     code, _, err = grpo("run", *MORE, *on(cluster.address))
     assert code == 0, err
     assert contents(project) == alone

@@ -35,10 +35,11 @@ def alone(project: Path, grpo: Grpo) -> dict[str, str]:
 def test_two_engines_give_the_same_files_as_one_process(
     alone: dict[str, str], project: Path, grpo: Grpo
 ) -> None:
+    before = set(multiprocessing.active_children())
     code, _, err = grpo("run", *MORE, *ENGINES)
     assert code == 0, err
     assert contents(project) == alone
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
     assert grpo("run", *MORE)[2].endswith("nothing to do\n")  # where it ran is in no fingerprint
 
 

@@ -7,7 +7,17 @@ from typing import Any
 
 from moto.backends import get_backend
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.local import LocalProxy
 from werkzeug.serving import WSGIRequestHandler, make_server
+
+
+def _absent(proxy: LocalProxy[Any], name: str) -> Any:
+    raise AttributeError(name)
+
+
+# vLLM asks everything that any module holds for an attribute as it opens; Flask's `request` of no request then
+# raises RuntimeError, and vLLM with it.
+vars(LocalProxy)["__getattr__"].fallback = _absent
 
 ETAG = re.compile(rb'(<ETag>(?:"|&quot;))([0-9a-f]{32})')
 

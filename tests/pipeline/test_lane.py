@@ -82,6 +82,8 @@ def test_training_goes_on_while_the_next_rollouts_are_sampled(
 def test_an_update_that_fails_ends_what_is_sampled_beside_it(
     in_turn: dict[str, str], project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = set(multiprocessing.active_children())
+
     def failing(*given: Any) -> Any:
         assert is_sampling()
         raise EngineError("update: it failed")
@@ -92,7 +94,7 @@ def test_an_update_that_fails_ends_what_is_sampled_beside_it(
         code, _, err = grpo("run", *AHEAD, *ENGINES)
     assert (code, err.strip().splitlines()[-1]) == (8, "error: update: it failed")
     assert not is_sampling()
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
     assert grpo("run", *AHEAD, *ENGINES)[0] == 0
     assert crash.contents(project) == in_turn
 
@@ -100,6 +102,7 @@ def test_an_update_that_fails_ends_what_is_sampled_beside_it(
 def test_what_fails_in_the_lane_is_raised_when_its_rollouts_are_wanted(
     in_turn: dict[str, str], project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = set(multiprocessing.active_children())
     answer_of = Pool._answer_of
 
     def failing(pool: Pool, now: Any, worker: Any, what: str) -> Any:
@@ -112,7 +115,7 @@ def test_what_fails_in_the_lane_is_raised_when_its_rollouts_are_wanted(
         code, _, err = grpo("run", *AHEAD, *ENGINES)
     assert (code, err.strip().splitlines()[-1]) == (8, "error: generate 2: it failed")
     assert (project / "artifacts/tiny/iteration=000001/update/manifest.json").exists()
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
     assert grpo("run", *AHEAD, *ENGINES)[0] == 0
     assert crash.contents(project) == in_turn
 

@@ -97,6 +97,7 @@ def wait_for_none_of(folder: Path) -> None:
 
 def test_rewards_are_those_of_one_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """With errors, deaths, time-outs and a judge; functions print, and none of it is in twice."""
+    before = set(multiprocessing.active_children())
     with serve(lambda question, request: says(f"Score: {len(question)}")) as endpoint:
         judge = {"judge": {"url": endpoint.url, "model": "judge-1", "rubric": "Rate {response}"}}
         one, other = (
@@ -112,7 +113,7 @@ def test_rewards_are_those_of_one_process(tmp_path: Path, capfd: pytest.CaptureF
     }  # fmt: skip
     assert sorted(capfd.readouterr().err.splitlines()) == sorted(printed)
     assert printed.count("level 2 2") == 1  # a group whose call fails is tried again, a rollout at a time
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
     assert [file.table for file in other.manifest("rewards", 0).files].count("judgements") == 2  # type: ignore[union-attr]
 
 

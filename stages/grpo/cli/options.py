@@ -36,9 +36,7 @@ Timeout = Annotated[float, typer.Option(help="Seconds a query may take.", callba
 
 def chosen(name: str, path: Path, overrides: Sequence[str], quiet: bool) -> "ActiveRun":
     """The run to work on: one that is there, by name, else that of the configuration, which need not be."""
-    if name:
-        return reading(name, path, overrides, quiet=quiet)
-    return opening.configured(path, overrides, quiet)
+    return reading(name, path, overrides, quiet=quiet) if name else opening.configured(path, overrides, quiet)
 
 
 def reading(

@@ -34,8 +34,12 @@ def serve() -> "Ended | None":
 
 
 def end(exit_code: int, line: str = "") -> None:
-    """Tell the others that this process ends, and with what."""
-    if are_several() and _group.cache_info().currsize:
+    """Tell the others that this process ends, and with what.
+
+    They wait for the group of a command that succeeds without one, such as `--help`; where it fails, torchrun
+    ends them.
+    """
+    if are_several() and (_group.cache_info().currsize or not exit_code):
         with suppress(GrpoError, RuntimeError):  # who cannot be told knows by the connections
             _group().end(exit_code, line)
             _group().leave()

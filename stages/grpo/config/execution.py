@@ -20,7 +20,8 @@ class EnginesConfig(Section):
     """Of each, 0 to 64: what engine_options make it use (tensor_parallel_size times pipeline_parallel_size).
     More than 0 needs `backend: ray`."""
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 3600.0
-    """Seconds, at most 1e6, in which an engine has sampled a shard; else it is killed, and another tries."""
+    """Seconds, at most 1e6, in which an engine has sampled a shard, the first one with its own opening; else
+    it is killed, and another tries."""
 
 
 class ScorersConfig(Section):

@@ -27,7 +27,9 @@ def require_ray() -> Any:
     """The module that knows Ray. Raises UsageError (exit 2) where Ray is not installed."""
     try:
         return import_module("grpo.execute.ray_actors")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
         raise UsageError(
             f"execution.backend: ray: {error}; `pip install 'grpo-stages[ray]'` brings it, on every node"
         ) from error

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from grpo.errors import EngineError, ResourceError
+from grpo.errors import EngineError, GrpoError, ResourceError
 from grpo.execute.protocol import Backend, NoPlace, Worker, WorkerDied
 
 MOST_DEATHS = 3  # of workers, by which a job is set aside
@@ -131,9 +131,11 @@ class Pool:
     def _answer_of(self, now: Round, worker: Worker, what: str) -> tuple[str, Any] | None:
         """Name and result; None where the worker had none, or somebody else was first. Raises what it raised.
 
-        The worker is idle then, or ended where it has none.
+        The worker is idle then, or ended where it has none. What a job raises that nobody waits for is
+        dropped: what it read may be gone by now.
         """
         given = self._busy.pop(worker)
+        is_wanted = given.name in now.jobs and given.name not in now.done
         try:
             result = worker.result()
             self._idle.append(worker)
@@ -146,11 +148,15 @@ class Pool:
             if not now.places:
                 raise ResourceError(f"{what}: {refusal}; what is committed is kept") from None
             return None
+        except GrpoError:
+            if is_wanted:
+                raise
+            return None
         finally:
             if worker not in self._idle:
                 worker.kill()
         self._has_answered = True
-        if given.name not in now.jobs or given.name in now.done:
+        if not is_wanted:
             return None
         now.longest_s = max(now.longest_s, time.monotonic() - given.since)
         now.done.add(given.name)
@@ -168,7 +174,7 @@ class Pool:
 
     def _end_overdue(self, now: Round) -> None:
         for worker, given in list(self._busy.items()):
-            if time.monotonic() - given.since > self._timeout_s:
+            if time.monotonic() - given.since > self._timeout_s and not worker.is_waiting():
                 self._end([worker])
                 self._again(now, given.name, f"no answer in {self._timeout_s:g} s")
 

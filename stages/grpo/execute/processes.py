@@ -58,14 +58,14 @@ class Process:
 
     def submit(self, job: Any) -> None:
         """Begin a job."""
-        with suppress(BrokenPipeError):  # it has died: result() says so
+        with suppress(OSError):  # it has died: result() says so
             self.answers.send(job)
 
     def result(self) -> Any:
         """The answer."""
         try:
             is_right, found = self.answers.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # the second, where it died within an answer
             self._process.join()
             raise WorkerDied(_ending(self._process.exitcode)) from None
         if is_right:

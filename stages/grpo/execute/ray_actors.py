@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would ask, and tell
 import ray
-from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
 from grpo.errors import ResourceError, UsageError, first_line
@@ -61,6 +60,7 @@ class RayActors:
     def __init__(self, open_worker: Open, address: str, cpus: int, gpus: int) -> None:
         self._takes = {"num_cpus": cpus, "num_gpus": gpus}
         self._entered = not ray.is_initialized()  # else whoever runs us is in a cluster already
+        self._is_own = self._entered and address == "local"
         if self._entered:
             _enter(address)
         self._opener = ray.put(open_worker)
@@ -77,10 +77,8 @@ class RayActors:
         return late or [of_answer[answer] for answer in answered]
 
     def is_one_machine(self) -> bool:
-        """Whether every node of the cluster is on the driver's machine."""
-        return {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]} <= {
-            ray.util.get_node_ip_address()
-        }
+        """Whether the cluster is one of our own: nodes join any other at any time."""
+        return self._is_own
 
     def close(self) -> None:
         """Leave the cluster; one of our own ends."""
@@ -178,6 +176,9 @@ def _enter(address: str) -> None:
 
 def _reach(address: str) -> None:
     """Raise OSError where nobody is there: Ray would try for minutes, and reach no other one afterwards."""
+    # Private, as is what _enter() replaces: there is no other way. So one release of Ray is allowed.
+    from ray._private.services import canonicalize_bootstrap_address
+
     found = canonicalize_bootstrap_address(address)
     if found is None:
         raise ConnectionError("this machine is in no Ray cluster")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from grpo.artifacts import ActiveRun, Staging, checkpoint_files, files, same_weights_since
@@ -81,13 +81,17 @@ class HandOut:
 
     def _collect(self) -> None:
         try:
-            with closing(self._workers.run(self._jobs, self._what, self._stop_requested)) as results:
+            is_stopping = self._run.console.is_stopping  # then what is under way is still committed
+            results = self._workers.run(self._jobs, self._what, self._check_given_up, is_stopping)
+            with closing(results):
                 while True:
                     with self._staging.clock("sample"):
                         name, result = next(results, ("", None))
                     if result is None:
-                        return
+                        break
                     self._commit(name, result)
+            if self._rollouts < self._total:
+                self._run.console.stop_requested()
         except BaseException as error:  # noqa: BLE001 - whoever waits raises it
             self._error = error
 
@@ -102,8 +106,7 @@ class HandOut:
         self._tokens += made.labels["response_tokens"]
         self._rollouts += made.rows
 
-    def _stop_requested(self) -> None:
-        self._run.console.stop_requested()
+    def _check_given_up(self) -> None:
         if self._is_given_up:
             raise Interrupted(0)
 
@@ -115,7 +118,7 @@ def _held_policy(run: ActiveRun, lend: Lend, policy: int, shared: Path | None) -
     shared: a folder that all machines see; None: this is the only one.
     """
     prefix = f".weights-{hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:12]}-"
-    for folder in filter(Path.is_dir, (run.path, IN_MEMORY)):
+    for folder in filter(Path.is_dir, {run.path, IN_MEMORY, Path(gettempdir())}):
         for left in folder.glob(f"{prefix}*"):  # of a process that was killed: we hold the lock
             files.remove(left)
     with ExitStack() as stack:

@@ -6,6 +6,7 @@ the next command copies it.
 
 import os
 import queue
+import socket
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -71,6 +72,7 @@ class _Copying:
         note.write([session])
         self._failure: GrpoError | None = None
         self._whole = False  # until all has been copied
+        self._is_ending = False  # once nothing more is to come
         self._due: queue.SimpleQueue[Place | bool] = queue.SimpleQueue()
         self._ended = threading.Event()
         behind = self._upload.behind()
@@ -92,12 +94,14 @@ class _Copying:
         """Raise what failed: LockedError (exit 5), ResourceError (exit 7) or CorruptError (exit 6)."""
         if self._failure is not None:
             raise self._failure
+        assert self._is_ending or self._copier.is_alive(), "the thread that copies has ended before its time"
 
     def finish(self, removed_too: bool) -> None:
         """Return when all is copied. Raises as check()."""
         self.check()
         if num := self._due.qsize():
             self._run.console.say(f"mirror: copying what is left ({num})")
+        self._is_ending = True
         self._due.put(removed_too)
         while self._copier.is_alive():
             self._copier.join(_LOOK_S)
@@ -152,7 +156,7 @@ class _Note:
 
     def __init__(self, run: ActiveRun, address: str) -> None:
         self._path = run.path / _NOTE
-        folder = f"{os.path.realpath(run.path)} ({run.path.stat().st_ino})"
+        folder = f"{socket.gethostname()}:{os.path.realpath(run.path)} ({run.path.stat().st_ino})"
         self._of = {"address": address, "folder": folder}
         self.sessions: list[str] = []
         if self._path.exists():

@@ -125,6 +125,7 @@ class Upload:
 
     def _copy_notes(self) -> None:
         """Copy what is beside the outputs, where it is not there as it is now."""
+        self._lease.check_renewed()
         for name in NOTES:
             content = _content(self._run.path / name)
             digest = "" if content is None else md5(content, usedforsecurity=False).hexdigest()
@@ -146,6 +147,7 @@ class Upload:
         """Have no manifest count files of the same fingerprint: no file changes under one."""
         digits = manifest.fingerprint[:16]
         if place in self.held.manifests and digits in self.held.folders.get(place, {}):
+            self._lease.check()
             self._delete(layout.manifest_key(place))
             del self.held.manifests[place]
 

@@ -78,7 +78,7 @@ def _look(run: ActiveRun, report: Report, with_model: bool, room: bool = True) -
     check_teachers(run, report, policy, with_model)
     check_evaluation(run, report)
     check_track(run, report)
-    check_mirror(run, report)
+    check_mirror(run, report, room)
     if room:
         if ("engine options", "failed") not in {(check.name, check.level) for check in report.checks}:
             check_memory(run, report, policy, reference, found[0].longest)

@@ -6,8 +6,11 @@ from grpo.manage.doctor.report import Report
 _PATIENCE_S = 5.0
 
 
-def check_mirror(run: ActiveRun, report: Report) -> None:
-    """Write a key of its own twice, on the condition that it is not there; it goes again."""
+def check_mirror(run: ActiveRun, report: Report, writes: bool) -> None:
+    """Write a key of its own twice, on the condition that it is not there; it goes again.
+
+    writes: else only what needs no request is looked at.
+    """
     address = run.config.artifacts.mirror
     if address is None:
         return
@@ -16,6 +19,8 @@ def check_mirror(run: ActiveRun, report: Report) -> None:
         from grpo.mirror.store import Store, check_conditions
 
         store, key = Store(address, _PATIENCE_S), f"grpo-doctor-{new_session()}"
+        if not writes:
+            return
         store.create(key, b"")
         try:
             check_conditions(store, key, b"")
