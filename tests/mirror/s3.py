@@ -15,8 +15,8 @@ def _absent(proxy: LocalProxy[Any], name: str) -> Any:
     raise AttributeError(name)
 
 
-# vLLM asks everything that any module holds for an attribute as it opens; Flask's `request` of no request then
-# raises RuntimeError, and vLLM with it.
+# As it opens, vLLM asks all that any module holds for an attribute. Flask's `request` of no request would
+# raise RuntimeError then, and end vLLM.
 vars(LocalProxy)["__getattr__"].fallback = _absent
 
 ETAG = re.compile(rb'(<ETag>(?:"|&quot;))([0-9a-f]{32})')
