@@ -112,8 +112,7 @@ def test_a_machine_without_the_module_is_named(
     tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = project_in(tmp_path, reward("length"), execution=on(cluster))
-    monkeypatch.setattr(
-        Modules, "none", classmethod(lambda cls, folder: Modules.of(tmp_path / "shared", folder))
-    )
+    of = Modules.of
+    monkeypatch.setattr(Modules, "of", classmethod(lambda cls, folder, root: of(tmp_path / "shared", root)))
     with pytest.raises(UsageError, match=r"'reward:length': no module file reward.py in \S+shared, and no"):
         scored(run)

@@ -9,7 +9,7 @@ _PATIENCE_S = 5.0
 def check_mirror(run: ActiveRun, report: Report, writes: bool) -> None:
     """Write a key of its own twice, on the condition that it is not there; it goes again.
 
-    writes: else only what needs no request is looked at.
+    writes: else it is only read.
     """
     address = run.config.artifacts.mirror
     if address is None:
@@ -20,6 +20,7 @@ def check_mirror(run: ActiveRun, report: Report, writes: bool) -> None:
 
         store, key = Store(address, _PATIENCE_S), f"grpo-doctor-{new_session()}"
         if not writes:
+            next(store.listing(run.path.name), None)  # says whether the bucket is there
             return
         store.create(key, b"")
         try:
