@@ -5,7 +5,7 @@ some milliseconds here, at real sizes minutes. All ways take turns; each engine,
 one thread. Seconds are those behind the first iteration, in which engines open: medians over iterations of
 three runs each.
 
-Run: python benchmarks/scale.py       result: benchmarks/scale.txt      needs: pip install 'grpo-stages[ray]'
+Run: python benchmarks/scale.py      needs: pip install 'grpo-stages[ray]'
 """
 
 import os
