@@ -31,7 +31,7 @@ from grpo.artifacts import ActiveRun, Manifest, Run, Staging
 from grpo.artifacts.manifest import Plan
 from grpo.config import load
 from grpo.console import Console
-from grpo.pipeline import runner
+from grpo.pipeline import lane
 from grpo.pipeline import stages as pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,7 @@ def _train(iterations: int) -> tuple[Clocks, list[float]]:
 
     arguments = ["grpo", "run", "--set", f"iterations={iterations}", "--set", "evaluate=null"]
     with (
-        patch.object(runner, "perform", timed),
+        patch.object(lane, "perform", timed),
         patch.object(os, "fsync", timed_fsync),
         patch.object(sys, "argv", arguments),
         suppress(SystemExit),

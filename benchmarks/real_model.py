@@ -44,7 +44,7 @@ from grpo.generate.weight_sync import WeightSync
 from grpo.models.loading import load_model
 from grpo.models.reader import Reader
 from grpo.models.weight_check import LENGTH, WeightCheck, measure
-from grpo.pipeline import runner
+from grpo.pipeline import lane
 from grpo.pipeline.stages import perform
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "capitals"
@@ -108,7 +108,7 @@ class Meter:
             with clock(staging, part), self._part(staging.plan.stage, part):
                 yield
 
-        with patch.object(runner, "perform", performed), patch.object(Staging, "clock", clocked):
+        with patch.object(lane, "perform", performed), patch.object(Staging, "clock", clocked):
             self.ends.append(Moment.now())
             yield
             self.ends.append(Moment.now())

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from tests.conftest import Grpo
+from tests.execute.alone import MORE, alone, contents
 from tests.execute.clusters import two_nodes
-from tests.faults import crash
 
 from grpo.execute import Pool, Worker
+
+__all__ = ["alone"]  # a fixture
 
 pytest.importorskip("ray")
 import ray
@@ -22,7 +24,6 @@ import torch
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 CPUS = torch.get_num_threads()  # of a node: what an engine takes
-MORE = ("--set", "generate.prompts_per_iteration=6", "--set", "generate.rollouts_per_shard=2")
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +34,6 @@ def cluster() -> Iterator[Any]:
 
 def on(address: str, count: int = 2) -> tuple[str, ...]:
     return "--set", f"execution={{backend: ray, address: '{address}', engines: {{count: {count}}}}}"
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """What a run holds, without its name."""
-    return {name.partition("/")[2]: digest for name, digest in crash.contents(folder).items()}
-
-
-@pytest.fixture
-def alone(project: Path, grpo: Grpo) -> dict[str, str]:
-    """Of the same run in one process; its folder is gone."""
-    code, _, err = grpo("run", *MORE)
-    assert code == 0, err
-    found = contents(project)
-    (project / "artifacts").rename(project.parent / "alone")
-    return found
 
 
 def test_the_files_are_those_of_one_process(

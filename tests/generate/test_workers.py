@@ -8,28 +8,14 @@ from typing import Any
 
 import pytest
 from tests.conftest import Grpo
-from tests.faults import crash
+from tests.execute.alone import MORE, alone, contents
 
 from grpo.execute import Pool, Worker
 from grpo.execute.processes import Process
 
+__all__ = ["alone"]  # a fixture
+
 ENGINES = ("--set", "execution={engines: {count: 2}}")
-MORE = ("--set", "generate.prompts_per_iteration=6", "--set", "generate.rollouts_per_shard=2")
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """What a run holds, without its name."""
-    return {name.partition("/")[2]: digest for name, digest in crash.contents(folder).items()}
-
-
-@pytest.fixture
-def alone(project: Path, grpo: Grpo) -> dict[str, str]:
-    """Of the same run in one process; its folder is gone."""
-    code, _, err = grpo("run", *MORE)
-    assert code == 0, err
-    found = contents(project)
-    (project / "artifacts").rename(project.parent / "alone")
-    return found
 
 
 def test_two_engines_give_the_same_files_as_one_process(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 from grpo.config import Config, UpdateConfig
 from grpo.config import objectives as configured
 from grpo.update.batch import Rollouts, Rows
-from grpo.update.checkpoint import OPTIMIZER_FILE, optimizer_file, policy_files
+from grpo.update.checkpoint import OPTIMIZER_FILE, moments_of, policy_files, safetensors_file
 from grpo.update.given import Step
 from grpo.update.layout import PROMPT, MicroBatch
 from grpo.update.learner import Learner
@@ -90,7 +90,8 @@ def save_learner(learner: Learner, start: Path, folder: Path) -> Path:
     (folder / "policy").mkdir(parents=True)
     for name, content in policy_files(learner.model, start):
         (folder / "policy" / name).write_bytes(b"".join(content))
-    (folder / OPTIMIZER_FILE).write_bytes(b"".join(optimizer_file(learner.optimizer, learner.model)))
+    moments = safetensors_file(moments_of(learner.optimizer, learner.model))
+    (folder / OPTIMIZER_FILE).write_bytes(b"".join(moments))
     return folder
 
 

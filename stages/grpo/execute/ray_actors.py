@@ -66,7 +66,7 @@ class RayActors:
         self._opener = ray.put(open_worker)
 
     def start(self) -> "Actor":
-        """A new one, on the node that has most room."""
+        """A new one; Ray spreads them over the nodes."""
         return Actor(self._opener, self._takes)
 
     def wait(self, busy: Collection[Worker], timeout_s: float) -> list[Worker]:

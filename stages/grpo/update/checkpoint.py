@@ -49,13 +49,8 @@ def policy_files(model: PreTrainedModel, start: Path) -> Iterator[tuple[str, Chu
         yield "model.safetensors.index.json", [json.dumps(index, indent=1, sort_keys=True).encode()]
 
 
-def optimizer_file(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> Chunks:
-    """AdamW's moments as safetensors, named `<moment>.<parameter>`; empty before the first step."""
-    return safetensors_file(moments_of(optimizer, model))
-
-
 def moments_of(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of that file by their names; no copies."""
+    """AdamW's moments, named `<moment>.<parameter>`; none before the first step. No copies."""
     return {
         f"{moment}.{name}": tensor
         for name, parameter in model.named_parameters()

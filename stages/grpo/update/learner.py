@@ -278,6 +278,6 @@ class Learner:
 
     @collective
     def moments(self) -> dict[str, torch.Tensor]:
-        """The optimiser's state as optimizer_file() names it; on rank 0 alone."""
+        """moments_of() the optimiser, whole; on rank 0 alone."""
         held = moments_of(self.optimizer, self.model)
         return held if self.ranks is None else self.ranks.gather(held)
