@@ -1,10 +1,13 @@
 """What `grpo gc` removes, and what it leaves."""
 
 import json
+import re
 from pathlib import Path
 
 from tests.conftest import Grpo
 from tests.faults import crash
+
+from grpo.artifacts import IN_MEMORY, Run, lent_folders
 
 RUN = crash.RUN
 
@@ -125,6 +128,36 @@ def test_an_unfinished_checkpoint_is_shown_and_goes(project: Path, grpo: Grpo, t
     assert removed(grpo) == []
     code, _, err = grpo(*command)
     assert (code, "1 iterations are complete" in err) == (0, True), err
+
+
+def test_weights_that_a_killed_process_had_lent_to_engines_go(
+    project: Path, grpo: Grpo, tmp_path: Path
+) -> None:
+    command = ["run", "--set", "execution={engines: {count: 1}}", "--set", "checkpoints.every=9"]
+    operations = crash.recorded(crash.copy(Path(), tmp_path / "copy"), command)
+    at = next(n for n, made in enumerate(operations, 1) if re.search("=000001/rollouts-.*/part-", made.path))
+    assert crash.in_child(Path(), command, f"kill:{at}")[0] == -9  # policy 1 was in memory alone
+    [lent] = lent_folders(Run(RUN.parent, RUN.name))
+    assert lent.parent == IN_MEMORY
+    assert (lent / "model.safetensors").stat().st_size > 0
+    linked = RUN / ".weights-0123456789ab-x"  # as where it is on disk, of a run that was moved since
+    linked.mkdir()
+    (lent / "larger").write_bytes(bytes(2**21))  # as those of a real model are: its path is shown
+    code, out, _ = grpo("gc", "--dry-run", "--json")
+    rows = json.loads(out)["garbage"]
+    assert code == 0
+    assert [(row["what"], Path(row["path"])) for row in rows] == [
+        ("abandoned weights", lent),
+        ("abandoned weights", linked),
+    ]
+    assert rows[0]["bytes"] == sum(path.stat().st_size for path in lent.iterdir())
+    assert f"abandoned weights  {lent}" in grpo("gc")[1]
+    assert not lent.exists()
+    assert not linked.exists()
+    assert removed(grpo) == []
+    code, _, err = grpo(*command)
+    assert code == 0, err
+    assert lent_folders(Run(RUN.parent, RUN.name)) == []
 
 
 def test_it_does_not_run_beside_another_process(finished: Path, grpo: Grpo) -> None:

@@ -36,6 +36,7 @@ from grpo.artifacts.layout import (
     iterations_in,
     policy_of,
 )
+from grpo.artifacts.lent import IN_MEMORY, lent_folders, lent_prefix
 from grpo.artifacts.manifest import (
     MANIFEST,
     FileRecord,
@@ -88,6 +89,7 @@ __all__ = [
     "ARTIFACTS",
     "CHECKPOINT",
     "EVALUATION",
+    "IN_MEMORY",
     "MANIFEST",
     "OPTIMIZER",
     "OUTPUTS",
@@ -141,6 +143,8 @@ __all__ = [
     "kept_sources",
     "lacking",
     "lacks_run_json",
+    "lent_folders",
+    "lent_prefix",
     "names_run",
     "newest_policy",
     "note_stop",

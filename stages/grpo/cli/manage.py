@@ -85,7 +85,7 @@ def gc(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Remove the trash, abandoned staging, and checkpoints no longer kept."""
+    """Remove the trash, abandoned staging and weights, and checkpoints no longer kept."""
     opened = options.reading(name, config, set_)
     keep_last = 1 if checkpoints else None
     with nullcontext() if dry_run else lazy.opening.locked(opened):

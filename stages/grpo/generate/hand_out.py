@@ -4,22 +4,29 @@ A thread takes the answers and commits the shards; it computes nothing. What it 
 or in memory as files, before it begins: whoever trains may change the weights then.
 """
 
-import hashlib
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from grpo.artifacts import ActiveRun, Staging, checkpoint_files, files, same_weights_since
+from grpo.artifacts import (
+    ActiveRun,
+    Staging,
+    checkpoint_files,
+    files,
+    lent_folders,
+    lent_prefix,
+    same_weights_since,
+)
 from grpo.errors import Interrupted
 from grpo.execute import Pool
 from grpo.generate.rollouts import SamplingTask
 from grpo.generate.worker import Checkpoint, ShardJob, ShardResult
 from grpo.models.weight_check import read_weight_check
-from grpo.models.weights import IN_MEMORY, Lend
+from grpo.models.weights import Lend
 
 _SHOWN_S = 0.1
 
@@ -117,10 +124,9 @@ def _held_policy(run: ActiveRun, lend: Lend, policy: int, shared: Path | None) -
 
     shared: a folder that all machines see; None: this is the only one.
     """
-    prefix = f".weights-{hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:12]}-"
-    for folder in filter(Path.is_dir, {run.path, IN_MEMORY, Path(gettempdir())}):
-        for left in folder.glob(f"{prefix}*"):  # of a process that was killed: we hold the lock
-            files.remove(left)
+    prefix = lent_prefix(run)
+    for left in lent_folders(run):  # of a process that was killed: we hold the lock
+        files.remove(left)
     with ExitStack() as stack:
         with lend(policy) as source:
             if not isinstance(source, Path):

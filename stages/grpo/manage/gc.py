@@ -1,4 +1,4 @@
-"""gc: `grpo gc`, what a run no longer needs: trash, abandoned staging, checkpoints that are not kept."""
+"""gc: `grpo gc`, what a run no longer needs: trash, abandoned staging and weights, checkpoints not kept."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +11,7 @@ from grpo.artifacts import (
     droppable,
     files,
     iterations_in,
+    lent_folders,
     prune,
     staged_attempts,
     staging_folders,
@@ -31,6 +32,7 @@ def garbage(run: ActiveRun, keep_last: int | None = None) -> dict[str, Any]:
     run.refuse_links()
     found = [("trash", path, [path]) for path in _entries(run.trash)]
     found += [("abandoned staging", path, [path]) for path in _abandoned(run)]
+    found += [("abandoned weights", path, [path]) for path in lent_folders(run)]
     for paths in droppable(run, keep_last).values():
         found += [("checkpoint", path, [path]) for path in paths]
     rows = [{"what": what, "path": path, "bytes": sum(map(_size, paths))} for what, path, paths in found]
@@ -82,9 +84,9 @@ def print_garbage(found: dict[str, Any], run: Run, dry_run: bool) -> None:
     lines = [(sum(sizes), f"{what:<18} {len(sizes)} below 0.1 MiB") for what, sizes in kinds.items()]
     for row in rows:
         if row not in small:
-            lines.append(
-                (row["bytes"], f"{row['what']:<18} {printable(str(row['path'].relative_to(run.path)))}")
-            )
+            path = row["path"]  # of weights, it may be elsewhere
+            shown = path.relative_to(run.path) if path.is_relative_to(run.path) else path
+            lines.append((row["bytes"], f"{row['what']:<18} {printable(str(shown))}"))
     lines.append((found["bytes"], f"{'would be removed' if dry_run else 'removed'} from run {run.name}"))
     for size, text in lines:
         out.print(f"{size / 2**20:10,.1f} MiB  {text}", markup=False, highlight=False)

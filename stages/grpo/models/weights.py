@@ -20,11 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from grpo.artifacts import checkpoint_files, files, is_weight_file
+from grpo.artifacts import IN_MEMORY, checkpoint_files, files, is_weight_file
 from grpo.errors import ResourceError
 
 ADAPTER_NAME = "default"  # what peft calls an adapter without a name
-IN_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
