@@ -65,7 +65,7 @@ def test_what_stands_in_backquotes_is_there() -> None:
 
 def test_no_row_advises_an_engine_option_that_is_refused() -> None:
     engine_arguments = pytest.importorskip("vllm.engine.arg_utils").EngineArgs
-    from grpo.generate.engines.vllm_engine import _OURS  # "the pipeline sets it; leave it out"
+    from grpo.generate.engines.vllm_settings import _OURS  # "the pipeline sets it; leave it out"
 
     advised = {
         (trainer, name, key)

@@ -281,9 +281,22 @@ def test_the_prefix_cache_would_have_kept_the_old_weights(
     # What the test above is for: without the reset, prompts seen before keep the keys of the old policy.
     wanted = requests(LONG)
     sample(engine, wanted)
-    monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
+    monkeypatch.setattr(engine, "_drop_prefixes", lambda: None)
     engine.load(other)
     assert largest_difference(other, wanted, sample(engine, wanted)) > 0.01
+
+
+def test_a_prefix_cache_that_is_kept_is_found(
+    engine: vllm_engine.VllmEngine, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = requests([*LONG, *SHORT])
+    sample(engine, wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
+        with pytest.raises(EngineError, match="vLLM kept its prefix cache over new weights"):
+            engine.load(other)
+    engine.load(other)
+    assert largest_difference(other, wanted, sample(engine, wanted)) < 1e-5
 
 
 def test_the_weight_check_catches_a_stale_output_head_and_the_cure_passes(

@@ -158,19 +158,12 @@ def test_what_is_sampled_from_memory_is_what_is_sampled_from_disk(
 def test_a_prefix_cache_that_was_kept_is_found_by_the_update(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grpo: Grpo
 ) -> None:
-    """No sequence of a weight check fills a block: only the rollouts themselves show old keys."""
+    """By the rollouts themselves, were the engine not to look whether it is gone."""
     monkeypatch.chdir(write_project(tmp_path / "p", checkpoint, 8, {}))
     prompts = [{"prompt": f"{n}+1=" * 50} for n in range(6)]  # 200 tokens: a block of 128 and more
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    opening = vllm_engine._open
-
-    def forgetful(*arguments: Any) -> Any:
-        llm = opening(*arguments)
-        llm.reset_prefix_cache = lambda: True
-        return llm
-
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_engine, "_open", forgetful)
+        patch.setattr(vllm_engine.VllmEngine, "_drop_prefixes", lambda engine: None)
         code, _, err = grpo("run")
     assert code == 8
     assert err.splitlines()[-1].startswith("error: update 1: the first log-probs are ")

@@ -6,7 +6,6 @@ are those after temperature, sampling settings come from the pipeline alone. vLL
 """
 
 import dataclasses
-import difflib
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from grpo.errors import EngineError, GrpoError, UsageError
 from grpo.generate.engines import vllm_settings
@@ -30,13 +29,6 @@ from grpo.models.weights import Weights
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
     from vllm.outputs import RequestOutput
-
-# What the pipeline decides: another value would break what the stages promise.
-_OURS = {
-    *("model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "seed", "logprobs_mode"),
-    *("generation_config", "override_generation_config", "trust_remote_code", "enable_sleep_mode"),
-    *("max_model_len", "load_format", "model_impl"),
-}
 
 
 class VllmEngine:
@@ -58,6 +50,7 @@ class VllmEngine:
         self._workers: list[BaseProcess] = []
         self._stop_ids: list[int] = []
         self._asleep = False
+        self._seen: Sequence[int] = []  # the longest prompt of the shard that was sampled last
         self.precision = ""
 
     def load(self, checkpoint: Path) -> None:
@@ -104,9 +97,25 @@ class VllmEngine:
             if self._asleep:
                 self._llm.wake_up(tags=["kv_cache"])
                 self._asleep = False
-            # vLLM leaves this to its caller: cached prefixes belong to the old weights.
-            if not self._llm.reset_prefix_cache():
-                raise EngineError("generate: vLLM kept its prefix cache over new weights")
+            self._drop_prefixes()
+
+    def _drop_prefixes(self) -> None:
+        """Cached prefixes belong to the old weights, and vLLM leaves them to its caller.
+
+        It counts the tokens of a prompt that it found there: that tells whether they are gone. A weight check
+        cannot, for no prompt of it was there before.
+        """
+        from vllm import SamplingParams
+
+        assert self._llm is not None
+        is_gone = self._llm.reset_prefix_cache()
+        if self._seen:
+            params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+            [output] = self._finished([("seen", self._seen, params)])
+            # Again: whether a prompt is found there moves the last bits of what is sampled for it.
+            is_gone = not output.num_cached_tokens and self._llm.reset_prefix_cache()
+        if not is_gone:
+            raise EngineError("generate: vLLM kept its prefix cache over new weights; nothing was sampled")
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs of every token but the first: vLLM's prompt log-probs, which know no temperature."""
@@ -127,6 +136,8 @@ class VllmEngine:
         model = self._llm.llm_engine.model_config
         for shard in shards:  # vLLM would cut a response that does not fit
             check_requests(shard, sampling, model.get_vocab_size(), model.max_model_len)
+        last = [request.prompt_token_ids for shard in shards[-1:] for request in shard]
+        self._seen = max(last, key=len, default=[])
         requests: list[tuple[str, Sequence[int], Any]] = []
         for request in [request for shard in shards for request in shard]:
             params = _params(request, sampling, self._stop_ids)
@@ -222,25 +233,7 @@ def check_options(options: dict[str, Any]) -> None:
         message = f"vllm is installed but cannot be imported: {error}"
         raise UsageError(f"generate.engine: {message}; {vllm_settings.INSTALL}") from error
     known: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
-    for name, value in options.items():
-        where = f"generate.engine_options.{name}"
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"{where}: vLLM has no such engine argument{hint}")
-        if name in _OURS:
-            raise UsageError(f"{where}: the pipeline sets it; leave it out")
-        try:
-            TypeAdapter(known[name]).validate_python(value)
-        except ValidationError as error:
-            raise UsageError(f"{where}: {value!r}: {error.errors()[0]['msg']}") from None
-        except PydanticUserError:  # a type of vLLM's own, or one named only for type checkers: vLLM checks it
-            pass
-        if name == "enable_chunked_prefill" and value and not torch.cuda.is_available():
-            raise UsageError(f"{where}: vLLM cannot split prefills with seeds on a CPU; leave it out")
-        if name == "data_parallel_size" and value != 1:
-            right = "the engine runs in this process, where 1 is right; use tensor_parallel_size"
-            raise UsageError(f"{where}: {value}, but {right}")
+    vllm_settings.check_options(options, known)
 
 
 def _params(request: Request, sampling: Sampling, stop_ids: list[int]) -> "SamplingParams":

@@ -1,8 +1,9 @@
-"""vllm_settings: which vLLM is right, and how it is opened before the user's own engine_options.
+"""vllm_settings: which vLLM is right, and how it is opened, and which engine_options are the user's to set.
 
 Nothing here imports it.
 """
 
+import difflib
 import logging
 import os
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from grpo.errors import UsageError
 from grpo.generate.engines.choice import default_dtype
@@ -34,6 +36,13 @@ _BLOCK = 64  # tokens: the larger of vLLM's usual block sizes, to which a sequen
 _SPEAKS_OF_CACHE = {
     *("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size"),
     *("speculative_config", "hf_overrides"),
+}
+
+# What the pipeline decides: another value would break what the stages promise.
+_OURS = {
+    *("model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "seed", "logprobs_mode"),
+    *("generation_config", "override_generation_config", "trust_remote_code", "enable_sleep_mode"),
+    *("max_model_len", "load_format", "model_impl"),
 }
 
 
@@ -76,6 +85,32 @@ def set_environment() -> None:
         # What vLLM compiles on a CPU is a count of ranks that nobody reads: 20 s, and it needs a compiler.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # for its workers
         torch._dynamo.config.disable = True  # for this process
+
+
+def check_options(options: dict[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise UsageError (exit 2) for an option that vLLM does not have, or that is not the user's to set.
+
+    known: vLLM's engine arguments, and the type of each.
+    """
+    for name, value in options.items():
+        where = f"generate.engine_options.{name}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"{where}: vLLM has no such engine argument{hint}")
+        if name in _OURS:
+            raise UsageError(f"{where}: the pipeline sets it; leave it out")
+        try:
+            TypeAdapter(known[name]).validate_python(value)
+        except ValidationError as error:
+            raise UsageError(f"{where}: {value!r}: {error.errors()[0]['msg']}") from None
+        except PydanticUserError:  # a type of vLLM's own, or one named only for type checkers: vLLM checks it
+            pass
+        if name == "enable_chunked_prefill" and value and not torch.cuda.is_available():
+            raise UsageError(f"{where}: vLLM cannot split prefills with seeds on a CPU; leave it out")
+        if name == "data_parallel_size" and value != 1:
+            right = "the engine runs in this process, where 1 is right; use tensor_parallel_size"
+            raise UsageError(f"{where}: {value}, but {right}")
 
 
 def defaults(max_model_len: int) -> dict[str, Any]:
