@@ -147,11 +147,11 @@ def test_weights_that_a_killed_process_had_lent_to_engines_go(
     rows = json.loads(out)["garbage"]
     assert code == 0
     assert [(row["what"], Path(row["path"])) for row in rows] == [
-        ("abandoned weights", lent),
-        ("abandoned weights", linked),
+        ("lent weights", lent),
+        ("lent weights", linked),
     ]
     assert rows[0]["bytes"] == sum(path.stat().st_size for path in lent.iterdir())
-    assert f"abandoned weights  {lent}" in grpo("gc")[1]
+    assert f"lent weights       {lent}" in grpo("gc")[1]
     assert not lent.exists()
     assert not linked.exists()
     assert removed(grpo) == []

@@ -32,7 +32,7 @@ def garbage(run: ActiveRun, keep_last: int | None = None) -> dict[str, Any]:
     run.refuse_links()
     found = [("trash", path, [path]) for path in _entries(run.trash)]
     found += [("abandoned staging", path, [path]) for path in _abandoned(run)]
-    found += [("abandoned weights", path, [path]) for path in lent_folders(run)]
+    found += [("lent weights", path, [path]) for path in lent_folders(run)]
     for paths in droppable(run, keep_last).values():
         found += [("checkpoint", path, [path]) for path in paths]
     rows = [{"what": what, "path": path, "bytes": sum(map(_size, paths))} for what, path, paths in found]
