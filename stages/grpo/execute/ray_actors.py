@@ -209,7 +209,9 @@ def _enter(address: str) -> None:
                 _reach(address)
                 with _environment(_RAYS_PATIENCE):
                     ray.init(address=address, **options)
-        except (OSError, RuntimeError, ValueError) as error:
+        except ValueError as error:
+            raise UsageError(f"execution.address: {address}: {first_line(error)}") from error
+        except (OSError, RuntimeError) as error:
             way = "`ray start --head` begins one, execution.address: local has one of its own"
             raise ResourceError(f"execution.address: {address}: {first_line(error)}; {way}") from error
 
