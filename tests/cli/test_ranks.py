@@ -1,16 +1,19 @@
 """Commands on two processes, started as torchrun starts them: rank 0 is one, the other serves it."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.conftest import run_cli
+from tests.conftest import NewTally, run_cli
 from tests.faults import crash
+from tests.faults.tally import extent
 
 from grpo.cli import ranks
 
@@ -38,11 +41,12 @@ UPDATE = ["--set", "update={objective: dapo, surrogate: 'mine:surrogate', learni
 SAMPLED = ["--set", "generate.prompts_per_iteration=6", "--set", "generate.samples_per_prompt=3"]
 RUN = ["run", *UPDATE, *SAMPLED]
 WORLD = 2
+KILLS = extent("each fault of what computes elsewhere")
 Ends = list[tuple[int, str]]
 
 
-def start(folder: Path, *command: str, fault: str | None = None) -> Ends:
-    """(exit code, last line on stderr) of each rank."""
+def begin(folder: Path, *command: str, fault: str | None = None) -> list[crash.Child]:
+    """The processes, by rank; the fault is of rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +58,12 @@ def start(folder: Path, *command: str, fault: str | None = None) -> Ends:
         children.append(
             crash.Child(folder, [list(command)], fault if rank == 0 else None, environment=environment)
         )
-    ends = [child.wait() for child in children]
+    return children
+
+
+def start(folder: Path, *command: str, fault: str | None = None) -> Ends:
+    """(exit code, last line on stderr) of each rank."""
+    ends = [child.wait() for child in begin(folder, *command, fault=fault)]
     return [(code, (err.splitlines() or [""])[-1]) for code, _, err in ends]
 
 
@@ -130,6 +139,29 @@ def test_rank_0_killed_while_it_writes_and_policies_rebuilt_together(
     ]  # the fourth policy is in no file
     assert [code for code, _ in start(folder, *run)] == [0, 0]
     assert crash.contents(folder) == crash.contents(undisturbed)
+
+
+def test_ranks_killed_at_random_times_change_nothing(
+    project: Path, whole: Path, tmp_path: Path, new_tally: NewTally
+) -> None:
+    """Either of them; the other one ends, at once, and commits nothing of what both were at."""
+    chance, tally, tried = random.Random(0), new_tally("SIGKILL of a learner rank", "run"), 0
+    while tried < KILLS:
+        folder, ends, before = crash.copy(project, tmp_path / "killed"), [-1], tried
+        while ends != [0, 0]:
+            children = begin(folder, *RUN)
+            if tried < KILLS:
+                time.sleep(chance.uniform(0.5, 4.0))
+                chance.choice(children).kill()
+                tried += 1
+            said = [child.wait() for child in children]
+            ends = [code for code, _, _ in said]
+            assert set(ends) <= {0, 8, -signal.SIGKILL}, said
+            assert not any("Traceback" in err for _, _, err in said), said
+        with tally.trial(tried - before):
+            crash.succeed(folder, "verify")
+            assert crash.contents(folder) == crash.contents(whole)
+            assert crash.leftovers(folder) == []
 
 
 def test_torchrun_replays_what_it_made_and_one_process_refuses(

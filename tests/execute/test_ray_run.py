@@ -144,5 +144,9 @@ def test_what_cannot_be_is_refused(project: Path, grpo: Grpo) -> None:
     assert (code, "needs generate.engine: vllm" in err) == (2, True), err
     code, err = error_of("{backend: ray, engines: {gpus: 1}}", "--dry-run")
     assert (code, "needs generate.engine: vllm" in err) == (2, True), err
+    code, err = error_of("{address: 'head:6379'}")
+    assert (code, "address: head:6379: of a Ray cluster; set backend: ray" in err) == (2, True), err
+    code, err = error_of("{backend: ray, address: head}")
+    assert code == 2, err
     code, err = error_of("{backend: ray, address: '127.0.0.1:1'}")
     assert (code, "`ray start --head` begins one" in err) == (7, True), err

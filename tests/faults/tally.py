@@ -29,6 +29,7 @@ EXTENTS: dict[str, tuple[Any, Any, Any]] = {
     "operations before a power failure": (23, 23, 1),
     "SIGKILL at a random time": (10, 50, 1_000),
     "SIGKILL of a run in lanes": (2, 10, 50),
+    "each fault of what computes elsewhere": (1, 2, 150),
     "iterations of a long run": (8, 12, 200),
     "files damaged in each way": (1, 6, 80),
     "SIGINT and SIGTERM, each": (1, 4, 20),

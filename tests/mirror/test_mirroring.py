@@ -136,7 +136,10 @@ def test_another_run_of_the_name_is_refused_and_left_alone(
 @pytest.mark.parametrize("address", ["gs://bucket/runs", "s3://", "s3://B/x", "s3://bucket//x", "bucket"])
 def test_an_address_that_is_none_is_exit_2(project: Path, grpo: Grpo, address: str) -> None:
     code, _, err = grpo("run", "--set", f"artifacts.mirror={address}")
-    expected = "expected s3://bucket or s3://bucket/prefix, a name of letters, digits, . _ = -"
+    expected = (
+        "expected s3://bucket or s3://bucket/prefix: a bucket of 3 to 63 small letters, digits, . -;"
+        " a prefix of letters, digits, . _ = -"
+    )
     assert (code, err) == (2, f'error: --set artifacts.mirror: {expected}, found "{address}"\n')
 
 

@@ -158,7 +158,7 @@ def test_another_run_that_is_there_is_refused_and_left_alone(copied: str, grpo: 
     [
         ("s3://{bucket}/runs/tyni", 2, "s3://{bucket}/runs/tyni: no such run; runs there: tiny"),
         ("s3://{bucket}", 2, "s3://{bucket}: a bucket; expected a run in it, s3://bucket/prefix/run"),
-        ("tiny", 2, "tiny: expected s3://bucket or s3://bucket/prefix, a name of letters, digits, . _ = -"),
+        ("tiny", 2, "tiny: expected s3://bucket or s3://bucket/prefix: a bucket of 3 to 63 small letters"),
         (
             "s3://no-such-bucket/tiny",
             2,

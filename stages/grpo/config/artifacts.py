@@ -16,7 +16,10 @@ def mirror_address(value: str) -> str:
     """The address of a folder in a bucket, without a slash at its end. Raises ValueError for any other."""
     address = value.rstrip("/")
     if not _ADDRESS.fullmatch(address):
-        raise ValueError("expected s3://bucket or s3://bucket/prefix, a name of letters, digits, . _ = -")
+        raise ValueError(
+            "expected s3://bucket or s3://bucket/prefix: a bucket of 3 to 63 small letters, digits, . -;"
+            " a prefix of letters, digits, . _ = -"
+        )
     return address
 
 

@@ -52,7 +52,9 @@ class ExecutionConfig(Section):
         return data if is_given else {**data, "engines": {}}
 
     @model_validator(mode="after")
-    def _gpus_are_rays(self) -> "ExecutionConfig":
+    def _is_rays(self) -> "ExecutionConfig":
+        if self.address != "auto" and self.backend == "local":
+            raise ValueError(f"address: {self.address}: of a Ray cluster; set backend: ray, or leave it out")
         if self.engines is not None and self.engines.gpus and self.backend == "local":
             raise ValueError("engines.gpus: engines on GPUs are for `backend: ray`; 0 is right with local")
         return self

@@ -24,6 +24,10 @@ from grpo.execute.protocol import NoPlace, Worker, WorkerDied
 REACH_S = 10  # of the cluster's head
 WAIT_S = 30  # until one that is idle takes the job of an actor without a place
 START_S = 300  # until an actor has a place and a process, of which libraries are imported
+HEAD_S = 30  # that the cluster's head may not answer
+LOOK_S = 5  # between two looks at it
+# Ray would end this process a minute after it lost the head, without a word of ours.
+_RAYS_PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(7 * 24 * 3600)}
 
 
 class Node(NamedTuple):
@@ -64,13 +68,18 @@ class RayActors:
         if self._entered:
             _enter(address)
         self._opener = ray.put(open_worker)
+        self._head = Head(ray.get_runtime_context().gcs_address)
 
     def start(self) -> "Actor":
         """A new one; Ray spreads them over the nodes."""
-        return Actor(self._opener, self._takes)
+        return Actor(self._opener, self._takes, self._head)
 
     def wait(self, busy: Collection[Worker], timeout_s: float) -> list[Worker]:
-        """Those of `busy` that have answered or died, or got no place in START_S."""
+        """Those of `busy` that have answered or died, or got no place in START_S.
+
+        Raises ResourceError (exit 7) where the cluster's head does not answer: nothing new starts without it.
+        """
+        self._head.look()
         of_answer = {each.answer: each for each in busy if isinstance(each, Actor)}
         answered, _ = ray.wait(list(of_answer), num_returns=1, timeout=timeout_s)
         late: list[Worker] = [each for each in of_answer.values() if each.is_without_place()]
@@ -89,8 +98,8 @@ class RayActors:
 class Actor:
     """One of them."""
 
-    def __init__(self, opener: Any, takes: Mapping[str, int]) -> None:
-        self._opener, self._takes = opener, takes
+    def __init__(self, opener: Any, takes: Mapping[str, int], head: "Head") -> None:
+        self._opener, self._takes, self._head = opener, takes, head
         self._since, self._is_placed = time.monotonic(), False
         options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
         self._actor = _remote_class().options(**takes, **options).remote()
@@ -127,8 +136,36 @@ class Actor:
         return time.monotonic() - self._since > WAIT_S and not self.is_without_place() and not self._is_placed
 
     def kill(self) -> None:
-        """End it now."""
-        ray.kill(self._actor)
+        """End it now. Without the head it ends with this process: to ask for it would never return."""
+        if not self._head.is_gone:
+            ray.kill(self._actor)
+
+
+class Head:
+    """Of the cluster, host:port: without it no actor starts, and Ray would wait for it without an end."""
+
+    def __init__(self, address: str) -> None:
+        self._address, self._looked = address, time.monotonic()
+        self._silent_since: float | None = None
+        self.is_gone = False
+
+    def look(self) -> None:
+        """Raise ResourceError (exit 7) once it has not answered for HEAD_S."""
+        if (now := time.monotonic()) - self._looked < LOOK_S:
+            return
+        self._looked = now
+        try:
+            _connect(self._address)
+            self._silent_since = None
+        except OSError as error:
+            self._silent_since = self._silent_since or now
+            self.is_gone = now - self._silent_since > HEAD_S
+            if self.is_gone:
+                raise ResourceError(
+                    f"execution.address: the cluster's head, {self._address}, has not answered for {HEAD_S}"
+                    f" s: {first_line(error)}; what is committed is kept; start another one, and the same"
+                    " command resumes"
+                ) from error
 
 
 class _Answering:
@@ -166,10 +203,15 @@ def _enter(address: str) -> None:
         options["include_dashboard"] = False
     with _own_handlers():
         try:
-            if address != "local":
+            if address == "local":
+                ray.init(address=address, **options)
+            else:
                 _reach(address)
-            ray.init(address=address, **options)
-        except (OSError, RuntimeError, ValueError) as error:
+                with _environment(_RAYS_PATIENCE):
+                    ray.init(address=address, **options)
+        except ValueError as error:
+            raise UsageError(f"execution.address: {address}: {first_line(error)}") from error
+        except (OSError, RuntimeError) as error:
             way = "`ray start --head` begins one, execution.address: local has one of its own"
             raise ResourceError(f"execution.address: {address}: {first_line(error)}; {way}") from error
 
@@ -182,11 +224,27 @@ def _reach(address: str) -> None:
     found = canonicalize_bootstrap_address(address)
     if found is None:
         raise ConnectionError("this machine is in no Ray cluster")
-    host, _, port = found.rpartition(":")
+    _connect(found)
+
+
+def _connect(address: str) -> None:
+    """Raise OSError where nobody is there."""
+    host, _, port = address.rpartition(":")
     if not port.isdecimal():
         raise ValueError("host:port is right")
     with socket.create_connection((host, int(port)), timeout=REACH_S):
         pass
+
+
+@contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    """With these variables, which are not there otherwise: what this process starts has its own patience."""
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name in more:
+            del os.environ[name]
 
 
 @contextmanager
