@@ -14,20 +14,21 @@ from tests.update import groups
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
+from grpo.artifacts import ADAPTER, OPTIMIZER, POLICY
 from grpo.config import Config, UpdateConfig
 from grpo.errors import EngineError
-from grpo.update.adapter import adapter_files
 from grpo.update.batch import Rollouts
-from grpo.update.checkpoint import policy_files, safetensors_file
 from grpo.update.collective import collective
 from grpo.update.layout import Cost, Tree, shares_of
 from grpo.update.learner import Learner
 from grpo.update.objective import Stored, Sums, objective_of, step_of
-from grpo.update.own_surrogate import load
+from grpo.update.own_files import own_files
+from grpo.update.own_surrogate import load as load_surrogate
 from grpo.update.parallel import Ended, Ranks
 
 pytestmark = pytest.mark.xdist_group("parallel")  # the group is started once, for all tests
 MAX_NEW_TOKENS, LONGEST = 9, (8, 9)
+FILE_BYTES = 8192
 SEED_OF = {"policy": 0, "tied": 1, "reference": 2}
 SURROGATE = "def surrogate(logprobs, old_logprobs, advantages):\n    return logprobs * advantages\n"
 
@@ -106,7 +107,7 @@ def opened(folder: Path, case: Case, ranks: Ranks | None) -> Learner:
     if config.kl_coefficient:
         learner.load_reference(folder / "reference", is_start=config.lora is not None)
     if config.own is not None:
-        learner.objective = objective_of(config, load(folder, config.own))
+        learner.objective = objective_of(config, load_surrogate(folder, config.own))
     return learner
 
 
@@ -122,14 +123,19 @@ def take_step(learner: Learner, rollouts: Rollouts) -> tuple[dict[str, Any], dic
     return row, {"policy": policy, "reference": stored.reference}
 
 
+@collective
 def save(learner: Learner, start: Path, folder: Path) -> None:
-    """What a checkpoint holds."""
-    folder.mkdir()
-    model, adapter = learner.whole()
-    files = policy_files(model, start) if adapter is None else adapter_files(adapter)
-    for name, content in files:
-        (folder / name).write_bytes(b"".join([content] if isinstance(content, bytes) else content))
-    (folder / "optimizer").write_bytes(b"".join(safetensors_file(learner.moments())))
+    """What a checkpoint holds, in many files; each process writes its own."""
+    for part, name, content in own_files(learner, start, FILE_BYTES):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        with (folder / part / name).open("xb") as file:  # nobody else's
+            file.writelines([content] if isinstance(content, bytes) else content)
+
+
+def load(learner: Learner, start: Path, folder: Path) -> None:
+    """What save() wrote."""
+    adapter = folder / ADAPTER if learner.config.lora else None
+    learner.load(folder / POLICY if adapter is None else start, folder / OPTIMIZER, "saved", adapter)
 
 
 def steps(folder: Path, name: str, ranks: Ranks | None, times: int = 1) -> dict[str, Any]:
@@ -146,11 +152,13 @@ def steps(folder: Path, name: str, ranks: Ranks | None, times: int = 1) -> dict[
     found["end"] = learner.digest()
     found["weights"] = {key: p.detach().clone() for key, p in learner.whole()[0].named_parameters()}
     again = opened(folder, case, ranks)
-    adapter = place if learner.adapter is not None else None
-    again.load(folder / case.policy if adapter else place, place / "optimizer", "second", adapter)
+    load(again, folder / case.policy, place)
     again.objective = learner.objective
     found["resumed row"], _ = take_step(again, rollouts)
     found["resumed"] = again.digest()
+    if ranks is not None:
+        load(again, folder / case.policy, folder / f"{name}-False-1")
+        save(again, folder / case.policy, place.with_name(f"{place.name}-copied"))
     return found
 
 
@@ -191,7 +199,7 @@ def failures(folder: Path, ranks: Ranks | None) -> dict[str, str]:
                 "def surrogate(logprobs, old_logprobs, advantages):\n"
                 "    return logprobs * advantages / (old_logprobs > -600)\n"
             )
-            learner.objective = objective_of(learner.config, load(folder, "bad:surrogate"))
+            learner.objective = objective_of(learner.config, load_surrogate(folder, "bad:surrogate"))
         if name == "gradient":  # 1e38 is a float32; times a hidden state it is none any more
             enlarge(learner)
             rollouts.advantages[5] = 1e38
@@ -215,9 +223,13 @@ def as_process(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], Ended]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Ended]:
     """Of every case what one process found, and what rank 0 of two did; how rank 1 ended."""
-    folder = tmp_path_factory.mktemp("parallel")
     (folder / "mine.py").write_text(SURROGATE)
     for name, seed in SEED_OF.items():
         with torch.random.fork_rng(devices=[]):
@@ -271,6 +283,18 @@ def test_a_step_after_a_checkpoint_is_the_step_without_it(results: Any, case: st
     for found in (results[0][case], results[1][case]):
         assert found["resumed row"] == found["row 1"]
         assert found["resumed"] == found["end"] != found["start"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_do_not_know_how_many_wrote_them(folder: Path, results: Any, case: str) -> None:
+    assert results
+    one, two = (
+        {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        for place in (folder / f"{case}-False-1", folder / f"{case}-True-1-copied")
+    )
+    assert len([name for name in one if name.startswith(OPTIMIZER)]) > 1
+    assert ("policy/model.safetensors.index.json" in one) == (CASES[case].update.get("lora") is None)
+    assert two == one
 
 
 def test_two_processes_again_give_the_same_bits(results: Any) -> None:

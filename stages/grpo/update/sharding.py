@@ -8,6 +8,7 @@ step's.
 import copy
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Skeleton:
             for name, weight in model.named_parameters()
         }
         memo = {id(weight): self._empty[name] for name, weight in model.named_parameters()}
-        self._model = copy.deepcopy(model, memo)
+        self.model: Any = copy.deepcopy(model, memo)
 
     def holding(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A model with these very tensors as its parameters, by name, and their values in its buffers."""
@@ -81,7 +82,7 @@ class Skeleton:
             id(empty): nn.Parameter(tensors[name], requires_grad=empty.requires_grad)
             for name, empty in self._empty.items()
         }
-        model = copy.deepcopy(self._model, memo)
+        model: nn.Module = copy.deepcopy(self.model, memo)
         for name, buffer in model.named_buffers():
             buffer.copy_(tensors[name])
         return model
