@@ -104,7 +104,7 @@ class Learner:
         policy = self._networks.pop("policy", None)
         self._networks, self.reference_id = {}, None  # its weights may be of another type now
         if policy is not None:
-            self._networks["policy"] = open_policy(policy.reader, self.config)
+            self._networks["policy"] = open_policy(policy.reader, self.config, self.ranks)
             self.optimizer.param_groups[0].update(settings_of(config))
 
     @collective
@@ -148,8 +148,7 @@ class Learner:
             self._networks.pop("reference", None)
         elif "reference" not in self._networks:
             reader = reader_of(self._loaded(checkpoint).requires_grad_(False), self.ranks)
-            # Rounding in place is not for a part of a weight; it changes no log-prob.
-            self._networks["reference"] = open_reference(reader, self.config, narrow=self.ranks is None)
+            self._networks["reference"] = open_reference(reader, self.config, self.ranks)
         elif id_ != self.reference_id:
             put = torch.Tensor.copy_ if self.ranks is None else self.ranks.put
             copy_weights(self._networks["reference"].model, checkpoint, put)
@@ -162,7 +161,7 @@ class Learner:
             self.adapter = add_adapter(model, lora, self.seed)
         if self.ranks is not None:
             self.skeleton = self.ranks.skeleton(model if self.adapter is None else self.adapter)
-        self._networks["policy"] = open_policy(reader_of(model, self.ranks), config)
+        self._networks["policy"] = open_policy(reader_of(model, self.ranks), config, self.ranks)
         self.optimizer = make_optimizer(config, model.parameters())
 
     def _loaded(self, checkpoint: Path) -> PreTrainedModel:
@@ -259,7 +258,8 @@ class Learner:
     @collective
     def measure(self, sequences: list[list[int]]) -> WeightCheck:
         """The policy's weight check of `sequences`."""
-        return measure(self.network.reader, sequences)
+        with self.network.exactly():
+            return measure(self.network.reader, sequences)
 
     def whole(self) -> "tuple[PreTrainedModel, PeftModel | None]":
         """The policy's model and the adapter in it, for whoever reads the weights on rank 0.

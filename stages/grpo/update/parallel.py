@@ -185,6 +185,8 @@ class Ranks:
     skeleton = staticmethod(sharding.Skeleton)
     put = staticmethod(sharding.put)
 
+    gather_in = staticmethod(sharding.gather_in)
+
     def shard(self, reader: torch.nn.Module) -> None:
         """See sharding.shard()."""
         sharding.shard(reader, self.mesh)
