@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from tests.faults import crash
 from tests.faults.tally import extent
 
 from grpo.cli import ranks
+from grpo.update import stage
+from grpo.update.durable import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parallel")]
 # Called in each process for its share of a step; `fate` says what becomes of whom.
@@ -45,8 +48,8 @@ KILLS = extent("each fault of what computes elsewhere")
 Ends = list[tuple[int, str]]
 
 
-def begin(folder: Path, *command: str, fault: str | None = None) -> list[crash.Child]:
-    """The processes, by rank; the fault is of rank 0."""
+def begin(folder: Path, *command: str, fault: str | None = None, of: int = 0) -> list[crash.Child]:
+    """The processes, by rank. fault: what happens in that `of` one of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,14 +59,14 @@ def begin(folder: Path, *command: str, fault: str | None = None) -> list[crash.C
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment = own | meeting | {"OMP_NUM_THREADS": "1"}
         children.append(
-            crash.Child(folder, [list(command)], fault if rank == 0 else None, environment=environment)
+            crash.Child(folder, [list(command)], fault if rank == of else None, environment=environment)
         )
     return children
 
 
-def start(folder: Path, *command: str, fault: str | None = None) -> Ends:
-    """(exit code, last line on stderr) of each rank."""
-    ends = [child.wait() for child in begin(folder, *command, fault=fault)]
+def start(folder: Path, *command: str, fault: str | None = None, of: int = 0) -> Ends:
+    """(exit code, last line on stderr) of each rank. fault, of: as begin() takes them."""
+    ends = [child.wait() for child in begin(folder, *command, fault=fault, of=of)]
     return [(code, (err.splitlines() or [""])[-1]) for code, _, err in ends]
 
 
@@ -162,6 +165,29 @@ def test_ranks_killed_at_random_times_change_nothing(
             crash.succeed(folder, "verify")
             assert crash.contents(folder) == crash.contents(whole)
             assert crash.leftovers(folder) == []
+
+
+def test_rank_1_killed_or_without_room_while_it_writes_its_files(
+    write_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "Checkpoints", partial(Checkpoints, file_bytes=2**12))
+    run = ["run", *SAMPLED, "--set", "iterations=3", "--set", "checkpoints={every: 1, keep_last: 1}"]
+    start_ = write_project(tmp_path / "project")
+    undisturbed, folder = (crash.copy(start_, tmp_path / name) for name in ("undisturbed", "killed"))
+    assert [code for code, _ in start(undisturbed, *run)] == [0, 0]
+    held = crash.contents(undisturbed)
+    assert sum("/checkpoint/" in name for name in held) > 4
+    # Of its first file, and of one of the next policy's: it changes nothing else on disk.
+    for number in (2, 9):
+        codes = [code for code, _ in start(folder, *run, fault=f"kill:{number}", of=1)]
+        assert codes == [8, -signal.SIGKILL]
+    said = start(folder, *run, fault="ENOSPC:3", of=1)
+    assert [code for code, _ in said] == [7, 7]
+    assert said[0][1] == said[1][1]
+    assert "No space left on device" in said[0][1]
+    assert [code for code, _ in start(folder, *run)] == [0, 0]
+    assert crash.contents(folder) == held
+    assert crash.leftovers(folder) == []
 
 
 def test_torchrun_replays_what_it_made_and_one_process_refuses(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 from grpo.config import Config, UpdateConfig
 from grpo.config import objectives as configured
 from grpo.update.batch import Rollouts, Rows
-from grpo.update.checkpoint import OPTIMIZER_FILE, moments_of, policy_files, safetensors_file
+from grpo.update.checkpoint import MOMENTS, moments_of, policy_files, safetensors_file
 from grpo.update.given import Step
 from grpo.update.layout import PROMPT, MicroBatch
 from grpo.update.learner import Learner
@@ -22,6 +22,7 @@ from grpo.update.objective import Stored, needed, step_of
 VOCAB, EOS, MAX_NEW_TOKENS = 50, 2, 8
 RARE = 41  # a token that only one rollout holds
 ROWS = 14  # of make_rollouts()
+OPTIMIZER_FILE = f"{MOMENTS}.safetensors"
 Gradient = dict[str, Tensor]
 
 

@@ -15,19 +15,21 @@ from grpo.update.parallel import Ranks
 WORLD = 2
 
 
-def store(folder: Path, name: str) -> Any:
+def store(folder: Path, name: str, world: int = WORLD) -> Any:
     """Where the processes of a group meet; of each group another one."""
-    return distributed.FileStore(str(folder / name), WORLD)  # type: ignore[attr-defined]
+    return distributed.FileStore(str(folder / name), world)  # type: ignore[attr-defined]
 
 
-def start(process: Callable[..., None], folder: Path, scenes: Sequence[str] = ("",)) -> list[int]:
+def start(
+    process: Callable[..., None], folder: Path, scenes: Sequence[str] = ("",), world: int = WORLD
+) -> list[int]:
     """Run process(rank, folder), with each of several scenes behind it at once; exit codes, by rank."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["grpo.update.learner", "grpo.update.parallel"])  # seconds, once
     started = [
         server.Process(target=process, args=(rank, folder, *([scene] if scene else [])))
         for scene in scenes
-        for rank in range(WORLD)
+        for rank in range(world)
     ]
     for each in started:
         each.start()
@@ -38,10 +40,10 @@ def start(process: Callable[..., None], folder: Path, scenes: Sequence[str] = ("
     return [code for code in codes if code is not None]
 
 
-def lead(rank: int, folder: Path, work: Callable[[Ranks], Any]) -> None:
+def lead(rank: int, folder: Path, work: Callable[[Ranks], Any], world: int = WORLD) -> None:
     """In a process: work(ranks) on rank 0, what it returns to `0.pt`; how the others ended to `1.pt`."""
     torch.set_num_threads(1)
-    ranks = Ranks(store(folder, "meeting"), rank, WORLD, patience=timedelta(seconds=60))
+    ranks = Ranks(store(folder, "meeting", world), rank, world, patience=timedelta(seconds=60))
     if rank == 0:
         found: Any = work(ranks)
         ranks.end(0, "")

@@ -19,7 +19,7 @@ from tests.update.examples import (
 from transformers import AutoModelForCausalLM
 
 from grpo.errors import CorruptError
-from grpo.update.checkpoint import OPTIMIZER_FILE, safetensors_file
+from grpo.update.checkpoint import safetensors_file
 from grpo.update.learner import Learner
 from grpo.update.objective import Stored
 
@@ -87,5 +87,5 @@ def test_optimiser_state_of_another_model_is_refused(tmp_path: Path, tied: Path,
     with pytest.raises(
         CorruptError, match=r"not the optimiser state of this model: see exp_avg\.lm_head\.weight"
     ):
-        fresh.load(tied, folder / OPTIMIZER_FILE, "a")
+        fresh.load(tied, folder, "a")
     assert fresh.holds is None

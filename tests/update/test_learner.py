@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.update.examples import (
     EOS,
+    OPTIMIZER_FILE,
     RARE,
     ROWS,
     VOCAB,
@@ -30,7 +31,6 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from grpo.errors import EngineError
 from grpo.update.batch import Rollouts
-from grpo.update.checkpoint import OPTIMIZER_FILE
 from grpo.update.learner import Learner
 from grpo.update.network import TOLERANCE
 from grpo.update.objective import Stored, needed
@@ -225,12 +225,12 @@ def test_stopping_and_going_on_gives_the_same_bytes(
     never_stopped = save_learner(through, start, tmp_path / "never")
 
     resumed = Learner(config, "cpu")
-    resumed.load(first / "policy", first / OPTIMIZER_FILE, "a")
+    resumed.load(first / "policy", first, "a")
     again = save_learner(resumed, start, tmp_path / "again")
     step(resumed)
     stopped = save_learner(resumed, start, tmp_path / "stopped")
     # A learner that goes back to the state in memory before is the same too.
-    through.load(first / "policy", first / OPTIMIZER_FILE, "a")
+    through.load(first / "policy", first, "a")
     step(through)
     rewound = save_learner(through, start, tmp_path / "rewound")
 
@@ -248,5 +248,5 @@ def test_a_learner_that_never_stepped_has_no_moments(tmp_path: Path, tied: Path)
     learner = make_learner(tied, settings())
     folder = save_learner(learner, tied, tmp_path / "saved")
     fresh = Learner(settings(), "cpu")
-    fresh.load(folder / "policy", folder / OPTIMIZER_FILE, "a")
+    fresh.load(folder / "policy", folder, "a")
     assert not fresh.optimizer.state

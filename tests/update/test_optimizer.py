@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.update.examples import (
     EOS,
+    OPTIMIZER_FILE,
     VOCAB,
     all_logprobs,
     as_old,
@@ -32,7 +33,6 @@ from transformers import Qwen2ForCausalLM
 from grpo.config import UpdateConfig
 from grpo.errors import CorruptError, InputError, UsageError
 from grpo.update import stage
-from grpo.update.checkpoint import OPTIMIZER_FILE
 from grpo.update.learner import Learner
 from grpo.update.objective import Stored
 from grpo.update.optimizer import make_optimizer
@@ -131,7 +131,7 @@ def test_stopping_and_going_on_gives_the_same_bytes(library: None, tmp_path: Pat
     step(through)
     never = save_learner(through, wide, tmp_path / "never")
     resumed = Learner(packed(), "cpu")
-    resumed.load(first / "policy", first / OPTIMIZER_FILE, "a")
+    resumed.load(first / "policy", first, "a")
     again = save_learner(resumed, wide, tmp_path / "again")
     step(resumed)
     stopped = save_learner(resumed, wide, tmp_path / "stopped")
@@ -159,7 +159,7 @@ def test_a_state_that_is_not_this_models_is_refused(library: None, tmp_path: Pat
     for config in (packed(), settings(kl_coefficient=0.0)):
         fresh = Learner(config, "cpu")
         with pytest.raises(CorruptError, match="not the optimiser state of this model: see "):
-            fresh.load(folder / "policy", folder / OPTIMIZER_FILE, "a")
+            fresh.load(folder / "policy", folder, "a")
 
 
 def test_it_is_fixed_for_a_run(library: None, tmp_path: Path, untied: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.update.examples import (
+    OPTIMIZER_FILE,
     ROWS,
     all_logprobs,
     as_old,
@@ -28,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grpo.config import UpdateConfig
 from grpo.models.turns import SPARE_BYTES
 from grpo.update import stage
-from grpo.update.checkpoint import OPTIMIZER_FILE
 from grpo.update.learner import Learner
 from grpo.update.objective import Stored
 from grpo.update.residence import Residence
@@ -153,7 +153,7 @@ def test_what_waits_can_be_written_and_other_weights_are_loaded_into_it(tmp_path
         assert (away / name).read_bytes() == (here / name).read_bytes()
     learner.load(first / "policy", None, "first")
     learner.release()
-    learner.load(away / "policy", away / OPTIMIZER_FILE, "away")
+    learner.load(away / "policy", away, "away")
     again = save_learner(learner, untied, tmp_path / "again")
     for name in ("policy/model.safetensors", OPTIMIZER_FILE):
         assert (again / name).read_bytes() == (here / name).read_bytes()

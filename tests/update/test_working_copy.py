@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.update.examples import (
+    OPTIMIZER_FILE,
     ROWS,
     all_logprobs,
     as_old,
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 from grpo.config import UpdateConfig
 from grpo.errors import UsageError
 from grpo.update.batch import Rollouts
-from grpo.update.checkpoint import OPTIMIZER_FILE
 from grpo.update.execution import weights_digest
 from grpo.update.layout import plan
 from grpo.update.learner import Learner
@@ -185,10 +185,10 @@ def test_stopping_and_going_on_gives_the_same_bytes(tmp_path: Path, tied: Path) 
     never = save_learner(through, tied, tmp_path / "never")
 
     resumed = Learner(master(max_tokens_per_batch=50), "cpu")
-    resumed.load(first / "policy", first / OPTIMIZER_FILE, "a")
+    resumed.load(first / "policy", first, "a")
     step(resumed, rollouts)
     stopped = save_learner(resumed, tied, tmp_path / "stopped")
-    through.load(first / "policy", first / OPTIMIZER_FILE, "a")  # and from what is in memory
+    through.load(first / "policy", first, "a")  # and from what is in memory
     step(through, rollouts)
     rewound = save_learner(through, tied, tmp_path / "rewound")
     for name in ("policy/model.safetensors", OPTIMIZER_FILE):

@@ -2,6 +2,7 @@
 
 from grpo.artifacts import files
 from grpo.artifacts.active import ActiveRun
+from grpo.artifacts.apart import take_over, write_apart
 from grpo.artifacts.best import Best, Stop, best_of, note_stop, read_stop, require_best, stop_at, stopped_path
 from grpo.artifacts.checkpoint import (
     checkpoint_files,
@@ -174,7 +175,9 @@ __all__ = [
     "staging_folders",
     "stop_at",
     "stopped_path",
+    "take_over",
     "tell_apart",
     "unscored_rounds",
     "versions",
+    "write_apart",
 ]

@@ -96,10 +96,16 @@ def published_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
     No copies, but where the published form splits or fuses weights that have an adapter: merged already.
     """
-    state: dict[str, Tensor] = revert_weight_conversion(model, plain_state(model))
+    state = published_form(model, plain_state(model))
     if not holds_adapted(model, state):
-        state = revert_weight_conversion(model, dict(merged(model, plain_state(model))))
+        state = published_form(model, dict(merged(model, plain_state(model))))
     return state
+
+
+def published_form(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What tensors of plain_state() are on disk, of which `state` has all of a layer or none; no copies."""
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return found
 
 
 @torch.no_grad()

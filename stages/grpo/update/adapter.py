@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +21,7 @@ from grpo.config import LoraConfig
 from grpo.errors import CorruptError, InputError, UsageError
 from grpo.models.loading import load_skeleton
 from grpo.models.weights import ADAPTER_NAME, adapted_layers
+from grpo.update.checkpoint import safetensors_file
 from grpo.update.optimizer import quiet
 
 if TYPE_CHECKING:
@@ -105,10 +106,24 @@ def reset_adapter(model: PreTrainedModel, seed: int, put: Put = Tensor.copy_) ->
 
 def adapter_files(model: "PeftModel") -> Iterator[tuple[str, bytes]]:
     """(name, content) of the adapter's files as peft writes them, without the path of the base."""
-    yield CONFIG_FILE, json.dumps(_config(model), indent=2, sort_keys=True).encode()
-    # Cloned: two names of one weight would share memory, which the format refuses.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in _weights(model).items()}
-    yield WEIGHTS_FILE, save(tensors, metadata={"format": "pt"})
+    yield CONFIG_FILE, adapter_config(model)
+    yield WEIGHTS_FILE, b"".join(safetensors_file(adapter_weights(model)))
+
+
+def adapter_config(model: "PeftModel") -> bytes:
+    """The content of CONFIG_FILE: the same on every machine, in every process."""
+    return json.dumps(_config(model), indent=2, sort_keys=True).encode()
+
+
+def adapter_weights(model: "PeftModel") -> dict[str, Tensor]:
+    """The adapter's own tensors and those that train whole, under peft's names on disk; no copies."""
+    from peft import get_peft_model_state_dict
+
+    # Without the False, peft looks for the base's configuration on disk and on the hub.
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    whole = dict.fromkeys(model.peft_config[ADAPTER_NAME].modules_to_save or ())
+    named = model.get_base_model().named_parameters(remove_duplicate=False)
+    return weights | {f"base_model.model.{name}": p.data for name, p in named if _within(name, whole)}
 
 
 @torch.no_grad()
@@ -119,7 +134,7 @@ def load_adapter(model: "PeftModel", folder: Path, put: Put = Tensor.copy_) -> N
     configured ones, CorruptError (exit 6) when its weights are not those of this adapter; the adapter is then
     as it was.
     """
-    path, weights = folder / WEIGHTS_FILE, _weights(model)
+    path, weights = folder / WEIGHTS_FILE, adapter_weights(model)
     saved, config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), _config(model)
     for name in _FIXED:
         if saved[name] != config[name]:
@@ -196,19 +211,7 @@ def _check_not_shared(model: PreTrainedModel, modules: Mapping[str, nn.Module]) 
             raise UsageError(f"{message}, which cannot take an adapter; name other targets")
 
 
-def _weights(model: "PeftModel") -> dict[str, Tensor]:
-    """The adapter's own tensors and those that train whole, under peft's names on disk; no copies."""
-    from peft import get_peft_model_state_dict
-
-    # Without the False, peft looks for the base's configuration on disk and on the hub.
-    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    whole = dict.fromkeys(model.peft_config[ADAPTER_NAME].modules_to_save or ())
-    named = model.get_base_model().named_parameters(remove_duplicate=False)
-    return weights | {f"base_model.model.{name}": p.data for name, p in named if _within(name, whole)}
-
-
 def _config(model: "PeftModel") -> dict[str, Any]:
-    """adapter_config.json: the same on every machine, in every process."""
     config = model.peft_config[ADAPTER_NAME].to_dict()
     config |= {"base_model_name_or_path": None, "inference_mode": True}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}

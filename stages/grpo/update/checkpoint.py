@@ -6,11 +6,12 @@ with, and every other file of the checkpoint the run started from, byte for byte
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -21,8 +22,9 @@ from grpo.errors import CorruptError
 from grpo.models.weights import merged, published_state
 from grpo.update.optimizer import names_of, state_of, tensors_of
 
-_SHARD_BYTES = 2**31  # with an adapter, what is merged at a time and so what a checkpoint costs in memory
-OPTIMIZER_FILE = "optimizer.safetensors"
+FILE_BYTES = 2**31  # of tensors in a file; with an adapter, what is merged at a time
+WEIGHTS, MOMENTS = "model", "optimizer"  # what files of them are called
+INDEX_FILE = "model.safetensors.index.json"
 Chunks = Iterable[bytes | memoryview]  # a file's content in pieces
 
 
@@ -36,17 +38,41 @@ def policy_files(model: PreTrainedModel, start: Path) -> Iterator[tuple[str, Chu
 
     With an adapter in it, of what the two make together; weights are merged a file at a time.
     """
-    for path in checkpoint_files(start):
-        if not is_weight_file(path.name):
-            yield path.name, [path.read_bytes()]
     state = published_state(model)
-    split = split_torch_state_dict_into_shards(state, max_shard_size=_SHARD_BYTES)
-    for name, members in split.filename_to_tensors.items():
+    files = cut(state, WEIGHTS)
+    for name, content in plain_files(start, state, files):
+        yield name, [content]
+    for name, members in files.items():
         shard = {member: state[member] for member in members}
         yield name, safetensors_file(dict(merged(model, shard)))
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        yield "model.safetensors.index.json", [json.dumps(index, indent=1, sort_keys=True).encode()]
+
+
+def plain_files(
+    start: Path, state: Mapping[str, Tensor], files: Mapping[str, Iterable[str]]
+) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each that has no weights; `state` is in `files`, as cut() has it."""
+    for path in checkpoint_files(start):
+        if not is_weight_file(path.name):
+            yield path.name, path.read_bytes()
+    if len(files) > 1:
+        total = sum(tensor.nbytes for tensor in state.values())
+        places = {member: name for name, members in files.items() for member in members}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        yield INDEX_FILE, json.dumps(index, indent=1, sort_keys=True).encode()
+
+
+def cut(state: Mapping[str, Tensor], name: str, file_bytes: int = FILE_BYTES) -> dict[str, list[str]]:
+    """Names of files -> names of the tensors in each, from names and sizes alone: `state` may be empty ones.
+
+    One file, `<name>.safetensors`, where `file_bytes` hold all of it; at least one.
+    """
+    split = split_state_dict_into_shards_factory(
+        dict(state),
+        max_shard_size=file_bytes,
+        filename_pattern=f"{name}{{suffix}}.safetensors",
+        get_storage_size=lambda tensor: tensor.nbytes,
+    )
+    return split.filename_to_tensors or {f"{name}.safetensors": []}
 
 
 def moments_of(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -86,25 +112,30 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Chunks:
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
     model: PreTrainedModel,
-    path: Path,
+    folder: Path,
     placed: Callable[[Tensor, Tensor], Tensor] = copy_to,
 ) -> None:
-    """Put the moments of `path` into `optimizer`, in freshly allocated tensors.
+    """Put the moments that the files in `folder` hold into `optimizer`, in freshly allocated tensors.
 
     placed: makes such a tensor of a whole one, for a parameter. Raises CorruptError (exit 6) when they are
     not those of this model's parameters.
     """
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
+    with ExitStack() as stack:
+        paths = sorted(folder.glob(f"{MOMENTS}*.safetensors"))
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
+        names = set(where)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         held = {name: names_of(optimizer, name, names) for name in parameters}
         expected = {f"{moment}.{name}" for name, moments in held.items() for moment in moments}
-        if names and names != expected:
-            raise CorruptError(f"{path}: not the optimiser state of this model: see {min(names ^ expected)}")
+        if not paths or (names and names != expected):
+            see = f": see {min(names ^ expected)}" if paths else ""
+            raise CorruptError(f"{folder}: not the optimiser state of this model{see}")
         for name, parameter in parameters.items() if names else ():
-            moments = {moment: file.get_tensor(f"{moment}.{name}") for moment in held[name]}
+            whole = {f"{moment}.{name}": moment for moment in held[name]}
+            moments = {moment: where[key].get_tensor(key) for key, moment in whole.items()}
             first = held[name][1]
             if moments[first].shape != parameter.shape:
-                raise CorruptError(f"{path}: {first}.{name} has the shape {list(moments[first].shape)}")
+                raise CorruptError(f"{folder}: {first}.{name} has the shape {list(moments[first].shape)}")
             copies = {moment: placed(tensor, parameter) for moment, tensor in moments.items()}
             optimizer.state[parameter] = state_of(optimizer, copies)

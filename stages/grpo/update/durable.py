@@ -5,18 +5,16 @@ they change, flush() waits.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from grpo.artifacts import (
     ADAPTER,
     CHECKPOINT,
-    OPTIMIZER,
     POLICY,
     ActiveRun,
+    FileRecord,
     Plan,
     Product,
     Staging,
@@ -29,10 +27,11 @@ from grpo.artifacts import (
     require_space,
 )
 from grpo.errors import GrpoError
-from grpo.update.adapter import adapter_files
-from grpo.update.checkpoint import OPTIMIZER_FILE, Chunks, policy_files, safetensors_file
+from grpo.update.checkpoint import FILE_BYTES
 from grpo.update.learner import Learner
 from grpo.update.optimizer import tensors_of
+from grpo.update.own_files import OwnFile, own_files
+from grpo.update.rank_files import Together
 
 STAGE_VERSION = 1
 SHARE, LONGEST_S = 0.02, 1800.0  # of `auto`: the most of the time that writing takes, and a policy waits
@@ -40,10 +39,14 @@ _BYTES_PER_S = 2e8  # of a disk nobody has measured yet
 
 
 class Checkpoints:
-    """Of one run, while a learner works on it. Nothing is written where the policy is on disk already."""
+    """Of one run, while a learner works on it. Nothing is written where the policy is on disk already.
 
-    def __init__(self, run: ActiveRun) -> None:
-        self._run, self._writer = run, Writer()
+    file_bytes: of tensors in a file.
+    """
+
+    def __init__(self, run: ActiveRun, file_bytes: int = FILE_BYTES) -> None:
+        self._run, self._writer, self._file_bytes = run, Writer(), file_bytes
+        self._finish: Callable[[], None] | None = None  # of what several processes write
         self._have: list[int] | None = None  # durable, from 1 on, in order
         self._seconds: float | None = None  # that the last one took
         self._since = time.monotonic()
@@ -59,9 +62,14 @@ class Checkpoints:
             return
         self.flush()
         require_space(self._run, CHECKPOINT, policy - 1, _bytes_of(learner))
-        contents = [*_contents(self._run.start["policy"], learner)]
-        weights = learner.digest()  # on a GPU a replay may give others than its update recorded
-        self._writer.start(partial(self._write, policy, contents, weights))
+        start, weights = self._run.start["policy"], learner.digest()
+        if learner.ranks is None:
+            files = own_files(learner, start, self._file_bytes)
+            self._writer.start(partial(self._write, policy, files, weights))
+        else:
+            part = POLICY if learner.adapter is None else ADAPTER
+            together = Together(learner, self._staging(policy), start, part, self._file_bytes)
+            self._finish = partial(self._take, policy, together, weights)
 
     def prune(self) -> None:
         """Drop those that are kept no longer, as when another one is the best."""
@@ -71,11 +79,14 @@ class Checkpoints:
     def flush(self) -> None:
         """Wait until nothing is being written. Raises ResourceError (exit 7) where it failed."""
         self._writer.wait()
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
 
     def close(self) -> None:
         """The same at the end of the work, when something else may have failed already."""
         with suppress(GrpoError):
-            self._writer.wait()
+            self.flush()
         self._writer.close()
 
     def _is_due(self, policy: int, learner: Learner) -> bool:
@@ -93,18 +104,34 @@ class Checkpoints:
             seconds = _bytes_of(learner) / _BYTES_PER_S
         return waited >= min(seconds / SHARE, LONGEST_S)
 
-    def _write(self, policy: int, contents: list[tuple[str, str, bytes | Chunks]], weights: str) -> None:
-        """In the writer's thread: commit it, then drop those that are kept no longer."""
-        started = time.monotonic()
+    def _write(self, policy: int, files: list[OwnFile], weights: str) -> None:
+        """In the writer's thread, where this process writes all of it."""
+        started, staging = time.monotonic(), self._staging(policy)
+        records = [staging.write_bytes(part, name, content) for part, name, content in files]
+        self._commit(policy, staging, records, weights, time.monotonic() - started)
+
+    def _take(self, policy: int, together: Together, weights: str) -> None:
+        """Once others have written their part of it."""
+        records, seconds = together.finish()
+        self._commit(policy, together.staging, records, weights, seconds)
+
+    def _staging(self, policy: int) -> Staging:
+        """An empty one, with no other checkpoint of that update in its way."""
         run, number = self._run, policy - 1
+        for left in run.staging_root(number).glob(f"{CHECKPOINT}-*"):
+            drop(run, left)
         drop(run, run.folder(CHECKPOINT, number))  # of another policy, which its update made before
-        staging = Staging(run, plan(run, policy), 0)
-        with staging.clock("write"):
-            files = [staging.write_bytes(part, name, content) for part, name, content in contents]
+        return Staging(run, plan(run, policy), 0)
+
+    def _commit(
+        self, policy: int, staging: Staging, files: list[FileRecord], weights: str, seconds: float
+    ) -> None:
+        """Commit it, then drop those that are kept no longer."""
+        files.sort(key=lambda file: (file.part, file.name))  # whoever wrote them
+        staging.seconds["write"] = seconds
         staging.commit(Product({CHECKPOINT: id_of(files)}, files, {"weights": weights}))
-        self._have = prune_known(run, sorted({*self._known(), policy}))
-        self._since = time.monotonic()
-        self._seconds = self._since - started
+        self._have = prune_known(self._run, sorted({*self._known(), policy}))
+        self._since, self._seconds = time.monotonic(), seconds
 
     def _known(self) -> list[int]:
         return durable_policies(self._run)[1:] if self._have is None else self._have
@@ -130,14 +157,3 @@ def _bytes_of(learner: Learner) -> int:
     states = (learner.optimizer.state.get(p, {}) for p in trained)
     moments = sum(tensor.nbytes for state in states for tensor in tensors_of(state).values())
     return sum(p.nbytes for p in trained) + moments
-
-
-def _contents(start: Path, learner: Learner) -> Iterator[tuple[str, str, bytes | Chunks]]:
-    """(part, name, content) of each file of a checkpoint; what is on a GPU is copied here and now."""
-    model, adapter = learner.whole()
-    trained: Iterable[tuple[str, Any]] = (
-        policy_files(model, start) if adapter is None else adapter_files(adapter)
-    )
-    part = POLICY if adapter is None else ADAPTER
-    yield from ((part, name, content) for name, content in trained)
-    yield OPTIMIZER, OPTIMIZER_FILE, safetensors_file(learner.moments())

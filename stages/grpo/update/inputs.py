@@ -2,7 +2,6 @@
 
 from grpo.artifacts import ADAPTER, CHECKPOINT, OPTIMIZER, POLICY, ActiveRun, Manifest, held_part
 from grpo.errors import CorruptError, InputError
-from grpo.update.checkpoint import OPTIMIZER_FILE
 from grpo.update.learner import Learner
 from grpo.update.plan import OUTPUT
 
@@ -24,7 +23,7 @@ def load_policy(run: ActiveRun, number: int, learner: Learner) -> None:
     place = run.folder(CHECKPOINT, number - 1)
     if policy is None or state is None:
         raise CorruptError(f"{place}: holds no whole policy with its optimiser state")
-    learner.load(policy, state / OPTIMIZER_FILE, id_, adapter)
+    learner.load(policy, state, id_, adapter)
     written = run.require(CHECKPOINT, number - 1, "grpo run").summary["weights"]
     if learner.digest() != written:
         learner.holds = None

@@ -20,7 +20,7 @@ from grpo.models.weight_check import WeightCheck, measure
 from grpo.models.weights import Weights
 from grpo.update.adapter import add_adapter, load_adapter, reset_adapter
 from grpo.update.batch import Rollouts
-from grpo.update.checkpoint import copy_to, load_optimizer, moments_of
+from grpo.update.checkpoint import copy_to, load_optimizer
 from grpo.update.collective import collective
 from grpo.update.execution import weights_digest
 from grpo.update.given import Step
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from grpo.update.parallel import Ranks
+    from grpo.update.rank_files import Writing
     from grpo.update.sharding import Skeleton
 
 
@@ -69,7 +70,8 @@ class Learner:
         self.attention = attention  # as load_model takes it
         self.holds: str | None = None
         self.adapter: PeftModel | None = None  # in training on the policy's frozen weights
-        self._skeleton: Skeleton | None = None
+        self.skeleton: Skeleton | None = None  # of what trains, where it is shared out
+        self.writing: Writing | None = None  # of a checkpoint that several processes write
         self._networks: dict[str, Network] = {}  # `policy`, and `reference` where that is no adapter's base
         self.reference_id: str | None = None  # of what is in memory
         self._reference_differences: dict[tuple[int, int], Compared] = {}  # by what was compared
@@ -102,7 +104,7 @@ class Learner:
         policy = self._networks.pop("policy", None)
         self._networks, self.reference_id = {}, None  # its weights may be of another type now
         if policy is not None:
-            self._networks["policy"] = open_policy(policy.reader, self.config)
+            self._networks["policy"] = open_policy(policy.reader, self.config, self.ranks)
             self.optimizer.param_groups[0].update(settings_of(config))
 
     @collective
@@ -146,8 +148,7 @@ class Learner:
             self._networks.pop("reference", None)
         elif "reference" not in self._networks:
             reader = reader_of(self._loaded(checkpoint).requires_grad_(False), self.ranks)
-            # Rounding in place is not for a part of a weight; it changes no log-prob.
-            self._networks["reference"] = open_reference(reader, self.config, narrow=self.ranks is None)
+            self._networks["reference"] = open_reference(reader, self.config, self.ranks)
         elif id_ != self.reference_id:
             put = torch.Tensor.copy_ if self.ranks is None else self.ranks.put
             copy_weights(self._networks["reference"].model, checkpoint, put)
@@ -159,8 +160,8 @@ class Learner:
         if lora := config.lora:
             self.adapter = add_adapter(model, lora, self.seed)
         if self.ranks is not None:
-            self._skeleton = self.ranks.skeleton(model if self.adapter is None else self.adapter)
-        self._networks["policy"] = open_policy(reader_of(model, self.ranks), config)
+            self.skeleton = self.ranks.skeleton(model if self.adapter is None else self.adapter)
+        self._networks["policy"] = open_policy(reader_of(model, self.ranks), config, self.ranks)
         self.optimizer = make_optimizer(config, model.parameters())
 
     def _loaded(self, checkpoint: Path) -> PreTrainedModel:
@@ -257,17 +258,18 @@ class Learner:
     @collective
     def measure(self, sequences: list[list[int]]) -> WeightCheck:
         """The policy's weight check of `sequences`."""
-        return measure(self.network.reader, sequences)
+        with self.network.exactly():
+            return measure(self.network.reader, sequences)
 
     def whole(self) -> "tuple[PreTrainedModel, PeftModel | None]":
-        """The policy's model and the adapter in it, for whoever writes or reads the weights on rank 0.
+        """The policy's model and the adapter in it, for whoever reads the weights on rank 0.
 
         Of several processes these are copies in main memory.
         """
         if self.ranks is None:
             return self.model, self.adapter
-        assert self._skeleton is not None
-        copied: Any = self._skeleton.holding(self._gathered())
+        assert self.skeleton is not None
+        copied: Any = self.skeleton.holding(self._gathered())
         return (copied, None) if self.adapter is None else (copied.get_base_model(), copied)
 
     @collective
@@ -275,9 +277,3 @@ class Learner:
         named: Any = self.model if self.adapter is None else self.adapter
         assert self.ranks is not None
         return self.ranks.gather(dict(chain(named.named_parameters(), named.named_buffers())))
-
-    @collective
-    def moments(self) -> dict[str, torch.Tensor]:
-        """moments_of() the optimiser, whole; on rank 0 alone."""
-        held = moments_of(self.optimizer, self.model)
-        return held if self.ranks is None else self.ranks.gather(held)

@@ -48,11 +48,17 @@ class Network:
     """A model in float32, what it consists of, and the layout it is read in. Nothing is copied.
 
     precision: float32, or bfloat16, in which it computes under autocast until work_in_copy() or narrow().
-    reader: of the model, where there is one.
+    reader: of the model, where there is one. gather_in: has weights that are shared out gathered in a type.
     """
 
     def __init__(
-        self, model: PreTrainedModel, precision: str, *, share_prompts: bool, reader: Reader | None = None
+        self,
+        model: PreTrainedModel,
+        precision: str,
+        *,
+        share_prompts: bool,
+        reader: Reader | None = None,
+        gather_in: Callable[[torch.dtype], None] | None = None,
     ) -> None:
         self.model = model
         self.precision = precision
@@ -61,6 +67,9 @@ class Network:
         self._rounding: Callable[[], AbstractContextManager[Any]] = nullcontext
         if precision == "bfloat16":
             self._rounding = partial(torch.autocast, model.device.type, dtype=torch.bfloat16)
+        self._gather_in = gather_in
+        if gather_in is not None:
+            gather_in(getattr(torch, precision))
         self.device = str(model.device)
         self.reader = reader or Reader(model)
         self.flex = model.device.type == "cuda"  # the kernel that trees are read with
@@ -137,11 +146,23 @@ class Network:
         """Log-probs and entropy of the counted tokens, float32 [N]. exactly: in float32."""
         assert not (exactly and self.is_narrow)
         attention, inputs = self._inputs(batch)
-        with self._attending(attention), nullcontext() if exactly else self._rounding():
+        with self._attending(attention), self.exactly() if exactly else self._rounding():
             found: tuple[Tensor, Tensor | None] = self.reader(
                 inputs, batch.places_N, batch.targets_N, batch.temperature_N, with_entropy=with_entropy
             )
         return found
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Within, the weights are what they are in float32; without gradients."""
+        if self._gather_in is None or self.precision == "float32":
+            yield
+            return
+        self._gather_in(torch.float32)
+        try:
+            yield
+        finally:
+            self._gather_in(torch.bfloat16)
 
     def take_part(self) -> None:
         """Read, and backwards too where gradients are asked for, with nothing to add to them.

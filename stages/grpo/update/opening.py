@@ -1,10 +1,14 @@
 """opening: a model that was loaded -> a network that computes with it as the configuration says."""
 
+from functools import partial
+from textwrap import shorten
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from grpo.config import UpdateConfig
+from grpo.errors import UsageError
 from grpo.models.reader import Reader
 from grpo.update.network import Network
 
@@ -17,12 +21,12 @@ def reader_of(model: PreTrainedModel, ranks: Any) -> Reader:
     return reader
 
 
-def open_policy(reader: Reader, config: UpdateConfig) -> Network:
+def open_policy(reader: Reader, config: UpdateConfig, ranks: Any) -> Network:
     """In its layout, gradient checkpointing and type of weights.
 
     Raises UsageError (exit 2) where the model does not allow it.
     """
-    model, network = reader.model, _open(reader, config)
+    model, network = reader.model, _open(reader, config, ranks)
     if config.gradient_checkpointing:
         network.checkpoint_gradients()
     elif checkpoints_gradients(model):
@@ -37,17 +41,38 @@ def checkpoints_gradients(model: PreTrainedModel) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def open_reference(reader: Reader, config: UpdateConfig, *, narrow: bool = True) -> Network:
+def open_reference(reader: Reader, config: UpdateConfig, ranks: Any) -> Network:
     """Frozen, and computing as the policy does: equal weights give equal log-probs.
 
-    narrow: in half the memory, where it computes in bfloat16.
+    In half the memory, where it computes in bfloat16; of several processes each has a part anyway.
     """
-    network = _open(reader, config)
-    if config.precision == "bfloat16" and narrow:
+    network = _open(reader, config, ranks)
+    if config.precision == "bfloat16" and ranks is None:
         network.narrow(whole=config.weights == "bfloat16_master")
     return network
 
 
-def _open(reader: Reader, config: UpdateConfig) -> Network:
+def _open(reader: Reader, config: UpdateConfig, ranks: Any) -> Network:
     shares = config.prompt_sharing == "auto"
-    return Network(reader.model, config.precision, share_prompts=shares, reader=reader)
+    gather_in = None if ranks is None else partial(ranks.gather_in, reader)
+    network = Network(
+        reader.model, config.precision, share_prompts=shares, reader=reader, gather_in=gather_in
+    )
+    if ranks is not None and config.precision == "bfloat16":
+        _require_rounded(network)
+    return network
+
+
+@torch.no_grad()
+def _require_rounded(network: Network) -> None:
+    """Raise UsageError (exit 2) for a model whose layers do not compute with bfloat16 weights."""
+    try:
+        network.take_part()
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise UsageError(
+            "update.precision: bfloat16: several processes gather weights in it, with which"
+            f" {network.model.config.model_type} does not compute here: {shorten(str(error), 200)}; set"
+            " precision: float32, or start one process"
+        ) from error

@@ -7,7 +7,7 @@ connections with it, and the others end because of that: nothing is committed by
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,7 +75,7 @@ class Ranks:
         self._agreement = distributed.new_group(backend="gloo", timeout=patience)
         self._calls = distributed.new_group(backend="gloo", timeout=_BETWEEN_CALLS)
         self.mesh = init_device_mesh(device, (world,))
-        self._roll_call = RollCall(group, rank, patience, self._to_all(place()))
+        self._roll_call = RollCall(group, rank, patience, self.to_all(place()))
         self._learners: dict[int, Any] = {}
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._gone: list[int] = []
@@ -163,12 +163,18 @@ class Ranks:
         found: T = held[0]
         return found
 
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each of them whole, in main memory, one after another; on rank 0 alone."""
-        found = {}
+    def to_all(self, value: T, *, patiently: bool = False) -> list[T]:
+        """`value` of every process. patiently: however long one of them takes to come."""
+        parts: list[Any] = [None] * self.world
+        distributed.all_gather_object(parts, value, self._calls if patiently else self._findings)
+        return parts
+
+    def gather(self, tensors: Mapping[str, Tensor], kept: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Those called `kept` whole, in main memory, gathered one after another; None: on rank 0 all."""
+        found, kept = {}, (tensors if self.rank == 0 else ()) if kept is None else kept
         for name, tensor in tensors.items():
             whole = sharding.full(tensor.detach())
-            if self.rank == 0:
+            if name in kept:
                 found[name] = whole.to("cpu", copy=whole is tensor)
             del whole
         return found
@@ -176,11 +182,10 @@ class Ranks:
     full = staticmethod(sharding.full)
     local = staticmethod(sharding.local)
     placed = staticmethod(sharding.placed)
+    skeleton = staticmethod(sharding.Skeleton)
     put = staticmethod(sharding.put)
 
-    def skeleton(self, model: torch.nn.Module) -> sharding.Skeleton | None:
-        """Of a model that is about to be shared out; on rank 0 alone."""
-        return sharding.Skeleton(model) if self.rank == 0 else None
+    gather_in = staticmethod(sharding.gather_in)
 
     def shard(self, reader: torch.nn.Module) -> None:
         """See sharding.shard()."""
@@ -240,11 +245,6 @@ class Ranks:
     def _reduced(self, value: Tensor, operation: Any) -> Tensor:
         distributed.all_reduce(value, operation, self._findings)
         return value
-
-    def _to_all(self, value: T) -> list[T]:
-        parts: list[Any] = [None] * self.world
-        distributed.all_gather_object(parts, value, self._findings)
-        return parts
 
     def _as_sent(self, value: Any) -> Any:
         if not isinstance(value, Rollouts):

@@ -8,11 +8,12 @@ step's.
 import copy
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,7 +22,7 @@ from grpo.errors import UsageError
 
 def shard(reader: nn.Module, mesh: DeviceMesh) -> None:
     """Leave a part of each parameter in this process, in place. Raises UsageError (exit 2) without layers."""
-    layers = [module for module in reader.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = _layers(reader)
     if not layers:
         raise UsageError("update: this model has no decoder layers that several processes can share; use one")
     # FSDP2 hangs its hooks on what comes out: nothing may be done to that in place, and nothing is.
@@ -34,6 +35,31 @@ def shard(reader: nn.Module, mesh: DeviceMesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # of other factors gloo has no reduction
+
+
+def gather_in(reader: nn.Module, dtype: torch.dtype) -> None:
+    """Gather decoder layers in `dtype` from now on, float32 or bfloat16; gradients are added up in float32.
+
+    The rest stays float32: what is between layers, the last norm and the head compute as in one process. Not
+    while gradients are to be computed of what was read before.
+    """
+    policy = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for layer in _layers(reader):
+        # torch takes a policy when a module is sharded and offers no way to change it: a weight check reads
+        # in float32, and a replay in the precision of its update.
+        group = layer._get_fsdp_state()._fsdp_param_group
+        group.mp_policy = policy
+        group._init_mp_dtypes()
+        for parameter in group.fsdp_params:
+            parameter.all_gather_outputs = []  # of the other type
+            if hasattr(parameter, "_unsharded_param"):
+                del parameter._unsharded_param
+
+
+def _layers(reader: nn.Module) -> list[Any]:
+    return [module for module in reader.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -73,7 +99,7 @@ class Skeleton:
             for name, weight in model.named_parameters()
         }
         memo = {id(weight): self._empty[name] for name, weight in model.named_parameters()}
-        self._model = copy.deepcopy(model, memo)
+        self.model: Any = copy.deepcopy(model, memo)
 
     def holding(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A model with these very tensors as its parameters, by name, and their values in its buffers."""
@@ -81,7 +107,7 @@ class Skeleton:
             id(empty): nn.Parameter(tensors[name], requires_grad=empty.requires_grad)
             for name, empty in self._empty.items()
         }
-        model = copy.deepcopy(self._model, memo)
+        model: nn.Module = copy.deepcopy(self.model, memo)
         for name, buffer in model.named_buffers():
             buffer.copy_(tensors[name])
         return model
