@@ -1,5 +1,6 @@
 """resources: what the stages keep open between iterations, and whose turn it is on the accelerator."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ class Resources:
         self._run = run
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
+        self._until: dict[str, ExitStack] = {}
         self._working: Stage | None = None
 
     def __enter__(self) -> "Resources":
@@ -65,6 +67,19 @@ class Resources:
         if not is_durable(self._run, newest):
             self.borrow(UPDATE.name).make_durable(newest)
 
+    def lose_learner(self) -> bool:
+        """Within an `except`: give up a learner that lost a process, where the next one to be opened has others.
+
+        False where none is lost, or the processes are torchrun's, which end with it.
+        """
+        ranks = self._run.ranks
+        if ranks is None or not ranks.is_broken or not ranks.are_own:
+            return False
+        del self._open[UPDATE.name]
+        self._until.pop(UPDATE.name).__exit__(*sys.exc_info())
+        self._working = None if self._working is UPDATE else self._working
+        return True
+
     def _turn_of(self, stage: Stage) -> Any:
         """That of the stage before leaves the accelerator first: they take turns."""
         if self._working is not None and self._working is not stage:
@@ -76,7 +91,6 @@ class Resources:
         if stage.name not in self._open:
             if UPDATE.name in self._open:  # an engine that opens, on a GPU, allows no other work there
                 self._open[UPDATE.name].flush()
-            self._open[stage.name] = self._stack.enter_context(
-                stage.load().open_resource(self._run, self.lend)
-            )
+            until = self._until[stage.name] = self._stack.enter_context(ExitStack())
+            self._open[stage.name] = until.enter_context(stage.load().open_resource(self._run, self.lend))
         return self._open[stage.name]

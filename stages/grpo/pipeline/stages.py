@@ -22,6 +22,7 @@ from grpo.artifacts import (
     newest_policy,
     require_space,
 )
+from grpo.errors import EngineError
 from grpo.evaluate import plan as evaluate
 from grpo.generate import plan as generate
 from grpo.score import plan as score
@@ -82,6 +83,8 @@ def _stage(plan: Any, borrows: bool = False) -> Stage:
     return Stage(plan.NAME, plan.OUTPUT, plan.plan, load, borrows)
 
 
+MOST_LOSSES = 2
+"""Of processes that train together, in one output: what ends them a third time will go on doing so."""
 STAGES = tuple(_stage(plan) for plan in (generate, score, advantage, update))
 GENERATE, SCORE, ADVANTAGE, UPDATE = STAGES
 EVALUATE = _stage(evaluate, borrows=True)  # none of the four, but done in the same way
@@ -98,12 +101,21 @@ def perform(
 ) -> Manifest:
     """Bring one stage of one iteration up to date: do it, finish it, or find that nothing is to be done.
 
-    force: rerun, whatever is there; only_failed: rerun for the rows that failed.
+    force: rerun, whatever is there; only_failed: rerun for the rows that failed. Where a process of the
+    learner's is lost, others start, and what is not committed is done again, MOST_LOSSES times.
     """
-    staging = open_staging(run, stage, iteration, resources, force, only_failed)
-    if isinstance(staging, Manifest):
-        return staging
-    return make(run, stage, staging, resources.get(stage))
+    losses = 0
+    while True:
+        staging = open_staging(run, stage, iteration, resources, force, only_failed)
+        if isinstance(staging, Manifest):
+            return staging
+        try:
+            return make(run, stage, staging, resources.get(stage))
+        except EngineError as error:
+            losses += 1
+            if losses > MOST_LOSSES or not resources.lose_learner():
+                raise
+            run.console.say(f"{error}; all of them start again")
 
 
 def open_staging(
