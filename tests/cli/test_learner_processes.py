@@ -1,4 +1,4 @@
-"""`execution.learner`: processes that `grpo` starts for its learner: the files of torchrun's, whoever is killed."""
+"""`execution.learner`: processes that `grpo` starts: the files of torchrun's, whoever is killed."""
 
 import json
 import os
@@ -172,7 +172,7 @@ def test_policies_are_rebuilt_by_as_many(
         (
             "{backend: ray, learner: {processes: 2, gpus: 1}}",
             [],
-            "execution.learner.gpus: 1, but this process has no GPU, which trains with the others; 0 is right",
+            "gpus: 1, but this process, which trains with the others, has no GPU; 0 is right, or another node",
         ),
         (
             "{learner: {processes: 2}, placement: shared}",

@@ -145,7 +145,8 @@ def test_torchrun_replays_what_it_made_and_one_process_refuses(
         ),
         (
             ["run", "--set", "execution={learner: {processes: 2}}"],
-            "execution.learner.processes: 2: torchrun has started processes already; leave one of the two out",
+            "execution.learner.processes: 2: torchrun has started processes already; leave one of the two"
+            " out",
         ),
         (
             ["run", "--set", "generate.engine=vllm"],

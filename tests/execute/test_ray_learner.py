@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tests.conftest import Grpo
 from tests.execute.clusters import two_nodes
+from tests.execute.test_pool import squares
 from tests.faults import crash
 from tests.faults.fates import RUN, SURROGATE
 
@@ -82,7 +83,7 @@ def test_a_node_that_is_killed_costs_an_update(
 ) -> None:
     """It joins when the engines have their places, and is where both processes fit."""
     nodes: list[Any] = []
-    backend_of, read_kept = world.backend_of, update.read_kept
+    backend_of, read_kept = vars(world)["backend_of"], vars(update)["read_kept"]
 
     def begin(*given: Any, **more: Any) -> Any:
         if not nodes:
@@ -112,7 +113,7 @@ def test_no_room_for_all_is_said(
     code, _, err = grpo(*RUN, "--set", alone)
     assert code == 7
     assert (
-        f"execution.learner: no node has had {CPUS} cpus to spare for 3 s for each of 5 processes beside this one"
+        f"execution.learner: no node has had {CPUS} cpus to spare for 3 s for each of 5 processes beside this"
         in err.splitlines()[-1]
     )
     assert (folder / "artifacts/tiny/iteration=000000/advantages/manifest.json").exists()
@@ -139,8 +140,8 @@ def test_doctor_counts_engines_and_learner_together(folder: Path, grpo: Grpo, cl
 
 def test_the_last_to_close_leaves_the_cluster(cluster: Any) -> None:
     """Whoever came first: engines go on where a learner is given up."""
-    first = RayActors(object, cluster.address, CPUS, 0, together=1)
-    second = RayActors(object, cluster.address, CPUS, 0)
+    first = RayActors(squares, cluster.address, CPUS, 0, together=1)
+    second = RayActors(squares, cluster.address, CPUS, 0)
     first.close()
     assert ray.is_initialized()
     second.close()

@@ -84,9 +84,6 @@ def test_what_kuberay_runs_is_a_command_of_ours(project: Path, grpo: Grpo) -> No
     code, out, err = grpo("run", "--dry-run", "--set", found[1])
     assert code == 0, err
     [group] = cluster["workerGroupSpecs"]
-    engines, processes = (
-        int(re.search(rf"execution.{key} +([0-9]+)\n", out)[1])
-        for key in ("engines.count", "learner.processes")  # type: ignore[index]
-    )
-    assert engines + processes - 1 == group["replicas"]  # the driver is a process of the learner
+    counts = re.findall(r"execution\.(?:engines\.count|learner\.processes) +([0-9]+)\n", out)
+    assert sum(map(int, counts)) - 1 == group["replicas"]  # the driver is a process of the learner
     assert cluster["rayVersion"] == metadata.version("ray")

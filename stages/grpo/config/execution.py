@@ -11,7 +11,9 @@ _DRIVER = (
 )
 
 
-_SHARED = "engine and learner take turns on a GPU in one process alone, which is without `execution`; apart is right here"
+_SHARED = (
+    "engine and learner take turns on a GPU in one process alone, without `execution`; apart is right here"
+)
 
 
 class EnginesConfig(Section):
@@ -40,8 +42,8 @@ class LearnerConfig(Section):
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
     """How many, 1 to 1,024: this one is the first and leads, the others it starts. 1: this one alone."""
     gpus: Annotated[int, Field(ge=0, le=1)] = 0
-    """Of each, of a Ray cluster: 1 where this process has one too, which is not the cluster's to give. Processes
-    of this machine (`backend: local`) take one each where it has any."""
+    """Of each, from a Ray cluster: 1 where this process has one too, which is not the cluster's to give. With
+    `backend: local` each process takes one of this machine's, where it has any."""
 
 
 class ExecutionConfig(Section):
@@ -63,8 +65,8 @@ class ExecutionConfig(Section):
     placement: Annotated[
         Literal["apart", "shared"], must(lambda placement: placement == "apart", _SHARED)
     ] = "apart"
-    """Which GPUs: `apart`: engines and learner have some each. `shared`, the same ones in turns, is refused: one
-    process does that, without `execution`."""
+    """Which GPUs: `apart`: engines and learner have some each. `shared`, the same ones in turns, is refused:
+    one process does that, without `execution`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -83,7 +85,7 @@ class ExecutionConfig(Section):
             raise ValueError("engines.gpus: engines on GPUs are for `backend: ray`; 0 is right with local")
         if self.learner is not None and self.learner.gpus and self.backend == "local":
             raise ValueError(
-                "learner.gpus: says what Ray gives each; with local each takes one of this machine's, where it"
-                " has any, and 0 is right"
+                "learner.gpus: says what Ray gives each; with local each takes one of this machine's, where"
+                " it has any, and 0 is right"
             )
         return self

@@ -67,7 +67,7 @@ class RayActors:
         self._takes = {"num_cpus": cpus, "num_gpus": gpus}
         is_outside = not ray.is_initialized()
         # Else whoever runs us is in a cluster already.
-        self._entered = is_outside or any(other._entered for other in self._open)
+        self._entered: bool = is_outside or any(other._entered for other in self._open)
         self._is_own = self._entered and address == "local"
         if is_outside:
             _enter(address)

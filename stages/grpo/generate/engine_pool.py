@@ -47,8 +47,8 @@ def check_engines(config: Config, engine: str, device: str) -> None:
     if config.execution.engines is None:
         if engine == "vllm" and config.execution.processes > 1:
             raise UsageError(
-                "generate.engine: vllm: has a process group of its own, beside which this process cannot train"
-                " with others; `execution.engines: {}` gives it a process of its own, or set engine:"
+                "generate.engine: vllm: has a process group of its own, beside which this process cannot"
+                " train with others; `execution.engines: {}` gives it a process of its own, or set engine:"
                 " transformers"
             )
         return

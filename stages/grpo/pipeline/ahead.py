@@ -13,7 +13,10 @@ from grpo.update.world import check_learner
 
 
 def check_ahead(run: ActiveRun) -> None:
-    """Raise now what is wrong with engine, templates, SQL, rewards, learner, surrogate or adapter. Writes nothing."""
+    """Raise now what is wrong with engine, templates, SQL, rewards, learner, surrogate or adapter.
+
+    Writes nothing.
+    """
     usable_engine(run)
     for output in (prompts.OUTPUT, *([prompts.HELD_OUT] if run.config.evaluate is not None else [])):
         prompts.check_template(run, output)

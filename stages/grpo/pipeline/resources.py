@@ -68,7 +68,7 @@ class Resources:
             self.borrow(UPDATE.name).make_durable(newest)
 
     def lose_learner(self) -> bool:
-        """Within an `except`: give up a learner that lost a process, where the next one to be opened has others.
+        """Within an `except`: give up a learner that lost a process; the next one that is opened has others.
 
         False where none is lost, or the processes are torchrun's, which end with it.
         """

@@ -1,4 +1,4 @@
-"""follower: a process that a driver started for its learner: it joins the group, and does what rank 0 leads."""
+"""follower: a process that a driver started for its learner: it joins the group and follows rank 0."""
 
 import os
 import traceback
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import distributed
+from torch.distributed import TCPStore
 
 from grpo.errors import GrpoError, ResourceError
 from grpo.execute.node import check_same
@@ -20,8 +20,8 @@ from grpo.update.roll_call import place
 class Seat:
     """What a process needs to know of its place in the group.
 
-    host, port: where they meet. gpu: which one is its own, where `device` is cuda. threads, folder, facts: the
-    driver's own, which have to be the same here.
+    host, port: where they meet. gpu: which one is its own, where `device` is cuda. threads, folder, facts:
+    the driver's own, which have to be the same here.
     """
 
     host: str
@@ -43,7 +43,7 @@ def open_follower() -> Callable[[Seat], None]:
 def follow(seat: Seat) -> None:
     """Compute with rank 0 until it ends.
 
-    Once it has joined, whatever goes wrong ends this process, and its connections with it: so the others know.
+    Once it has joined, whatever goes wrong ends this process, its connections with it: so the others know.
     Raises UsageError (exit 2) for another version or source here, ResourceError (exit 7) without the folder.
     """
     check_same(seat.facts)
@@ -51,13 +51,13 @@ def follow(seat: Seat) -> None:
         os.chdir(seat.folder)  # policies and the user's files are named from there
     except OSError as error:
         raise ResourceError(
-            f"execution.learner: {place()[0]} does not see {seat.folder} ({error.strerror}); it and the artifacts"
-            " have to be on a store that every node has at the same path"
+            f"execution.learner: {place()[0]} does not see {seat.folder} ({error.strerror}); it and the"
+            " artifacts have to be on a store that every node has at the same path"
         ) from None
     torch.set_num_threads(seat.threads)
     if seat.device == "cuda":
         torch.cuda.set_device(seat.gpu)
-    store = distributed.TCPStore(seat.host, seat.port, seat.world, is_master=False, timeout=PATIENCE)
+    store = TCPStore(seat.host, seat.port, seat.world, is_master=False, timeout=PATIENCE)
     store.set(there(seat.rank), gpu_of(seat.device))
     is_over = False
     try:

@@ -31,8 +31,9 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
     """Check what iterations before `until` need; no weight is read.
 
     Raises UsageError (exit 2) for processes that cannot train together, a schedule that ends before them, a
-    surrogate that cannot be maximised, targets the model has not or a library that is missing, InputError (exit 4) where the next reference can
-    be had no more, or what trains or the optimiser is another than before.
+    surrogate that cannot be maximised, targets the model has not or a library that is missing, InputError
+    (exit 4) where the next reference can be had no more, or what trains or the optimiser is another than
+    before.
     """
     check_learner(run.config)
     check_schedule(run.config, until - 1)

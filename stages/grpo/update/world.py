@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed import TCPStore
 
 from grpo.artifacts import ActiveRun
 from grpo.config import Config, ExecutionConfig
@@ -27,7 +28,7 @@ _POLL_S = 0.2
 
 @contextmanager
 def together(run: ActiveRun) -> Iterator[None]:
-    """Until it ends, `run.ranks` are this process and those of `execution.learner`; nothing where it has none.
+    """Until it ends, `run.ranks` are this process and those of `execution.learner`, where that has any.
 
     Raises UsageError (exit 2) as check_learner(), and for nodes with other versions, ResourceError (exit 7)
     where there is no room for all of them, EngineError (exit 8) where one ends before it has joined.
@@ -66,8 +67,8 @@ def check_learner(config: Config) -> None:
     if execution.backend == "ray" and gpus != on_gpu:
         here = "computes on a GPU" if on_gpu else "has no GPU"
         raise UsageError(
-            f"execution.learner.gpus: {gpus}, but this process {here}, which trains with the others; {1 - gpus}"
-            " is right, or another node"
+            f"execution.learner.gpus: {gpus}, but this process, which trains with the others, {here};"
+            f" {1 - gpus} is right, or another node"
         )
     if on_gpu and execution.backend == "local" and execution.processes > torch.cuda.device_count():
         raise UsageError(
@@ -85,9 +86,7 @@ def _meet(
     stop_requested: Callable[[], None],
 ) -> Ranks:
     world, device = execution.processes, best_device()
-    store = distributed.TCPStore(
-        backend.host, 0, world, is_master=True, timeout=PATIENCE, wait_for_workers=False
-    )
+    store = TCPStore(backend.host, 0, world, is_master=True, timeout=PATIENCE, wait_for_workers=False)
     for rank, worker in enumerate(workers, 1):
         gpu = rank if execution.backend == "local" else 0  # Ray shows each its own alone
         own = torch.get_num_threads(), Path.cwd(), facts()
@@ -102,8 +101,8 @@ def _meet(
         return Ranks(store, 0, world, device, are_own=True)
     except RuntimeError as error:
         raise EngineError(
-            f"execution.learner: the processes do not reach each other ({first_line(error)}); a host's own name"
-            " has to be an address for the others, or GLOO_SOCKET_IFNAME the interface that is"
+            f"execution.learner: the processes do not reach each other ({first_line(error)}); a host's own"
+            " name has to be an address for the others, or GLOO_SOCKET_IFNAME the interface that is"
         ) from error
 
 
@@ -115,8 +114,8 @@ def _raise_answer(worker: Worker, rank: int, others: int) -> None:
         raise EngineError(f"execution.learner: rank {rank} ended as it began: {death}") from None
     except NoPlace as refusal:
         raise ResourceError(
-            f"execution.learner: {refusal} for each of {others} processes beside this one; what is committed is"
-            " kept, and `grpo doctor` counts what engines and learner take"
+            f"execution.learner: {refusal} for each of {others} processes beside this one; what is committed"
+            " is kept, and `grpo doctor` counts what engines and learner take"
         ) from None
 
 

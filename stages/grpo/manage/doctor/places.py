@@ -17,12 +17,15 @@ from grpo.update.world import check_learner
 
 
 class Wanted(NamedTuple):
-    """Workers of a kind. require: raises for what they cannot do; key: of their number; own: of this process."""
+    """Workers of a kind. name: of the check; key: of their number, which counts this process as `own`.
+
+    require: raises for what they cannot do.
+    """
 
     name: str
     kind: str
     key: str
-    count: int
+    number: int
     cpus: int
     gpus: int = 0
     own: int = 0
@@ -40,11 +43,11 @@ def check_execution(run: ActiveRun, report: Report, room: bool) -> None:
     if execution is None:
         return
     nodes: list[Any] | None = None
-    for number, wanted in enumerate(_wanted(run.config, execution, run.config.score.workers)):
-        found = f"{wanted.count} {wanted.kind}, {execution.backend}"
+    for index, wanted in enumerate(_wanted(run.config, execution, run.config.score.workers)):
+        found = f"{wanted.number} {wanted.kind}, {execution.backend}"
         with report.check(wanted.name, found, wanted.needed) as check:
             wanted.require()
-            nodes = nodes if number else _nodes_of(execution, room)
+            nodes = nodes if index else _nodes_of(execution, room)
             _place(check, nodes, wanted)
 
 
@@ -68,8 +71,8 @@ def _wanted(config: Config, execution: ExecutionConfig, workers: int) -> Iterato
             require()
 
         kind, key = f"processes of the learner{beside}", "execution.learner.processes"
-        count, gpus = execution.processes - 1, execution.learner.gpus
-        yield Wanted("execution.learner", kind, key, count, threads, gpus, 1, require_learner)
+        others, gpus = execution.processes - 1, execution.learner.gpus
+        yield Wanted("execution.learner", kind, key, others, threads, gpus, 1, require_learner)
 
 
 def _nodes_of(execution: ExecutionConfig, room: bool) -> list[Any] | None:
@@ -87,13 +90,13 @@ def _place(check: Check, nodes: list[Any] | None, wanted: Wanted) -> None:
     has_cpus, has_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     check.found += f" on {len(nodes)} nodes: {has_cpus} cores, {has_gpus} GPUs"
     placed, cpus, gpus = 0, wanted.cpus, wanted.gpus
-    for number, node in enumerate(nodes):
-        here = min(node.room_for(cpus, gpus), wanted.count - placed)
-        nodes[number] = node._replace(cpus=node.cpus - here * cpus, gpus=node.gpus - here * gpus)
+    for index, node in enumerate(nodes):
+        here = min(node.room_for(cpus, gpus), wanted.number - placed)
+        nodes[index] = node._replace(cpus=node.cpus - here * cpus, gpus=node.gpus - here * gpus)
         placed += here
-    if placed < wanted.count:
+    if placed < wanted.number:
         then = "waits for the rest, and ends (exit 7) without" if wanted.own else "uses those"
         check.warn(
-            f"there is room for {placed} of {wanted.count} {wanted.kind}; a run {then}, or set"
+            f"there is room for {placed} of {wanted.number} {wanted.kind}; a run {then}, or set"
             f" {wanted.key}: {max(placed + wanted.own, 1)}"
         )
