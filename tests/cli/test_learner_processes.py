@@ -172,7 +172,7 @@ def test_policies_are_rebuilt_by_as_many(
         (
             "{backend: ray, learner: {processes: 2, gpus: 1}}",
             [],
-            "gpus: 1, but this process, which trains with the others, has no GPU; 0 is right, or another node",
+            "gpus: 1, but this process, which trains with the others, has no GPU; 0 is right, or another",
         ),
         (
             "{learner: {processes: 2}, placement: shared}",

@@ -1,16 +1,21 @@
 """resources: what the stages keep open between iterations, and whose turn it is on the accelerator."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo.artifacts import POLICY, ActiveRun, held_part, is_durable, newest_policy
+from grpo.errors import EngineError
 from grpo.pipeline.stages import BY_NAME, UPDATE, Stage
 
 if TYPE_CHECKING:
     from grpo.models.weights import Weights
+
+MOST_LOSSES = 2
+"""Of processes that train together, in one piece of work: what ended three of them would end the next."""
+T = TypeVar("T")
 
 
 class Resources:
@@ -65,20 +70,26 @@ class Resources:
         """Have the newest policy on disk, rebuilt where it must be: a command that was killed may lack it."""
         newest = newest_policy(self._run)
         if not is_durable(self._run, newest):
-            self.borrow(UPDATE.name).make_durable(newest)
+            self.despite_losses(lambda: self.borrow(UPDATE.name).make_durable(newest))
 
-    def lose_learner(self) -> bool:
-        """Within an `except`: give up a learner that lost a process; the next one that is opened has others.
+    def despite_losses(self, work: Callable[[], T]) -> T:
+        """Do `work`, from its beginning again where a process that trains with this one is lost meanwhile.
 
-        False where none is lost, or the processes are torchrun's, which end with it.
+        All of them end then, and others start as a learner is wanted; those of torchrun cannot. Raises what
+        `work` raises, and EngineError (exit 8) the third time.
         """
-        ranks = self._run.ranks
-        if ranks is None or not ranks.is_broken or not ranks.are_own:
-            return False
-        del self._open[UPDATE.name]
-        self._until.pop(UPDATE.name).__exit__(*sys.exc_info())
-        self._working = None if self._working is UPDATE else self._working
-        return True
+        for left in reversed(range(MOST_LOSSES + 1)):
+            try:
+                return work()
+            except EngineError as error:
+                ranks = self._run.ranks
+                if not left or ranks is None or not ranks.is_broken or not ranks.are_own:
+                    raise
+                self._run.console.say(f"{error}; all of them start again")
+                del self._open[UPDATE.name]
+                self._until.pop(UPDATE.name).__exit__(*sys.exc_info())
+                self._working = None if self._working is UPDATE else self._working
+        raise AssertionError("the last one returns or raises")
 
     def _turn_of(self, stage: Stage) -> Any:
         """That of the stage before leaves the accelerator first: they take turns."""

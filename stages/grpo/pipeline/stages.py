@@ -22,7 +22,6 @@ from grpo.artifacts import (
     newest_policy,
     require_space,
 )
-from grpo.errors import EngineError
 from grpo.evaluate import plan as evaluate
 from grpo.generate import plan as generate
 from grpo.score import plan as score
@@ -83,8 +82,6 @@ def _stage(plan: Any, borrows: bool = False) -> Stage:
     return Stage(plan.NAME, plan.OUTPUT, plan.plan, load, borrows)
 
 
-MOST_LOSSES = 2
-"""Of processes that train together, in one output: what ends them a third time will go on doing so."""
 STAGES = tuple(_stage(plan) for plan in (generate, score, advantage, update))
 GENERATE, SCORE, ADVANTAGE, UPDATE = STAGES
 EVALUATE = _stage(evaluate, borrows=True)  # none of the four, but done in the same way
@@ -101,21 +98,16 @@ def perform(
 ) -> Manifest:
     """Bring one stage of one iteration up to date: do it, finish it, or find that nothing is to be done.
 
-    force: rerun, whatever is there; only_failed: rerun for the rows that failed. Where a process of the
-    learner's is lost, others start, and what is not committed is done again, MOST_LOSSES times.
+    force: rerun, whatever is there; only_failed: rerun for the rows that failed.
     """
-    losses = 0
-    while True:
+
+    def work() -> Manifest:
         staging = open_staging(run, stage, iteration, resources, force, only_failed)
         if isinstance(staging, Manifest):
             return staging
-        try:
-            return make(run, stage, staging, resources.get(stage))
-        except EngineError as error:
-            losses += 1
-            if losses > MOST_LOSSES or not resources.lose_learner():
-                raise
-            run.console.say(f"{error}; all of them start again")
+        return make(run, stage, staging, resources.get(stage))
+
+    return resources.despite_losses(work)
 
 
 def open_staging(

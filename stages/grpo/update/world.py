@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from grpo.artifacts import ActiveRun
 from grpo.config import Config, ExecutionConfig
