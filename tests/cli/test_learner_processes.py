@@ -1,6 +1,7 @@
 """`execution.learner`: processes that `grpo` starts: the files of torchrun's, whoever is killed."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,6 +14,8 @@ from tests.cli import test_ranks
 from tests.conftest import Grpo, run_cli
 from tests.faults import crash
 from tests.faults.fates import RUN, SURROGATE
+
+from grpo.pipeline.lane import SampleLane
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parallel")]
 LOST = f"update: rank 1 on {socket.gethostname()} ended, and the others cannot go on; nothing was committed"
@@ -153,6 +156,34 @@ def test_policies_are_rebuilt_by_as_many(
     code, _, err = grpo("export", "tiny", "--policy", "4", "--out", "four")
     assert code == 0, err
     assert (folder / "four" / "model.safetensors").exists()
+
+
+def test_who_is_found_missing_when_the_next_rollouts_begin_is_replaced(
+    write_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grpo: Grpo
+) -> None:
+    """Engines sample beside training, from weights that all processes of the learner have to give."""
+    in_turn, folder = (write_project(tmp_path / name) for name in ("in turn", "project"))
+    run = ["run", "--set", "generate.policy_lag=1", "--set", "iterations=3"]
+    crash.succeed(in_turn, *run, *TWO)
+    begin, killed = SampleLane._begin, list[int]()
+
+    def kill(lane: SampleLane, iteration: int) -> None:
+        """Engine and learner, once there is a policy to be given."""
+        if iteration == 2 and not killed:
+            for child in multiprocessing.active_children():
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGKILL)
+                killed.append(child.pid)
+        begin(lane, iteration)
+
+    monkeypatch.setattr(SampleLane, "_begin", kill)
+    monkeypatch.chdir(folder)
+    code, _, err = grpo(*run, "--set", "execution={engines: {count: 1}, learner: {processes: 2}}")
+    assert code == 0, err
+    assert len(killed) == 2
+    assert err.splitlines().count(f"{LOST}; all of them start again") == 1
+    assert crash.contents(folder) == crash.contents(in_turn)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(

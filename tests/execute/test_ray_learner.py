@@ -1,7 +1,11 @@
 """`grpo run` that trains by actors of one placement group: the files of as many processes of this machine."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import pytest
 from tests.conftest import Grpo
 from tests.execute.clusters import two_nodes
 from tests.execute.test_pool import squares
+from tests.execute.test_ray_run import of_sessions
 from tests.faults import crash
 from tests.faults.fates import RUN, SURROGATE
 
@@ -103,6 +108,28 @@ def test_a_node_that_is_killed_costs_an_update(
     assert nodes[1:] == ["killed"]
     assert "ended, and the others cannot go on; nothing was committed; all of them start again" in err
     assert crash.contents(folder) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_stays_behind_a_driver_that_is_ended(
+    folder: Path, grpo: Grpo, number: signal.Signals
+) -> None:
+    before = of_sessions().keys()
+    command = [*RUN, *on("local", processes=2, engines=1), "--set", "iterations=200"]
+    driver = subprocess.Popen([sys.executable, "-m", "grpo", *command], cwd=folder, stderr=subprocess.PIPE)
+    until = time.monotonic() + 180
+    while not (folder / "artifacts/tiny/iteration=000000/update/manifest.json").exists():
+        assert driver.poll() is None, driver.stderr and driver.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert len([text for text in of_sessions().values() if "ray::_Answering" in text]) >= 2
+    driver.send_signal(number)
+    assert driver.wait(120) == (-9 if number == signal.SIGKILL else 130)
+    until = time.monotonic() + 60
+    while left := {pid: text for pid, text in of_sessions().items() if pid not in before}:
+        assert time.monotonic() < until, left
+        time.sleep(0.2)
+    assert grpo("verify")[0] == 0
 
 
 def test_no_room_for_all_is_said(
