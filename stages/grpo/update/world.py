@@ -49,8 +49,9 @@ def together(run: ActiveRun) -> Iterator[None]:
             yield
         finally:
             if run.ranks is not None:
-                with suppress(GrpoError, RuntimeError):  # who cannot be told is ended below
+                with suppress(GrpoError):  # who cannot be told is ended below
                     run.ranks.end(0, "")
+                with suppress(RuntimeError):
                     run.ranks.leave()
                 run.ranks = None
             for worker in workers:
