@@ -180,7 +180,7 @@ def test_who_is_found_missing_when_the_next_rollouts_begin_is_replaced(
     monkeypatch.chdir(folder)
     code, _, err = grpo(*run, "--set", "execution={engines: {count: 1}, learner: {processes: 2}}")
     assert code == 0, err
-    assert len(killed) == 2
+    assert len(killed) >= 2  # what scores may be there too
     assert err.splitlines().count(f"{LOST}; all of them start again") == 1
     assert crash.contents(folder) == crash.contents(in_turn)
     assert not multiprocessing.active_children()
