@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import NewTally, run_cli
 from tests.faults import crash
+from tests.faults.fates import RUN, SAMPLED, SURROGATE, UPDATE
 from tests.faults.tally import extent
 
 from grpo.cli import ranks
@@ -21,28 +22,6 @@ from grpo.update import stage
 from grpo.update.durable import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parallel")]
-# Called in each process for its share of a step; `fate` says what becomes of whom.
-SURROGATE = """\
-import os
-import signal
-from pathlib import Path
-
-FATE = Path("fate")
-
-
-def surrogate(logprobs, old_logprobs, advantages, rollout):
-    fate = FATE.read_text() if FATE.exists() and int(rollout[-1]) != 1 else ""
-    if fate == "stop":
-        os.kill(os.getpid(), signal.SIGTERM)
-    if fate == f"kill {os.environ.get('RANK')}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fate == f"nan {os.environ.get('RANK')}":
-        return logprobs * advantages * float("nan")
-    return logprobs * advantages
-"""
-UPDATE = ["--set", "update={objective: dapo, surrogate: 'mine:surrogate', learning_rate: 0.01}"]
-SAMPLED = ["--set", "generate.prompts_per_iteration=6", "--set", "generate.samples_per_prompt=3"]
-RUN = ["run", *UPDATE, *SAMPLED]
 WORLD = 2
 KILLS = extent("each fault of what computes elsewhere")
 Ends = list[tuple[int, str]]
@@ -203,8 +182,8 @@ def test_torchrun_replays_what_it_made_and_one_process_refuses(
     code, out, _ = run_cli(*verify)
     assert code == 4
     assert (
-        "stopped  update 0: was made by 2 processes, and a replay by 1 rounds otherwise; `torchrun"
-        " --nproc-per-node 2 -m grpo` replays it" in out
+        "stopped  update 0: was made by 2 processes, and a replay by 1 rounds otherwise;"
+        " execution.learner.processes: 2 replays it, or torchrun with as many" in out
     )
 
 
@@ -221,6 +200,11 @@ def test_torchrun_replays_what_it_made_and_one_process_refuses(
             ["update", "--set", "update.optimizer=adamw_8bit"],
             "update.optimizer: adamw_8bit: its blocks of 8-bit values cannot be shared out; set optimizer:"
             " adamw, or start one process",
+        ),
+        (
+            ["run", "--set", "execution={learner: {processes: 2}}"],
+            "execution.learner.processes: 2: torchrun has started processes already; leave one of the two"
+            " out",
         ),
         (
             ["run", "--set", "generate.engine=vllm"],

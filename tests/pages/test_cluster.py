@@ -84,5 +84,6 @@ def test_what_kuberay_runs_is_a_command_of_ours(project: Path, grpo: Grpo) -> No
     code, out, err = grpo("run", "--dry-run", "--set", found[1])
     assert code == 0, err
     [group] = cluster["workerGroupSpecs"]
-    assert re.search(rf"execution.engines.count +{group['replicas']}\n", out)
+    counts = re.findall(r"execution\.(?:engines\.count|learner\.processes) +([0-9]+)\n", out)
+    assert sum(map(int, counts)) - 1 == group["replicas"]  # the driver is a process of the learner
     assert cluster["rayVersion"] == metadata.version("ray")

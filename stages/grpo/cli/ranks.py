@@ -60,6 +60,11 @@ def joined(run: "ActiveRun", *, samples: bool = False) -> "ActiveRun":
     Raises UsageError (exit 2) for what these cannot do yet.
     """
     if are_several():
+        if (execution := run.config.execution) is not None and execution.processes > 1:
+            raise UsageError(
+                f"execution.learner.processes: {execution.processes}: torchrun has started processes already;"
+                " leave one of the two out"
+            )
         import_module("grpo.update.launch").refuse(run.config.update)
         if samples and _engine_of(run) == "vllm":
             raise UsageError(

@@ -11,6 +11,11 @@ _DRIVER = (
 )
 
 
+_SHARED = (
+    "engine and learner take turns on a GPU in one process alone, without `execution`; apart is right here"
+)
+
+
 class EnginesConfig(Section):
     """Engines that sample, each in a process of its own, a shard at a time."""
 
@@ -31,6 +36,16 @@ class ScorersConfig(Section):
     """How many, 1 to 1,024. Each calls functions in score.workers processes of its own."""
 
 
+class LearnerConfig(Section):
+    """Processes that train one policy together, each of which holds a part of it."""
+
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """How many, 1 to 1,024: this one is the first and leads, the others it starts. 1: this one alone."""
+    gpus: Annotated[int, Field(ge=0, le=1)] = 0
+    """Of each, from a Ray cluster: 1 where this process has one too, which is not the cluster's to give. With
+    `backend: local` each process takes one of this machine's, where it has any."""
+
+
 class ExecutionConfig(Section):
     """Where work runs. In no stage's fingerprint: it changes no result."""
 
@@ -41,15 +56,28 @@ class ExecutionConfig(Section):
     """Of the Ray cluster's head, host:port; `auto`: the cluster that this machine is in; `local`: one of this
     process alone."""
     engines: EnginesConfig | None = None
-    """What samples; null: this process. Left out, it is one engine, and null where scorers are given."""
+    """What samples; null: this process. Left out, it is one engine, and null where scorers or a learner are
+    given."""
     scorers: ScorersConfig | None = None
     """What scores by reward functions; null: this process, by score.workers processes."""
+    learner: LearnerConfig | None = None
+    """What trains; null: this process, or those of torchrun."""
+    placement: Annotated[
+        Literal["apart", "shared"], must(lambda placement: placement == "apart", _SHARED)
+    ] = "apart"
+    """Which GPUs: `apart`: engines and learner have some each. `shared`, the same ones in turns, is refused:
+    one process does that, without `execution`."""
 
     @model_validator(mode="before")
     @classmethod
     def _is_for_something(cls, data: Any) -> Any:
-        is_given = not isinstance(data, dict) or {"engines", "scorers"} & data.keys()
+        is_given = not isinstance(data, dict) or {"engines", "scorers", "learner"} & data.keys()
         return data if is_given else {**data, "engines": {}}
+
+    @property
+    def processes(self) -> int:
+        """That train together, this one among them."""
+        return 1 if self.learner is None else self.learner.processes
 
     @model_validator(mode="after")
     def _is_rays(self) -> "ExecutionConfig":
@@ -57,4 +85,9 @@ class ExecutionConfig(Section):
             raise ValueError(f"address: {self.address}: of a Ray cluster; set backend: ray, or leave it out")
         if self.engines is not None and self.engines.gpus and self.backend == "local":
             raise ValueError("engines.gpus: engines on GPUs are for `backend: ray`; 0 is right with local")
+        if self.learner is not None and self.learner.gpus and self.backend == "local":
+            raise ValueError(
+                "learner.gpus: says what Ray gives each; with local each takes one of this machine's, where"
+                " it has any, and 0 is right"
+            )
         return self

@@ -11,15 +11,15 @@ from grpo.execute.protocol import Backend
 
 
 def backend_of(
-    config: ExecutionConfig, open_worker: Open, cpus: int, gpus: int, grace_s: float = 0.0
+    config: ExecutionConfig, open_worker: Open, cpus: int, gpus: int, grace_s: float = 0.0, together: int = 0
 ) -> Backend:
     """The one of `config`, for workers that take so much. Raises UsageError (exit 2) without Ray.
 
-    grace_s: as of LocalProcesses; Ray has none.
+    grace_s: as of LocalProcesses; Ray has none. together: as of RayActors; here there is a place for any.
     """
     if config.backend == "local":
         return LocalProcesses(open_worker, grace_s)
-    actors: Backend = require_ray().RayActors(open_worker, config.address, cpus, gpus)
+    actors: Backend = require_ray().RayActors(open_worker, config.address, cpus, gpus, together)
     return actors
 
 

@@ -22,6 +22,8 @@ class LocalProcesses:
     grace_s: in which one that is to end may close what it has open; 0: it is killed at once.
     """
 
+    host = "127.0.0.1"
+
     def __init__(self, open_worker: Open, grace_s: float = 0.0) -> None:
         self._open, self._grace_s = open_worker, grace_s
 

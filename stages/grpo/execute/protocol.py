@@ -31,6 +31,10 @@ class Worker(Protocol):
 class Backend(Protocol):
     """A place where workers run."""
 
+    @property
+    def host(self) -> str:
+        """The address of this machine for workers."""
+
     def start(self) -> Worker:
         """A new one, which opens what it needs with its first job."""
 

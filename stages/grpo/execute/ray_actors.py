@@ -10,11 +10,14 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would ask, and tell
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
+from ray.util import get_node_ip_address, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo.errors import ResourceError, UsageError, first_line
 from grpo.execute.answering import Answering, Open
@@ -58,21 +61,39 @@ class RayActors:
     """Actors of a cluster, all alike. open_worker: of each. cpus, gpus: what each takes of its node.
 
     address: of the cluster's head, `auto` for the one that this machine is in, `local` for one of its own.
-    Raises ResourceError (exit 7) where none is there.
+    together: so many are started, and all of them have a place, near each other, or none has.
+    Raises ResourceError (exit 7) where no cluster is there.
     """
 
-    def __init__(self, open_worker: Open, address: str, cpus: int, gpus: int) -> None:
+    _open: ClassVar[WeakSet["RayActors"]] = WeakSet()  # the last to close leaves the cluster
+
+    def __init__(self, open_worker: Open, address: str, cpus: int, gpus: int, together: int = 0) -> None:
         self._takes = {"num_cpus": cpus, "num_gpus": gpus}
-        self._entered = not ray.is_initialized()  # else whoever runs us is in a cluster already
+        is_outside = not ray.is_initialized()
+        # Else whoever runs us is in a cluster already.
+        self._entered: bool = is_outside or any(other._entered for other in self._open)
         self._is_own = self._entered and address == "local"
-        if self._entered:
+        if is_outside:
             _enter(address)
+        self._open.add(self)
         self._opener = ray.put(open_worker)
         self._head = Head(ray.get_runtime_context().gcs_address)
+        bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+        self._group = placement_group([bundle] * together, strategy="PACK") if together else None
+        self._started = 0
+
+    @property
+    def host(self) -> str:
+        """Of this node."""
+        return str(get_node_ip_address())
 
     def start(self) -> "Actor":
-        """A new one; Ray spreads them over the nodes."""
-        return Actor(self._opener, self._takes, self._head)
+        """A new one; unless they are together, Ray spreads them over the nodes."""
+        place: Any = "SPREAD"
+        if self._group is not None:
+            place = PlacementGroupSchedulingStrategy(self._group, self._started)
+        self._started += 1
+        return Actor(self._opener, self._takes, place, self._head)
 
     def wait(self, busy: Collection[Worker], timeout_s: float) -> list[Worker]:
         """Those of `busy` that have answered or died, or got no place in START_S.
@@ -90,18 +111,21 @@ class RayActors:
         return self._is_own
 
     def close(self) -> None:
-        """Leave the cluster; one of our own ends."""
-        if self._entered:
+        """Leave the cluster, unless others are in it; one of our own ends."""
+        if self._group is not None and not self._head.is_gone:
+            remove_placement_group(self._group)
+        self._open.discard(self)
+        if self._entered and not self._open:
             ray.shutdown()
 
 
 class Actor:
-    """One of them."""
+    """One of them. place: as Ray's scheduling_strategy."""
 
-    def __init__(self, opener: Any, takes: Mapping[str, int], head: "Head") -> None:
+    def __init__(self, opener: Any, takes: Mapping[str, int], place: Any, head: "Head") -> None:
         self._opener, self._takes, self._head = opener, takes, head
         self._since, self._is_placed = time.monotonic(), False
-        options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
+        options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": place}
         self._actor = _remote_class().options(**takes, **options).remote()
         self._ready = self._actor.difference.remote(facts())
         self.answer: Any = None

@@ -20,11 +20,11 @@ def open_pool(run: ActiveRun, making: Callable[[], Engine], engine: str, device:
     making: an engine, `engine` by name. Raises UsageError (exit 2) where they would compute otherwise than
     the configuration says, and as backend_of().
     """
+    check_engines(run.config, engine, device)
     execution = run.config.execution
     if execution is None or execution.engines is None:
         return None
     engines = execution.engines
-    check_engines(run.config, engine, device)
     start, threads = run.start["policy"], torch.get_num_threads()
     settings = EngineSettings(
         making,
@@ -41,8 +41,16 @@ def open_pool(run: ActiveRun, making: Callable[[], Engine], engine: str, device:
 
 
 def check_engines(config: Config, engine: str, device: str) -> None:
-    """Raise UsageError (exit 2) for `execution.engines` that would not compute what is configured."""
-    if config.execution is None or config.execution.engines is None:
+    """Raise UsageError (exit 2) for `execution` with which engines would not compute what is configured."""
+    if config.execution is None:
+        return
+    if config.execution.engines is None:
+        if engine == "vllm" and config.execution.processes > 1:
+            raise UsageError(
+                "generate.engine: vllm: has a process group of its own, beside which this process cannot"
+                " train with others; `execution.engines: {}` gives it a process of its own, or set engine:"
+                " transformers"
+            )
         return
     options, gpus = config.generate.engine_options, config.execution.engines.gpus
     if not gpus:

@@ -14,6 +14,7 @@ from grpo.pipeline.prepare import find_start
 from grpo.update.plan import OUTPUT
 from grpo.update.policies import Policies, new_learner
 from grpo.update.restore import Outcome
+from grpo.update.world import together
 
 
 @dataclass
@@ -66,11 +67,11 @@ class ReplayReport:
 def replay(run: ActiveRun) -> ReplayReport:
     """Make the updates of a run again, up to the first that differs.
 
-    Raises as Policies.redo() and find_start().
+    Raises as Policies.redo(), together() and find_start().
     """
     find_start(run)
     report = ReplayReport(sum(run.manifest(OUTPUT, number) is not None for number in run.iterations()))
-    with run.console.progress("replay", report.updates, "updates") as advance:
+    with together(run), run.console.progress("replay", report.updates, "updates") as advance:
         policies = Policies(run, new_learner(run))
         for number in range(newest_policy(run)):
             manifest = run.require(OUTPUT, number, f"grpo update --iteration {number}")

@@ -9,16 +9,21 @@ from grpo.prompts import table as prompts
 from grpo.score.scorers import check_alone
 from grpo.update.adapter import require_peft
 from grpo.update.own_surrogate import surrogate_of
+from grpo.update.world import check_learner
 
 
 def check_ahead(run: ActiveRun) -> None:
-    """Raise now what is wrong with engine, templates, SQL, rewards, surrogate or adapter. Writes nothing."""
+    """Raise now what is wrong with engine, templates, SQL, rewards, learner, surrogate or adapter.
+
+    Writes nothing.
+    """
     usable_engine(run)
     for output in (prompts.OUTPUT, *([prompts.HELD_OUT] if run.config.evaluate is not None else [])):
         prompts.check_template(run, output)
     for stage in (GENERATE, ADVANTAGE):  # SQL of the user's
         stage.load().check(run, run.config.iterations, None)
     check_alone(run)
+    check_learner(run.config)
     surrogate_of(run)
     if run.config.update.lora is not None:
         require_peft()

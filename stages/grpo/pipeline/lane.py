@@ -40,7 +40,7 @@ class SampleLane:
         execution = self._run.config.execution
         engines = None if execution is None else execution.engines
         if stage is GENERATE and number > iteration and engines is not None:
-            self._begin(number)
+            self._resources.despite_losses(lambda: self._begin(number))
         else:
             perform(self._run, stage, number, self._resources)
 

@@ -1,15 +1,21 @@
 """resources: what the stages keep open between iterations, and whose turn it is on the accelerator."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo.artifacts import POLICY, ActiveRun, held_part, is_durable, newest_policy
+from grpo.errors import EngineError
 from grpo.pipeline.stages import BY_NAME, UPDATE, Stage
 
 if TYPE_CHECKING:
     from grpo.models.weights import Weights
+
+MOST_LOSSES = 2
+"""Of processes that train together, in one piece of work: what ended three of them would end the next."""
+T = TypeVar("T")
 
 
 class Resources:
@@ -19,6 +25,7 @@ class Resources:
         self._run = run
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
+        self._until: dict[str, ExitStack] = {}
         self._working: Stage | None = None
 
     def __enter__(self) -> "Resources":
@@ -63,7 +70,26 @@ class Resources:
         """Have the newest policy on disk, rebuilt where it must be: a command that was killed may lack it."""
         newest = newest_policy(self._run)
         if not is_durable(self._run, newest):
-            self.borrow(UPDATE.name).make_durable(newest)
+            self.despite_losses(lambda: self.borrow(UPDATE.name).make_durable(newest))
+
+    def despite_losses(self, work: Callable[[], T]) -> T:
+        """Do `work`, from its beginning again where a process that trains with this one is lost meanwhile.
+
+        All of them end then, and others start as a learner is wanted; those of torchrun cannot. Raises what
+        `work` raises, and EngineError (exit 8) the third time.
+        """
+        for left in reversed(range(MOST_LOSSES + 1)):
+            try:
+                return work()
+            except EngineError as error:
+                ranks = self._run.ranks
+                if not left or ranks is None or not ranks.is_broken or not ranks.are_own:
+                    raise
+                self._run.console.say(f"{error}; all of them start again")
+                del self._open[UPDATE.name]
+                self._until.pop(UPDATE.name).__exit__(*sys.exc_info())
+                self._working = None if self._working is UPDATE else self._working
+        raise AssertionError("the last one returns or raises")
 
     def _turn_of(self, stage: Stage) -> Any:
         """That of the stage before leaves the accelerator first: they take turns."""
@@ -76,7 +102,6 @@ class Resources:
         if stage.name not in self._open:
             if UPDATE.name in self._open:  # an engine that opens, on a GPU, allows no other work there
                 self._open[UPDATE.name].flush()
-            self._open[stage.name] = self._stack.enter_context(
-                stage.load().open_resource(self._run, self.lend)
-            )
+            until = self._until[stage.name] = self._stack.enter_context(ExitStack())
+            self._open[stage.name] = until.enter_context(stage.load().open_resource(self._run, self.lend))
         return self._open[stage.name]

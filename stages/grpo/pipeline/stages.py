@@ -100,10 +100,14 @@ def perform(
 
     force: rerun, whatever is there; only_failed: rerun for the rows that failed.
     """
-    staging = open_staging(run, stage, iteration, resources, force, only_failed)
-    if isinstance(staging, Manifest):
-        return staging
-    return make(run, stage, staging, resources.get(stage))
+
+    def work() -> Manifest:
+        staging = open_staging(run, stage, iteration, resources, force, only_failed)
+        if isinstance(staging, Manifest):
+            return staging
+        return make(run, stage, staging, resources.get(stage))
+
+    return resources.despite_losses(work)
 
 
 def open_staging(

@@ -38,6 +38,11 @@ class Needs:
         """Of each of `world` processes: they share what is held, and have a micro-batch each."""
         return sum(self.held.values()) // world + sum(self.batch.values())
 
+    def beside(self, world: int, count: int) -> "Needs":
+        """Of `count` of `world` processes, in the same memory."""
+        held = {name: size * count // world for name, size in self.held.items()}
+        return Needs(held, {name: size * count for name, size in self.batch.items()})
+
 
 def longest_batch(config: Config, longest_prompt: int, *, on_gpu: bool) -> int:
     """Tokens of the longest micro-batch that there can be, as layout.plan() cuts them, padding included."""

@@ -55,13 +55,21 @@ class _AsBefore:
 class Ranks:
     """This process and the others of its group. Made in all of them at once, from one store.
 
-    device: cpu, or cuda, which is then this process's own. patience: see PATIENCE.
+    device: cpu, or cuda, which is then this process's own. patience: see PATIENCE. are_own: whether rank 0
+    started the others, and can start them again.
     """
 
     def __init__(
-        self, store: Any, rank: int, world: int, device: str = "cpu", patience: timedelta = PATIENCE
+        self,
+        store: Any,
+        rank: int,
+        world: int,
+        device: str = "cpu",
+        patience: timedelta = PATIENCE,
+        are_own: bool = False,
     ) -> None:
         self.rank, self.world, self.device, self.patience = rank, world, device, patience
+        self.are_own = are_own
         self.is_inside = False
         self.failure: GrpoError | None = None
         """The last that all processes raised."""

@@ -29,6 +29,7 @@ from grpo.update.objective import objective_of
 from grpo.update.own_surrogate import surrogate_of
 from grpo.update.plan import OUTPUT, reference_of, require_reference
 from grpo.update.restore import Outcome, as_recorded, compare, kept_surrogate, require_inputs
+from grpo.update.world import together
 
 
 class Policies:
@@ -164,10 +165,12 @@ class Policies:
         made = manifest.execution["processes"]
         now = 1 if self.run.ranks is None else self.run.ranks.world
         if made != now and not self.run.accept_replay:
-            way = f"`torchrun --nproc-per-node {made} -m grpo`" if made > 1 else "`grpo` without torchrun"
+            way = "one alone replays it"
+            if made > 1:
+                way = f"execution.learner.processes: {made} replays it, or torchrun with as many"
             raise InputError(
                 f"update {manifest.iteration}: was made by {made} process{'es' if made > 1 else ''}, and a"
-                f" replay by {now} rounds otherwise; {way} replays it"
+                f" replay by {now} rounds otherwise; {way}"
             )
 
     def _configure(self, recorded: ActiveRun, manifest: Manifest) -> None:
@@ -224,7 +227,7 @@ def rebuilt_part(run: ActiveRun, policy: int, part: str, scratch: Path) -> Itera
     Nothing is written into the run. Raises as begin().
     """
     update = run.require(OUTPUT, policy - 1, f"grpo update --iteration {policy - 1}")
-    with TemporaryDirectory(dir=scratch, prefix=".policy-") as name:
+    with together(run), TemporaryDirectory(dir=scratch, prefix=".policy-") as name:
         recorded = as_recorded(run, update)
         policies = Policies(recorded, new_learner(recorded))
         policies.hold(policy)

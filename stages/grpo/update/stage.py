@@ -24,15 +24,18 @@ from grpo.update.plan import OUTPUT, OWN, policy_id, require_reference
 from grpo.update.policies import Policies, new_learner
 from grpo.update.schedule import check_schedule
 from grpo.update.training import train
+from grpo.update.world import check_learner, together
 
 
 def check(run: ActiveRun, until: int, resources: object) -> None:
     """Check what iterations before `until` need; no weight is read.
 
-    Raises UsageError (exit 2) for a schedule that ends before them, a surrogate that cannot be maximised,
-    targets the model has not or a library that is missing, InputError (exit 4) where the next reference can
-    be had no more, or what trains or the optimiser is another than before.
+    Raises UsageError (exit 2) for processes that cannot train together, a schedule that ends before them, a
+    surrogate that cannot be maximised, targets the model has not or a library that is missing, InputError
+    (exit 4) where the next reference can be had no more, or what trains or the optimiser is another than
+    before.
     """
+    check_learner(run.config)
     check_schedule(run.config, until - 1)
     surrogate_of(run)
     done = (run.manifest(OUTPUT, number) for number in reversed(run.iterations()))
@@ -48,20 +51,21 @@ def check(run: ActiveRun, until: int, resources: object) -> None:
 @contextmanager
 def open_resource(run: ActiveRun, lend: object) -> Iterator[Policies]:
     """The policies of the run, with nothing loaded yet. What is in memory at the end is on disk then."""
-    checkpoints = Checkpoints(run)
-    policies = Policies(run, new_learner(run), checkpoints)
-    try:
-        yield policies
-        _write_held(policies, policies.made)
-        checkpoints.flush()
-    except ResourceError:
-        raise
-    except GrpoError:  # interrupted, say, or a reward that fails: who goes on need not rebuild
-        with suppress(GrpoError):
-            _write_held(policies, newest_policy(run))
-        raise
-    finally:
-        checkpoints.close()
+    with together(run):
+        checkpoints = Checkpoints(run)
+        policies = Policies(run, new_learner(run), checkpoints)
+        try:
+            yield policies
+            _write_held(policies, policies.made)
+            checkpoints.flush()
+        except ResourceError:
+            raise
+        except GrpoError:  # interrupted, say, or a reward that fails: who goes on need not rebuild
+            with suppress(GrpoError):
+                _write_held(policies, newest_policy(run))
+            raise
+        finally:
+            checkpoints.close()
 
 
 def release(policies: Policies) -> None:

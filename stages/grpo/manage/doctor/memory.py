@@ -151,8 +151,18 @@ def _tokens(config: Config, facts: Facts) -> int:
 
 
 def _update(config: Config, facts: Facts) -> Needs:
+    """Of all processes of the learner that are in the memory that is looked at."""
     tokens, update = _tokens(config, facts), config.update
-    return needs(facts.shape, facts.parameters, update, tokens, facts.reference, on_gpu=facts.on_gpu)
+    whole = needs(facts.shape, facts.parameters, update, tokens, facts.reference, on_gpu=facts.on_gpu)
+    return whole.beside(*_processes(config, facts))
+
+
+def _processes(config: Config, facts: Facts) -> tuple[int, int]:
+    """Of the learner, and those of them in the memory that is looked at: a GPU is each one's own."""
+    if config.execution is None:
+        return 1, 1
+    world = config.execution.processes
+    return world, 1 if facts.on_gpu or config.execution.backend == "ray" else world
 
 
 def peak_of(config: Config, facts: Facts) -> Peak:
@@ -161,7 +171,7 @@ def peak_of(config: Config, facts: Facts) -> Peak:
     scorers = {"reward models and teachers": FLOAT32 * facts.scorers}
     if facts.on_gpu:
         return Peak({}, (learner.held | learner.batch, engine, scorers))
-    held = {"libraries": LIBRARIES} | learner.held | scorers
+    held = {"libraries": LIBRARIES * _processes(config, facts)[1]} | learner.held | scorers
     engines = None if config.execution is None else config.execution.engines
     if config.execution is not None and engines is not None:  # of this machine they all are, else elsewhere
         count = engines.count if config.execution.backend == "local" else 0

@@ -1,37 +1,78 @@
 """places: where work runs, as `execution` has it: what cannot be, and what a cluster has room for."""
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from grpo.artifacts import ActiveRun
-from grpo.config import ExecutionConfig
+from grpo.config import Config, ExecutionConfig
 from grpo.execute import require_ray
 from grpo.generate.engine_pool import check_engines
 from grpo.generate.engines.choice import choose_engine
 from grpo.manage.doctor.report import Check, Report
 from grpo.models.loading import best_device
+from grpo.update.world import check_learner
+
+
+class Wanted(NamedTuple):
+    """Workers of a kind. name: of the check; key: of their number, which counts this process as `own`.
+
+    require: raises for what they cannot do.
+    """
+
+    name: str
+    kind: str
+    key: str
+    number: int
+    cpus: int
+    gpus: int = 0
+    own: int = 0
+    require: Callable[[], None] = lambda: None
+
+    @property
+    def needed(self) -> str:
+        """Of a node, by each."""
+        return f"{self.cpus} cores{f' and {self.gpus} GPUs' if self.gpus else ''} each"
 
 
 def check_execution(run: ActiveRun, report: Report, room: bool) -> None:
     """Nothing where all is in this process. room: a Ray cluster is asked what it has, too."""
-    execution, workers = run.config.execution, run.config.score.workers
+    execution = run.config.execution
     if execution is None:
         return
-    engines, scorers, threads = execution.engines, execution.scorers, torch.get_num_threads()
     nodes: list[Any] | None = None
+    for index, wanted in enumerate(_wanted(run.config, execution, run.config.score.workers)):
+        found = f"{wanted.number} {wanted.kind}, {execution.backend}"
+        with report.check(wanted.name, found, wanted.needed) as check:
+            wanted.require()
+            nodes = nodes if index else _nodes_of(execution, room)
+            _place(check, nodes, wanted)
+
+
+def _wanted(config: Config, execution: ExecutionConfig, workers: int) -> Iterator[Wanted]:
+    """In the order in which they take their places."""
+    engines, scorers, threads = execution.engines, execution.scorers, torch.get_num_threads()
+    engine = choose_engine(config.generate.engine)[0]
+    require, beside = partial(check_engines, config, engine, best_device()), ""
     if engines is not None:
-        found = f"{engines.count} engines, {execution.backend}"
-        with report.check("execution", found, f"{threads} cores each") as check:
-            check_engines(run.config, choose_engine(run.config.generate.engine)[0], best_device())
-            nodes = _nodes_of(execution, room)
-            _place(check, nodes, "engines", engines.count, threads, engines.gpus)
+        key = "execution.engines.count"
+        yield Wanted("execution", "engines", key, engines.count, threads, engines.gpus, require=require)
+        beside = " beside engines"
     if scorers is not None:
-        beside = "" if engines is None else " beside engines"
-        found = f"{scorers.count} scorers{beside}, {execution.backend}"
-        with report.check("execution.scorers", found, f"{workers} cores each") as check:
-            nodes = _nodes_of(execution, room) if engines is None else nodes
-            _place(check, nodes, "scorers", scorers.count, workers, 0)
+        kind, key = f"scorers{beside}", "execution.scorers.count"
+        yield Wanted("execution.scorers", kind, key, scorers.count, workers)
+        beside = " beside the others"
+    if execution.learner is not None and execution.processes > 1:
+
+        def require_learner() -> None:
+            check_learner(config)
+            require()
+
+        kind, key = f"processes of the learner{beside}", "execution.learner.processes"
+        others, gpus = execution.processes - 1, execution.learner.gpus
+        yield Wanted("execution.learner", kind, key, others, threads, gpus, 1, require_learner)
 
 
 def _nodes_of(execution: ExecutionConfig, room: bool) -> list[Any] | None:
@@ -42,19 +83,20 @@ def _nodes_of(execution: ExecutionConfig, room: bool) -> list[Any] | None:
     return list(rays.nodes_of(execution.address)) if room else None
 
 
-def _place(check: Check, nodes: list[Any] | None, kind: str, count: int, cpus: int, gpus: int) -> None:
-    """Say what of `count` workers has room, and take it from `nodes`."""
+def _place(check: Check, nodes: list[Any] | None, wanted: Wanted) -> None:
+    """Say how many have room, and take it from `nodes`."""
     if nodes is None:
         return
     has_cpus, has_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     check.found += f" on {len(nodes)} nodes: {has_cpus} cores, {has_gpus} GPUs"
-    placed = 0
-    for number, node in enumerate(nodes):
-        here = min(node.room_for(cpus, gpus), count - placed)
-        nodes[number] = node._replace(cpus=node.cpus - here * cpus, gpus=node.gpus - here * gpus)
+    placed, cpus, gpus = 0, wanted.cpus, wanted.gpus
+    for index, node in enumerate(nodes):
+        here = min(node.room_for(cpus, gpus), wanted.number - placed)
+        nodes[index] = node._replace(cpus=node.cpus - here * cpus, gpus=node.gpus - here * gpus)
         placed += here
-    if placed < count:
+    if placed < wanted.number:
+        then = "waits for the rest, and ends (exit 7) without" if wanted.own else "uses those"
         check.warn(
-            f"there is room for {placed} of {count} {kind}; a run uses those, or set"
-            f" execution.{kind}.count: {max(placed, 1)}"
+            f"there is room for {placed} of {wanted.number} {wanted.kind}; a run {then}, or set"
+            f" {wanted.key}: {max(placed + wanted.own, 1)}"
         )
