@@ -41,7 +41,7 @@ def verify(
     """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
     opened = ranks.joined(options.reading(name, config, set_, damaged=True))
     # What a crash cut off is not finished first: that may be what is damaged.
-    with opened.lock(linked=True) if discard else nullcontext():
+    with opened.lock(opened.console, linked=True) if discard else nullcontext():
         report = lazy.verify.verify(opened, discard)
     document = {"run": opened.name, **report.describe()}
     exit_code = report.exit_code
