@@ -29,6 +29,13 @@ def lock(folder: Path, say: Callable[[str], None], stop: Callable[[], None]) -> 
 
     One of another machine is watched until that is certain: say is told, and stop raises to end it.
     """
+    with kernel_lock(folder), _leased(folder, say, stop) as found:
+        yield found
+
+
+@contextmanager
+def kernel_lock(folder: Path) -> Iterator[None]:
+    """The lock alone. Raises ResourceError (exit 7) where the file system has none."""
     from filelock import FileLock, Timeout
 
     path = folder / ".lock"
@@ -49,8 +56,7 @@ def lock(folder: Path, say: Callable[[str], None], stop: Callable[[], None]) -> 
     try:
         with resource_errors(path):
             path.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        with _leased(folder, say, stop) as found:
-            yield found
+        yield
     finally:
         held.release()
 
