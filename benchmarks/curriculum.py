@@ -193,7 +193,7 @@ def measured(folder: Path, arm: str, rate: float, seed: int, products: tuple[lis
         if curve[-1][0] >= BUDGET:
             raise Enough
 
-    with run.lock():
+    with run.lock(run.console):
         prepare.prepare(run)
         try:
             runner.run_iterations(run, config.iterations, note, lambda _: None)

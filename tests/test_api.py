@@ -187,7 +187,10 @@ def test_errors_are_those_of_the_command(
 
 def test_a_run_in_use_is_left_alone(project: Path, grpo: Grpo) -> None:
     run = door.open("tiny")
-    with run.active.lock(), pytest.raises(door.LockedError, match=r"^artifacts/tiny: in use by pid "):
+    with (
+        run.active.lock(run.active.console),
+        pytest.raises(door.LockedError, match=r"^artifacts/tiny: in use by pid "),
+    ):
         door.stages.score(run)
     assert len(run.samples) == 12
 

@@ -584,7 +584,7 @@ from grpo.artifacts import ActiveRun
 from grpo.config import Config
 from grpo.console import Console
 run = ActiveRun(Path(sys.argv[1]), Config.model_validate_json(sys.argv[2]), Path(), Console(quiet=True))
-with run.lock():
+with run.lock(run.console):
     print("locked", flush=True)
     time.sleep(60)
 """
@@ -595,14 +595,14 @@ def test_a_second_process_is_locked_out_until_the_first_ends(run: ActiveRun) -> 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(LockedError) as caught, run.lock():
+        with pytest.raises(LockedError) as caught, run.lock(run.console):
             pass
         holder.kill()  # the kernel lets go of the lock, whatever its text says
     assert caught.value.exit_code == 5
     host = subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout.strip()
     message = f"{run.path}: in use by pid {holder.pid} on {host}; wait for it, or stop it"
     assert str(caught.value) == message
-    with run.lock():
+    with run.lock(run.console):
         pass
 
 

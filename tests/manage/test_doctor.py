@@ -65,7 +65,9 @@ def test_it_works_while_another_process_holds_the_run(project: Path, grpo: Grpo)
     from grpo.config import load
     from grpo.console import Console
 
-    with ActiveRun(ARTIFACTS, load(Path("pipeline.yaml")), project, Console(quiet=True)).lock():
+    with ActiveRun(ARTIFACTS, load(Path("pipeline.yaml")), project, Console(quiet=True)).lock(
+        Console(quiet=True)
+    ):
         assert doctor(grpo)[0] == 0
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 from tests.mirror.s3 import Bucket, Server
 
+from grpo.artifacts.lease import LAPSE_S, STOP_S, Clock, Holder, Lease
 from grpo.errors import GrpoError, LockedError, ResourceError, UsageError
-from grpo.mirror.lease import LAPSE_S, STOP_S, Clock, Lease, holder_of
+from grpo.mirror.lease import holder_of, lease_of
 from grpo.mirror.store import Store
 
 KEY = "runs/tiny/lease.json"
@@ -29,12 +30,16 @@ class Time:
         self.meanwhile()
 
 
-def lease(bucket: Bucket, session: str, time: Time, patience_s: float = 20) -> Lease:
-    return Lease(Store(f"s3://{bucket.name}/runs", patience_s), "tiny", session, time.clock())
+def lease(bucket: Bucket, epoch: str, time: Time, patience_s: float = 20) -> Lease:
+    return lease_of(Store(f"s3://{bucket.name}/runs", patience_s), "tiny", epoch, time.clock())
 
 
 def take(one: Lease, *known: str) -> str | None:
-    return one.take(known, lambda line: None, lambda: None)
+    return one.take(among(*known), lambda line: None, lambda: None)
+
+
+def among(*known: str) -> Callable[[Holder], bool]:
+    return lambda holder: holder.epoch in known
 
 
 def test_the_first_holder_is_noted_and_releases(bucket: Bucket) -> None:
@@ -42,7 +47,7 @@ def test_the_first_holder_is_noted_and_releases(bucket: Bucket) -> None:
     one = lease(bucket, "a", time)
     assert take(one) is None
     held = json.loads(bucket.read(KEY))
-    assert (held["session"], held["beat"], held["released"]) == ("a", 0, False)
+    assert (held["epoch"], held["beat"], held["released"]) == ("a", 0, False)
     assert holder_of(Store(f"s3://{bucket.name}/runs"), "tiny") == one.held
     one.renew()
     assert json.loads(bucket.read(KEY))["beat"] == 1
@@ -59,7 +64,7 @@ def test_a_holder_that_renews_keeps_it_and_is_named(bucket: Bucket) -> None:
     time.meanwhile = one.renew
     said: list[str] = []
     with pytest.raises(LockedError) as raised:
-        other.take((), said.append, lambda: None)
+        other.take(among(), said.append, lambda: None)
     who = f"pid {one.held.pid} on {one.held.host} since {one.held.since}"
     place = f"s3://{bucket.name}/runs/tiny/lease.json"
     assert str(raised.value) == f"{place}: in use by {who}; wait for it, or stop it"
@@ -109,7 +114,7 @@ def test_the_holder_stops_after_40_s_without_a_renewal(bucket: Bucket, server: S
     assert STOP_S < LAPSE_S  # nobody else has it before
 
 
-def test_its_own_session_is_over_where_the_run_is_locked_here(bucket: Bucket) -> None:
+def test_its_own_epoch_is_over_where_the_run_is_locked_here(bucket: Bucket) -> None:
     time = Time()
     take(lease(bucket, "killed", time))
     assert take(lease(bucket, "next", time), "killed") == "killed"
@@ -173,5 +178,5 @@ def test_waiting_ends_where_somebody_asks_for_it(bucket: Bucket) -> None:
             raise ResourceError("asked to stop")
 
     with pytest.raises(ResourceError, match="asked to stop"):
-        lease(bucket, "b", time).take((), lambda line: None, stop)
+        lease(bucket, "b", time).take(among(), lambda line: None, stop)
     assert time.waited < LAPSE_S

@@ -17,7 +17,8 @@ from tests.conftest import Grpo
 from tests.mirror.s3 import Bucket, Server
 from tests.mirror.test_mirroring import RUN, committed, mirrored, succeed, to
 
-from grpo.mirror import driver, lease, upload
+from grpo.artifacts import lease
+from grpo.mirror import driver, upload
 
 PROGRAM = "from grpo.cli import main; main()"
 # Requests at which a command is killed: before or behind the first write whose key matches.
@@ -66,7 +67,7 @@ def test_a_killed_command_is_completed_by_the_next(
             place = str(Path(f"{base}-{manifest['fingerprint'][:16]}", file["part"], file["name"]))
             assert len(bucket.read(place)) == file["bytes"]
     err = succeed(grpo, "run", *to(bucket))
-    assert "in use by" not in err  # its own session, and the run's lock says that it is over
+    assert "in use by" not in err  # its own epoch, and the run's lock says that it is over
     assert mirrored(bucket) == committed()
 
 
@@ -115,8 +116,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests of the mirror are given up at once."""
     opened = driver.opened
 
-    def quickly(address: str, run: str, session: str) -> object:
-        store, held = opened(address, run, session)
+    def quickly(address: str, run: str, epoch: str) -> object:
+        store, held = opened(address, run, epoch)
         return type(store)(address, 3), held
 
     monkeypatch.setattr(driver, "opened", quickly)
@@ -175,7 +176,7 @@ def test_the_second_driver_names_the_first(
     monkeypatch.setattr(lease, "RENEW_S", 0.2)
     other = tmp_path / "other"
     shutil.copytree(finished, other)
-    renewing = f"from grpo.mirror import driver; driver.RENEW_S = 0.2; {PROGRAM}"
+    renewing = f"from grpo.artifacts import lease; lease.RENEW_S = 0.2; {PROGRAM}"
     held: list[str] = []
 
     def look(method: str, key: str) -> int | None:
@@ -262,7 +263,7 @@ def test_a_zombie_commits_nothing(
     def look(method: str, key: str) -> int | None:
         if method == "PUT" and "iteration=000001/rewards-" in key and not taken:
             held = json.loads(bucket.read("runs/tiny/lease.json"))
-            content = json.dumps({**held, "host": "elsewhere", "pid": 7, "session": "other"})
+            content = json.dumps({**held, "host": "elsewhere", "pid": 7, "epoch": "other"})
             bucket.write("runs/tiny/lease.json", content.encode())
             taken.append(key)
         return None
@@ -275,7 +276,7 @@ def test_a_zombie_commits_nothing(
     )
     assert re.search(expected, err), err
     assert "runs/tiny/iteration=000001/rewards/manifest.json" not in bucket.names()
-    assert json.loads(bucket.read("runs/tiny/lease.json"))["session"] == "other"
+    assert json.loads(bucket.read("runs/tiny/lease.json"))["epoch"] == "other"
 
 
 def test_a_manifest_that_another_one_wrote_is_not_replaced(

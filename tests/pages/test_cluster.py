@@ -1,6 +1,5 @@
 """examples/cluster, as far as one machine can run it: two nodes of Slurm are two Ray nodes here."""
 
-import os
 import re
 import shutil
 import signal
@@ -15,40 +14,17 @@ import pytest
 from ruamel.yaml import YAML
 from tests.conftest import Grpo
 from tests.faults import crash
+from tests.pages import slurm as slurm_job
 
 pytest.importorskip("ray")
 
 CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
-# Without what Slurm does: `srun` runs the command here, on a node of its own name.
-SRUN = """\
-#!/usr/bin/env bash
-while [[ $1 == --* ]]; do shift; done
-exec "$@" --num-cpus=1
-"""
-SCONTROL = """\
-#!/usr/bin/env bash
-echo "$@" >> requeued
-"""
 
 
 @pytest.fixture
-def slurm(project: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def slurm(project: Path) -> dict[str, str]:
     """An environment as a job of two nodes has it."""
-    folder = project / "bin"
-    folder.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    (folder / "grpo").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m grpo "$@"\n')
-    (folder / "grpo").chmod(0o755)
-    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
-    given = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_CPUS_ON_NODE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    return {**os.environ, **given, "PATH": path, "RAY_PORT": "46379"}
+    return {**slurm_job.environment(project / "bin"), "RAY_PORT": "46379"}
 
 
 @pytest.mark.slow

@@ -29,6 +29,8 @@ _RESOURCE_ERRORS = {
     errno.EMFILE,
     errno.EXDEV,  # a hard link to another disk
     errno.EMLINK,
+    errno.ESTALE,  # of a file that another machine has replaced
+    errno.ETIMEDOUT,
 }
 
 
@@ -77,6 +79,34 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int,
         finally:  # where the disk is full, say, what was written is no use to anybody
             temporary.unlink(missing_ok=True)
     return num_bytes, digest.hexdigest()
+
+
+def create_file(path: Path, content: bytes) -> bool:
+    """Write `content` where nothing is, not synced; False: something is. Of two that try at once one wins."""
+    with resource_errors(path):
+        operation("write", path)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            os.write(descriptor, content)
+        finally:
+            os.close(descriptor)
+    return True
+
+
+def replace_unsynced(path: Path, content: bytes) -> None:
+    """Write `content` in the place of a file, whole, not synced: of what a loss of power makes worthless.
+
+    No operation(): it is done by the clock, and those are counted.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with resource_errors(path):
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
+            file.write(content)
+        temporary.replace(path)
 
 
 def mark(path: Path) -> None:

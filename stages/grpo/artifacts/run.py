@@ -24,9 +24,10 @@ from grpo.artifacts.layout import (
     iteration_folder,
     iterations_in,
 )
+from grpo.artifacts.lease import Lease
 from grpo.artifacts.lock import lock
 from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, check_size, read_json, read_manifest
-from grpo.console import printable
+from grpo.console import Console, printable
 from grpo.errors import CorruptError, InputError
 
 TIMINGS = "timings.json"
@@ -56,6 +57,7 @@ class Run:
             set()
         )  # fingerprints of outputs that this process committed: no need to ask twice
         self.mirror: Mirror | None = None
+        self._lease: Lease | None = None
         self._verified: set[tuple[Path, str]] = set()
         self._seen: dict[Hashable, Any] | None = None
 
@@ -249,13 +251,27 @@ class Run:
                 raise CorruptError(f"{path}: is a link to {to}, not the run's own; {way}")
 
     @contextmanager
-    def lock(self, linked: bool = False) -> Iterator[None]:
-        """Hold the run for writing; LockedError (exit 5) at once when another process does.
+    def lock(self, console: Console, linked: bool = False) -> Iterator[None]:
+        """Hold the run for writing; LockedError (exit 5) when another process does.
 
         Raises CorruptError (exit 6) as refuse_links(), but for links that are asked for to be removed.
         """
         files.make_folder(self.path)
         if not linked or self.path.is_symlink():
             self.refuse_links()
-        with lock(self.path):
-            yield
+        with lock(self.path, console.say, console.stop_requested) as self._lease:
+            try:
+                yield
+            finally:
+                self._lease = None
+
+    def check_held(self) -> None:
+        """Before anything is committed: LockedError (exit 5) where another machine has taken the run over."""
+        if self._lease is not None:
+            self._lease.check()
+
+    def release(self) -> None:
+        """Let go of the lease, not of the lock: for a folder that goes, or gets its name."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None

@@ -116,6 +116,7 @@ class Staging:
         return self._write(part, name, content)
 
     def _write(self, part: str, name: str, content: bytes | Iterable[bytes | memoryview]) -> FileRecord:
+        self.run.check_held()  # whoever has taken over may be writing the same file
         chunks = [content] if isinstance(content, bytes) else content
         num_bytes, digest = files.write_chunks(self.folder / part / name, chunks)
         return FileRecord.model_validate({"name": name, "part": part, "bytes": num_bytes, "sha256": digest})
@@ -152,6 +153,7 @@ class Staging:
         files.write_file(self.folder / TIMINGS, json.dumps(timings).encode())
         for folder in sorted({self.folder, *(self.folder / record.part for record in manifest.files)}):
             files.sync_folder(folder)  # the names must be on disk before the manifest vouches for them
+        self.run.check_held()
         files.write_file(self.folder / MANIFEST, seal(manifest.recorded()))
         target = _finish(self.run, self.folder, manifest, plan.output)
         self.run.made.add(self.fingerprint)

@@ -21,6 +21,7 @@ __all__ = [
     "report",
     "restore",
     "settings",
+    "shared",
     "show",
     "status",
     "verify",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from grpo import config as settings
     from grpo.inspect import compare, evaluations, query, report, show, status
     from grpo.manage import doctor, export, fork, gc, init, verify, verify_replay
+    from grpo.manage.doctor import shared
     from grpo.mirror import check, fetch, restore
     from grpo.pipeline import opening, work
 else:
@@ -56,5 +58,6 @@ else:
         _Module(f"grpo.manage.{name}")
         for name in ("doctor", "export", "fork", "gc", "init", "verify", "verify_replay")
     )
+    shared = _Module("grpo.manage.doctor.shared")
     check, fetch, restore = (_Module(f"grpo.mirror.{name}") for name in ("check", "fetch", "restore"))
     opening, work = (_Module(f"grpo.pipeline.{name}") for name in ("opening", "work"))

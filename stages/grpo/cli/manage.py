@@ -3,7 +3,7 @@
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -19,11 +19,31 @@ def doctor(
     config: options.Config = options.CONFIG,
     set_: options.Set = [],  # noqa: B006
     model: Annotated[bool, typer.Option("--model", help="Compare the engine with the learner.")] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Try the runs' file system from two machines.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Check that this machine can run the configuration; creates no run."""
+    if shared and model:
+        raise UsageError("--shared and --model cannot be combined")
+    if shared:
+        _shared(lazy.opening.configured(config, set_, as_json), as_json)
     report = lazy.doctor.examine(lazy.opening.configured(config, set_, as_json), model)
     options.answer(as_json, report.describe(), lambda: lazy.doctor.print_report(report))
+    raise typer.Exit(report.exit_code)
+
+
+def _shared(run: "ActiveRun", as_json: bool) -> NoReturn:
+    report, leads = lazy.shared.examine_shared(run)
+
+    def show() -> None:
+        if leads:
+            lazy.doctor.print_report(report)
+        else:
+            run.console.say("doctor: this is the second one; the other one shows what was found")
+
+    options.answer(as_json, report.describe(), show)
     raise typer.Exit(report.exit_code)
 
 
@@ -41,7 +61,7 @@ def verify(
     """Check every hash, schema and invariant of a run; say what is damaged and how to repair it."""
     opened = ranks.joined(options.reading(name, config, set_, damaged=True))
     # What a crash cut off is not finished first: that may be what is damaged.
-    with opened.lock(linked=True) if discard else nullcontext():
+    with opened.lock(opened.console, linked=True) if discard else nullcontext():
         report = lazy.verify.verify(opened, discard)
     document = {"run": opened.name, **report.describe()}
     exit_code = report.exit_code

@@ -98,6 +98,7 @@ def evaluate(
             work.evaluate(opened, None, False)
             what, found = checkpoint, {"checkpoint": opened.config.model}
             found |= evaluations.delivered(opened, 0, out)
+            opened.release()
             artifacts.files.remove(opened.path)
     else:
         with opening.working(options.chosen(name, config, set_, as_json)) as opened:

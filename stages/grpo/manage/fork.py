@@ -27,6 +27,7 @@ from grpo.artifacts import (
     lacking,
     origin_of,
 )
+from grpo.artifacts.lock import LEASE
 from grpo.artifacts.manifest import check_size
 from grpo.config import PIPELINE
 from grpo.config.yaml import dump
@@ -53,15 +54,16 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
     origin = origin_of(source, first)
     config = new.config.model_copy(update={"run": f".fork-{new.name}"})
     staged = ActiveRun(new.root, config, new.imports, new.console)
-    with staged.lock():  # two forks of one name: the other is exit 5
+    with staged.lock(new.console):  # two forks of one name: the other is exit 5
         _check_free(new)
         for leftover in staged.path.iterdir():  # of a fork that was killed
-            if leftover.name != ".lock":
+            if leftover.name not in (".lock", LEASE):
                 files.remove(leftover)
         try:
             taken = _link_all(source, staged, origin)
         except (FileNotFoundError, GrpoError) as error:
             with suppress(GrpoError):  # nobody goes on with it; the next fork of this name would remove it
+                staged.release()
                 files.remove(staged.path)
             if isinstance(error, GrpoError):
                 raise
@@ -72,6 +74,7 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
         files.write_file(staged.path / "run.json", run_json(new.config))
         files.write_file(staged.path / PIPELINE, dump(new.config.model_dump(exclude_unset=True)).encode())
         files.sync_folder(staged.path)
+        staged.release()
         files.move(staged.path, new.path)
         files.sync_folder(new.root)
     return {"iterations": first, "taken": taken}

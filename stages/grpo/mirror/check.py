@@ -77,7 +77,7 @@ def _look_at(run: ActiveRun, source: Source, place: Place, report: MirrorReport)
 
 def copy_again(run: ActiveRun, report: MirrorReport) -> None:
     """Replace the damaged copies of what is whole here. Raises as mirrored()."""
-    with run.console.signals(), run.lock(), mirrored(run, removed_too=False, again=report.again):
+    with run.console.signals(), run.lock(run.console), mirrored(run, removed_too=False, again=report.again):
         pass
 
 

@@ -1,4 +1,4 @@
-"""driver: the mirror of a run while a command works on it: two threads, one that copies and one that renews.
+"""driver: the mirror of a run while a command works on it: a thread copies.
 
 What fails there is raised at the next border, or at the end of the command; what is committed here stays, and
 the next command copies it.
@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 
 from grpo.artifacts import ActiveRun, files, read_sealed, seal
 from grpo.artifacts.layout import CHECKPOINT
+from grpo.artifacts.lease import CLOCK, Lease, new_epoch
 from grpo.errors import CorruptError, GrpoError, ResourceError
 from grpo.mirror.layout import Place
-from grpo.mirror.lease import RENEW_S, Clock, Lease, new_session
+from grpo.mirror.lease import lease_of
 from grpo.mirror.store import Store
 from grpo.mirror.upload import Upload
 
-CLOCK = Clock()
 _NOTE = ".mirror.json"
 _LEASE_PATIENCE_S = 8.0  # of one renewal: there are several before the lease lapses
 _LOOK_S = 0.1  # how often a signal is looked for
@@ -56,35 +56,37 @@ class _Copying:
         self._run = run
         run.refuse_links(files_too=True)  # what one leads to is not the run's to copy
         address = str(run.config.artifacts.mirror)
-        note, session = _Note(run, address), new_session()
-        store, self._lease = opened(address, run.path.name, session)
-        note.write([*note.sessions, session])  # before it is taken: a crash may come between
-        last = self._lease.take(note.sessions, run.console.say, run.console.stop_requested)
+        note, epoch = _Note(run, address), new_epoch()
+        store, self._lease = opened(address, run.path.name, epoch)
+        note.write([*note.epochs, epoch])  # before it is taken: a crash may come between
+        console = run.console
+        last = self._lease.take(
+            lambda holder: holder.epoch in note.epochs, console.say, console.stop_requested
+        )
         try:
             self._upload = Upload(run, store, self._lease)
-            if last not in note.sessions:  # somebody else may have written what is there
+            if last not in note.epochs:  # somebody else may have written what is there
                 self._upload.require_own(again)
             self._upload.forget(again)
         except GrpoError:
             with suppress(GrpoError):
                 self._lease.release()
             raise
-        note.write([session])
+        note.write([epoch])
         self._failure: GrpoError | None = None
         self._whole = False  # until all has been copied
         self._is_ending = False  # once nothing more is to come
         self._due: queue.SimpleQueue[Place | bool] = queue.SimpleQueue()
-        self._ended = threading.Event()
+        self._is_closed = False
         behind = self._upload.behind()
         if behind and self._upload.held.manifests:
             run.console.say(f"mirror: {len(behind)} outputs behind; they are copied first")
         for place in behind:
             self._due.put(place)
-        # Daemons: a second signal ends the command without waiting for what is under way.
+        # A daemon: a second signal ends the command without waiting for what is under way.
         self._copier = threading.Thread(target=self._copy, name="mirror", daemon=True)
-        self._renewer = threading.Thread(target=self._renew, name="mirror lease", daemon=True)
         self._copier.start()
-        self._renewer.start()
+        self._lease.keep(self._fail)
 
     def committed(self, output: str, iteration: int | None) -> None:
         """Copy an output that has just been committed."""
@@ -110,17 +112,16 @@ class _Copying:
 
     def close(self) -> None:
         """End the threads, as far as they can be, and let the next command have the lease."""
-        whole = not self._copier.is_alive()
-        self._ended.set()
-        if whole:
-            self._renewer.join()
+        self._is_closed = True
+        self._lease.end()
+        if not self._copier.is_alive():
             with suppress(GrpoError):  # it lapses
                 self._lease.release()
 
     def _copy(self) -> None:
         try:
             while not isinstance(due := self._due.get(), bool):
-                if self._failure is not None or self._ended.is_set():
+                if self._failure is not None or self._is_closed:
                     return
                 self._upload.copy(due)
                 if due[0] == CHECKPOINT:
@@ -129,28 +130,18 @@ class _Copying:
                 self._upload.finish(due)
                 self._whole = True
         except GrpoError as error:
-            self._failure = self._failure or error
+            self._fail(error)
         except OSError as error:  # of a file here
-            self._failure = self._failure or ResourceError(f"mirror: {error.filename}: {error.strerror}")
+            self._fail(ResourceError(f"mirror: {error.filename}: {error.strerror}"))
 
-    def _renew(self) -> None:
-        while not self._ended.wait(RENEW_S):
-            try:
-                why = ""
-                try:
-                    self._lease.renew()
-                except ResourceError as error:
-                    why = str(error)
-                self._lease.check_renewed(why)
-            except GrpoError as error:
-                self._failure = self._failure or error
-                return
+    def _fail(self, error: GrpoError) -> None:
+        self._failure = self._failure or error
 
 
 class _Note:
-    """`.mirror.json` of a run: sessions in which this folder was the one that wrote the mirror at an address.
+    """`.mirror.json` of a run: epochs in which this folder was the one that wrote the mirror at an address.
 
-    A mirror whose last session is among them holds what this run was, and nothing else. A copy of the folder
+    A mirror whose last epoch is among them holds what this run was, and nothing else. A copy of the folder
     is another one.
     """
 
@@ -158,22 +149,22 @@ class _Note:
         self._path = run.path / _NOTE
         folder = f"{socket.gethostname()}:{os.path.realpath(run.path)} ({run.path.stat().st_ino})"
         self._of = {"address": address, "folder": folder}
-        self.sessions: list[str] = []
+        self.epochs: list[str] = []
         if self._path.exists():
             try:
-                held = read_sealed(self._path, address=str, folder=str, sessions=list)
+                held = read_sealed(self._path, address=str, folder=str, epochs=list)
             except CorruptError as error:
                 way = "remove it, and the mirror is compared with the run"
                 raise CorruptError(f"{error}; {way}") from None
             if self._of.items() <= held.items():
-                self.sessions = held["sessions"]
+                self.epochs = held["epochs"]
 
-    def write(self, sessions: list[str]) -> None:
+    def write(self, epochs: list[str]) -> None:
         """Note them, in the place of those before."""
-        files.write_file(self._path, seal({**self._of, "sessions": sessions}))
+        files.write_file(self._path, seal({**self._of, "epochs": epochs}))
         files.sync_folder(self._path.parent)
 
 
-def opened(address: str, run: str, session: str) -> tuple[Store, Lease]:
+def opened(address: str, run: str, epoch: str) -> tuple[Store, Lease]:
     """The store of a mirror, and the lease of a run in it, which is not taken yet."""
-    return Store(address), Lease(Store(address, _LEASE_PATIENCE_S), run, session, CLOCK)
+    return Store(address), lease_of(Store(address, _LEASE_PATIENCE_S), run, epoch, CLOCK)

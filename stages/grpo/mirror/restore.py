@@ -107,10 +107,11 @@ def restore(address: str, out: Path | None, root: Path, console: Console) -> dic
         raise UsageError(f"{target}: is there, and no run; name another folder with --out DIR")
     name = target.name if is_there else f".restore-{target.name}"
     staged = Run(target.parent, name)
-    with console.signals(), staged.lock():
+    with console.signals(), staged.lock(console):
         counts = _Fetching(source, staged, console).all(is_there)
         if not is_there:
             files.sync_folder(staged.path)
+            staged.release()
             if target.exists():
                 files.remove(target)  # an empty folder
             files.move(staged.path, target)

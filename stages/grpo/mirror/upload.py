@@ -20,10 +20,10 @@ from grpo.artifacts import (
     kept_sources,
 )
 from grpo.artifacts.layout import holder_of
+from grpo.artifacts.lease import Lease
 from grpo.errors import CorruptError, InputError, LockedError
 from grpo.mirror import layout
 from grpo.mirror.layout import NOTES, Holdings, Place
-from grpo.mirror.lease import Lease
 from grpo.mirror.store import Store
 
 _PIECE_BYTES = 2**22

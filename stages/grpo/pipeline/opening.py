@@ -34,7 +34,7 @@ def locked(run: ActiveRun, removed_too: bool = False) -> Iterator[ActiveRun]:
 
     Where it has a mirror, that is what the run is when the `with` block ends; removed_too: as for mirrored().
     """
-    with run.console.signals(), run.lock():
+    with run.console.signals(), run.lock(run.console):
         roll_forward(run)
         with _mirror(run, removed_too):
             yield run

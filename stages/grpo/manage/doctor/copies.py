@@ -15,10 +15,10 @@ def check_mirror(run: ActiveRun, report: Report, writes: bool) -> None:
     if address is None:
         return
     with report.check("mirror", address, "an S3 bucket with conditional writes"):
-        from grpo.mirror.lease import new_session
+        from grpo.artifacts.lease import new_epoch
         from grpo.mirror.store import Store, check_conditions
 
-        store, key = Store(address, _PATIENCE_S), f"grpo-doctor-{new_session()}"
+        store, key = Store(address, _PATIENCE_S), f"grpo-doctor-{new_epoch()}"
         if not writes:
             next(store.listing(run.path.name), None)  # says whether the bucket is there
             return
