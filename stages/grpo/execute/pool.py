@@ -50,7 +50,7 @@ class Pool:
     """
 
     def __init__(self, backend: Backend, count: int, copies: bool = True, timeout_s: float = 3600.0) -> None:
-        self._backend, self._count = backend, count
+        self._backend, self.count = backend, count
         self._copies, self._timeout_s = copies, timeout_s
         self._idle: list[Worker] = []
         self._busy: dict[Worker, Given] = {}
@@ -75,7 +75,7 @@ class Pool:
         Raises at once what a job raised, and when the others are done EngineError (exit 8) for those that
         ended MOST_DEATHS workers each. ResourceError (exit 7): no worker got a place.
         """
-        now = Round(jobs, deque(jobs), self._count)
+        now = Round(jobs, deque(jobs), self.count)
         try:
             while not now.is_over:
                 if not is_stopping():
