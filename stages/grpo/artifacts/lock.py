@@ -1,6 +1,7 @@
 """artifacts.lock: one process works on a run, and another one is told which."""
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -33,6 +34,27 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def holder_here(folder: Path) -> str:
+    """The process of this machine that holds `folder`, as lock() noted it; empty: none is known.
+
+    The lock is not tried: a command that begins meanwhile would find it taken.
+    """
+    path = folder / ".lock"
+    try:
+        found = re.fullmatch(r"pid ([0-9]{1,9}) on (\S+)", path.read_text(errors="replace").strip())
+    except OSError:  # nobody ever held it, or it is not ours to read
+        return ""
+    if found is None or found[2] != socket.gethostname() or int(found[1]) == os.getpid():
+        return ""
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:  # it is there, and somebody else's
+        pass
+    return found[0]
 
 
 def _holder(path: Path) -> str:
