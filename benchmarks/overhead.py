@@ -35,7 +35,7 @@ from grpo.pipeline import lane
 from grpo.pipeline import stages as pipeline
 
 ROOT = Path(__file__).parents[1]
-WORK = {"sample", "exact_answer", "train", "reference"}
+WORK = {"sample", "tail", "exact_answer", "train", "reference"}
 WARM = 5  # iterations that are not counted
 REPEATS = 15
 Clocks = dict[str, list[tuple[float, float]]]  # of each stage: (start, end) of each iteration

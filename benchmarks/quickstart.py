@@ -21,7 +21,7 @@ from process import GRPO, answer
 
 ROOT = Path(__file__).parents[1]
 PARTS = "select stage, part, seconds from timings where iteration is not null"
-WORK = {"sample", "exact_answer", "train", "reference", "recompute"}
+WORK = {"sample", "tail", "exact_answer", "train", "reference", "recompute"}
 DRAWN = ("Reward", "KL to the reference", "Response length")
 
 

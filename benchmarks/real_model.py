@@ -48,7 +48,7 @@ from grpo.pipeline import lane
 from grpo.pipeline.stages import perform
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "capitals"
-WORK = ("sample", "train", "reference", "recompute")
+WORK = ("sample", "tail", "train", "reference", "recompute")
 WARM = 2  # iterations that are not counted: what is opened, and what is met for the first time
 SETTINGS = {"full": [], "lora": ["update.lora={rank: 16, alpha: 32}", "update.learning_rate=2.0e-4"]}
 OPENINGS = 5

@@ -23,11 +23,12 @@ def main() -> None:
 def of(run: Run, number: int, flop: int) -> dict[str, Any]:
     rollouts, update = (run.require(output, number, "") for output in ("rollouts", "update"))
     seconds = {output: run.timings(output, number) for output in ("rollouts", "update")}
+    sampling = sum(seconds["rollouts"].get(part, 0.0) for part in ("sample", "tail"))
     tokens, train = rollouts.summary["response_tokens"], seconds["update"]["train"]
     return {
         "response_tokens": tokens,
         # Iterations that were resumed have sampled a part of it.
-        "generate_tokens_per_s": round(tokens / seconds["rollouts"]["sample"]),
+        "generate_tokens_per_s": round(tokens / sampling),
         "update_tokens_per_s": round(tokens / train),
         "update_tflops": flop * tokens / train / 1e12,
         **{name: rollouts.summary.get(name) for name in ("precision", "weight_check_difference")},

@@ -99,7 +99,7 @@ ADVANTAGES: Columns = {
     "reason": (
         pa.string(),
         "null when kept, else the first that holds of: empty, unscored, group_too_small, zero_variance,"
-        " truncated, filtered",
+        " truncated, stale, filtered",
     ),
 }
 

@@ -25,7 +25,7 @@ from grpo.advantage import stage
 from grpo.advantage.plan import plan as planned
 from grpo.advantage.plan import shipped_sql
 from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Plan, Product, Run, Staging, id_of
-from grpo.config import Config
+from grpo.config import AdvantageConfig, Config
 from grpo.console import Console
 from grpo.errors import DataError, GrpoError, UsageError
 from grpo.pipeline.stages import ADVANTAGE, make
@@ -812,13 +812,13 @@ def test_a_change_of_the_shipped_formula_is_a_change(
     finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "advantage/advantage.sql"
-    shipped = shipped_sql("group")
+    shipped = shipped_sql(AdvantageConfig())
     others = ["batch_deviation.sql", "estimators/group.sql"]
     views = {"sql/macros.sql", "sql/views/scored.sql"}
     assert set(shipped) == {name, *(f"advantage/{other}" for other in others), *views}
     assert shipped[name] == sha256((Path(package.__file__).parent / name).read_bytes()).hexdigest()
     changed = {**shipped, name: "0" * 64}
-    monkeypatch.setattr("grpo.advantage.plan.shipped_sql", lambda estimator: changed)
+    monkeypatch.setattr("grpo.advantage.plan.shipped_sql", lambda config: changed)
     code, _, err = grpo("advantage", "--iteration", "0")
     assert code == 4
     assert err.endswith(f"advantages: changed ({name}: its file changed); --force reruns it\n")

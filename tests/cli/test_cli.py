@@ -417,3 +417,33 @@ def test_a_run_named_twice_is_opened_once(finished: Path, grpo: Grpo) -> None:
 def test_json_has_null_where_a_number_is_none(finished: Path, grpo: Grpo) -> None:
     code, out, _ = grpo("sql", "select 'nan'::double as a, 1.5 as b", "--json")
     assert (code, json.loads(out)) == (0, [{"a": None, "b": 1.5}])
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from grpo.artifacts.lock import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_that_is_being_prepared_is_not_missing(project: Path, grpo: Grpo) -> None:
+    folder = ARTIFACTS.parent / "new"
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        code, _, err = grpo("status", "new")
+        assert (code, f"new: no run yet: pid {holder.pid} on " in err) == (5, True), err
+        holder.communicate()
+    code, _, err = grpo("status", "new")  # the note is still there, and the process is not
+    assert (code, "no such run" in err) == (2, True), err
+
+
+def test_a_model_that_is_refused_leaves_no_folder_of_a_run(project: Path, grpo: Grpo) -> None:
+    code, _, err = grpo("run", "--set", "model=./none")
+    assert (code, "none: no such directory" in err) == (4, True), err
+    assert not ARTIFACTS.exists()

@@ -203,3 +203,55 @@ def test_a_worker_ends_with_its_driver_busy_or_not(tmp_path: Path) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"worker {pid} is still there")
+
+
+def test_a_large_job_does_not_wait_until_the_process_is_up() -> None:
+    """A pipe holds 64 KiB or so; the process has a second to import before it reads."""
+    process = Process(slow_to_open)
+    try:
+        process.submit("x" * 2**24)
+        assert process._sending is not None
+        assert process._sending.is_alive()  # nothing was waited for
+        assert process.result() == 2**24
+    finally:
+        process.kill()
+
+
+def test_a_large_job_that_nobody_reads_ends_with_its_worker() -> None:
+    process = Process(never)
+    process.submit("x" * 2**24)
+    with pytest.raises(WorkerDied, match="with exit status 3"):
+        process.result()
+    process.kill()
+    assert process._sending is not None
+    assert not process._sending.is_alive()
+
+
+def test_workers_that_take_their_time_to_end_are_ended_together() -> None:
+    """Each would take the second that it is given."""
+    opened = Pool(LocalProcesses(slow_to_close, grace_s=1.0), 4)
+    assert len(dict(opened.run({str(n): n for n in range(4)}, "test", go_on))) == 4
+    begun = time.monotonic()
+    opened.close()
+    assert time.monotonic() - begun < 3
+
+
+def slow_to_open() -> Callable[[Any], Any]:
+    """One whose job's length is its answer."""
+    time.sleep(1)
+    return len
+
+
+class Slow:
+    """What does not close."""
+
+    def __call__(self, job: Any) -> Any:
+        time.sleep(0.5)
+        return job
+
+    def close(self) -> None:
+        time.sleep(60)
+
+
+def slow_to_close() -> Callable[[Any], Any]:
+    return Slow()

@@ -104,3 +104,48 @@ def test_a_node_with_other_sources_is_refused(cluster: Any, monkeypatch: pytest.
         ),
     ):
         dict(opened.run({"2": 2}, "test", go_on))
+
+
+def test_a_node_without_this_package_is_named(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its workers find in place of the package cannot be imported, as where it is not installed."""
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'grpo'\")\n")
+    started = ray_actors._remote_class().options
+    elsewhere = {"env_vars": {"PYTHONPATH": str(tmp_path)}}
+
+    def without(**options: Any) -> Any:
+        return started(runtime_env=elsewhere, **options)
+
+    monkeypatch.setattr(ray_actors._remote_class(), "options", without)
+    with (
+        closing(Pool(RayActors(squares, cluster.address, 1, 0), 1)) as opened,
+        pytest.raises(UsageError, match=r"^execution: \S+ cannot import a worker .*No module named 'grpo'"),
+    ):
+        dict(opened.run({"2": 2}, "test", go_on))
+
+
+def test_a_full_cluster_is_remembered_until_something_is_free(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes of a core each have room for two of three workers, which is found out once."""
+    monkeypatch.setattr(ray_actors, "WAIT_S", 4)
+    started, start = list[float](), RayActors.start
+
+    def noted(self: RayActors) -> ray_actors.Actor:
+        started.append(time.monotonic())
+        return start(self)
+
+    monkeypatch.setattr(RayActors, "start", noted)
+    jobs = {str(number): f"slow {number}" for number in range(6)}
+    with closing(Pool(RayActors(squares, cluster.address, 1, 0), 3)) as opened:
+        # The third has the last job, which one of the two takes when it has waited.
+        assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
+        assert len(started) == 3
+        begun = time.monotonic()
+        assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
+        assert (len(started), time.monotonic() - begun < 4) == (3, True)
+        cluster.add_node(num_cpus=1)
+        assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
+        assert len(started) == 4

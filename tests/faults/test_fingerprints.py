@@ -106,6 +106,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "advantage.truncated": (["advantage.truncated=drop"], ADVANTAGE),
     "advantage.estimator": (["advantage.estimator=rloo"], ADVANTAGE),
     "advantage.pass_k": (["advantage.estimator=pass_at_k", "advantage.pass_k=2"], ADVANTAGE),
+    "advantage.max_policy_lag": (["advantage.max_policy_lag=0"], ADVANTAGE),
     "advantage.where": (["advantage.where=reward > 0"], ADVANTAGE),
     "advantage.sql": (["advantage.sql=advantage.sql"], ADVANTAGE),
     "update.objective": (["update.objective=grpo_sequence"], UPDATE),

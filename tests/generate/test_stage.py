@@ -125,7 +125,7 @@ class Watched:
     def __init__(self, engine: Engine, spoil: Callable[[int, Group], Group]) -> None:
         self.engine = engine
         self.spoil = spoil
-        self.precision, self.device = engine.precision, engine.device
+        self.precision, self.device, self.tail = engine.precision, engine.device, engine.tail
         self.asked: list[int] = []
         self.num_loads = 0
 

@@ -82,7 +82,7 @@ class Faulty:
 
     def __init__(self, load: Load, precision: str) -> None:
         self.engine = TransformersEngine("cpu", max_rows_per_batch=64)
-        self.precision = precision
+        self.precision, self.tail = precision, self.engine.tail
         self.shift = 0.0
         self.num_loads = 0
         self._load = load

@@ -565,3 +565,34 @@ def test_the_starter_model_is_the_one_a_run_would_take(
     assert (code, problems(checks)) == (0, {})
     assert document["agreement"]["mismatch_mean"] < 1e-5
     assert sorted(path.name for path in Path("artifacts").iterdir()) == [".models"]
+
+
+# What a run's history advises
+
+
+def of_time(tail: float) -> None:
+    """Write what each iteration took: sampling 10 s with its tail, and 10 s of training."""
+    for iteration in (0, 1):
+        folder = Path(f"artifacts/tiny/iteration={iteration:06d}")
+        for output, seconds in (
+            ("rollouts", {"sample": 10 - tail - 1, "tail": tail, "load": 1}),
+            ("rewards", {}),
+            ("advantages", {}),
+            ("update", {"train": 10}),
+        ):
+            (folder / output / "timings.json").write_text(json.dumps({"seconds": seconds}))
+
+
+def test_a_long_tail_asks_for_a_lag(finished: Path, grpo: Grpo) -> None:
+    of_time(tail=2.0)  # with the load 3 of 20 s: 15 %, and no more
+    assert "sampling ahead" not in doctor(grpo)[1]
+    of_time(tail=4.0)  # 5 of 20 s, twice
+    code, checks, _ = doctor(grpo)
+    check = checks["sampling ahead"]
+    assert (code, check["level"]) == (0, "ok")
+    assert check["found"] == "in 25% of an iteration most of the engine waits"
+    assert check["note"].startswith("the tail of sampling and new weights for it took 10.0 of 40.0 s; ")
+    assert "generate.policy_lag: 1 with execution.engines samples the next" in check["note"]
+    assert "note  sampling ahead: " in grpo("doctor")[1]
+    assert "sampling ahead" not in doctor(grpo, "--set", "generate.policy_lag=1")[1]
+    assert "sampling ahead" not in doctor(grpo, "--set", "run=new")[1]

@@ -232,3 +232,14 @@ def group_of_one(tmp_path: Path) -> Iterator[None]:
 def test_a_process_group_of_one_changes_nothing(finished: Path, grpo: Grpo, group_of_one: None) -> None:
     found = replay(grpo)[1]
     assert found["updates"] == found["equal"] > 0
+
+
+def test_a_damaged_run_is_not_replayed_and_says_why(finished: Path, grpo: Grpo) -> None:
+    path = next(Path("artifacts/tiny/iteration=000001/rollouts").glob("*.parquet"))
+    path.write_bytes(path.read_bytes()[:-1])
+    code, out, err = grpo("verify", "--replay", "--json")
+    assert (code, err) == (6, "")
+    nothing = {"updates": None, "replayed": 0, "equal": 0, "first_refused": None}
+    assert json.loads(out)["replay"] == {**nothing, "stopped": "something is damaged"}
+    assert json.loads(out)["exit"] == 6
+    assert grpo("verify", "--replay")[1].endswith("not replayed: something is damaged\n")

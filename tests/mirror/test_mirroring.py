@@ -9,6 +9,8 @@ import pytest
 from tests.conftest import Grpo
 from tests.mirror.s3 import Bucket, Server
 
+from grpo.artifacts import FileRecord
+from grpo.errors import CorruptError
 from grpo.mirror import store, upload
 
 RUN = Path("artifacts/tiny")
@@ -201,3 +203,11 @@ def test_no_link_is_followed(finished: Path, grpo: Grpo, bucket: Bucket, server:
     code, _, err = grpo("run", *to(bucket))
     assert (code, f"{timings}: is a link to another file" in err) == (6, True), err
     assert server.seen == []
+
+
+def test_a_file_here_that_cannot_be_read_is_named() -> None:
+    """Its first page is mapped nowhere, so that reading it fails as on a disk that does."""
+    path = Path("/proc/self/mem")
+    record = FileRecord(name="mem", part="", bytes=1, sha256="0" * 64)
+    with pytest.raises(CorruptError, match=r"^/proc/self/mem: cannot be read: Input/output error$"):
+        [*upload.checked(record, path)]

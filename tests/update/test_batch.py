@@ -110,6 +110,7 @@ def rollouts_table(keys: list[tuple[int, int, int]]) -> pa.Table:
             "response_mask": [True, n % 2 == 0, True],
             "response_tokens": 3,
             "temperature": 1.0 + n,
+            "policy_iteration": n,
         }
         for n, key in enumerate(keys)
     ]
@@ -154,6 +155,15 @@ def test_kept_rollouts_of_several_shards() -> None:
     assert lists(found.responses) == [[20, 21, 22], [22, 23, 24]]
     assert found.advantages.tolist() == [1.0, 2.0]
     assert found.temperatures.tolist() == [1.0, 3.0]
+
+
+def test_what_an_older_policy_sampled_is_left_out() -> None:
+    """Policies 0, 1 and 2 sampled the rows; the one of policy 1 is not kept anyway."""
+    rollouts, advantages = rollouts_table(KEYS), advantages_table(KEYS, [1.0, None, 2.0])
+    assert kept_rollouts(rollouts, advantages).num_stale == 0
+    for oldest, left, num_stale in ((0, [1.0, 2.0], 0), (1, [2.0], 1), (2, [2.0], 1), (3, [], 2)):
+        found = kept_rollouts(rollouts, advantages, oldest_policy=oldest)
+        assert (found.advantages.tolist(), found.num_stale) == (left, num_stale)
 
 
 @pytest.mark.parametrize("keys", [[], KEYS])

@@ -6,6 +6,7 @@ from pathlib import Path
 import grpo
 from grpo.artifacts import ActiveRun, Manifest, Plan, lacking
 from grpo.artifacts.files import sha256_of
+from grpo.config import AdvantageConfig
 from grpo.config.named_files import named_file
 from grpo.errors import InputError
 
@@ -33,7 +34,7 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     # A reward of weight 0 counts only for a user's own SQL, which may look at it.
     names = [f"reward/{name}@{iteration}" for name in weights if own_sql or weights[name] != 0]
     references = [f"rollouts@{iteration}", *names, *(["prompts"] if own_sql else [])]
-    user_files = shipped_sql(config.estimator)
+    user_files = shipped_sql(config)
     if config.sql is not None:
         user_files["advantage.sql"] = sha256_of(named_file(run.imports, "advantage.sql", config.sql))
     return Plan(
@@ -47,9 +48,11 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     )
 
 
-def shipped_sql(estimator: str) -> dict[str, str]:
+def shipped_sql(config: AdvantageConfig) -> dict[str, str]:
     """sha256 of the queries of this package that are used: the formula may be changed there too."""
-    return {name: _sha256_of_own(name) for name in (*_SHIPPED, f"advantage/estimators/{estimator}.sql")}
+    names = [*_SHIPPED, f"advantage/estimators/{config.estimator}.sql"]
+    names += ["advantage/stale.sql"] if config.max_policy_lag is not None else []
+    return {name: _sha256_of_own(name) for name in names}
 
 
 @cache

@@ -32,10 +32,10 @@ from grpo.errors import CorruptError, DataError
 
 BLOCK_ROWS = 2**20  # rollouts computed at a time
 _KEY = ", ".join(tables.KEY)
-# Filled with two files of this package, whose braces format() does not read: nothing of a user's gets here.
+# Filled with files of this package, whose braces format() does not read: nothing of a user's gets here.
 _QUERY = (
-    "with scored as materialized (select * from _scored), estimated as (\n{estimator}\n)\n"
-    f"select * from (\n{{kept}}) order by {_KEY}"
+    "with scored as materialized (select * from _scored), estimated as (\n{estimator}\n),\n"
+    f"fresh_or_not as (\n{{kept}})\nselect * from {{aged}} order by {_KEY}"
 )
 _RESTRICTED = ("maxrl", "pass_at_k")  # estimators that cannot take every reward: refused.sql says which
 _OVER_ALL = ("gdpo", "reinforce_pp")  # estimators with moments of the whole iteration
@@ -162,8 +162,10 @@ def _estimated(connection: sql.Connection, config: AdvantageConfig, first: int, 
     """The rows of the groups `first` to `last`; both queries read `scored`, which is computed once."""
     sql.limit_scored(connection, first, last)
     estimator = sql.own_text(f"advantage/estimators/{config.estimator}")
-    query = _QUERY.format(estimator=estimator, kept=sql.own_text("advantage/advantage"))
-    return sql.query(connection, query, config.model_dump(include={"drop_zero_variance", "truncated"}))
+    aged = "fresh_or_not" if config.max_policy_lag is None else f"({sql.own_text('advantage/stale')})"
+    query = _QUERY.format(estimator=estimator, kept=sql.own_text("advantage/advantage"), aged=aged)
+    parameters = {"drop_zero_variance", "truncated", "max_policy_lag"}
+    return sql.query(connection, query, config.model_dump(include=parameters))
 
 
 def _refuse(connection: sql.Connection, estimator: str) -> None:

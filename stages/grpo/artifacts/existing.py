@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo.artifacts.layout import is_iteration
+from grpo.artifacts.lock import holder_here
 from grpo.artifacts.manifest import read_sealed
 from grpo.artifacts.run import Run
 from grpo.config import PIPELINE, Config, load, validated
-from grpo.errors import CorruptError, InputError, ResourceError, UsageError, listed
+from grpo.errors import CorruptError, InputError, LockedError, ResourceError, UsageError, listed
 
 ARTIFACTS = Path("artifacts")
 
@@ -18,8 +19,8 @@ ARTIFACTS = Path("artifacts")
 def find_run(given: str, root: Path = ARTIFACTS) -> Path:
     """The folder of a run: of that name below `root`, else at that path. It is the run, whatever it holds.
 
-    Raises UsageError (exit 2) naming the runs that are there, CorruptError (exit 6) for one without run.json,
-    ResourceError (exit 7) without the right to look.
+    Raises UsageError (exit 2) naming the runs that are there, LockedError (exit 5) for one that is prepared,
+    CorruptError (exit 6) for one without run.json, ResourceError (exit 7) without the right to look.
     """
     path = Path(given)
     is_name = path.name == given
@@ -33,6 +34,8 @@ def find_run(given: str, root: Path = ARTIFACTS) -> Path:
             if place.parent == ARTIFACTS.resolve():
                 way = f"with its pipeline.yaml, `grpo run -c FILE --set run={place.name}` writes it again"
             raise CorruptError(f"{folder / 'run.json'}: missing, though outputs of the run are there; {way}")
+        if holder := holder_here(folder):
+            raise LockedError(f"{folder}: no run yet: {holder} prepares it, its model and its prompts; wait")
     known = run_names(root)
     there = (
         f"runs there: {listed(known, path.name)}" if known else "no run is there yet; `grpo run` makes one"

@@ -7,6 +7,7 @@ is free once its holder has ended, however that was.
 
 import errno
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -121,6 +122,27 @@ class _File:
         found = self.read()
         if found is not None and found[1] == tag:
             files.remove_file(self._path)
+
+
+def holder_here(folder: Path) -> str:
+    """The process of this machine that holds `folder`, as lock() noted it; empty: none is known.
+
+    The lock is not tried: a command that begins meanwhile would find it taken.
+    """
+    path = folder / ".lock"
+    try:
+        found = re.fullmatch(r"pid ([0-9]{1,9}) on (\S+)", path.read_text(errors="replace").strip())
+    except OSError:  # nobody ever held it, or it is not ours to read
+        return ""
+    if found is None or found[2] != socket.gethostname() or int(found[1]) == os.getpid():
+        return ""
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:  # it is there, and somebody else's
+        pass
+    return found[0]
 
 
 def _holder(path: Path) -> str:

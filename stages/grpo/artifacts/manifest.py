@@ -150,6 +150,17 @@ def id_of(files: list[FileRecord]) -> str:
     return digest([file.sha256 for file in files])
 
 
+def changed(place: object) -> CorruptError:
+    """What is raised for a content, at a path or an address, that is not the one that was committed."""
+    return CorruptError(f"{place}: content changed since it was committed (sha256 differs)")
+
+
+def check_recorded(record: FileRecord, found: tuple[int, str], place: object) -> None:
+    """Raise CorruptError (exit 6) unless `found`, length in bytes and sha256, are as recorded."""
+    if found != (record.bytes, record.sha256):
+        raise changed(place)
+
+
 def seal(data: dict[str, Any]) -> bytes:
     """A JSON file of `data` and the digest of it that finds damage."""
     return (json.dumps({**data, "sha256": digest(data)}, indent=1, allow_nan=False) + "\n").encode()
@@ -163,7 +174,7 @@ def unseal(path: Path | str, data: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError):  # NaN or infinity, or nested as seal() could not write it
         same = False
     if not same:
-        raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
+        raise changed(path)
     try:
         check_depth(held, MAX_DEPTH)
     except ValueError as error:

@@ -83,12 +83,14 @@ class _Update(_Held):
 
 class _UpdateConfig(_Held):
     update: _Update = _Update()
+    max_policy_lag: Number | None = None
 
 
 class _UpdateSummary(_Held):
     kl_mean: Share = None
     entropy_mean: Share = None
     mismatch_mean: Share = None
+    stale: Number = 0
     layout: Text | None = None
     weights: Text | None = None
     moved: bool = True

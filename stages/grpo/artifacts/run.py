@@ -26,7 +26,15 @@ from grpo.artifacts.layout import (
 )
 from grpo.artifacts.lease import Lease
 from grpo.artifacts.lock import lock
-from grpo.artifacts.manifest import MANIFEST, FileRecord, Manifest, check_size, read_json, read_manifest
+from grpo.artifacts.manifest import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    changed,
+    check_size,
+    read_json,
+    read_manifest,
+)
 from grpo.console import Console, printable
 from grpo.errors import CorruptError, InputError
 
@@ -206,7 +214,7 @@ class Run:
         if (path, file.sha256) in self._verified:
             return
         if files.sha256_of(path) != file.sha256:
-            raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
+            raise changed(path)
         self.trust(file, path)
 
     def trust(self, file: FileRecord, path: Path) -> None:

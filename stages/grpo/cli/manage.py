@@ -65,9 +65,10 @@ def verify(
         report = lazy.verify.verify(opened, discard)
     document = {"run": opened.name, **report.describe()}
     exit_code = report.exit_code
-    again = lazy.verify_replay.replay(opened) if replay and not exit_code else None
-    if again is not None:
-        exit_code = again.exit_code
+    again = None
+    if replay:
+        again = lazy.verify_replay.not_replayed() if exit_code else lazy.verify_replay.replay(opened)
+        exit_code = exit_code or again.exit_code
         document |= {"replay": again.describe(), "exit": exit_code}
     copies = _copies(opened, discard) if mirror else None
     if copies is not None:
@@ -76,8 +77,6 @@ def verify(
 
     def show() -> None:
         lazy.verify.print_report(opened, report, discard)
-        if replay and again is None:
-            lazy.console.stdout_console().print("not replayed: something is damaged")
         if again is not None:
             lazy.verify_replay.print_replay(again)
         if copies is not None:

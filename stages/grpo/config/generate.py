@@ -67,8 +67,8 @@ class GenerateConfig(Section):
     max_rows_per_batch: Count = 512
     """Rollouts the built-in engine samples at once; bounds its memory."""
     prompts_sql: NonEmpty | None = None
-    """File with a query over the tables of all earlier iterations that returns the prompt_id of the next
-    groups, in order (docs/steering.md). null: each pass over the prompts in an order of its own."""
+    """File with a query over the tables of the iterations before i - policy_lag that returns the prompt_id of
+    the groups of i, in order (docs/steering.md). null: each pass over the prompts in an order of its own."""
     policy_lag: Annotated[Annotated[int, Field(ge=0, le=8)], ADDED] = 0
     """L: iteration i samples from policy max(0, i - L), 0 to 8, so its rollouts need not wait for the updates
     between (docs/scaling.md). Needs no dynamic_sampling, whose rounds wait for rewards."""

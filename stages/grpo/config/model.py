@@ -38,6 +38,9 @@ class AdvantageConfig(Section):
     """How rewards become advantages: a file advantage/estimators/NAME.sql; `scale` is of group alone."""
     pass_k: Annotated[Count | None, ADDED] = None
     """k of the estimator pass_at_k, at most generate.samples_per_prompt; null: of any other."""
+    max_policy_lag: Annotated[Annotated[int, Field(ge=0, le=2**20)] | None, ADDED] = None
+    """Rollouts whose policy is more than this many behind the one that an update trains are stale, and not
+    trained on: those replayed too (update.replay_iterations). At least generate.policy_lag; null: any age."""
     where: NonEmpty | None = None
     """One SQL condition over `samples`; a rollout that does not meet it is not trained on. null: all."""
     sql: NonEmpty | None = None
@@ -227,7 +230,12 @@ class Config(Section):
             )
 
     def _check_lag(self) -> None:
-        lag, update = self.generate.policy_lag, self.update
+        lag, update, most = self.generate.policy_lag, self.update, self.advantage.max_policy_lag
+        if most is not None and most < lag:
+            raise ValueError(
+                f"advantage.max_policy_lag: {most} is less than generate.policy_lag, {lag}, so every rollout"
+                f" would be stale; {lag} or more is right, or null"
+            )
         if lag and update.old_logprobs == "recomputed" and update.sampler_correction == "none":
             raise ValueError(
                 f"generate.policy_lag: with update.old_logprobs recomputed the ratio forgets {lag} updates"

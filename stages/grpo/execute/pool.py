@@ -6,6 +6,7 @@ A job is a function of what it holds alone, so it may be done twice, and by whic
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,7 +31,6 @@ class Round:
 
     jobs: Mapping[str, Any]
     waiting: deque[str]
-    places: int  # how many workers there may be
     done: set[str] = field(default_factory=set)
     deaths: Counter[str] = field(default_factory=Counter)
     aside: list[str] = field(default_factory=list)  # what is tried no more, and why
@@ -50,8 +50,9 @@ class Pool:
     """
 
     def __init__(self, backend: Backend, count: int, copies: bool = True, timeout_s: float = 3600.0) -> None:
-        self._backend, self._count = backend, count
+        self._backend, self.count = backend, count
         self._copies, self._timeout_s = copies, timeout_s
+        self._places = count  # how many workers there may be: fewer, where the backend has no more room
         self._idle: list[Worker] = []
         self._busy: dict[Worker, Given] = {}
         self._has_answered = False  # whether any worker ever has
@@ -75,7 +76,10 @@ class Pool:
         Raises at once what a job raised, and when the others are done EngineError (exit 8) for those that
         ended MOST_DEATHS workers each. ResourceError (exit 7): no worker got a place.
         """
-        now = Round(jobs, deque(jobs), self._count)
+        now = Round(jobs, deque(jobs))
+        if self._places < self.count:  # what had no room may have it by now
+            alive = len(self._idle) + len(self._busy)
+            self._places = max(1, alive + self._backend.room(self.count - alive))
         try:
             while not now.is_over:
                 if not is_stopping():
@@ -107,12 +111,13 @@ class Pool:
         self._backend.close()
 
     def _hand_out(self, now: Round) -> None:
-        while now.waiting and len(self._busy) < now.places:
+        while now.waiting and len(self._busy) < self._places:
             self._begin(now, now.waiting.popleft())
         for worker, held in list(self._busy.items()):
             is_wanted = held.name in now.jobs and held.name not in now.done
             if self._idle and is_wanted and worker.is_waiting():
                 self._end([worker])
+                self._places = max(1, len(self._idle) + len(self._busy))
                 self._begin(now, held.name)
         if self._copies and self._idle and now.longest_s:
             given = Counter(job.name for job in self._busy.values())
@@ -143,9 +148,9 @@ class Pool:
             self._again(now, given.name, str(death))
             return None
         except NoPlace as refusal:
-            now.places -= 1
+            self._places -= 1
             now.waiting.extendleft({given.name} & now.jobs.keys())
-            if not now.places:
+            if not self._places:
                 raise ResourceError(f"{what}: {refusal}; what is committed is kept") from None
             return None
         except GrpoError:
@@ -187,6 +192,9 @@ class Pool:
                 self._busy[worker] = given._replace(name="")
 
     def _end(self, workers: list[Worker]) -> None:
+        if workers:
+            with ThreadPoolExecutor(len(workers)) as threads:  # each may have time to close what it has open
+                for _ in threads.map(lambda worker: worker.kill(), workers):
+                    pass
         for worker in workers:
-            worker.kill()
             self._busy.pop(worker, None)

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from grpo.execute.answering import Answering, Open
@@ -36,6 +37,10 @@ class LocalProcesses:
         of_connection: dict[Any, Worker] = {each.answers: each for each in busy if isinstance(each, Process)}
         return [of_connection[each] for each in connection.wait(list(of_connection), timeout_s)]
 
+    def room(self, most: int) -> int:
+        """There is always a place."""
+        return most
+
     def is_one_machine(self) -> bool:
         """It is this one."""
         return True
@@ -55,13 +60,19 @@ class Process:
         self._process = context.Process(target=_work, args=(theirs, lifeline, open_worker))
         self._process.start()
         self.pid = self._process.pid
+        self._sending: threading.Thread | None = None
         theirs.close()
         lifeline.close()
 
     def submit(self, job: Any) -> None:
-        """Begin a job."""
+        """Begin a job; a large one fills the pipe until the process, which may be starting, has read it."""
+        content = ForkingPickler.dumps(job)
+        self._sending = threading.Thread(target=self._send, args=(content,), daemon=True)
+        self._sending.start()
+
+    def _send(self, content: Any) -> None:
         with suppress(OSError):  # it has died: result() says so
-            self.answers.send(job)
+            self.answers.send_bytes(content)
 
     def result(self) -> Any:
         """The answer."""
@@ -85,6 +96,8 @@ class Process:
             self._process.join(self._grace_s)
         self._process.kill()
         self._process.join()
+        if self._sending is not None:
+            self._sending.join()  # nobody reads it any more, which ends it
         self.answers.close()
 
 

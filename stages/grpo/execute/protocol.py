@@ -41,6 +41,9 @@ class Backend(Protocol):
     def wait(self, busy: Collection[Worker], timeout_s: float) -> list[Worker]:
         """Those of `busy` that have answered or died, as soon as there is one; none after timeout_s."""
 
+    def room(self, most: int) -> int:
+        """How many of `most` more workers would have a place now."""
+
     def is_one_machine(self) -> bool:
         """Whether all workers see the files of this machine."""
 

@@ -4,6 +4,7 @@ An actor is never restarted by Ray: it would come back without its weights. The 
 """
 
 import os
+import re
 import signal
 import socket
 import time
@@ -106,6 +107,14 @@ class RayActors:
         late: list[Worker] = [each for each in of_answer.values() if each.is_without_place()]
         return late or [of_answer[answer] for answer in answered]
 
+    def room(self, most: int) -> int:
+        """How many of `most` more have a place now."""
+        cpus, gpus = self._takes["num_cpus"], self._takes["num_gpus"]
+        # Private: what Ray has of it in public is of all nodes together, where a worker is on one.
+        free = ray._private.state.available_resources_per_node().values()
+        nodes = [Node(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in free]
+        return min(most, sum(node.room_for(cpus, gpus) for node in nodes))
+
     def is_one_machine(self) -> bool:
         """Whether the cluster is one of our own: nodes join any other at any time."""
         return self._is_own
@@ -144,6 +153,8 @@ class Actor:
                 raise difference
             is_right, found = ray.get(self.answer)
         except (RayActorError, ObjectLostError, OutOfMemoryError) as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise _not_there(str(error)) from None
             raise WorkerDied(_ending(error)) from None
         if is_right:
             return found
@@ -281,6 +292,17 @@ def _own_handlers() -> Iterator[None]:
         for number, handler in before.items():
             if signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
+
+
+def _not_there(text: str) -> UsageError:
+    """For an actor whose code is not on its node, by what Ray tells of it: a traceback."""
+    found = re.search(r"\bip=([^,)]+)", text)
+    address = found[1] if found else "a node"
+    names = {each["NodeManagerAddress"]: each["NodeManagerHostname"] for each in ray.nodes()}
+    return UsageError(
+        f"execution: {names.get(address, address)} cannot import a worker ({text.splitlines()[-1].strip()});"
+        " the same installation on every node is right"
+    )
 
 
 def _ending(error: Exception) -> str:

@@ -23,6 +23,7 @@ from grpo.artifacts import (
 )
 from grpo.errors import Interrupted
 from grpo.execute import Pool
+from grpo.generate.engines.tail import TAIL, is_tail
 from grpo.generate.rollouts import SamplingTask
 from grpo.generate.worker import Checkpoint, ShardJob, ShardResult
 from grpo.models.weight_check import read_weight_check
@@ -90,12 +91,15 @@ class HandOut:
         try:
             is_stopping = self._run.console.is_stopping  # then what is under way is still committed
             results = self._workers.run(self._jobs, self._what, self._check_given_up, is_stopping)
+            left = len(self._jobs)
             with closing(results):
                 while True:
-                    with self._staging.clock("sample"):
+                    few = is_tail(left, min(self._workers.count, len(self._jobs)))
+                    with self._staging.clock(TAIL if few and left else "sample"):
                         name, result = next(results, ("", None))
                     if result is None:
                         break
+                    left -= 1
                     self._commit(name, result)
             if self._rollouts < self._total:
                 self._run.console.stop_requested()

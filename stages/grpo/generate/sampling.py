@@ -128,9 +128,9 @@ def _groups(
             tokens += new_tokens
             advance(rollouts, f"{tokens / (time.perf_counter() - started):,.0f} tok/s")
 
-        source = tool.engine.sample(shards, task.sampling, show)
+        source, tail = tool.engine.sample(shards, task.sampling, show), tool.engine.tail
         while True:
-            with staging.clock("sample"):
+            with tail.apart(staging.seconds, "sample"), staging.clock("sample"):
                 group = next(source, None)
             if group is None:
                 return

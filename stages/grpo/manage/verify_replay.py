@@ -21,11 +21,11 @@ from grpo.update.world import together
 class ReplayReport:
     """The updates that were made again, in order; the last is the only one that may not be accepted."""
 
-    updates: int
-    """Of the run."""
+    updates: int | None
+    """Of the run; None: it is damaged, and nothing is replayed."""
     outcomes: list[Outcome] = field(default_factory=list)
     stopped: str = ""
-    """Why it went no further: something that an update was made from is another now."""
+    """Why it went no further: something is damaged, or an update was made from something else."""
 
     @property
     def equal(self) -> int:
@@ -64,14 +64,20 @@ class ReplayReport:
         }
 
 
+def not_replayed() -> ReplayReport:
+    """Of a run that is damaged: what its updates were made from may be gone."""
+    return ReplayReport(None, stopped="something is damaged")
+
+
 def replay(run: ActiveRun) -> ReplayReport:
     """Make the updates of a run again, up to the first that differs.
 
     Raises as Policies.redo(), together() and find_start().
     """
     find_start(run)
-    report = ReplayReport(sum(run.manifest(OUTPUT, number) is not None for number in run.iterations()))
-    with together(run), run.console.progress("replay", report.updates, "updates") as advance:
+    updates = sum(run.manifest(OUTPUT, number) is not None for number in run.iterations())
+    report = ReplayReport(updates)
+    with together(run), run.console.progress("replay", updates, "updates") as advance:
         policies = Policies(run, new_learner(run))
         for number in range(newest_policy(run)):
             manifest = run.require(OUTPUT, number, f"grpo update --iteration {number}")
@@ -91,6 +97,9 @@ def replay(run: ActiveRun) -> ReplayReport:
 def print_replay(report: ReplayReport) -> None:
     """The report as a person reads it."""
     say = partial(stdout_console().print, soft_wrap=True)
+    if report.updates is None:
+        say(f"not replayed: {report.stopped}")
+        return
     if found := report.refused:
         but = f"; its execution here: {', '.join(found.execution)}" if found.execution else ""
         what = f"{', '.join(found.differing)} are not what a replay gives"

@@ -5,7 +5,7 @@ from functools import partial
 from hashlib import sha256
 from typing import Any
 
-from grpo.artifacts import MANIFEST, ActiveRun, Manifest
+from grpo.artifacts import MANIFEST, ActiveRun, Manifest, check_recorded
 from grpo.console import printable, stdout_console
 from grpo.errors import CorruptError, InputError, UsageError
 from grpo.mirror import layout
@@ -92,9 +92,7 @@ def _check_files(source: Source, place: Place, manifest: Manifest, report: Mirro
                 num_bytes += len(piece)
         except FileNotFoundError:
             raise CorruptError(f"{source.address}/{key}: missing, though its manifest lists it") from None
-        if (num_bytes, digest.hexdigest()) != (record.bytes, record.sha256):
-            what = "content changed since it was committed (sha256 differs)"
-            raise CorruptError(f"{source.address}/{key}: {what}")
+        check_recorded(record, (num_bytes, digest.hexdigest()), f"{source.address}/{key}")
         report.files += 1
         report.bytes += num_bytes
 

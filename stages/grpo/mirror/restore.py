@@ -15,6 +15,7 @@ from grpo.artifacts import (
     FileRecord,
     Manifest,
     Run,
+    check_recorded,
     check_source,
     files,
     is_run,
@@ -81,11 +82,12 @@ class Source:
             found = files.write_chunks(path, self.store.read(f"{self.name}/{key}", num_bytes))
         except FileNotFoundError:
             raise InputError(f"{self.address}/{key}: gone; {_MIRROR_CHANGED}") from None
-        if record is not None and found != (record.bytes, record.sha256):
+        try:
+            if record is not None:
+                check_recorded(record, found, f"{self.address}/{key}")
+        except CorruptError:
             files.remove_file(path)
-            raise CorruptError(
-                f"{self.address}/{key}: content changed since it was committed (sha256 differs)"
-            )
+            raise
         return found[0]
 
 

@@ -16,12 +16,13 @@ from grpo.artifacts import (
     FileRecord,
     Manifest,
     Run,
+    check_recorded,
     iterations_in,
     kept_sources,
 )
 from grpo.artifacts.layout import holder_of
 from grpo.artifacts.lease import Lease
-from grpo.errors import CorruptError, InputError, LockedError
+from grpo.errors import CorruptError, InputError, LockedError, unreadable
 from grpo.mirror import layout
 from grpo.mirror.layout import NOTES, Holdings, Place
 from grpo.mirror.store import Store
@@ -225,10 +226,19 @@ def _content(path: Path) -> bytes | None:
 def checked(record: FileRecord, path: Path) -> Iterator[bytes]:
     """The content of a file in pieces. CorruptError (exit 6) at its end where it is not as recorded."""
     digest, num_bytes = sha256(), 0
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
-            num_bytes += len(piece)
-            yield piece
-    if (num_bytes, digest.hexdigest()) != (record.bytes, record.sha256):
-        raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
+    for piece in _pieces(path):
+        digest.update(piece)
+        num_bytes += len(piece)
+        yield piece
+    check_recorded(record, (num_bytes, digest.hexdigest()), path)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                yield piece
+    except FileNotFoundError:  # dropped or replaced meanwhile
+        raise
+    except OSError as error:  # whoever writes to the store would take it for one of the store
+        raise unreadable(path, error) from None

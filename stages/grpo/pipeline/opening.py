@@ -10,7 +10,7 @@ from pathlib import Path
 from grpo.artifacts import ARTIFACTS, ActiveRun, roll_forward
 from grpo.config import load
 from grpo.console import Console
-from grpo.pipeline.prepare import prepare
+from grpo.pipeline.prepare import check_local_models, prepare
 from grpo.pipeline.restart import finish_start_over
 
 
@@ -22,6 +22,7 @@ def configured(path: Path, overrides: Sequence[str], quiet: bool = False) -> Act
 @contextmanager
 def working(run: ActiveRun) -> Iterator[ActiveRun]:
     """The run, locked and prepared for work. LockedError (exit 5); InputError (4) for one made otherwise."""
+    check_local_models(run)  # before there is a folder of the run
     with locked(run, removed_too=True):
         prepare(run)
         finish_start_over(run)

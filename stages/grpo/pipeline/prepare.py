@@ -2,10 +2,10 @@
 
 from contextlib import suppress
 
-from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config, files, seal, versions
+from grpo.artifacts import STAGE_OUTPUTS, ActiveRun, Run, created_config, files, is_hub_id, seal, versions
 from grpo.config import Config, differing_keys, overridden_keys
 from grpo.errors import CorruptError, DataError, InputError
-from grpo.models.find import configured_model, local_model
+from grpo.models.find import BUILT_IN, configured_model, local_model
 from grpo.prompts import table as prompts
 from grpo.prompts.held_out import compare
 
@@ -37,6 +37,18 @@ def prepare(run: ActiveRun) -> None:
         commit_policy(run, {part: name for part, (_, name) in _start(run).items()}, ids)
     if not (begun and created):
         _write_down(run, created, before not in (None, run.id_of(prompts.OUTPUT)))
+
+
+def check_local_models(run: ActiveRun) -> None:
+    """Raise InputError (exit 4) for a checkpoint of a run yet to begin that is not where its name says.
+
+    One that would be fetched, or trained, is not looked at.
+    """
+    if run.iterations():
+        return  # it may be another than before, which is said first
+    for key, name in _start(run).values():
+        if name not in BUILT_IN and not is_hub_id(name, run.imports):
+            configured_model(run, key, name)
 
 
 def find_start(run: ActiveRun) -> dict[str, str]:

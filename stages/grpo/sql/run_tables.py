@@ -15,7 +15,7 @@ import pyarrow.fs
 
 from grpo import tables
 from grpo.artifacts import EVALUATION, OUTPUTS, RUN_OUTPUTS, TABLES_OF, FileRecord, Manifest, Run, files
-from grpo.artifacts.manifest import check_size, read_sealed
+from grpo.artifacts.manifest import changed, check_size, read_sealed
 from grpo.config.evaluate import PASS_THRESHOLD
 from grpo.errors import CorruptError, GrpoError, unreadable
 
@@ -95,7 +95,7 @@ class RunTables:
         """Raise CorruptError (exit 6) for a file that a query opened and whose content has changed."""
         for file, path in self._files:
             if files.sha256_of(path) != file.sha256:
-                raise CorruptError(f"{path}: content changed since it was committed (sha256 differs)")
+                raise changed(path)
 
     def _schema(self, run: Run, name: str) -> pa.Schema:
         if name in _FIXED:

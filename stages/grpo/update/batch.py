@@ -37,6 +37,7 @@ class Rollouts:
     advantages: np.ndarray  # float64 [B]
     temperatures: np.ndarray  # float64 [B]
     token_advantages: Rows | None = None  # float32, one per true of the mask, where teachers have a say
+    num_stale: int = 0  # kept ones that are no part of it: their policy is older than is allowed
 
     @cached_property
     def num_tokens(self) -> np.ndarray:
@@ -65,17 +66,20 @@ def read_kept(run: ActiveRun, iteration: int, vocabulary_size: int | None = None
     An older rollout keeps the log-probs that its own policy sampled it with, so its importance ratio is a
     true one, and the advantage that its group gave it.
     """
-    numbers = iterations_of(run, iteration)
-    rollouts = pa.concat_tables([read_rollouts(run, number, READ, vocabulary_size) for number in numbers])
+    numbers, most = iterations_of(run, iteration), run.config.advantage.max_policy_lag
+    columns = READ if most is None else [*READ, "policy_iteration"]
+    rollouts = pa.concat_tables([read_rollouts(run, number, columns, vocabulary_size) for number in numbers])
     advantages = pa.concat_tables([run.read("advantages", number) for number in numbers])
+    oldest = None if most is None else iteration - most
     if not (teachers := run.config.score.teachers):
-        return kept_rollouts(rollouts, advantages)
+        return kept_rollouts(rollouts, advantages, oldest_policy=oldest)
     for number, each in product(numbers, teachers):
         if run.id_of(f"teacher/{each.name}@{number}") is None:
             way = f"`grpo score --iteration {number} --force` asks it"
             raise InputError(f"{run.folder('rewards', number)}: without log-probs of {each.name}; {way}")
     found = pa.concat_tables([run.read("teacher_logprobs", number) for number in numbers])
-    return kept_rollouts(rollouts, advantages, found, {each.name: each.weight for each in teachers})
+    weights = {each.name: each.weight for each in teachers}
+    return kept_rollouts(rollouts, advantages, found, weights, oldest)
 
 
 def longest(run: ActiveRun, iteration: int) -> tuple[int, int]:
@@ -96,10 +100,11 @@ def kept_rollouts(
     advantages: pa.Table,
     teacher_logprobs: pa.Table | None = None,
     weights: Mapping[str, float] | None = None,
+    oldest_policy: int | None = None,
 ) -> Rollouts:
     """Join what was sampled with what is trained on, and with what teachers of `weights` think of it.
 
-    Raises CorruptError (exit 6) when the keys differ.
+    oldest_policy: what an older one sampled is left out. Raises CorruptError (exit 6) when the keys differ.
     """
     keys = rollouts.select(list(KEY))
     if not keys.equals(advantages.select(list(KEY))):
@@ -107,7 +112,10 @@ def kept_rollouts(
     trained = advantages.filter(advantages["keep"])["advantage"]
     if not pc.all(pc.fill_null(pc.is_finite(trained), False), min_count=0).as_py():
         raise CorruptError("advantages: one that is kept is not finite; run `grpo advantage`")
-    kept = rollouts.append_column("advantage", advantages["advantage"]).filter(advantages["keep"])
+    keep = advantages["keep"]
+    if oldest_policy is not None:
+        keep = pc.and_(keep, pc.greater_equal(rollouts["policy_iteration"], oldest_policy))
+    kept = rollouts.append_column("advantage", advantages["advantage"]).filter(keep)
     prompts, responses, masks, old_logprobs = (_lists(kept[name]) for name in _TOKENS)
     found = Rollouts(
         keys=np.stack([kept[name].to_numpy() for name in KEY], axis=1).astype(np.int64),
@@ -117,6 +125,7 @@ def kept_rollouts(
         old_logprobs=[old_T[mask_T] for old_T, mask_T in zip(old_logprobs, masks, strict=True)],
         advantages=kept["advantage"].to_numpy(),
         temperatures=kept["temperature"].to_numpy(),
+        num_stale=len(trained) - len(kept),
     )
     if teacher_logprobs is None or not weights:
         return found
@@ -125,7 +134,7 @@ def kept_rollouts(
         own = teacher_logprobs.filter(pc.equal(teacher_logprobs["name"], name))
         if not keys.equals(own.select(list(KEY))):
             raise CorruptError(f"teacher_logprobs of {name} are not of these rollouts; run `grpo score`")
-        teachers[name] = weight, _lists(own.filter(advantages["keep"])["logprobs"])
+        teachers[name] = weight, _lists(own.filter(keep)["logprobs"])
     return replace(found, token_advantages=_token_advantages(found, list(teachers.values())))
 
 

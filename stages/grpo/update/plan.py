@@ -35,6 +35,8 @@ def plan(run: ActiveRun, iteration: int) -> Plan:
     config = {"seed": run.config.seed, "update": recorded, **run.config.loaded_with()}
     if update.schedule != "constant" or update.warmup_share:
         config["iterations"] = run.config.iterations  # over which the learning rate falls, or rises
+    if update.replay_iterations and run.config.advantage.max_policy_lag is not None:
+        config["max_policy_lag"] = run.config.advantage.max_policy_lag
     if teachers := run.config.score.teachers:
         config["teachers"] = {each.name: each.weight for each in teachers}
     return Plan(

@@ -92,6 +92,9 @@ def as_recorded(run: ActiveRun, manifest: Manifest) -> ActiveRun:
                 "seed": held["seed"],
                 "iterations": held.get("iterations", run.config.iterations),
                 "update": UpdateConfig.model_validate(given),
+                "advantage": run.config.advantage.model_copy(
+                    update={"max_policy_lag": held.get("max_policy_lag")}
+                ),
                 "model_options": ModelOptions.model_validate(options),
                 "score": run.config.score.model_copy(
                     # Their log-probs are on disk: the models are not asked again.

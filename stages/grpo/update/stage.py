@@ -11,7 +11,7 @@ from typing import Any
 from grpo.artifacts import ActiveRun, Manifest, Product, Staging, id_of, keep_source, newest_policy
 from grpo.errors import GrpoError, InputError, ResourceError
 from grpo.update.adapter import check_modules, require_peft
-from grpo.update.batch import longest, read_kept
+from grpo.update.batch import Rollouts, longest, read_kept
 from grpo.update.durable import Checkpoints
 from grpo.update.execution import execution_of
 from grpo.update.first_read import FirstRead
@@ -89,6 +89,7 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, policies: Policies
         policies.begin(iteration, staging.plan.inputs)
         vocabulary = learner.model.config.get_text_config().vocab_size
         rollouts = read_kept(run, iteration, vocabulary)
+        stale = _say_stale(run, iteration, rollouts)
     with clock("check"):
         before = run.manifest(OUTPUT, iteration - 1) if iteration > 0 else None
         lengths, last = longest(run, iteration), None
@@ -110,7 +111,7 @@ def produce(run: ActiveRun, iteration: int, staging: Staging, policies: Policies
         weights = learner.digest()
     ids = {name: id_of(sorted(held[name], key=lambda file: file.name)) for name in IDS}
     ids["policy"] = policy_id(staging.plan, weights)
-    summary = {**summary_of(rows), **layout, "weights": weights, "moved": weights != weights_before}
+    summary = {**summary_of(rows), **stale, **layout, "weights": weights, "moved": weights != weights_before}
     execution = execution_of(learner)
     if policies.rebuilt:
         execution["rebuilt"], policies.rebuilt = policies.rebuilt, None
@@ -122,6 +123,19 @@ def _write_held(policies: Policies, number: int | None) -> None:
     held = policies.learner.holds
     if number and held is not None and held == policies.run.id_of(f"policy@{number}"):
         policies.make_durable(number)
+
+
+def _say_stale(run: ActiveRun, iteration: int, rollouts: Rollouts) -> dict[str, int]:
+    """How many replayed rollouts are too old, for the manifest; nothing where any age will do."""
+    most = run.config.advantage.max_policy_lag
+    if most is None or not run.config.update.replay_iterations:
+        return {}
+    if rollouts.num_stale:
+        why = f"their policy is more than {most} behind (advantage.max_policy_lag)"
+        run.console.say(
+            f"update {iteration}: {rollouts.num_stale} replayed rollouts are stale, and left out: {why}"
+        )
+    return {"stale": rollouts.num_stale}
 
 
 def _say_refused(run: ActiveRun, iteration: int, layout: dict[str, Any]) -> None:

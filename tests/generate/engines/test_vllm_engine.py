@@ -232,7 +232,10 @@ def test_more_prompt_tokens_than_one_batch_holds(engine: vllm_engine.VllmEngine,
     prompts = [[(11 * i + j) % 250 for i in range(100)] for j in range(16)]
     assert sum(map(len, prompts)) > BATCHED_TOKENS
     wanted = requests(prompts)
+    before, started = engine.tail.seconds, time.perf_counter()
     assert largest_difference(checkpoint, wanted, sample(engine, wanted)) < 1e-5
+    # What began last ends last, with under half of all under way.
+    assert 0 < engine.tail.seconds - before < time.perf_counter() - started
 
 
 def test_a_response_that_does_not_fit_is_refused_not_cut(engine: vllm_engine.VllmEngine) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from grpo.errors import DataError
+from grpo.generate.engines.tail import Tail
 
 if TYPE_CHECKING:
     from grpo.models.weights import Weights
@@ -78,6 +79,8 @@ class Engine(Protocol):
     """What the engine computes in, known once weights are there: `float32`, `bfloat16`, `fp8`, ..."""
     device: str
     """Where it takes weights from without another copy there, as torch names it."""
+    tail: Tail
+    """Its seconds in which under half of the samples were under way that it can have under way at a time."""
 
     def load(self, checkpoint: Path) -> None:
         """Take the weights of `checkpoint`, a Hugging Face directory; drop everything cached before."""

@@ -29,6 +29,7 @@ from grpo.generate.engines.kv_cache import Move, cache_name, move_rows, new_cach
 from grpo.generate.engines.prefix_attention import NAME, Prefix, prefix_attention, takes_prefix
 from grpo.generate.engines.protocol import Group, OnProgress, Request, Sample, Sampling, check_requests
 from grpo.generate.engines.stop import StopWatches
+from grpo.generate.engines.tail import Tail
 from grpo.models.attention import attending
 from grpo.models.loading import Blueprint, context_length, eos_token_ids, has_tensors, load_model
 from grpo.models.logprobs import token_logprobs
@@ -52,6 +53,7 @@ class TransformersEngine:
         self._takes_prefix = False
         self._eos_ids: frozenset[int] = frozenset()
         self._checkpoint = Path()
+        self.tail = Tail()
 
     def load(self, checkpoint: Path) -> None:
         """Build the model anew from `checkpoint`: nothing of an earlier one can stay behind.
@@ -122,7 +124,7 @@ class TransformersEngine:
                 # A sample that has its prompt to itself shares nothing.
                 shares = self._takes_prefix and min(len(request.seeds) for request in batch) > 1
                 yield from sample_batch(
-                    self._model, batch, sampling, self._eos_ids, on_progress, shares, tokenizer
+                    self._model, batch, sampling, self._eos_ids, on_progress, shares, tokenizer, self.tail
                 )
 
     def release(self) -> None:
@@ -165,11 +167,14 @@ def sample_batch(
     on_progress: OnProgress,
     shares_prompts: bool,
     tokenizer: Tokenizer | None = None,
+    tail: Tail | None = None,
 ) -> list[Group]:
     """Sample all groups of one batch together, to their ends.
 
     shares_prompts: keep keys and values of a prompt once; needs takes_prefix(model). tokenizer: for stop.
+    tail: what counts it.
     """
+    tail = tail or Tail()
     rows = _Rows(model, requests, sampling, shares_prompts)
     watches = StopWatches(tokenizer, requests, sampling.stop)
     eos_E = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
@@ -179,15 +184,16 @@ def sample_batch(
     num_tokens_B = tokens_BT.new_zeros(len(tokens_BT))
     with attending(model, NAME, prefix_attention) if shares_prompts else nullcontext():
         for step in range(sampling.max_new_tokens):
-            tokens_N, logprobs_N = rows.draw(step, sampling.temperature)
-            tokens_BT[rows.sample_N, step], logprobs_BT[rows.sample_N, step] = tokens_N, logprobs_N
-            num_tokens_B[rows.sample_N] = step + 1
-            ended_N = watches.ended(torch.isin(tokens_N, eos_E), rows.sample_N, tokens_N)
-            left = 0 if step + 1 == sampling.max_new_tokens else int((~ended_N).sum())
-            on_progress(len(tokens_N), len(tokens_N) - left)
-            if not left:
-                break
-            rows.advance(rows.leave(ended_N, tokens_N))
+            with tail.at(len(rows.sample_N), len(tokens_BT)):
+                tokens_N, logprobs_N = rows.draw(step, sampling.temperature)
+                tokens_BT[rows.sample_N, step], logprobs_BT[rows.sample_N, step] = tokens_N, logprobs_N
+                num_tokens_B[rows.sample_N] = step + 1
+                ended_N = watches.ended(torch.isin(tokens_N, eos_E), rows.sample_N, tokens_N)
+                left = 0 if step + 1 == sampling.max_new_tokens else int((~ended_N).sum())
+                on_progress(len(tokens_N), len(tokens_N) - left)
+                if not left:
+                    break
+                rows.advance(rows.leave(ended_N, tokens_N))
     drawn_BT = torch.arange(sampling.max_new_tokens, device=model.device) < num_tokens_B[:, None]
     ends = num_tokens_B.cumsum(0)[:-1].tolist()
     tokens = np.split(tokens_BT[drawn_BT].to("cpu", torch.int32).numpy(), ends)

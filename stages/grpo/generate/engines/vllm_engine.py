@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from grpo.errors import EngineError, GrpoError, UsageError
 from grpo.generate.engines import vllm_settings
 from grpo.generate.engines.protocol import Group, OnProgress, Request, Sample, Sampling, check_requests
+from grpo.generate.engines.tail import Tail
 from grpo.models.loading import eos_token_ids
 from grpo.models.weights import Weights
 
@@ -52,6 +53,7 @@ class VllmEngine:
         self._asleep = False
         self._seen: Sequence[int] = []  # the longest prompt of the shard that was sampled last
         self.precision = ""
+        self.tail = Tail()
 
     def load(self, checkpoint: Path) -> None:
         """Open the engine at `checkpoint`, or give the open one its weights. Raises EngineError."""
@@ -161,18 +163,19 @@ class VllmEngine:
         assert self._llm is not None, "load() or take() comes before use"
         assert not self._asleep, "load() or take() comes before use"
         engine = self._llm.llm_engine
-        open_requests = set()
+        open_requests = dict[str, int]()  # name -> samples
         try:
             with self._failures("sampling"):
                 for name, token_ids, params in requests:
                     params.output_kind = RequestOutputKind.FINAL_ONLY
                     engine.add_request(name, {"prompt_token_ids": list(token_ids)}, params)
-                    open_requests.add(name)
+                    open_requests[name] = params.n
+            slots = min(engine.vllm_config.scheduler_config.max_num_seqs, sum(open_requests.values()))
             while open_requests:
-                with self._failures("sampling"):
+                with self._failures("sampling"), self.tail.at(sum(open_requests.values()), slots):
                     outputs = [output for output in engine.step() if output.finished]
                 for output in outputs:
-                    open_requests.discard(output.request_id)
+                    del open_requests[output.request_id]
                     yield output
         except GeneratorExit:
             engine.abort_request(list(open_requests))

@@ -16,6 +16,7 @@ from grpo.manage.doctor.inputs import (
 )
 from grpo.manage.doctor.machine import check_compiler, check_threads
 from grpo.manage.doctor.memory import check_memory
+from grpo.manage.doctor.overlap import check_overlap
 from grpo.manage.doctor.places import check_execution
 from grpo.manage.doctor.report import Report, print_report
 from grpo.manage.doctor.rewards import check_rewards, check_teachers
@@ -83,6 +84,7 @@ def _look(run: ActiveRun, report: Report, with_model: bool, room: bool = True) -
         if ("engine options", "failed") not in {(check.name, check.level) for check in report.checks}:
             check_memory(run, report, policy, reference, found[0].longest)
         check_disk(run, report, policy)
+        check_overlap(run, report)
     if with_model and report.exit_code:
         with report.check("agreement", "not tried", AGREEMENT) as check:
             check.warn("what failed above comes first")
