@@ -77,9 +77,7 @@ class Pool:
         ended MOST_DEATHS workers each. ResourceError (exit 7): no worker got a place.
         """
         now = Round(jobs, deque(jobs))
-        if self._places < self.count:  # what had no room may have it by now
-            alive = len(self._idle) + len(self._busy)
-            self._places = max(1, alive + self._backend.room(self.count - alive))
+        self._look_for_room()
         try:
             while not now.is_over:
                 if not is_stopping():
@@ -109,6 +107,12 @@ class Pool:
         self._end([*self._idle, *self._busy])
         self._idle = []
         self._backend.close()
+
+    def _look_for_room(self) -> None:
+        """Have as many workers as are wanted again where there is a place for them by now."""
+        if self._places < self.count:
+            alive = len(self._idle) + len(self._busy)
+            self._places = max(1, alive + self._backend.room(self.count - alive))
 
     def _hand_out(self, now: Round) -> None:
         while now.waiting and len(self._busy) < self._places:

@@ -112,9 +112,7 @@ def kept_rollouts(
     trained = advantages.filter(advantages["keep"])["advantage"]
     if not pc.all(pc.fill_null(pc.is_finite(trained), False), min_count=0).as_py():
         raise CorruptError("advantages: one that is kept is not finite; run `grpo advantage`")
-    keep = advantages["keep"]
-    if oldest_policy is not None:
-        keep = pc.and_(keep, pc.greater_equal(rollouts["policy_iteration"], oldest_policy))
+    keep = _fresh(advantages["keep"], rollouts, oldest_policy)
     kept = rollouts.append_column("advantage", advantages["advantage"]).filter(keep)
     prompts, responses, masks, old_logprobs = (_lists(kept[name]) for name in _TOKENS)
     found = Rollouts(
@@ -136,6 +134,12 @@ def kept_rollouts(
             raise CorruptError(f"teacher_logprobs of {name} are not of these rollouts; run `grpo score`")
         teachers[name] = weight, _lists(own.filter(keep)["logprobs"])
     return replace(found, token_advantages=_token_advantages(found, list(teachers.values())))
+
+
+def _fresh(keep: pa.ChunkedArray, rollouts: pa.Table, oldest_policy: int | None) -> pa.ChunkedArray:
+    if oldest_policy is None:
+        return keep
+    return pc.and_(keep, pc.greater_equal(rollouts["policy_iteration"], oldest_policy))
 
 
 def _token_advantages(rollouts: Rollouts, teachers: list[tuple[float, Rows]]) -> Rows:

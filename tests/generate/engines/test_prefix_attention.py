@@ -21,6 +21,7 @@ from transformers import (
 from grpo.generate.engines.kv_cache import Move, new_cache
 from grpo.generate.engines.prefix_attention import NAME, Prefix, prefix_attention, takes_prefix
 from grpo.generate.engines.protocol import Request, Sampling, group_seed
+from grpo.generate.engines.tail import Tail
 from grpo.generate.engines.transformers_engine import sample_batch, score
 from grpo.models.attention import attending
 
@@ -80,7 +81,7 @@ def test_shared_prompts_give_the_samples_of_copied_ones(family: str, temperature
     assert takes_prefix(model)
     sampling, eos_ids = Sampling(temperature, 14), frozenset([3, 7, 11, 19])
     shared, copied = (
-        sample_batch(model, requests(), sampling, eos_ids, lambda *_: None, shares_prompts)
+        sample_batch(model, requests(), sampling, eos_ids, lambda *_: None, shares_prompts, Tail())
         for shares_prompts in (True, False)
     )
     lengths = set()
@@ -129,7 +130,7 @@ def test_the_attention_of_the_model_is_restored() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample_batch(model, requests(), Sampling(1.0, 4), frozenset(), interrupt, True)
+        sample_batch(model, requests(), Sampling(1.0, 4), frozenset(), interrupt, True, Tail())
     assert model.config._attn_implementation == "sdpa"
     assert [score(model, sequence).tolist() for sequence in sequences] == before
     with attending(model, NAME, prefix_attention):

@@ -124,7 +124,7 @@ class TransformersEngine:
                 # A sample that has its prompt to itself shares nothing.
                 shares = self._takes_prefix and min(len(request.seeds) for request in batch) > 1
                 yield from sample_batch(
-                    self._model, batch, sampling, self._eos_ids, on_progress, shares, tokenizer, self.tail
+                    self._model, batch, sampling, self._eos_ids, on_progress, shares, self.tail, tokenizer
                 )
 
     def release(self) -> None:
@@ -166,15 +166,13 @@ def sample_batch(
     eos_ids: frozenset[int],
     on_progress: OnProgress,
     shares_prompts: bool,
+    tail: Tail,
     tokenizer: Tokenizer | None = None,
-    tail: Tail | None = None,
 ) -> list[Group]:
-    """Sample all groups of one batch together, to their ends.
+    """Sample all groups of one batch together, to their ends; `tail` is told how many are under way.
 
     shares_prompts: keep keys and values of a prompt once; needs takes_prefix(model). tokenizer: for stop.
-    tail: what counts it.
     """
-    tail = tail or Tail()
     rows = _Rows(model, requests, sampling, shares_prompts)
     watches = StopWatches(tokenizer, requests, sampling.stop)
     eos_E = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
@@ -194,15 +192,19 @@ def sample_batch(
                 if not left:
                     break
                 rows.advance(rows.leave(ended_N, tokens_N))
-    drawn_BT = torch.arange(sampling.max_new_tokens, device=model.device) < num_tokens_B[:, None]
-    ends = num_tokens_B.cumsum(0)[:-1].tolist()
-    tokens = np.split(tokens_BT[drawn_BT].to("cpu", torch.int32).numpy(), ends)
-    logprobs = np.split(logprobs_BT[drawn_BT].cpu().numpy(), ends)
+    tokens = _drawn(tokens_BT.to(torch.int32), num_tokens_B)
+    logprobs = _drawn(logprobs_BT, num_tokens_B)
     samples = (
         Sample(tokens_T, logprobs_T, "stop" if stopped or tokens_T[-1] in eos_ids else "length")
         for tokens_T, logprobs_T, stopped in zip(tokens, logprobs, watches.stopped_B, strict=True)
     )
     return [Group(request.group_id, list(islice(samples, len(request.seeds)))) for request in requests]
+
+
+def _drawn(values_BT: Tensor, num_tokens_B: Tensor) -> list[np.ndarray]:
+    """Of each sample the values of the tokens that it has."""
+    drawn_BT = torch.arange(values_BT.shape[1], device=values_BT.device) < num_tokens_B[:, None]
+    return np.split(values_BT[drawn_BT].cpu().numpy(), num_tokens_B.cumsum(0)[:-1].tolist())
 
 
 class _Rows:
