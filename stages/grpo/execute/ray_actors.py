@@ -1,61 +1,28 @@
-"""ray_actors: workers as Ray actors, on any node of a cluster. Only this file imports ray.
+"""ray_actors: workers as Ray actors, on any node of a cluster.
 
 An actor is never restarted by Ray: it would come back without its weights. The pool asks for a new one.
 """
 
-import os
 import re
-import signal
-import socket
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 from weakref import WeakSet
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would ask, and tell
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 from ray.util import get_node_ip_address, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from grpo.errors import ResourceError, UsageError, first_line
+from grpo.errors import UsageError
 from grpo.execute.answering import Answering, Open
 from grpo.execute.node import check_same, facts
 from grpo.execute.protocol import NoPlace, Worker, WorkerDied
+from grpo.execute.ray_cluster import Head, Node, enter
 
-REACH_S = 10  # of the cluster's head
 WAIT_S = 30  # until one that is idle takes the job of an actor without a place
 START_S = 300  # until an actor has a place and a process, of which libraries are imported
-HEAD_S = 30  # that the cluster's head may not answer
-LOOK_S = 5  # between two looks at it
-# Ray would end this process a minute after it lost the head, without a word of ours.
-_RAYS_PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(7 * 24 * 3600)}
-
-
-class Node(NamedTuple):
-    """What a node of a cluster has."""
-
-    cpus: int
-    gpus: int
-
-    def room_for(self, cpus: int, gpus: int) -> int:
-        """How many workers that take so much."""
-        return min(self.cpus // cpus, self.gpus // gpus if gpus else self.cpus // cpus)
-
-
-def nodes_of(address: str) -> list[Node]:
-    """Of the cluster at `address`, as they are now. Raises ResourceError (exit 7) where none is there."""
-    entered = not ray.is_initialized()
-    if entered:
-        _enter(address)
-    try:
-        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return [Node(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources]
-    finally:
-        if entered:
-            ray.shutdown()
 
 
 class RayActors:
@@ -75,7 +42,7 @@ class RayActors:
         self._entered: bool = is_outside or any(other._entered for other in self._open)
         self._is_own = self._entered and address == "local"
         if is_outside:
-            _enter(address)
+            enter(address)
         self._open.add(self)
         self._opener = ray.put(open_worker)
         self._head = Head(ray.get_runtime_context().gcs_address)
@@ -131,7 +98,7 @@ class RayActors:
 class Actor:
     """One of them. place: as Ray's scheduling_strategy."""
 
-    def __init__(self, opener: Any, takes: Mapping[str, int], place: Any, head: "Head") -> None:
+    def __init__(self, opener: Any, takes: Mapping[str, int], place: Any, head: Head) -> None:
         self._opener, self._takes, self._head = opener, takes, head
         self._since, self._is_placed = time.monotonic(), False
         options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": place}
@@ -176,33 +143,6 @@ class Actor:
             ray.kill(self._actor)
 
 
-class Head:
-    """Of the cluster, host:port: without it no actor starts, and Ray would wait for it without an end."""
-
-    def __init__(self, address: str) -> None:
-        self._address, self._looked = address, time.monotonic()
-        self._silent_since: float | None = None
-        self.is_gone = False
-
-    def look(self) -> None:
-        """Raise ResourceError (exit 7) once it has not answered for HEAD_S."""
-        if (now := time.monotonic()) - self._looked < LOOK_S:
-            return
-        self._looked = now
-        try:
-            _connect(self._address)
-            self._silent_since = None
-        except OSError as error:
-            self._silent_since = self._silent_since or now
-            self.is_gone = now - self._silent_since > HEAD_S
-            if self.is_gone:
-                raise ResourceError(
-                    f"execution.address: the cluster's head, {self._address}, has not answered for {HEAD_S}"
-                    f" s: {first_line(error)}; what is committed is kept; start another one, and the same"
-                    " command resumes"
-                ) from error
-
-
 class _Answering:
     """What an actor is."""
 
@@ -227,71 +167,6 @@ class _Answering:
 @cache
 def _remote_class() -> Any:
     return ray.remote(_Answering)
-
-
-def _enter(address: str) -> None:
-    """Become a driver of the cluster."""
-    # It would print what befalls workers to stdout, which is for results; the pool says what matters.
-    ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
-    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-    if address == "local":
-        options["include_dashboard"] = False
-    with _own_handlers():
-        try:
-            if address == "local":
-                ray.init(address=address, **options)
-            else:
-                _reach(address)
-                with _environment(_RAYS_PATIENCE):
-                    ray.init(address=address, **options)
-        except ValueError as error:
-            raise UsageError(f"execution.address: {address}: {first_line(error)}") from error
-        except (OSError, RuntimeError) as error:
-            way = "`ray start --head` begins one, execution.address: local has one of its own"
-            raise ResourceError(f"execution.address: {address}: {first_line(error)}; {way}") from error
-
-
-def _reach(address: str) -> None:
-    """Raise OSError where nobody is there: Ray would try for minutes, and reach no other one afterwards."""
-    # Private, as is what _enter() replaces: there is no other way. So one release of Ray is allowed.
-    from ray._private.services import canonicalize_bootstrap_address
-
-    found = canonicalize_bootstrap_address(address)
-    if found is None:
-        raise ConnectionError("this machine is in no Ray cluster")
-    _connect(found)
-
-
-def _connect(address: str) -> None:
-    """Raise OSError where nobody is there."""
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        raise ValueError("host:port is right")
-    with socket.create_connection((host, int(port)), timeout=REACH_S):
-        pass
-
-
-@contextmanager
-def _environment(more: Mapping[str, str]) -> Iterator[None]:
-    """With these variables, which are not there otherwise: what this process starts has its own patience."""
-    os.environ.update(more)
-    try:
-        yield
-    finally:
-        for name in more:
-            del os.environ[name]
-
-
-@contextmanager
-def _own_handlers() -> Iterator[None]:
-    """What Ray sets for SIGTERM would end the driver without a word: ours come back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
 
 
 def _not_there(text: str) -> UsageError:

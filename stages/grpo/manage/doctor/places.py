@@ -79,8 +79,10 @@ def _nodes_of(execution: ExecutionConfig, room: bool) -> list[Any] | None:
     """Of a cluster that is to be asked; None: it is not."""
     if execution.backend == "local":
         return None
-    rays = require_ray()
-    return list(rays.nodes_of(execution.address)) if room else None
+    require_ray()
+    from grpo.execute.ray_cluster import nodes_of
+
+    return [*nodes_of(execution.address)] if room else None
 
 
 def _place(check: Check, nodes: list[Any] | None, wanted: Wanted) -> None:
