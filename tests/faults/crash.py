@@ -1,5 +1,6 @@
 """crash: commands of `grpo` in processes of their own that end badly, and what a run holds afterwards."""
 
+import gc
 import hashlib
 import itertools
 import json
@@ -95,6 +96,7 @@ class Child:
         self._log = tempfile.TemporaryDirectory()
         self.pid = os.fork()
         if self.pid == 0:
+            gc.freeze()  # what is garbage here may have had threads, which a fork has not: its end would abort
             code = 99
             try:
                 os.chdir(folder)
