@@ -1,6 +1,5 @@
 """crash: commands of `grpo` in processes of their own that end badly, and what a run holds afterwards."""
 
-import gc
 import hashlib
 import itertools
 import json
@@ -13,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from gc import freeze
 from pathlib import Path
 
 # What is not used here is imported so that a fork has it already: that is half the seconds of a command.
@@ -96,7 +96,7 @@ class Child:
         self._log = tempfile.TemporaryDirectory()
         self.pid = os.fork()
         if self.pid == 0:
-            gc.freeze()  # what is garbage here may have had threads, which a fork has not: its end would abort
+            freeze()  # what is garbage here may have had threads, which a fork has not: its end would abort
             code = 99
             try:
                 os.chdir(folder)
