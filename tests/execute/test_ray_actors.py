@@ -140,7 +140,7 @@ def test_a_full_cluster_is_remembered_until_something_is_free(
 
     monkeypatch.setattr(RayActors, "start", noted)
     jobs = {str(number): f"slow {number}" for number in range(6)}
-    with closing(Pool(RayActors(squares, cluster.address, 1, 0), 3)) as opened:
+    with closing(Pool(RayActors(squares, cluster.address, 1, 0), 3, copies=False)) as opened:
         # The third has the last job, which one of the two takes when it has waited.
         assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
         assert len(started) == 3
@@ -148,5 +148,9 @@ def test_a_full_cluster_is_remembered_until_something_is_free(
         assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
         assert (len(started), time.monotonic() - begun < 10) == (3, True)
         cluster.add_node(num_cpus=1)
+        until = time.monotonic() + 30
+        while not opened._backend.room(1):  # Ray tells of it a moment later
+            assert time.monotonic() < until
+            time.sleep(0.1)
         assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
         assert len(started) == 4
