@@ -132,7 +132,7 @@ def holder_here(folder: Path) -> str:
     path = folder / ".lock"
     try:
         found = re.fullmatch(r"pid ([0-9]{1,9}) on (\S+)", path.read_text(errors="replace").strip())
-    except OSError:  # nobody ever held it, or it is not ours to read
+    except (OSError, ValueError):  # nobody ever held it, it is not ours to read, or the name is none
         return ""
     if found is None or found[2] != socket.gethostname() or int(found[1]) == os.getpid():
         return ""
