@@ -422,8 +422,8 @@ def test_json_has_null_where_a_number_is_none(finished: Path, grpo: Grpo) -> Non
 HOLD = """
 import sys
 from pathlib import Path
-from grpo.artifacts.lock import lock
-with lock(Path(sys.argv[1])):
+from grpo.artifacts.lock import kernel_lock
+with kernel_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
