@@ -127,6 +127,14 @@ def test_a_node_without_this_package_is_named(
         dict(opened.run({"2": 2}, "test", go_on))
 
 
+def wait_for_room(opened: Pool, is_right: bool) -> None:
+    """Ray tells what is free a moment after it has changed."""
+    until = time.monotonic() + 30
+    while bool(opened._backend.room(1)) != is_right:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def test_a_full_cluster_is_remembered_until_something_is_free(
     cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,13 +152,11 @@ def test_a_full_cluster_is_remembered_until_something_is_free(
         # The third has the last job, which one of the two takes when it has waited.
         assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
         assert len(started) == 3
+        wait_for_room(opened, False)
         begun = time.monotonic()
         assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
         assert (len(started), time.monotonic() - begun < 10) == (3, True)
         cluster.add_node(num_cpus=1)
-        until = time.monotonic() + 30
-        while not opened._backend.room(1):  # Ray tells of it a moment later
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        wait_for_room(opened, True)
         assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
         assert len(started) == 4
