@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from grpo.errors import DataError, EngineError
+from grpo.errors import DataError, EngineError, ResourceError
 from grpo.execute import LocalProcesses, Pool, WorkerDied
 from grpo.execute.processes import Process
 
@@ -255,3 +255,27 @@ class Slow:
 
 def slow_to_close() -> Callable[[Any], Any]:
     return Slow()
+
+
+def test_all_that_are_idle_are_asked_together_and_end_together(pool: Pool) -> None:
+    assert len(dict(pool.run({"1": "slow 1", "2": "slow 2"}, "test", go_on))) == 2
+    before = set(pool.idle)
+    assert [found[0] for found in pool.ask_all([3, 4])] == [9, 16]
+    assert set(pool.idle) == before
+    with pytest.raises(WorkerDied, match="by SIGKILL"):
+        pool.ask_all([3, "kill"])
+    assert pool.idle == ()
+    assert dict(pool.run({"2": 2}, "test", go_on))["2"][0] == 4
+    with pytest.raises(DataError, match="a bad shard"):
+        pool.ask_all(["raise"])
+    assert pool.idle == ()
+
+
+def test_what_is_for_those_that_are_there_ends_with_the_last_of_them(pool: Pool, tmp_path: Path) -> None:
+    assert len(dict(pool.run({"1": "slow 1", "2": "slow 2"}, "test", go_on))) == 2
+    jobs: dict[str, Any] = {"dies": tmp_path / "marker", **{str(number): number for number in range(4)}}
+    found = dict(pool.run(jobs, "test", go_on, may_start=False))
+    assert found["dies"][0] == "second"  # by the other one
+    assert len(pool.idle) == 1
+    with pytest.raises(ResourceError, match="generate 3: all workers have ended that had what it needs"):
+        dict(pool.run({"1": 1, "2": "kill"}, "generate 3", go_on, may_start=False))

@@ -62,6 +62,9 @@ class ExecutionConfig(Section):
     """What scores by reward functions; null: this process, by score.workers processes."""
     learner: LearnerConfig | None = None
     """What trains; null: this process, or those of torchrun."""
+    weights: Literal["disk", "memory"] = "disk"
+    """How engines get a policy that the learner has in memory. `disk`: as files, in memory where all is one
+    machine. `memory`: from GPU to GPU by vLLM's own transfer (NCCL), for engines with `gpus`."""
     placement: Annotated[
         Literal["apart", "shared"], must(lambda placement: placement == "apart", _SHARED)
     ] = "apart"
@@ -83,6 +86,10 @@ class ExecutionConfig(Section):
     def _is_rays(self) -> "ExecutionConfig":
         if self.address != "auto" and self.backend == "local":
             raise ValueError(f"address: {self.address}: of a Ray cluster; set backend: ray, or leave it out")
+        if self.weights == "memory" and self.engines is None:
+            raise ValueError(
+                "weights: memory: is for engines in other processes; this one has the weights already"
+            )
         if self.engines is not None and self.engines.gpus and self.backend == "local":
             raise ValueError("engines.gpus: engines on GPUs are for `backend: ray`; 0 is right with local")
         if self.learner is not None and self.learner.gpus and self.backend == "local":

@@ -5,7 +5,7 @@ A job is a function of what it holds alone, so it may be done twice, and by whic
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ class Round:
 
     jobs: Mapping[str, Any]
     waiting: deque[str]
+    may_start: bool
     done: set[str] = field(default_factory=set)
     deaths: Counter[str] = field(default_factory=Counter)
     aside: list[str] = field(default_factory=list)  # what is tried no more, and why
@@ -68,20 +69,22 @@ class Pool:
         what: str,
         stop_requested: Callable[[], None],
         is_stopping: Callable[[], bool] = lambda: False,
+        may_start: bool = True,
     ) -> Generator[tuple[str, Any], None, None]:
         """Name and result of each job, as they come.
 
         what: of which jobs errors speak, such as `generate 3`. A job whose worker dies is done again, first
-        of all. is_stopping: once it says so, no job is begun, and it ends with those under way.
+        of all. is_stopping: once it says so, no job is begun, and it ends with those under way. may_start:
+        else only those that are idle now work: what jobs need has been given to them alone.
         Raises at once what a job raised, and when the others are done EngineError (exit 8) for those that
-        ended MOST_DEATHS workers each. ResourceError (exit 7): no worker got a place.
+        ended MOST_DEATHS workers each. ResourceError (exit 7): no worker got a place, or none is left.
         """
-        now = Round(jobs, deque(jobs))
+        now = Round(jobs, deque(jobs), may_start)
         self._look_for_room()
         try:
             while not now.is_over:
                 if not is_stopping():
-                    self._hand_out(now)
+                    self._hand_out(now, what)
                 elif not any(given.name in jobs for given in self._busy.values()):
                     break
                 for worker in self._backend.wait(self._busy, POLL_S):
@@ -102,6 +105,38 @@ class Pool:
                 " and the same command tries again"
             )
 
+    @property
+    def host(self) -> str:
+        """The address of this machine for workers."""
+        return self._backend.host
+
+    @property
+    def idle(self) -> tuple[Worker, ...]:
+        """Those that are open and have no job."""
+        return tuple(self._idle)
+
+    def ask_all(self, jobs: Sequence[Any]) -> list[Any]:
+        """The answers of all that are idle, each to the job at its place in `jobs`.
+
+        Raises what one raised, and WorkerDied; all of them are ended then: the others stand in the midst of
+        what they do together.
+        """
+        asked, self._idle, answers = self._idle, [], dict[Worker, Any]()
+        for worker, job in zip(asked, jobs, strict=True):
+            self._busy[worker] = Given("", time.monotonic())
+            worker.submit(job)
+        try:
+            while left := [worker for worker in asked if worker not in answers]:
+                for worker in self._backend.wait(left, POLL_S):
+                    answers[worker] = worker.result()
+                if any(time.monotonic() - self._busy[worker].since > self._timeout_s for worker in left):
+                    raise WorkerDied(f"no answer in {self._timeout_s:g} s")
+        except BaseException:
+            self._end(asked)
+            raise
+        self._idle = [worker for worker in asked if self._busy.pop(worker)]
+        return [answers[worker] for worker in asked]
+
     def close(self) -> None:
         """End all workers."""
         self._end([*self._idle, *self._busy])
@@ -114,9 +149,14 @@ class Pool:
             alive = len(self._idle) + len(self._busy)
             self._places = max(1, alive + self._backend.room(self.count - alive))
 
-    def _hand_out(self, now: Round) -> None:
-        while now.waiting and len(self._busy) < self._places:
+    def _hand_out(self, now: Round, what: str) -> None:
+        while now.waiting and len(self._busy) < self._places and (now.may_start or self._idle):
             self._begin(now, now.waiting.popleft())
+        if now.waiting and not now.may_start and not self._busy:
+            raise ResourceError(
+                f"{what}: all workers have ended that had what it needs; what is committed is kept,"
+                " and the same command continues"
+            )
         for worker, held in list(self._busy.items()):
             is_wanted = held.name in now.jobs and held.name not in now.done
             if self._idle and is_wanted and worker.is_waiting():

@@ -1,6 +1,9 @@
 """engine_pool: the engines that sample in other processes, as `execution` has them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,12 +16,31 @@ from grpo.generate.worker import Checkpoint, EngineSettings, opener
 from grpo.models.loading import load_config
 from grpo.models.weight_check import read_weight_check
 
+if TYPE_CHECKING:
+    from grpo.generate.weight_transfer import Sender
 
-def open_pool(run: ActiveRun, making: Callable[[], Engine], engine: str, device: str) -> Pool | None:
-    """A pool of them, none of which is started yet; None: this process samples.
+TRANSFER = "nccl"  # of vLLM's ways to transfer weights
 
-    making: an engine, `engine` by name. Raises UsageError (exit 2) where they would compute otherwise than
-    the configuration says, and as backend_of().
+
+@dataclass
+class Engines:
+    """sender: gives them a policy that is in this process's memory; None: they read it as files."""
+
+    pool: Pool
+    sender: "Sender | None" = None
+
+    def close(self) -> None:
+        """End all of them."""
+        if self.sender is not None:
+            self.sender.leave()
+        self.pool.close()
+
+
+def open_engines(run: ActiveRun, making: Callable[..., Engine], engine: str, device: str) -> Engines | None:
+    """Those of the configuration, none of which is started yet; None: this process samples.
+
+    making: makes one, `engine` by name, which takes weights by `transfer`. Raises UsageError (exit 2) where
+    they would compute otherwise than the configuration says, and as backend_of().
     """
     check_engines(run.config, engine, device)
     execution = run.config.execution
@@ -26,8 +48,9 @@ def open_pool(run: ActiveRun, making: Callable[[], Engine], engine: str, device:
         return None
     engines = execution.engines
     start, threads = run.start["policy"], torch.get_num_threads()
+    in_memory = execution.weights == "memory"
     settings = EngineSettings(
-        making,
+        partial(making, transfer=TRANSFER) if in_memory else making,
         Checkpoint.of(start),
         read_weight_check(run.weight_check_path(0)),
         load_config(start).get_text_config().vocab_size,
@@ -37,7 +60,12 @@ def open_pool(run: ActiveRun, making: Callable[[], Engine], engine: str, device:
     backend = backend_of(execution, opener(settings), threads, engines.gpus)
     # What vLLM samples depends on what else it has at hand: of two copies of a shard, either would be right,
     # but not the same.
-    return Pool(backend, engines.count, copies=engine != "vllm", timeout_s=engines.timeout_s)
+    pool = Pool(backend, engines.count, copies=engine != "vllm", timeout_s=engines.timeout_s)
+    if not in_memory:
+        return Engines(pool)
+    from grpo.generate.weight_transfer import Sender
+
+    return Engines(pool, Sender(pool, engines.gpus))
 
 
 def check_engines(config: Config, engine: str, device: str) -> None:
@@ -53,6 +81,11 @@ def check_engines(config: Config, engine: str, device: str) -> None:
             )
         return
     options, gpus = config.generate.engine_options, config.execution.engines.gpus
+    if config.execution.weights == "memory" and not (gpus and device != "cpu"):
+        raise UsageError(
+            "execution.weights: memory: goes from this process's GPU to those of engines (`engines.gpus`), by"
+            " NCCL; `weights: disk` is right without, and stays in memory where all is one machine"
+        )
     if not gpus:
         if device != "cpu":
             raise UsageError(

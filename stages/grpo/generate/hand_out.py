@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.artifacts import (
     ActiveRun,
@@ -22,12 +22,15 @@ from grpo.artifacts import (
     same_weights_since,
 )
 from grpo.errors import Interrupted
-from grpo.execute import Pool
+from grpo.generate.engine_pool import Engines
 from grpo.generate.engines.tail import TAIL, is_tail
 from grpo.generate.rollouts import SamplingTask
 from grpo.generate.worker import Checkpoint, ShardJob, ShardResult
-from grpo.models.weight_check import read_weight_check
-from grpo.models.weights import Lend
+from grpo.models.weight_check import WeightCheck, read_weight_check
+from grpo.models.weights import Lend, Weights
+
+if TYPE_CHECKING:
+    from grpo.generate.weight_transfer import Sender
 
 _SHOWN_S = 0.1
 
@@ -39,23 +42,24 @@ class HandOut:
         self,
         run: ActiveRun,
         staging: Staging,
-        workers: Pool,
+        engines: Engines,
         lend: Lend,
         task: SamplingTask,
         names: list[str],
     ) -> None:
-        self._run, self._staging, self._workers = run, staging, workers
+        self._run, self._staging, self._engines = run, staging, engines
         self._table, self._what = task.table, f"{staging.plan.stage} {task.iteration}"
         self._total = sum(len(task.requests[group].seeds) for name in names for group in task.shards[name])
         self._rollouts = self._tokens = 0  # committed
         self._precision, self._differences = "", list[float]()
         self._error: BaseException | None = None
         self._is_given_up = False
-        shared = None if workers.is_one_machine else run.path
+        policy_id = run.id_of(f"policy@{same_weights_since(run, task.policy)}") or ""
+        check = read_weight_check(run.weight_check_path(task.policy))
         with ExitStack() as held:
-            folder = held.enter_context(_held_policy(run, lend, task.policy, shared))
-            policy_id = run.id_of(f"policy@{same_weights_since(run, task.policy)}") or ""
-            policy, check = Checkpoint.of(folder), read_weight_check(run.weight_check_path(task.policy))
+            folder = held.enter_context(self._held_policy(lend, task.policy, policy_id, check))
+            policy = None if folder is None else Checkpoint.of(folder)
+            self._are_given = policy is None
             self._jobs = {name: ShardJob(task.part(name), policy_id, policy, check) for name in names}
             self._started = time.perf_counter()
             self._thread = threading.Thread(target=self._collect, name="hand-out", daemon=True)
@@ -90,11 +94,12 @@ class HandOut:
     def _collect(self) -> None:
         try:
             is_stopping = self._run.console.is_stopping  # then what is under way is still committed
-            results = self._workers.run(self._jobs, self._what, self._check_given_up, is_stopping)
+            pool, may_start = self._engines.pool, not self._are_given
+            results = pool.run(self._jobs, self._what, self._check_given_up, is_stopping, may_start)
             left = len(self._jobs)
             with closing(results):
                 while True:
-                    few = is_tail(left, min(self._workers.count, len(self._jobs)))
+                    few = is_tail(left, min(pool.count, len(self._jobs)))
                     with self._staging.clock(TAIL if few and left else "sample"):
                         name, result = next(results, ("", None))
                     if result is None:
@@ -107,38 +112,52 @@ class HandOut:
             self._error = error
 
     def _commit(self, name: str, result: ShardResult) -> None:
-        for text in result.said:
-            self._run.console.say(text)
+        self._note(result.difference, result.said)
         made = result.made
         with self._staging.clock("write"):
             self._staging.adopt(self._table, name, made.content, made.rows, **made.labels)
         self._precision = result.precision
-        self._differences += [] if result.difference is None else [result.difference]
         self._tokens += made.labels["response_tokens"]
         self._rollouts += made.rows
+
+    @contextmanager
+    def _held_policy(
+        self, lend: Lend, policy: int, policy_id: str, check: WeightCheck
+    ) -> Iterator[Path | None]:
+        """A folder with policy `policy`, which stays whatever becomes of the run's own.
+
+        None: all engines that are open have been sent it.
+        """
+        run, prefix = self._run, lent_prefix(self._run)
+        for left in lent_folders(run):  # of a process that was killed: we hold the lock
+            files.remove(left)
+        shared = None if self._engines.pool.is_one_machine else run.path  # a folder that all machines see
+        with ExitStack() as stack:
+            folder: Path | None = None
+            with lend(policy) as source:
+                if isinstance(source, Path):
+                    folder = source  # the starting policy stays
+                    if source.is_relative_to(run.path):
+                        folder = Path(stack.enter_context(TemporaryDirectory(dir=run.path, prefix=prefix)))
+                        for path in checkpoint_files(source):
+                            files.link_file(path, folder / path.name)
+                elif self._engines.sender is None:
+                    folder = stack.enter_context(source.written(shared, prefix))
+                else:
+                    self._send(self._engines.sender, source, policy_id, check)
+            yield folder
+
+    def _send(self, sender: "Sender", weights: Weights, policy_id: str, check: WeightCheck) -> None:
+        with self._staging.clock("load"):
+            answers = sender.send(weights, policy_id, check, self._what, self._run.console.stop_requested)
+        for difference, said in answers:
+            self._note(difference, said)
+
+    def _note(self, difference: float | None, said: list[str]) -> None:
+        for text in said:
+            self._run.console.say(text)
+        self._differences += [] if difference is None else [difference]
 
     def _check_given_up(self) -> None:
         if self._is_given_up:
             raise Interrupted(0)
-
-
-@contextmanager
-def _held_policy(run: ActiveRun, lend: Lend, policy: int, shared: Path | None) -> Iterator[Path]:
-    """A folder with policy `policy`, which stays whatever becomes of the run's own.
-
-    shared: a folder that all machines see; None: this is the only one.
-    """
-    prefix = lent_prefix(run)
-    for left in lent_folders(run):  # of a process that was killed: we hold the lock
-        files.remove(left)
-    with ExitStack() as stack:
-        with lend(policy) as source:
-            if not isinstance(source, Path):
-                folder = stack.enter_context(source.written(shared, prefix))
-            elif source.is_relative_to(run.path):
-                folder = Path(stack.enter_context(TemporaryDirectory(dir=run.path, prefix=prefix)))
-                for path in checkpoint_files(source):
-                    files.link_file(path, folder / path.name)
-            else:
-                folder = source  # the starting policy
-        yield folder

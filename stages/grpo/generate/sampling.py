@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from grpo.artifacts import ActiveRun, FileRecord, Staging, same_weights_since
 from grpo.config import GenerateConfig
-from grpo.execute import Pool
+from grpo.generate.engine_pool import Engines
 from grpo.generate.engines.protocol import Engine, Group, Request, Sampling, group_seed
 from grpo.generate.hand_out import HandOut
 from grpo.generate.rollouts import SamplingTask, make_shard
@@ -45,7 +45,7 @@ class Sampler:
     """What stays open between iterations: engine, weight_sync of policies to it, tokenizer, prompts.
 
     user_sql: the process of `generate.prompts_sql`, started where there is one. lend: gives policies.
-    workers: engines in other processes, which sample in place of `engine`; None: there are none.
+    elsewhere: engines in other processes, which sample in place of `engine`; None: there are none.
     """
 
     engine: Engine
@@ -55,7 +55,7 @@ class Sampler:
     prompts: pa.Table
     user_sql: UserSql
     lend: Lend
-    workers: Pool | None = None
+    elsewhere: Engines | None = None
 
 
 @dataclass
@@ -85,8 +85,8 @@ def sample(run: ActiveRun, staging: Staging, tool: Sampler, task: SamplingTask) 
     """Sample what of `task` is not committed yet, here; other processes only begin with it."""
     todo = [name for name in task.shards if staging.committed(name) is None]
     engine: dict[str, Any] = {"precision": None, "weight_check_difference": None}
-    if todo and tool.workers is not None:
-        return Sampled(staging, task, engine, HandOut(run, staging, tool.workers, tool.lend, task, todo))
+    if todo and tool.elsewhere is not None:
+        return Sampled(staging, task, engine, HandOut(run, staging, tool.elsewhere, tool.lend, task, todo))
     if todo:  # else all is committed but the manifest, and no engine is loaded
         difference = _bring_policy(run, staging, tool, task.policy)
         engine = {"precision": tool.engine.precision, "weight_check_difference": difference}

@@ -24,7 +24,7 @@ from grpo.config import GenerateConfig
 from grpo.config.named_files import named_file
 from grpo.errors import DataError, UsageError
 from grpo.generate import selection
-from grpo.generate.engine_pool import open_pool
+from grpo.generate.engine_pool import open_engines
 from grpo.generate.engines.choice import choose_engine
 from grpo.generate.engines.protocol import Engine
 from grpo.generate.plan import KEY, OUTPUT
@@ -68,14 +68,14 @@ def open_resource(run: ActiveRun, lend: Lend) -> Iterator[Sampler]:
     weight_sync = WeightSync(engine, run.console.say, attention)
     tokenizer, chat = load_tokenizer(start), chat_of(run.config.prompts, run.imports)
     prompts = with_texts(run.read("prompts", None), tokenizer, chat, run.console.stop_requested)
-    workers = open_pool(run, making, name, device)
+    elsewhere = open_engines(run, making, name, device)
     try:
         with UserSql(run.console.stop_requested) as user_sql:
-            yield Sampler(engine, weight_sync, tokenizer, vocabulary, prompts, user_sql, lend, workers)
+            yield Sampler(engine, weight_sync, tokenizer, vocabulary, prompts, user_sql, lend, elsewhere)
     finally:
         engine.close()
-        if workers is not None:
-            workers.close()
+        if elsewhere is not None:
+            elsewhere.close()
 
 
 def _longest_prompt(run: ActiveRun) -> int:
@@ -95,8 +95,11 @@ def make_engine(
     context: int | None,
     longest_prompt: int,
     attention: str = "auto",
+    transfer: str | None = None,
 ) -> Engine:
     """The engine `name` with nothing loaded yet; context: positions the model has, longest_prompt: tokens.
+
+    transfer: as VllmEngine takes it.
 
     Raises EngineError or UsageError where vLLM is not what is needed, or not given what it knows.
     """
@@ -112,6 +115,7 @@ def make_engine(
         config.engine_options,
         needed if context is None else min(needed, context),
         reads_text=bool(config.stop) or config.structured_outputs is not None,
+        transfer=transfer,
     )
 
 

@@ -91,13 +91,17 @@ class WeightSync:
             self.engine.take(source)
         else:
             self.engine.load(source)
+        return self.prove(policy_id, check, "the learner's policy" if isinstance(source, Weights) else source)
+
+    def prove(self, policy_id: str, check: WeightCheck, name: object = "the learner's policy") -> float:
+        """The same of weights that the engine has been given already; name: of them, for an error."""
+        self.holds = None
         scores = self.engine.logprobs(check.sequences)
         difference = check.difference(scores)
         self._check("the policy", difference)
         # Small steps in bfloat16 hide below any tolerance, but they never leave every bit as it was.
         last_id, last = self._last
         if last_id != policy_id and all(map(np.array_equal, last, scores)):
-            name = "the learner's policy" if isinstance(source, Weights) else source
             raise EngineError(
                 f"generate: the engine gives {name} the very log-probs of the policy before: its"
                 " weights are stale; nothing was sampled"

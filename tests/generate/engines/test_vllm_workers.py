@@ -71,7 +71,8 @@ def open_faulty(settings: EngineSettings) -> Callable[[tuple[Fault | None, Shard
         with pytest.MonkeyPatch.context() as patch:
             if fault is not None:
                 fault(patch)
-            return sample(shard)
+            result: ShardResult = sample(shard)
+            return result
 
     return work
 
@@ -102,14 +103,8 @@ def worker(policies: list[Path]) -> Iterator[Worker]:
     worker.kill()
 
 
-def sampled(
-    worker: Worker,
-    policy: Path,
-    prompts: list[list[int]],
-    fault: Fault | None = None,
-    source: Path | None = None,
-) -> ShardResult:
-    """A shard of `policy`, whose weights are in `source` where that is another folder."""
+def shard_job(policy: Path, prompts: list[list[int]], source: Path | None) -> ShardJob:
+    """A shard of `policy`, whose weights are in `source`; None: the engine has been sent it."""
     wanted = requests(prompts)
     task = SamplingTask(
         table="rollouts",
@@ -122,8 +117,18 @@ def sampled(
         groups_per_round=len(wanted),
         sampling=Sampling(1.0, MAX_NEW_TOKENS),
     )
-    job = ShardJob(task, policy.name, Checkpoint.of(source or policy), check_of(policy))
-    worker.submit((fault, job))
+    return ShardJob(task, policy.name, None if source is None else Checkpoint.of(source), check_of(policy))
+
+
+def sampled(
+    worker: Worker,
+    policy: Path,
+    prompts: list[list[int]],
+    fault: Fault | None = None,
+    source: Path | None = None,
+) -> ShardResult:
+    """A shard of `policy`, whose weights are in `source` where that is another folder."""
+    worker.submit((fault, shard_job(policy, prompts, source or policy)))
     result: ShardResult = worker.result()
     return result
 

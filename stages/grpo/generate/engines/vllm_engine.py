@@ -22,13 +22,14 @@ from pydantic import ValidationError
 
 from grpo.errors import EngineError, GrpoError, UsageError
 from grpo.generate.engines import vllm_settings
-from grpo.generate.engines.protocol import Group, OnProgress, Request, Sample, Sampling, check_requests
+from grpo.generate.engines.protocol import Group, OnProgress, Request, Sampling, check_requests
 from grpo.generate.engines.tail import Tail
+from grpo.generate.engines.vllm_requests import group_of, params_of
 from grpo.models.loading import eos_token_ids
 from grpo.models.weights import Weights
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.outputs import RequestOutput
 
 
@@ -36,17 +37,27 @@ class VllmEngine:
     """options: vLLM's engine arguments. max_model_len: tokens of the longest prompt and response together.
 
     reads_text: responses are read as text while they are sampled, for stop texts or structured outputs.
+    transfer: what of vLLM's weight transfer brings weights from another process; None: nothing does.
     """
 
     device = "cpu"  # it copies them into its own from anywhere
 
-    def __init__(self, options: dict[str, Any], max_model_len: int, *, reads_text: bool = False) -> None:
+    def __init__(
+        self,
+        options: dict[str, Any],
+        max_model_len: int,
+        *,
+        reads_text: bool = False,
+        transfer: str | None = None,
+    ) -> None:
         vllm_settings.check_version()
         vllm_settings.set_environment()
         check_options(options)
         self._options = options
         self._settings = vllm_settings.settings(options, max_model_len)
         self._settings["skip_tokenizer_init"] = not reads_text
+        if transfer is not None:
+            self._settings["weight_transfer_config"] = {"backend": transfer}
         self._llm: LLM | None = None
         self._workers: list[BaseProcess] = []
         self._stop_ids: list[int] = []
@@ -95,11 +106,27 @@ class VllmEngine:
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])  # level 2 discarded them: what is there now is garbage
             self._llm.collective_rpc("reload_weights", kwargs=source)
-            self._llm.apply_model(_repack_head)
-            if self._asleep:
-                self._llm.wake_up(tags=["kv_cache"])
-                self._asleep = False
-            self._drop_prefixes()
+            self._make_whole()
+
+    def transfer(self, step: str, **info: Any) -> None:
+        """A step of vLLM's weight transfer: what of it the engine's workers have to do, by its name there.
+
+        The last one is `finish_weight_update`; this makes it whole, as a reload.
+        """
+        assert self._llm is not None, "load() comes before transfer()"
+        with self._failures("taking weights"):
+            self._llm.collective_rpc(step, kwargs=info)
+            if step == "finish_weight_update":
+                self._make_whole()
+
+    def _make_whole(self) -> None:
+        """After new weights: what vLLM leaves of the old ones."""
+        assert self._llm is not None
+        self._llm.apply_model(_repack_head)
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        self._drop_prefixes()
 
     def _drop_prefixes(self) -> None:
         """Cached prefixes belong to the old weights, and vLLM leaves them to its caller.
@@ -142,19 +169,12 @@ class VllmEngine:
         self._seen = max(last, key=len, default=[])
         requests: list[tuple[str, Sequence[int], Any]] = []
         for request in [request for shard in shards for request in shard]:
-            params = _params(request, sampling, self._stop_ids)
+            params = params_of(request, sampling, self._stop_ids)
             requests.append((str(request.group_id), request.prompt_token_ids, params))
         for output in self._finished(requests):
-            samples = [
-                Sample(
-                    token_ids=np.array(completion.token_ids, dtype=np.int32),
-                    logprobs=np.array(completion.logprobs.logprobs, dtype=np.float32),
-                    finish_reason=completion.finish_reason,
-                )
-                for completion in output.outputs
-            ]
-            on_progress(sum(len(sample.token_ids) for sample in samples), len(samples))
-            yield Group(int(output.request_id), samples)
+            group = group_of(output)
+            on_progress(sum(len(sample.token_ids) for sample in group.samples), len(group.samples))
+            yield group
 
     def _finished(self, requests: Sequence[tuple[str, Sequence[int], Any]]) -> "Iterator[RequestOutput]":
         """Put all requests in flight; yield each when it is done. If nobody asks on, the rest is aborted."""
@@ -237,33 +257,6 @@ def check_options(options: dict[str, Any]) -> None:
         raise UsageError(f"generate.engine: {message}; {vllm_settings.INSTALL}") from error
     known: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
     vllm_settings.check_options(options, known)
-
-
-def _params(request: Request, sampling: Sampling, stop_ids: list[int]) -> "SamplingParams":
-    """vLLM's parameters of a group."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
-
-    structure = sampling.structured_outputs
-    return SamplingParams(
-        n=len(request.seeds),
-        seed=request.seeds[0],  # sample s gets this plus s, which is request.seeds[s]
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k or 0,
-        min_p=sampling.min_p,
-        max_tokens=sampling.max_new_tokens,
-        stop_token_ids=stop_ids,
-        ignore_eos=True,  # stop_token_ids holds every end-of-sequence id already
-        logprobs=0,
-        flat_logprobs=True,
-        repetition_penalty=sampling.repetition_penalty,
-        detokenize=bool(sampling.stop),
-        stop=list(sampling.stop),
-        include_stop_str_in_output=True,
-        skip_special_tokens=False,
-        structured_outputs=None if structure is None else StructuredOutputsParams(**structure),
-    )
 
 
 def _open(checkpoint: Path, settings: dict[str, Any]) -> "LLM":

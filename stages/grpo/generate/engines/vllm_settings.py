@@ -42,7 +42,7 @@ _SPEAKS_OF_CACHE = {
 _OURS = {
     *("model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "seed", "logprobs_mode"),
     *("generation_config", "override_generation_config", "trust_remote_code", "enable_sleep_mode"),
-    *("max_model_len", "load_format", "model_impl"),
+    *("max_model_len", "load_format", "model_impl", "weight_transfer_config"),
 }
 
 

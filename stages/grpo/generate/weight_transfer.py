@@ -1,0 +1,209 @@
+"""weight_transfer: a policy in this process's memory -> engines in others, by vLLM's own transfer.
+
+vLLM's trainer half runs here and leads: it has a client do each step with all engines while it sends. An
+engine that dies meanwhile costs time alone: what is sent stays as it is until all have it.
+"""
+
+import socket
+from collections.abc import Callable, Iterator
+from textwrap import shorten
+from threading import Thread
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    WeightSource,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+from grpo.errors import EngineError, GrpoError, ResourceError
+from grpo.execute import Pool, Worker, WorkerDied
+from grpo.execute.pool import MOST_DEATHS
+from grpo.generate.worker import OpenEngine
+from grpo.models.loading import best_device
+from grpo.models.weight_check import WeightCheck
+from grpo.models.weights import Weights, published_state
+
+_POLL_S = 0.05
+_GRACE_S = 5.0  # in which a transfer that was broken off ends, if it ends
+_BUFFER_BYTES = 2**28  # two on each GPU while weights are sent; vLLM's own are of 1 GiB, beside its share
+
+
+def nccl(host: str, port: int, world: int) -> TrainerInitInfo:
+    """NCCL, in a group of `world` processes that meets at host and port; this one is its first."""
+    return NCCLTrainerInitInfo(host, port, world, rank=0, packed_buffer_size_bytes=_BUFFER_BYTES)
+
+
+class TransferStep(NamedTuple):
+    """Do a step of vLLM's transfer."""
+
+    step: str
+    info: dict[str, Any]
+
+    def __call__(self, opened: OpenEngine) -> None:
+        """Do it; the engine holds no policy until the last one."""
+        opened.sync.holds = None
+        opened.engine.transfer(self.step, **self.info)  # type: ignore[attr-defined]  # vLLM's alone
+
+
+class Taken(NamedTuple):
+    """The last step: the weights are there."""
+
+    policy_id: str
+    check: WeightCheck
+
+    def __call__(self, opened: OpenEngine) -> tuple[float, list[str]]:
+        """The difference of the weight check, and what the engine has said."""
+        TransferStep("finish_weight_update", {})(opened)
+        return opened.sync.prove(self.policy_id, self.check), opened.tell()
+
+
+def be_open(opened: OpenEngine) -> None:
+    """A job that is done as soon as its engine is open."""
+
+
+class Policy(WeightSource):  # type: ignore[misc]  # vLLM has no types
+    """What is sent: a policy's weights under the names of its checkpoint. It is another one each time."""
+
+    weights: Weights | None = None
+
+    def metadata(self) -> list[ParamMeta]:
+        """Names, types and shapes of what is sent; nothing is copied for it but where merging needs to."""
+        assert self.weights is not None
+        state = published_state(self.weights.model)
+        return [ParamMeta(name, each.dtype, tuple(each.shape)) for name, each in state.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        assert self.weights is not None
+        device = best_device()
+        return ((name, each.to(device)) for name, each in self.weights.published())
+
+
+class Sender:
+    """Sends policies to the engines of a pool; it is vLLM's client of them, too. gpus: of each engine.
+
+    meeting: what makes a group of host, port and number of processes.
+    """
+
+    def __init__(
+        self, pool: Pool, gpus: int, meeting: Callable[[str, int, int], TrainerInitInfo] = nccl
+    ) -> None:
+        self._pool, self._gpus, self._meeting = pool, gpus, meeting
+        self._policy, self._taken = Policy(), Taken("", WeightCheck([], []))
+        self._trainer: TrainerWeightTransferEngine | None = None
+        self._members = frozenset[Worker]()
+        self._answers: list[tuple[float, list[str]]] = []
+        self._deaths: list[WorkerDied] = []
+
+    def send(
+        self,
+        weights: Weights,
+        policy_id: str,
+        check: WeightCheck,
+        what: str,
+        stop_requested: Callable[[], None],
+    ) -> list[tuple[float, list[str]]]:
+        """Have all engines hold a policy, opened where need be; what `Taken` tells, of each.
+
+        Raises EngineError (exit 8) where one's weights are stale then, or the transfer fails, ResourceError
+        (exit 7) where engines end again and again, and as Pool.run().
+        """
+        for _ in range(MOST_DEATHS):
+            opening = {f"engine {number}": be_open for number in range(self._pool.count)}
+            for _ in self._pool.run(opening, what, stop_requested):
+                pass
+            self._policy.weights, self._taken = weights, Taken(policy_id, check)
+            try:
+                self._send(what)
+            except WorkerDied as death:
+                ending = death
+            else:
+                return self._answers
+            finally:
+                self._policy.weights = None
+        raise ResourceError(
+            f"{what}: {MOST_DEATHS} times an engine ended while it was sent a policy ({ending}); what is"
+            " committed is kept, and the same command tries again"
+        )
+
+    def _send(self, what: str) -> None:
+        self._deaths.clear()
+        failed: list[BaseException] = []
+        sending = Thread(target=self._try, args=(failed, best_device()), name="weight-transfer", daemon=True)
+        sending.start()
+        while sending.is_alive() and not self._deaths:
+            sending.join(_POLL_S)
+        for death in self._deaths:  # what waits for who has died may wait for ever: it is left behind
+            sending.join(_GRACE_S)
+            raise death
+        for error in failed:
+            if not isinstance(error, Exception) or isinstance(error, GrpoError):
+                raise error
+            text = shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
+            raise EngineError(
+                f"{what}: vLLM's weight transfer failed: {text}; `execution.weights: disk` does without"
+            ) from error
+
+    def _try(self, failed: list[BaseException], device: str) -> None:
+        try:
+            if device != "cpu":
+                torch.cuda.set_device(device)  # a thread begins at the first
+            self._meet()
+            assert self._trainer is not None
+            self._trainer.send_weights()
+        except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+            self.leave()
+            failed.append(error)
+
+    def _meet(self) -> None:
+        """Have one group with all engines that are open: a new one, unless they are the same."""
+        members = frozenset(self._pool.idle)
+        if self._trainer is not None and members == self._members:
+            return
+        self.leave()
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        group = self._meeting(self._pool.host, port, 1 + len(members) * self._gpus)
+        self._trainer = WeightTransferTrainerFactory.trainer_init(group, client=self, source=self._policy)
+        self._members = members
+
+    def leave(self) -> None:
+        """End the group: who waits in it waits no more."""
+        trainer, self._trainer = self._trainer, None
+        if trainer is not None:
+            trainer.shutdown()
+
+    def _ask_all(self, jobs: list[Any]) -> list[Any]:
+        """The engines' answers; vLLM may call from a thread, while another one is sending."""
+        try:
+            return self._pool.ask_all(jobs)
+        except BaseException as error:
+            self.leave()
+            self._deaths += [error] if isinstance(error, WorkerDied) else []
+            raise
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Have each engine join, at a place of its own."""
+        infos = [
+            init_info | {"rank_offset": 1 + number * self._gpus} for number in range(len(self._pool.idle))
+        ]
+        self._ask_all([TransferStep("init_weight_transfer_engine", {"init_info": info}) for info in infos])
+
+    def start_weight_update(self) -> None:
+        """Have all begin."""
+        self._ask_all([TransferStep("start_weight_update", {})] * len(self._pool.idle))
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Have all take what is sent meanwhile."""
+        step = TransferStep("update_weights", {"update_info": update_info})
+        self._ask_all([step] * len(self._pool.idle))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Have all end, and prove that they have it."""
+        self._answers = self._ask_all([self._taken] * len(self._pool.idle))
