@@ -98,7 +98,7 @@ class Sender:
         self._trainer: TrainerWeightTransferEngine | None = None
         self._members = frozenset[Worker]()
         self._answers: list[tuple[float, list[str]]] = []
-        self._deaths: list[WorkerDied] = []
+        self._failures: list[BaseException] = []
 
     def send(
         self,
@@ -132,33 +132,33 @@ class Sender:
         )
 
     def _send(self, what: str) -> None:
-        self._deaths.clear()
-        failed: list[BaseException] = []
-        sending = Thread(target=self._try, args=(failed, best_device()), name="weight-transfer", daemon=True)
+        self._failures.clear()
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+        sending = Thread(target=self._try, args=(gpu,), name="weight-transfer", daemon=True)
         sending.start()
-        while sending.is_alive() and not self._deaths:
+        while sending.is_alive() and not self._failures:
             sending.join(_POLL_S)
-        for death in self._deaths:  # what waits for who has died may wait for ever: it is left behind
-            sending.join(_GRACE_S)
-            raise death
-        for error in failed:
-            if not isinstance(error, Exception) or isinstance(error, GrpoError):
+        for error in self._failures[:1]:  # what follows from it is no news
+            sending.join(
+                _GRACE_S
+            )  # who waits for a process that has died may wait for ever: it is left behind
+            if isinstance(error, WorkerDied | GrpoError) or not isinstance(error, Exception):
                 raise error
             text = shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
             raise EngineError(
                 f"{what}: vLLM's weight transfer failed: {text}; `execution.weights: disk` does without"
             ) from error
 
-    def _try(self, failed: list[BaseException], device: str) -> None:
+    def _try(self, gpu: int | None) -> None:
         try:
-            if device != "cpu":
-                torch.cuda.set_device(device)  # a thread begins at the first
+            if gpu is not None:
+                torch.cuda.set_device(gpu)  # a thread begins at the first
             self._meet()
             assert self._trainer is not None
             self._trainer.send_weights()
         except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+            self._failures.append(error)
             self.leave()
-            failed.append(error)
 
     def _meet(self) -> None:
         """Have one group with all engines that are open: a new one, unless they are the same."""
@@ -184,8 +184,8 @@ class Sender:
         try:
             return self._pool.ask_all(jobs)
         except BaseException as error:
+            self._failures.append(error)
             self.leave()
-            self._deaths += [error] if isinstance(error, WorkerDied) else []
             raise
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

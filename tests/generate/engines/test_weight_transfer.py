@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -82,6 +82,14 @@ class Dying(NamedTuple):
             VllmEngine.transfer(opened.engine, step, **info)  # type: ignore[arg-type]
 
         opened.engine.transfer = transfer  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_caches() -> Iterator[None]:
+    """There are up to four engines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -295,3 +303,24 @@ def test_what_has_no_gpu_is_refused(project: Path, grpo: Grpo, execution: str, m
     code, _, err = grpo("run", "--set", f"execution={execution}")
     assert code == 2
     assert message in err.splitlines()[-1]
+
+
+def test_nccl_has_a_place_for_each_gpu() -> None:
+    """As vLLM reads it; nothing of NCCL itself can be tried without GPUs."""
+    group: Any = weight_transfer.nccl("10.0.0.1", 29500, 5)
+    assert (group.backend, group.is_sender) == ("nccl", True)
+    assert (group.master_address, group.master_port, group.world_size) == ("10.0.0.1", 29500, 5)
+
+
+def test_engines_of_several_gpus_join_behind_each_other() -> None:
+    asked: list[Any] = []
+
+    class Three:
+        idle = (1, 2, 3)
+        ask_all = asked.append
+
+    Sender(cast(Pool, Three()), 4).init_weight_transfer_engine({"rank_offset": 1, "world_size": 13})
+    [steps] = asked
+    assert [step.info["init_info"] for step in steps] == [
+        {"rank_offset": offset, "world_size": 13} for offset in (1, 5, 9)
+    ]
