@@ -74,10 +74,10 @@ class Pool:
         """Name and result of each job, as they come.
 
         what: of which jobs errors speak, such as `generate 3`. A job whose worker dies is done again, first
-        of all. is_stopping: once it says so, no job is begun, and it ends with those under way. may_start:
-        else only those that are idle now work: what jobs need has been given to them alone.
-        Raises at once what a job raised, and when the others are done EngineError (exit 8) for those that
-        ended MOST_DEATHS workers each. ResourceError (exit 7): no worker got a place, or none is left.
+        of all. is_stopping: once it says so, no job is begun, and it ends with those under way. may_start: a
+        worker; else those work that are idle now, to which alone was given what the jobs need. Raises at once
+        what a job raised, when the others are done EngineError (exit 8) for those that ended MOST_DEATHS
+        workers each, and ResourceError (exit 7) where no worker got a place, or none is left.
         """
         now = Round(jobs, deque(jobs), may_start)
         self._look_for_room()
@@ -131,9 +131,9 @@ class Pool:
                     answers[worker] = worker.result()
                 if any(time.monotonic() - self._busy[worker].since > self._timeout_s for worker in left):
                     raise WorkerDied(f"no answer in {self._timeout_s:g} s")
-        except BaseException:
-            self._end(asked)
-            raise
+        finally:
+            if len(answers) < len(asked):
+                self._end(asked)
         self._idle = [worker for worker in asked if self._busy.pop(worker)]
         return [answers[worker] for worker in asked]
 

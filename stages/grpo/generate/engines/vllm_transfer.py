@@ -1,4 +1,4 @@
-"""weight_transfer: a policy in this process's memory -> engines in others, by vLLM's own transfer.
+"""vllm_transfer: a policy in this process's memory -> engines in others, by vLLM's own transfer.
 
 vLLM's trainer half runs here and leads: it has a client do each step with all engines while it sends. An
 engine that dies meanwhile costs time alone: what is sent stays as it is until all have it.

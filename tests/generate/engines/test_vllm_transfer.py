@@ -42,9 +42,9 @@ pytest.importorskip("vllm")
 
 from tests.generate.engines import transfer_backend
 
-from grpo.generate import weight_transfer
+from grpo.generate.engines import vllm_transfer
 from grpo.generate.engines.vllm_engine import VllmEngine
-from grpo.generate.weight_transfer import Sender
+from grpo.generate.engines.vllm_transfer import Sender
 
 pytestmark = pytest.mark.xdist_group("vllm")
 
@@ -200,7 +200,7 @@ def test_a_layer_that_is_not_sent_is_found(
     send(sender, start)
     with monkeypatch.context() as patch:
         published, state = Weights.published, weights.published_state
-        patch.setattr(weight_transfer, "published_state", lambda model: rest(state(model)))
+        patch.setattr(vllm_transfer, "published_state", lambda model: rest(state(model)))
         patch.setattr(Weights, "published", lambda weights: iter(rest(dict(published(weights))).items()))
         with pytest.raises(EngineError, match=STALE):
             send(sender, first)
@@ -215,8 +215,8 @@ def test_an_engine_that_dies_meanwhile_costs_time_alone(
     if step == "update_weights":
         send(sender, start)  # they have met
     else:
-        dict(pool.run({"0": weight_transfer.be_open, "1": weight_transfer.be_open}, "test", go_on))
-    pool.ask_all([Dying(step), weight_transfer.be_open])
+        dict(pool.run({"0": vllm_transfer.be_open, "1": vllm_transfer.be_open}, "test", go_on))
+    pool.ask_all([Dying(step), vllm_transfer.be_open])
     differences = send(sender, first)
     assert len(differences) == 2
     assert max(differences) < 1e-5
@@ -236,9 +236,7 @@ def by_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_pool, "check_engines", lambda config, engine, device: None)
     monkeypatch.setattr(engine_pool, "TRANSFER", transfer_backend.NAME)
     monkeypatch.setattr(engine_pool, "opener", lambda settings: partial(open_registered, settings))
-    monkeypatch.setattr(
-        weight_transfer, "Sender", lambda pool, gpus: Sender(pool, 1, transfer_backend.meeting)
-    )
+    monkeypatch.setattr(vllm_transfer, "Sender", lambda pool, gpus: Sender(pool, 1, transfer_backend.meeting))
 
 
 def kill_at_answers(monkeypatch: pytest.MonkeyPatch, policies: range, all_of_them: bool) -> list[str]:
@@ -307,7 +305,7 @@ def test_what_has_no_gpu_is_refused(project: Path, grpo: Grpo, execution: str, m
 
 def test_nccl_has_a_place_for_each_gpu() -> None:
     """As vLLM reads it; nothing of NCCL itself can be tried without GPUs."""
-    group: Any = weight_transfer.nccl("10.0.0.1", 29500, 5)
+    group: Any = vllm_transfer.nccl("10.0.0.1", 29500, 5)
     assert (group.backend, group.is_sender) == ("nccl", True)
     assert (group.master_address, group.master_port, group.world_size) == ("10.0.0.1", 29500, 5)
 
