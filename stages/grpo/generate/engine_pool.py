@@ -17,7 +17,7 @@ from grpo.models.loading import load_config
 from grpo.models.weight_check import read_weight_check
 
 if TYPE_CHECKING:
-    from grpo.generate.engines.vllm_transfer import Sender
+    from grpo.generate.vllm_transfer import Sender
 
 TRANSFER = "nccl"  # of vLLM's ways to transfer weights
 
@@ -63,7 +63,7 @@ def open_engines(run: ActiveRun, making: Callable[..., Engine], engine: str, dev
     pool = Pool(backend, engines.count, copies=engine != "vllm", timeout_s=engines.timeout_s)
     if not in_memory:
         return Engines(pool)
-    from grpo.generate.engines.vllm_transfer import Sender
+    from grpo.generate.vllm_transfer import Sender
 
     return Engines(pool, Sender(pool, engines.gpus))
 

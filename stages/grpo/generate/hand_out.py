@@ -30,7 +30,7 @@ from grpo.models.weight_check import WeightCheck, read_weight_check
 from grpo.models.weights import Lend, Weights
 
 if TYPE_CHECKING:
-    from grpo.generate.engines.vllm_transfer import Sender
+    from grpo.generate.vllm_transfer import Sender
 
 _SHOWN_S = 0.1
 

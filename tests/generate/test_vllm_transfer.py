@@ -40,11 +40,11 @@ from grpo.models.weights import Weights
 
 pytest.importorskip("vllm")
 
-from tests.generate.engines import transfer_backend
+from tests.generate import transfer_backend
 
-from grpo.generate.engines import vllm_transfer
+from grpo.generate import vllm_transfer
 from grpo.generate.engines.vllm_engine import VllmEngine
-from grpo.generate.engines.vllm_transfer import Sender
+from grpo.generate.vllm_transfer import Sender
 
 pytestmark = pytest.mark.xdist_group("vllm")
 

@@ -107,7 +107,7 @@ class StoreTrainer(TrainerWeightTransferEngine[Meeting]):  # type: ignore[misc]
 
 
 def meeting(host: str, port: int, world: int) -> Meeting:
-    """As grpo.generate.engines.vllm_transfer.nccl()."""
+    """As grpo.generate.vllm_transfer.nccl()."""
     return Meeting(host, port, world, rank=0)
 
 
