@@ -97,10 +97,10 @@ class Pool:
         finally:
             self._leave(now)
         if now.aside:
-            others = "what else was to be done is committed"
+            rest = "what else was to be done is committed"
             raise EngineError(
                 f"{what}: {', '.join(now.aside)} ended {MOST_DEATHS} workers, one after the other;"
-                f" {others if self._has_answered else 'none has answered yet'}, and the same command tries again"
+                f" {rest if self._has_answered else 'none has answered yet'}, and the same command tries again"
             )
 
     @property
