@@ -100,7 +100,7 @@ class Pool:
             rest = "what else was to be done is committed"
             raise EngineError(
                 f"{what}: {', '.join(now.aside)} ended {MOST_DEATHS} workers, one after the other;"
-                f" {rest if self._has_answered else 'none has answered yet'}, and the same command tries again"
+                f" {rest if self._has_answered else 'none has answered yet'}; the same command tries again"
             )
 
     @property
