@@ -234,6 +234,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "execution.scorers.count": (["execution={scorers: {count: 2}}"], NOTHING),
     "execution.learner.processes": (["execution={learner: {processes: 2}}"], NOTHING),
     "execution.learner.gpus": (["execution={backend: ray, learner: {processes: 2, gpus: 1}}"], NOTHING),
+    "execution.weights": (["execution={engines: {}, weights: memory}"], NOTHING),
     "execution.placement": (["execution={placement: apart}"], NOTHING),
     "artifacts.mirror": (["artifacts.mirror=s3://bucket/runs"], NOTHING),
     "track": (["track=trackio"], NOTHING),
