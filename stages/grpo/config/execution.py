@@ -62,7 +62,7 @@ class ExecutionConfig(Section):
     """What samples; null: this process. Left out, it is one engine, and null where scorers or a learner are
     given."""
     scorers: ScorersConfig | None = None
-    """What scores by functions and reward models; null: this process, functions by score.workers processes."""
+    """What scores by functions and reward models; null: this process, and its score.workers processes."""
     learner: LearnerConfig | None = None
     """What trains; null: this process, or those of torchrun."""
     placement: Annotated[

@@ -16,11 +16,10 @@ import pyarrow as pa
 from grpo.artifacts import ActiveRun
 from grpo.config import ExecutionConfig, RewardConfig
 from grpo.config.execution import ScorersConfig
-from grpo.execute import Checkpoint, Pool, backend_of
+from grpo.execute import Pool, backend_of
 from grpo.score import scorer_worker, shard_rows
 from grpo.score.functions.modules import Modules
 from grpo.score.functions.workspace import print_line
-from grpo.score.plan import user_files_of
 from grpo.score.scorer_worker import ScorerSettings, ScoringJob, ScoringResult
 from grpo.score.scorers import Rollout, calls_of, texts_of
 from grpo.score.shard import Shard
@@ -52,24 +51,17 @@ def _open_for_functions(run: ActiveRun, execution: ExecutionConfig, scorers: Sco
 
 
 def _open_for_models(run: ActiveRun, execution: ExecutionConfig, scorers: ScorersConfig) -> Pool:
-    import torch
+    from grpo.score.model_worker import ModelSettings, opener
 
-    from grpo.score import model_worker
-
-    threads = torch.get_num_threads()
-    opener = model_worker.opener(model_worker.ModelSettings("cuda" if scorers.gpus else "cpu", threads))
-    backend = backend_of(execution, opener, threads, scorers.gpus, grace_s=_CLOSE_S)
+    settings = ModelSettings.of_driver(run, "cuda" if scorers.gpus else "cpu")
+    backend = backend_of(execution, opener(settings), settings.threads, scorers.gpus, grace_s=_CLOSE_S)
     return Pool(backend, scorers.count, timeout_s=math.inf)  # timeout_s of a reward bounds each batch
 
 
 def check_models(run: ActiveRun, workers: Pool) -> None:
     """Have each reward model opened by a worker, before rollouts are paid for. Raises as RewardModel."""
-    sources = user_files_of(run)
-    rewards = [reward for reward in run.config.score.rewards if reward.model is not None]
-    jobs = {
-        reward.name: _model_job(run, reward, sources[f"score.rewards.{reward.name}"], [])
-        for reward in rewards
-    }
+    models = [reward for reward in run.config.score.rewards if reward.model is not None]
+    jobs = {reward.name: _model_job(run, reward, []) for reward in models}
     for _ in workers.run(jobs, "reward models", run.console.stop_requested):
         pass
 
@@ -135,19 +127,14 @@ def _function_jobs(run: ActiveRun, workers: Pool) -> _JobOf:
 
 
 def _model_jobs(run: ActiveRun, workers: Pool) -> _JobOf:
-    return lambda begun: _model_job(run, begun.shard.reward, begun.shard.source, begun.todo)
+    return lambda begun: _model_job(run, begun.shard.reward, begun.todo)
 
 
-def _model_job(
-    run: ActiveRun, reward: RewardConfig, source: str, rollouts: Sequence[Rollout]
-) -> "ModelJob":
+def _model_job(run: ActiveRun, reward: RewardConfig, rollouts: Sequence[Rollout]) -> "ModelJob":
     from grpo.score.model_worker import ModelJob
 
-    name = str(reward.model)
-    checkpoint = run.once(f"checkpoint {name}", lambda: Checkpoint.of(run.checkpoint_path(name)))
-    prompts, completions = texts_of(rollouts)
     limit = run.config.score.max_tokens_per_batch
-    return ModelJob(checkpoint, source, prompts, completions, limit, reward.timeout_s)
+    return ModelJob(reward.name, *texts_of(rollouts), limit, reward.timeout_s)
 
 
 class _Jobs(Mapping[str, Any]):
