@@ -21,8 +21,7 @@ from grpo.execute import Checkpoint
 from grpo.models.loading import best_device
 from grpo.score.functions.built_in import Texts
 from grpo.score.outcome import Outcome
-from grpo.score.plan import user_files_of
-from grpo.score.reward_model import RewardModel
+from grpo.score.reward_model import RewardModel, require_weights
 from grpo.score.scorer_worker import ScoringResult
 
 
@@ -46,12 +45,13 @@ class ModelSettings:
 
     @classmethod
     def of_driver(cls, run: ActiveRun, device: str) -> "ModelSettings":
-        """Those of a driver that is this process."""
-        sources, models = user_files_of(run), dict[str, PlannedModel]()
+        """Those of a driver that is this process. Raises InputError (exit 4) as RewardModel."""
+        models = dict[str, PlannedModel]()
         for reward in run.config.score.rewards:
             if reward.model is not None:
-                checkpoint = Checkpoint.of(run.checkpoint_path(reward.model))
-                models[reward.name] = PlannedModel(checkpoint, sources[f"score.rewards.{reward.name}"])
+                folder = run.checkpoint_path(reward.model)
+                require_weights(folder)
+                models[reward.name] = PlannedModel(Checkpoint.of(folder), run.checkpoint_id(reward.model))
         return cls(models, device, torch.get_num_threads())
 
 

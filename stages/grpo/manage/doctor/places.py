@@ -62,13 +62,15 @@ def _wanted(config: Config, execution: ExecutionConfig) -> Iterator[Wanted]:
         yield Wanted("execution", "engines", key, engines.count, threads, engines.gpus, require=require)
         beside = " beside engines"
     if scorers is not None:
-        key = "execution.scorers.count"
-        yield Wanted("execution.scorers", f"scorers{beside}", key, scorers.count, config.score.workers)
-        beside = " beside the others"
-        if any(reward.model is not None for reward in config.score.rewards):
+        key, rewards = "execution.scorers.count", config.score.rewards
+        if any(reward.function is not None for reward in rewards):
+            yield Wanted("execution.scorers", f"scorers{beside}", key, scorers.count, config.score.workers)
+            beside = " beside the others"
+        if any(reward.model is not None for reward in rewards):
             name, kind = "execution.scorers, models", f"scorers of reward models{beside}"
-            require_place = partial(check_place, config)
-            yield Wanted(name, kind, key, scorers.count, threads, scorers.gpus, require=require_place)
+            place = partial(check_place, config)
+            yield Wanted(name, kind, key, scorers.count, threads, scorers.gpus, require=place)
+            beside = " beside the others"
     if execution.learner is not None and execution.processes > 1:
 
         def require_learner() -> None:
