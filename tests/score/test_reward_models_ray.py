@@ -9,7 +9,7 @@ from tests.execute.clusters import two_nodes
 from tests.score.model_openers import open_on_gpu, opened_by
 from tests.score.test_reward_models_elsewhere import BOTH, with_models
 from tests.score.test_score_stage import reward, scored, values
-from tests.score.test_scorers_elsewhere import files_of, project_in
+from tests.score.test_scorers_elsewhere import files_of
 
 from grpo.errors import UsageError
 from grpo.execute import Pool, Worker
@@ -25,15 +25,6 @@ def cluster() -> Iterator[Any]:
     """Two cores each: one for a scorer that calls functions, one for a reward model."""
     with two_nodes(2) as found:
         yield found
-
-
-VISIBLE = """
-import os
-
-
-def none(completions):
-    return [float(os.environ.get("CUDA_VISIBLE_DEVICES") == "") for _ in completions]
-"""
 
 
 def on(cluster: Any, **more: int) -> dict[str, Any]:
@@ -65,18 +56,16 @@ def test_an_actor_that_is_killed_costs_its_shards_alone(
 def test_a_gpu_is_for_reward_models_alone(
     tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one GPU, on a node of its own; a function sees none."""
-    run = with_models(tmp_path / "p", BOTH[1], reward("length"), execution=on(cluster, gpus=1))
+    """There is one, on a node of its own: nothing else could be scored, if a function took it."""
+    two = (BOTH[1], reward("length"))
+    run = with_models(tmp_path / "p", *two, execution=on(cluster, gpus=1, count=1))
     node = cluster.add_node(num_cpus=1, num_gpus=1)
     try:
         with pytest.raises(UsageError, match=r"execution\.scorers\.gpus: torch finds none on \S+; a torch"):
             scored(run)
-        (tmp_path / "p" / "visible.py").write_text(VISIBLE)
-        two = (BOTH[1], {"function": "visible:none"})
-        run = project_in(tmp_path / "p", *two, execution=on(cluster, gpus=1, count=1))
         opened_by(monkeypatch, open_on_gpu, tmp_path / "note")
         scored(run)
     finally:
         cluster.remove_node(node)
     assert (tmp_path / "note").read_text() == "cuda 0"
-    assert set(values(run, "none")) == {1.0}
+    assert values(run, "length") == [1.0, 2.0, 1.0, 4.0, 0.0, 2.0]
