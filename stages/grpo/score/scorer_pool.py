@@ -8,7 +8,7 @@ are of all its questions together.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -31,15 +31,19 @@ _CLOSE_S = 10.0  # in which a scorer that is to end has ended the processes that
 _JobOf = Callable[[shard_rows.Begun], Any]
 
 
-def open_pools(run: ActiveRun, execution: ExecutionConfig, scorers: ScorersConfig) -> dict[str, Pool]:
+@contextmanager
+def open_pools(
+    run: ActiveRun, execution: ExecutionConfig, scorers: ScorersConfig
+) -> Iterator[dict[str, Pool]]:
     """By kind of reward, `function` and `model`, where one is configured: a pool, of which nothing runs yet.
 
-    Raises as backend_of().
+    Raises as backend_of(), and InputError (exit 4) where a reward model is not there.
     """
     opening = {"function": _open_for_functions, "model": _open_for_models}
     rewards = run.config.score.rewards
     kinds = [kind for kind in opening if any(getattr(reward, kind) is not None for reward in rewards)]
-    return {kind: opening[kind](run, execution, scorers) for kind in kinds}
+    with ExitStack() as stack:
+        yield {kind: stack.enter_context(closing(opening[kind](run, execution, scorers))) for kind in kinds}
 
 
 def _open_for_functions(run: ActiveRun, execution: ExecutionConfig, scorers: ScorersConfig) -> Pool:

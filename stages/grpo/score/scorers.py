@@ -1,7 +1,7 @@
 """scorers: rollouts -> outcomes, by reward functions and models; judges are asked in judge/answers.py."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,9 +61,7 @@ def open_scorers(run: ActiveRun, lend: object) -> Iterator[Scorers]:
     prompts = run.read("prompts", None)
     judges = {}
     with ExitStack() as stack:
-        workers = _open_workers(run)
-        for each in workers.values():
-            stack.enter_context(closing(each))
+        workers = stack.enter_context(_open_workers(run))
         num_workers = 1 if workers else run.config.score.workers  # to check functions with
         pool = stack.enter_context(closing(FunctionPool(run.imports, num_workers)))
         check_columns(run, pool, prompts)
@@ -139,10 +137,10 @@ def _open_teachers(run: ActiveRun) -> "dict[str, Teacher]":
     return open_teachers(run)
 
 
-def _open_workers(run: ActiveRun) -> "dict[str, Pool]":
+def _open_workers(run: ActiveRun) -> "AbstractContextManager[dict[str, Pool]]":
     execution = run.config.execution
     if execution is None or execution.scorers is None:
-        return {}
+        return nullcontext({})
     from grpo.score.scorer_pool import open_pools
 
     check_place(run.config)
