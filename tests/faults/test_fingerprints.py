@@ -232,6 +232,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "execution.engines.gpus": (["execution={backend: ray, engines: {gpus: 1}}"], NOTHING),
     "execution.engines.timeout_s": (["execution={engines: {timeout_s: 60}}"], NOTHING),
     "execution.scorers.count": (["execution={scorers: {count: 2}}"], NOTHING),
+    "execution.scorers.gpus": (["execution={backend: ray, scorers: {gpus: 1}}"], NOTHING),
     "execution.learner.processes": (["execution={learner: {processes: 2}}"], NOTHING),
     "execution.learner.gpus": (["execution={backend: ray, learner: {processes: 2, gpus: 1}}"], NOTHING),
     "execution.weights": (["execution={engines: {}, weights: memory}"], NOTHING),

@@ -29,11 +29,11 @@ from tests.generate.engines.test_vllm_workers import (
 )
 
 from grpo.errors import EngineError
-from grpo.execute import LocalProcesses, Pool
+from grpo.execute import Checkpoint, LocalProcesses, Pool
 from grpo.execute.processes import Process
 from grpo.generate import engine_pool
 from grpo.generate.engines.protocol import Engine
-from grpo.generate.worker import Checkpoint, EngineSettings, Job, OpenEngine, ShardResult, open_worker, opener
+from grpo.generate.worker import EngineSettings, Job, OpenEngine, ShardResult, open_worker, opener
 from grpo.models import weights
 from grpo.models.loading import load_model
 from grpo.models.weights import Weights

@@ -152,6 +152,15 @@ def test_engines_in_processes_of_their_own_are_counted() -> None:
     assert "engines" not in parts
 
 
+def test_scorers_hold_reward_models_in_place_of_this_process() -> None:
+    config = config_of(engine="transformers", precision="float32", gradient_checkpointing=False)
+    facts = replace(facts_of(SMALL, on_gpu=False), elsewhere=10**9)
+    for backend, held in (("local", 2 * (LIBRARIES + 4 * 10**9)), ("ray", None)):
+        execution = ExecutionConfig.model_validate({"backend": backend, "scorers": {"count": 2}})
+        parts = peak_of(config.model_copy(update={"execution": execution}), facts).parts
+        assert parts.get("scorers") == held
+
+
 # What else is asked of the machine
 
 

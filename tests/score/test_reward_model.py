@@ -222,7 +222,7 @@ def test_missing_directory(tmp_path: Path) -> None:
 
 
 def test_empty_directory(tmp_path: Path) -> None:
-    assert load_error(tmp_path).startswith(f"reward model {tmp_path}: cannot be loaded as a classifier: ")
+    assert load_error(tmp_path).startswith(f"reward model {tmp_path}: holds no .safetensors weights; ")
 
 
 def test_several_labels(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_language_model_is_no_classifier(tmp_path: Path) -> None:
 def test_missing_weights(tmp_path: Path) -> None:
     save(tmp_path, random_model("qwen2", 0))
     (tmp_path / "model.safetensors").unlink()
-    assert load_error(tmp_path).startswith(f"reward model {tmp_path}: cannot be loaded as a classifier: ")
+    assert load_error(tmp_path).startswith(f"reward model {tmp_path}: holds no .safetensors weights; ")
 
 
 def test_truncated_weights(tmp_path: Path) -> None:

@@ -30,10 +30,13 @@ class EnginesConfig(Section):
 
 
 class ScorersConfig(Section):
-    """Processes that score by reward functions, a shard of one reward at a time."""
+    """Processes that score by functions and reward models, a shard of one reward at a time."""
 
     count: Annotated[int, Field(ge=1, le=1024)] = 1
-    """How many, 1 to 1,024. Each calls functions in score.workers processes of its own."""
+    """How many, 1 to 1,024: so many that call functions, each in score.workers processes of its own, and as
+    many that hold reward models, each all of them, and use as many threads as this process."""
+    gpus: Annotated[int, Field(ge=0, le=1)] = 0
+    """Of each that holds reward models: 0 or 1, which needs `backend: ray`. Functions take none."""
 
 
 class LearnerConfig(Section):
@@ -59,7 +62,7 @@ class ExecutionConfig(Section):
     """What samples; null: this process. Left out, it is one engine, and null where scorers or a learner are
     given."""
     scorers: ScorersConfig | None = None
-    """What scores by reward functions; null: this process, by score.workers processes."""
+    """What scores by functions and reward models; null: this process, and its score.workers processes."""
     learner: LearnerConfig | None = None
     """What trains; null: this process, or those of torchrun."""
     weights: Literal["disk", "memory"] = "disk"
@@ -92,6 +95,10 @@ class ExecutionConfig(Section):
             )
         if self.engines is not None and self.engines.gpus and self.backend == "local":
             raise ValueError("engines.gpus: engines on GPUs are for `backend: ray`; 0 is right with local")
+        if self.scorers is not None and self.scorers.gpus and self.backend == "local":
+            raise ValueError(
+                "scorers.gpus: reward models on GPUs are for `backend: ray`; 0 is right with local"
+            )
         if self.learner is not None and self.learner.gpus and self.backend == "local":
             raise ValueError(
                 "learner.gpus: says what Ray gives each; with local each takes one of this machine's, where"

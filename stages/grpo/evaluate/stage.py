@@ -22,7 +22,7 @@ from grpo.prompts.rendering import with_texts
 from grpo.prompts.table import HELD_OUT
 from grpo.score import plan as score
 from grpo.score import stage as scoring
-from grpo.score.scorers import check_columns
+from grpo.score.scorers import check_columns, models_here
 from grpo.score.shard import ScoringTask, read, staged
 from grpo.update import plan as update
 
@@ -69,8 +69,8 @@ def produce(run: ActiveRun, policy: int, staging: Staging, resources: Resources)
     with staging.clock("prompts"):
         task = _sampled(run, policy, staging, prompts, sampler)
     rollouts, engine = sampling.sample(run, staging, sampler, task).wait()
-    # A reward model takes the engine's place on the accelerator; functions leave it where it is.
-    scorers = resources(score.NAME, beside=all(reward.model is None for reward in run.config.score.rewards))
+    # A reward model here takes the engine's place on the accelerator; all else leaves it where it is.
+    scorers = resources(score.NAME, beside=not models_here(run.config))
     files = staged(staging, rollouts, ROLLOUTS)
     prompts_id = staging.plan.user_files["evaluate.prompts"]
     wanted = ScoringTask(staging, REWARDS, JUDGEMENTS, REWARDS, policy, files, prompts_id)

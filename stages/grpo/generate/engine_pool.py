@@ -10,9 +10,9 @@ import torch
 from grpo.artifacts import ActiveRun
 from grpo.config import Config
 from grpo.errors import UsageError
-from grpo.execute import Pool, backend_of
+from grpo.execute import Checkpoint, Pool, backend_of
 from grpo.generate.engines.protocol import Engine
-from grpo.generate.worker import Checkpoint, EngineSettings, opener
+from grpo.generate.worker import EngineSettings, opener
 from grpo.models.loading import load_config
 from grpo.models.weight_check import read_weight_check
 

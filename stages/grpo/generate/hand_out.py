@@ -22,10 +22,11 @@ from grpo.artifacts import (
     same_weights_since,
 )
 from grpo.errors import Interrupted
+from grpo.execute import Checkpoint
 from grpo.generate.engine_pool import Engines
 from grpo.generate.engines.tail import TAIL, is_tail
 from grpo.generate.rollouts import SamplingTask
-from grpo.generate.worker import Checkpoint, ShardJob, ShardResult
+from grpo.generate.worker import ShardJob, ShardResult
 from grpo.models.weight_check import WeightCheck, read_weight_check
 from grpo.models.weights import Lend, Weights
 

@@ -3,18 +3,14 @@
 The process knows nothing of the run: what it samples is a function of what it is sent.
 """
 
-import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from grpo.artifacts import checkpoint_files
-from grpo.errors import ResourceError
+from grpo.execute import Checkpoint
 from grpo.generate.engines.protocol import Engine, Group
 from grpo.generate.rollouts import Made, SamplingTask, make_shard
 from grpo.generate.weight_sync import WeightSync
@@ -23,36 +19,6 @@ from grpo.models.weight_check import WeightCheck
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SEEN_S = 60
-
-
-class Checkpoint(NamedTuple):
-    """One that is to be read in another process, maybe of another machine; sizes: of its files, in bytes."""
-
-    folder: Path
-    sizes: dict[str, int]
-
-    @classmethod
-    def of(cls, folder: Path) -> "Checkpoint":
-        """The one that is in `folder`."""
-        folder = folder.resolve()
-        return cls(folder, {path.name: path.stat().st_size for path in checkpoint_files(folder)})
-
-    def seen(self) -> Path:
-        """The folder, as soon as all of it is seen here: on a shared store, names come late to others.
-
-        Raises ResourceError (exit 7) where it is not, SEEN_S later.
-        """
-        until = time.monotonic() + SEEN_S
-        while missing := [name for name, size in self.sizes.items() if _size_of(self.folder / name) != size]:
-            if time.monotonic() > until:
-                raise ResourceError(
-                    f"execution: {platform.node()} does not see {self.folder / missing[0]} as it was written;"
-                    " artifacts have to be on a store that every node has at the same path"
-                )
-            time.sleep(0.1)
-        return self.folder
 
 
 @dataclass(frozen=True)
@@ -133,13 +99,6 @@ def open_worker(settings: EngineSettings) -> Callable[[Job], Any]:
     sync.open(start, settings.start_check)
     opened = OpenEngine(engine, sync, load_tokenizer(start), settings.vocabulary_size, said)
     return lambda job: job(opened)
-
-
-def _size_of(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:  # not there yet, or a handle of a file that was
-        return None
 
 
 def opener(settings: EngineSettings) -> Callable[[], Callable[[Job], Any]]:

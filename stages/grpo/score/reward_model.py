@@ -15,12 +15,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from grpo.artifacts import require_checkpoint
+from grpo.artifacts import checkpoint_files
 from grpo.config.score import MODEL_TIMEOUT_S
 from grpo.errors import DataError, EngineError, InputError
 from grpo.models.attention import choose_attention, vocabulary
 from grpo.models.batches import batches
-from grpo.models.bounds import WEIGHT_FILES
 from grpo.models.loading import context_length, load_pretrained, load_tokenizer, read_config
 from grpo.models.refusals import refusals
 from grpo.prompts.renderer import TIMEOUT_S, Renderer, template_of
@@ -40,10 +39,7 @@ class RewardModel:
     """
 
     def __init__(self, directory: Path, device: str, stop: Callable[[], None] = lambda: None) -> None:
-        try:
-            require_checkpoint(directory)
-        except InputError as error:
-            raise InputError(f"reward model {error}") from None
+        require_weights(directory)
         self._where = f"reward model {directory}"
         self._model = _load_classifier(directory, device)
         self._tokenizer: Any = load_tokenizer(directory)  # Any: its calls return unions of everything
@@ -149,6 +145,14 @@ class RewardModel:
         return next(each for each in candidates if each is not None and each not in last_tokens)
 
 
+def require_weights(directory: Path) -> None:
+    """Raise InputError (exit 4) unless a checkpoint is there, as a plan does, and say whose."""
+    try:
+        checkpoint_files(directory)
+    except InputError as error:
+        raise InputError(f"reward model {error}") from None
+
+
 @contextmanager
 def _deadline(seconds: float, message: str, close: Callable[[], None]) -> Iterator[None]:
     """Raise EngineError (exit 8) in a thread beside this one when the block takes longer than `seconds`.
@@ -174,8 +178,6 @@ def _deadline(seconds: float, message: str, close: Callable[[], None]) -> Iterat
 def _load_classifier(directory: Path, device: str) -> Any:
     where = f"reward model {directory}"
     with refusals(where, "cannot be loaded as a classifier"):
-        if not any((directory / name).is_file() for name in WEIGHT_FILES):
-            raise FileNotFoundError(f"there is no {' or '.join(WEIGHT_FILES)}")
         config = read_config(directory)
         if config.num_labels != 1:
             raise InputError(f"{where}: has {config.num_labels} labels; a reward needs exactly 1")

@@ -1,7 +1,7 @@
 """scorers: rollouts -> outcomes, by reward functions and models; judges are asked in judge/answers.py."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grpo.artifacts import ActiveRun
-from grpo.config import RewardConfig
+from grpo.config import Config, RewardConfig
 from grpo.errors import CorruptError, UsageError
+from grpo.models.device import gpu_is_there
 from grpo.prompts.rows import as_given
 from grpo.score.functions.built_in import BUILT_IN, Text
 from grpo.score.functions.call import GroupCall, find_problem
@@ -37,7 +38,7 @@ class Scorers(NamedTuple):
     models: "dict[str, RewardModel]"
     judges: dict[str, Judge]
     teachers: "dict[str, Teacher]"
-    workers: "Pool | None" = None  # scorers in other processes, which call functions in place of `pool`
+    workers: "dict[str, Pool]"  # by kind, in place of `pool` and `models`: scorers in other processes
 
 
 class Rollout(NamedTuple):
@@ -60,17 +61,15 @@ def open_scorers(run: ActiveRun, lend: object) -> Iterator[Scorers]:
     prompts = run.read("prompts", None)
     judges = {}
     with ExitStack() as stack:
-        workers = _open_workers(run)
-        if workers is not None:
-            stack.enter_context(closing(workers))
-        num_workers = run.config.score.workers if workers is None else 1  # to check functions with
+        workers = stack.enter_context(_open_workers(run))
+        num_workers = 1 if workers else run.config.score.workers  # to check functions with
         pool = stack.enter_context(closing(FunctionPool(run.imports, num_workers)))
         check_columns(run, pool, prompts)
         for reward in run.config.score.rewards:
             if reward.judge is not None:
                 judge = Judge(reward, rubric_of(reward, run.imports))
                 judges[reward.name] = stack.enter_context(closing(judge))
-        models = _open_models(run)
+        models = _open_models(run, workers)
         for model in models.values():
             stack.enter_context(closing(model))
         yield Scorers(pool, prompts, models, judges, _open_teachers(run), workers)
@@ -78,6 +77,7 @@ def open_scorers(run: ActiveRun, lend: object) -> Iterator[Scorers]:
 
 def check_alone(run: ActiveRun) -> None:
     """Raise UsageError (exit 2) for a function or a judge that is no use with whatever prompts."""
+    check_place(run.config)
     with ExitStack() as stack:
         pool: FunctionPool | None = None
         for reward in run.config.score.rewards:
@@ -114,8 +114,12 @@ def empty_columns(prompts: pa.Table) -> set[str]:
     return {name for name in prompts.column_names if is_empty(prompts[name])} - {"prompt", "messages"}
 
 
-def _open_models(run: ActiveRun) -> "dict[str, RewardModel]":
-    wanted = {reward.name: reward.model for reward in run.config.score.rewards if reward.model is not None}
+def _open_models(run: ActiveRun, workers: "Mapping[str, Pool]") -> "dict[str, RewardModel]":
+    if "model" in workers:
+        from grpo.score.scorer_pool import check_models
+
+        check_models(run, workers["model"])
+    wanted = {reward.name: str(reward.model) for reward in models_here(run.config)}
     if not wanted:
         return {}
     from grpo.models.loading import best_device
@@ -133,13 +137,31 @@ def _open_teachers(run: ActiveRun) -> "dict[str, Teacher]":
     return open_teachers(run)
 
 
-def _open_workers(run: ActiveRun) -> "Pool | None":
+def _open_workers(run: ActiveRun) -> "AbstractContextManager[dict[str, Pool]]":
     execution = run.config.execution
     if execution is None or execution.scorers is None:
-        return None
-    from grpo.score.scorer_pool import open_scorer_pool
+        return nullcontext({})
+    from grpo.score.scorer_pool import open_pools
 
-    return open_scorer_pool(run, execution, execution.scorers.count)
+    check_place(run.config)
+    return open_pools(run, execution, execution.scorers)
+
+
+def models_here(config: Config) -> list[RewardConfig]:
+    """The reward models that this process holds."""
+    is_elsewhere = config.execution is not None and config.execution.scorers is not None
+    return [] if is_elsewhere else [reward for reward in config.score.rewards if reward.model is not None]
+
+
+def check_place(config: Config) -> None:
+    """Raise UsageError (exit 2) where scorers would compute reward models otherwise than this process."""
+    scorers = None if config.execution is None else config.execution.scorers
+    has_models = any(reward.model is not None for reward in config.score.rewards)
+    if has_models and scorers is not None and not scorers.gpus and gpu_is_there():
+        raise UsageError(
+            "execution.scorers.gpus: 0, but this machine computes on a GPU, and reward models would on a CPU;"
+            " `scorers: null` scores in this process, or give each scorer a GPU of a Ray cluster"
+        )
 
 
 def rollouts_of(run: ActiveRun, file: File, prompts: pa.Table) -> list[Rollout]:
@@ -171,11 +193,15 @@ def score(
     if reward.function is not None:
         outcomes = chain.from_iterable(opened.pool.score(reward, calls_of(iteration, rollouts)))
     else:
-        prompts = [rollout.prompt for rollout in rollouts]
-        completions = [rollout.completion for rollout in rollouts]
+        prompts, completions = texts_of(rollouts)
         limit = run.config.score.max_tokens_per_batch
         outcomes = opened.models[reward.name].score(prompts, completions, limit, reward.timeout_s)
     return zip(rollouts, outcomes, strict=True)
+
+
+def texts_of(rollouts: Sequence[Rollout]) -> tuple[list[Text], list[Text]]:
+    """Prompts and completions, which a reward model reads."""
+    return [rollout.prompt for rollout in rollouts], [rollout.completion for rollout in rollouts]
 
 
 def calls_of(iteration: int, rollouts: Sequence[Rollout]) -> Iterator[GroupCall]:

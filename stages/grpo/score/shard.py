@@ -43,6 +43,7 @@ class ScoringTask(NamedTuple):
 class Shard:
     """One reward over one shard of rollouts, the `index`-th shard of the output.
 
+    source: of what computes it, as planned (plan.user_files_of).
     unit: digest of all that its values depend on; asked: of all that a judge's answers depend on. old,
     old_answers: the shards of the `earlier` output that have the same, its own before those of another name.
     """
@@ -56,8 +57,8 @@ class Shard:
         self.answers_name = staging.file_name(task.answers_table, index)
         self.title = f"{staging.plan.stage} {task.iteration} {reward.name}"
         apart = {"name", "weight", "timeout_s", "on_timeout"}  # what no value that was found depends on
-        source = staging.plan.user_files[f"score.rewards.{reward.name}"]  # of a judge, the text of its rubric
-        known = [source, rollouts.record.sha256, task.prompts_id]
+        self.source = staging.plan.user_files[f"score.rewards.{reward.name}"]
+        known = [self.source, rollouts.record.sha256, task.prompts_id]
         self.unit = digest([STAGE_VERSION, configured(reward, apart, {"rubric"}), *known])
         self.asked = digest([STAGE_VERSION, configured(reward, apart, {"rubric", *READING}), *known])
 

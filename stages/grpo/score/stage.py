@@ -130,10 +130,10 @@ def score(run: ActiveRun, opened: Scorers, task: ScoringTask) -> list[FileRecord
     answered: list[FileRecord] = []
     pairs = product(run.config.score.rewards, task.rollouts)
     shards = [Shard(task, *pair, earlier, index) for index, pair in enumerate(pairs)]
-    if opened.workers is not None:
-        from grpo.score.scorer_pool import score_functions
+    if opened.workers:
+        from grpo.score.scorer_pool import score_elsewhere
 
-        score_functions(run, opened.workers, opened.prompts, shards)
+        score_elsewhere(run, opened.workers, opened.prompts, shards)
     for shard in shards:
         record = staging.committed(shard.name)
         if record is None:

@@ -28,11 +28,11 @@ from tests.generate.engines.test_vllm_engine import (
 )
 
 from grpo.errors import EngineError
-from grpo.execute import LocalProcesses, Worker
+from grpo.execute import Checkpoint, LocalProcesses, Worker
 from grpo.generate import engine_pool
 from grpo.generate.engines.protocol import Sampling
 from grpo.generate.rollouts import SamplingTask
-from grpo.generate.worker import Checkpoint, EngineSettings, ShardJob, ShardResult, open_worker
+from grpo.generate.worker import EngineSettings, ShardJob, ShardResult, open_worker
 from grpo.models.loading import load_model
 from grpo.models.reader import Reader
 from grpo.models.weight_check import WeightCheck, check_sequences, measure

@@ -5,7 +5,7 @@ From configurations alone. Learner, engine and what scores take turns on a GPU; 
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from grpo.manage.doctor.space import gib
 from grpo.models.device import main_memory
 from grpo.models.loading import load_config
 from grpo.models.size import Shape, shape_of
+from grpo.score.scorers import models_here
 from grpo.update.gradient_checkpointing import has_reference
 from grpo.update.memory import FLOAT32, Needs, longest_batch, needs
 from grpo.update.plan import resolved
@@ -39,7 +40,7 @@ _LEAST = {"update.max_tokens_per_batch": 256, "generate.max_rows_per_batch": 8} 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known beside the configuration. scorers: parameters of reward models and teachers together."""
+    """What is known beside the configuration. scorers: parameters of reward models and teachers held here."""
 
     shape: Shape
     parameters: int
@@ -48,6 +49,7 @@ class Facts:
     longest_prompt: int
     on_gpu: bool
     total: int = 0  # of the GPU
+    elsewhere: int = 0  # parameters of reward models in each process of execution.scorers
 
 
 @dataclass(frozen=True)
@@ -79,23 +81,18 @@ def check_memory(
     shape = shape_of(load_config(policy.folder))
     if shape is None or (with_reference and reference.parameters is None):
         return
-    scorers = sum(
-        size for name, size in report.parameters.items() if name.startswith(("reward ", "teacher "))
-    )
-    on_gpu = torch.cuda.is_available()
-    facts = Facts(
-        shape,
-        policy.parameters,
-        (reference.parameters or 0) * with_reference,
-        scorers,
-        longest_prompt,
-        on_gpu,
-    )
+    scorers = [
+        sum(size for name, size in report.parameters.items() if name.startswith(kind))
+        for kind in ("reward ", "teacher ")
+    ]
+    elsewhere = 0 if models_here(run.config) else scorers[0]
+    on_gpu, referred = torch.cuda.is_available(), (reference.parameters or 0) * with_reference
+    facts = Facts(shape, policy.parameters, referred, sum(scorers) - elsewhere, longest_prompt, on_gpu)
     if not on_gpu:
-        _check(report, "memory", "machine", run.config, facts, *main_memory())
+        _check(report, "memory", "machine", run.config, replace(facts, elsewhere=elsewhere), *main_memory())
         return
     total, free = reversed(torch.cuda.mem_get_info())
-    facts = Facts(**{**facts.__dict__, "total": total})
+    facts = replace(facts, total=total)
     check_gpu(report, torch.cuda.get_device_name(), run.config, facts, free)
     waiting = _waiting(run.config, facts)
     there, available = main_memory()
@@ -168,7 +165,7 @@ def _processes(config: Config, facts: Facts) -> tuple[int, int]:
 def peak_of(config: Config, facts: Facts) -> Peak:
     """What `config` takes at its peak, on the GPU where one is, else in main memory."""
     learner, engine = _update(config, facts), _engine(config, facts)
-    scorers = {"reward models and teachers": FLOAT32 * facts.scorers}
+    scorers = {"reward models and teachers": FLOAT32 * facts.scorers} | _scorers(config, facts)
     if facts.on_gpu:
         return Peak({}, (learner.held | learner.batch, engine, scorers))
     held = {"libraries": LIBRARIES * _processes(config, facts)[1]} | learner.held | scorers
@@ -180,6 +177,14 @@ def peak_of(config: Config, facts: Facts) -> Peak:
     if choose_engine(config.generate.engine)[0] == "vllm":
         return Peak(held | engine, (learner.batch,))  # it stays open
     return Peak(held, (learner.batch, engine))
+
+
+def _scorers(config: Config, facts: Facts) -> dict[str, int]:
+    """Processes of this machine that hold reward models, each all of them."""
+    execution = config.execution
+    if execution is None or execution.scorers is None or execution.backend == "ray" or not facts.elsewhere:
+        return {}
+    return {"scorers": execution.scorers.count * (LIBRARIES + FLOAT32 * facts.elsewhere)}
 
 
 def _waiting(config: Config, facts: Facts) -> int:

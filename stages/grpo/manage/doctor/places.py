@@ -13,6 +13,7 @@ from grpo.generate.engine_pool import check_engines
 from grpo.generate.engines.choice import choose_engine
 from grpo.manage.doctor.report import Check, Report
 from grpo.models.loading import best_device
+from grpo.score.scorers import check_place
 from grpo.update.world import check_learner
 
 
@@ -43,7 +44,7 @@ def check_execution(run: ActiveRun, report: Report, room: bool) -> None:
     if execution is None:
         return
     nodes: list[Any] | None = None
-    for index, wanted in enumerate(_wanted(run.config, execution, run.config.score.workers)):
+    for index, wanted in enumerate(_wanted(run.config, execution)):
         found = f"{wanted.number} {wanted.kind}, {execution.backend}"
         with report.check(wanted.name, found, wanted.needed) as check:
             wanted.require()
@@ -51,7 +52,7 @@ def check_execution(run: ActiveRun, report: Report, room: bool) -> None:
             _place(check, nodes, wanted)
 
 
-def _wanted(config: Config, execution: ExecutionConfig, workers: int) -> Iterator[Wanted]:
+def _wanted(config: Config, execution: ExecutionConfig) -> Iterator[Wanted]:
     """In the order in which they take their places."""
     engines, scorers, threads = execution.engines, execution.scorers, torch.get_num_threads()
     engine = choose_engine(config.generate.engine)[0]
@@ -61,9 +62,15 @@ def _wanted(config: Config, execution: ExecutionConfig, workers: int) -> Iterato
         yield Wanted("execution", "engines", key, engines.count, threads, engines.gpus, require=require)
         beside = " beside engines"
     if scorers is not None:
-        kind, key = f"scorers{beside}", "execution.scorers.count"
-        yield Wanted("execution.scorers", kind, key, scorers.count, workers)
-        beside = " beside the others"
+        key, rewards = "execution.scorers.count", config.score.rewards
+        if any(reward.function is not None for reward in rewards):
+            yield Wanted("execution.scorers", f"scorers{beside}", key, scorers.count, config.score.workers)
+            beside = " beside the others"
+        if any(reward.model is not None for reward in rewards):
+            name, kind = "execution.scorers, models", f"scorers of reward models{beside}"
+            place = partial(check_place, config)
+            yield Wanted(name, kind, key, scorers.count, threads, scorers.gpus, require=place)
+            beside = " beside the others"
     if execution.learner is not None and execution.processes > 1:
 
         def require_learner() -> None:

@@ -63,7 +63,7 @@ def check_rewards(
                 with report.check(name, reward.function, needed) as check:
                     for prompts in found:
                         pool.check(reward, _columns(prompts), prompts.empty)
-                    scorers = Scorers(pool, None, {}, {}, {})
+                    scorers = Scorers(pool, None, {}, {}, {}, {})
                     tried.append(_try(run, check, reward, scorers, rows, policy))
             elif judge is not None:
                 needed = "a judge with its rubric and its key (nothing is asked)"
@@ -81,7 +81,7 @@ def check_rewards(
                         report.check(f"{name}, asked", "", needed) as check,
                         closing(RewardModel(model.folder, best_device(), stop)) as asked,
                     ):
-                        scorers = Scorers(pool, None, {reward.name: asked}, {}, {})
+                        scorers = Scorers(pool, None, {reward.name: asked}, {}, {}, {})
                         tried.append(_try(run, check, reward, scorers, rows, policy))
     _warn_alike(tried)
 
