@@ -19,6 +19,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from grpo.errors import EngineError, GrpoError
+from grpo.models.refusals import is_of_connection
 from grpo.update import sharding
 from grpo.update.batch import Rollouts
 from grpo.update.roll_call import RollCall, place
@@ -75,6 +76,8 @@ class Ranks:
         """The last that all processes raised."""
         self.is_broken = False
         """Whether the others can be reached no more, or are elsewhere."""
+        self.notes: list[str] = []
+        """What of a call is to be said by whoever has a console."""
         group = distributed.PrefixStore("grpo", store)  # type: ignore[attr-defined]
         backend = "gloo" if device == "cpu" else "nccl"
         distributed.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=patience)
@@ -177,22 +180,26 @@ class Ranks:
         distributed.all_gather_object(parts, value, self._calls if patiently else self._findings)
         return parts
 
+    def agreed(self, work: Callable[[], None]) -> None:
+        """Do what needs no other process; all raise what one of them raises, before they go on together."""
+        error: GrpoError | OSError | MemoryError | None = None
+        self._count += 1
+        try:
+            work()
+        except (GrpoError, OSError, MemoryError) as caught:
+            error = caught
+        self._agree(error)
+
     def gather(self, tensors: Mapping[str, Tensor], kept: Collection[str] | None = None) -> dict[str, Tensor]:
         """Those called `kept` whole, in main memory, gathered one after another; None: on rank 0 all."""
-        found, kept = {}, (tensors if self.rank == 0 else ()) if kept is None else kept
-        for name, tensor in tensors.items():
-            whole = sharding.full(tensor.detach())
-            if name in kept:
-                found[name] = whole.to("cpu", copy=whole is tensor)
-            del whole
-        return found
+        return sharding.gather(tensors, (tensors if self.rank == 0 else ()) if kept is None else kept)
 
     full = staticmethod(sharding.full)
     local = staticmethod(sharding.local)
     placed = staticmethod(sharding.placed)
+    materialize = staticmethod(sharding.materialize)
     skeleton = staticmethod(sharding.Skeleton)
     put = staticmethod(sharding.put)
-
     gather_in = staticmethod(sharding.gather_in)
 
     def shard(self, reader: torch.nn.Module) -> None:
@@ -282,15 +289,8 @@ class Ranks:
             are_together = error is self.failure
             raise
         except RuntimeError as error:  # torch's own, of its connections; a bug of ours is one too
-            if not _is_of_connection(error):
+            if not is_of_connection(error):
                 raise
             raise self._roll_call.account(self._count) from error
         finally:
             self.is_broken = self.is_broken or not are_together
-
-
-def _is_of_connection(error: RuntimeError) -> bool:
-    """gloo says what happened in its text alone."""
-    return isinstance(error, distributed.DistError) or any(
-        word in str(error) for word in ("gloo", "Connection", "Timed out", "NCCL")
-    )

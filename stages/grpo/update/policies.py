@@ -23,7 +23,7 @@ from grpo.update import gradient_checkpointing
 from grpo.update.adapter import adapter_files
 from grpo.update.checkpoint import policy_files
 from grpo.update.durable import Checkpoints
-from grpo.update.inputs import load_policy
+from grpo.update.inputs import load_policy, say_notes
 from grpo.update.learner import Learner
 from grpo.update.objective import objective_of
 from grpo.update.own_surrogate import surrogate_of
@@ -198,6 +198,7 @@ class Policies:
         if number and id_ != self.learner.reference_id:
             folder = self._folder_of(number, id_)
         self.learner.load_reference(folder, id_, is_start=is_start)
+        say_notes(run)
 
     def _folder_of(self, number: int, id_: str) -> Path:
         """A plain checkpoint of a policy; one that is not on disk as such is written for the while."""
