@@ -2,8 +2,9 @@
 
 Each way in processes of its own, started by torchrun. MiB more than before: `peak` is the most that was
 resident (VmHWM), pages of the checkpoint's file among it, which processes share and the kernel takes back;
-`own` the most of it that was no file's, looked at every 5 ms; `held` what is its own at the end. Then whether
-both ways gave the same bits.
+`own` the most of it that was no file's, looked at every 5 ms; `held` what is its own once it is loaded;
+`read` the most of its own in a first read of 8 tokens, for which layers are gathered, one after the other,
+and what is no layer. Then whether both ways gave the same bits.
 
 python examples/capitals/model.py FOLDER
 python benchmarks/load_memory.py FOLDER > benchmarks/load_memory.txt
@@ -19,15 +20,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 from machine import describe
 from safetensors import safe_open
 
+from grpo.models.attention import is_causal
 from grpo.models.loading import load_model
 from grpo.models.reader import Reader
+from grpo.models.slices import slices_of
 from grpo.update.execution import weights_digest
 from grpo.update.launch import open_ranks
-from grpo.update.opening import shared_reader
+from grpo.update.opening import filled_reader
 from grpo.update.parallel import Ranks
 
 WORLD, MIB, PAUSE_S = 2, 2**20, 0.005
@@ -42,7 +46,9 @@ def whole(checkpoint: Path, ranks: Ranks) -> Reader:
 
 def slices(checkpoint: Path, ranks: Ranks) -> Reader:
     """As the learner loads."""
-    return shared_reader(checkpoint, "auto", ranks, lambda model: None)
+    found = slices_of(checkpoint, "auto")
+    assert found is not None
+    return filled_reader(found, ranks, lambda model: None)
 
 
 WAYS: dict[str, Callable[[Path, Ranks], Reader]] = {"whole": whole, "slices": slices}
@@ -57,13 +63,13 @@ def main() -> None:
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
         count = sum(len(file.get_tensor(name).flatten()) for name in file.keys())  # noqa: SIM118 - no mapping
     print(f"{count / 1e6:.1f}M parameters, {4 * count / MIB:,.0f} MiB in float32; {WORLD} processes\n")
-    print("             s   rank   peak    own   held, MiB")
+    print("             s   rank   peak    own   held   read, MiB")
     digests = set()
     for way in WAYS:
         rows = run(checkpoint, way)
         for rank, row in enumerate(rows):
             name, seconds = (way, f"{row['seconds']:.1f}") if rank == 0 else ("", "")
-            sizes = " ".join(f"{row[kind]:6,.0f}" for kind in ("peak", "own", "held"))
+            sizes = " ".join(f"{row[kind]:6,.0f}" for kind in ("peak", "own", "held", "read"))
             print(f"{name:7}  {seconds:>5}   {rank:4} {sizes}")
             digests.add(row["digest"])
     print(f"\nthe same bits: {len(digests) == 1}")
@@ -90,12 +96,16 @@ def compute(checkpoint: Path, folder: Path, way: str) -> None:
     started = time.monotonic()
     reader = WAYS[way](checkpoint, ranks)
     seconds, peak = time.monotonic() - started, memory("VmHWM") - before
+    loaded = max(most)
+    ctypes.CDLL(None).malloc_trim(0)
+    most[:] = [memory("RssAnon")]
+    sizes = {"peak": peak, "own": loaded - own, "held": most[0] - own}
+    reader.ask(is_causal)
     is_over.set()
     watcher.join()
-    ctypes.CDLL(None).malloc_trim(0)
-    held = memory("RssAnon") - own
-    sizes = {"peak": peak / MIB, "own": (max(most) - own) / MIB, "held": held / MIB}
-    found = {**sizes, "seconds": seconds, "digest": weights_digest(reader.model, ranks.full)}
+    sizes["read"] = max(most) - own
+    found: dict[str, Any] = {name: size / MIB for name, size in sizes.items()}
+    found |= {"seconds": seconds, "digest": weights_digest(reader.model, ranks.full)}
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
     ranks.leave()
 

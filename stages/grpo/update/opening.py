@@ -14,7 +14,7 @@ from grpo.config import UpdateConfig
 from grpo.errors import UsageError
 from grpo.models.loading import check_like, copy_weights, load_model, settle_attention
 from grpo.models.reader import Reader, form_of
-from grpo.models.slices import slices_of
+from grpo.models.slices import Slices, slices_of
 from grpo.update.network import Network
 
 if TYPE_CHECKING:
@@ -36,14 +36,20 @@ def shared_reader(
         reader = Reader(model)
         ranks.shard(reader)
         return reader
+    reader = filled_reader(slices, ranks, prepare)
+    reader.ask(partial(settle_attention, checkpoint=checkpoint, attention=attention))
+    reader.form = reader.ask(form_of)
+    return reader
+
+
+def filled_reader(slices: Slices, ranks: "Ranks", prepare: Callable[[PreTrainedModel], object]) -> Reader:
+    """The same, before anything is computed with it."""
     model = copy.deepcopy(slices.model)
     prepare(model)
     reader = Reader(model, few=True)
     ranks.shard(reader)
     ranks.materialize(reader, ranks.device)
     ranks.agreed(partial(slices.fill, model, ranks.put))
-    reader.ask(partial(settle_attention, checkpoint=checkpoint, attention=attention))
-    reader.form = reader.ask(form_of)
     return reader
 
 

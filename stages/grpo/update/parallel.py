@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
 
 from grpo.errors import EngineError, GrpoError
 from grpo.models.refusals import is_of_connection
@@ -57,7 +56,7 @@ class Ranks:
     """This process and the others of its group. Made in all of them at once, from one store.
 
     device: cpu, or cuda, which is then this process's own. patience: see PATIENCE. are_own: whether rank 0
-    started the others, and can start them again.
+    started the others, and can start them again. replicas: copies of all weights, which divide the world.
     """
 
     def __init__(
@@ -68,9 +67,10 @@ class Ranks:
         device: str = "cpu",
         patience: timedelta = PATIENCE,
         are_own: bool = False,
+        replicas: int = 1,
     ) -> None:
         self.rank, self.world, self.device, self.patience = rank, world, device, patience
-        self.are_own = are_own
+        self.are_own, self.replicas = are_own, replicas
         self.is_inside = False
         self.failure: GrpoError | None = None
         """The last that all processes raised."""
@@ -85,7 +85,7 @@ class Ranks:
         # Apart: another's agreement must not be taken for a part of the call that one is still within.
         self._agreement = distributed.new_group(backend="gloo", timeout=patience)
         self._calls = distributed.new_group(backend="gloo", timeout=_BETWEEN_CALLS)
-        self.mesh = init_device_mesh(device, (world,))
+        self.mesh = sharding.mesh_of(device, world, replicas)
         self._roll_call = RollCall(group, rank, patience, self.to_all(place()))
         self._learners: dict[int, Any] = {}
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()

@@ -2,7 +2,7 @@
 
 Each decoder layer is gathered when it computes; the rest (embeddings, last norm, head: tied weights stay
 together) with the reader that holds it all. Gradients are added up, not averaged: denominators are the whole
-step's.
+step's. Of several replicas each is shared out among its own processes; gradients are added up over all.
 """
 
 import copy
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -24,6 +24,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.errors import UsageError
+
+
+def mesh_of(device: str, world: int, replicas: int) -> DeviceMesh:
+    """Of `world` processes: all share out one copy of the weights, or each of `replicas` rows of them one."""
+    if replicas == 1:
+        return init_device_mesh(device, (world,))
+    return init_device_mesh(device, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(reader: nn.Module, mesh: DeviceMesh) -> None:
