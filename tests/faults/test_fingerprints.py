@@ -233,6 +233,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "execution.engines.timeout_s": (["execution={engines: {timeout_s: 60}}"], NOTHING),
     "execution.scorers.count": (["execution={scorers: {count: 2}}"], NOTHING),
     "execution.learner.processes": (["execution={learner: {processes: 2}}"], NOTHING),
+    "execution.learner.replicas": (["execution={learner: {processes: 4, replicas: 2}}"], NOTHING),
     "execution.learner.gpus": (["execution={backend: ray, learner: {processes: 2, gpus: 1}}"], NOTHING),
     "execution.placement": (["execution={placement: apart}"], NOTHING),
     "artifacts.mirror": (["artifacts.mirror=s3://bucket/runs"], NOTHING),
