@@ -153,17 +153,16 @@ def test_engines_in_processes_of_their_own_are_counted() -> None:
 
 
 def test_each_replica_of_the_weights_is_counted() -> None:
-    def weights(learner: dict[str, int], *, on_gpu: bool) -> int:
+    def held(**learner: int) -> dict[str, int]:
         execution = ExecutionConfig.model_validate({"learner": learner})
         config = config_of(engine="transformers", precision="float32")
-        config = config.model_copy(update={"execution": execution})
-        return peak_of(config, facts_of(SMALL, on_gpu=on_gpu)).parts["weights"]
+        found = config.model_copy(update={"execution": execution})
+        return peak_of(found, facts_of(SMALL, on_gpu=False)).parts
 
-    one, shared = weights({}, on_gpu=False), weights({"processes": 4}, on_gpu=False)
-    assert shared == one
-    assert weights({"processes": 4, "replicas": 2}, on_gpu=False) == 2 * one
-    assert weights({"processes": 4}, on_gpu=True) == one // 4
-    assert weights({"processes": 4, "replicas": 2}, on_gpu=True) == one // 2
+    one, shared, twice = held(), held(processes=4), held(processes=4, replicas=2)
+    for name in ("weights", "gradients", "moments", "reference"):
+        assert (shared[name], twice[name]) == (one[name], 2 * one[name])
+    assert shared["activations"] == twice["activations"]  # each of the four has its own
 
 
 # What else is asked of the machine
