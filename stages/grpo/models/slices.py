@@ -21,7 +21,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from grpo.errors import CorruptError
 from grpo.models.attention import exact_products
 from grpo.models.bounds import bounded, check_finite, check_kinds, weight_files
 from grpo.models.loading import NO_MODEL, check_model
@@ -134,7 +133,7 @@ def _made(builder: PreTrainedModel, stored: dict[str, Any], names: list[str]) ->
         made = builder.get_parameter_or_buffer(name)
         setattr(builder.get_submodule(module), own, weight)
         if made is weight:
-            raise CorruptError(f"weight {name} cannot be made of what the files have")
+            raise RuntimeError(f"weight {name} cannot be made of what the files have")
         yield name, made
 
 

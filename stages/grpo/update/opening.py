@@ -28,10 +28,11 @@ def shared_reader(
 
     prepare: called with the model as long as it is no one's; what it adds is zero. Raises as load_model.
     """
-    slices = slices_of(checkpoint, attention)
+    slices = ranks.agreed(partial(slices_of, checkpoint, attention))
     if slices is None:
         ranks.notes.append(_whole(checkpoint))
-        model = load_model(checkpoint, "cpu", attention)  # no device need hold all of it
+        # No device need hold all of it.
+        model = ranks.agreed(partial(load_model, checkpoint, "cpu", attention))
         prepare(model)
         reader = Reader(model)
         ranks.shard(reader)
@@ -55,7 +56,7 @@ def filled_reader(slices: Slices, ranks: "Ranks", prepare: Callable[[PreTrainedM
 
 def copy_shared(model: PreTrainedModel, checkpoint: Path, ranks: "Ranks") -> None:
     """Have a model that is shared out compute what load_model(checkpoint) would. Raises as copy_weights."""
-    slices = slices_of(checkpoint, model.config._attn_implementation)
+    slices = ranks.agreed(partial(slices_of, checkpoint, model.config._attn_implementation))
     if slices is None:
         ranks.notes.append(_whole(checkpoint))
         copy_weights(model, checkpoint, ranks.put)

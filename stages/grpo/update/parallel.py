@@ -180,15 +180,15 @@ class Ranks:
         distributed.all_gather_object(parts, value, self._calls if patiently else self._findings)
         return parts
 
-    def agreed(self, work: Callable[[], None]) -> None:
-        """Do what needs no other process; all raise what one of them raises, before they go on together."""
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What needs no other process; all raise what one of them raises, before they go on together."""
         error: GrpoError | OSError | MemoryError | None = None
-        self._count += 1
         try:
-            work()
+            found = work()
         except (GrpoError, OSError, MemoryError) as caught:
             error = caught
         self._agree(error)
+        return found
 
     def gather(self, tensors: Mapping[str, Tensor], kept: Collection[str] | None = None) -> dict[str, Tensor]:
         """Those called `kept` whole, in main memory, gathered one after another; None: on rank 0 all."""
