@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +162,29 @@ def test_policies_are_rebuilt_by_as_many(write_project: Callable[[Path], Path], 
     assert (folder / "four" / "model.safetensors").exists()
 
 
+def test_replicas_are_the_same_however_they_are_started_and_replayed_by_as_many(begun: Path) -> None:
+    folder, other = (crash.copy(begun, begun.parent / name) for name in ("replicas", "replicas of torchrun"))
+    four = ["--set", "execution={learner: {processes: 4, replicas: 2}}"]
+    crash.succeed(folder, *RUN, *four, "--until", "1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "grpo"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GRPO_REPLICAS": "2"}
+    done = subprocess.run(
+        [*torchrun, *RUN, "--until", "1"], cwd=other, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert crash.contents(other) == crash.contents(folder)
+    verify = ["verify", "tiny", "--replay"]
+    code, out, err = in_fork(folder, *verify, *four)
+    assert code == 0, err
+    assert "replayed 1 of 1 updates from policy 0: 1 byte-equal" in out
+    code, out, _ = in_fork(folder, *verify, *processes(4))
+    assert code == 4
+    assert (
+        "was made by 4 processes in 2 replicas, and a replay by 4 rounds otherwise;"
+        " execution.learner: {processes: 4, replicas: 2} replays it" in out
+    )
+
+
 def test_who_is_found_missing_when_the_next_rollouts_begin_is_replaced(
     write_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +226,11 @@ def test_who_is_found_missing_when_the_next_rollouts_begin_is_replaced(
             "generate.engine: vllm: has a process group of its own, beside which this process cannot train",
         ),
         ("{learner: {processes: 2, gpus: 1}}", [], "learner.gpus: says what Ray gives each"),
+        (
+            "{learner: {processes: 4, replicas: 3}}",
+            [],
+            "execution.learner: replicas: 3: 4 processes share out as many; right are 1, 2, 4",
+        ),
         (
             "{backend: ray, learner: {processes: 2, gpus: 1}}",
             [],

@@ -234,6 +234,7 @@ KEYS: dict[str, tuple[list[str], set[str] | str]] = {
     "execution.scorers.count": (["execution={scorers: {count: 2}}"], NOTHING),
     "execution.scorers.gpus": (["execution={backend: ray, scorers: {gpus: 1}}"], NOTHING),
     "execution.learner.processes": (["execution={learner: {processes: 2}}"], NOTHING),
+    "execution.learner.replicas": (["execution={learner: {processes: 4, replicas: 2}}"], NOTHING),
     "execution.learner.gpus": (["execution={backend: ray, learner: {processes: 2, gpus: 1}}"], NOTHING),
     "execution.weights": (["execution={engines: {}, weights: memory}"], NOTHING),
     "execution.placement": (["execution={placement: apart}"], NOTHING),

@@ -161,6 +161,19 @@ def test_scorers_hold_reward_models_in_place_of_this_process() -> None:
         assert parts.get("scorers") == held
 
 
+def test_each_replica_of_the_weights_is_counted() -> None:
+    def held(**learner: int) -> dict[str, int]:
+        execution = ExecutionConfig.model_validate({"learner": learner})
+        config = config_of(engine="transformers", precision="float32")
+        found = config.model_copy(update={"execution": execution})
+        return peak_of(found, facts_of(SMALL, on_gpu=False)).parts
+
+    one, shared, twice = held(), held(processes=4), held(processes=4, replicas=2)
+    for name in ("weights", "gradients", "moments", "reference"):
+        assert (shared[name], twice[name]) == (one[name], 2 * one[name])
+    assert shared["activations"] == twice["activations"]  # each of the four has its own
+
+
 # What else is asked of the machine
 
 

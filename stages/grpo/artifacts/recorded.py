@@ -103,6 +103,7 @@ class _Execution(_Held):
     cpu_capability: Text = ""
     threads: Annotated[int, Field(ge=1, le=2**12)] = 1
     processes: Annotated[Number, Field(ge=1)] = 1
+    replicas: Annotated[Number, Field(ge=1)] = 1
     torch: Text = ""
     max_tokens_per_batch: Annotated[Number, Field(ge=1)] = 1
     gradient_checkpointing: bool = False

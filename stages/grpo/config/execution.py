@@ -44,9 +44,22 @@ class LearnerConfig(Section):
 
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
     """How many, 1 to 1,024: this one is the first and leads, the others it starts. 1: this one alone."""
+    replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Of all weights, 1 to 1,024, which divides `processes`: those of a node share one out, say. 1: all share
+    one out. More of them send less between nodes, and take more memory."""
     gpus: Annotated[int, Field(ge=0, le=1)] = 0
     """Of each, from a Ray cluster: 1 where this process has one too, which is not the cluster's to give. With
     `backend: local` each process takes one of this machine's, where it has any."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> "LearnerConfig":
+        if self.processes % self.replicas:
+            divisors = [count for count in range(1, self.processes + 1) if self.processes % count == 0]
+            raise ValueError(
+                f"replicas: {self.replicas}: {self.processes} processes share out as many; right are"
+                f" {', '.join(map(str, divisors))}"
+            )
+        return self
 
 
 class ExecutionConfig(Section):
@@ -84,6 +97,11 @@ class ExecutionConfig(Section):
     def processes(self) -> int:
         """That train together, this one among them."""
         return 1 if self.learner is None else self.learner.processes
+
+    @property
+    def replicas(self) -> int:
+        """Of the weights, among these processes."""
+        return 1 if self.learner is None else self.learner.replicas
 
     @model_validator(mode="after")
     def _is_rays(self) -> "ExecutionConfig":

@@ -28,6 +28,12 @@ _PROBE_TOKENS = 8
 _TOLERANCE = 1e-3
 
 
+def exact_products() -> None:
+    """No TF32: it is 1e-3 off, as much as another mask, and others in the process may have asked for it."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @contextmanager
 def attending(
     model: PreTrainedModel, name: str, function: Callable[..., Any] | None = None
@@ -50,7 +56,7 @@ def refuse_others(name: str, others: dict[str, Any]) -> None:
             raise TypeError(f"{name} takes no {argument}")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what is gathered within serves training too
 def choose_attention(model: PreTrainedModel, wanted: str) -> None:
     """Leave a model that was loaded with sdpa in the attention that computes it: sdpa, or else eager.
 
@@ -94,7 +100,7 @@ def sdpa_drops(model: PreTrainedModel) -> str:
     return ", ".join(sorted(handed - _SDPA_COMPUTES - {"scaling"}))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what is gathered within serves training too
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether no token sees a later one: the last of a few tokens changes no logits before it."""
     ids_BL = torch.arange(_PROBE_TOKENS, device=model.device).repeat(2, 1)

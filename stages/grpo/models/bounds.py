@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from grpo.artifacts import read_json
@@ -58,6 +59,22 @@ def check_kinds(checkpoint: Path, names: set[str]) -> None:
             for name in names.intersection(file.keys()):
                 if not (kind := file.get_slice(name).get_dtype()).startswith(("F", "BF")):
                     raise CorruptError(f"{path}: weight {name} is stored as {kind}; real numbers are right")
+
+
+def check_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Raise InputError for weights that are not float32, CorruptError for one that is not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            found = f"weight {name} is {parameter.dtype}"
+            raise InputError(f"{checkpoint}: {found}; only what is not quantised can be used")
+        check_finite(checkpoint, name, parameter)
+
+
+def check_finite(checkpoint: Path, name: str, weight: Tensor) -> None:
+    """Raise CorruptError where a weight, or a part of it, holds NaN or infinity."""
+    # aminmax lets NaN through to both and makes no copy.
+    if weight.numel() and not all(bool(end.isfinite()) for end in weight.detach().aminmax()):
+        raise CorruptError(f"{checkpoint}: weight {name} holds NaN or infinity; every weight must be finite")
 
 
 def shapes_in(path: Path) -> list[tuple[int, ...]]:

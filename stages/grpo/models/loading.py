@@ -28,14 +28,14 @@ from transformers import (
 
 from grpo.artifacts import read_json, require_checkpoint
 from grpo.errors import CorruptError, InputError
-from grpo.models.attention import choose_attention, is_causal
-from grpo.models.bounds import WEIGHT_FILES, bounded, check_counts, check_kinds, check_sizes
+from grpo.models.attention import choose_attention, exact_products, is_causal
+from grpo.models.bounds import WEIGHT_FILES, bounded, check_counts, check_kinds, check_sizes, check_weights
 from grpo.models.families import check_family
 from grpo.models.refusals import refusals
 from grpo.models.tokenizer import check_growth
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_NO_MODEL = "cannot be loaded as a causal language model"
+NO_MODEL = "cannot be loaded as a causal language model"
 
 
 def load_model(checkpoint: Path, device: str, attention: str = "auto") -> PreTrainedModel:
@@ -47,12 +47,17 @@ def load_model(checkpoint: Path, device: str, attention: str = "auto") -> PreTra
     model = _read_model(checkpoint, attention)
     for tensor in _tensors(model).values():
         tensor.data = _copied(tensor.data, device)
+    settle_attention(model, checkpoint, attention)
+    return model
+
+
+def settle_attention(model: PreTrainedModel, checkpoint: Path, attention: str) -> None:
+    """Leave a model that was loaded with sdpa in the attention that computes it. Raises as load_model."""
     with refusals(str(checkpoint), "its model computes nothing"):
         choose_attention(model, attention)
         causal = is_causal(model)
     if not causal:
-        raise InputError(f"{checkpoint}: {_NO_MODEL}: its tokens see later ones")
-    return model
+        raise InputError(f"{checkpoint}: {NO_MODEL}: its tokens see later ones")
 
 
 @torch.no_grad()
@@ -66,14 +71,19 @@ def copy_weights(
 
     Nothing is copied when the checkpoint is refused, by load_model or because its tensors are others.
     """
-    source = _tensors(_read_model(checkpoint, model.config._attn_implementation))
-    target = _tensors(model)
-    shapes = ({(name, tensor.shape) for name, tensor in each.items()} for each in (source, target))
+    read = _read_model(checkpoint, model.config._attn_implementation)
+    check_like(model, read, checkpoint)
+    source = _tensors(read)
+    for name, tensor in _tensors(model).items():
+        put(tensor, source[name])
+
+
+def check_like(model: PreTrainedModel, other: PreTrainedModel, checkpoint: Path) -> None:
+    """Raise InputError where `other`, that of `checkpoint`, is of another architecture."""
+    shapes = ({(name, tensor.shape) for name, tensor in _tensors(each).items()} for each in (other, model))
     if differing := sorted(name for name, _ in operator.xor(*shapes)):
         message = f"weight {differing[0]} differs in shape or tying from the model in memory"
         raise InputError(f"{checkpoint}: {message}; both must have the same architecture")
-    for name, tensor in target.items():
-        put(tensor, source[name])
 
 
 class Blueprint:
@@ -105,7 +115,7 @@ class Blueprint:
         if _kinds(found) != _kinds(dict(self._model.named_parameters())):
             return None
         model = self.holding({name: _copied(tensor, device) for name, tensor in found.items()})
-        _check_weights(checkpoint, model)
+        check_weights(checkpoint, model)
         return model
 
     @torch.no_grad()
@@ -179,7 +189,7 @@ def load_skeleton(checkpoint: Path) -> PreTrainedModel:
     """The modules of the causal language model of `checkpoint`, without weights or memory for them."""
     auto: Any = AutoModelForCausalLM
     config = load_config(checkpoint)
-    with refusals(str(checkpoint), _NO_MODEL), bounded(checkpoint), torch.device("meta"):
+    with refusals(str(checkpoint), NO_MODEL), bounded(checkpoint), torch.device("meta"):
         model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
     return model
 
@@ -214,9 +224,7 @@ def load_pretrained(auto_class: Any, checkpoint: Path, attention: str, **options
     no pickle, no network, and no more memory than its weights ask for. Raises what from_pretrained does, and
     GrpoError for weights that are no finite real numbers.
     """
-    # No TF32: it is 1e-3 off, as much as another mask, and whoever shares the process may have asked for it.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    exact_products()
     with bounded(checkpoint), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters in them is raised
         model, report = auto_class.from_pretrained(
@@ -230,7 +238,7 @@ def load_pretrained(auto_class: Any, checkpoint: Path, attention: str, **options
             **options,
         )
     check_kinds(checkpoint, {name for name, _ in model.named_parameters()})
-    _check_weights(checkpoint, model)
+    check_weights(checkpoint, model)
     return model, report
 
 
@@ -238,7 +246,7 @@ def _read_model(checkpoint: Path, attention: str) -> PreTrainedModel:
     check_model(checkpoint, attention)
     _require_file(checkpoint, WEIGHT_FILES, "weights")
     model: PreTrainedModel
-    with refusals(str(checkpoint), _NO_MODEL):
+    with refusals(str(checkpoint), NO_MODEL):
         # Shapes that differ are reported below, in one line.
         model, report = load_pretrained(
             AutoModelForCausalLM, checkpoint, attention, ignore_mismatched_sizes=True
@@ -252,16 +260,6 @@ def _read_model(checkpoint: Path, attention: str) -> PreTrainedModel:
             message = f"{problem} weight {names[0]}{more}; the weights must be exactly those of config.json"
             raise CorruptError(f"{checkpoint}: {message}")
     return model
-
-
-def _check_weights(checkpoint: Path, model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        where = f"{checkpoint}: weight {name}"
-        if parameter.dtype != torch.float32:
-            raise InputError(f"{where} is {parameter.dtype}; only what is not quantised can be used")
-        # aminmax lets NaN through to both and makes no copy.
-        if parameter.numel() and not all(bool(end.isfinite()) for end in parameter.detach().aminmax()):
-            raise CorruptError(f"{where} holds NaN or infinity; every weight must be finite")
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ output head is used in the same call as the trunk, and nothing else calls the mo
 Shapes: S sequences, L tokens of the longest, N positions that are asked for, D hidden, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ _PROOF_TOKENS = 8
 # A cap of 30 does not show in the logits of a random model, and leaves no doubt in logits of this size.
 _PROOF_LOGIT = 100.0
 _PROOF_TOLERANCE = 1e-4
+T = TypeVar("T")
 
 
 class Reader(nn.Module):
@@ -35,9 +36,13 @@ class Reader(nn.Module):
     def __init__(self, model: PreTrainedModel, *, few: bool = False) -> None:
         super().__init__()
         self.model = model
-        split = None if few else split_head(model)
         # Not the head itself: sharding replaces its parameters.
-        self.form = None if split is None else (split[1].scale, split[1].softcap)
+        self.form = None if few else form_of(model)
+
+    def ask(self, question: Callable[[PreTrainedModel], T]) -> T:
+        """What `question` finds of the model, which may compute for it, without gradients."""
+        with torch.no_grad():
+            return question(self.model)
 
     def forward(
         self,
@@ -70,6 +75,12 @@ class Reader(nn.Module):
 def move(model: PreTrainedModel, device: str) -> None:
     """Its tensors to `device`, in place. torch's own: transformers wraps it for quantised models, untyped."""
     nn.Module.to(model, device)
+
+
+def form_of(model: PreTrainedModel) -> tuple[float, float | None] | None:
+    """Scale and cap of its head; None where split_head finds none."""
+    split = split_head(model)
+    return None if split is None else (split[1].scale, split[1].softcap)
 
 
 def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Head] | None:

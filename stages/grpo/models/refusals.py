@@ -6,6 +6,7 @@ from textwrap import shorten
 
 import torch
 from safetensors import SafetensorError
+from torch import distributed
 from transformers.utils import logging as transformers_logging
 
 from grpo.errors import CorruptError, GrpoError, InputError, ResourceError, UsageError
@@ -31,6 +32,7 @@ def quiet_transformers() -> Iterator[None]:
 def refusals(where: str, message: str) -> Iterator[None]:
     """transformers without a word of its own: whatever it raises of a checkpoint is one line of ours.
 
+    What other processes raise, that compute with this one, is none of a checkpoint.
     Exception, because a checkpoint of others may make it raise any: its code trusts what it reads.
     """
     try:
@@ -41,6 +43,8 @@ def refusals(where: str, message: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(f"{where}: out of memory: {_one_line(error)}") from error
     except (SafetensorError, RuntimeError) as error:
+        if is_of_connection(error):
+            raise
         what = _UNREADABLE if isinstance(error, SafetensorError) else message
         what = "its files are nested too deep" if isinstance(error, RecursionError) else what
         raise CorruptError(f"{where}: {what}: {_one_line(error)}") from error
@@ -53,6 +57,13 @@ def refusals(where: str, message: str) -> Iterator[None]:
             )
         kind = UsageError if isinstance(error, ImportError) else InputError  # a package that is missing
         raise kind(f"{where}: {message}: {text}") from error
+
+
+def is_of_connection(error: Exception) -> bool:
+    """Whether it is of a process that computes with this one; gloo says what happened in its text alone."""
+    return isinstance(error, distributed.DistError) or any(
+        word in str(error) for word in ("gloo", "Connection", "Timed out", "NCCL")
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.artifacts import IN_MEMORY, checkpoint_files, files, is_weight_file
 from grpo.errors import ResourceError
@@ -124,6 +125,18 @@ def holds_adapted(model: PreTrainedModel, state: Mapping[str, Tensor]) -> bool:
     """Whether every weight that has an adapter is in `state`, itself and whole, so that merged() finds it."""
     found = {_address(tensor) for tensor in state.values()}
     return all(_address(layer.get_base_layer().weight) in found for layer in adapted_layers(model).values())
+
+
+def by_layer(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of `state` by decoder layer, and those of none."""
+    within = [
+        f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    by_layer: dict[str, list[str]] = {}
+    for name in state:
+        layer = next((prefix for prefix in within if name.startswith(prefix)), "")
+        by_layer.setdefault(layer, []).append(name)
+    yield from by_layer.values()
 
 
 def adapted_layers(model: PreTrainedModel) -> dict[str, Any]:

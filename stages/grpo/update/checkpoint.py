@@ -28,9 +28,10 @@ INDEX_FILE = "model.safetensors.index.json"
 Chunks = Iterable[bytes | memoryview]  # a file's content in pieces
 
 
-def copy_to(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of `tensor` where `parameter` is."""
-    return tensor.to(parameter.device, copy=True)
+def copy_to(stored: Any, parameter: Tensor) -> Tensor:
+    """A copy of what a file has of a tensor, where `parameter` is."""
+    copied: Tensor = stored[...].to(parameter.device, copy=True)
+    return copied
 
 
 def policy_files(model: PreTrainedModel, start: Path) -> Iterator[tuple[str, Chunks]]:
@@ -113,12 +114,12 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     model: PreTrainedModel,
     folder: Path,
-    placed: Callable[[Tensor, Tensor], Tensor] = copy_to,
+    placed: Callable[[Any, Tensor], Tensor] = copy_to,
 ) -> None:
     """Put the moments that the files in `folder` hold into `optimizer`, in freshly allocated tensors.
 
-    placed: makes such a tensor of a whole one, for a parameter. Raises CorruptError (exit 6) when they are
-    not those of this model's parameters.
+    placed: makes such a tensor of what a file has of it, for a parameter. Raises CorruptError (exit 6) when
+    they are not those of this model's parameters.
     """
     with ExitStack() as stack:
         paths = sorted(folder.glob(f"{MOMENTS}*.safetensors"))
@@ -133,9 +134,9 @@ def load_optimizer(
             raise CorruptError(f"{folder}: not the optimiser state of this model{see}")
         for name, parameter in parameters.items() if names else ():
             whole = {f"{moment}.{name}": moment for moment in held[name]}
-            moments = {moment: where[key].get_tensor(key) for key, moment in whole.items()}
+            moments = {moment: where[key].get_slice(key) for key, moment in whole.items()}
             first = held[name][1]
-            if moments[first].shape != parameter.shape:
-                raise CorruptError(f"{folder}: {first}.{name} has the shape {list(moments[first].shape)}")
-            copies = {moment: placed(tensor, parameter) for moment, tensor in moments.items()}
+            if (shape := moments[first].get_shape()) != [*parameter.shape]:
+                raise CorruptError(f"{folder}: {first}.{name} has the shape {shape}")
+            copies = {moment: placed(stored, parameter) for moment, stored in moments.items()}
             optimizer.state[parameter] = state_of(optimizer, copies)

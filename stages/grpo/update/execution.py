@@ -28,6 +28,7 @@ def execution_of(learner: "Learner") -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": 1 if learner.ranks is None else learner.ranks.world,
+        "replicas": 1 if learner.ranks is None else learner.ranks.replicas,
         "torch": torch.__version__,
         "max_tokens_per_batch": config.max_tokens_per_batch,
         "gradient_checkpointing": config.gradient_checkpointing,

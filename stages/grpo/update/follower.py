@@ -21,7 +21,7 @@ class Seat:
     """What a process needs to know of its place in the group.
 
     host, port: where they meet. gpu: which one is its own, where `device` is cuda. threads, folder, facts:
-    the driver's own, which have to be the same here.
+    the driver's own, which have to be the same here. replicas: of the weights.
     """
 
     host: str
@@ -33,6 +33,7 @@ class Seat:
     threads: int
     folder: Path
     facts: Mapping[str, str]
+    replicas: int
 
 
 def open_follower() -> Callable[[Seat], None]:
@@ -61,7 +62,7 @@ def follow(seat: Seat) -> None:
     store.set(there(seat.rank), gpu_of(seat.device))
     is_over = False
     try:
-        _serve(Ranks(store, seat.rank, seat.world, seat.device))
+        _serve(Ranks(store, seat.rank, seat.world, seat.device, replicas=seat.replicas))
         is_over = True
     finally:
         if not is_over:

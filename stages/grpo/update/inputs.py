@@ -15,6 +15,7 @@ def load_policy(run: ActiveRun, number: int, learner: Learner) -> None:
     id_, folder = run.id_of(f"policy@{number}"), run.start["policy"]
     if number == 0:
         learner.load(folder, None, id_)
+        say_notes(run)
         return
     update = run.require(OUTPUT, number - 1, f"grpo update --iteration {number - 1}")
     check_same_training(run, update)
@@ -24,10 +25,17 @@ def load_policy(run: ActiveRun, number: int, learner: Learner) -> None:
     if policy is None or state is None:
         raise CorruptError(f"{place}: holds no whole policy with its optimiser state")
     learner.load(policy, state, id_, adapter)
+    say_notes(run)
     written = run.require(CHECKPOINT, number - 1, "grpo run").summary["weights"]
     if learner.digest() != written:
         learner.holds = None
         raise CorruptError(f"{place}: its weights are not those that its manifest says")
+
+
+def say_notes(run: ActiveRun) -> None:
+    """What loading had to say, of several processes."""
+    while run.ranks is not None and run.ranks.notes:
+        run.console.say(run.ranks.notes.pop(0))
 
 
 def check_same_training(run: ActiveRun, last: Manifest) -> None:

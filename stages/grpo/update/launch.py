@@ -10,11 +10,15 @@ from grpo.errors import UsageError
 from grpo.models.loading import best_device
 from grpo.update.parallel import PATIENCE, Ranks
 
+REPLICAS = "GRPO_REPLICAS"
+"""The variable that says what `execution.learner.replicas` does, where torchrun starts the processes."""
+
 
 def open_ranks() -> Ranks:
     """The group of torchrun's environment; each of its processes asks for it, and waits for the others.
 
-    Raises UsageError (exit 2) where a machine has fewer GPUs than processes.
+    Raises UsageError (exit 2) where a machine has fewer GPUs than processes, and for replicas that do not
+    divide them.
     """
     device = best_device()
     if device == "cuda":
@@ -23,7 +27,15 @@ def open_ranks() -> Ranks:
             raise UsageError(f"torchrun --nproc-per-node: a process for each GPU is right; here are {count}")
         torch.cuda.set_device(own)
     store, rank, world = next(distributed.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
-    return Ranks(store, rank, world, device)
+    return Ranks(store, rank, world, device, replicas=_replicas(world))
+
+
+def _replicas(world: int) -> int:
+    """Asked of the environment: before rank 0 leads, the others have no configuration."""
+    text = os.environ.get(REPLICAS, "1")
+    if not (text.isdecimal() and int(text) and world % int(text) == 0):
+        raise UsageError(f"{REPLICAS}: found {text}; right is what divides the {world} processes of torchrun")
+    return int(text)
 
 
 def refuse(config: UpdateConfig) -> None:

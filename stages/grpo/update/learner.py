@@ -4,7 +4,7 @@ Of several processes (parallel.py) each has a part of all weights and computes a
 calls, and the others do the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from grpo.config import UpdateConfig
 from grpo.models.loading import copy_weights, load_model
+from grpo.models.reader import Reader
 from grpo.models.turns import SHARE
 from grpo.models.weight_check import WeightCheck, measure
 from grpo.models.weights import Weights
@@ -28,7 +29,7 @@ from grpo.update.layout import ByRow, Layout
 from grpo.update.layout_check import Compared, check_layouts
 from grpo.update.network import Network
 from grpo.update.objective import Stored, objective_of
-from grpo.update.opening import open_policy, open_reference, reader_of
+from grpo.update.opening import copy_shared, open_policy, open_reference, shared_reader
 from grpo.update.optimizer import make_optimizer, settings_of
 from grpo.update.optimizer_step import Told, take_step
 from grpo.update.plan import resolved
@@ -117,15 +118,14 @@ class Learner:
         """
         self.resume()
         self.holds = None
-        ranks = self.ranks
+        ranks, lora = self.ranks, self.config.lora
         put = torch.Tensor.copy_ if ranks is None else ranks.put
-        lora = self.config.lora
         # What trains whole has no other copy of what it was.
         anew = lora is not None and bool(lora.modules_to_save) and adapter is None
         if "policy" not in self._networks or anew:
             self._open_policy(policy)
         elif self.adapter is None:
-            copy_weights(self.model, policy, put)
+            self._copy(self.model, policy)
         if self.adapter is not None and adapter is not None:
             load_adapter(self.adapter, adapter, put)
         elif self.adapter is not None:
@@ -147,27 +147,39 @@ class Learner:
         if is_start and lora is not None and not lora.modules_to_save:
             self._networks.pop("reference", None)
         elif "reference" not in self._networks:
-            reader = reader_of(self._loaded(checkpoint).requires_grad_(False), self.ranks)
+            reader = self._reader(checkpoint, lambda model: model.requires_grad_(False))
             self._networks["reference"] = open_reference(reader, self.config, self.ranks)
         elif id_ != self.reference_id:
-            put = torch.Tensor.copy_ if self.ranks is None else self.ranks.put
-            copy_weights(self._networks["reference"].model, checkpoint, put)
+            self.reference_id = None
+            self._copy(self._networks["reference"].model, checkpoint)
         if id_ != self.reference_id:
             self.reference_id, self._reference_differences = id_, {}
 
     def _open_policy(self, checkpoint: Path) -> None:
-        config, model = self.config, self._loaded(checkpoint)
-        if lora := config.lora:
+        reader = self._reader(checkpoint, self._prepare)
+        if self.skeleton is not None:
+            self.skeleton.attend(reader.model.config._attn_implementation)
+        self._networks["policy"] = open_policy(reader, self.config, self.ranks)
+        self.optimizer = make_optimizer(self.config, reader.model.parameters())
+
+    def _prepare(self, model: PreTrainedModel) -> None:
+        if lora := self.config.lora:
             self.adapter = add_adapter(model, lora, self.seed)
         if self.ranks is not None:
             self.skeleton = self.ranks.skeleton(model if self.adapter is None else self.adapter)
-        self._networks["policy"] = open_policy(reader_of(model, self.ranks), config, self.ranks)
-        self.optimizer = make_optimizer(config, model.parameters())
 
-    def _loaded(self, checkpoint: Path) -> PreTrainedModel:
-        """In main memory where it is shared out from there: no device need hold all of it."""
-        device = self.device if self.ranks is None else "cpu"
-        return load_model(checkpoint, device, self.attention)
+    def _reader(self, checkpoint: Path, prepare: Callable[[PreTrainedModel], object]) -> Reader:
+        if self.ranks is not None:
+            return shared_reader(checkpoint, self.attention, self.ranks, prepare)
+        model = load_model(checkpoint, self.device, self.attention)
+        prepare(model)
+        return Reader(model)
+
+    def _copy(self, model: PreTrainedModel, checkpoint: Path) -> None:
+        if self.ranks is not None:
+            copy_shared(model, checkpoint, self.ranks)
+        else:
+            copy_weights(model, checkpoint)
 
     def resume(self) -> None:
         """Take the accelerator again, with what release() left in main memory."""

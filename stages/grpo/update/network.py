@@ -4,7 +4,7 @@ Shapes: S sequences, L tokens of the longest, N counted response tokens, D hidde
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from textwrap import shorten
@@ -94,6 +94,10 @@ class Network:
         try:
             self.logprobs(self._two_tokens(), exactly=True)
         except TypeError:
+            modules: Iterable[Any] = self.reader.modules()
+            for module in modules:
+                if hasattr(module, "reshard"):  # what other processes have a part of would stay whole here
+                    module.reshard()
             return False
         return True
 

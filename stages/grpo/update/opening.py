@@ -1,24 +1,72 @@
-"""opening: a model that was loaded -> a network that computes with it as the configuration says."""
+"""opening: a checkpoint -> a reader of its model -> a network that computes as the configuration says."""
 
+import copy
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from grpo.config import UpdateConfig
 from grpo.errors import UsageError
-from grpo.models.reader import Reader
+from grpo.models.loading import check_like, copy_weights, load_model, settle_attention
+from grpo.models.reader import Reader, form_of
+from grpo.models.slices import Slices, slices_of
 from grpo.update.network import Network
 
+if TYPE_CHECKING:
+    from grpo.update.parallel import Ranks
 
-def reader_of(model: PreTrainedModel, ranks: Any) -> Reader:
-    """A reader of the model; with other `ranks` (parallel.py) this process keeps its part of it alone."""
-    reader = Reader(model)
-    if ranks is not None:
+
+def shared_reader(
+    checkpoint: Path, attention: str, ranks: "Ranks", prepare: Callable[[PreTrainedModel], object]
+) -> Reader:
+    """Of the model of a checkpoint, of which this process reads and keeps its part alone.
+
+    prepare: called with the model as long as it is no one's; what it adds is zero. Raises as load_model.
+    """
+    slices = ranks.agreed(partial(slices_of, checkpoint, attention))
+    if slices is None:
+        ranks.notes.append(_whole(checkpoint))
+        # No device need hold all of it.
+        model = ranks.agreed(partial(load_model, checkpoint, "cpu", attention))
+        prepare(model)
+        reader = Reader(model)
         ranks.shard(reader)
+        return reader
+    reader = filled_reader(slices, ranks, prepare)
+    reader.ask(partial(settle_attention, checkpoint=checkpoint, attention=attention))
+    reader.form = reader.ask(form_of)
     return reader
+
+
+def filled_reader(slices: Slices, ranks: "Ranks", prepare: Callable[[PreTrainedModel], object]) -> Reader:
+    """The same, before anything is computed with it."""
+    model = copy.deepcopy(slices.model)
+    prepare(model)
+    reader = Reader(model, few=True)
+    ranks.shard(reader)
+    ranks.materialize(reader, ranks.device)
+    ranks.agreed(partial(slices.fill, model, ranks.put))
+    return reader
+
+
+def copy_shared(model: PreTrainedModel, checkpoint: Path, ranks: "Ranks") -> None:
+    """Have a model that is shared out compute what load_model(checkpoint) would. Raises as copy_weights."""
+    slices = ranks.agreed(partial(slices_of, checkpoint, model.config._attn_implementation))
+    if slices is None:
+        ranks.notes.append(_whole(checkpoint))
+        copy_weights(model, checkpoint, ranks.put)
+        return
+    check_like(model, slices.model, checkpoint)
+    ranks.agreed(partial(slices.fill, model, ranks.put))
+
+
+def _whole(checkpoint: Path) -> str:
+    return f"{checkpoint}: not as transformers writes it: each process holds all of it while it loads"
 
 
 def open_policy(reader: Reader, config: UpdateConfig, ranks: Any) -> Network:

@@ -4,16 +4,15 @@ Files are cut by names and sizes alone: bytes and ids do not know how many wrote
 f mod world. All gather, one tensor after another, and each keeps what it writes, in main memory.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.artifacts import ADAPTER, OPTIMIZER, POLICY
-from grpo.models.weights import plain_state, published_form, published_state
+from grpo.models.weights import by_layer, plain_state, published_form, published_state
 from grpo.update.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_config, adapter_weights
 from grpo.update.checkpoint import MOMENTS, WEIGHTS, Chunks, cut, moments_of, plain_files, safetensors_file
 
@@ -90,7 +89,7 @@ def _published(
     empty: the model with the shapes of its weights.
     """
     own, shapes, found = plain_state(model), plain_state(empty), dict[str, Tensor]()
-    for names in _layers(empty, shapes):
+    for names in by_layer(empty, shapes):
         made = published_form(empty, {name: shapes[name] for name in names}).keys() & kept
         whole = ranks.gather({name: own[name] for name in names}, names if made else ())
         if made:
@@ -98,15 +97,3 @@ def _published(
             found |= {name: published[name] for name in made}
     assert found.keys() == {*kept}
     return found
-
-
-def _layers(model: PreTrainedModel, state: State) -> Iterator[list[str]]:
-    """Names of `state` by decoder layer, and those of none."""
-    within = [
-        f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
-    by_layer: dict[str, list[str]] = {}
-    for name in state:
-        layer = next((prefix for prefix in within if name.startswith(prefix)), "")
-        by_layer.setdefault(layer, []).append(name)
-    yield from by_layer.values()

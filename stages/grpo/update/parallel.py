@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
 
 from grpo.errors import EngineError, GrpoError
+from grpo.models.refusals import is_of_connection
 from grpo.update import sharding
 from grpo.update.batch import Rollouts
 from grpo.update.roll_call import RollCall, place
@@ -56,7 +56,7 @@ class Ranks:
     """This process and the others of its group. Made in all of them at once, from one store.
 
     device: cpu, or cuda, which is then this process's own. patience: see PATIENCE. are_own: whether rank 0
-    started the others, and can start them again.
+    started the others, and can start them again. replicas: copies of all weights, which divide the world.
     """
 
     def __init__(
@@ -67,14 +67,17 @@ class Ranks:
         device: str = "cpu",
         patience: timedelta = PATIENCE,
         are_own: bool = False,
+        replicas: int = 1,
     ) -> None:
         self.rank, self.world, self.device, self.patience = rank, world, device, patience
-        self.are_own = are_own
+        self.are_own, self.replicas = are_own, replicas
         self.is_inside = False
         self.failure: GrpoError | None = None
         """The last that all processes raised."""
         self.is_broken = False
         """Whether the others can be reached no more, or are elsewhere."""
+        self.notes: list[str] = []
+        """What of a call is to be said by whoever has a console."""
         group = distributed.PrefixStore("grpo", store)  # type: ignore[attr-defined]
         backend = "gloo" if device == "cpu" else "nccl"
         distributed.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=patience)
@@ -82,7 +85,7 @@ class Ranks:
         # Apart: another's agreement must not be taken for a part of the call that one is still within.
         self._agreement = distributed.new_group(backend="gloo", timeout=patience)
         self._calls = distributed.new_group(backend="gloo", timeout=_BETWEEN_CALLS)
-        self.mesh = init_device_mesh(device, (world,))
+        self.mesh = sharding.mesh_of(device, world, replicas)
         self._roll_call = RollCall(group, rank, patience, self.to_all(place()))
         self._learners: dict[int, Any] = {}
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -177,22 +180,26 @@ class Ranks:
         distributed.all_gather_object(parts, value, self._calls if patiently else self._findings)
         return parts
 
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What needs no other process; all raise what one of them raises, before they go on together."""
+        error: GrpoError | OSError | MemoryError | None = None
+        try:
+            found = work()
+        except (GrpoError, OSError, MemoryError) as caught:
+            error = caught
+        self._agree(error)
+        return found
+
     def gather(self, tensors: Mapping[str, Tensor], kept: Collection[str] | None = None) -> dict[str, Tensor]:
         """Those called `kept` whole, in main memory, gathered one after another; None: on rank 0 all."""
-        found, kept = {}, (tensors if self.rank == 0 else ()) if kept is None else kept
-        for name, tensor in tensors.items():
-            whole = sharding.full(tensor.detach())
-            if name in kept:
-                found[name] = whole.to("cpu", copy=whole is tensor)
-            del whole
-        return found
+        return sharding.gather(tensors, (tensors if self.rank == 0 else ()) if kept is None else kept)
 
     full = staticmethod(sharding.full)
     local = staticmethod(sharding.local)
     placed = staticmethod(sharding.placed)
+    materialize = staticmethod(sharding.materialize)
     skeleton = staticmethod(sharding.Skeleton)
     put = staticmethod(sharding.put)
-
     gather_in = staticmethod(sharding.gather_in)
 
     def shard(self, reader: torch.nn.Module) -> None:
@@ -282,15 +289,8 @@ class Ranks:
             are_together = error is self.failure
             raise
         except RuntimeError as error:  # torch's own, of its connections; a bug of ours is one too
-            if not _is_of_connection(error):
+            if not is_of_connection(error):
                 raise
             raise self._roll_call.account(self._count) from error
         finally:
             self.is_broken = self.is_broken or not are_together
-
-
-def _is_of_connection(error: RuntimeError) -> bool:
-    """gloo says what happened in its text alone."""
-    return isinstance(error, distributed.DistError) or any(
-        word in str(error) for word in ("gloo", "Connection", "Timed out", "NCCL")
-    )

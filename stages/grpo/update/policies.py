@@ -23,7 +23,7 @@ from grpo.update import gradient_checkpointing
 from grpo.update.adapter import adapter_files
 from grpo.update.checkpoint import policy_files
 from grpo.update.durable import Checkpoints
-from grpo.update.inputs import load_policy
+from grpo.update.inputs import load_policy, say_notes
 from grpo.update.learner import Learner
 from grpo.update.objective import objective_of
 from grpo.update.own_surrogate import surrogate_of
@@ -161,16 +161,19 @@ class Policies:
             self.run.console.say(f"policy {outcome.iteration + 1} is rebuilt with other bits: {apart}")
 
     def _require_processes(self, manifest: Manifest) -> None:
-        """Raise InputError (exit 4) for an update of another number of processes: they round otherwise."""
-        made = manifest.execution["processes"]
-        now = 1 if self.run.ranks is None else self.run.ranks.world
-        if made != now and not self.run.accept_replay:
+        """Raise InputError (exit 4) for an update of other processes: they round otherwise."""
+        made, copies = manifest.execution["processes"], manifest.execution.get("replicas", 1)
+        ranks = self.run.ranks
+        now = (1, 1) if ranks is None else (ranks.world, ranks.replicas)
+        if (made, copies) != now and not self.run.accept_replay:
             way = "one alone replays it"
-            if made > 1:
+            if copies > 1:
+                way = f"execution.learner: {{processes: {made}, replicas: {copies}}} replays it"
+            elif made > 1:
                 way = f"execution.learner.processes: {made} replays it, or torchrun with as many"
             raise InputError(
-                f"update {manifest.iteration}: was made by {made} process{'es' if made > 1 else ''}, and a"
-                f" replay by {now} rounds otherwise; {way}"
+                f"update {manifest.iteration}: was made by {made} process{'es' if made > 1 else ''}"
+                f"{_in(copies)}, and a replay by {now[0]}{_in(now[1])} rounds otherwise; {way}"
             )
 
     def _configure(self, recorded: ActiveRun, manifest: Manifest) -> None:
@@ -198,6 +201,7 @@ class Policies:
         if number and id_ != self.learner.reference_id:
             folder = self._folder_of(number, id_)
         self.learner.load_reference(folder, id_, is_start=is_start)
+        say_notes(run)
 
     def _folder_of(self, number: int, id_: str) -> Path:
         """A plain checkpoint of a policy; one that is not on disk as such is written for the while."""
@@ -210,6 +214,10 @@ class Policies:
             self._copy = id_, TemporaryDirectory(prefix="grpo-reference-")
             _write(other, POLICY, Path(self._copy[1].name))
         return Path(self._copy[1].name)
+
+
+def _in(replicas: int) -> str:
+    return f" in {replicas} replicas" if replicas > 1 else ""
 
 
 def new_learner(run: ActiveRun) -> Learner:

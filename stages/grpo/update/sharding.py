@@ -2,22 +2,35 @@
 
 Each decoder layer is gathered when it computes; the rest (embeddings, last norm, head: tied weights stay
 together) with the reader that holds it all. Gradients are added up, not averaged: denominators are the whole
-step's.
+step's. Of several replicas each is shared out among its own processes; gradients are added up over all.
 """
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.errors import UsageError
+
+
+def mesh_of(device: str, world: int, replicas: int) -> DeviceMesh:
+    """Of `world` processes: all share out one copy of the weights, or each of `replicas` rows of them one."""
+    if replicas == 1:
+        return init_device_mesh(device, (world,))
+    return init_device_mesh(device, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(reader: nn.Module, mesh: DeviceMesh) -> None:
@@ -35,6 +48,7 @@ def shard(reader: nn.Module, mesh: DeviceMesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # of other factors gloo has no reduction
+    register_fsdp_forward_method(reader, "ask")
 
 
 def gather_in(reader: nn.Module, dtype: torch.dtype) -> None:
@@ -67,27 +81,58 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gather(tensors: Mapping[str, Tensor], kept: Collection[str]) -> dict[str, Tensor]:
+    """Those called `kept` whole, in main memory; all are gathered, one after another."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = full(tensor.detach())
+        if name in kept:
+            found[name] = whole.to("cpu", copy=whole is tensor)
+        del whole
+    return found
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process has of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def placed(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of `whole` where and as `parameter` is: a part of it, where it is of the parameter's shape."""
-    if isinstance(parameter, DTensor) and whole.shape == parameter.shape:
+def part_of(parameter: Tensor) -> Any:
+    """The index of what this process has of it."""
+    if not isinstance(parameter, DTensor):
+        return ...
+    sizes, starts = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def placed(whole: Any, parameter: Tensor) -> Tensor:
+    """A copy of `whole` where and as `parameter` is: a part of it, where it is of the parameter's shape.
+
+    whole: a tensor, or what a file has of one, of which no more is read than that.
+    """
+    shape = whole.shape if isinstance(whole, Tensor) else torch.Size(whole.get_shape())
+    if isinstance(parameter, DTensor) and shape == parameter.shape:
+        part = whole[part_of(parameter)].to(parameter.device, copy=True)
         mesh, placements = parameter.device_mesh, parameter.placements
-        # From what each process has itself: nothing is sent.
-        part = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
-        return DTensor.from_local(
-            part.to_local().clone(), mesh, placements, shape=part.shape, stride=part.stride()
-        )
-    return whole.to(parameter.device, copy=True)
+        return DTensor.from_local(part, mesh, placements, shape=shape, stride=parameter.stride())
+    copied: Tensor = whole[...].to(parameter.device, copy=True)
+    return copied
 
 
 @torch.no_grad()
-def put(parameter: Tensor, whole: Tensor) -> None:
-    """Copy `whole` into `parameter`, in place."""
-    parameter.copy_(placed(whole, parameter))
+def put(parameter: Tensor, whole: Any) -> Tensor:
+    """Copy `whole`, likewise, into `parameter`, in place; gives what this process has of it."""
+    return local(parameter).copy_(whole[part_of(parameter)])
+
+
+@torch.no_grad()
+def materialize(reader: nn.Module, device: str) -> None:
+    """Zeros for what this process has of a model that was shared out on the meta device."""
+    reader.to_empty(device=device)
+    for parameter in reader.parameters():
+        local(parameter).zero_()
 
 
 class Skeleton:
@@ -100,6 +145,10 @@ class Skeleton:
         }
         memo = {id(weight): self._empty[name] for name, weight in model.named_parameters()}
         self.model: Any = copy.deepcopy(model, memo)
+
+    def attend(self, attention: str) -> None:
+        """Have the attention that was found for the model once its weights were there."""
+        self.model.set_attn_implementation(attention)
 
     def holding(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A model with these very tensors as its parameters, by name, and their values in its buffers."""

@@ -45,7 +45,8 @@ def together(run: ActiveRun) -> Iterator[None]:
         workers = [backend.start() for _ in range(others)]
         try:
             run.ranks = _meet(execution, backend, workers, run.console.stop_requested)
-            run.console.say(f"learner: {execution.processes} processes ({execution.backend})")
+            copies = f", {execution.replicas} replicas" if execution.replicas > 1 else ""
+            run.console.say(f"learner: {execution.processes} processes{copies} ({execution.backend})")
             yield
         finally:
             if run.ranks is not None:
@@ -90,7 +91,7 @@ def _meet(
     store = TCPStore(backend.host, 0, world, is_master=True, timeout=PATIENCE, wait_for_workers=False)
     for rank, worker in enumerate(workers, 1):
         gpu = rank if execution.backend == "local" else 0  # Ray shows each its own alone
-        own = torch.get_num_threads(), Path.cwd(), facts()
+        own = torch.get_num_threads(), Path.cwd(), facts(), execution.replicas
         worker.submit(Seat(backend.host, store.port, rank, world, device, gpu, *own))
     names = [there(rank) for rank in range(1, world)]
     while not store.check(names):
@@ -99,7 +100,7 @@ def _meet(
         stop_requested()
     _require_own_gpus([gpu_of(device), *(store.get(name).decode() for name in names)])
     try:
-        return Ranks(store, 0, world, device, are_own=True)
+        return Ranks(store, 0, world, device, are_own=True, replicas=execution.replicas)
     except RuntimeError as error:
         raise EngineError(
             f"execution.learner: the processes do not reach each other ({first_line(error)}); a host's own"

@@ -155,11 +155,15 @@ def _update(config: Config, facts: Facts) -> Needs:
 
 
 def _processes(config: Config, facts: Facts) -> tuple[int, int]:
-    """Of the learner, and those of them in the memory that is looked at: a GPU is each one's own."""
+    """Of the learner those that share out its weights; and all in the memory that is looked at: a GPU is
+    each one's own."""
     if config.execution is None:
         return 1, 1
     world = config.execution.processes
-    return world, 1 if facts.on_gpu or config.execution.backend == "ray" else world
+    return (
+        world // config.execution.replicas,
+        1 if facts.on_gpu or config.execution.backend == "ray" else world,
+    )
 
 
 def peak_of(config: Config, facts: Facts) -> Peak:
