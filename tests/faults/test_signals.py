@@ -99,7 +99,9 @@ def test_a_query_ends_at_once(finished: Path, number: signal.Signals, times: int
     query = "select count(*) from range(10000000000) a, range(1000) b"
     command = [sys.executable, "-c", program, "sql", query, "--timeout-s", "100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(5)  # it is in the query by now; on a slow machine it imports, and ends in the same way
+        while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+            time.sleep(0.05)
+        time.sleep(1)  # that is the query's, which is under way by now
         for _ in range(times):
             process.send_signal(number)
             time.sleep(0.002)  # also while Python ends
