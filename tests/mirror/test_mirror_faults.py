@@ -366,11 +366,3 @@ def test_a_bug_of_the_copier_is_no_success(
     monkeypatch.setattr(upload.Upload, "copy", fail)
     with pytest.raises(AssertionError, match="has ended before its time"):
         grpo("run", *to(bucket))
-
-
-def test_nothing_is_imported_without_a_mirror(project: Path) -> None:
-    rooms = "grpo.cli.entry, grpo.pipeline.opening, grpo.manage.doctor"
-    named = "[name for name in sys.modules if 'obstore' in name or name.startswith('grpo.mirror')]"
-    code = f"import sys, {rooms}; print({named})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
