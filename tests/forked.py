@@ -101,14 +101,15 @@ def sql_exit_code(self: Any) -> int | None:
 
 @pytest.fixture(autouse=True, scope="module")
 def forked_workers() -> Iterator[None]:
-    """Engines, processes of the learner, reward functions, chat templates and users' SQL have them."""
+    """Engines, processes of the learner, reward functions and users' SQL have them; chat templates, with a
+    limit of address space, do not."""
 
     def get_context(method: str) -> Context:
         assert method == "spawn"
         return CONTEXT
 
     with pytest.MonkeyPatch.context() as patch:
-        for place in ("execute.processes", "score.functions.pool", "prompts.renderer"):
+        for place in ("execute.processes", "score.functions.pool"):
             patch.setattr(f"grpo.{place}.get_context", get_context)
         patch.setattr("grpo.sql.guarded.UserSql._start", start_sql)
         patch.setattr("grpo.sql.guarded.UserSql._exit_code", sql_exit_code)
