@@ -23,7 +23,7 @@ test: .venv/installed-dev
 
 # Only the tests of which `make test` tries less (tests/faults/tally.py).
 test-faults: .venv/installed-dev
-	GRPO_FAULTS=sampled $(PYTEST) -m sampled tests/faults
+	GRPO_FAULTS=sampled $(PYTEST) -m sampled tests/faults tests/pipeline/test_lane.py
 
 # Every fault at every point, for more than an hour on two cores; the counts go to docs/faults.md.
 test-long:

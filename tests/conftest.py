@@ -4,19 +4,23 @@ A project is what a user has: pipeline.yaml, prompts.jsonl, reward.py and a chec
 layer, a token is a byte), small enough that an iteration takes a fraction of a second.
 """
 
+import gc
 import json
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from tests.faults import tally
 from tests.faults.tally import LONG, Tally
+from tests.forked import forked_workers
+
+__all__ = ["forked_workers"]  # a fixture
 
 Grpo = Callable[..., tuple[int, str, str]]  # (exit code, stdout, stderr) of a command line
 NewTally = Callable[..., Tally]
@@ -81,33 +85,30 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random weights with the starter's tokenizer; Qwen3, as in starter_model.py."""
     import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from tests.tiny import one_layer
+    from transformers import GenerationConfig, Qwen3ForCausalLM
 
     from grpo.models import starter_model as starter
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = starter.build_tokenizer()
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        **special,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(config)
+        model = Qwen3ForCausalLM(one_layer(len(tokenizer), **special))
     model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_syncs() -> Iterator[None]:
+    """No test sees whether a sync was done, while a disk takes milliseconds for each of thousands."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not LONG:  # a full disk may be found out by one
+            patch.setattr(os, "fsync", os.fstat)  # which refuses what is no descriptor, too
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -274,6 +275,11 @@ def project(write_project: Callable[[Path], Path], tmp_path: Path, monkeypatch: 
 def finished(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of a project whose two iterations are done; the test runs in it."""
     return copy_to_work_in(complete, tmp_path, monkeypatch)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: thousands of tests, which the collector need not look through again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -46,3 +46,20 @@ def qwen3_for_vllm() -> Qwen3Config:
         eos_token_id=256,
         pad_token_id=257,
     )
+
+
+def one_layer(vocabulary: int, **special: Any) -> Qwen3Config:
+    """The smallest Qwen3, as in starter_model.py. special: ids of special tokens."""
+    return Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        **special,
+    )

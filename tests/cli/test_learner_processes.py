@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests import forked
 from tests.cli import test_ranks
 from tests.conftest import Grpo, run_cli
 from tests.faults import crash
@@ -48,6 +49,7 @@ def whole(begun: Path) -> Path:
 
 def ended(folder: Path, *command: str) -> tuple[int, list[str]]:
     """Exit code and lines of a command in a process of its own, which leaves none behind."""
+    forked.begin()
     before = beside()
     code, _, err = crash.Child(folder, [list(command)]).wait()
     until = time.monotonic() + 20
@@ -62,11 +64,12 @@ def beside() -> set[int]:
     found = set()
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            is_spawned = b"multiprocessing.spawn" in (path / "cmdline").read_bytes()
+            command = (path / "cmdline").read_bytes()
+            is_worker = b"multiprocessing.spawn" in command or b"multiprocessing.forkserver" in command
             session = (path / "stat").read_text().rpartition(")")[2].split()[3]
         except OSError:
             continue
-        if is_spawned and int(session) == os.getsid(0):
+        if is_worker and int(session) == os.getsid(0):
             found.add(int(path.name))
     return found
 

@@ -1,4 +1,4 @@
-"""Who runs everything in one process imports nothing of what runs it elsewhere."""
+"""Who runs everything in one process imports nothing of what runs it, copies it or notes it elsewhere."""
 
 import subprocess
 import sys
@@ -10,7 +10,8 @@ from grpo.cli import main
 try:
     main()
 finally:
-    print(sorted({"ray", "obstore", "moto"} & set(sys.modules)))
+    import grpo.manage.doctor
+    print(sorted({"ray", "obstore", "moto", "wandb", "trackio", "grpo.mirror"} & set(sys.modules)))
 """
 
 

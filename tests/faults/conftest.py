@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.conftest import Once
 from tests.faults import crash
 
 
 @pytest.fixture
-def start(scenario: str, write_project: Callable[[Path], Path], complete: Path, tmp_path: Path) -> Path:
-    """The project before the command of `scenario`."""
-    return crash.begun(scenario, write_project, complete, tmp_path / "start")
+def start(scenario: str, write_project: Callable[[Path], Path], complete: Path, once: Once) -> Path:
+    """The project before the command of `scenario`; read it only."""
+    return once(f"start of {scenario}", lambda folder: crash.begun(scenario, write_project, complete, folder))

@@ -18,12 +18,25 @@ from pathlib import Path
 # What is not used here is imported so that a fork has it already: that is half the seconds of a command.
 import duckdb  # noqa: F401
 import pyarrow.dataset  # noqa: F401
+import rich.console  # noqa: F401
+from tests import forked
 from tests.conftest import run_cli
 from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
+import grpo.advantage.stage
+import grpo.cli
+import grpo.generate.engines.transformers_engine
+import grpo.generate.stage
+import grpo.inspect.status
+import grpo.manage.fork
+import grpo.manage.gc
+import grpo.manage.verify
+import grpo.pipeline.prepare
+import grpo.pipeline.runner
+import grpo.pipeline.work
+import grpo.score.stage
+import grpo.update.stage  # noqa: F401
 from grpo.artifacts.faults import VARIABLE
-from grpo.manage import fork, gc, verify  # noqa: F401
-from grpo.pipeline import prepare, runner  # noqa: F401
 
 RUN = Path("artifacts/tiny")
 NEW_REWARD = "score.rewards=[{function: 'reward:length'}]"
@@ -94,6 +107,7 @@ class Child:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._log = tempfile.TemporaryDirectory()
+        forked.begin()
         self.pid = os.fork()
         if self.pid == 0:
             freeze()  # what is garbage here may have had threads, which a fork has not: its end would abort

@@ -35,6 +35,11 @@ RUN = [
     *("--set", "generate.rollouts_per_shard=2"),
 ]
 LIMIT_S = 300.0
+PATIENCE_S = 8  # with a head that does not answer, in place of 30
+GRPO = (
+    f"from grpo.execute import ray_cluster; ray_cluster.HEAD_S = {PATIENCE_S}\n"
+    "from grpo.cli import main; main()"
+)
 Strike = Callable[[Any, "subprocess.Popen[str]", random.Random], bool]
 
 
@@ -51,8 +56,9 @@ def alone(start: Path) -> dict[str, str]:
     return crash.contents(whole)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
+    """A node that a test ends is replaced there: the next one finds two again."""
     with two_nodes(1) as found:
         yield found
 
@@ -140,7 +146,7 @@ def test_the_run_has_the_files_of_one_process(
 
 def begin(folder: Path, cluster: Any, *more: str) -> "subprocess.Popen[str]":
     execution = f"execution={{backend: ray, address: '{cluster.address}', engines: {{count: 2}}}}"
-    command = [sys.executable, "-m", "grpo", *RUN, "--set", execution, *more]
+    command = [sys.executable, "-c", GRPO, *RUN, "--set", execution, *more]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -186,7 +192,7 @@ def test_a_head_that_is_gone_is_said(
                 _, err = driver.communicate(timeout=LIMIT_S)
                 assert driver.returncode == 7, err
                 assert "Traceback" not in err
-                assert "has not answered for 30 s" in err.splitlines()[-1]
+                assert f"has not answered for {PATIENCE_S} s" in err.splitlines()[-1]
                 nothing_stays(cluster)
             crash.succeed(folder, "verify")
             crash.succeed(folder, *RUN)

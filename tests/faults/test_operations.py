@@ -5,12 +5,14 @@
 
 import re
 import signal
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
-from tests.faults.tally import ERRORS, ONE_OF_EACH, extent
+from tests.faults.tally import ERRORS, ONE_OF_EACH, TURN, extent
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled]
 
@@ -21,18 +23,19 @@ def scenario(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def undisturbed(
-    start: Path, command: list[str], folder: Path
-) -> tuple[list[crash.Operation], dict[str, str]]:
+@cache
+def undisturbed(scenario: str, start: Path) -> tuple[list[crash.Operation], dict[str, str]]:
     """The operations of the command, and what is there after it."""
-    crash.copy(start, folder)
-    return crash.recorded(folder, command), crash.contents(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = crash.copy(start, Path(name, "project"))
+        return crash.recorded(folder, crash.SCENARIOS[scenario].command), crash.contents(folder)
 
 
 def points(operations: list[crash.Operation], every: int | str, first: int = 1) -> list[int]:
     """Numbers of the operations to disturb."""
     if every != ONE_OF_EACH:
-        return list(range(first, len(operations) + 1, int(every)))
+        step = min(int(every), len(operations))
+        return list(range(1 + (first + TURN) % step, len(operations) + 1, step))
     of_kind: dict[str, list[int]] = {}
     for number, operation in enumerate(operations, 1):
         of_kind.setdefault(operation.kind, []).append(number)
@@ -43,7 +46,7 @@ def test_killed_at_any_operation_the_same_command_completes_it(
     scenario: str, start: Path, tmp_path: Path, new_tally: NewTally
 ) -> None:
     command = crash.SCENARIOS[scenario].command
-    operations, expected = undisturbed(start, command, tmp_path / "undisturbed")
+    operations, expected = undisturbed(scenario, start)
     tally = new_tally("SIGKILL at an operation", scenario, len(operations))
     for number in points(operations, extent("operations with SIGKILL")):
         with tally.trial():
@@ -61,7 +64,7 @@ def test_killed_while_from_moves_what_it_redoes_nothing_is_damaged(
     scenario: str, start: Path, tmp_path: Path
 ) -> None:
     command = crash.SCENARIOS[scenario].command
-    operations, _ = undisturbed(start, command, tmp_path / "undisturbed")
+    operations, _ = undisturbed(scenario, start)
     moves = [number for number, each in enumerate(operations, 1) if "start_over" in each.place]
     for number in range(moves[0], moves[-1] + 2, 2):  # a move is three operations
         folder = crash.copy(start, tmp_path / "killed")
@@ -75,7 +78,7 @@ def test_killed_between_rounds_no_shard_is_made_again(
     scenario: str, start: Path, tmp_path: Path, new_tally: NewTally
 ) -> None:
     command = crash.SCENARIOS[scenario].command
-    operations, expected = undisturbed(start, command, tmp_path / "undisturbed")
+    operations, expected = undisturbed(scenario, start)
     tally = new_tally("SIGKILL at an operation", scenario, len(operations))
     for number in points(operations, extent("operations with SIGKILL in `rounds`")):
         with tally.trial():
@@ -93,7 +96,7 @@ def test_an_operation_that_fails_is_exit_7_and_the_same_command_completes_it(
 ) -> None:
     """The errors take turns: in the long test every third operation fails in one of the three ways."""
     command = crash.SCENARIOS[scenario].command
-    operations, expected = undisturbed(start, command, tmp_path / "undisturbed")
+    operations, expected = undisturbed(scenario, start)
     tally = new_tally(f"{kind} at an operation", scenario, len(operations))
     first = 1 + 3 * ERRORS.index(kind)
     for number in points(operations, extent("operations with each error"), first):

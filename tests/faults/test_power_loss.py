@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import NewTally
 from tests.faults import crash
 from tests.faults.disk import Disk
-from tests.faults.tally import CUT_OFF, extent
+from tests.faults.tally import CUT_OFF, TURN, extent
 
 pytestmark = [pytest.mark.slow, pytest.mark.sampled]
 
@@ -133,7 +133,7 @@ def test_nothing_is_lost_when_the_power_fails(trial: Trial, new_tally: NewTally)
     for number, operation in enumerate(trial.operations, 1):
         assert lost_before(operation, disk) == [], number
         disk.apply(operation)
-        if number % every == 1 % every:
+        if number % every == TURN % every:
             before = len(trial.held)
             wrong = trial.wrong_after(disk, number)
             with tally.trial(len(trial.held) - before + (wrong is not None)):

@@ -16,13 +16,14 @@ from tests.faults.tally import extent
 pytestmark = pytest.mark.slow
 TIMES = extent("SIGINT and SIGTERM, each")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-# Two seconds a rollout, in a thread of its own: the second signal finds a shard in the making.
+# Two seconds a rollout, as long as there is a file `slow`: the second signal finds a shard in the making.
 SLOW = """\
 import time
+from pathlib import Path
 
 
 def code(prompts, completions, **columns):
-    time.sleep(2)
+    time.sleep(2 if Path(__file__).with_name("slow").exists() else 0)
     return [float(sum(map(ord, text)) % 7) for text in completions]
 """
 
@@ -62,6 +63,7 @@ def test_the_second_signal_ends_it_at_once(
 ) -> None:
     folder = write_project(tmp_path / "slow")
     (folder / "reward.py").write_text(SLOW)
+    (folder / "slow").touch()
     tally = new_tally(f"{number.name}, twice", "run")
     with tally.trial():
         child = crash.Child(folder, [["run"]])
@@ -75,6 +77,7 @@ def test_the_second_signal_ends_it_at_once(
         assert code == CODES[number], err
         assert err.splitlines()[-1].startswith("error: interrupted: what is committed is kept")
         assert not list(folder.rglob("rewards-*/*.parquet"))  # not after the shard
+        (folder / "slow").unlink()
         crash.succeed(folder, "run", "--until", "1")
         crash.succeed(folder, "verify")
 
@@ -99,7 +102,9 @@ def test_a_query_ends_at_once(finished: Path, number: signal.Signals, times: int
     query = "select count(*) from range(10000000000) a, range(1000) b"
     command = [sys.executable, "-c", program, "sql", query, "--timeout-s", "100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(5)  # it is in the query by now; on a slow machine it imports, and ends in the same way
+        while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+            time.sleep(0.05)
+        time.sleep(1)  # that is the query's, which is under way by now
         for _ in range(times):
             process.send_signal(number)
             time.sleep(0.002)  # also while Python ends

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import Grpo, copy_to_work_in
+from tests.conftest import Grpo, Once, copy_to_work_in, run_within
 
 from grpo.inspect.compare.page import _apart
 
@@ -25,14 +26,10 @@ def document(grpo: Grpo, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def swept(write_measured_project: Any, grpo: Grpo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swept(write_measured_project: Callable[[Path], Path], once: Once) -> Path:
     """A project after a sweep of two learning rates and two seeds."""
-    folder: Path = write_measured_project(tmp_path_factory.mktemp("swept") / "project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        sweep = ("--sweep", "update.learning_rate=0.01,0.02", "--sweep", "seed=0,1")
-        succeed(grpo, "run", *sweep, "--set", "iterations=1")
-    return folder
+    sweep = ("--sweep", "update.learning_rate=0.01,0.02", "--sweep", "seed=0,1", "--set", "iterations=1")
+    return once("swept", lambda folder: run_within(write_measured_project(folder), "run", *sweep))
 
 
 @pytest.fixture

@@ -294,14 +294,9 @@ def test_an_evaluation_lost_to_a_kill_is_logged_when_it_is_made(
     assert Path(kept).exists()
 
 
-def test_without_track_nothing_is_imported_and_nothing_noted(finished: Path) -> None:
-    code = (
-        "import sys; from grpo.cli import main; sys.argv = ['grpo', 'run', '--set', 'iterations=3']\n"
-        "try: main()\n"
-        "finally: print({'wandb', 'trackio'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+def test_without_track_nothing_is_noted(finished: Path, grpo: Grpo) -> None:
+    """And nothing imported: tests/execute/test_imports.py."""
+    assert grpo("run", "--set", "iterations=3")[0] == 0
     assert not NOTE.exists()
 
 

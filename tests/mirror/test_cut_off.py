@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import Grpo
-from tests.faults.tally import LONG
+from tests.faults.tally import LONG, TURN
 from tests.mirror.s3 import Bucket, Server
 from tests.mirror.test_mirroring import committed, mirrored, succeed, to
 
-STEP = 1 if LONG else 5  # every so many writes
+STEP = 1 if LONG else 12  # every so many writes, and others every day
 COMMANDS: dict[str, list[list[str]]] = {
     "first copy": [["run"]],
     "replaced": [["run"], ["score", "--iteration", "1", "--force"]],
@@ -57,7 +57,7 @@ def test_what_is_cut_off_is_whole_and_completed(
     succeed(grpo, *command, *to(bucket))
     num_writes = len(asked)
     assert num_writes >= 4
-    for at in range(0, num_writes, STEP):
+    for at in range(TURN % min(STEP, num_writes), num_writes, STEP):
         server.reset()
         shutil.rmtree("artifacts")
         shutil.copytree("start", "artifacts")

@@ -1,7 +1,6 @@
 """Killed, cut off, locked out: what is committed stays, and the next command completes the mirror."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -10,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
-from tests.conftest import Grpo
+from tests import forked
+from tests.conftest import Grpo, run_cli
 from tests.mirror.s3 import Bucket, Server
 from tests.mirror.test_mirroring import RUN, committed, mirrored, succeed, to
 
@@ -37,6 +38,19 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+def begin(*arguments: str) -> forked.Process:
+    """A command to be killed, from a process that has not used the store's client."""
+    child = forked.CONTEXT.Process(target=run_cli, args=arguments)
+    child.start()
+    return child
+
+
+def kill(child: forked.Process) -> None:
+    """Also from the thread that answers it."""
+    child.kill()
+    wait([child.sentinel])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_command_is_completed_by_the_next(
@@ -51,14 +65,13 @@ def test_a_killed_command_is_completed_by_the_next(
         if key.endswith("lease.json") and not is_last(bucket):
             return None
         killed.append(key)
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
+        kill(child)
         return 503
 
     setattr(server, when, look)
-    child = start("run", *to(bucket))
-    child.communicate(timeout=120)
-    assert (child.returncode, len(killed)) == (-signal.SIGKILL, 1)
+    child = begin("run", *to(bucket))
+    child.join(120)
+    assert (child.exitcode, len(killed)) == (-signal.SIGKILL, 1)
     server.reset()
     whole = [key for key in bucket.names() if key.endswith("/manifest.json")]
     for key in whole:  # each that is there counts files that are there
@@ -87,15 +100,14 @@ def test_a_command_killed_in_the_middle_of_a_removal_is_completed(
             removals.append(key)
         if len(removals) < 2:
             return None
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
+        kill(child)
         return 503
 
     server.before = look
-    child = start("gc", "--checkpoints", *to(bucket))
-    child.communicate(timeout=120)
+    child = begin("gc", "--checkpoints", *to(bucket))
+    child.join(120)
     server.reset()
-    assert child.returncode == -signal.SIGKILL
+    assert child.exitcode == -signal.SIGKILL
     assert "runs/tiny/iteration=000000/checkpoint/manifest.json" not in bucket.names()  # it went first
     succeed(grpo, "gc", *to(bucket))
     assert mirrored(bucket) == committed()
@@ -354,11 +366,3 @@ def test_a_bug_of_the_copier_is_no_success(
     monkeypatch.setattr(upload.Upload, "copy", fail)
     with pytest.raises(AssertionError, match="has ended before its time"):
         grpo("run", *to(bucket))
-
-
-def test_nothing_is_imported_without_a_mirror(project: Path) -> None:
-    rooms = "grpo.cli.entry, grpo.pipeline.opening, grpo.manage.doctor"
-    named = "[name for name in sys.modules if 'obstore' in name or name.startswith('grpo.mirror')]"
-    code = f"import sys, {rooms}; print({named})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"

@@ -136,7 +136,7 @@ def test_kills_at_random_times_change_nothing(
         with tally.trial(2):
             for _ in range(2):
                 child = crash.Child(folder, [["run", *AHEAD, *ENGINES]])
-                time.sleep(chance.uniform(0.3, 6.0))
+                time.sleep(chance.uniform(0.3, 3.0))
                 child.kill()
                 child.wait()
                 if (folder / crash.RUN / "run.json").exists():

@@ -1,6 +1,5 @@
 """groups: processes of a group, for tests: rank 0 does something, the others follow."""
 
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests import forked
 from torch import distributed
 
 from grpo.update.parallel import Ranks
@@ -24,10 +24,8 @@ def start(
     process: Callable[..., None], folder: Path, scenes: Sequence[str] = ("",), world: int = WORLD
 ) -> list[int]:
     """Run process(rank, folder), with each of several scenes behind it at once; exit codes, by rank."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["grpo.update.learner", "grpo.update.parallel"])  # seconds, once
     started = [
-        server.Process(target=process, args=(rank, folder, *([scene] if scene else [])))
+        forked.CONTEXT.Process(target=process, args=(rank, folder, *([scene] if scene else [])))
         for scene in scenes
         for rank in range(world)
     ]
