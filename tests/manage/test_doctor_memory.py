@@ -13,7 +13,8 @@ from grpo.artifacts import ActiveRun
 from grpo.config import Config, ExecutionConfig
 from grpo.console import Console
 from grpo.manage.doctor import machine
-from grpo.manage.doctor.memory import LIBRARIES, Facts, changed_value, check_gpu, peak_of, way_out
+from grpo.manage.doctor.memory import changed_value, check_gpu, way_out
+from grpo.manage.doctor.peak import LIBRARIES, Facts, peak_of
 from grpo.manage.doctor.report import Report
 from grpo.models import device
 from grpo.models.size import Shape
