@@ -5,10 +5,14 @@ import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import Grpo, Once, copy_to_work_in, run_within
 from tests.faults import crash
+
+from grpo.artifacts import ActiveRun
+from grpo.errors import ResourceError
 
 RUN, FORK = crash.RUN, Path("artifacts/other")
 
@@ -143,6 +147,23 @@ def test_a_fork_takes_no_damaged_file_and_leaves_nothing(
     code, out, err = grpo("fork", "tiny", "other")
     assert (code, out, len(err.splitlines()), f"error: {path}: " in err) == (6, "", 1, True), err
     assert sorted(Path("artifacts").iterdir()) == there
+
+
+def test_a_fork_whose_folder_gets_its_name_as_it_is_taken_is_told_that_the_name_is_there(
+    finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other fork's folder is gone between the kernel's lock and the lease."""
+    lock = ActiveRun.lock
+
+    def late(run: ActiveRun, console: Any) -> Any:
+        if run.name != ".fork-other":
+            return lock(run, console)
+        FORK.mkdir()
+        raise ResourceError("artifacts/.fork-other/.lease.json: No such file or directory")
+
+    monkeypatch.setattr(ActiveRun, "lock", late)
+    code, _, err = grpo("fork", "tiny", "other")
+    assert (code, "is there already; give the fork another name" in err) == (2, True)
 
 
 def test_two_forks_of_one_name_at_once_make_one_whole_run(finished: Path, grpo: Grpo) -> None:

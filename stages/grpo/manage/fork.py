@@ -4,7 +4,8 @@ Committed files are never written again, only replaced, so that two runs can sha
 """
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from operator import attrgetter
 from typing import Any
@@ -31,7 +32,7 @@ from grpo.artifacts.lock import LEASE
 from grpo.artifacts.manifest import check_size
 from grpo.config import PIPELINE
 from grpo.config.yaml import dump
-from grpo.errors import GrpoError, InputError, UsageError
+from grpo.errors import GrpoError, InputError, ResourceError, UsageError
 from grpo.pipeline.prepare import run_json
 from grpo.pipeline.stages import EVALUATE, STAGES
 from grpo.pipeline.states import differences_of
@@ -54,7 +55,7 @@ def fork(source: ActiveRun, new: ActiveRun, iteration: int | None) -> dict[str, 
     origin = origin_of(source, first)
     config = new.config.model_copy(update={"run": f".fork-{new.name}"})
     staged = ActiveRun(new.root, config, new.imports, new.console)
-    with staged.lock(new.console):  # two forks of one name: the other is exit 5
+    with _locked(staged, new):
         _check_free(new)
         for leftover in staged.path.iterdir():  # of a fork that was killed
             if leftover.name not in (".lock", LEASE):
@@ -85,6 +86,18 @@ def describe(source: str, new: str, result: dict[str, Any]) -> str:
     first, taken = result["iterations"], result["taken"]
     shared = f"{first} iterations" + (f", and of iteration {first} {', '.join(taken)}" if taken else "")
     return f"{new} begins as {source}: {shared}"
+
+
+@contextmanager
+def _locked(staged: ActiveRun, new: ActiveRun) -> Iterator[None]:
+    """Of two forks of one name at once the other is exit 5; or 2, where this one is done by then."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(staged.lock(new.console))
+        except ResourceError:
+            _check_free(new)  # the folder got its name while we were about to take it
+            raise
+        yield
 
 
 def _check_free(new: Run) -> None:
