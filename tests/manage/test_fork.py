@@ -149,8 +149,9 @@ def test_a_fork_takes_no_damaged_file_and_leaves_nothing(
     assert sorted(Path("artifacts").iterdir()) == there
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, ResourceError])
 def test_a_fork_whose_folder_gets_its_name_as_it_is_taken_is_told_that_the_name_is_there(
-    finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+    finished: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     """The other fork's folder is gone between the kernel's lock and the lease."""
     lock = ActiveRun.lock
@@ -159,7 +160,7 @@ def test_a_fork_whose_folder_gets_its_name_as_it_is_taken_is_told_that_the_name_
         if run.name != ".fork-other":
             return lock(run, console)
         FORK.mkdir()
-        raise ResourceError("artifacts/.fork-other/.lease.json: No such file or directory")
+        raise error("artifacts/.fork-other/.lease.json: No such file or directory")
 
     monkeypatch.setattr(ActiveRun, "lock", late)
     code, _, err = grpo("fork", "tiny", "other")

@@ -94,7 +94,7 @@ def _locked(staged: ActiveRun, new: ActiveRun) -> Iterator[None]:
     with ExitStack() as held:
         try:
             held.enter_context(staged.lock(new.console))
-        except ResourceError:
+        except (FileNotFoundError, ResourceError):
             _check_free(new)  # the folder got its name while we were about to take it
             raise
         yield
