@@ -17,6 +17,8 @@ from tests.faults import crash
 
 from grpo.artifacts import lease, lock
 from grpo.artifacts.lease import LAPSE_S, STOP_S, Clock, Holder
+from grpo.artifacts.run import Run
+from grpo.console import Console
 from grpo.errors import CorruptError, LockedError, ResourceError
 
 ELSEWHERE = Holder("node2", 7, "2026-01-01T00:00:00+00:00", "abc", "another kernel")
@@ -146,6 +148,24 @@ def test_a_zombie_is_told_who_has_taken_over(tmp_path: Path, clock: Time, later:
     (tmp_path / lock.LEASE).unlink()
     with pytest.raises(LockedError, match="taken over by another command, which has ended; this command"):
         found.check()
+
+
+@pytest.mark.parametrize("failed", [FileNotFoundError(2, "No such file", "part"), CorruptError("part: gone")])
+def test_a_zombie_is_told_so_whatever_it_finds_missing(tmp_path: Path, failed: Exception) -> None:
+    def end(name: str, meanwhile: Callable[[Path], object]) -> None:
+        run = Run(tmp_path, name)
+        with run.lock(Console()):
+            meanwhile(run.path)
+            raise failed
+
+    with pytest.raises(type(failed)) as same:
+        end("its own", lambda folder: None)
+    assert same.value is failed
+    with pytest.raises(LockedError, match="taken over by pid 7 on node2"):
+        end("taken", lambda folder: leave(folder, ELSEWHERE))
+    with pytest.raises(type(failed)) as same:  # of what is no lease nothing is known
+        end("damaged", lambda folder: (folder / lock.LEASE).write_text("[]"))
+    assert same.value is failed
 
 
 def test_one_that_cannot_be_renewed_is_said_at_the_next_commit(tmp_path: Path, clock: Time) -> None:

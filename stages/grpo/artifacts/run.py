@@ -8,7 +8,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -36,7 +36,7 @@ from grpo.artifacts.manifest import (
     read_manifest,
 )
 from grpo.console import Console, printable
-from grpo.errors import CorruptError, InputError
+from grpo.errors import CorruptError, GrpoError, InputError, ResourceError
 
 TIMINGS = "timings.json"
 _Found = TypeVar("_Found")
@@ -270,6 +270,11 @@ class Run:
         with lock(self.path, console.say, console.stop_requested) as self._lease:
             try:
                 yield
+            except (GrpoError, OSError):
+                # Whoever takes over clears away what is half written: that a file is gone says nothing then.
+                with suppress(CorruptError, ResourceError):
+                    self.check_held()
+                raise
             finally:
                 self._lease = None
 
