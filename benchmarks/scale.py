@@ -25,8 +25,8 @@ from process import GRPO, answer
 ROOT = Path(__file__).parents[1]
 NUM_RUNS, NUM_ITERATIONS = 3, 6
 COMMON = [f"iterations={NUM_ITERATIONS}", "evaluate=null", "generate.engine=transformers"]
-ENGINES = "execution={{backend: {}, address: local, engines: {{count: {}}}}}"
-ONE, TWO, RAY = (ENGINES.format(*each) for each in (("local", 1), ("local", 2), ("ray", 2)))
+ENGINES = "execution={{backend: {}, engines: {{count: {}}}}}"
+ONE, TWO, RAY = (ENGINES.format(*each) for each in (("local", 1), ("local", 2), ("ray, address: local", 2)))
 SIZE = ["generate.prompts_per_iteration=80", "generate.samples_per_prompt=10"]
 NUM_ROLLOUTS = 800
 STAGES = """

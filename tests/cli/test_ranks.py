@@ -23,7 +23,7 @@ from grpo.update.durable import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parallel")]
 WORLD = 2
-KILLS = extent("each fault of what computes elsewhere")
+KILLS = extent("each fault of a node, a driver and a rank")
 Ends = list[tuple[int, str]]
 
 

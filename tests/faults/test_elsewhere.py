@@ -28,7 +28,8 @@ from grpo.execute import Pool
 from grpo.execute.ray_actors import RayActors
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
-TRIES = extent("each fault of what computes elsewhere")
+OF_A_WORKER = extent("each fault of a worker elsewhere")
+OF_A_MACHINE = extent("each fault of a node, a driver and a rank")
 RUN = [
     *("run", "--set", "iterations=6", "--set", "checkpoints={every: 2, keep_last: null}"),
     *("--set", "generate.policy_lag=1", "--set", "generate.prompts_per_iteration=12"),
@@ -108,12 +109,12 @@ def kill_the_driver(cluster: Any, driver: "subprocess.Popen[str]", chance: rando
     return True
 
 
-# Seconds between two of them; how the command may end.
-STRIKES: dict[str, tuple[Strike, tuple[float, float], tuple[int, ...]]] = {
-    "SIGKILL of an actor": (kill_an_actor, (0.0, 6.0), (0, 8)),
-    "SIGSTOP of an actor": (slow_an_actor, (0.0, 2.0), (0,)),
-    "SIGKILL of a node": (kill_a_node, (0.0, 8.0), (0, 7, 8)),
-    "SIGKILL of the driver": (kill_the_driver, (1.0, 15.0), (0, -signal.SIGKILL)),
+# How many; seconds between two of them; how the command may end.
+STRIKES: dict[str, tuple[Strike, int, tuple[float, float], tuple[int, ...]]] = {
+    "SIGKILL of an actor": (kill_an_actor, OF_A_WORKER, (0.0, 6.0), (0, 8)),
+    "SIGSTOP of an actor": (slow_an_actor, OF_A_WORKER, (0.0, 2.0), (0,)),
+    "SIGKILL of a node": (kill_a_node, OF_A_MACHINE, (0.0, 8.0), (0, 7, 8)),
+    "SIGKILL of the driver": (kill_the_driver, OF_A_MACHINE, (1.0, 15.0), (0, -signal.SIGKILL)),
 }
 
 
@@ -121,14 +122,14 @@ STRIKES: dict[str, tuple[Strike, tuple[float, float], tuple[int, ...]]] = {
 def test_the_run_has_the_files_of_one_process(
     fault: str, alone: dict[str, str], start: Path, tmp_path: Path, cluster: Any, new_tally: NewTally
 ) -> None:
-    strike, waits, ends = STRIKES[fault]
+    strike, tries, waits, ends = STRIKES[fault]
     chance, tally, tried = random.Random(fault), new_tally(fault, "run, 2 Ray nodes, in lanes"), 0
-    while tried < TRIES:
+    while tried < tries:
         folder, code = crash.copy(start, tmp_path / "run"), None
         before = tried
         while code != 0:
             driver = begin(folder, cluster)
-            while driver.poll() is None and tried < TRIES:
+            while driver.poll() is None and tried < tries:
                 with suppress(subprocess.TimeoutExpired):
                     driver.wait(chance.uniform(*waits))
                 if driver.poll() is None:
@@ -159,9 +160,9 @@ def nothing_stays(cluster: Any) -> None:
 
 def test_a_shard_that_ends_every_actor_is_set_aside(cluster: Any, new_tally: NewTally) -> None:
     """The others are done, each time."""
-    tally = new_tally("a shard that ends three actors", "2 Ray nodes", TRIES)
+    tally = new_tally("a shard that ends three actors", "2 Ray nodes", OF_A_WORKER)
     with closing(Pool(RayActors(squares, cluster.address, 1, 0), 2)) as pool:
-        for number in range(TRIES):
+        for number in range(OF_A_WORKER):
             found = dict[str, Any]()
             jobs = {"poison": "kill", **{str(job): job for job in range(number, number + 4)}}
             with tally.trial():
@@ -178,7 +179,7 @@ def test_a_head_that_is_gone_is_said(
 ) -> None:
     """The head alone, and its whole node; the run is then completed, with the same files."""
     tally, chance = new_tally(f"SIGKILL of the head's {' and '.join(parts)}", "run"), random.Random(0)
-    for _ in range(TRIES):
+    for _ in range(OF_A_MACHINE):
         folder = crash.copy(start, tmp_path / "run")
         with tally.trial():
             with two_nodes(1) as cluster:
