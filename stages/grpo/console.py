@@ -43,6 +43,7 @@ class Console:
         self.quiet = quiet
         self.terminal = sys.stderr.isatty() and not quiet
         self._signal: int | None = None
+        self.is_urgent = False  # whether a second signal came: what is under way is given up
 
     def say(self, line: str) -> None:
         """Print one line; control characters in it are made visible."""
@@ -98,6 +99,7 @@ class Console:
 
         def note(number: int, frame: FrameType | None) -> None:
             if self._signal is not None:
+                self.is_urgent = True
                 raise Interrupted(number)
             self._signal = number
             text = "stopping after the current shard; once more to stop now"

@@ -33,13 +33,13 @@ def squares() -> Callable[[Any], Any]:
             case str() if job.startswith("slow"):
                 time.sleep(0.5)
                 return job, os.getpid()
-            case "raises once", Path() as marker:
+            case "raises once" | "bug once" as what, Path() as marker:
                 try:
                     marker.touch(exist_ok=False)
                 except FileExistsError:
                     return "second", os.getpid()
                 time.sleep(4)
-                raise DataError("gone")
+                raise DataError("gone") if what == "raises once" else KeyError("gone")
             case "sleeps once", Path() as marker:
                 with suppress(FileExistsError):
                     marker.touch(exist_ok=False)
@@ -128,11 +128,12 @@ def test_a_job_that_takes_long_is_begun_again_and_the_first_answer_counts(pool: 
     assert dict(pool.run({"2": 2, "3": 3}, "test", go_on))["3"][0] == 9  # by the one that is left
 
 
-def test_what_nobody_waits_for_any_more_raises_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["raises once", "bug once"])
+def test_what_nobody_waits_for_any_more_raises_nothing(tmp_path: Path, what: str) -> None:
     """A copy was faster, and the round is over; the slow one finds that what it reads is gone."""
     with closing(Pool(LocalProcesses(squares), 2)) as opened:
         assert len(dict(opened.run({"1": 1, "2": 2}, "test", go_on))) == 2
-        late = ("raises once", tmp_path / "marker")
+        late = (what, tmp_path / "marker")
         assert dict(opened.run({"late": late, "2": 2}, "test", go_on))["late"][0] == "second"
         jobs = {str(number): f"slow {number}" for number in range(8)}
         assert {name: found[0] for name, found in opened.run(jobs, "test", go_on)} == jobs
@@ -149,6 +150,18 @@ def test_a_worker_that_dies_within_its_answer_has_died() -> None:
     with pytest.raises(WorkerDied, match="by SIGKILL"):
         process.result()
     process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_of_the_whole_group_ends_no_worker(pool: Pool, number: signal.Signals) -> None:
+    pids = {pid for _, pid in dict(pool.run({"2": 2, "3": 3}, "test", go_on)).values()}
+    jobs = {str(number): f"slow {number}" for number in range(4)}
+    found = dict[str, Any]()
+    for name, result in pool.run(jobs, "test", go_on):
+        for pid in pids if not found else ():
+            os.kill(pid, number)
+        found[name] = result
+    assert {pid for _, pid in found.values()} == pids
 
 
 def test_once_it_stops_what_is_under_way_is_finished(pool: Pool) -> None:

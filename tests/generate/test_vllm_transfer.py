@@ -6,10 +6,13 @@ What NCCL does on GPUs, a TCP store does here (transfer_backend.py).
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from threading import Event
+from threading import enumerate as enumerate_threads
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -29,7 +32,7 @@ from tests.generate.engines.test_vllm_workers import (
 )
 
 from grpo.errors import EngineError
-from grpo.execute import Checkpoint, LocalProcesses, Pool
+from grpo.execute import Checkpoint, LocalProcesses, Pool, WorkerDied
 from grpo.execute.processes import Process
 from grpo.generate import engine_pool
 from grpo.generate.engines.protocol import Engine
@@ -44,7 +47,7 @@ from tests.generate import transfer_backend
 
 from grpo.generate import vllm_transfer
 from grpo.generate.engines.vllm_engine import VllmEngine
-from grpo.generate.vllm_transfer import Sender
+from grpo.generate.vllm_transfer import Sender, TransferGroup
 
 pytestmark = pytest.mark.xdist_group("vllm")
 
@@ -310,15 +313,51 @@ def test_nccl_has_a_place_for_each_gpu() -> None:
     assert (group.master_address, group.master_port, group.world_size) == ("10.0.0.1", 29500, 5)
 
 
-def test_engines_of_several_gpus_join_behind_each_other() -> None:
+def group_of_three(gpus: int, meeting: Any = vllm_transfer.nccl) -> tuple[TransferGroup, list[Any]]:
+    """Of engines that are none, and what they were asked."""
     asked: list[Any] = []
 
     class Three:
+        host = "127.0.0.1"
         idle = (1, 2, 3)
         ask_all = asked.append
 
-    Sender(cast(Pool, Three()), 4).init_weight_transfer_engine({"rank_offset": 1, "world_size": 13})
+    return TransferGroup(cast(Pool, Three()), gpus, meeting), asked
+
+
+def test_engines_of_several_gpus_join_behind_each_other() -> None:
+    group, asked = group_of_three(gpus=4)
+    group.init_weight_transfer_engine({"rank_offset": 1, "world_size": 13})
     [steps] = asked
     assert [step.info["init_info"] for step in steps] == [
         {"rank_offset": offset, "world_size": 13} for offset in (1, 5, 9)
     ]
+
+
+def test_a_thread_that_was_left_behind_asks_no_engine(
+    policies: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it hung in comes back when a later transfer is under way."""
+    monkeypatch.setattr(vllm_transfer, "_GRACE_S", 0.1)
+    released, ended = Event(), list[str]()
+
+    class Hanging:
+        def shutdown(self) -> None:
+            ended.append("the group")
+
+        def send_weights(self) -> None:
+            group._failures.append(WorkerDied("by SIGKILL"))  # as an engine's answer tells it
+            released.wait()
+            group.start_weight_update()
+
+    group, asked = group_of_three(gpus=1)
+    monkeypatch.setattr(group, "_meet", Hanging)
+    weights = weights_of(policies[0])
+    with pytest.raises(WorkerDied, match="by SIGKILL"):
+        group.send(weights, vllm_transfer.Taken("1", check_of(policies[0])), "generate 3")
+    group.leave()
+    released.set()
+    while any(each.name == "weight-transfer" for each in enumerate_threads()):
+        time.sleep(0.01)
+    assert asked == []
+    assert ended == ["the group"]

@@ -62,10 +62,13 @@ def test_a_killed_engine_costs_its_shard_alone(
     assert grpo("verify")[0] == 0
 
 
-def test_evaluations_are_sampled_by_them_too(measured_project: Path, grpo: Grpo) -> None:
-    assert grpo("run", *MORE)[0] == 0
+@pytest.mark.parametrize("stop", ["[]", '["0"]'])
+def test_evaluations_are_sampled_by_them_too(measured_project: Path, grpo: Grpo, stop: str) -> None:
+    """Of a policy whose folder is gone when the next shards of it are sampled; for stop texts it is read."""
+    more = (*MORE, "--set", f"generate.stop={stop}")
+    assert grpo("run", *more)[0] == 0
     one = contents(measured_project)
     (measured_project / "artifacts").rename(measured_project.parent / "alone")
-    code, _, err = grpo("run", *MORE, *ENGINES)
+    code, _, err = grpo("run", *more, *ENGINES)
     assert code == 0, err
     assert contents(measured_project) == one

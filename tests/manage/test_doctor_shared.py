@@ -2,14 +2,19 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from grpo.manage.doctor import meeting
+from grpo.errors import ResourceError
+from grpo.manage.doctor import meeting, shared
+from grpo.manage.doctor.meeting import Meeting
 
 # What a file system does to one of them, at the calls of the system; and short patience.
 PROGRAM = """
@@ -97,6 +102,27 @@ def test_what_a_killed_one_left_is_removed(project: Path) -> None:
     assert (late.returncode, out) == (7, "")
     assert "a command that was killed has left it, and it is removed; start two" in err
     assert not place.exists()
+
+
+def test_who_reads_ends_with_the_one_that_writes(tmp_path: Path) -> None:
+    """The first one is killed between two versions: its folder goes, or it says nothing more."""
+    place = tmp_path / "meeting"
+    place.mkdir()
+    (place / "first").write_text("token")
+    (place / "token-first-hello").write_text('{"host": "one", "kernel": "its own"}')
+    (place / "token-first-value").write_text("{}")
+    second = Meeting(place)
+
+    def end() -> None:
+        while not second.place("second-reading").exists():
+            time.sleep(0.01)
+        shutil.rmtree(place)
+
+    with ThreadPoolExecutor(1) as beside:
+        ended = beside.submit(end)
+        with pytest.raises(ResourceError, match="the other one has ended; what it says is why"):
+            shared._rename_second(second)
+        ended.result()
 
 
 def test_a_third_is_refused_and_disturbs_nothing(project: Path) -> None:

@@ -19,9 +19,18 @@ from tests.mirror.s3 import Bucket, Server
 from tests.mirror.test_mirroring import RUN, committed, mirrored, succeed, to
 
 from grpo.artifacts import lease
+from grpo.errors import ResourceError
 from grpo.mirror import driver, upload
+from grpo.mirror.layout import Place
+from grpo.mirror.upload import Upload
 
 PROGRAM = "from grpo.cli import main; main()"
+SLOW = """
+import time
+def code(prompts, completions, **columns):
+    time.sleep(60)
+    return [0.0] * len(prompts)
+"""
 # Requests at which a command is killed: before or behind the first write whose key matches.
 POINTS = {
     "before the first file": ("before", r"/prompts-\w+/part"),
@@ -264,6 +273,43 @@ def test_a_second_signal_ends_the_copying_at_once(
     server.reset()
     succeed(grpo, "run", *to(bucket))
     assert mirrored(bucket) == committed()
+
+
+def test_a_second_signal_within_a_stage_waits_for_no_copying(
+    project: Path, grpo: Grpo, bucket: Bucket, server: Server
+) -> None:
+    Path("reward.py").write_text(SLOW)
+    held, done = list[str](), threading.Event()
+
+    def look(method: str, key: str) -> int | None:
+        if "iteration=000000/rollouts-" in key:
+            held.append(key)
+            done.wait(60)
+        return None
+
+    server.before = look
+    with start("run", *to(bucket)) as child:
+        while not held:
+            assert child.poll() is None
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        assert child.stderr is not None
+        assert any("once more to stop now" in line for line in child.stderr)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=20) == 128 + signal.SIGTERM
+    done.set()
+
+
+def test_a_command_that_cannot_begin_lets_go_of_the_lease(
+    finished: Path, grpo: Grpo, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(upload: Upload) -> list[Place]:
+        raise ResourceError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Upload, "behind", failing)
+        assert grpo("run", *to(bucket))[0] == 7
+    assert json.loads(bucket.read("runs/tiny/lease.json"))["released"]
 
 
 def test_a_zombie_commits_nothing(

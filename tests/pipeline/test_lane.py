@@ -15,7 +15,7 @@ from tests.conftest import Grpo, NewTally
 from tests.faults import crash
 from tests.faults.tally import extent
 
-from grpo.errors import EngineError
+from grpo.errors import EngineError, Interrupted
 from grpo.execute import Pool
 from grpo.update import stage as update
 
@@ -95,6 +95,31 @@ def test_an_update_that_fails_ends_what_is_sampled_beside_it(
     assert (code, err.strip().splitlines()[-1]) == (8, "error: update: it failed")
     assert not is_sampling()
     assert set(multiprocessing.active_children()) <= before
+    assert grpo("run", *AHEAD, *ENGINES)[0] == 0
+    assert crash.contents(project) == in_turn
+
+
+def test_a_first_signal_loses_no_shard_that_is_under_way(
+    in_turn: dict[str, str], project: Path, grpo: Grpo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update beside them ends at once, and both engines' shards of the next iteration are committed."""
+    answer_of, signalled = Pool._answer_of, threading.Event()
+
+    def held(pool: Pool, now: Any, worker: Any, what: str) -> Any:
+        if what == "generate 1":
+            assert signalled.wait(60)
+        return answer_of(pool, now, worker, what)
+
+    def interrupted(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        signalled.set()
+        raise Interrupted(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pool, "_answer_of", held)
+        patched.setattr(update, "produce", interrupted)
+        assert grpo("run", *AHEAD, *ENGINES)[0] == 130
+    assert len([*project.glob("artifacts/tiny/.staging/iteration=000001/rollouts-*/*.sidecar.json")]) == 2
     assert grpo("run", *AHEAD, *ENGINES)[0] == 0
     assert crash.contents(project) == in_turn
 

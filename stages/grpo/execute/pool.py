@@ -195,7 +195,7 @@ class Pool:
             if not self._places:
                 raise ResourceError(f"{what}: {refusal}; what is committed is kept") from None
             return None
-        except GrpoError:
+        except (GrpoError, RuntimeError):  # the second: any other error there
             if is_wanted:
                 raise
             return None

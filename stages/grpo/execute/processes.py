@@ -103,7 +103,8 @@ class Process:
 
 def _work(jobs: Connection, lifeline: Connection, open_worker: Open) -> None:
     """Do jobs until there are no more to come."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends this process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # of a whole process group: for the driver, which ends this one
     answering = Answering(open_worker)
     threading.Thread(target=_end_with, args=(lifeline, answering), daemon=True).start()
     with suppress(EOFError, BrokenPipeError):

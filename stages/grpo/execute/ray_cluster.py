@@ -81,6 +81,7 @@ def enter(address: str) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if address == "local":
         options["include_dashboard"] = False
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's: workers would wait for all else
     with _own_handlers():
         try:
             if address == "local":

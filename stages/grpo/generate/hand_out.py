@@ -87,10 +87,18 @@ class HandOut:
         }
 
     def close(self) -> None:
-        """Give up what is not committed yet; the policy is read no more."""
-        self._is_given_up = True
-        self._thread.join()
-        self._held.close()
+        """Give up what is not committed yet; the policy is read no more.
+
+        When a first signal came, shards under way are committed before that.
+        """
+        console = self._run.console
+        try:
+            while self._thread.is_alive() and console.is_stopping() and not console.is_urgent:
+                self._thread.join(_SHOWN_S)
+        finally:
+            self._is_given_up = True
+            self._thread.join()
+            self._held.close()
 
     def _collect(self) -> None:
         try:

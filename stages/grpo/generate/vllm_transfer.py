@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from grpo.errors import EngineError, GrpoError, ResourceError
-from grpo.execute import Pool, Worker, WorkerDied
+from grpo.execute import Pool, WorkerDied
 from grpo.execute.pool import MOST_DEATHS
 from grpo.generate.worker import OpenEngine
 from grpo.models.loading import best_device
@@ -81,11 +81,14 @@ class Policy(WeightSource):  # type: ignore[misc]  # vLLM has no types
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         assert self.weights is not None
         device = best_device()
-        return ((name, each.to(device)) for name, each in self.weights.published())
+        for name, each in self.weights.published():
+            if self.weights is None:  # nobody waits for it any more, and whoever trains changes them
+                raise WorkerDied("the transfer was broken off")
+            yield name, each.to(device)
 
 
 class Sender:
-    """Sends policies to the engines of a pool; it is vLLM's client of them, too. gpus: of each engine.
+    """Sends policies to the engines of a pool. gpus: of each engine.
 
     meeting: what makes a group of host, port and number of processes.
     """
@@ -94,11 +97,7 @@ class Sender:
         self, pool: Pool, gpus: int, meeting: Callable[[str, int, int], TrainerInitInfo] = nccl
     ) -> None:
         self._pool, self._gpus, self._meeting = pool, gpus, meeting
-        self._policy, self._taken = Policy(), Taken("", WeightCheck([], []))
-        self._trainer: TrainerWeightTransferEngine | None = None
-        self._members = frozenset[Worker]()
-        self._answers: list[tuple[float, list[str]]] = []
-        self._failures: list[BaseException] = []
+        self._group: TransferGroup | None = None
 
     def send(
         self,
@@ -117,70 +116,95 @@ class Sender:
             opening = {f"engine {number}": be_open for number in range(self._pool.count)}
             for _ in self._pool.run(opening, what, stop_requested):
                 pass
-            self._policy.weights, self._taken = weights, Taken(policy_id, check)
+            if self._group is None or self._group.members != frozenset(self._pool.idle):
+                self.leave()
+                self._group = TransferGroup(self._pool, self._gpus, self._meeting)
             try:
-                self._send(what)
+                return self._group.send(weights, Taken(policy_id, check), what)
             except WorkerDied as death:
                 ending = death
-            else:
-                return self._answers
-            finally:
-                self._policy.weights = None
+                self.leave()
+            except BaseException:
+                self.leave()
+                raise
         raise ResourceError(
             f"{what}: {MOST_DEATHS} times an engine ended while it was sent a policy ({ending}); what is"
             " committed is kept, and the same command tries again"
         )
 
-    def _send(self, what: str) -> None:
-        self._failures.clear()
+    def leave(self) -> None:
+        """End the group; the next policy makes another one."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.leave()
+
+
+class TransferGroup:
+    """This process and all engines that are open; vLLM's client of them.
+
+    Of no use once anything has failed in it: a thread that hangs there is left behind, and can neither ask
+    engines nor end a group that came later.
+    """
+
+    def __init__(self, pool: Pool, gpus: int, meeting: Callable[[str, int, int], TrainerInitInfo]) -> None:
+        self._pool, self._gpus, self._meeting = pool, gpus, meeting
+        self.members = frozenset(pool.idle)
+        self._policy, self._taken = Policy(), Taken("", WeightCheck([], []))
+        self._trainer: TrainerWeightTransferEngine | None = None
+        self._answers: list[tuple[float, list[str]]] = []
+        self._failures: list[BaseException] = []
+
+    def send(self, weights: Weights, taken: Taken, what: str) -> list[tuple[float, list[str]]]:
+        """What `taken` tells, of each engine. Raises as Sender.send(), and WorkerDied."""
+        self._policy.weights, self._taken = weights, taken
         gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         sending = Thread(target=self._try, args=(gpu,), name="weight-transfer", daemon=True)
         sending.start()
-        while sending.is_alive() and not self._failures:
-            sending.join(_POLL_S)
-        for error in self._failures[:1]:  # what follows from it is no news
-            sending.join(
-                _GRACE_S
-            )  # who waits for a process that has died may wait for ever: it is left behind
-            if isinstance(error, WorkerDied | GrpoError) or not isinstance(error, Exception):
-                raise error
-            text = shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
-            raise EngineError(
-                f"{what}: vLLM's weight transfer failed: {text}; `execution.weights: disk` does without"
-            ) from error
+        try:
+            while sending.is_alive() and not self._failures:
+                sending.join(_POLL_S)
+            for error in self._failures[:1]:  # what follows from it is no news
+                sending.join(_GRACE_S)  # who waits for a process that has died may wait for ever
+                if isinstance(error, WorkerDied | GrpoError) or not isinstance(error, Exception):
+                    raise error
+                text = shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
+                raise EngineError(
+                    f"{what}: vLLM's weight transfer failed: {text}; `execution.weights: disk` does without"
+                ) from error
+        except BaseException as error:  # of a signal, too
+            self._failures.append(error)
+            raise
+        finally:
+            self._policy.weights = None
+        return self._answers
 
     def _try(self, gpu: int | None) -> None:
         try:
             if gpu is not None:
                 torch.cuda.set_device(gpu)  # a thread begins at the first
-            self._meet()
-            assert self._trainer is not None
+            self._trainer = self._trainer or self._meet()
             self._trainer.send_weights()
         except BaseException as error:  # noqa: BLE001 - whoever waits raises it
             self._failures.append(error)
             self.leave()
 
-    def _meet(self) -> None:
-        """Have one group with all engines that are open: a new one, unless they are the same."""
-        members = frozenset(self._pool.idle)
-        if self._trainer is not None and members == self._members:
-            return
-        self.leave()
+    def _meet(self) -> TrainerWeightTransferEngine:
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        group = self._meeting(self._pool.host, port, 1 + len(members) * self._gpus)
-        self._trainer = WeightTransferTrainerFactory.trainer_init(group, client=self, source=self._policy)
-        self._members = members
+        group = self._meeting(self._pool.host, port, 1 + len(self.members) * self._gpus)
+        return WeightTransferTrainerFactory.trainer_init(group, client=self, source=self._policy)
 
     def leave(self) -> None:
-        """End the group: who waits in it waits no more."""
+        """End it: who waits in it waits no more."""
         trainer, self._trainer = self._trainer, None
         if trainer is not None:
             trainer.shutdown()
 
     def _ask_all(self, jobs: list[Any]) -> list[Any]:
         """The engines' answers; vLLM may call from a thread, while another one is sending."""
+        if self._failures:
+            raise WorkerDied("the transfer was broken off")
         try:
             return self._pool.ask_all(jobs)
         except BaseException as error:
@@ -190,20 +214,19 @@ class Sender:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Have each engine join, at a place of its own."""
-        infos = [
-            init_info | {"rank_offset": 1 + number * self._gpus} for number in range(len(self._pool.idle))
-        ]
+        places = range(1, 1 + len(self.members) * self._gpus, self._gpus)
+        infos = [init_info | {"rank_offset": place} for place in places]
         self._ask_all([TransferStep("init_weight_transfer_engine", {"init_info": info}) for info in infos])
 
     def start_weight_update(self) -> None:
         """Have all begin."""
-        self._ask_all([TransferStep("start_weight_update", {})] * len(self._pool.idle))
+        self._ask_all([TransferStep("start_weight_update", {})] * len(self.members))
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Have all take what is sent meanwhile."""
         step = TransferStep("update_weights", {"update_info": update_info})
-        self._ask_all([step] * len(self._pool.idle))
+        self._ask_all([step] * len(self.members))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Have all end, and prove that they have it."""
-        self._answers = self._ask_all([self._taken] * len(self._pool.idle))
+        self._answers = self._ask_all([self._taken] * len(self.members))

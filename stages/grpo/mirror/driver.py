@@ -40,8 +40,9 @@ def mirrored(run: ActiveRun, removed_too: bool, again: Collection[Place] = ()) -
         try:
             yield
         except GrpoError:  # which is said; what was committed before is copied all the same
-            with suppress(GrpoError):
-                copying.finish(removed_too=False)
+            if not run.console.is_urgent:
+                with suppress(GrpoError):
+                    copying.finish(removed_too=False)
             raise
         copying.finish(removed_too)
     finally:
@@ -68,17 +69,17 @@ class _Copying:
             if last not in note.epochs:  # somebody else may have written what is there
                 self._upload.require_own(again)
             self._upload.forget(again)
+            note.write([epoch])
+            behind = self._upload.behind()
         except GrpoError:
             with suppress(GrpoError):
                 self._lease.release()
             raise
-        note.write([epoch])
         self._failure: GrpoError | None = None
         self._whole = False  # until all has been copied
         self._is_ending = False  # once nothing more is to come
         self._due: queue.SimpleQueue[Place | bool] = queue.SimpleQueue()
         self._is_closed = False
-        behind = self._upload.behind()
         if behind and self._upload.held.manifests:
             run.console.say(f"mirror: {len(behind)} outputs behind; they are copied first")
         for place in behind:

@@ -52,7 +52,7 @@ class TransformersEngine:
         self._blueprint: Blueprint | None = None  # of the last model that was not of the one before
         self._takes_prefix = False
         self._eos_ids: frozenset[int] = frozenset()
-        self._checkpoint = Path()
+        self._tokenizer_folder = Path()
         self.tail = Tail()
 
     def load(self, checkpoint: Path) -> None:
@@ -66,8 +66,8 @@ class TransformersEngine:
         if model is None:
             model = load_model(checkpoint, self.device, self.attention)
             self._blueprint = Blueprint(model, checkpoint)
-            self._look_at(model)
-        self._model, self._checkpoint = model, checkpoint
+            self._look_at(model, checkpoint)
+        self._model = model
         self._eos_ids = eos_token_ids(checkpoint)
 
     def take(self, weights: Weights) -> None:
@@ -87,12 +87,14 @@ class TransformersEngine:
         self._shared = model if self.device == "cpu" and weights.plain is not None else None
         if blueprint is not self._blueprint:
             self._blueprint = blueprint
-            self._look_at(model)
-        self._model, self._checkpoint = model, weights.folder
+            self._look_at(model, weights.folder)
+        self._model = model
         self._eos_ids = eos_token_ids(weights.folder)
 
-    def _look_at(self, model: PreTrainedModel) -> None:
+    def _look_at(self, model: PreTrainedModel, folder: Path) -> None:
         """See what a model that is not like the one before can do. Raises UnsupportedModelError."""
+        # The first one's, the starting policy: it stays, and the folders of later ones may be lent.
+        self._tokenizer_folder = folder
         accepted = inspect.signature(model.forward).parameters
         for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
             if name not in accepted:
@@ -115,7 +117,7 @@ class TransformersEngine:
             raise EngineError(f"generate: {message} need engine: vllm")
         if sampling.structured_outputs is not None:
             raise EngineError("generate: structured_outputs need engine: vllm; the built-in engine has none")
-        tokenizer = tokenizer_at(self._checkpoint) if sampling.stop else None
+        tokenizer = tokenizer_at(self._tokenizer_folder) if sampling.stop else None
         config = self._model.config
         vocabulary = config.get_text_config(decoder=True).vocab_size
         for shard in shards:

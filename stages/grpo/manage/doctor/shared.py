@@ -140,8 +140,10 @@ def _rename_second(meeting: Meeting) -> None:
     meeting.hear("value")
     meeting.tell("reading")
     counts = {"reads": 0, "torn": 0, "gone": 0}
-    while not meeting.has_said("replaced"):
+    until = time.monotonic() + PATIENCE_S
+    while not meeting.has_said("replaced") and meeting.folder.exists() and time.monotonic() < until:
         _read(path, counts)
+    meeting.hear("replaced")
     started = time.monotonic()
     while _read(path, counts) != last and time.monotonic() - started < PATIENCE_S / 2:
         time.sleep(0.01)
