@@ -53,7 +53,7 @@ def check_execution(run: ActiveRun, report: Report, room: bool) -> None:
 
 
 def _wanted(config: Config, execution: ExecutionConfig) -> Iterator[Wanted]:
-    """In the order in which they take their places."""
+    """In the order in which they work; scorers of reward models open those before engines come, too."""
     engines, scorers, threads = execution.engines, execution.scorers, torch.get_num_threads()
     engine = choose_engine(config.generate.engine)[0]
     require, beside = partial(check_engines, config, engine, best_device()), ""
