@@ -99,7 +99,8 @@ def test_an_update_by_hand() -> None:
 
 def test_processes_share_what_is_held_and_nothing_else() -> None:
     found = Needs({"weights": 96, "moments": 24}, {"activations": 10, "head": 5})
-    assert (found.total, found.of_each(1), found.of_each(4)) == (135, 135, 45)  # 120 / 4 + 15
+    totals = [found.beside(4, replicas, count).total for replicas, count in ((1, 1), (2, 1), (2, 4))]
+    assert (found.total, totals) == (135, [45, 75, 300])  # 120 / 4 + 15, 120 / 2 + 15, and that four times
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -29,9 +29,9 @@ def resolve(run: ActiveRun) -> UpdateConfig:
     tokens = longest_batch(run.config, int(longest), on_gpu=on_gpu)
     kept = resolved(update, on_gpu=on_gpu)
     without, free = _needs(run, kept, tokens, on_gpu=on_gpu), _free(on_gpu=on_gpu)
-    world = 1 if run.ranks is None else run.ranks.world
+    world, replicas = (1, 1) if run.ranks is None else (run.ranks.world, run.ranks.replicas)
     beside = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", world))  # in the same memory
-    if without is None or (needed := beside * without.of_each(world)) <= free:
+    if without is None or (needed := without.beside(world, replicas, beside).total) <= free:
         return kept
     run.console.say(
         f"update.gradient_checkpointing: auto is true here: a micro-batch of {tokens:,} tokens needs"

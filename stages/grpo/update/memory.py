@@ -32,15 +32,14 @@ class Needs:
     @property
     def total(self) -> int:
         """Of both."""
-        return self.of_each(1)
+        return sum(self.held.values()) + sum(self.batch.values())
 
-    def of_each(self, world: int) -> int:
-        """Of each of `world` processes: they share what is held, and have a micro-batch each."""
-        return sum(self.held.values()) // world + sum(self.batch.values())
+    def beside(self, world: int, replicas: int, count: int) -> "Needs":
+        """Of `count` of `world` processes, in the same memory: each has a micro-batch.
 
-    def beside(self, world: int, count: int) -> "Needs":
-        """Of `count` of `world` processes, in the same memory."""
-        held = {name: size * count // world for name, size in self.held.items()}
+        replicas: of what is held; the processes of each share one out.
+        """
+        held = {name: size * count * replicas // world for name, size in self.held.items()}
         return Needs(held, {name: size * count for name, size in self.batch.items()})
 
 
