@@ -47,7 +47,8 @@ def _needs(run: ActiveRun, update: UpdateConfig, tokens: int, *, on_gpu: bool) -
     if shape is None or dropouts_of(config):
         return None
     reference = num_parameters(run.start["reference"]) if has_reference(update) else 0
-    return needs(shape, num_parameters(run.start["policy"]), update, tokens, reference, on_gpu=on_gpu)
+    parameters, is_shared = num_parameters(run.start["policy"]), run.ranks is not None
+    return needs(shape, parameters, update, tokens, reference, on_gpu=on_gpu, is_shared=is_shared)
 
 
 def has_reference(update: UpdateConfig) -> bool:

@@ -99,9 +99,17 @@ def tokens_at_most(config: Config, facts: Facts) -> int:
 
 def _update(config: Config, facts: Facts) -> Needs:
     """Of all processes of the learner that are in the memory that is looked at."""
-    tokens, update = tokens_at_most(config, facts), config.update
-    whole = needs(facts.shape, facts.parameters, update, tokens, facts.reference, on_gpu=facts.on_gpu)
-    return whole.beside(*_processes(config, facts))
+    tokens, processes = tokens_at_most(config, facts), _processes(config, facts)
+    whole = needs(
+        facts.shape,
+        facts.parameters,
+        config.update,
+        tokens,
+        facts.reference,
+        on_gpu=facts.on_gpu,
+        is_shared=processes[0] > 1,
+    )
+    return whole.beside(*processes)
 
 
 def _processes(config: Config, facts: Facts) -> tuple[int, int, int]:
