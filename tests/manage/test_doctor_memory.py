@@ -22,6 +22,7 @@ from grpo.models.size import Shape
 GIB = 2**30
 SMALL = Shape(24, 896, 4864, 896, 128, 151936, tied=True)
 LARGE = Shape(28, 3584, 18944, 3584, 512, 152064, tied=False)
+HUGE = Shape(80, 8192, 28672, 8192, 1024, 128256, tied=False)
 LORA: dict[str, Any] = {"lora": {"rank": 16, "alpha": 32.0}}
 
 
@@ -173,6 +174,27 @@ def test_each_replica_of_the_weights_is_counted() -> None:
     for name in ("weights", "gradients", "moments", "reference"):
         assert (shared[name], twice[name]) == (one[name], 2 * one[name])
     assert shared["activations"] == twice["activations"]  # each of the four has its own
+
+
+@pytest.mark.parametrize(
+    ("shape", "processes", "gpus", "tokens"), [(LARGE, 4, 1, 16384), (HUGE, 64, 8, 8192)]
+)
+def test_the_shapes_that_the_page_names_fit(shape: Shape, processes: int, gpus: int, tokens: int) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "many-machines.md").read_text()
+    learner, engines = {"processes": processes, "gpus": 1}, {"gpus": gpus}
+    execution = ExecutionConfig.model_validate({"backend": "ray", "learner": learner, "engines": engines})
+    config = config_of(precision="bfloat16", gradient_checkpointing=True, max_tokens_per_batch=tokens)
+    options = {**config.generate.engine_options, "tensor_parallel_size": gpus}
+    given = {"engine_options": options, "prompts_per_iteration": 512}  # no step is less than a micro-batch
+    generate = config.generate.model_copy(update=given)
+    config = config.model_copy(update={"execution": execution, "generate": generate})
+    report = Report("tiny", Path())
+    check_gpu(report, "H", config, facts_of(shape), 80 * GIB)
+    assert [check.level for check in report.checks] == ["ok", "ok"]
+    parts = peak_of(config, facts_of(shape)).turns[0]
+    held, total = 16 * shape.parameters / processes, sum(parts.values())
+    row = f"{held / 1e9:.0f} GB each for weights, gradients and moments, {total / 1e9:.0f} GB in all"
+    assert f"{processes} GPUs of 80 GB: {row}" in page
 
 
 # What else is asked of the machine

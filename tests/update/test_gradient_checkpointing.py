@@ -1,6 +1,7 @@
 """What `auto` becomes: by the device, and by the memory that is free when the learner is opened."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tests.update.runs import commit_rollouts, make_run, update
 
 from grpo.artifacts import ActiveRun
 from grpo.models.loading import load_model
+from grpo.models.size import num_parameters
 from grpo.update import gradient_checkpointing, stage
 from grpo.update import plan as planning
 from grpo.update.learner import Learner
@@ -80,6 +82,22 @@ def test_checkpointing_only_where_memory_is_short(
     assert said.endswith(" without, and 0.0 GiB are free\n")
     given = run_of(tmp_path / "given", still, gradient_checkpointing=False)
     assert gradient_checkpointing.resolve(given).gradient_checkpointing is False
+
+
+def test_each_replica_holds_all_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, still: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)  # then all four are on this machine
+    monkeypatch.setattr(gradient_checkpointing, "_GIB", 1)  # bytes are said then
+    run: Any = run_of(tmp_path, still, kl_coefficient=0.0)
+    run.console.quiet = False
+    in_memory(monkeypatch, 0)
+    needed = []
+    for replicas in (1, 2):
+        run.ranks = SimpleNamespace(world=4, replicas=replicas)
+        assert gradient_checkpointing.resolve(run).gradient_checkpointing is True
+        needed.append(float(capsys.readouterr().err.partition(" tokens needs ")[2].partition(" ")[0]))
+    assert needed[1] - needed[0] == 16 * num_parameters(still)  # weights, gradients and moments once more
 
 
 def test_a_model_with_dropouts_is_not_checkpointed(

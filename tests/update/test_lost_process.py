@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.update import groups
+from torch import distributed
 
 from grpo.errors import EngineError, GrpoError, InputError
 from grpo.update import parallel
@@ -67,6 +68,16 @@ def as_process(rank: int, folder: Path, scene: str) -> None:
         sys.exit(error.exit_code)
 
 
+def leave_alone(rank: int, folder: Path) -> None:
+    """Rank 0 leaves when rank 1 has ended."""
+    ranks = Ranks(groups.store(folder, "leave"), rank, groups.WORLD, patience=timedelta(seconds=60))
+    if rank == 1:
+        os._exit(0)
+    with pytest.raises(RuntimeError):
+        ranks.leave()
+    assert not distributed.is_initialized()
+
+
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("lost")
@@ -99,3 +110,7 @@ def test_a_process_that_is_killed_is_named_at_once(ends: Any) -> None:
     )
     assert float(seconds) < 10
     assert "die-1" not in ends
+
+
+def test_who_cannot_leave_together_is_in_no_group_either(tmp_path: Path) -> None:
+    assert groups.start(leave_alone, tmp_path) == [0, 0]

@@ -86,7 +86,7 @@ def test_a_layer_by_hand() -> None:
 
 def test_an_update_by_hand() -> None:
     update = configuration(precision="float32", gradient_checkpointing=False).update
-    found = needs(SHAPE, 1000, update, 50, 1000, on_gpu=False)
+    found = needs(SHAPE, 1000, update, 50, 1000, on_gpu=False, is_shared=False)
     assert found.held == {"weights": 4000, "gradients": 4000, "moments": 8000, "reference": 4000}
     # Two layers of 576 bytes a token; the head: three copies of the hidden states, the gradient of its
     # weights, and logits that fit into a chunk; the heap keeps 0.3 of the activations.
@@ -94,12 +94,28 @@ def test_an_update_by_hand() -> None:
     assert found.total == 20000 + 57600 + 118000 + 17280
     less = update.model_copy(update={"gradient_checkpointing": True})
     # Each layer's input, 4 x 8 bytes of a token, and one layer again.
-    assert needs(SHAPE, 1000, less, 50, 0, on_gpu=True).batch["activations"] == 3200
+    found = needs(SHAPE, 1000, less, 50, 0, on_gpu=True, is_shared=False)
+    assert found.batch["activations"] == 3200
+
+
+def test_what_is_shared_out_is_gathered_a_layer_at_a_time() -> None:
+    update = configuration(precision="bfloat16", gradient_checkpointing=True).update
+    one, shared = (
+        needs(SHAPE, 1800, update, 50, 1800, on_gpu=True, is_shared=is_shared) for is_shared in (False, True)
+    )
+    # Of 1,800 parameters 100 x 8 are embeddings, which autocast copies none of, and a reference keeps wide.
+    assert one.batch["bfloat16 weights"] == 2 * 1000
+    assert one.held["reference"] == 4 * 800 + 2 * 1000
+    # Both layers of 500 in bfloat16, the embeddings in float32; of the reference nothing is narrow.
+    assert shared.batch["gathered weights"] == 2 * 2 * 500 + 4 * 800
+    assert shared.held == {"weights": 7200, "gradients": 7200, "moments": 14400, "reference": 7200}
+    assert "bfloat16 weights" not in shared.held | shared.batch
 
 
 def test_processes_share_what_is_held_and_nothing_else() -> None:
     found = Needs({"weights": 96, "moments": 24}, {"activations": 10, "head": 5})
-    assert (found.total, found.of_each(1), found.of_each(4)) == (135, 135, 45)  # 120 / 4 + 15
+    totals = [found.beside(4, replicas, count).total for replicas, count in ((1, 1), (2, 1), (2, 4))]
+    assert (found.total, totals) == (135, [45, 75, 300])  # 120 / 4 + 15, 120 / 2 + 15, and that four times
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -208,6 +224,7 @@ def row(name: str, lora: bool) -> str:
             8192,
             0 if lora else shape.parameters,
             on_gpu=True,
+            is_shared=False,
         )
         for checkpointing in (False, True)
     )

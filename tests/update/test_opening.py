@@ -1,5 +1,7 @@
 """Models that two and three processes read a part of each: together they have what load_model() gives."""
 
+import os
+import platform
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -10,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.models.families import write_checkpoint
 from tests.update import groups
-from tests.update.test_parallel import settings
+from tests.update.test_parallel import make_rollouts, save, settings, take_step
 from torch import Tensor
 
-from grpo.errors import CorruptError
+from grpo.artifacts import ADAPTER, OPTIMIZER
+from grpo.errors import CorruptError, ResourceError
+from grpo.execute import checkpoint
 from grpo.models.families import FAMILIES
 from grpo.models.loading import load_model
 from grpo.models.reader import Reader
@@ -24,6 +28,7 @@ from grpo.update.sharding import local
 
 pytestmark = pytest.mark.xdist_group("parallel")
 WORLDS = (2, 3)
+NEVER = "6 never"
 BROKEN, OTHER = "broken", "other"  # checkpoints; NaN in rows of the last rank alone; a form of its own
 # Matrices the other way round; experts that are stored apart; a trunk that does not read trees.
 LATER = ("gemma2", "gpt2", "qwen3_moe", "nemotron")
@@ -150,3 +155,60 @@ def test_what_one_process_finds_wrong_in_its_part_all_raise(several: Any, folder
 def test_an_adapter_begins_as_in_one_process(several: Any, folder: Path) -> None:
     _, found = several
     assert found["lora"] == found["lora again"] == opened(folder / "qwen3_moe", None, **LORA).digest()
+
+
+# A store on which a process sees late what another one has written
+
+
+class Late:
+    """What rank 1 sees of the folder of rank 0: half a file more each time that it has waited."""
+
+    def __init__(self, there: Path, here: Path) -> None:
+        self._there, self._here, self._now = there, here, 0.0
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        for path in sorted(self._there.rglob("*.*")):
+            mine, content = self._here / path.relative_to(self._there), path.read_bytes()
+            if path.parent.name != NEVER and (not mine.exists() or mine.stat().st_size < len(content)):
+                mine.parent.mkdir(exist_ok=True)
+                mine.write_bytes(content if mine.exists() else content[: len(content) // 2])
+                return
+        self._now += checkpoint.SEEN_S + 1
+
+
+def read_late(ranks: Ranks) -> tuple[str, str]:
+    learner = Learner(settings("dapo", **LORA), "cpu", ranks=ranks)
+    learner.load(Path("1 policy"), Path("3 optimizer"), "saved", Path("2 adapter"))
+    learner.load_reference(Path("4 reference"), "first")
+    learner.load_reference(Path("5 later"), "later")
+    with pytest.raises(ResourceError) as error:
+        learner.load_reference(Path(NEVER), "never")
+    return learner.digest(), str(error.value)
+
+
+def as_late(rank: int, folder: Path) -> None:
+    here = folder / str(rank)
+    os.chdir(here)
+    if rank == 1:
+        vars(checkpoint)["time"] = Late(folder / "0", here)
+    groups.lead(rank, folder, read_late)
+
+
+def test_names_that_come_late_are_waited_for(tmp_path: Path) -> None:
+    there, start = tmp_path / "0", tmp_path / "0" / "1 policy"
+    (tmp_path / "1").mkdir()
+    for name in ("1 policy", "4 reference", "5 later", NEVER):
+        write_checkpoint(there / name, "qwen3")
+    learner = opened(start, None, **LORA)
+    take_step(learner, make_rollouts(((3, 9), (5, 2))))
+    save(learner, start, there)
+    (there / ADAPTER).rename(there / "2 adapter")
+    (there / OPTIMIZER).rename(there / "3 optimizer")
+    assert groups.start(as_late, tmp_path) == [0, 0]
+    digest, said = torch.load(tmp_path / "0.pt", weights_only=False)
+    assert digest == learner.digest()
+    seen = f"execution: {platform.node()} does not see {NEVER}/"
+    assert (said[: len(seen)], " as it was written; " in said) == (seen, True)

@@ -1,14 +1,17 @@
 """A reference that moves, on tiny real models: which policy it is, and that stopping changes nothing."""
 
 import re
+import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.update import groups
 from tests.update.examples import all_logprobs, as_old, configuration, in_double, load, make_rollouts
 from tests.update.runs import commit_rollouts, make_run, update, whole
 
@@ -17,6 +20,7 @@ from grpo.config import Config
 from grpo.errors import InputError
 from grpo.update import stage
 from grpo.update.learner import Learner
+from grpo.update.parallel import Ranks
 from grpo.update.plan import plan
 
 ITERATIONS = 5
@@ -35,12 +39,18 @@ def contents(run: ActiveRun) -> dict[str, bytes]:
 
 
 def trained(
-    root: Path, config: Config, start: Path, other: Path, stops: bool = False, learner: Learner | None = None
+    root: Path,
+    config: Config,
+    start: Path,
+    other: Path,
+    stops: bool = False,
+    learner: Learner | None = None,
+    ranks: Ranks | None = None,
 ) -> ActiveRun:
     """A run of ITERATIONS updates; stops: each in a process of its own, as far as the learner can tell."""
     run, rollouts = make_run(root, config, start, other), make_rollouts()
     rollouts = replace(rollouts, old_logprobs=as_old(all_logprobs(in_double(start), rollouts), 0.1))
-    learner = learner or Learner(config.update, "cpu")
+    run.ranks, learner = ranks, learner or Learner(config.update, "cpu", ranks=ranks)
     for iteration in range(ITERATIONS):
         commit_rollouts(run, iteration, rollouts)
         learner = Learner(config.update, "cpu") if stops else learner
@@ -71,6 +81,37 @@ def test_the_reference_is_the_newest_policy_of_a_multiple(
     # Where the policy has just become the reference, it is at no distance from it before the first step.
     distance = [run.read("updates", iteration)["kl"].to_pylist()[0] for iteration in (3, 4)]
     assert distance[1] == pytest.approx(0, abs=1e-9) != distance[0]
+
+
+def adapted() -> Config:
+    return configuration(reference_every=2, kl_coefficient=0.2, learning_rate=0.01, lora=LORA)
+
+
+def references(run: ActiveRun) -> list[np.ndarray]:
+    """Log-probs of the reference in each iteration."""
+    found = [run.read("logprobs", number)["reference_logprobs"].to_pylist() for number in range(ITERATIONS)]
+    return [np.concatenate(each) for each in found]
+
+
+def driver(folder: Path, start: Path, ranks: Ranks) -> list[np.ndarray]:
+    tempfile.tempdir = str(folder / "of another machine")  # which is not there for this one
+    run = trained(folder / "shared out", adapted(), start, start, ranks=ranks)
+    assert not list(run.path.glob(".weights-*"))
+    return references(run)
+
+
+def as_process(rank: int, folder: Path) -> None:
+    groups.lead(rank, folder, partial(driver, folder, folder / "model"))
+
+
+def test_several_processes_read_an_adapters_reference_from_the_run(tmp_path: Path, untied: Path) -> None:
+    (tmp_path / "model").symlink_to(untied)
+    assert groups.start(as_process, tmp_path) == [0, 0]
+    found = torch.load(tmp_path / "0.pt", weights_only=False)
+    expected = references(trained(tmp_path / "alone", adapted(), untied, untied))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-3)
+    assert np.abs(found[4] - found[2]).max() > 0.01
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": LORA}, {"lora": LORA | {"modules_to_save": ["lm_head"]}}])

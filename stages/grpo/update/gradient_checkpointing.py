@@ -29,9 +29,9 @@ def resolve(run: ActiveRun) -> UpdateConfig:
     tokens = longest_batch(run.config, int(longest), on_gpu=on_gpu)
     kept = resolved(update, on_gpu=on_gpu)
     without, free = _needs(run, kept, tokens, on_gpu=on_gpu), _free(on_gpu=on_gpu)
-    world = 1 if run.ranks is None else run.ranks.world
+    world, replicas = (1, 1) if run.ranks is None else (run.ranks.world, run.ranks.replicas)
     beside = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", world))  # in the same memory
-    if without is None or (needed := beside * without.of_each(world)) <= free:
+    if without is None or (needed := without.beside(world, replicas, beside).total) <= free:
         return kept
     run.console.say(
         f"update.gradient_checkpointing: auto is true here: a micro-batch of {tokens:,} tokens needs"
@@ -47,7 +47,8 @@ def _needs(run: ActiveRun, update: UpdateConfig, tokens: int, *, on_gpu: bool) -
     if shape is None or dropouts_of(config):
         return None
     reference = num_parameters(run.start["reference"]) if has_reference(update) else 0
-    return needs(shape, num_parameters(run.start["policy"]), update, tokens, reference, on_gpu=on_gpu)
+    parameters, is_shared = num_parameters(run.start["policy"]), run.ranks is not None
+    return needs(shape, parameters, update, tokens, reference, on_gpu=on_gpu, is_shared=is_shared)
 
 
 def has_reference(update: UpdateConfig) -> bool:

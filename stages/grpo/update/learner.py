@@ -29,7 +29,7 @@ from grpo.update.layout import ByRow, Layout
 from grpo.update.layout_check import Compared, check_layouts
 from grpo.update.network import Network
 from grpo.update.objective import Stored, objective_of
-from grpo.update.opening import copy_shared, open_policy, open_reference, shared_reader
+from grpo.update.opening import copy_shared, open_policy, open_reference, shared_reader, wait_for
 from grpo.update.optimizer import make_optimizer, settings_of
 from grpo.update.optimizer_step import Told, take_step
 from grpo.update.plan import resolved
@@ -120,6 +120,8 @@ class Learner:
         self.holds = None
         ranks, lora = self.ranks, self.config.lora
         put = torch.Tensor.copy_ if ranks is None else ranks.put
+        if ranks is not None:
+            wait_for(ranks, optimizer, adapter)
         # What trains whole has no other copy of what it was.
         anew = lora is not None and bool(lora.modules_to_save) and adapter is None
         if "policy" not in self._networks or anew:

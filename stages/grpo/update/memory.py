@@ -32,15 +32,14 @@ class Needs:
     @property
     def total(self) -> int:
         """Of both."""
-        return self.of_each(1)
+        return sum(self.held.values()) + sum(self.batch.values())
 
-    def of_each(self, world: int) -> int:
-        """Of each of `world` processes: they share what is held, and have a micro-batch each."""
-        return sum(self.held.values()) // world + sum(self.batch.values())
+    def beside(self, world: int, replicas: int, count: int) -> "Needs":
+        """Of `count` of `world` processes, in the same memory: each has a micro-batch.
 
-    def beside(self, world: int, count: int) -> "Needs":
-        """Of `count` of `world` processes, in the same memory."""
-        held = {name: size * count // world for name, size in self.held.items()}
+        replicas: of what is held; the processes of each share one out.
+        """
+        held = {name: size * count * replicas // world for name, size in self.held.items()}
         return Needs(held, {name: size * count for name, size in self.batch.items()})
 
 
@@ -68,10 +67,12 @@ def needs(
     reference_parameters: int,
     *,
     on_gpu: bool,
+    is_shared: bool,
 ) -> Needs:
     """What training takes at its peak, with micro-batches of `tokens`; `update` as plan.resolved() has it.
 
-    reference_parameters: 0 where none is loaded.
+    reference_parameters: 0 where none is loaded. is_shared: whether several processes have parts of what is
+    held, all of which is told.
     """
     trained = parameters if update.lora is None else adapter_parameters(shape, update.lora)
     weights = parameters + (trained if update.lora else 0)
@@ -79,7 +80,7 @@ def needs(
         "weights": FLOAT32 * weights,
         "gradients": FLOAT32 * trained,
         "moments": MOMENTS[update.optimizer] * trained,
-        "reference": _reference_bytes(shape, update, reference_parameters),
+        "reference": _reference_bytes(shape, update, reference_parameters, is_shared=is_shared),
     }
     each = layer_bytes(shape, update) * tokens
     kept = shape.layers * (FLOAT32 * shape.hidden * tokens if update.gradient_checkpointing else each)
@@ -88,8 +89,10 @@ def needs(
         backward += each  # one layer at a time is computed again
     head = _head_bytes(shape, update, tokens, on_gpu=on_gpu)
     batch = {"activations": kept, "head": max(head, backward)}
+    if is_shared:
+        batch["gathered weights"] = _gathered_bytes(shape, update, parameters)
     # Autocast keeps a copy of each weight that trains, and a layer of each that it needs backwards.
-    if update.weights == "bfloat16_master":
+    elif update.weights == "bfloat16_master":
         held["bfloat16 weights"] = 2 * parameters
     elif update.precision == "bfloat16" and not (update.lora and update.gradient_checkpointing):
         batch["bfloat16 weights"] = 2 * (parameters - shape.vocabulary * shape.hidden)
@@ -98,9 +101,19 @@ def needs(
     return Needs(held, batch)
 
 
-def _reference_bytes(shape: Shape, update: UpdateConfig, parameters: int) -> int:
-    """Linear matrices are held in the precision that they are used in; beside a bfloat16 copy, all is."""
-    if not parameters or update.precision == "float32":
+def _gathered_bytes(shape: Shape, update: UpdateConfig, parameters: int) -> int:
+    """Embeddings and head in float32, and in the precision a layer, with the next one on its way."""
+    rest = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    width = FLOAT32 if update.precision == "float32" else FLOAT32 // 2
+    return FLOAT32 * rest + 2 * width * (parameters - rest) // shape.layers
+
+
+def _reference_bytes(shape: Shape, update: UpdateConfig, parameters: int, *, is_shared: bool) -> int:
+    """Linear matrices are held in the precision that they are used in; beside a bfloat16 copy, all is.
+
+    Parts of several processes are in float32 (opening.open_reference).
+    """
+    if not parameters or update.precision == "float32" or is_shared:
         return FLOAT32 * parameters
     wide = 0 if update.weights == "bfloat16_master" else shape.vocabulary * shape.hidden
     return FLOAT32 * wide + FLOAT32 // 2 * (parameters - wide)

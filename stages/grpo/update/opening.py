@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from grpo.config import UpdateConfig
 from grpo.errors import UsageError
+from grpo.execute import Checkpoint
 from grpo.models.loading import check_like, copy_weights, load_model, settle_attention
 from grpo.models.reader import Reader, form_of
 from grpo.models.slices import Slices, slices_of
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
     from grpo.update.parallel import Ranks
 
 
+_READ = (".safetensors", ".json")  # files that a learner reads of a policy, an adapter or an optimiser
+
+
+def wait_for(ranks: "Ranks", *folders: Path | None) -> None:
+    """Until each process sees the files of `folders` as rank 0 does: on a shared store, names come late.
+
+    Raises ResourceError (exit 7), in all of them, where one does not.
+    """
+    there = ranks.agreed(lambda: [_seen_here(each) for each in folders if each] if ranks.rank == 0 else None)
+    for checkpoint in ranks.from_first(there) or ():
+        ranks.agreed(checkpoint.seen)
+
+
+def _seen_here(folder: Path) -> Checkpoint:
+    """With no file where there is none: whoever reads it says what is wrong."""
+    paths = [path for path in folder.glob("*") if path.suffix in _READ and path.is_file()]
+    return Checkpoint(folder, {path.name: path.stat().st_size for path in paths})
+
+
 def shared_reader(
     checkpoint: Path, attention: str, ranks: "Ranks", prepare: Callable[[PreTrainedModel], object]
 ) -> Reader:
@@ -28,6 +48,7 @@ def shared_reader(
 
     prepare: called with the model as long as it is no one's; what it adds is zero. Raises as load_model.
     """
+    wait_for(ranks, checkpoint)
     slices = ranks.agreed(partial(slices_of, checkpoint, attention))
     if slices is None:
         ranks.notes.append(_whole(checkpoint))
@@ -56,6 +77,7 @@ def filled_reader(slices: Slices, ranks: "Ranks", prepare: Callable[[PreTrainedM
 
 def copy_shared(model: PreTrainedModel, checkpoint: Path, ranks: "Ranks") -> None:
     """Have a model that is shared out compute what load_model(checkpoint) would. Raises as copy_weights."""
+    wait_for(ranks, checkpoint)
     slices = ranks.agreed(partial(slices_of, checkpoint, model.config._attn_implementation))
     if slices is None:
         ranks.notes.append(_whole(checkpoint))

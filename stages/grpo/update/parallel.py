@@ -146,10 +146,12 @@ class Ranks:
     def leave(self) -> None:
         """Give the group up, together with the others where they can be reached."""
         self._learners.clear()
-        if not self.is_broken:
-            distributed.barrier(self._findings)  # gloo aborts who leaves while another one still connects
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        try:
+            if not self.is_broken:
+                distributed.barrier(self._findings)  # gloo aborts who leaves while another one still connects
+        finally:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
 
     # Within a call
 

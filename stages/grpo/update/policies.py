@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,6 +13,7 @@ from grpo.artifacts import (
     files,
     held_part,
     is_durable,
+    lent_prefix,
     origin_of,
 )
 from grpo.console import duration
@@ -47,7 +48,6 @@ class Policies:
         """The policy that an update of this command made last."""
         self.rebuilt: dict[str, object] | None = None
         """Of the last replay that was accepted without the same bits: what the next update records."""
-        self._copy: tuple[str | None, TemporaryDirectory[str]] | None = None  # of the reference, by its id
 
     def begin(self, iteration: int, inputs: Mapping[str, str]) -> None:
         """Hold what the update of `iteration` begins with: policy, optimiser state, reference.
@@ -197,23 +197,27 @@ class Policies:
             return
         id_ = inputs[reference_of(config, iteration)]
         number, is_start = config.moved_reference(iteration), id_ == run.id_of("policy@0")
-        folder = run.start["reference"]
-        if number and id_ != self.learner.reference_id:
-            folder = self._folder_of(number, id_)
-        self.learner.load_reference(folder, id_, is_start=is_start)
+        with ExitStack() as held:
+            folder = run.start["reference"]
+            if number and id_ != self.learner.reference_id:
+                folder = held.enter_context(self._as_checkpoint(number, id_))
+            self.learner.load_reference(folder, id_, is_start=is_start)
         say_notes(run)
 
-    def _folder_of(self, number: int, id_: str) -> Path:
+    @contextmanager
+    def _as_checkpoint(self, number: int, id_: str) -> Iterator[Path]:
         """A plain checkpoint of a policy; one that is not on disk as such is written for the while."""
         if (folder := held_part(self.run, number, POLICY)) is not None:
-            return folder
-        if self._copy is None or self._copy[0] != id_:
-            other = self if self.learner.holds == id_ else Policies(self.run, new_learner(self.run))
-            if other is not self:
-                other.hold(number)
-            self._copy = id_, TemporaryDirectory(prefix="grpo-reference-")
-            _write(other, POLICY, Path(self._copy[1].name))
-        return Path(self._copy[1].name)
+            yield folder
+            return
+        other = self if self.learner.holds == id_ else Policies(self.run, new_learner(self.run))
+        if other is not self:
+            other.hold(number)
+        shared = None if self.run.ranks is None else self.run.path  # a folder that all machines see
+        with TemporaryDirectory(dir=shared, prefix=lent_prefix(self.run)) as name:
+            _write(other, POLICY, Path(name))
+            del other  # its memory is not needed by whoever reads the files
+            yield Path(name)
 
 
 def _in(replicas: int) -> str:

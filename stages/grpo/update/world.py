@@ -55,6 +55,8 @@ def together(run: ActiveRun) -> Iterator[None]:
                 with suppress(RuntimeError):
                     run.ranks.leave()
                 run.ranks = None
+            if distributed.is_initialized():  # by Ranks() that failed: this process could join no other group
+                distributed.destroy_process_group()
             for worker in workers:
                 worker.kill()
 

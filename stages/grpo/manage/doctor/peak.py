@@ -57,7 +57,7 @@ def peak_of(config: Config, facts: Facts) -> Peak:
     scorers = {"reward models and teachers": FLOAT32 * facts.scorers} | _scorers(config, facts)
     if facts.on_gpu:
         return Peak({}, (learner.held | learner.batch, engine, scorers))
-    held = {"libraries": LIBRARIES * _processes(config, facts)[1]} | learner.held | scorers
+    held = {"libraries": LIBRARIES * _processes(config, facts)[2]} | learner.held | scorers
     engines = None if config.execution is None else config.execution.engines
     if config.execution is not None and engines is not None:  # of this machine they all are, else elsewhere
         count = engines.count if config.execution.backend == "local" else 0
@@ -99,21 +99,27 @@ def tokens_at_most(config: Config, facts: Facts) -> int:
 
 def _update(config: Config, facts: Facts) -> Needs:
     """Of all processes of the learner that are in the memory that is looked at."""
-    tokens, update = tokens_at_most(config, facts), config.update
-    whole = needs(facts.shape, facts.parameters, update, tokens, facts.reference, on_gpu=facts.on_gpu)
-    return whole.beside(*_processes(config, facts))
-
-
-def _processes(config: Config, facts: Facts) -> tuple[int, int]:
-    """Of the learner those that share out its weights; and all in the memory that is looked at: a GPU is
-    each one's own."""
-    if config.execution is None:
-        return 1, 1
-    world = config.execution.processes
-    return (
-        world // config.execution.replicas,
-        1 if facts.on_gpu or config.execution.backend == "ray" else world,
+    tokens, processes = tokens_at_most(config, facts), _processes(config, facts)
+    whole = needs(
+        facts.shape,
+        facts.parameters,
+        config.update,
+        tokens,
+        facts.reference,
+        on_gpu=facts.on_gpu,
+        is_shared=processes[0] > 1,
     )
+    return whole.beside(*processes)
+
+
+def _processes(config: Config, facts: Facts) -> tuple[int, int, int]:
+    """Of the learner: all; replicas of its weights; those in the memory that is looked at. A GPU is each
+    one's own."""
+    if config.execution is None:
+        return 1, 1, 1
+    world = config.execution.processes
+    beside = 1 if facts.on_gpu or config.execution.backend == "ray" else world
+    return world, config.execution.replicas, beside
 
 
 def _engine(config: Config, facts: Facts) -> dict[str, int]:
