@@ -13,11 +13,10 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from machine import describe
 from process import GRPO, answer
@@ -33,7 +32,13 @@ STAGES = """
 select iteration, stage, min(started) as began, max(ended) as ended
 from timings where iteration is not null group by all order by ended
 """
-Rows = list[dict[str, Any]]
+
+
+class Seconds(NamedTuple):
+    """Of `generate`, and from the end of an update to that of the next."""
+
+    generate: float
+    iteration: float
 
 
 def main() -> None:
@@ -46,43 +51,36 @@ def main() -> None:
         for shards in (8, 80):
             size = [*SIZE, f"generate.rollouts_per_shard={NUM_ROLLOUTS // shards}"]
             ways = {"this process": [], "1 process": [ONE], "2 processes": [TWO], "2 Ray actors": [RAY]}
-            found = _measured(start, {way: [*size, *more] for way, more in ways.items()}, _generate)
-            title = f"generate, {NUM_ROLLOUTS} rollouts in {shards} shards"
-            print(f"\n{title:<44} {'seconds':>9} {'rollouts/s':>11}  to 2 processes")
-            for way, seconds in found.items():
-                rate, ratio = NUM_ROLLOUTS / seconds, seconds / found["2 processes"]
-                print(f"  {way:<42} {seconds:9.3f} {rate:11,.0f} {ratio:15.2f}")
+            found = _measured(start, {way: [*size, *more] for way, more in ways.items()})
+            title = f"{NUM_ROLLOUTS} rollouts in {shards} shards"
+            print(f"\n{title:<30} {'generate':>9} {'rollouts/s':>11} {'iteration':>10}  to 2 processes")
+            for way, (generate, iteration) in found.items():
+                rate, ratio = NUM_ROLLOUTS / generate, iteration / found["2 processes"].iteration
+                print(f"  {way:<28} {generate:9.3f} {rate:11,.0f} {iteration:10.3f} {ratio:15.2f}")
         lag = ["generate.policy_lag=1", "generate.prompts_per_iteration=64", "generate.rollouts_per_shard=64"]
         ways = {"in turn": [], "in lanes, 1 process": [ONE]}
-        found = _measured(start, {way: [*lag, *more] for way, more in ways.items()}, _iteration)
-        print(f"\n{'an iteration with policy_lag: 1':<44} {'seconds':>9} {'to in turn':>11}")
-        for way, seconds in found.items():
-            print(f"  {way:<42} {seconds:9.3f} {seconds / found['in turn']:11.2f}")
+        found = _measured(start, {way: [*lag, *more] for way, more in ways.items()})
+        print(f"\n{'with policy_lag: 1':<30} {'iteration':>9} {'to in turn':>11}")
+        for way, (_, iteration) in found.items():
+            print(f"  {way:<28} {iteration:9.3f} {iteration / found['in turn'].iteration:11.2f}")
 
 
-def _measured(
-    start: Path, ways: dict[str, list[str]], seconds_of: Callable[[Rows], list[float]]
-) -> dict[str, float]:
-    """Median seconds of each way; the ways take turns."""
-    found: dict[str, list[float]] = {way: [] for way in ways}
+def _measured(start: Path, ways: dict[str, list[str]]) -> dict[str, Seconds]:
+    """Medians of each way; the ways take turns."""
+    generate: dict[str, list[float]] = {way: [] for way in ways}
+    iteration: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(NUM_RUNS):
         for way, settings in ways.items():
-            run = f"run={way.replace(' ', '-').replace(',', '')}-{number}"
-            _run(start, run, *COMMON, *settings)
-            found[way] += seconds_of(answer(start, "sql", STAGES, "--run", run.removeprefix("run=")))
-            shutil.rmtree(start / "artifacts" / run.removeprefix("run="))
-    return {way: statistics.median(seconds) for way, seconds in found.items()}
-
-
-def _generate(rows: Rows) -> list[float]:
-    """Of `generate`, but in the first iteration."""
-    return [row["ended"] - row["began"] for row in rows if row["stage"] == "generate" and row["iteration"]]
-
-
-def _iteration(rows: Rows) -> list[float]:
-    """From the end of an update to that of the next, but for the first ones."""
-    ends = [row["ended"] for row in rows if row["stage"] == "update"]
-    return [after - before for before, after in pairwise(ends)][1:]
+            run = f"{way.replace(' ', '-').replace(',', '')}-{number}"
+            _run(start, f"run={run}", *COMMON, *settings)
+            rows = answer(start, "sql", STAGES, "--run", run)
+            generate[way] += [
+                row["ended"] - row["began"] for row in rows if row["stage"] == "generate" and row["iteration"]
+            ]
+            ends = [row["ended"] for row in rows if row["stage"] == "update"]
+            iteration[way] += [after - before for before, after in pairwise(ends)][1:]
+            shutil.rmtree(start / "artifacts" / run)
+    return {way: Seconds(*map(statistics.median, (generate[way], iteration[way]))) for way in ways}
 
 
 def _run(folder: Path, *settings: str) -> None:

@@ -125,9 +125,9 @@ def test_the_run_has_the_files_of_one_process(
     strike, tries, waits, ends = STRIKES[fault]
     chance, tally, tried = random.Random(fault), new_tally(fault, "run, 2 Ray nodes, in lanes"), 0
     while tried < tries:
-        folder, code = crash.copy(start, tmp_path / "run"), None
+        folder, codes = crash.copy(start, tmp_path / "run"), list[int]()
         before = tried
-        while code != 0:
+        while 0 not in codes:
             driver = begin(folder, cluster)
             while driver.poll() is None and tried < tries:
                 with suppress(subprocess.TimeoutExpired):
@@ -135,12 +135,16 @@ def test_the_run_has_the_files_of_one_process(
                 if driver.poll() is None:
                     tried += strike(cluster, driver, chance)
             _, err = driver.communicate(timeout=LIMIT_S)
-            code = driver.returncode
-            assert code in ends, err
+            codes.append(driver.returncode)
+            assert driver.returncode in ends, err
             assert "Traceback" not in err
         with tally.trial(tried - before):
             crash.succeed(folder, "verify")
-            assert crash.contents(folder) == alone
+            found = crash.contents(folder)
+            assert found.items() >= alone.items()
+            more = {name for name in found.keys() - alone.keys() if "/checkpoint/" not in name}
+            assert not more  # the newest policy is written by a command that ends before the run does
+            assert len(codes) > 1 or found == alone
             assert crash.leftovers(folder) == []
         nothing_stays(cluster)
 
