@@ -1,5 +1,6 @@
 """A pool of workers that die, raise and are slow; and processes that end with their driver."""
 
+import math
 import os
 import signal
 import struct
@@ -16,6 +17,7 @@ import pytest
 
 from grpo.errors import DataError, EngineError, ResourceError
 from grpo.execute import LocalProcesses, Pool, WorkerDied
+from grpo.execute import pool as pool_module
 from grpo.execute.processes import Process
 
 
@@ -153,7 +155,10 @@ def test_a_worker_that_dies_within_its_answer_has_died() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_of_the_whole_group_ends_no_worker(pool: Pool, number: signal.Signals) -> None:
+def test_a_signal_of_the_whole_group_ends_no_worker(
+    pool: Pool, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "SLOW", math.inf)
     pids = {pid for _, pid in dict(pool.run({"2": 2, "3": 3}, "test", go_on)).values()}
     jobs = {str(number): f"slow {number}" for number in range(4)}
     found = dict[str, Any]()

@@ -6,7 +6,6 @@ What NCCL does on GPUs, a TCP store does here (transfer_backend.py).
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
@@ -352,12 +351,13 @@ def test_a_thread_that_was_left_behind_asks_no_engine(
 
     group, asked = group_of_three(gpus=1)
     monkeypatch.setattr(group, "_meet", Hanging)
-    weights = weights_of(policies[0])
+    weights, before = weights_of(policies[0]), {*enumerate_threads()}
     with pytest.raises(WorkerDied, match="by SIGKILL"):
         group.send(weights, vllm_transfer.Taken("1", check_of(policies[0])), "generate 3")
     group.leave()
+    [left] = {*enumerate_threads()} - before
     released.set()
-    while any(each.name == "weight-transfer" for each in enumerate_threads()):
-        time.sleep(0.01)
+    left.join(60)
+    assert not left.is_alive()
     assert asked == []
     assert ended == ["the group"]

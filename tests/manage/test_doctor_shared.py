@@ -114,7 +114,9 @@ def test_who_reads_ends_with_the_one_that_writes(tmp_path: Path) -> None:
     second = Meeting(place)
 
     def end() -> None:
+        until = time.monotonic() + 60
         while not second.place("second-reading").exists():
+            assert time.monotonic() < until
             time.sleep(0.01)
         shutil.rmtree(place)
 

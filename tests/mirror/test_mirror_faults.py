@@ -28,6 +28,7 @@ PROGRAM = "from grpo.cli import main; main()"
 SLOW = """
 import time
 def code(prompts, completions, **columns):
+    open("scoring", "w").close()
     time.sleep(60)
     return [0.0] * len(prompts)
 """
@@ -289,7 +290,7 @@ def test_a_second_signal_within_a_stage_waits_for_no_copying(
 
     server.before = look
     with start("run", *to(bucket)) as child:
-        while not held:
+        while not (held and Path("scoring").exists()):
             assert child.poll() is None
             time.sleep(0.05)
         child.send_signal(signal.SIGTERM)

@@ -1,5 +1,6 @@
 """Rollouts sampled beside training: the bytes of doing it in turn, whatever ends the command."""
 
+import math
 import multiprocessing
 import os
 import random
@@ -16,7 +17,7 @@ from tests.faults import crash
 from tests.faults.tally import extent
 
 from grpo.errors import EngineError, Interrupted
-from grpo.execute import Pool
+from grpo.execute import Pool, pool
 from grpo.update import stage as update
 
 KILLS = extent("SIGKILL of a run in lanes")
@@ -116,6 +117,7 @@ def test_a_first_signal_loses_no_shard_that_is_under_way(
         raise Interrupted(signal.SIGINT)
 
     with monkeypatch.context() as patched:
+        patched.setattr(pool, "SLOW", math.inf)  # neither engine has a copy of the other's shard
         patched.setattr(Pool, "_answer_of", held)
         patched.setattr(update, "produce", interrupted)
         assert grpo("run", *AHEAD, *ENGINES)[0] == 130

@@ -278,6 +278,11 @@ class Run:
             finally:
                 self._lease = None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds it for writing."""
+        return self._lease is not None
+
     def check_held(self) -> None:
         """Before anything is committed: LockedError (exit 5) where another machine has taken the run over."""
         if self._lease is not None:

@@ -59,17 +59,15 @@ class _Copying:
         address = str(run.config.artifacts.mirror)
         note, epoch = _Note(run, address), new_epoch()
         store, self._lease = opened(address, run.path.name, epoch)
-        note.write([*note.epochs, epoch])  # before it is taken: a crash may come between
-        console = run.console
-        last = self._lease.take(
-            lambda holder: holder.epoch in note.epochs, console.say, console.stop_requested
-        )
+        note.write(note.epochs, [*note.tried, epoch])  # before it is taken: a crash may come between
+        console, own = run.console, {*note.epochs, *note.tried}
+        last = self._lease.take(lambda holder: holder.epoch in own, console.say, console.stop_requested)
         try:
             self._upload = Upload(run, store, self._lease)
             if last not in note.epochs:  # somebody else may have written what is there
                 self._upload.require_own(again)
             self._upload.forget(again)
-            note.write([epoch])
+            note.write([epoch], [])
             behind = self._upload.behind()
         except GrpoError:
             with suppress(GrpoError):
@@ -143,7 +141,7 @@ class _Note:
     """`.mirror.json` of a run: epochs in which this folder was the one that wrote the mirror at an address.
 
     A mirror whose last epoch is among them holds what this run was, and nothing else. A copy of the folder
-    is another one.
+    is another one. tried: of commands that ended before that was certain.
     """
 
     def __init__(self, run: ActiveRun, address: str) -> None:
@@ -151,6 +149,7 @@ class _Note:
         folder = f"{socket.gethostname()}:{os.path.realpath(run.path)} ({run.path.stat().st_ino})"
         self._of = {"address": address, "folder": folder}
         self.epochs: list[str] = []
+        self.tried: list[str] = []
         if self._path.exists():
             try:
                 held = read_sealed(self._path, address=str, folder=str, epochs=list)
@@ -158,11 +157,11 @@ class _Note:
                 way = "remove it, and the mirror is compared with the run"
                 raise CorruptError(f"{error}; {way}") from None
             if self._of.items() <= held.items():
-                self.epochs = held["epochs"]
+                self.epochs, self.tried = held["epochs"], held.get("tried", [])
 
-    def write(self, epochs: list[str]) -> None:
+    def write(self, epochs: list[str], tried: list[str]) -> None:
         """Note them, in the place of those before."""
-        files.write_file(self._path, seal({**self._of, "epochs": epochs}))
+        files.write_file(self._path, seal({**self._of, "epochs": epochs, "tried": tried}))
         files.sync_folder(self._path.parent)
 
 

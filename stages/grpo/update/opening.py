@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -37,8 +38,12 @@ def wait_for(ranks: "Ranks", *folders: Path | None) -> None:
 
 def _seen_here(folder: Path) -> Checkpoint:
     """With no file where there is none: whoever reads it says what is wrong."""
-    paths = [path for path in folder.glob("*") if path.suffix in _READ and path.is_file()]
-    return Checkpoint(folder, {path.name: path.stat().st_size for path in paths})
+    sizes = dict[str, int]()
+    for path in folder.glob("*"):
+        if path.suffix in _READ:
+            with suppress(FileNotFoundError):  # pruned meanwhile
+                sizes[path.name] = path.stat().st_size
+    return Checkpoint(folder, sizes)
 
 
 def shared_reader(

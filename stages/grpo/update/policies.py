@@ -32,6 +32,8 @@ from grpo.update.plan import OUTPUT, reference_of, require_reference
 from grpo.update.restore import Outcome, as_recorded, compare, kept_surrogate, require_inputs
 from grpo.update.world import together
 
+_OWN_PREFIX = ".policy-"
+
 
 class Policies:
     """A learner and the policies that it can come to hold.
@@ -214,7 +216,9 @@ class Policies:
         if other is not self:
             other.hold(number)
         shared = None if self.run.ranks is None else self.run.path  # a folder that all machines see
-        with TemporaryDirectory(dir=shared, prefix=lent_prefix(self.run)) as name:
+        # What a kill leaves goes with the next command that holds the run; that one takes no other's.
+        prefix = lent_prefix(self.run) if self.run.is_held else _OWN_PREFIX
+        with TemporaryDirectory(dir=shared, prefix=prefix) as name:
             _write(other, POLICY, Path(name))
             del other  # its memory is not needed by whoever reads the files
             yield Path(name)
@@ -236,10 +240,10 @@ def new_learner(run: ActiveRun) -> Learner:
 def rebuilt_part(run: ActiveRun, policy: int, part: str, scratch: Path) -> Iterator[Path]:
     """A whole policy, or its adapter, as files below `scratch`, under the configuration it was made with.
 
-    Nothing is written into the run. Raises as begin().
+    Nothing of the run is changed. Raises as begin().
     """
     update = run.require(OUTPUT, policy - 1, f"grpo update --iteration {policy - 1}")
-    with together(run), TemporaryDirectory(dir=scratch, prefix=".policy-") as name:
+    with together(run), TemporaryDirectory(dir=scratch, prefix=_OWN_PREFIX) as name:
         recorded = as_recorded(run, update)
         policies = Policies(recorded, new_learner(recorded))
         policies.hold(policy)

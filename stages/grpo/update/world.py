@@ -55,10 +55,11 @@ def together(run: ActiveRun) -> Iterator[None]:
                 with suppress(RuntimeError):
                     run.ranks.leave()
                 run.ranks = None
-            if distributed.is_initialized():  # by Ranks() that failed: this process could join no other group
-                distributed.destroy_process_group()
             for worker in workers:
                 worker.kill()
+            if distributed.is_initialized():  # by Ranks() that failed: this process could join no other group
+                with suppress(RuntimeError):
+                    distributed.destroy_process_group()
 
 
 def check_learner(config: Config) -> None:

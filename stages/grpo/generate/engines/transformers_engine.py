@@ -52,7 +52,8 @@ class TransformersEngine:
         self._blueprint: Blueprint | None = None  # of the last model that was not of the one before
         self._takes_prefix = False
         self._eos_ids: frozenset[int] = frozenset()
-        self._tokenizer_folder = Path()
+        # The first one's, the starting policy: it stays, and the folders of later ones may be lent.
+        self._tokenizer_folder: Path | None = None
         self.tail = Tail()
 
     def load(self, checkpoint: Path) -> None:
@@ -66,8 +67,9 @@ class TransformersEngine:
         if model is None:
             model = load_model(checkpoint, self.device, self.attention)
             self._blueprint = Blueprint(model, checkpoint)
-            self._look_at(model, checkpoint)
+            self._look_at(model)
         self._model = model
+        self._tokenizer_folder = self._tokenizer_folder or checkpoint
         self._eos_ids = eos_token_ids(checkpoint)
 
     def take(self, weights: Weights) -> None:
@@ -87,14 +89,13 @@ class TransformersEngine:
         self._shared = model if self.device == "cpu" and weights.plain is not None else None
         if blueprint is not self._blueprint:
             self._blueprint = blueprint
-            self._look_at(model, weights.folder)
+            self._look_at(model)
         self._model = model
+        self._tokenizer_folder = self._tokenizer_folder or weights.folder
         self._eos_ids = eos_token_ids(weights.folder)
 
-    def _look_at(self, model: PreTrainedModel, folder: Path) -> None:
+    def _look_at(self, model: PreTrainedModel) -> None:
         """See what a model that is not like the one before can do. Raises UnsupportedModelError."""
-        # The first one's, the starting policy: it stays, and the folders of later ones may be lent.
-        self._tokenizer_folder = folder
         accepted = inspect.signature(model.forward).parameters
         for name in ("attention_mask", "position_ids", cache_name(model), "logits_to_keep"):
             if name not in accepted:
@@ -112,6 +113,7 @@ class TransformersEngine:
     ) -> Iterator[Group]:
         """Yield each group once, batch after batch. Raises DataError, EngineError."""
         assert self._model is not None, "load() or take() comes before sample()"
+        assert self._tokenizer_folder is not None
         if sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0:
             message = "the transformers engine samples from the whole distribution; top_p, top_k and min_p"
             raise EngineError(f"generate: {message} need engine: vllm")
