@@ -125,6 +125,7 @@ def test_another_run_of_the_name_is_refused_and_left_alone(
     before = mirrored(bucket)
     (RUN / ".mirror.json").unlink()  # a folder that never wrote there
     succeed(grpo, "score", "--iteration", "1", "--force")
+    lease = json.loads(bucket.read("runs/tiny/lease.json"))
     for _ in range(3):  # that it has tried makes it no owner
         code, _, err = grpo("run", *to(bucket))
         assert code == 4
@@ -134,6 +135,7 @@ def test_another_run_of_the_name_is_refused_and_left_alone(
             " `artifacts.mirror` or `run:` keeps this one\n"
         )
         assert mirrored(bucket) == before
+        assert json.loads(bucket.read("runs/tiny/lease.json"))["epoch"] == lease["epoch"]  # as ever
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/runs", "s3://", "s3://B/x", "s3://bucket//x", "bucket"])

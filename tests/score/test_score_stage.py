@@ -20,7 +20,7 @@ from tests import tiny
 from transformers import Qwen2ForSequenceClassification
 
 from grpo import tables
-from grpo.artifacts import ActiveRun, Manifest, Plan, Product, Run, Staging, files, id_of
+from grpo.artifacts import ActiveRun, FileRecord, Manifest, Plan, Product, Run, Staging, files, id_of
 from grpo.config import Config
 from grpo.console import Console
 from grpo.errors import EngineError, GrpoError, InputError, Interrupted, UsageError
@@ -28,6 +28,7 @@ from grpo.generate import plan as generate
 from grpo.models import starter_model
 from grpo.pipeline import work
 from grpo.prompts import table as prompts_module
+from grpo.score import shard_rows
 from grpo.score.functions.built_in import gsm8k
 from grpo.score.plan import plan as planned
 from grpo.score.reward_model import RewardModel
@@ -470,6 +471,37 @@ def test_a_reward_whose_file_changed_differs_and_is_scored_anew(tmp_path: Path) 
     assert calls(tmp_path, "length") == [2, 2, 2]
     assert values(run, "length") == [11.0, 12.0, 11.0, 14.0, 10.0, 12.0]
     assert inodes(run, second, "exact_answer") == kept
+
+
+def test_a_file_that_changes_meanwhile_scores_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what a worker of then makes of it, nor what one that is started anew does."""
+    source, commit = tmp_path / "reward.py", shard_rows.commit
+
+    def edited(*given: Any) -> FileRecord:
+        record = commit(*given)
+        source.write_text(source.read_text().replace("float(len(text))", "float(len(text) + 10)"))
+        return record
+
+    run = opened(tmp_path, reward("length"))
+    expected = "score.rewards: length: its file changed while the command was at work; run it again"
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_rows, "commit", edited)
+        with pytest.raises(InputError, match=expected):
+            scored(run)
+    scored(opened(tmp_path, reward("length")))
+    assert values(run, "length") == [11.0, 12.0, 11.0, 14.0, 10.0, 12.0]  # all by the file of now
+    begin = shard_rows.begin
+
+    def edited_within(*given: Any) -> shard_rows.Begun:
+        begun = begin(*given)
+        source.write_text(source.read_text() + "\n# again\n")
+        return begun
+
+    monkeypatch.setattr(shard_rows, "begin", edited_within)
+    with pytest.raises(InputError, match=expected):
+        scored(opened(tmp_path, reward("length")), force=True)
 
 
 def test_changed_rollouts_are_scored_anew(tmp_path: Path) -> None:

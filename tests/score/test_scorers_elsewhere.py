@@ -22,6 +22,7 @@ from grpo.console import Console
 from grpo.errors import EngineError, UsageError
 from grpo.execute import Pool, Worker
 from grpo.execute.processes import Process
+from grpo.score import shard_rows
 from grpo.score.functions import modules
 from grpo.score.functions.modules import Modules
 from grpo.score.functions.workspace import Workspace
@@ -269,6 +270,7 @@ def test_an_edit_after_planning_is_refused(tmp_path: Path, monkeypatch: pytest.M
         submit(worker, job)
 
     monkeypatch.setattr(Process, "submit", edited)
+    monkeypatch.setattr(shard_rows, "require_source", lambda *given: None)  # the driver's own look
     with pytest.raises(UsageError, match=r"'reward:length': on \S+ \S+reward.py is not the file that"):
         scored(run)
 

@@ -191,12 +191,13 @@ class Lease:
         """Renew it no more."""
         self._ended.set()
 
-    def release(self) -> None:
-        """Let the next one have it at once."""
+    def release(self, epoch: str | None = None) -> None:
+        """Let the next one have it at once. epoch: that had it last, where this one has written nothing."""
         self.end()
         if self._thread is not None:
             self._thread.join()
-        self._note.release(replace(self.held, released=True).encode(), self._tag)
+        left = replace(self.held, epoch=epoch or self.held.epoch, released=True)
+        self._note.release(left.encode(), self._tag)
 
     def _wait(
         self, holder: Holder, tag: str, say: Callable[[str], None], stop: Callable[[], None]

@@ -71,7 +71,7 @@ class _Copying:
             behind = self._upload.behind()
         except GrpoError:
             with suppress(GrpoError):
-                self._lease.release()
+                self._lease.release(last)
             raise
         self._failure: GrpoError | None = None
         self._whole = False  # until all has been copied

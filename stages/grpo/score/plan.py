@@ -7,6 +7,7 @@ from typing import Any
 from grpo.artifacts import ActiveRun, Plan, keep_source
 from grpo.config import RewardConfig
 from grpo.config.score import TRANSPORT
+from grpo.errors import InputError
 from grpo.models.find import model_path
 from grpo.score.functions.source import find_file, source_sha256
 from grpo.score.judge.rubric import rubric_of
@@ -58,6 +59,19 @@ def _source(run: ActiveRun, reward: RewardConfig) -> str:
     if reward.judge is not None:
         return sha256(rubric_of(reward, run.imports).encode()).hexdigest()
     return run.checkpoint_id(str(reward.model))
+
+
+def require_source(run: ActiveRun, reward: RewardConfig, planned: str) -> None:
+    """Raise InputError (exit 4) where a function's file or a rubric is not what was planned with any more.
+
+    A reward model is not looked at again: it is in memory.
+    """
+    if reward.model is None and _source(run, reward) != planned:
+        what = "file" if reward.judge is None else "rubric"
+        raise InputError(
+            f"score.rewards: {reward.name}: its {what} changed while the command was at work; run it again;"
+            " what is committed was scored with the one before"
+        )
 
 
 def keep_sources(run: ActiveRun, user_files: dict[str, str]) -> None:

@@ -93,13 +93,25 @@ def check_alone(run: ActiveRun) -> None:
 
 def check_columns(run: ActiveRun, pool: FunctionPool, prompts: pa.Table) -> None:
     """Raise UsageError (exit 2) for a function or a rubric that cannot do with the columns of `prompts`."""
-    columns = [name for name in prompts.column_names if name not in ("prompt", "messages", RENDERED)]
-    empty = empty_columns(prompts) - {RENDERED}
+    columns, empty = _columns(prompts)
     for reward in run.config.score.rewards:
         if reward.function is not None:
             pool.check(reward, columns, empty)
         if reward.judge is not None:
             rubric_of(reward, run.imports, columns, empty)
+
+
+def renew_rubrics(run: ActiveRun, opened: Scorers) -> None:
+    """Take the rubrics as they are now: one that was edited is planned with from then on."""
+    for reward in run.config.score.rewards:
+        if reward.judge is not None:
+            opened.judges[reward.name].rubric = rubric_of(reward, run.imports, *_columns(opened.prompts))
+
+
+def _columns(prompts: pa.Table) -> tuple[list[str], set[str]]:
+    """Those that rewards may ask for, and which of them are empty."""
+    columns = [name for name in prompts.column_names if name not in ("prompt", "messages", RENDERED)]
+    return columns, empty_columns(prompts) - {RENDERED}
 
 
 def empty_columns(prompts: pa.Table) -> set[str]:

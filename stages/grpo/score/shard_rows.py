@@ -10,6 +10,7 @@ from grpo.artifacts import ActiveRun, FileRecord
 from grpo.config import RewardConfig
 from grpo.score.judge.rubric import is_unreadable
 from grpo.score.outcome import Key, Outcome, counted, uncounted
+from grpo.score.plan import require_source
 from grpo.score.scorers import Rollout, rollouts_of
 from grpo.score.shard import REPEATED, Shard, found_in, table_of
 
@@ -43,7 +44,8 @@ def keep(shard: Shard) -> FileRecord | None:
 
 
 def begin(run: ActiveRun, prompts: pa.Table, shard: Shard) -> Begun:
-    """Read a shard, and what an earlier output holds of it."""
+    """Read a shard, and what an earlier output holds of it. Raises as require_source()."""
+    require_source(run, shard.reward, shard.source)
     rollouts = rollouts_of(run, shard.rollouts, prompts)
     found = found_in(run, shard.old, Outcome) if shard.old is not None else {}
     before = {key: uncounted(outcome) for key, outcome in found.items()}
@@ -57,8 +59,9 @@ def begin(run: ActiveRun, prompts: pa.Table, shard: Shard) -> Begun:
 
 
 def commit(run: ActiveRun, begun: Begun, outcomes: Mapping[Key, Outcome]) -> FileRecord:
-    """Commit the rows of a shard, once all its outcomes are there."""
+    """Commit the rows of a shard, once all its outcomes are there. Raises as require_source()."""
     shard, task, reward = begun.shard, begun.shard.task, begun.shard.reward
+    require_source(run, reward, shard.source)  # a worker that was started meanwhile has imported it anew
     ordered = {each.key: counted(outcomes[each.key], reward.on_timeout) for each in begun.rollouts}
     late = sum(outcome.status == "ok" and outcome.error is not None for outcome in ordered.values())
     if late:

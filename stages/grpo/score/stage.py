@@ -125,6 +125,7 @@ def score(run: ActiveRun, opened: Scorers, task: ScoringTask) -> list[FileRecord
     """Score what of `task` is not scored yet: all its shards, reward by reward, judgements last."""
     staging = task.staging
     keep_sources(run, staging.plan.user_files)
+    scorers.renew_rubrics(run, opened)
     earlier = earlier_of(run, staging, task.iteration)
     scored: list[FileRecord] = []
     answered: list[FileRecord] = []

@@ -22,6 +22,7 @@ from grpo.pipeline import work
 from grpo.score.judge import answers
 from grpo.score.judge.rubric import read_score
 from grpo.score.outcome import Outcome
+from grpo.score.scorers import open_scorers, renew_rubrics
 
 RUBRIC = "{prompt} should be {answer}, is {response}"
 LENGTHS = [1.0, 2.0, 1.0, 4.0, 0.0, 2.0]  # of the responses "7" "34" "5" "five" "" "10"
@@ -172,6 +173,17 @@ def test_an_unchanged_judge_beside_a_new_reward_is_kept_with_its_answers(tmp_pat
         scored(run, force=True)
         assert questions(endpoint) == []
     assert [row["answer"][-1] for row in judgements(run)] == ["1", "2", "1", "4", "0", "2"]
+
+
+def test_a_rubric_that_was_edited_is_the_one_that_is_asked(tmp_path: Path) -> None:
+    """By the same command, which opened the judge with the one before."""
+    (tmp_path / "rubric.md").write_text(RUBRIC)
+    with serve(score_length) as endpoint:
+        run = opened(tmp_path, judge(endpoint, rubric="rubric.md"))
+        with open_scorers(run, None) as scorers:
+            (tmp_path / "rubric.md").write_text(f"Now: {RUBRIC}")
+            renew_rubrics(run, scorers)
+            assert scorers.judges["judge"].rubric == f"Now: {RUBRIC}"
 
 
 def test_without_an_answer_a_rubric_that_wants_one_does_not_apply(
