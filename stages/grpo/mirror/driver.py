@@ -67,8 +67,8 @@ class _Copying:
             if last not in note.epochs:  # somebody else may have written what is there
                 self._upload.require_own(again)
             self._upload.forget(again)
-            note.write([epoch], [])
             behind = self._upload.behind()
+            note.write([epoch], [])  # last: what fails before leaves the lease to whom it belonged
         except GrpoError:
             with suppress(GrpoError):
                 self._lease.release(last)
